@@ -1,0 +1,117 @@
+"""The only place that prints: results on stdout, progress and notices on stderr.
+
+Used as a library, dfcompress is silent; the command line calls `configure` first.
+Only rank 0 of a distributed run prints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+QUIET, NORMAL, VERBOSE = -1, 0, 1
+LINE_EVERY_SECONDS = 5.0
+
+_verbosity = QUIET
+
+
+def configure(verbosity: int) -> None:
+    """Set how much is printed on stderr: `QUIET`, `NORMAL` or `VERBOSE`."""
+    global _verbosity
+    _verbosity = verbosity
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def notice(text: str, *, level: int = NORMAL) -> None:
+    """One line about what was decided or should be known, on stderr."""
+    if _speaks() and _verbosity >= level:
+        print(text, file=sys.stderr, flush=True)
+
+
+def result(text: str) -> None:
+    """A line of the result, on stdout."""
+    if _speaks():
+        print(text, flush=True)
+
+
+def result_json(values: Mapping[str, Any]) -> None:
+    """The whole result as one JSON object on stdout."""
+    result(json.dumps(values, indent=2))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A plain table on stdout, first column left-aligned, the others right-aligned; pipes well."""
+    lines = [list(columns), *[list(row) for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        cells = [cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(line)]
+        result("  ".join(cells).rstrip())
+
+
+class Progress(Protocol):
+    """What a loop tells about itself."""
+
+    def update(self, done: int, **values: float) -> None:
+        """`done` units of the total are finished; `values` are the latest measurements."""
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Progress]:
+    """Show a loop's progress on stderr: a bar in a terminal, else a plain line every few seconds."""
+    if not _speaks() or _verbosity < NORMAL:
+        yield _Silence()
+    elif sys.stderr.isatty():
+        yield from _bar(what, total)
+    else:
+        yield _Lines(what, total)
+
+
+class _Silence:
+    def update(self, done: int, **values: float) -> None:
+        pass
+
+
+class _Lines:
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total = what, total
+        self.started = self.spoke = time.monotonic()
+        self.first: int | None = None
+
+    def update(self, done: int, **values: float) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self.started = done, now
+        if done < self.total and now - self.spoke < LINE_EVERY_SECONDS:
+            return
+        self.spoke = now
+        rate = (done - self.first) / max(now - self.started, 1e-9)
+        left = f", {(self.total - done) / rate:.0f} s left" if rate and done < self.total else ""
+        print(f"{self.what}: {done}/{self.total}{_formatted(values)}{left}", file=sys.stderr, flush=True)
+
+
+def _bar(what: str, total: int) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with RichProgress(*columns, TextColumn("{task.fields[values]}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total, values="")
+
+        class Bar:
+            def update(self, done: int, **values: float) -> None:
+                bar.update(task, completed=done, values=_formatted(values))
+
+        yield Bar()
+
+
+def _formatted(values: Mapping[str, float]) -> str:
+    return "".join(f"  {name} {value:.4g}" for name, value in values.items())

@@ -1,0 +1,114 @@
+"""One invocation: its folder, its clock, and the record of how its numbers came about (`run.json`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dfcompress.errors import BadInput
+
+RECORD = "run.json"
+
+
+class Run:
+    """The folder of one invocation.
+
+    Raises `BadInput` where the folder cannot be used: it holds something and neither `resume` nor `overwrite` was
+    asked for, it belongs to another job, or it cannot be written.
+    `options` are the resolved options that the result depends on: a resumed run must have the same.
+    """
+
+    def __init__(
+        self, verb: str, folder: Path, options: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+    ) -> None:
+        self.verb, self.folder, self.options = verb, folder, json.loads(json.dumps(options, default=str))
+        self.seconds: dict[str, float] = {}
+        self._open(resume=resume, overwrite=overwrite)
+        self._started = time.perf_counter()
+
+    def _open(self, *, resume: bool, overwrite: bool) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise BadInput(f"--output {self.folder} is a file.", "Name a folder.")
+        record = self.folder / RECORD
+        if self.folder.exists() and any(self.folder.iterdir()):
+            if not (resume or overwrite):
+                raise BadInput(f"--output {self.folder} is not empty.", "Add --resume to go on with it, or --overwrite.")
+            if not record.exists():
+                raise BadInput(f"--output {self.folder} was not made by dfcompress.", "Name an empty or a new folder.")
+            if resume:
+                self._check_same_job(json.loads(record.read_text()))
+                return
+            shutil.rmtree(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write({"finished": False})
+        except OSError as error:
+            raise BadInput(f"--output {self.folder} cannot be written: {error.strerror}.", "Name another folder.") from None
+
+    def _check_same_job(self, before: Mapping[str, Any]) -> None:
+        if before.get("verb") != self.verb:
+            raise BadInput(f"{self.folder} holds a run of {before.get('verb')!r}, not {self.verb!r}.", "Name another folder.")
+        for name in sorted(self.options.keys() | before["options"].keys()):
+            old, new = before["options"].get(name), self.options.get(name)
+            if old != new:
+                raise BadInput(
+                    f"{self.folder} was started with {name} = {old!r}, now it is {new!r}.",
+                    "Resume with the same options, or name another folder.",
+                )
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the seconds spent inside to `seconds[part]`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+    def finish(self, measurements: Mapping[str, Any]) -> None:
+        """Write the record: options, measurements, seconds, versions and machine."""
+        from dfcompress.device import peak_memory_bytes, processor_name, resolve_device
+
+        device = resolve_device(self.options.get("device", "cpu"))
+        total = time.perf_counter() - self._started
+        self._write(
+            {
+                "finished": True,
+                "measurements": dict(measurements),
+                "seconds": {**{part: round(value, 2) for part, value in self.seconds.items()}, "invocation": round(total, 2)},
+                "peak_memory_bytes": peak_memory_bytes(device),
+                "processor": processor_name(device),
+            }
+        )
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        versions = {name: metadata.version(name) for name in ("dfcompress", "torch")} | {"python": platform.python_version()}
+        record = {"verb": self.verb, "options": self.options, "versions": versions, **values}
+        write_json(self.folder / RECORD, record)
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """Give a path to write to; it takes the name `path` only once everything is on disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write one JSON object, atomically."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, default=str) + "\n")

@@ -1,0 +1,51 @@
+"""Fixtures over real released files; tests that need them skip, saying so, where they are absent."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(os.environ.get("DFCOMPRESS_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def shared_file(name: str) -> Path:
+    path = SHARED_DATA / name
+    if not path.exists():
+        pytest.skip(f"{name} is not here: set DFCOMPRESS_TEST_DATA to the folder that holds the released checkpoints")
+    return path
+
+
+@pytest.fixture(scope="session")
+def resnet20_file() -> Path:
+    """The released CIFAR-10 ResNet-20 (776 of 846)."""
+    return shared_file("checkpoints/resnet20-12fca82f.th")
+
+
+@pytest.fixture(scope="session")
+def resnet44_file() -> Path:
+    """The released CIFAR-10 ResNet-44 (793 of 846)."""
+    return shared_file("checkpoints/resnet44-014dd654.th")
+
+
+@pytest.fixture(scope="session")
+def cifar10_test_file() -> Path:
+    """846 images of the CIFAR-10 test set."""
+    return shared_file("cifar10-test-846.npz")
+
+
+@pytest.fixture(scope="session")
+def cifar10_train_file() -> Path:
+    """1,000 CIFAR-10 training images, 100 a class."""
+    return shared_file("cifar10-train-1000.npz")
+
+
+@pytest.fixture(scope="session")
+def mnist_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four IDX files of MNIST, unpacked."""
+    folder = tmp_path_factory.mktemp("mnist")
+    for packed in shared_file("mnist").glob("*.gz"):
+        (folder / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+    return folder
