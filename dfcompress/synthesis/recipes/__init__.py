@@ -1,0 +1,1 @@
+"""One file a published method; the folder is the registry of `--recipe`."""

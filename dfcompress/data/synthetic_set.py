@@ -1,0 +1,136 @@
+"""A synthetic set on disk: a folder of shards of images and labels, and what made them (`dataset.json`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dfcompress.errors import BadInput
+from dfcompress.run import write_atomically, write_json
+
+MANIFEST = "dataset.json"
+SCHEMA = 1
+
+
+class SyntheticSet:
+    """A finished or growing set of images; a shard is the unit of work.
+
+    `manifest` holds everything the images depend on; `manifest["shards"]` lists the number of images of each shard.
+    Raises `BadInput` where `folder` holds no set.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / MANIFEST
+        if not path.exists():
+            raise BadInput(f"{folder} is no synthetic set: it has no {MANIFEST}.", "Make one with `dfcompress invert`.")
+        try:
+            self.manifest: dict[str, Any] = json.loads(path.read_text())
+            schema, self._shard_sizes = self.manifest["schema"], [int(size) for size in self.manifest["shards"]]
+        except (ValueError, KeyError, TypeError):
+            raise BadInput(f"{path} is not a dataset description of dfcompress.", "Make the set again.") from None
+        if schema != SCHEMA:
+            raise BadInput(f"{path} has schema {schema!r}, this version reads {SCHEMA}.", "Make the set again.")
+
+    @classmethod
+    def create(cls, folder: Path, manifest: Mapping[str, Any]) -> SyntheticSet:
+        """A new set without shards yet."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / MANIFEST, {"schema": SCHEMA, **manifest})
+        return cls(folder)
+
+    def __len__(self) -> int:
+        return sum(self._shard_sizes)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, where the teacher's card has them."""
+        names = self.manifest["card"].get("class_names")
+        return tuple(names) if names else None
+
+    @property
+    def shards(self) -> range:
+        """The ids of all shards, written or not."""
+        return range(len(self._shard_sizes))
+
+    def shard_path(self, shard: int) -> Path:
+        """Where a shard is kept once it is whole."""
+        return self.folder / f"shard-{shard:05d}.safetensors"
+
+    def missing_shards(self) -> list[int]:
+        """Shards still to be made."""
+        return [shard for shard in self.shards if not self.shard_path(shard).exists()]
+
+    def write_shard(self, shard: int, images: Tensor, labels: Tensor) -> None:
+        """Store images `(N, C, H, W)`, uint8 or float16 in units of [0, 1], and int64 labels `(N,)`."""
+        tensors = {"images": images.contiguous(), "labels": labels.contiguous()}
+        with write_atomically(self.shard_path(shard)) as path:
+            save_file(tensors, path, metadata={"sha256": _digest(images, labels)})
+
+    def read_shard(self, shard: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of one shard as stored.
+
+        Raises `BadInput` naming the file where it is missing, cut short or altered.
+        """
+        path = self.shard_path(shard)
+        if not path.exists():
+            raise BadInput(
+                f"{self.folder} is not complete: {path.name} is missing.", "Finish it with `dfcompress invert --resume`."
+            )
+        try:
+            with safe_open(path, "pt") as file:
+                images, labels = file.get_tensor("images"), file.get_tensor("labels")
+                intact = (file.metadata() or {}).get("sha256") == _digest(images, labels)
+        except SafetensorError:
+            intact = False
+        if not intact or len(images) != self._shard_sizes[shard]:
+            raise BadInput(f"{path} was cut short or altered.", "Delete it and run `dfcompress invert --resume`.")
+        return images, labels
+
+    @cached_property
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        shards = [self.read_shard(shard) for shard in self.shards]
+        return torch.cat([images for images, _ in shards]), torch.cat([labels for _, labels in shards])
+
+    @property
+    def images(self) -> Tensor:
+        """All images `(N, C, H, W)` as stored: uint8, or float16 in units of [0, 1]."""
+        return self._whole[0]
+
+    @property
+    def labels(self) -> Tensor:
+        """All labels `(N,)`, int64."""
+        return self._whole[1]
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float images `(B, C, H, W)` in units of [0, 1] and their labels, in order."""
+        for shard in self.shards:
+            images, labels = self.read_shard(shard)
+            for chunk in range(0, len(images), batch_size):
+                part = slice(chunk, chunk + batch_size)
+                yield as_float(images[part]), labels[part]
+
+
+def as_float(images: Tensor) -> Tensor:
+    """Stored images → float32 in units of [0, 1]."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+def as_stored(images: Tensor, *, in_range: bool) -> Tensor:
+    """Float images → uint8 where the recipe keeps them in [0, 1], else float16."""
+    return (images * 255).round().clamp(0, 255).to(torch.uint8) if in_range else images.to(torch.float16)
+
+
+def _digest(images: Tensor, labels: Tensor) -> str:
+    digest = hashlib.sha256(images.contiguous().numpy().tobytes())
+    digest.update(labels.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,52 @@
+"""How images are parametrised while they are optimised."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dfcompress.models.classifier import Classifier
+
+
+class Images(Protocol):
+    """A parametrisation: `start` gives the tensors an optimiser changes, `render` the images they stand for.
+
+    Everything is in normalised space, where the papers state their weights; the synthesizer renders to [0, 1].
+    `in_range` says whether the images stay in [0, 1], so that 8 bits can hold them.
+    """
+
+    in_range: bool
+
+    def start(self, labels: Tensor, teacher: Classifier, generator: torch.Generator) -> list[Tensor]: ...
+    def render(self) -> Tensor: ...
+    def project(self) -> None: ...
+
+
+class Pixels:
+    """The pixels themselves, started from N(0, 1) in normalised space.
+
+    With `clip` they are kept in the valid range after every step.
+    """
+
+    def __init__(self, *, clip: bool = False) -> None:
+        self.in_range = clip
+
+    def start(self, labels: Tensor, teacher: Classifier, generator: torch.Generator) -> list[Tensor]:
+        """One tensor `(N, C, H, W)`; the noise comes from the CPU, so a seed means the same images on every device."""
+        noise = torch.randn(len(labels), *teacher.card.input_size, generator=generator)
+        self._images = noise.to(labels.device).requires_grad_(True)
+        zeros = torch.zeros(teacher.card.input_size, device=labels.device)
+        self._low, self._high = teacher.normalise(zeros), teacher.normalise(zeros + 1)
+        return [self._images]
+
+    def render(self) -> Tensor:
+        """The images `(N, C, H, W)` in normalised space."""
+        return self._images
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Clip to the valid pixel range, if asked to."""
+        if self.in_range:
+            torch.minimum(torch.maximum(self._images, self._low), self._high, out=self._images)

@@ -1,0 +1,122 @@
+"""A recipe: one published method as data, and how a name with settings becomes one."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal
+
+from dfcompress.data.views import View
+from dfcompress.errors import BadInput
+from dfcompress.synthesis import recipes
+from dfcompress.synthesis.images import Images
+from dfcompress.synthesis.losses import Loss
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps of Adam at one peak rate; the optimiser and the schedule start anew in each stage."""
+
+    steps: int
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["constant", "cosine"] = "constant"
+
+    def rate(self, step: int) -> float:
+        """Learning rate of `step`, counted from 0."""
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Images + weighted losses + views + stages; built fresh for every run because images hold state."""
+
+    images: Images
+    batch_size: int
+    losses: Sequence[Loss] = ()
+    views: Sequence[View] = ()
+    stages: Sequence[Stage] = ()
+
+    @property
+    def label_free(self) -> bool:
+        """Whether nothing steers the images towards a class; their label is then the teacher's answer."""
+        return not any(loss.needs_labels for loss in self.losses)
+
+    @property
+    def steps(self) -> int:
+        """Optimisation steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class RecipeChoice:
+    """A recipe's name, preset and every setting resolved: what `dataset.json` keeps and `build` turns into a `Recipe`."""
+
+    name: str
+    preset: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> Recipe:
+        """A fresh recipe."""
+        module = _module(self.name)
+        recipe: Recipe = getattr(module, module.__name__.rpartition(".")[2])(**self.settings)
+        return recipe
+
+
+def recipe_names() -> list[str]:
+    """All recipes; the folder is the registry."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(recipes.__path__))
+
+
+def choose(name: str, preset: str | None = None, overrides: Mapping[str, Any] | None = None) -> RecipeChoice:
+    """Resolve a recipe: the function's defaults, under the preset's settings, under `overrides`.
+
+    Text in `overrides` (from the command line) is converted to the type of the setting's default.
+    Without `preset` the first one of the recipe's `PRESETS` is taken.
+    Raises `BadInput` for unknown names, with a suggestion, and for values of the wrong type.
+    """
+    module = _module(name)
+    preset = preset or next(iter(module.PRESETS))
+    if preset not in module.PRESETS:
+        raise _unknown("preset", preset, list(module.PRESETS))
+    function = getattr(module, module.__name__.rpartition(".")[2])
+    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    settings = defaults | module.PRESETS[preset]
+    for key, value in (overrides or {}).items():
+        if key not in defaults:
+            raise _unknown(f"setting of {name}", key, list(defaults))
+        settings[key] = _converted(key, value, defaults[key])
+    return RecipeChoice(name, preset, settings)
+
+
+def _module(name: str) -> ModuleType:
+    if name not in recipe_names():
+        raise _unknown("recipe", name, recipe_names())
+    return importlib.import_module(f"{recipes.__name__}.{name.replace('-', '_')}")
+
+
+def _unknown(what: str, name: str, known: list[str]) -> BadInput:
+    close = difflib.get_close_matches(name, known, 1)
+    remedy = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+    return BadInput(f"There is no {what} {name!r}.", remedy)
+
+
+def _converted(name: str, value: Any, default: Any) -> Any:
+    kind = type(default)
+    try:
+        if kind is bool and isinstance(value, str):
+            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        converted = kind(value)
+    except (KeyError, ValueError, TypeError):
+        raise BadInput(f"{name} = {value!r} is not a value of type {kind.__name__}.", f"Its default is {default!r}.") from None
+    if isinstance(converted, int | float) and (converted < 0 or not math.isfinite(converted)):
+        raise BadInput(f"{name} = {value!r} is negative or not finite.", f"Its default is {default!r}.")
+    return converted

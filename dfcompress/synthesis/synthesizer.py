@@ -1,0 +1,276 @@
+"""The only synthesis loop: a recipe and a teacher in, batches of images out.
+
+What makes it fast lives here and nowhere else: gradients with respect to the images alone, the fused recorder,
+bf16 convolutions, one compiled function from images to loss, and no value read back from the device inside the loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dfcompress import console, device
+from dfcompress.data.views import Adjoint
+from dfcompress.errors import BadInput, DfcompressError
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.recorder import FusedRecorder, Recorder
+from dfcompress.randomness import generator
+from dfcompress.run import write_atomically
+from dfcompress.synthesis.recipe import Recipe, Stage
+
+SAVE_EVERY_SECONDS = 20.0
+COMPILE_SECONDS = 40.0
+COMPILED_SHARE = 0.6
+HISTORY_POINTS = 50
+
+CompileMode = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Everything besides recipe and seed that the bits of an image depend on; resolved once for a whole set."""
+
+    device: str
+    precision: Literal["fp32", "bf16", "fp16"]
+    compile: bool
+    threads: int
+    processor: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As `dataset.json` keeps it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Finished images `(N, C, H, W)` in units of [0, 1] and their labels `(N,)`, on the CPU.
+
+    `losses` are the unweighted values at the last step, `history` those of about 50 steps, `seconds` what it took.
+    """
+
+    images: Tensor
+    labels: Tensor
+    losses: Mapping[str, float]
+    history: list[dict[str, float]]
+    seconds: float
+
+
+class Synthesizer:
+    """Makes batches of images by one recipe from one teacher.
+
+    `recorder` may be given to compare engines; by default it is the fused one.
+    """
+
+    def __init__(self, recipe: Recipe, teacher: Classifier, execution: Execution, *, seed: int = 0) -> None:
+        self.recipe, self.seed, self.execution = recipe, seed, execution
+        self.device = device.resolve_device(execution.device)
+        self.teacher = teacher.frozen().to(self.device)
+        torch.set_num_threads(execution.threads)
+        self.recorder = FusedRecorder(
+            self.teacher.network,
+            moments=any(loss.needs_moments for loss in recipe.losses),
+            precision=device.PRECISIONS[execution.precision],
+        )
+        objective = objective_of(recipe, self.recorder)
+        self._objective = torch.compile(objective, fullgraph=True, dynamic=False) if execution.compile else objective
+
+    def batch(self, shard: int, labels: Tensor, *, partial: Path | None = None) -> Batch:
+        """The images of one shard: a pure function of recipe, teacher, execution, seed, shard and labels.
+
+        With `partial` the state is kept in that file every 20 seconds, and taken up from there if it exists.
+        Raises `DfcompressError` where a loss is not finite.
+        """
+        labels = labels.to(self.device)
+        parameters = self.recipe.images.start(labels, self.teacher, generator(self.seed, shard))
+        work = _Work(parameters)
+        if partial is not None and partial.exists():
+            work.load(partial)
+        with console.progress(f"shard {shard}", self.recipe.steps) as progress:
+            while work.step < self.recipe.steps:
+                self._step(work, shard, labels)
+                if partial is not None and work.seconds_since_save > SAVE_EVERY_SECONDS:
+                    work.save(partial)
+                if work.is_time_to_tell(self.recipe.steps):
+                    progress.update(work.step, **self._named(work.history[-1]))
+        return self._finished(work, labels)
+
+    def gradient(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient of the weighted loss with respect to normalised `images`, and the unweighted losses."""
+        seen = images.detach().requires_grad_(True)
+        total, values = self._objective(seen, labels)
+        (gradient,) = torch.autograd.grad(total, seen)
+        return gradient.contiguous(), values
+
+    def _step(self, work: _Work, shard: int, labels: Tensor) -> None:
+        stage, step_in_stage = _stage_at(self.recipe, work.step)
+        if step_in_stage == 0:
+            work.start_stage(stage)
+        for group in work.optimizer.param_groups:
+            group["lr"] = stage.rate(step_in_stage)
+        rendered = self.recipe.images.render()
+        seen, adjoints = self._view(rendered.detach(), generator(self.seed, shard, work.step))
+        gradient, values = self.gradient(seen, labels)
+        for adjoint in reversed(adjoints):
+            gradient = adjoint(gradient)
+        work.optimizer.zero_grad()
+        rendered.backward(gradient.contiguous())
+        work.optimizer.step()
+        self.recipe.images.project()
+        work.history.append(values)
+        work.step += 1
+
+    def _view(self, images: Tensor, random: torch.Generator) -> tuple[Tensor, list[Adjoint]]:
+        adjoints = []
+        for view in self.recipe.views:
+            images, adjoint = view(images, random)
+            adjoints.append(adjoint)
+        return images.contiguous(), adjoints
+
+    def _finished(self, work: _Work, labels: Tensor) -> Batch:
+        with torch.no_grad():
+            images = self.teacher.denormalise(self.recipe.images.render().detach())
+            if self.recipe.label_free:
+                labels = self.teacher(images).argmax(1)
+        history = torch.stack(work.history).cpu() if work.history else torch.zeros(0, len(self.recipe.losses))
+        if not (history.isfinite().all() and images.isfinite().all()):
+            step = int((~history.isfinite()).any(1).nonzero()[0]) if len(history) else 0
+            raise DfcompressError(f"A loss was not finite at step {step}.", "Lower the rate, for instance with --lr.")
+        stride = max(1, len(history) // HISTORY_POINTS)
+        points = [{"step": i, **self._named(history[i])} for i in range(0, len(history), stride)]
+        last = self._named(history[-1]) if len(history) else {}
+        return Batch(images.cpu(), labels.cpu(), last, points, work.seconds)
+
+    def _named(self, values: Tensor) -> dict[str, float]:
+        return dict(zip((loss.name for loss in self.recipe.losses), values.tolist(), strict=True))
+
+
+def objective_of(recipe: Recipe, recorder: Recorder) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The function (normalised images, labels) → (weighted sum, unweighted losses) that a recipe minimises."""
+    losses = list(recipe.losses)
+
+    def objective(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        trace = recorder(images, labels)
+        values = [loss.value(trace) for loss in losses]
+        total = torch.stack([loss.weight * value for loss, value in zip(losses, values, strict=True)]).sum()
+        return total, torch.stack(values).detach()
+
+    return objective
+
+
+def resolve_execution(
+    recipe: Recipe,
+    teacher: Classifier,
+    *,
+    batches: int,
+    device_name: str = "auto",
+    precision: str = "auto",
+    compile: CompileMode = "auto",
+) -> Execution:
+    """Make every automatic choice once, from the whole job.
+
+    `auto` compiles where an eager step, timed here, predicts that the job is long enough to win back the compiler's
+    time; where nothing can compile it says so in one line.
+    """
+    target = device.resolve_device(device_name)
+    eager = Execution(
+        device=str(target),
+        precision=device.precision_name(device.resolve_precision(precision, target)),
+        compile=False,
+        threads=torch.get_num_threads(),
+        processor=device.processor_name(target),
+    )
+    if compile == "off" or not recipe.steps:
+        return eager
+    if not device.can_compile(target):
+        if compile == "on":
+            raise BadInput("--compile on: there is no C++ compiler on this machine.", "Install g++, or use --compile off.")
+        console.notice("No C++ compiler found: running eagerly, several times slower.")
+        return eager
+    if compile == "auto":
+        seconds = seconds_per_step(recipe, teacher, eager) * recipe.steps * batches
+        if seconds * (1 - COMPILED_SHARE) < COMPILE_SECONDS:
+            return eager
+        console.notice(f"Compiling: about {seconds:.0f} s of work would remain uncompiled; --compile off avoids it.", level=1)
+    return Execution(**{**eager.to_json(), "compile": True})
+
+
+def seconds_per_step(recipe: Recipe, teacher: Classifier, execution: Execution) -> float:
+    """Seconds one step takes, the better of two after a first one."""
+    synthesizer = Synthesizer(recipe, teacher, execution)
+    labels = torch.arange(recipe.batch_size, device=synthesizer.device) % teacher.card.classes
+    images = torch.randn(recipe.batch_size, *teacher.card.input_size, device=synthesizer.device)
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        synthesizer.gradient(images, labels)
+        device.synchronize(synthesizer.device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+@dataclass
+class _Work:
+    """The state of one unfinished batch."""
+
+    parameters: list[Tensor]
+    optimizer: torch.optim.Optimizer = field(init=False)
+    step: int = 0
+    history: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.start_stage(Stage(0, 0.0))
+        self._seconds_before = 0.0
+        self._started = self._saved = self._told = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._started
+
+    @property
+    def seconds_since_save(self) -> float:
+        return time.perf_counter() - self._saved
+
+    def is_time_to_tell(self, steps: int) -> bool:
+        # Reading a loss waits for the device, so it happens once a second at most.
+        if self.step < steps and time.perf_counter() - self._told < 1.0:
+            return False
+        self._told = time.perf_counter()
+        return True
+
+    def start_stage(self, stage: Stage) -> None:
+        self.optimizer = torch.optim.Adam(self.parameters, lr=stage.lr, betas=stage.betas)
+
+    def save(self, path: Path) -> None:
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "parameters": [parameter.detach() for parameter in self.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "history": torch.stack(self.history),
+        }
+        with write_atomically(path) as temporary:
+            torch.save(state, temporary)
+        self._saved = time.perf_counter()
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True, map_location=self.parameters[0].device)
+        with torch.no_grad():
+            for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self._seconds_before = state["step"], state["seconds"]
+        self.history = list(state["history"])
+
+
+def _stage_at(recipe: Recipe, step: int) -> tuple[Stage, int]:
+    for stage in recipe.stages:
+        if step < stage.steps:
+            return stage, step
+        step -= stage.steps
+    raise IndexError(step)
