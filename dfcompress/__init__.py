@@ -1,0 +1,48 @@
+"""Compress released image classifiers without the data they were trained on.
+
+    import dfcompress
+
+    dfcompress.inspect("resnet20.pt")
+    dfcompress.invert("resnet20.pt", output="images")
+    dfcompress.quantize("resnet20.pt", bits="4w4a", data="images")
+
+Every verb of the command line is a function of the same name.
+Nothing is imported before it is used: `import dfcompress` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "Compute": "device",
+    "Classifier": "models.classifier",
+    "ModelCard": "models.card",
+    "Synthesis": "synthesis.invert",
+    "Training": "training.loop",
+    "bench_step": "evaluation.bench",
+    "demo": "evaluation.demo",
+    "distill": "training.distill",
+    "evaluate": "evaluation.evaluate",
+    "inspect": "evaluation.inspect",
+    "invert": "synthesis.invert",
+    "load": "models.checkpoint",
+    "quantize": "quantization.quantize",
+}
+
+__all__ = sorted([*_HOME, "__version__"])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("dfcompress")
+    if name not in _HOME:
+        raise AttributeError(f"module 'dfcompress' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dfcompress.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

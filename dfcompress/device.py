@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -92,3 +94,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how to compute, as the user asked for it; each `auto` is resolved once a job."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    seed: int = 0

@@ -86,36 +86,34 @@ class Synthesizer:
         With `partial` the state is kept in that file every 20 seconds, and taken up from there if it exists.
         Raises `DfcompressError` where a loss is not finite.
         """
-        labels = labels.to(self.device)
-        parameters = self.recipe.images.start(labels, self.teacher, generator(self.seed, shard))
-        work = _Work(parameters)
+        work = self.begin(shard, labels)
         if partial is not None and partial.exists():
             work.load(partial)
         with console.progress(f"shard {shard}", self.recipe.steps) as progress:
             while work.step < self.recipe.steps:
-                self._step(work, shard, labels)
+                self.step(work)
                 if partial is not None and work.seconds_since_save > SAVE_EVERY_SECONDS:
                     work.save(partial)
                 if work.is_time_to_tell(self.recipe.steps):
                     progress.update(work.step, **self._named(work.history[-1]))
-        return self._finished(work, labels)
+        return self._finished(work)
 
-    def gradient(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of the weighted loss with respect to normalised `images`, and the unweighted losses."""
-        seen = images.detach().requires_grad_(True)
-        total, values = self._objective(seen, labels)
-        (gradient,) = torch.autograd.grad(total, seen)
-        return gradient.contiguous(), values
+    def begin(self, shard: int, labels: Tensor) -> Work:
+        """The state of a batch before its first step."""
+        labels = labels.to(self.device)
+        parameters = self.recipe.images.start(labels, self.teacher, generator(self.seed, shard))
+        return Work(shard, labels, parameters)
 
-    def _step(self, work: _Work, shard: int, labels: Tensor) -> None:
+    def step(self, work: Work) -> None:
+        """One step of the optimiser on the images of `work`."""
         stage, step_in_stage = _stage_at(self.recipe, work.step)
         if step_in_stage == 0:
             work.start_stage(stage)
         for group in work.optimizer.param_groups:
             group["lr"] = stage.rate(step_in_stage)
         rendered = self.recipe.images.render()
-        seen, adjoints = self._view(rendered.detach(), generator(self.seed, shard, work.step))
-        gradient, values = self.gradient(seen, labels)
+        seen, adjoints = self._view(rendered.detach(), generator(self.seed, work.shard, work.step))
+        gradient, values = self.gradient(seen, work.labels)
         for adjoint in reversed(adjoints):
             gradient = adjoint(gradient)
         work.optimizer.zero_grad()
@@ -125,6 +123,13 @@ class Synthesizer:
         work.history.append(values)
         work.step += 1
 
+    def gradient(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient of the weighted loss with respect to normalised `images`, and the unweighted losses."""
+        seen = images.detach().requires_grad_(True)
+        total, values = self._objective(seen, labels)
+        (gradient,) = torch.autograd.grad(total, seen)
+        return gradient.contiguous(), values
+
     def _view(self, images: Tensor, random: torch.Generator) -> tuple[Tensor, list[Adjoint]]:
         adjoints = []
         for view in self.recipe.views:
@@ -132,7 +137,8 @@ class Synthesizer:
             adjoints.append(adjoint)
         return images.contiguous(), adjoints
 
-    def _finished(self, work: _Work, labels: Tensor) -> Batch:
+    def _finished(self, work: Work) -> Batch:
+        labels = work.labels
         with torch.no_grad():
             images = self.teacher.denormalise(self.recipe.images.render().detach())
             if self.recipe.label_free:
@@ -167,6 +173,7 @@ def resolve_execution(
     recipe: Recipe,
     teacher: Classifier,
     *,
+    batch_size: int,
     batches: int,
     device_name: str = "auto",
     precision: str = "auto",
@@ -193,18 +200,18 @@ def resolve_execution(
         console.notice("No C++ compiler found: running eagerly, several times slower.")
         return eager
     if compile == "auto":
-        seconds = seconds_per_step(recipe, teacher, eager) * recipe.steps * batches
+        seconds = seconds_per_step(recipe, teacher, eager, batch_size) * recipe.steps * batches
         if seconds * (1 - COMPILED_SHARE) < COMPILE_SECONDS:
             return eager
         console.notice(f"Compiling: about {seconds:.0f} s of work would remain uncompiled; --compile off avoids it.", level=1)
     return Execution(**{**eager.to_json(), "compile": True})
 
 
-def seconds_per_step(recipe: Recipe, teacher: Classifier, execution: Execution) -> float:
+def seconds_per_step(recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int) -> float:
     """Seconds one step takes, the better of two after a first one."""
     synthesizer = Synthesizer(recipe, teacher, execution)
-    labels = torch.arange(recipe.batch_size, device=synthesizer.device) % teacher.card.classes
-    images = torch.randn(recipe.batch_size, *teacher.card.input_size, device=synthesizer.device)
+    labels = torch.arange(batch_size, device=synthesizer.device) % teacher.card.classes
+    images = torch.randn(batch_size, *teacher.card.input_size, device=synthesizer.device)
     times = []
     for _ in range(3):
         started = time.perf_counter()
@@ -215,9 +222,11 @@ def seconds_per_step(recipe: Recipe, teacher: Classifier, execution: Execution) 
 
 
 @dataclass
-class _Work:
-    """The state of one unfinished batch."""
+class Work:
+    """The state of one unfinished batch: optimised tensors, optimiser, step, and the losses of every step so far."""
 
+    shard: int
+    labels: Tensor
     parameters: list[Tensor]
     optimizer: torch.optim.Optimizer = field(init=False)
     step: int = 0
@@ -230,13 +239,16 @@ class _Work:
 
     @property
     def seconds(self) -> float:
+        """Seconds spent on this batch, over all invocations."""
         return self._seconds_before + time.perf_counter() - self._started
 
     @property
     def seconds_since_save(self) -> float:
+        """Seconds of work that a kill would lose now."""
         return time.perf_counter() - self._saved
 
     def is_time_to_tell(self, steps: int) -> bool:
+        """Whether progress should be shown now."""
         # Reading a loss waits for the device, so it happens once a second at most.
         if self.step < steps and time.perf_counter() - self._told < 1.0:
             return False
@@ -244,9 +256,11 @@ class _Work:
         return True
 
     def start_stage(self, stage: Stage) -> None:
+        """A fresh optimiser for `stage`."""
         self.optimizer = torch.optim.Adam(self.parameters, lr=stage.lr, betas=stage.betas)
 
     def save(self, path: Path) -> None:
+        """Write everything that the next step depends on."""
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -259,6 +273,7 @@ class _Work:
         self._saved = time.perf_counter()
 
     def load(self, path: Path) -> None:
+        """Go on from what `save` wrote."""
         state = torch.load(path, weights_only=True, map_location=self.parameters[0].device)
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):

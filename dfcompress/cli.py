@@ -1,0 +1,78 @@
+"""The command line: finds the commands and turns errors into one line and an exit code.
+
+No command is imported before it is named, and none imports torch before it runs,
+so `--help`, completion and usage errors answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+import sys
+from typing import Any
+
+import click
+
+from dfcompress import commands
+from dfcompress.errors import DfcompressError
+
+INTERRUPTED = 130
+
+
+class Commands(click.Group):
+    """The group whose commands are the files of `dfcompress/commands`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every file that is a command."""
+        return sorted(module.name for module in pkgutil.iter_modules(commands.__path__) if module.name[0] != "_")
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import the one file."""
+        if name not in self.list_commands(ctx):
+            return None
+        command: click.Command = getattr(importlib.import_module(f"{commands.__name__}.{name}"), name)
+        for part in [command, *getattr(command, "commands", {}).values()]:
+            # Else click asks for DFCOMPRESS_INVERT_STEPS instead of DFCOMPRESS_STEPS.
+            part.context_settings["auto_envvar_prefix"] = "DFCOMPRESS"
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Suggest the nearest command where the name is none."""
+        known = self.list_commands(ctx)
+        if args[0] not in known and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise click.UsageError(f"There is no command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="dfcompress")
+def root() -> None:
+    """Compress released image classifiers without the data they were trained on.
+
+    Every option can also stand in the environment (DFCOMPRESS_STEPS) or in dfcompress.toml;
+    the command line wins, then the environment, then the file.
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and end the process with its exit code."""
+    sys.exit(run(args))
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; the one place where an error becomes a line."""
+    try:
+        root.main(args, prog_name="dfcompress", standalone_mode=False)
+    except DfcompressError as error:
+        click.echo(f"dfcompress: {error}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("dfcompress: interrupted.", err=True)
+        return INTERRUPTED
+    return 0

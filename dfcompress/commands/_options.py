@@ -1,0 +1,193 @@
+"""Options that several commands share: each is spelled and explained once.
+
+A group of options reaches the command as the one value it stands for: `@synthesis` gives it a `Synthesis`.
+The value is built only when the command runs, so parsing imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dfcompress import console
+from dfcompress.commands import _config
+from dfcompress.errors import BadInput
+
+if TYPE_CHECKING:
+    from dfcompress.device import Compute
+    from dfcompress.models.classifier import Classifier
+    from dfcompress.synthesis.invert import Synthesis
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Command], Command]
+PATH = click.Path(path_type=Path)
+
+
+def group(name: str, build: Callable[..., Any], *options: Decorator) -> Decorator:
+    """Options that reach the command as one argument `name`, made by `build` from their values."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def with_value(*args: Any, **values: Any) -> Any:
+            own = {key: values.pop(key) for key in keys}
+            return command(*args, **values, **{name: build(**own)})
+
+        before = len(getattr(command, "__click_params__", []))
+        for option in reversed(options):
+            option(with_value)
+        keys = [parameter.name for parameter in with_value.__click_params__[before:] if parameter.expose_value]
+        return with_value  # type: ignore[return-value]
+
+    return decorate
+
+
+def together(*decorators: Decorator) -> Decorator:
+    """Several decorators as one, in the order of the help page."""
+    return lambda command: functools.reduce(lambda inner, decorator: decorator(inner), reversed(decorators), command)
+
+
+def example(line: str) -> str:
+    """The line to paste at the end of a command's help."""
+    return f"Example:  {line}"
+
+
+def numbers(text: str | None, option: str, kind: type = float, separator: str = ",") -> tuple[Any, ...] | None:
+    """`0.49,0.48,0.45` → (0.49, 0.48, 0.45); raises `BadInput` naming the option."""
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(separator))
+    except ValueError:
+        form = separator.join(["3", "32", "32"]) if kind is int else "0.49,0.48,0.45"
+        raise BadInput(f"{option} {text!r} is not understood.", f"Write it like {form}.") from None
+
+
+def _load(
+    model: Path,
+    arch: str | None,
+    match_by_order: bool,
+    input_size: str | None,
+    mean: str | None,
+    std: str | None,
+    class_names: Path | None,
+) -> Classifier:
+    from dfcompress.models.checkpoint import load
+
+    return load(
+        model,
+        arch=arch,
+        match_by_order=match_by_order,
+        input_size=numbers(input_size, "--input-size", int, "x"),
+        mean=numbers(mean, "--mean"),
+        std=numbers(std, "--std"),
+        classes=class_names,
+    )
+
+
+def _compute(device: str, precision: str, compile: str, seed: int) -> Compute:
+    from dfcompress.device import Compute
+
+    return Compute(device, precision, compile, seed)  # type: ignore[arg-type]
+
+
+def _synthesis(
+    recipe: str,
+    preset: str | None,
+    settings: tuple[str, ...],
+    images: int,
+    steps: int | None,
+    lr: float | None,
+    batch_size: int | None,
+) -> Synthesis:
+    from dfcompress.synthesis.invert import Synthesis
+
+    short = {"steps": steps, "lr": lr, "batch_size": batch_size}
+    overrides: dict[str, Any] = {name: value for name, value in short.items() if value is not None}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise BadInput(f"--set {setting!r} has no '='.", "Write NAME=VALUE, for instance --set bn=10.")
+        overrides[name.strip()] = value.strip()
+    return Synthesis(recipe, preset, overrides, images)
+
+
+def _set_verbosity(ctx: click.Context, parameter: click.Parameter, verbosity: int) -> None:
+    console.configure(verbosity)
+
+
+loading = together(
+    click.option("--arch", help="Architecture: a name, timm:NAME, file.py:factory or package.module:factory."),
+    click.option("--match-by-order", is_flag=True, help="Take weights by order and shape where the names differ."),
+    click.option("--input-size", metavar="CxHxW", help="Input size, for instance 3x32x32."),
+    click.option("--mean", metavar="M,M,M", help="Mean of the training images per channel, in [0, 1]."),
+    click.option("--std", metavar="S,S,S", help="Standard deviation of the training images per channel."),
+    click.option("--classes", "class_names", type=PATH, help="File with one class name a line."),
+)
+
+model = group("model", _load, click.argument("model", type=PATH, envvar="DFCOMPRESS_MODEL"), loading)
+
+output = together(
+    click.option("-o", "--output", type=PATH, help="Folder of the result; by default named after the checkpoint."),
+    click.option("--resume", is_flag=True, help="Go on with what is in that folder."),
+    click.option("--overwrite", is_flag=True, help="Replace what is in that folder."),
+    click.option("--dry-run", is_flag=True, help="Show what would be done, and touch nothing."),
+)
+
+device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+
+compute = group(
+    "compute",
+    _compute,
+    device,
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+        default="auto",
+        show_default=True,
+        help="Of the convolutions; auto is bf16 where the processor has it.",
+    ),
+    click.option(
+        "--compile",
+        type=click.Choice(["auto", "on", "off"]),
+        default="auto",
+        show_default=True,
+        help="auto compiles where the job is long enough to pay for it.",
+    ),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+)
+
+synthesis = group(
+    "synthesis",
+    _synthesis,
+    click.option("--recipe", default="deepinversion", show_default=True, help="Method of synthesis."),
+    click.option("--preset", help="Settings of the recipe; by default its first preset."),
+    click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override one setting of the recipe."),
+    click.option("--images", type=click.IntRange(1), default=1024, show_default=True, help="Images to make."),
+    click.option("--steps", type=click.IntRange(1), help="Synthesis steps a batch."),
+    click.option("--lr", type=float, help="Rate of synthesis."),
+    click.option("--batch-size", type=click.IntRange(1), help="Images made together."),
+)
+
+data = click.option("--data", type=PATH, help="A synthetic set or real images; without it, images are made first.")
+eval_data = click.option("--eval-data", type=PATH, help="Real images to report accuracy on; they choose nothing.")
+
+reporting = together(
+    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else."),
+    _config.option,
+    click.option(
+        "-v",
+        "--verbose",
+        "verbosity",
+        flag_value=console.VERBOSE,
+        type=int,
+        default=console.NORMAL,
+        callback=_set_verbosity,
+        expose_value=False,
+        help="Explain automatic choices.",
+    ),
+    click.option("-q", "--quiet", "verbosity", flag_value=console.QUIET, type=int, expose_value=False, help="No progress."),
+)

@@ -1,0 +1,54 @@
+"""`dfcompress invert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dfcompress import console
+from dfcompress.commands import _options
+
+if TYPE_CHECKING:
+    from dfcompress.device import Compute
+    from dfcompress.models.classifier import Classifier
+    from dfcompress.synthesis.invert import Synthesis
+
+
+@click.command(epilog=_options.example("dfcompress invert resnet20.pt --images 2048 -o images"))
+@_options.model
+@_options.synthesis
+@click.option("--verify", type=_options.PATH, multiple=True, help="Another checkpoint that classifies the images.")
+@_options.output
+@_options.compute
+@_options.reporting
+def invert(
+    model: Classifier,
+    synthesis: Synthesis,
+    compute: Compute,
+    verify: tuple[Path, ...],
+    output: Path | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Make images from a checkpoint and nothing else."""
+    from dfcompress.synthesis.invert import invert, plan
+
+    if dry_run:
+        console.result_json(plan(model, output=output, synthesis=synthesis, compute=compute))
+        return
+    made = invert(
+        model, output=output, synthesis=synthesis, compute=compute, verify=verify, resume=resume, overwrite=overwrite
+    )
+    if as_json:
+        console.result_json(made.to_json())
+        return
+    console.result(f"{made.images} images in {made.seconds:.0f} s: {made.output} (picture: {made.output}/preview.png)")
+    if made.teacher_top1 is not None:
+        console.result(f"the teacher classifies {made.teacher_top1:.1%} as intended")
+    console.result(f"BatchNorm divergence (J_KL over the set): {made.bn_divergence:.4f}")
+    for other in made.verify:
+        console.result(f"{other['checkpoint']} classifies {other['top1']:.1%} as intended")

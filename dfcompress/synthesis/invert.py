@@ -1,0 +1,192 @@
+"""`invert`: a checkpoint in, a synthetic set out.
+
+    dfcompress.invert("resnet20.pt")
+    dfcompress.invert("resnet20.pt", synthesis=Synthesis(images=4096, preset="paper-cifar10"))
+    dfcompress.invert(dfcompress.load("net.pt", arch="net.py:make"), output="images")
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from dfcompress import console
+from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_stored
+from dfcompress.device import Compute, processor_name
+from dfcompress.errors import BadInput
+from dfcompress.evaluation.health import bn_divergence
+from dfcompress.evaluation.metrics import share_correct
+from dfcompress.models.checkpoint import as_classifier
+from dfcompress.models.classifier import Classifier, require_batchnorm_statistics
+from dfcompress.run import Run, write_atomically
+from dfcompress.synthesis.recipe import RecipeChoice, choose
+from dfcompress.synthesis.synthesizer import Batch, Execution, Synthesizer, resolve_execution
+
+METRICS = "metrics.jsonl"
+PREVIEW = "preview.png"
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """Which images to make: the recipe, its preset, settings that override the preset's, and how many."""
+
+    recipe: str = "deepinversion"
+    preset: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    images: int = 1024
+
+    def choose(self) -> RecipeChoice:
+        """The recipe with every setting resolved; raises `BadInput` for unknown names and values."""
+        if self.images < 1:
+            raise BadInput(f"--images {self.images} is not a number of images.", "Ask for at least 1.")
+        return choose(self.recipe, self.preset, self.settings)
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """What `invert` made.
+
+    `teacher_top1` is the share of images the teacher classifies as intended, None for recipes without labels;
+    `bn_divergence` is J_KL over the whole set; `verify` says how other networks classify the images.
+    """
+
+    output: str
+    images: int
+    seconds: float
+    teacher_top1: float | None
+    bn_divergence: float
+    verify: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as `--json` prints them."""
+        return asdict(self)
+
+
+def invert(
+    checkpoint: str | Path | Classifier,
+    *,
+    output: str | Path | None = None,
+    synthesis: Synthesis = Synthesis(),  # noqa: B008: frozen
+    compute: Compute = Compute(),  # noqa: B008: frozen
+    verify: Sequence[str | Path | Classifier] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Inversion:
+    """Make a synthetic set from a checkpoint and nothing else.
+
+    The folder `output` (default: `<checkpoint>-invert`) holds the shards, `dataset.json`, `preview.png`,
+    `metrics.jsonl` and `run.json`. Killed at any time, the same call with `resume` ends in the same bytes.
+    Raises `BadInput` where the model has no trained BatchNorm statistics or the options do not fit.
+    """
+    teacher = as_classifier(checkpoint)
+    others = [as_classifier(other) for other in verify]
+    choice = synthesis.choose()
+    require_batchnorm_statistics(teacher)
+    options = {**asdict(synthesis), **asdict(compute), "recipe": asdict(choice), "teacher": teacher.sha256}
+    run = Run("invert", Path(output or f"{teacher.name}-invert"), options, resume=resume, overwrite=overwrite)
+    synthetic = make_set(teacher, run.folder, synthesis, compute)
+    result = Inversion(
+        output=str(run.folder),
+        images=len(synthetic),
+        seconds=seconds_of(synthetic),
+        teacher_top1=None if choice.build().label_free else share_correct(teacher, synthetic),
+        bn_divergence=bn_divergence(teacher, synthetic.batches(choice.build().batch_size)),
+        verify=[{"checkpoint": other.name, "top1": share_correct(other, synthetic)} for other in others],
+    )
+    run.finish(result.to_json())
+    return result
+
+
+def make_set(teacher: Classifier, folder: Path, synthesis: Synthesis, compute: Compute) -> SyntheticSet:
+    """Make the set in `folder`, or finish the one that is there.
+
+    Raises `BadInput` where the folder holds a set of another teacher, recipe, count or seed.
+    """
+    choice = synthesis.choose()
+    recipe = choice.build()
+    batch_size = min(recipe.batch_size, synthesis.images)
+    job = {
+        "recipe": asdict(choice),
+        "images": synthesis.images,
+        "seed": compute.seed,
+        "teacher": {"name": teacher.name, "sha256": teacher.sha256},
+    }
+    if (folder / MANIFEST).exists():
+        synthetic = SyntheticSet(folder)
+        _check_same_job(synthetic, job)
+    else:
+        sizes = [min(batch_size, synthesis.images - start) for start in range(0, synthesis.images, batch_size)]
+        execution = resolve_execution(
+            recipe,
+            teacher,
+            batch_size=batch_size,
+            batches=len(sizes),
+            device_name=compute.device,
+            precision=compute.precision,
+            compile=compute.compile,
+        )
+        card = teacher.card.to_json()
+        synthetic = SyntheticSet.create(folder, {**job, "card": card, "shards": sizes, "execution": execution.to_json()})
+    _make_missing_shards(synthetic, teacher, choice, batch_size)
+    _write_preview(synthetic)
+    return synthetic
+
+
+def seconds_of(synthetic: SyntheticSet) -> float:
+    """Seconds of synthesis that the shards of a set took, from its `metrics.jsonl`."""
+    lines = [json.loads(line) for line in (synthetic.folder / METRICS).read_text().splitlines()]
+    return round(sum({line["shard"]: line["seconds"] for line in lines if "seconds" in line}.values()), 2)
+
+
+def _make_missing_shards(synthetic: SyntheticSet, teacher: Classifier, choice: RecipeChoice, batch_size: int) -> None:
+    missing = synthetic.missing_shards()
+    if not missing:
+        return
+    execution = Execution(**synthetic.manifest["execution"])
+    synthesizer = Synthesizer(choice.build(), teacher, execution, seed=synthetic.manifest["seed"])
+    processor = processor_name(synthesizer.device)
+    if processor != execution.processor:
+        console.notice(f"This set was begun on {execution.processor}; {processor} may round its images differently.")
+    for shard in missing:
+        partial = synthetic.shard_path(shard).with_suffix(".partial")
+        first = shard * batch_size
+        # A last, smaller shard is cut from a full batch: a smaller batch has other BatchNorm statistics.
+        labels = torch.arange(first, first + batch_size) % teacher.card.classes
+        batch = synthesizer.batch(shard, labels, partial=partial)
+        size = synthetic.manifest["shards"][shard]
+        stored = as_stored(batch.images[:size], in_range=synthesizer.recipe.images.in_range)
+        _append_metrics(synthetic.folder / METRICS, shard, batch)
+        synthetic.write_shard(shard, stored, batch.labels[:size])
+        partial.unlink(missing_ok=True)
+
+
+def _append_metrics(path: Path, shard: int, batch: Batch) -> None:
+    points = [{"shard": shard, **point} for point in batch.history]
+    end = {"shard": shard, "seconds": round(batch.seconds, 3), **batch.losses}
+    with path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in [*points, end])
+
+
+def _check_same_job(synthetic: SyntheticSet, job: Mapping[str, Any]) -> None:
+    for name, value in job.items():
+        if synthetic.manifest[name] != json.loads(json.dumps(value)):
+            raise BadInput(f"{synthetic.folder} holds a set with another {name}.", "Name another folder, or --overwrite.")
+
+
+def _write_preview(synthetic: SyntheticSet) -> None:
+    """The first 80 images; a column holds one class where there are ten."""
+    images, _ = next(synthetic.batches(80))
+    scale = max(1, 64 // images.shape[-1])
+    enlarged = images.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid: Tensor = make_grid(enlarged, nrow=10, padding=2, pad_value=1.0)
+    pixels = (grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    with write_atomically(synthetic.folder / PREVIEW) as path:
+        Image.fromarray(pixels).save(path, format="png")
