@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -39,3 +42,15 @@ class Classifier(nn.Module):
     def frozen(self) -> Classifier:
         """Itself in evaluation mode, no parameter asking for a gradient."""
         return self.eval().requires_grad_(False)
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put the network into evaluation mode, and every module back into its own mode afterwards."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

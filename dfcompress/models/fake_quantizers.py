@@ -1,0 +1,196 @@
+"""Convolution and linear layers that compute in float what the integers would give.
+
+    quantize_layers(network, {"conv1": (8, 8), "fc": (4, 4)})    # weights are quantized from here on
+    layer.input_grid = InputGrid.covering(low, high, bits=4)     # ... and activations, once calibrated
+    freeze(network)                                              # weights become their integers times a scale
+
+Weights: uniform, symmetric, narrow range, one scale per output channel, taken from max|w| at every forward pass.
+Activations: the layer's input, uniform, one scale and zero point for the tensor, fixed once set.
+Both pass the gradient straight through where nothing was clipped. Biases and BatchNorm stay in float.
+(Haroush et al. 2020, section 4; symmetric weights and the input's side of a layer are our choice.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfcompress.errors import BadInput
+
+WIDTHS = range(2, 9)
+FLOAT_BITS = 32
+
+# The smallest normal fp32 number: the scale of an all-zero channel, whose reciprocal is still finite.
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """The values a quantized activation can take: (q − zero_point) · scale for q in 0 .. 2^bits − 1.
+
+    `scale` is exact in fp32; zero is one of the values.
+    Plain numbers, not tensors: they follow the network to any device and are constants to the compiler.
+    """
+
+    scale: float
+    zero_point: int
+
+    @classmethod
+    def covering(cls, low: float, high: float, *, bits: int) -> InputGrid:
+        """The grid whose 2^bits values span [min(low, 0), max(high, 0)], moved by less than a step to meet zero."""
+        low, high, largest = min(low, 0.0), max(high, 0.0), 2**bits - 1
+        scale = max(torch.tensor((high - low) / largest, dtype=torch.float32).item(), _SMALLEST_SCALE)
+        return cls(scale, min(round(-low / scale), largest))
+
+    def quantized(self, activations: Tensor, *, bits: int) -> Tensor:
+        """The nearest value of the grid, in fp32; the gradient passes where nothing was clipped."""
+        return torch.fake_quantize_per_tensor_affine(activations.float(), self.scale, self.zero_point, 0, 2**bits - 1)
+
+
+class QuantizedLayer(nn.Module):
+    """A layer with few-bit weights and input; what its subclasses add is the arithmetic between the two.
+
+    `input_grid` is None until calibrated: the input then stays in float.
+    `weight_scale` `(out_channels,)` is None until frozen: the weight is then quantized anew at every forward pass.
+    """
+
+    weight: Tensor
+    weight_bits: int
+    input_bits: int
+    input_grid: InputGrid | None
+    weight_scale: Tensor | None
+
+    def quantized_input(self, activations: Tensor) -> Tensor:
+        """The input as the layer sees it."""
+        if self.input_grid is None:
+            return activations
+        return self.input_grid.quantized(activations, bits=self.input_bits)
+
+    def quantized_weight(self) -> Tensor:
+        """The weight as the layer uses it: integers times the scale of their output channel."""
+        if self.weight_scale is not None:
+            return self.weight
+        scale = channel_scales(self.weight, bits=self.weight_bits)
+        zero_points = torch.zeros_like(scale, dtype=torch.int32)
+        largest = largest_integer(self.weight_bits)
+        return torch.fake_quantize_per_channel_affine(self.weight, scale, zero_points, 0, -largest, largest)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Make the weight what `quantized_weight` gives now, once and for all."""
+        if self.weight_scale is None:
+            scale = channel_scales(self.weight, bits=self.weight_bits)
+            integers = (self.quantized_weight() / _per_channel(scale, self.weight)).round()
+            self.set_integer_weight(integers, scale)
+
+    @torch.no_grad()
+    def set_integer_weight(self, integers: Tensor, scale: Tensor) -> None:
+        """Freeze the weight at `integers` (the weight's shape) times `scale` `(out_channels,)`."""
+        # The only place where the product is formed, and in one memory layout:
+        # so the frozen network and the loaded one agree to the bit.
+        integers = integers.to(self.weight.device, torch.float32).contiguous()
+        scale = scale.to(self.weight.device)
+        self.weight = nn.Parameter(integers * _per_channel(scale, integers), requires_grad=self.weight.requires_grad)
+        self.weight_scale = scale
+
+    def integer_weight(self) -> Tensor:
+        """The integers `(int8, the weight's shape)` of a frozen weight."""
+        if self.weight_scale is None:
+            raise ValueError("a weight has lasting integers only once it is frozen")
+        integers = self.weight.detach() / _per_channel(self.weight_scale, self.weight)
+        return integers.round().to(torch.int8)
+
+
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+    """`nn.Conv2d` with few-bit weights and input; a state dict of one fits the other."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Features of `input` `(N, C, H, W)`."""
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """`nn.Linear` with few-bit weights and input; a state dict of one fits the other."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Features of `input` `(N, ..., in_features)`."""
+        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+_QUANTIZED: Mapping[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Conv2d: QuantizedConv2d,
+    nn.Linear: QuantizedLinear,
+}
+
+
+def quantizable_layers(network: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The layers of these names.
+
+    Raises `BadInput` where a name is not that of a plain convolution or linear layer: a subclass of one may compute
+    something else in its forward, which we would silently replace.
+    """
+    modules = dict(network.named_modules())
+    layers = {}
+    for name in names:
+        if name not in modules:
+            raise BadInput(f"The network has no layer {name!r} to quantize.", "Name a convolution or linear layer.")
+        if type(modules[name]) not in _QUANTIZED:
+            found = type(modules[name]).__name__
+            raise BadInput(
+                f"Layer {name!r} is a {found} and cannot be quantized.", "Only Conv2d and Linear layers can."
+            )
+        layers[name] = modules[name]
+    return layers
+
+
+def quantize_layers(network: nn.Module, layer_bits: Mapping[str, tuple[int, int]]) -> None:
+    """Turn the named layers into quantized ones, in place; `layer_bits` gives the bits of (weights, input) of each.
+
+    State-dict keys stay as they are. Input bits of 32 leave the activations in float.
+    Raises `BadInput` where a name is not that of a plain convolution or linear layer.
+    """
+    for name, layer in quantizable_layers(network, layer_bits).items():
+        layer.__class__ = _QUANTIZED[type(layer)]
+        assert isinstance(layer, QuantizedLayer)
+        layer.weight_bits, layer.input_bits = layer_bits[name]
+        layer.input_grid = None
+        # A buffer, so that it moves with the layer; not a persistent one, so that state-dict keys stay.
+        layer.register_buffer("weight_scale", None, persistent=False)
+
+
+def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers of the network by name, in the order the modules are registered."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def is_quantized(network: nn.Module) -> bool:
+    """Whether any layer of the network is quantized."""
+    return bool(quantized_layers(network))
+
+
+def freeze(network: nn.Module) -> None:
+    """Replace every quantized layer's float weight by its integers times their scale, in place.
+
+    What is measured, packed and loaded afterwards is the same to the bit.
+    """
+    for layer in quantized_layers(network).values():
+        layer.freeze()
+
+
+def largest_integer(bits: int) -> int:
+    """The largest magnitude of a weight's integers: the narrow range leaves −2^(bits − 1) unused."""
+    return 2 ** (bits - 1) - 1
+
+
+def channel_scales(weight: Tensor, *, bits: int) -> Tensor:
+    """One scale `(out_channels,)` per output channel of `weight`: max|w| / (2^(bits − 1) − 1)."""
+    largest_magnitudes = weight.detach().flatten(1).abs().amax(1)
+    return (largest_magnitudes / largest_integer(bits)).clamp_min(_SMALLEST_SCALE)
+
+
+def _per_channel(scale: Tensor, weight: Tensor) -> Tensor:
+    return scale.view(-1, *[1] * (weight.dim() - 1))

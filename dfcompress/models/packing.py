@@ -1,0 +1,200 @@
+"""A quantized network as few bytes: integers at their true width, and back to the same network, bit for bit.
+
+Of each quantized layer the file holds `<layer>.weight_packed` (uint8, see `pack_integers`) and
+`<layer>.weight_scale` (fp32, one per output channel) in place of `<layer>.weight`; every other tensor stays as it is.
+Bits and input grids stand in one JSON string, whose numbers are the fp32 values exactly:
+
+    {"version": 1, "layers": {
+        "conv1": {"weight_bits": 8, "input_bits": 8, "input_scale": 0.02, "input_zero_point": 117}, ...}}
+
+The two `input_` values are absent where the activations stay in float.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dfcompress.errors import BadInput
+from dfcompress.models.fake_quantizers import (
+    FLOAT_BITS,
+    WIDTHS,
+    InputGrid,
+    QuantizedLayer,
+    largest_integer,
+    quantizable_layers,
+    quantize_layers,
+    quantized_layers,
+)
+
+VERSION = 1
+
+_FP32 = torch.finfo(torch.float32)
+_Layout = dict[str, tuple[torch.dtype, list[int]]]
+
+
+def pack_integers(values: Tensor, bits: int) -> Tensor:
+    """Integers of −2^(bits − 1) .. 2^(bits − 1) − 1 as ceil(n · bits / 8) bytes `(uint8)`, for 1 to 8 bits.
+
+    Two's complement; value i takes bits i · bits and on of the stream, lowest first: at 4 bits this is
+    the layout of ONNX's INT4.
+    Raises `ValueError` where a value does not fit.
+    """
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if values.numel() and not (low <= values.min() and values.max() <= high):
+        raise ValueError(f"values of {values.min()} to {values.max()} do not fit {bits} bits")
+    integers = values.flatten().to("cpu", torch.int8).numpy().view(np.uint8)
+    stream = np.unpackbits(integers[:, None], axis=1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(stream, bitorder="little"))
+
+
+def unpack_integers(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """The integers `(int8, shape)` that `pack_integers` packed.
+
+    Raises `ValueError` where the number of bytes is not the one that `shape` needs.
+    """
+    count = prod(shape)
+    if packed.numel() != packed_bytes(count, bits):
+        raise ValueError(f"{count} values of {bits} bits take {packed_bytes(count, bits)} bytes, not {packed.numel()}")
+    stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+    # The value's bits go to the top of its byte; shifting them down again drags the sign along.
+    at_top = np.packbits(stream[:, ::-1], axis=1).reshape(count)
+    return torch.from_numpy(at_top.view(np.int8) >> (8 - bits)).reshape(shape)
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """How many bytes `count` integers take."""
+    return -(-count * bits // 8)
+
+
+def pack_network(network: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """The tensors and the JSON string that `unpack_network` makes the same network of.
+
+    `network` is quantized, calibrated and frozen; `ValueError` where it is not.
+    """
+    layers = quantized_layers(network)
+    tensors = _plain_tensors(network)
+    for name, layer in layers.items():
+        integers = layer.integer_weight()
+        assert layer.weight_scale is not None
+        del tensors[f"{name}.weight"]
+        tensors[f"{name}.weight_packed"] = pack_integers(integers, layer.weight_bits)
+        tensors[f"{name}.weight_scale"] = layer.weight_scale
+    described = {name: _described(name, layer) for name, layer in layers.items()}
+    return tensors, json.dumps({"version": VERSION, "layers": described}, separators=(",", ":"))
+
+
+def _plain_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict without BatchNorm's counters, which only training reads."""
+    state = network.state_dict()
+    return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+
+
+def _described(name: str, layer: QuantizedLayer) -> dict[str, int | float]:
+    values: dict[str, int | float] = {"weight_bits": layer.weight_bits, "input_bits": layer.input_bits}
+    if layer.input_bits == FLOAT_BITS:
+        return values
+    if layer.input_grid is None:
+        raise ValueError(f"layer {name} was never calibrated")
+    return values | {"input_scale": layer.input_grid.scale, "input_zero_point": layer.input_grid.zero_point}
+
+
+def unpack_network(network: nn.Module, tensors: Mapping[str, Tensor], quantization_json: str) -> None:
+    """Make `network`, fresh and in float, the quantized and frozen one that `pack_network` was given.
+
+    Raises `BadInput`, and leaves the network as it was, where the tensors or the JSON are not what `pack_network`
+    writes for this architecture.
+    """
+    layers = _parsed(quantization_json)
+    _check_tensors(tensors, _expected_tensors(network, layers))
+    weights = {name: _unpacked_weight(network, name, tensors, layer) for name, layer in layers.items()}
+    quantize_layers(network, {name: (layer.weight_bits, layer.input_bits) for name, layer in layers.items()})
+    for name, quantized in quantized_layers(network).items():
+        quantized.set_integer_weight(*weights[name])
+        quantized.input_grid = layers[name].input_grid
+    # Not strict: the quantized weights are in place already, and BatchNorm's counters are not stored.
+    network.load_state_dict({name: tensors[name] for name in _plain_tensors(network) if name in tensors}, strict=False)
+
+
+@dataclass(frozen=True)
+class _PackedLayer:
+    weight_bits: int
+    input_bits: int
+    input_grid: InputGrid | None
+
+
+def _parsed(quantization_json: str) -> dict[str, _PackedLayer]:
+    try:
+        values = json.loads(quantization_json)
+    except (ValueError, RecursionError):
+        raise _damaged("its quantization settings are not JSON") from None
+    if not isinstance(values, dict) or values.get("version") != VERSION or not isinstance(values.get("layers"), dict):
+        raise _damaged(f"its quantization settings are not those of version {VERSION}")
+    return {name: _parsed_layer(name, layer) for name, layer in values["layers"].items()}
+
+
+def _parsed_layer(name: str, values: object) -> _PackedLayer:
+    if not isinstance(values, dict):
+        raise _damaged(f"layer {name!r} has no settings")
+    weight_bits = _integer(name, values, "weight_bits", WIDTHS)
+    input_bits = _integer(name, values, "input_bits", (*WIDTHS, FLOAT_BITS))
+    if input_bits == FLOAT_BITS:
+        return _PackedLayer(weight_bits, input_bits, None)
+    scale = values.get("input_scale")
+    if not isinstance(scale, float) or not _FP32.tiny <= scale <= _FP32.max:
+        raise _damaged(f"layer {name!r} has input_scale {scale!r}")
+    zero_point = _integer(name, values, "input_zero_point", range(2**input_bits))
+    return _PackedLayer(weight_bits, input_bits, InputGrid(scale, zero_point))
+
+
+def _integer(layer: str, values: Mapping[str, object], field: str, allowed: Sequence[int]) -> int:
+    value = values.get(field)
+    if type(value) is not int or value not in allowed:  # type: JSON's true is an int to isinstance
+        raise _damaged(f"layer {layer!r} has {field} {value!r}")
+    return value
+
+
+def _expected_tensors(
+    network: nn.Module, layers: Mapping[str, _PackedLayer]
+) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Type and shape of every tensor that a file of this network and these layers holds."""
+    expected = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in _plain_tensors(network).items()}
+    for name in quantizable_layers(network, layers):
+        _, shape = expected.pop(f"{name}.weight")
+        expected[f"{name}.weight_packed"] = torch.uint8, [packed_bytes(prod(shape), layers[name].weight_bits)]
+        expected[f"{name}.weight_scale"] = torch.float32, shape[:1]
+    return expected
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], expected: _Layout) -> None:
+    for name in tensors.keys() - expected.keys():
+        raise _damaged(f"it has a tensor {name!r} that its architecture does not")
+    for name, (dtype, shape) in expected.items():
+        if name not in tensors:
+            raise _damaged(f"tensor {name!r} is missing")
+        found = tensors[name]
+        if (found.dtype, list(found.shape)) != (dtype, shape):
+            raise _damaged(f"tensor {name!r} is {found.dtype} {list(found.shape)}, not {dtype} {shape}")
+
+
+def _unpacked_weight(
+    network: nn.Module, name: str, tensors: Mapping[str, Tensor], layer: _PackedLayer
+) -> tuple[Tensor, Tensor]:
+    shape = tuple(network.get_parameter(f"{name}.weight").shape)
+    integers = unpack_integers(tensors[f"{name}.weight_packed"], layer.weight_bits, shape)
+    scale = tensors[f"{name}.weight_scale"]
+    if integers.numel() and integers.min() < -largest_integer(layer.weight_bits):
+        raise _damaged(f"tensor '{name}.weight_packed' holds {integers.min()}, which is no weight")
+    if not ((scale >= _FP32.tiny) & scale.isfinite()).all():
+        raise _damaged(f"tensor '{name}.weight_scale' holds values that are no scale")
+    return integers, scale
+
+
+def _damaged(what: str) -> BadInput:
+    return BadInput(f"The quantized model is damaged: {what}.", "Make it again, or copy it again from where it came.")

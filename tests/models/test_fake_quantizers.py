@@ -1,0 +1,214 @@
+"""Fake quantizers give exactly the values of their integers, and gradients that pass straight through."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dfcompress.device import can_compile
+from dfcompress.errors import BadInput
+from dfcompress.models.fake_quantizers import (
+    InputGrid,
+    QuantizedConv2d,
+    QuantizedLayer,
+    freeze,
+    is_quantized,
+    quantize_layers,
+    quantized_layers,
+)
+
+WIDTHS = st.integers(2, 8)
+REALS = st.floats(-100, 100, width=32)
+
+
+def small_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=4),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8, bias=False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    ).eval()
+
+
+def quantized_network(*, bits: int = 4) -> nn.Sequential:
+    network = small_network()
+    quantize_layers(network, dict.fromkeys(("0", "3", "5", "8"), (bits, bits)))
+    for layer in quantized_layers(network).values():
+        layer.input_grid = InputGrid.covering(-1.0, 2.0, bits=bits)
+    return network
+
+
+def a_linear_layer(rows: list[list[float]], *, bits: int) -> QuantizedLayer:
+    network = nn.Sequential(nn.Linear(len(rows[0]), len(rows), bias=False))
+    network[0].weight = nn.Parameter(torch.tensor(rows))
+    quantize_layers(network, {"0": (bits, 32)})
+    return quantized_layers(network)["0"]
+
+
+def test_a_four_bit_weight_has_the_integers_minus_seven_to_seven_of_its_channel():
+    layer = a_linear_layer([[7.0, -3.4, 0.6, -7.0], [0.7, 0.34, -0.06, 0.0]], bits=4)
+    torch.testing.assert_close(layer.quantized_weight(), torch.tensor([[7.0, -3.0, 1.0, -7.0], [0.7, 0.3, -0.1, 0.0]]))
+
+
+def test_the_weight_scale_follows_the_weight_until_frozen():
+    layer = a_linear_layer([[1.0, 0.5]], bits=2)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert layer.quantized_weight().abs().max() == 2.0
+
+
+def test_an_all_zero_channel_stays_zero_and_finite():
+    layer = a_linear_layer([[0.0, 0.0], [1.0, -1.0]], bits=4)
+    layer.quantized_weight().sum().backward()
+    assert layer.quantized_weight()[0].tolist() == [0.0, 0.0]
+    assert layer.weight.grad.isfinite().all()
+    layer.freeze()
+    assert layer.weight[0].tolist() == [0.0, 0.0]
+    assert layer.integer_weight().tolist() == [[0, 0], [7, -7]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(WIDTHS, st.lists(st.lists(REALS, min_size=3, max_size=3), min_size=1, max_size=4))
+def test_a_frozen_weight_is_its_integers_times_the_scale_and_within_half_a_step(bits, rows):
+    layer = a_linear_layer(rows, bits=bits)
+    before, quantized = layer.weight.detach().clone(), layer.quantized_weight().detach()
+    layer.freeze()
+    integers, scale = layer.integer_weight(), layer.weight_scale[:, None]
+    assert torch.equal(layer.weight, quantized)
+    assert torch.equal(layer.weight, integers * scale)
+    assert integers.abs().max() <= 2 ** (bits - 1) - 1
+    assert ((layer.weight - before).abs() <= 0.5001 * scale).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(WIDTHS, REALS, REALS, st.lists(REALS, min_size=1, max_size=20))
+def test_quantized_activations_lie_on_the_grid(bits, one_end, other_end, activations):
+    grid = InputGrid.covering(min(one_end, other_end), max(one_end, other_end), bits=bits)
+    values = torch.tensor([q - grid.zero_point for q in range(2**bits)]) * torch.tensor(grid.scale)
+    assert torch.isin(grid.quantized(torch.tensor(activations), bits=bits), values).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(WIDTHS, REALS, REALS)
+def test_zero_is_exactly_a_value_of_the_grid(bits, one_end, other_end):
+    grid = InputGrid.covering(min(one_end, other_end), max(one_end, other_end), bits=bits)
+    assert 0 <= grid.zero_point < 2**bits
+    assert grid.quantized(torch.zeros(1), bits=bits).item() == 0.0
+
+
+def test_the_grid_after_a_relu_spends_all_its_values_above_zero():
+    assert InputGrid.covering(0.0, 3.0, bits=4) == InputGrid(torch.tensor(0.2).item(), 0)
+
+
+def test_the_grid_of_a_signed_range_spans_it():
+    grid = InputGrid.covering(-1.0, 2.0, bits=2)
+    assert grid == InputGrid(1.0, 1)
+    assert grid.quantized(torch.tensor([-9.0, -0.6, 0.4, 1.6, 9.0]), bits=2).tolist() == [-1.0, -1.0, 0.0, 2.0, 2.0]
+
+
+def test_the_gradient_of_activations_passes_straight_through_except_where_clipped():
+    activations = torch.tensor([-5.0, -0.3, 0.4, 5.0], requires_grad=True)
+    InputGrid.covering(-1.0, 2.0, bits=2).quantized(activations, bits=2).sum().backward()
+    assert activations.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
+
+
+def test_the_gradient_of_weights_passes_straight_through():
+    layer = a_linear_layer([[7.0, -3.4, 0.6, -7.0]], bits=4)
+    (layer.quantized_weight() * torch.tensor([[1.0, 2.0, 3.0, 4.0]])).sum().backward()
+    assert layer.weight.grad.tolist() == [[1.0, 2.0, 3.0, 4.0]]
+
+
+def test_swapping_keeps_the_state_dict_keys_and_values():
+    before, network = small_network().state_dict(), quantized_network()
+    assert list(network.state_dict()) == list(before)
+    freeze(network)
+    assert list(network.state_dict()) == list(before)
+
+
+def test_a_quantized_layer_computes_the_plain_layer_of_its_quantized_weight_and_input():
+    network = quantized_network()
+    plain = small_network()
+    images = torch.randn(4, 8, 9, 9)
+    layer = quantized_layers(network)["3"]
+    plain[3].weight = nn.Parameter(layer.quantized_weight())
+    assert torch.equal(layer(images), plain[3](layer.quantized_input(images)))
+    assert not torch.equal(layer(images), plain[3](images))
+
+
+def test_freezing_does_not_change_a_bit_of_the_output():
+    network, images = quantized_network(), torch.randn(4, 3, 12, 12)
+    before = network(images)
+    freeze(network)
+    assert torch.equal(network(images), before)
+    freeze(network)
+    assert torch.equal(network(images), before)
+
+
+def test_channels_last_gives_the_same_quantized_weights():
+    network = quantized_network()
+    expected = [layer.quantized_weight() for layer in quantized_layers(network).values()]
+    network.to(memory_format=torch.channels_last)
+    for layer, weight in zip(quantized_layers(network).values(), expected, strict=True):
+        assert torch.equal(layer.quantized_weight(), weight)
+        layer.freeze()
+        assert torch.equal(layer.weight, weight)
+
+
+def test_a_copy_is_quantized_and_independent():
+    network, images = quantized_network(), torch.randn(2, 3, 12, 12)
+    twin = copy.deepcopy(network)
+    assert torch.equal(twin(images), network(images))
+    freeze(twin)
+    assert isinstance(twin[0], QuantizedConv2d)
+    assert network[0].weight_scale is None
+
+
+def test_training_under_bf16_autocast_quantizes_in_fp32():
+    network = quantized_network()
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.randn(2, 3, 12, 12)).float().square().sum().backward()
+    assert network[3].quantized_input(torch.ones(1, dtype=torch.bfloat16)).dtype == torch.float32
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
+def test_the_compiled_network_is_one_graph_with_the_gradients_of_the_eager_one():
+    network, images = quantized_network(), torch.randn(2, 3, 12, 12)
+    compiled = torch.compile(copy.deepcopy(network), fullgraph=True, dynamic=False)
+    for model in (network, compiled):
+        model(images).square().sum().backward()
+    for eager, fused in zip(network.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(fused.grad, eager.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_is_not_there_is_refused():
+    with pytest.raises(BadInput, match="no layer 'fc'"):
+        quantize_layers(small_network(), {"fc": (4, 4)})
+
+
+def test_a_subclass_with_arithmetic_of_its_own_is_refused():
+    class Standardised(nn.Conv2d):
+        pass
+
+    with pytest.raises(BadInput, match="Standardised"):
+        quantize_layers(nn.Sequential(Standardised(3, 3, 3)), {"0": (4, 4)})
+
+
+def test_a_refused_layer_leaves_the_others_as_they_were():
+    network = small_network()
+    with pytest.raises(BadInput, match="BatchNorm2d"):
+        quantize_layers(network, {"0": (4, 4), "1": (4, 4)})
+    assert not is_quantized(network)
+    assert is_quantized(quantized_network())
