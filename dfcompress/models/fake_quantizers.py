@@ -84,25 +84,23 @@ class QuantizedLayer(nn.Module):
         """Make the weight what `quantized_weight` gives now, once and for all."""
         if self.weight_scale is None:
             scale = channel_scales(self.weight, bits=self.weight_bits)
-            integers = (self.quantized_weight() / _per_channel(scale, self.weight)).round()
-            self.set_integer_weight(integers, scale)
+            self.set_integer_weight(_integers(self.quantized_weight(), scale), scale)
 
     @torch.no_grad()
     def set_integer_weight(self, integers: Tensor, scale: Tensor) -> None:
-        """Freeze the weight at `integers` (the weight's shape) times `scale` `(out_channels,)`."""
+        """Freeze the weight at `integers` (int8, the weight's shape) times `scale` `(out_channels,)`."""
         # The only place where the product is formed, and in one memory layout:
         # so the frozen network and the loaded one agree to the bit.
-        integers = integers.to(self.weight.device, torch.float32).contiguous()
+        integers = integers.to(self.weight.device).contiguous()
         scale = scale.to(self.weight.device)
         self.weight = nn.Parameter(integers * _per_channel(scale, integers), requires_grad=self.weight.requires_grad)
         self.weight_scale = scale
 
-    def integer_weight(self) -> Tensor:
-        """The integers `(int8, the weight's shape)` of a frozen weight."""
+    def integer_weight(self) -> tuple[Tensor, Tensor]:
+        """The integers `(int8, the weight's shape)` of a frozen weight, and their scale `(out_channels,)`."""
         if self.weight_scale is None:
             raise ValueError("a weight has lasting integers only once it is frozen")
-        integers = self.weight.detach() / _per_channel(self.weight_scale, self.weight)
-        return integers.round().to(torch.int8)
+        return _integers(self.weight.detach(), self.weight_scale), self.weight_scale
 
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
@@ -190,6 +188,10 @@ def channel_scales(weight: Tensor, *, bits: int) -> Tensor:
     """One scale `(out_channels,)` per output channel of `weight`: max|w| / (2^(bits − 1) − 1)."""
     largest_magnitudes = weight.detach().flatten(1).abs().amax(1)
     return (largest_magnitudes / largest_integer(bits)).clamp_min(_SMALLEST_SCALE)
+
+
+def _integers(quantized_weight: Tensor, scale: Tensor) -> Tensor:
+    return (quantized_weight / _per_channel(scale, quantized_weight)).round().to(torch.int8)
 
 
 def _per_channel(scale: Tensor, weight: Tensor) -> Tensor:

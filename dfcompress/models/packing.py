@@ -2,7 +2,7 @@
 
 Of each quantized layer the file holds `<layer>.weight_packed` (uint8, see `pack_integers`) and
 `<layer>.weight_scale` (fp32, one per output channel) in place of `<layer>.weight`; every other tensor stays as it is.
-Bits and input grids stand in one JSON string, whose numbers are the fp32 values exactly:
+Bits and input grids are plain JSON values beside them, whose numbers are the fp32 values exactly:
 
     {"version": 1, "layers": {
         "conv1": {"weight_bits": 8, "input_bits": 8, "input_scale": 0.02, "input_zero_point": 117}, ...}}
@@ -12,10 +12,10 @@ The two `input_` values are absent where the activations stay in float.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,21 +73,21 @@ def packed_bytes(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
-def pack_network(network: nn.Module) -> tuple[dict[str, Tensor], str]:
-    """The tensors and the JSON string that `unpack_network` makes the same network of.
+def pack_network(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (contiguous, on the CPU) and the JSON values that `unpack_network` makes the same network of.
 
     `network` is quantized, calibrated and frozen; `ValueError` where it is not.
     """
     layers = quantized_layers(network)
     tensors = _plain_tensors(network)
     for name, layer in layers.items():
-        integers = layer.integer_weight()
-        assert layer.weight_scale is not None
+        integers, scale = layer.integer_weight()
         del tensors[f"{name}.weight"]
         tensors[f"{name}.weight_packed"] = pack_integers(integers, layer.weight_bits)
-        tensors[f"{name}.weight_scale"] = layer.weight_scale
+        tensors[f"{name}.weight_scale"] = scale
     described = {name: _described(name, layer) for name, layer in layers.items()}
-    return tensors, json.dumps({"version": VERSION, "layers": described}, separators=(",", ":"))
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return stored, {"version": VERSION, "layers": described}
 
 
 def _plain_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -105,13 +105,13 @@ def _described(name: str, layer: QuantizedLayer) -> dict[str, int | float]:
     return values | {"input_scale": layer.input_grid.scale, "input_zero_point": layer.input_grid.zero_point}
 
 
-def unpack_network(network: nn.Module, tensors: Mapping[str, Tensor], quantization_json: str) -> None:
+def unpack_network(network: nn.Module, tensors: Mapping[str, Tensor], quantization: object) -> None:
     """Make `network`, fresh and in float, the quantized and frozen one that `pack_network` was given.
 
-    Raises `BadInput`, and leaves the network as it was, where the tensors or the JSON are not what `pack_network`
-    writes for this architecture.
+    Raises `BadInput`, and leaves the network as it was, where the tensors or the JSON values are not what
+    `pack_network` writes for this architecture.
     """
-    layers = _parsed(quantization_json)
+    layers = _parsed(quantization)
     _check_tensors(tensors, _expected_tensors(network, layers))
     weights = {name: _unpacked_weight(network, name, tensors, layer) for name, layer in layers.items()}
     quantize_layers(network, {name: (layer.weight_bits, layer.input_bits) for name, layer in layers.items()})
@@ -129,11 +129,7 @@ class _PackedLayer:
     input_grid: InputGrid | None
 
 
-def _parsed(quantization_json: str) -> dict[str, _PackedLayer]:
-    try:
-        values = json.loads(quantization_json)
-    except (ValueError, RecursionError):
-        raise _damaged("its quantization settings are not JSON") from None
+def _parsed(values: object) -> dict[str, _PackedLayer]:
     if not isinstance(values, dict) or values.get("version") != VERSION or not isinstance(values.get("layers"), dict):
         raise _damaged(f"its quantization settings are not those of version {VERSION}")
     return {name: _parsed_layer(name, layer) for name, layer in values["layers"].items()}
@@ -160,9 +156,7 @@ def _integer(layer: str, values: Mapping[str, object], field: str, allowed: Sequ
     return value
 
 
-def _expected_tensors(
-    network: nn.Module, layers: Mapping[str, _PackedLayer]
-) -> dict[str, tuple[torch.dtype, list[int]]]:
+def _expected_tensors(network: nn.Module, layers: Mapping[str, _PackedLayer]) -> _Layout:
     """Type and shape of every tensor that a file of this network and these layers holds."""
     expected = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in _plain_tensors(network).items()}
     for name in quantizable_layers(network, layers):

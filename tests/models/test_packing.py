@@ -1,0 +1,205 @@
+"""Packing takes the true number of bits, comes back exactly, and refuses what it did not write."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dfcompress.errors import BadInput
+from dfcompress.models.fake_quantizers import InputGrid, freeze, is_quantized, quantize_layers, quantized_layers
+from dfcompress.models.packing import pack_integers, pack_network, unpack_integers, unpack_network
+
+
+def fresh_network(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    norm = nn.BatchNorm2d(6)
+    nn.init.normal_(norm.running_mean)
+    layers = [nn.Conv2d(3, 6, 3), norm, nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(4, 5)).eval()
+
+
+def frozen_network() -> nn.Sequential:
+    network = fresh_network(seed=0)
+    quantize_layers(network, {"0": (8, 8), "3": (3, 5), "6": (8, 32)})
+    for name in ("0", "3"):
+        layer = quantized_layers(network)[name]
+        layer.input_grid = InputGrid.covering(-0.3, 1.7, bits=layer.input_bits)
+    freeze(network)
+    return network
+
+
+def packed_network() -> tuple[dict[str, torch.Tensor], dict]:
+    tensors, quantization = pack_network(frozen_network())
+    return tensors, json.loads(json.dumps(quantization))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.integers(2, 8), st.integers(0, 41))
+def test_integers_of_any_width_and_number_come_back(data, bits, count):
+    integer = st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    values = torch.tensor(data.draw(st.lists(integer, min_size=count, max_size=count)), dtype=torch.int8)
+    packed = pack_integers(values, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.numel() == -(-count * bits // 8)
+    assert torch.equal(unpack_integers(packed, bits, (count,)), values)
+
+
+def test_four_bits_pack_the_first_value_into_the_low_half_of_a_byte():
+    assert pack_integers(torch.tensor([1, -1, 7]), 4).tolist() == [0xF1, 0x07]
+
+
+def test_three_bits_run_across_bytes():
+    assert pack_integers(torch.tensor([1, 2, 3]), 3).tolist() == [0b11_010_001, 0b0]
+
+
+def test_a_shape_comes_back():
+    values = torch.arange(-4, 4).reshape(2, 1, 4).to(torch.int8)
+    assert torch.equal(unpack_integers(pack_integers(values, 3), 3, (2, 1, 4)), values)
+
+
+@pytest.mark.parametrize("value", [-9, 8, 200])
+def test_a_value_that_does_not_fit_is_refused(value):
+    with pytest.raises(ValueError, match="do not fit 4 bits"):
+        pack_integers(torch.tensor([0, value]), 4)
+
+
+def test_the_wrong_number_of_bytes_is_refused():
+    with pytest.raises(ValueError, match="5 values of 3 bits take 2 bytes, not 3"):
+        unpack_integers(torch.zeros(3, dtype=torch.uint8), 3, (5,))
+
+
+def test_an_unpacked_network_is_the_frozen_one_to_the_bit():
+    frozen, loaded = frozen_network(), fresh_network(seed=1)
+    images = torch.randn(8, 3, 9, 9)
+    assert not torch.equal(loaded(images), frozen(images))
+    unpack_network(loaded, *packed_network())
+    assert torch.equal(loaded(images), frozen(images))
+    assert all(torch.equal(tensor, frozen.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_packing_the_unpacked_network_gives_the_same_file():
+    tensors, quantization = packed_network()
+    loaded = fresh_network(seed=1)
+    unpack_network(loaded, tensors, quantization)
+    again, quantization_again = pack_network(loaded)
+    assert quantization_again == quantization
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
+
+
+def test_each_layer_is_stored_in_its_own_bits_and_nothing_twice():
+    tensors, quantization = packed_network()
+    assert {name: list(tensor.shape) for name, tensor in tensors.items() if not name.startswith("1.")} == {
+        "0.weight_packed": [6 * 27],
+        "0.weight_scale": [6],
+        "0.bias": [6],
+        "3.weight_packed": [41],  # 108 integers of 3 bits
+        "3.weight_scale": [4],
+        "3.bias": [4],
+        "6.weight_packed": [20],
+        "6.weight_scale": [5],
+        "6.bias": [5],
+    }
+    assert "1.num_batches_tracked" not in tensors
+    assert quantization["layers"]["6"] == {"weight_bits": 8, "input_bits": 32}
+
+
+def test_a_network_that_is_not_frozen_cannot_be_packed():
+    network = fresh_network(seed=0)
+    quantize_layers(network, {"0": (4, 32)})
+    with pytest.raises(ValueError, match="frozen"):
+        pack_network(network)
+
+
+def test_a_network_that_is_not_calibrated_cannot_be_packed():
+    network = fresh_network(seed=0)
+    quantize_layers(network, {"0": (4, 4)})
+    freeze(network)
+    with pytest.raises(ValueError, match="layer 0 was never calibrated"):
+        pack_network(network)
+
+
+@pytest.mark.parametrize(
+    ("layer", "field", "value"),
+    [
+        ("0", "weight_bits", 9),
+        ("0", "weight_bits", 1),
+        ("0", "weight_bits", True),
+        ("0", "weight_bits", "8"),
+        ("0", "weight_bits", None),
+        ("3", "input_bits", 16),
+        ("3", "input_scale", 0.0),
+        ("3", "input_scale", -1.0),
+        ("3", "input_scale", float("nan")),
+        ("3", "input_scale", 1e300),
+        ("3", "input_scale", None),
+        ("3", "input_zero_point", -1),
+        ("3", "input_zero_point", 32),
+        ("3", "input_zero_point", 1.5),
+    ],
+)
+def test_a_damaged_setting_is_refused_by_name(layer, field, value):
+    tensors, quantization = packed_network()
+    quantization["layers"][layer][field] = value
+    with pytest.raises(BadInput, match=f"layer '{layer}' has {field} "):
+        unpack_network(fresh_network(seed=1), tensors, quantization)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        None,
+        [],
+        "4w4a",
+        {},
+        {"version": 2, "layers": {}},
+        {"version": 1, "layers": []},
+        {"version": 1, "layers": {"0": 8}},
+    ],
+)
+def test_settings_of_another_shape_are_refused(quantization):
+    with pytest.raises(BadInput, match="damaged"):
+        unpack_network(fresh_network(seed=1), packed_network()[0], quantization)
+
+
+@pytest.mark.parametrize("name", ["conv9", "1", "2", ""])
+def test_settings_of_a_layer_that_cannot_be_quantized_are_refused(name):
+    tensors, quantization = packed_network()
+    quantization["layers"][name] = quantization["layers"]["0"]
+    with pytest.raises(BadInput, match=f"{name!r}"):
+        unpack_network(fresh_network(seed=1), tensors, quantization)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "problem"),
+    [
+        ("0.weight_packed", None, "is missing"),
+        ("1.running_var", None, "is missing"),
+        ("0.weight_packed", torch.zeros(161, dtype=torch.uint8), r"\[161\], not torch.uint8 \[162\]"),
+        ("0.weight_packed", torch.zeros(162), "torch.float32"),
+        ("0.weight_packed", torch.full((162,), 128, dtype=torch.uint8), "holds -128, which is no weight"),
+        ("3.weight_scale", torch.ones(5), r"\[5\], not torch.float32 \[4\]"),
+        ("3.weight_scale", torch.tensor([1.0, 1.0, 1.0, float("inf")]), "no scale"),
+        ("3.weight_scale", torch.tensor([1.0, 1.0, float("nan"), 1.0]), "no scale"),
+        ("3.weight_scale", torch.tensor([1.0, 1.0, 1.0, 0.0]), "no scale"),
+        ("6.bias", torch.zeros(6), r"\[6\], not torch.float32 \[5\]"),
+        ("0.weight", torch.zeros(6, 3, 3, 3), "that its architecture does not"),
+    ],
+)
+def test_a_damaged_tensor_is_refused_by_name_and_nothing_is_loaded(name, tensor, problem):
+    tensors, quantization = packed_network()
+    tensors.pop(name, None)
+    if tensor is not None:
+        tensors[name] = tensor
+    network = fresh_network(seed=1)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(BadInput, match=f"'{name}'.*{problem}"):
+        unpack_network(network, tensors, quantization)
+    assert not is_quantized(network)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
