@@ -191,3 +191,18 @@ reporting = together(
     ),
     click.option("-q", "--quiet", "verbosity", flag_value=console.QUIET, type=int, expose_value=False, help="No progress."),
 )
+
+
+def training(*, steps: int, lr: float, batch_size: int) -> Decorator:
+    """Options of the training loop, with a verb's own defaults; the command gets them as a dict of `Training`'s fields."""
+    return group(
+        "training",
+        lambda train_steps, train_lr, train_batch_size: {
+            "steps": train_steps,
+            "lr": train_lr,
+            "batch_size": train_batch_size,
+        },
+        click.option("--train-steps", type=click.IntRange(0), default=steps, show_default=True),
+        click.option("--train-lr", type=float, default=lr, show_default=True),
+        click.option("--train-batch-size", type=click.IntRange(1), default=batch_size, show_default=True),
+    )

@@ -19,16 +19,18 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from dfcompress import console
+from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_stored
-from dfcompress.device import Compute, processor_name
+from dfcompress.device import Compute, Execution, processor_name, resolve_execution
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.health import bn_divergence
 from dfcompress.evaluation.metrics import share_correct
+from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, require_batchnorm_statistics
 from dfcompress.run import Run, write_atomically
 from dfcompress.synthesis.recipe import RecipeChoice, choose
-from dfcompress.synthesis.synthesizer import Batch, Execution, Synthesizer, resolve_execution
+from dfcompress.synthesis.synthesizer import Batch, Synthesizer, seconds_per_step
 
 METRICS = "metrics.jsonl"
 PREVIEW = "preview.png"
@@ -43,11 +45,11 @@ class Synthesis:
     settings: Mapping[str, Any] = field(default_factory=dict)
     images: int = 1024
 
-    def choose(self) -> RecipeChoice:
-        """The recipe with every setting resolved; raises `BadInput` for unknown names and values."""
+    def choose(self, card: ModelCard) -> RecipeChoice:
+        """The recipe with every setting resolved for a model; raises `BadInput` for unknown names and values."""
         if self.images < 1:
             raise BadInput(f"--images {self.images} is not a number of images.", "Ask for at least 1.")
-        return choose(self.recipe, self.preset, self.settings)
+        return choose(self.recipe, self.preset, self.settings, card=card)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def invert(
     """
     teacher = as_classifier(checkpoint)
     others = [as_classifier(other) for other in verify]
-    choice = synthesis.choose()
+    choice = synthesis.choose(teacher.card)
     require_batchnorm_statistics(teacher)
     options = {**asdict(synthesis), **asdict(compute), "recipe": asdict(choice), "teacher": teacher.sha256}
     run = Run("invert", Path(output or f"{teacher.name}-invert"), options, resume=resume, overwrite=overwrite)
@@ -110,7 +112,7 @@ def make_set(teacher: Classifier, folder: Path, synthesis: Synthesis, compute: C
 
     Raises `BadInput` where the folder holds a set of another teacher, recipe, count or seed.
     """
-    choice = synthesis.choose()
+    choice = synthesis.choose(teacher.card)
     recipe = choice.build()
     batch_size = min(recipe.batch_size, synthesis.images)
     job = {
@@ -124,20 +126,52 @@ def make_set(teacher: Classifier, folder: Path, synthesis: Synthesis, compute: C
         _check_same_job(synthetic, job)
     else:
         sizes = [min(batch_size, synthesis.images - start) for start in range(0, synthesis.images, batch_size)]
+        steps = recipe.steps * len(sizes)
         execution = resolve_execution(
-            recipe,
-            teacher,
-            batch_size=batch_size,
-            batches=len(sizes),
-            device_name=compute.device,
-            precision=compute.precision,
-            compile=compute.compile,
+            compute, lambda eager: steps and steps * seconds_per_step(recipe, teacher, eager, batch_size)
         )
         card = teacher.card.to_json()
-        synthetic = SyntheticSet.create(folder, {**job, "card": card, "shards": sizes, "execution": execution.to_json()})
+        synthetic = SyntheticSet.create(folder, {**job, "card": card, "shards": sizes, "execution": asdict(execution)})
     _make_missing_shards(synthetic, teacher, choice, batch_size)
     _write_preview(synthetic)
     return synthetic
+
+
+class ImageSupply:
+    """Where a verb's training images come from: checked when made, gathered once the run has a folder.
+
+    `data` is a synthetic set or real images; None means that a set is made in `<folder>/synthetic`, or finished there.
+    Raises `BadInput` where the data cannot be used, or nothing can be made from this teacher.
+    """
+
+    def __init__(
+        self, teacher: Classifier, data: str | Path | None, synthesis: Synthesis, compute: Compute
+    ) -> None:
+        self.teacher, self.synthesis, self.compute = teacher, synthesis, compute
+        self.source = open_images(data, teacher.card) if data is not None else None
+        if data is None:
+            require_batchnorm_statistics(teacher)
+            synthesis.choose(teacher.card)
+
+    def gather(self, folder: Path) -> TrainingImages:
+        """All images and labels as they are stored."""
+        if self.source is None:
+            made = make_set(self.teacher, folder / "synthetic", self.synthesis, self.compute)
+            return TrainingImages(made.images, made.labels, seconds_of(made))
+        if isinstance(self.source, SyntheticSet):
+            return TrainingImages(self.source.images, self.source.labels, 0.0)
+        batches = [(as_stored(images, in_range=True), labels) for images, labels in self.source.batches(256)]
+        images, labels = zip(*batches, strict=True)
+        return TrainingImages(torch.cat(images), torch.cat(labels), 0.0)
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Images `(N, C, H, W)` as stored (uint8, or float16 in units of [0, 1]), labels `(N,)`, and what making them took."""
+
+    images: Tensor
+    labels: Tensor
+    synthesis_seconds: float
 
 
 def seconds_of(synthetic: SyntheticSet) -> float:

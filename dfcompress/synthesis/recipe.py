@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from dfcompress.data.views import View
 from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
 from dfcompress.synthesis import recipes
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.losses import Loss
@@ -76,15 +77,19 @@ def recipe_names() -> list[str]:
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(recipes.__path__))
 
 
-def choose(name: str, preset: str | None = None, overrides: Mapping[str, Any] | None = None) -> RecipeChoice:
+def choose(
+    name: str, preset: str | None = None, overrides: Mapping[str, Any] | None = None, *, card: ModelCard | None = None
+) -> RecipeChoice:
     """Resolve a recipe: the function's defaults, under the preset's settings, under `overrides`.
 
     Text in `overrides` (from the command line) is converted to the type of the setting's default.
-    Without `preset` the first one of the recipe's `PRESETS` is taken.
+    Without `preset` the recipe's `default_preset` for the model's card is taken, or its first preset.
     Raises `BadInput` for unknown names, with a suggestion, and for values of the wrong type.
     """
     module = _module(name)
-    preset = preset or next(iter(module.PRESETS))
+    if preset is None:
+        fits = getattr(module, "default_preset", None)
+        preset = fits(card) if fits and card else next(iter(module.PRESETS))
     if preset not in module.PRESETS:
         raise _unknown("preset", preset, list(module.PRESETS))
     function = getattr(module, module.__name__.rpartition(".")[2])

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dfcompress import console, device
 from dfcompress.data.views import Adjoint
-from dfcompress.errors import BadInput, DfcompressError
+from dfcompress.device import Execution
+from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import FusedRecorder, Recorder
 from dfcompress.randomness import generator
@@ -25,27 +25,7 @@ from dfcompress.run import write_atomically
 from dfcompress.synthesis.recipe import Recipe, Stage
 
 SAVE_EVERY_SECONDS = 20.0
-COMPILE_SECONDS = 40.0
-COMPILED_SHARE = 0.6
 HISTORY_POINTS = 50
-
-CompileMode = Literal["auto", "on", "off"]
-
-
-@dataclass(frozen=True)
-class Execution:
-    """Everything besides recipe and seed that the bits of an image depend on; resolved once for a whole set."""
-
-    device: str
-    precision: Literal["fp32", "bf16", "fp16"]
-    compile: bool
-    threads: int
-    processor: str
-
-    def to_json(self) -> dict[str, Any]:
-        """As `dataset.json` keeps it."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -167,44 +147,6 @@ def objective_of(recipe: Recipe, recorder: Recorder) -> Callable[[Tensor, Tensor
         return total, torch.stack(values).detach()
 
     return objective
-
-
-def resolve_execution(
-    recipe: Recipe,
-    teacher: Classifier,
-    *,
-    batch_size: int,
-    batches: int,
-    device_name: str = "auto",
-    precision: str = "auto",
-    compile: CompileMode = "auto",
-) -> Execution:
-    """Make every automatic choice once, from the whole job.
-
-    `auto` compiles where an eager step, timed here, predicts that the job is long enough to win back the compiler's
-    time; where nothing can compile it says so in one line.
-    """
-    target = device.resolve_device(device_name)
-    eager = Execution(
-        device=str(target),
-        precision=device.precision_name(device.resolve_precision(precision, target)),
-        compile=False,
-        threads=torch.get_num_threads(),
-        processor=device.processor_name(target),
-    )
-    if compile == "off" or not recipe.steps:
-        return eager
-    if not device.can_compile(target):
-        if compile == "on":
-            raise BadInput("--compile on: there is no C++ compiler on this machine.", "Install g++, or use --compile off.")
-        console.notice("No C++ compiler found: running eagerly, several times slower.")
-        return eager
-    if compile == "auto":
-        seconds = seconds_per_step(recipe, teacher, eager, batch_size) * recipe.steps * batches
-        if seconds * (1 - COMPILED_SHARE) < COMPILE_SECONDS:
-            return eager
-        console.notice(f"Compiling: about {seconds:.0f} s of work would remain uncompiled; --compile off avoids it.", level=1)
-    return Execution(**{**eager.to_json(), "compile": True})
 
 
 def seconds_per_step(recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int) -> float:

@@ -8,15 +8,23 @@ the norms not squared, on randomly rolled images.
 """
 
 from dfcompress.data.views import random_flip, random_roll
+from dfcompress.models.card import ModelCard
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, image_norm, total_variation
 from dfcompress.synthesis.recipe import Recipe, Stage
 
 PAPER = "Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion, CVPR 2020"
+FAST = {"steps": 400, "lr": 0.1, "beta1": 0.5, "beta2": 0.9, "schedule": "cosine", "ce": 30.0, "clip": True}
 PRESETS: dict[str, dict[str, object]] = {
-    "fast-cifar10": {"steps": 400, "lr": 0.1, "beta1": 0.5, "beta2": 0.9, "schedule": "cosine", "ce": 10.0, "clip": True},
+    "fast-cifar10": {**FAST, "flip": True},
+    "fast-mnist": FAST,
     "paper-cifar10": {},
 }
+
+
+def default_preset(card: ModelCard) -> str:
+    """Grey images are mostly characters, which a flip turns into other ones."""
+    return "fast-mnist" if card.input_size[0] == 1 else "fast-cifar10"
 
 
 def deepinversion(

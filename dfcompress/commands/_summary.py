@@ -1,0 +1,38 @@
+"""Summaries that several commands print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dfcompress import console
+
+if TYPE_CHECKING:
+    from dfcompress.evaluation.evaluate import Evaluation
+    from dfcompress.evaluation.result import Compressed
+
+
+def evaluation(measured: Evaluation) -> None:
+    """Counts and shares of every checkpoint."""
+    rows = [
+        [
+            row["checkpoint"],
+            f"{row['correct']}/{row['total']}",
+            f"{row['top1']:.2%}",
+            "" if row["top5"] is None else f"{row['top5']:.2%}",
+            f"{row['agreement']:.2%}",
+        ]
+        for row in measured.results
+    ]
+    console.table(["checkpoint", "correct", "top-1", "top-5", "agrees with first"], rows)
+
+
+def compressed(result: Compressed, *, as_json: bool) -> None:
+    """Where the result is, its size, its seconds, and its accuracy if it was asked for."""
+    if as_json:
+        console.result_json(result.to_json())
+        return
+    seconds = ", ".join(f"{part} {value:.0f} s" for part, value in result.seconds.items())
+    console.result(f"{result.checkpoint}: {result.bytes:,} bytes, {result.bytes_ratio:.3f} of the given model in fp32")
+    console.result(f"agrees with the teacher on {result.agreement:.1%} of the synthetic images; {seconds}")
+    if result.evaluation:
+        evaluation(result.evaluation)

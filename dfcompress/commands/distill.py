@@ -1,0 +1,63 @@
+"""`dfcompress distill`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dfcompress import console
+from dfcompress.commands import _options, _summary
+
+if TYPE_CHECKING:
+    from dfcompress.device import Compute
+    from dfcompress.models.classifier import Classifier
+    from dfcompress.synthesis.invert import Synthesis
+
+
+@click.command(epilog=_options.example("dfcompress distill resnet44.pt --student cifar_resnet20 -o student"))
+@_options.model
+@click.option("--student", required=True, help="Architecture of the student; stem and classes are fitted to the card.")
+@_options.data
+@_options.eval_data
+@_options.synthesis
+@_options.training(steps=4000, lr=0.1, batch_size=128)
+@click.option("--temperature", type=float, default=4.0, show_default=True, help="Softens both models' answers.")
+@_options.output
+@_options.compute
+@_options.reporting
+def distill(
+    model: Classifier,
+    student: str,
+    data: Path | None,
+    eval_data: Path | None,
+    synthesis: Synthesis,
+    training: dict[str, Any],
+    temperature: float,
+    compute: Compute,
+    output: Path | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train a smaller student on images made from the model."""
+    import dataclasses
+
+    from dfcompress.training.distill import DISTILLATION, distill
+
+    result = distill(
+        model,
+        student=student,
+        data=data,
+        output=output,
+        synthesis=synthesis,
+        training=dataclasses.replace(DISTILLATION, **training),
+        temperature=temperature,
+        compute=compute,
+        eval_data=eval_data,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    _summary.compressed(result, as_json=as_json)

@@ -1,0 +1,76 @@
+"""`quantize`: a checkpoint in, a few-bit model out.
+
+    dfcompress.quantize("resnet20.pt", bits="4w4a")
+    dfcompress.quantize("resnet20.pt", bits="8w8a", data="images", training=None)
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+from pathlib import Path
+
+from dfcompress.device import Compute, resolve_device
+from dfcompress.evaluation.result import Compressed, hand_back
+from dfcompress.models.checkpoint import as_classifier
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.fake_quantizers import freeze, quantize_layers
+from dfcompress.quantization.bits import bits_per_layer, parse_bits
+from dfcompress.quantization.ranges import calibrate
+from dfcompress.run import Run
+from dfcompress.synthesis.invert import ImageSupply, Synthesis
+from dfcompress.training.loop import Trainer, Training
+from dfcompress.training.objectives import kd
+
+FINETUNING = Training(steps=400, lr=0.01, batch_size=256, weight_decay=1e-4, freeze_batchnorm=True)
+CALIBRATION_IMAGES = 1024
+
+
+def quantize(
+    checkpoint: str | Path | Classifier,
+    *,
+    bits: str = "4w4a",
+    first_last_bits: int = 8,
+    data: str | Path | None = None,
+    output: str | Path | None = None,
+    synthesis: Synthesis = Synthesis(),  # noqa: B008: frozen
+    training: Training | None = FINETUNING,
+    temperature: float = 4.0,
+    compute: Compute = Compute(),  # noqa: B008: frozen
+    eval_data: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Compressed:
+    """Quantize, calibrate and fine-tune a model on images made from itself (Haroush 2020, section 4).
+
+    `bits` are those of weights and activations, `first_last_bits` those of the first and the last layer.
+    Ranges are calibrated on up to 1,024 images and then frozen, as BatchNorm's statistics are; fine-tuning distills the
+    float model into the quantized one, or is left out where `training` is None.
+    `data` is a synthetic set, or real images; without it a set is made first and kept in `<output>/synthetic`.
+    The folder `output` (default: `<checkpoint>-quantize`) holds the packed model (`model.safetensors`, `config.json`),
+    `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
+    Raises `BadInput` where the model, the bits or the data cannot be used.
+    """
+    teacher = as_classifier(checkpoint).to(resolve_device(compute.device))
+    student = copy.deepcopy(teacher)
+    quantize_layers(student.network, bits_per_layer(teacher, parse_bits(bits), first_last_bits=first_last_bits))
+    options = {
+        "teacher": teacher.sha256,
+        "bits": bits,
+        "first_last_bits": first_last_bits,
+        "temperature": temperature,
+        "data": data,
+        "synthesis": asdict(synthesis),
+        "training": asdict(training) if training else None,
+        **asdict(compute),
+    }
+    run = Run("quantize", Path(output or f"{teacher.name}-quantize"), options, resume=resume, overwrite=overwrite)
+    images = images_for(teacher, run.folder, data, synthesis, compute)
+    with run.timed("calibration"):
+        calibrate(student, images.first(CALIBRATION_IMAGES))
+    seconds = 0.0
+    if training:
+        trainer = Trainer(student, teacher, [kd(temperature)], training, compute=compute, folder=run.folder)
+        seconds = trainer.fit(images.pool(teacher.card, seed=compute.seed)).seconds
+    freeze(student.network)
+    return hand_back(run, student, teacher, images=images, training_seconds=seconds, eval_data=eval_data)

@@ -1,0 +1,72 @@
+"""`distill`: a checkpoint in, a smaller student out.
+
+    dfcompress.distill("resnet44.pt", student="cifar_resnet20")
+    dfcompress.distill("resnet44.pt", student="cifar_resnet20", data="images", training=Training(steps=500))
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from dfcompress import console
+from dfcompress.device import Compute
+from dfcompress.evaluation.result import Compressed, hand_back
+from dfcompress.models.architectures import fit_student
+from dfcompress.models.checkpoint import as_classifier
+from dfcompress.models.classifier import Classifier
+from dfcompress.run import Run
+from dfcompress.synthesis.invert import ImageSupply, Synthesis
+from dfcompress.training.loop import Trainer, Training
+from dfcompress.training.objectives import kd
+
+DISTILLATION = Training(steps=4000, lr=0.1, batch_size=128, weight_decay=5e-4)
+
+
+def distill(
+    checkpoint: str | Path | Classifier,
+    *,
+    student: str,
+    data: str | Path | None = None,
+    output: str | Path | None = None,
+    synthesis: Synthesis = Synthesis(),  # noqa: B008: frozen
+    training: Training = DISTILLATION,
+    temperature: float = 4.0,
+    compute: Compute = Compute(),  # noqa: B008: frozen
+    eval_data: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Compressed:
+    """Train a student to answer as the teacher does (Hinton 2015), on images made from the teacher alone.
+
+    `student` names an architecture; its stem and classes are fitted to the teacher's card.
+    `data` is a synthetic set, or real images; without it a set is made first and kept in `<output>/synthetic`.
+    The folder `output` (default: `<checkpoint>-distill`) holds the student (`model.safetensors`, `config.json`),
+    `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
+    Raises `BadInput` where the model, the student or the data cannot be used.
+    """
+    teacher = as_classifier(checkpoint)
+    pupil, fitted = fit_student(student, teacher.card, seed=compute.seed)
+    console.notice(fitted)
+    supply = ImageSupply(teacher, data, synthesis, compute)
+    options = {
+        "teacher": teacher.sha256,
+        "student": student,
+        "temperature": temperature,
+        "data": data,
+        "synthesis": asdict(synthesis),
+        "training": asdict(training),
+        **asdict(compute),
+    }
+    run = Run("distill", Path(output or f"{teacher.name}-distill"), options, resume=resume, overwrite=overwrite)
+    images = supply.gather(run.folder)
+    trained = train(pupil, teacher, images, [kd(temperature)], training, compute=compute, folder=run.folder)
+    return hand_back(
+        run,
+        pupil,
+        teacher,
+        agreement=trained.agreement,
+        synthesis_seconds=images.synthesis_seconds,
+        training_seconds=trained.seconds,
+        eval_data=eval_data,
+    )
