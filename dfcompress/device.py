@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,11 @@ import torch
 from dfcompress import console
 from dfcompress.errors import BadInput
 
-PRECISIONS: dict[Literal["fp32", "bf16", "fp16"], torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS: dict[Literal["fp32", "bf16", "fp16"], torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -32,7 +37,9 @@ def resolve_device(name: str = "auto") -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise BadInput(f"--device {name!r} is not supported.", "Use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(f"--device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices.", "Use --device cpu.")
+        raise BadInput(
+            f"--device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices.", "Use --device cpu."
+        )
     return device
 
 
@@ -81,6 +88,18 @@ def processor_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+@contextmanager
+def exact_fp32() -> Iterator[None]:
+    """Convolve fp32 as fp32: cuDNN's default, TF32, keeps 10 of the 23 bits of the operands' mantissas."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,0 +1,330 @@
+"""Images that people have: an ImageFolder, an `.npz`, IDX files, or a synthetic set, all read the same way.
+
+    source = open_images("cifar10-test.npz", classifier.card)
+    for images, labels in source.batches(256):
+        ...
+
+Every source hands out float images `(N, C, H, W)` in [0, 1] of the size and colours that the model's card asks for.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+
+from dfcompress import console
+from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_float
+from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
+
+Size = tuple[int, int, int]
+
+KINDS = "Give an ImageFolder, an .npz with `images` and `labels`, IDX files as MNIST has them, or a synthetic set."
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+IDX_IMAGES = re.compile(r"(?P<part>.*)images[-.]idx3-ubyte(\.gz)?")
+IDX_UINT8 = 8
+CROPPED_FROM_PIXELS = 128
+CROP_SHARE = 224 / 256  # the ImageNet evaluation of torchvision and timm
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode L
+
+
+class ImageSource(Protocol):
+    """Labelled images in a fixed order; they can be read again and again."""
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes by label, where the source knows them."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float images `(B, C, H, W)` in [0, 1] and int64 labels `(B,)`."""
+
+
+def open_images(path: str | Path, card: ModelCard) -> ImageSource:
+    """The labelled images at `path`, fitted to the model's input and checked against its classes.
+
+    A folder with `dataset.json` is a synthetic set; a folder (or file) with `*-images-idx3-ubyte[.gz]` holds IDX files,
+    of which the test part is taken; any other folder has one subfolder a class. Subfolders are matched to the card's
+    class names where it has some, otherwise taken in sorted order.
+    Raises `BadInput` naming the file and what was found in it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise BadInput(f"{path} does not exist.", KINDS)
+    if path.is_dir() and not (path / MANIFEST).exists() and not _idx_files(path):
+        return ImageFolder(path, card)
+    source, size = _open_whole(path, card)
+    if size == card.input_size:
+        return source
+    _tell_fitting(path, size, card.input_size)
+    return Fitted(source, card.input_size)
+
+
+def _open_whole(path: Path, card: ModelCard) -> tuple[ImageSource, Size]:
+    """A source whose images are all of one size, and that size."""
+    if path.is_dir() and (path / MANIFEST).exists():
+        synthetic = SyntheticSet(path)
+        made_for = ModelCard.from_json(synthetic.manifest["card"])
+        if made_for.classes > card.classes:
+            raise BadInput(
+                f"{path} has {made_for.classes} classes, the model has {card.classes}.", "Give other images."
+            )
+        return synthetic, made_for.input_size
+    if path.is_dir() or IDX_IMAGES.fullmatch(path.name):
+        arrays = read_idx(path)
+    elif path.suffix == ".npz":
+        arrays = read_npz(path)
+    else:
+        raise BadInput(f"{path} is no image data.", KINDS)
+    if (highest := int(arrays.labels.max())) >= card.classes:
+        raise BadInput(f"{path} has the label {highest}, the model has {card.classes} classes.", "Give other images.")
+    return arrays, arrays.size
+
+
+class Arrays:
+    """uint8 images `(N, C, H, W)` and int64 labels `(N,)` held in memory."""
+
+    class_names = None
+
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.integer]) -> None:
+        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+
+    @property
+    def size(self) -> Size:
+        """Channels, height, width."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float images in [0, 1] and labels, in order."""
+        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
+            yield as_float(images).contiguous(), labels
+
+
+class Fitted:
+    """Another source's images in the size and colours `input_size` (channels, height, width)."""
+
+    def __init__(self, source: ImageSource, input_size: Size) -> None:
+        self.source, self.input_size = source, input_size
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """As the source has them."""
+        return self.source.class_names
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float images in [0, 1] and labels, in the source's order."""
+        for images, labels in self.source.batches(batch_size):
+            yield fit(images, self.input_size), labels
+
+
+class ImageFolder:
+    """One subfolder a class, pictures in them: read while they are used, so memory does not grow with the set.
+
+    Raises `BadInput` where the subfolders do not fit the card's classes, where there are no pictures,
+    and while reading, at the first picture that cannot be decoded.
+    """
+
+    def __init__(self, folder: Path, card: ModelCard) -> None:
+        self.input_size = card.input_size
+        folders = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if not folders:
+            raise BadInput(f"{folder} holds no class folders and no image data.", KINDS)
+        self.class_names = card.class_names or _sorted_names(folder, folders, card.classes)
+        self.files: list[Path] = []
+        self.labels: list[int] = []
+        for class_folder in folders:
+            pictures = sorted(file for file in class_folder.rglob("*") if file.suffix.lower() in PICTURES)
+            self.files += pictures
+            self.labels += [_label(class_folder, self.class_names)] * len(pictures)
+        if not self.files:
+            raise BadInput(
+                f"{folder} has class folders, but no pictures in them.", f"Known: {' '.join(sorted(PICTURES))}"
+            )
+        size = _shape(_read_picture(self.files[0]))
+        if size != card.input_size:
+            _tell_fitting(self.files[0], size, card.input_size)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float images in [0, 1] and labels, in order of the class folders; the next batch is decoded meanwhile."""
+        starts = range(0, len(self), batch_size)
+        parts = [slice(start, start + batch_size) for start in starts]
+        with ThreadPoolExecutor() as threads:
+            decoding = threads.map(self._read, self.files[parts[0]])
+            for part, following in pairwise([*parts, slice(0)]):
+                decoded, decoding = decoding, threads.map(self._read, self.files[following])
+                yield torch.stack(list(decoded)), torch.tensor(self.labels[part])
+
+    def _read(self, file: Path) -> Tensor:
+        return fit(as_float(_read_picture(file))[None], self.input_size)[0]
+
+
+def fit(images: Tensor, input_size: Size) -> Tensor:
+    """Float images `(N, C, H, W)` → `(N, *input_size)`, bilinear with antialiasing.
+
+    Images that have the size stay as they are. For inputs of 128 px and more the shorter side is resized to 8/7 of the
+    input and the centre is cut out, as ImageNet models are evaluated; smaller inputs take the whole image.
+    """
+    channels, height, width = input_size
+    images = _recolour(images, channels)
+    if images.shape[2:] == (height, width):
+        return images
+    if min(height, width) < CROPPED_FROM_PIXELS:
+        return _resize(images, height, width)
+    scale = max(height / images.shape[2], width / images.shape[3]) / CROP_SHARE
+    larger = _resize(images, round(images.shape[2] * scale), round(images.shape[3] * scale))
+    top, left = (larger.shape[2] - height) // 2, (larger.shape[3] - width) // 2
+    return larger[:, :, top : top + height, left : left + width]
+
+
+def _resize(images: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(images, (height, width), mode="bilinear", antialias=True)
+
+
+def _recolour(images: Tensor, channels: int) -> Tensor:
+    if images.shape[1] == channels:
+        return images
+    if channels == 1:
+        return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+    return images.expand(-1, channels, -1, -1)
+
+
+def _tell_fitting(path: Path, size: Size, input_size: Size) -> None:
+    before, after = ("x".join(map(str, shape)) for shape in (size, input_size))
+    console.notice(f"{path}: images of {before} are fitted to the model's {after}.")
+
+
+def _sorted_names(folder: Path, folders: list[Path], classes: int) -> tuple[str, ...]:
+    names = tuple(class_folder.name for class_folder in folders)
+    if len(names) != classes:
+        raise BadInput(
+            f"{folder} has {len(names)} class folders, the model has {classes} classes and no names for them.",
+            "Give the class names in the model's order with --classes FILE.",
+        )
+    console.notice(
+        f"{folder}: class folders are taken in sorted order: {', '.join(names[:12])}{' ...' * (classes > 12)}"
+    )
+    return names
+
+
+def _label(class_folder: Path, class_names: tuple[str, ...]) -> int:
+    if class_folder.name not in class_names:
+        known = ", ".join(class_names[:5])
+        raise BadInput(
+            f"{class_folder} is none of the model's classes ({known}, ...).",
+            "Rename the folder, or give the class names in the model's order with --classes FILE.",
+        )
+    return class_names.index(class_folder.name)
+
+
+def _read_picture(file: Path) -> Tensor:
+    """uint8 `(1, H, W)` of a grey picture, `(3, H, W)` of any other."""
+    try:
+        with Image.open(file) as picture:
+            mode = picture.mode
+            pixels = np.array(picture.convert("L" if mode in ("1", "L", "LA") else "RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise BadInput(f"{file} cannot be decoded: {error}.", "Replace or remove it.") from None
+    if mode.startswith(("I", "F")):
+        raise BadInput(f"{file} has more than 8 bits a channel (mode {mode}).", "Convert it to 8 bits.")
+    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+
+
+def _shape(image: Tensor) -> Size:
+    channels, height, width = image.shape
+    return channels, height, width
+
+
+def read_npz(path: Path) -> Arrays:
+    """`images`, uint8 `(N, C, H, W)` or `(N, H, W, C)` with 1 or 3 channels, and integer `labels` `(N,)`."""
+    form = "It must hold `images`, uint8 (N, C, H, W) or (N, H, W, C), and integer `labels` (N,)."
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = {"images", "labels"} - set(arrays.files)
+            if missing:
+                raise BadInput(f"{path} has no array `{min(missing)}`, only {sorted(arrays.files)}.", form)
+            images, labels = arrays["images"], arrays["labels"]
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError) as error:
+        raise BadInput(f"{path} is no readable .npz: {error}.", form) from None
+    if images.dtype != np.uint8 or images.ndim != 4 or not {images.shape[1], images.shape[3]} & {1, 3}:
+        raise BadInput(f"{path}: `images` is {images.dtype} {images.shape}.", form)
+    if images.shape[1] not in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    return _checked(path, images, labels, form)
+
+
+def read_idx(path: Path) -> Arrays:
+    """The images file at `path`, or the one in that folder (the test part of several), and the labels beside it."""
+    images_file = _choose_part(path, _idx_files(path)) if path.is_dir() else path
+    name = images_file.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    beside = [file for file in (images_file.with_name(name), images_file.with_name(f"{name}.gz")) if file.exists()]
+    if not beside:
+        raise BadInput(f"{images_file} has no labels beside it.", f"Put {name} or {name}.gz there.")
+    return _checked(images_file, _read_idx_file(images_file, 3)[:, None], _read_idx_file(beside[0], 1), KINDS)
+
+
+def _idx_files(folder: Path) -> dict[str, Path]:
+    """IDX files of images by part (`train-`, `t10k-`), an unpacked one before its packed twin."""
+    found = [(match["part"], file) for file in sorted(folder.iterdir()) if (match := IDX_IMAGES.fullmatch(file.name))]
+    return dict(reversed(found))
+
+
+def _choose_part(folder: Path, parts: dict[str, Path]) -> Path:
+    test_parts = [part for part in parts if part.startswith(("t10k", "test"))]
+    chosen = test_parts if len(parts) > 1 else list(parts)
+    if len(chosen) != 1:
+        names = ", ".join(file.name for file in parts.values())
+        raise BadInput(f"{folder} holds several sets of images: {names}.", "Name one of these files.")
+    if len(parts) > 1:
+        console.notice(f"{folder} holds {len(parts)} sets; the test images are taken: {parts[chosen[0]].name}")
+    return parts[chosen[0]]
+
+
+def _read_idx_file(path: Path, dimensions: int) -> NDArray[np.uint8]:
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, OSError, zlib.error) as error:
+        raise BadInput(f"{path} cannot be unpacked: {error}.", "Download it again.") from None
+    header = 4 * (1 + dimensions)
+    if len(content) < header or content[:4] != bytes((0, 0, IDX_UINT8, dimensions)):
+        raise BadInput(f"{path} starts with {content[:4].hex()}, not with 00000{IDX_UINT8}0{dimensions}.", KINDS)
+    shape = tuple(int(number) for number in np.frombuffer(content, ">u4", dimensions, offset=4))
+    if len(content) - header != np.prod(shape):
+        raise BadInput(f"{path} says {shape}, but holds {len(content) - header:,} values.", "Download it again.")
+    return np.frombuffer(bytearray(content), np.uint8, offset=header).reshape(shape)
+
+
+def _checked(path: Path, images: NDArray[np.uint8], labels: NDArray[np.integer], form: str) -> Arrays:
+    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+        raise BadInput(f"{path}: `labels` is {labels.dtype} {labels.shape}.", form)
+    if len(images) != len(labels):
+        raise BadInput(f"{path} has {len(images)} images and {len(labels)} labels.", form)
+    if not len(images):
+        raise BadInput(f"{path} holds no images.", form)
+    if labels.min() < 0:
+        raise BadInput(f"{path} has the label {labels.min()}.", "Labels count from 0.")
+    return Arrays(images, labels)

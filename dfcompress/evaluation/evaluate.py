@@ -1,0 +1,140 @@
+"""`evaluate`: how often checkpoints are right on real images, and how often they agree.
+
+dfcompress.evaluate(["resnet20.pt"], data="cifar10-test.npz").results
+dfcompress.evaluate(["resnet20.pt", "resnet20-quantize"], data="images", fail_under=0.9).check_gate()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfcompress import console
+from dfcompress.data.real import ImageSource, open_images
+from dfcompress.device import resolve_device
+from dfcompress.errors import BadInput, GateNotMet
+from dfcompress.evaluation.metrics import TOP, Answers, answers, standard_error
+from dfcompress.models.checkpoint import as_classifier
+from dfcompress.models.classifier import Classifier
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One entry of `results` a checkpoint, in the order given; every share is in [0, 1].
+
+    `checkpoint`, `correct` of `total` images, `top1`, its `standard_error`, `top5` (None for fewer than five
+    classes), and `agreement`: the share of images on which it answers as the first checkpoint does.
+    """
+
+    results: list[dict[str, Any]]
+    fail_under: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as `--json` prints them."""
+        return {"results": self.results}
+
+    def check_gate(self) -> None:
+        """Raise `GateNotMet` where the top-1 of any checkpoint is below `fail_under`."""
+        for result in self.results:
+            if self.fail_under is not None and result["top1"] < self.fail_under:
+                raise GateNotMet(
+                    f"{result['checkpoint']} is right on {result['top1']:.2%} of the images, "
+                    f"below --fail-under {self.fail_under:.2%}."
+                )
+
+
+def evaluate(
+    checkpoints: Sequence[str | Path | Classifier],
+    *,
+    data: str | Path,
+    device: str = "auto",
+    batch_size: int = 256,
+    fail_under: float | None = None,
+) -> Evaluation:
+    """Count each checkpoint's right answers on the images at `data`, in fp32.
+
+    `data` is an ImageFolder, an `.npz`, IDX files or a synthetic set. Everything is loaded and checked before anything
+    runs. `fail_under` is a share in [0, 1]; a number above 1 is read as percent. The result carries it, and
+    `Evaluation.check_gate` raises, so that the counts are there either way.
+    Raises `BadInput` for a checkpoint, data or number that cannot be used, and for unequal numbers of classes.
+    """
+    gate = None if fail_under is None else _as_share(fail_under)
+    if not checkpoints:
+        raise BadInput("No checkpoint was given.", "Name at least one.")
+    target = resolve_device(device)
+    classifiers = [as_classifier(checkpoint) for checkpoint in checkpoints]
+    names = [str(given.name if isinstance(given, Classifier) else given) for given in checkpoints]
+    _check_same_classes(names, classifiers)
+    sources = _open_for_each(data, classifiers)
+    given = [
+        _ask(name, classifier, source, target, batch_size)
+        for name, classifier, source in zip(names, classifiers, sources, strict=True)
+    ]
+    return Evaluation([_result(name, answer, given[0]) for name, answer in zip(names, given, strict=True)], gate)
+
+
+def _as_share(fail_under: float) -> float:
+    if not 0 <= fail_under <= 100:
+        raise BadInput(
+            f"--fail-under {fail_under:g} is no accuracy.", "Give a share such as 0.9, or percent such as 90."
+        )
+    return fail_under if fail_under <= 1 else fail_under / 100
+
+
+def _check_same_classes(names: Sequence[str], classifiers: Sequence[Classifier]) -> None:
+    first = classifiers[0].card.classes
+    for name, classifier in zip(names, classifiers, strict=True):
+        if classifier.card.classes != first:
+            raise BadInput(
+                f"{names[0]} has {first} classes, {name} has {classifier.card.classes}.", "Compare them separately."
+            )
+
+
+def _open_for_each(data: str | Path, classifiers: Sequence[Classifier]) -> list[ImageSource]:
+    """The images as each model wants them; models that want the same share one source, and its notices."""
+    wanted = [(classifier.card.input_size, classifier.card.class_names) for classifier in classifiers]
+    sources = {want: open_images(data, classifiers[wanted.index(want)].card) for want in dict.fromkeys(wanted)}
+    return [sources[want] for want in wanted]
+
+
+def _ask(name: str, classifier: Classifier, source: ImageSource, target: torch.device, batch_size: int) -> Answers:
+    with _placed(classifier, target), console.progress(name, len(source)) as progress:
+        return answers(classifier, _counted(source.batches(batch_size), progress))
+
+
+def _counted(batches: Iterator[tuple[Tensor, Tensor]], progress: console.Progress) -> Iterator[tuple[Tensor, Tensor]]:
+    done = 0
+    for images, labels in batches:
+        yield images, labels
+        done += len(images)
+        progress.update(done)
+
+
+@contextmanager
+def _placed(classifier: Classifier, target: torch.device) -> Iterator[None]:
+    """Lend the classifier to a device and bring it home, so that only one model is on it at a time."""
+    home = classifier.mean.device
+    classifier.to(target)
+    try:
+        yield
+    finally:
+        classifier.to(home)
+
+
+def _result(name: str, own: Answers, first: Answers) -> dict[str, Any]:
+    correct, total = own.correct(), len(own)
+    return {
+        "checkpoint": name,
+        "correct": correct,
+        "total": total,
+        "top1": correct / total,
+        "standard_error": standard_error(correct, total),
+        "top5": own.correct(TOP) / total if own.classes.shape[1] == TOP else None,
+        "agreement": own.agreement(first),
+    }

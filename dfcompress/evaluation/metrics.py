@@ -1,0 +1,65 @@
+"""What a classifier answers, and how often it is right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfcompress.data.real import ImageSource
+from dfcompress.device import exact_fp32
+from dfcompress.errors import DfcompressError
+from dfcompress.models.classifier import Classifier, evaluating
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A classifier's best classes `(N, up to 5)`, best first, and the labels `(N,)`; int64, on the CPU."""
+
+    classes: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def correct(self, k: int = 1) -> int:
+        """How many labels are among the `k` best classes."""
+        return int((self.classes[:, :k] == self.labels[:, None]).any(1).sum())
+
+    def agreement(self, other: Answers) -> float:
+        """The share of images, in [0, 1], on which both give the same best class."""
+        return float((self.classes[:, 0] == other.classes[:, 0]).double().mean())
+
+
+@torch.no_grad()
+def answers(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> Answers:
+    """Ask a classifier, in fp32 and evaluation mode, about float images `(N, C, H, W)` in [0, 1] with labels.
+
+    Raises `DfcompressError` where it answers with something that is not a number.
+    """
+    device, k = classifier.mean.device, min(TOP, classifier.card.classes)
+    classes, labels = [], []
+    with evaluating(classifier), exact_fp32():
+        for images, truth in batches:
+            logits = classifier(images.to(device))
+            if not logits.isfinite().all():
+                raise DfcompressError("The network answers with NaN or infinity.", "Its weights or its card are wrong.")
+            classes.append(logits.topk(k).indices.cpu())
+            labels.append(truth.cpu())
+    return Answers(torch.cat(classes), torch.cat(labels))
+
+
+def share_correct(classifier: Classifier, source: ImageSource, *, batch_size: int = 256) -> float:
+    """Top-1 accuracy in [0, 1]."""
+    return answers(classifier, source.batches(batch_size)).correct() / len(source)
+
+
+def standard_error(correct: int, total: int) -> float:
+    """The standard error of the share `correct / total`: √(p (1 − p) / n)."""
+    share = correct / total
+    return math.sqrt(share * (1 - share) / total)
