@@ -1,0 +1,67 @@
+"""Two recorders, one trace: the fused one must agree with hooks on a released network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dfcompress.models.checkpoint import load
+from dfcompress.models.recorder import FusedRecorder, HookRecorder, batchnorms
+from dfcompress.synthesis.recipe import choose
+from dfcompress.synthesis.synthesizer import objective_of
+
+
+@pytest.fixture(scope="module")
+def teacher(resnet20_file):
+    return load(resnet20_file).frozen()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(32, 3, 32, 32, generator=random), torch.arange(32) % 10
+
+
+def losses_and_gradient(recorder, batch):
+    images, labels = batch[0].clone().requires_grad_(True), batch[1]
+    objective = objective_of(choose("deepinversion", "paper-cifar10").build(), recorder)
+    with recorder:
+        total, values = objective(images, labels)
+        return values, torch.autograd.grad(total, images)[0]
+
+
+def test_hooks_see_every_batchnorm_of_resnet20(teacher, batch):
+    with HookRecorder(teacher.network, moments=True) as recorder:
+        assert len(recorder(*batch).moments) == 19
+
+
+def test_hooks_are_removed_even_after_an_error(teacher, batch):
+    with pytest.raises(RuntimeError), HookRecorder(teacher.network, moments=True) as recorder:
+        recorder(batch[0][:, :1], batch[1])
+    assert not any(layer._forward_pre_hooks for layer in batchnorms(teacher.network))
+
+
+def test_a_trace_without_moments_records_none(teacher, batch):
+    assert FusedRecorder(teacher.network, moments=False)(*batch).moments == ()
+
+
+def test_fused_recorder_gives_the_losses_and_gradients_of_the_hooks(teacher, batch):
+    expected_values, expected_gradient = losses_and_gradient(HookRecorder(teacher.network, moments=True), batch)
+    values, gradient = losses_and_gradient(FusedRecorder(teacher.network, moments=True), batch)
+    torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5 * expected_gradient.abs().max().item())
+
+
+def test_bf16_convolutions_keep_the_losses_within_one_percent(teacher, batch):
+    expected, _ = losses_and_gradient(HookRecorder(teacher.network, moments=True), batch)
+    recorder = FusedRecorder(teacher.network, moments=True, precision=torch.bfloat16)
+    values, _ = losses_and_gradient(recorder, batch)
+    torch.testing.assert_close(values, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_fused_recorder_leaves_the_network_as_it_was(teacher, batch):
+    before = {name: value.clone() for name, value in teacher.network.state_dict().items()}
+    classes = [type(module) for module in teacher.network.modules()]
+    FusedRecorder(teacher.network, moments=True, precision=torch.bfloat16)(*batch)
+    assert [type(module) for module in teacher.network.modules()] == classes
+    assert all(torch.equal(value, before[name]) for name, value in teacher.network.state_dict().items())

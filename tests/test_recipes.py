@@ -1,0 +1,86 @@
+"""What must hold for every recipe in the folder."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+import torch
+
+from dfcompress.device import Execution
+from dfcompress.errors import BadInput
+from dfcompress.models.checkpoint import load
+from dfcompress.synthesis.recipe import choose, recipe_names
+from dfcompress.synthesis.synthesizer import Synthesizer
+
+
+def module_of(name):
+    return importlib.import_module(f"dfcompress.synthesis.recipes.{name.replace('-', '_')}")
+
+
+CASES = [(name, preset) for name in recipe_names() for preset in module_of(name).PRESETS]
+
+
+def test_the_folder_holds_the_recipes_of_this_version():
+    assert recipe_names() == ["deepinversion", "gaussian"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_says_its_paper_and_explains_itself(name):
+    module = module_of(name)
+    assert module.PAPER
+    assert len(module.__doc__.splitlines()) > 3
+    function = getattr(module, name.replace("-", "_"))
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in inspect.signature(function).parameters.values())
+
+
+@pytest.mark.parametrize(("name", "preset"), CASES)
+def test_a_few_steps_of_every_preset_lower_its_objective(name, preset, resnet20_file):
+    overrides = {"batch_size": 8} | ({"steps": 12} if name != "gaussian" else {})
+    recipe = choose(name, preset, overrides).build()
+    teacher = load(resnet20_file)
+    batch = Synthesizer(recipe, teacher, Execution("cpu", "fp32", False, 2, "")).batch(0, torch.arange(8))
+    assert batch.images.shape == (8, 3, 32, 32)
+    assert batch.images.isfinite().all()
+    if batch.history:
+        totals = [sum(loss.weight * point[loss.name] for loss in recipe.losses) for point in batch.history]
+        assert totals[-1] < 0.9 * totals[0]
+
+
+def test_gaussian_images_are_standard_normal_where_the_network_sees_them(resnet20_file):
+    teacher = load(resnet20_file)
+    recipe = choose("gaussian").build()
+    batch = Synthesizer(recipe, teacher, Execution("cpu", "fp32", False, 2, "")).batch(0, torch.zeros(256).long())
+    seen = teacher.normalise(batch.images)
+    assert seen.mean().item() == pytest.approx(0.0, abs=0.01)
+    assert seen.std().item() == pytest.approx(1.0, abs=0.01)
+    assert torch.equal(batch.labels, teacher(batch.images).argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("deepinvrsion",), "Did you mean 'deepinversion'"),
+        (("deepinversion", "fast-cifar"), "Did you mean 'fast-cifar10'"),
+        (("deepinversion", None, {"bm": "10"}), "Did you mean 'bn'"),
+        (("deepinversion", None, {"steps": "many"}), "not a value of type int"),
+        (("deepinversion", None, {"lr": "-1"}), "negative"),
+        (("deepinversion", None, {"flip": "perhaps"}), "not a value of type bool"),
+        (("gaussian", None, {"steps": "3"}), "no setting of gaussian 'steps'"),
+    ],
+)
+def test_a_wrong_name_or_value_is_refused_with_a_suggestion(arguments, message):
+    with pytest.raises(BadInput, match=message):
+        choose(*arguments)
+
+
+def test_text_from_the_command_line_takes_the_type_of_the_default():
+    settings = choose("deepinversion", "paper-cifar10", {"bn": "1", "flip": "true", "steps": "7"}).settings
+    assert (settings["bn"], settings["flip"], settings["steps"]) == (1.0, True, 7)
+
+
+def test_the_paper_preset_is_the_published_one():
+    settings = choose("deepinversion", "paper-cifar10").settings
+    published = {"bn": 10.0, "tv": 2.5e-5, "lr": 0.05, "steps": 2000, "batch_size": 256, "jitter": 2, "flip": False}
+    assert {name: settings[name] for name in published} == published
