@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 
 
@@ -15,15 +17,16 @@ class Classifier(nn.Module):
     """A network that takes images in [0, 1] because it owns the normalisation its weights expect.
 
     `network` takes normalised images `(N, C, H, W)` and returns logits `(N, classes)`.
+    `name` and `sha256` say which file the weights came from; sets and records of one teacher are refused to another.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, card: ModelCard) -> None:
+    def __init__(self, network: nn.Module, card: ModelCard, *, name: str = "model", sha256: str = "") -> None:
         super().__init__()
         self.network = network
-        self.card = card
+        self.card, self.name, self.sha256 = card, name, sha256
         self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(card.std).view(-1, 1, 1), persistent=False)
 
@@ -54,3 +57,22 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def why_no_statistics(network: nn.Module) -> str | None:
+    """Why nothing can be made from a network's BatchNorm statistics, or None where it can."""
+    layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    if not layers:
+        return "it has no BatchNorm layer, so it carries no statistics of its training data"
+    if any(layer.running_mean is None or layer.running_var is None for layer in layers):
+        return "its BatchNorm layers keep no running statistics"
+    if all(bool((layer.running_mean == 0).all() and (layer.running_var == 1).all()) for layer in layers):
+        return "its BatchNorm layers were never trained: running means are all 0 and variances all 1"
+    return None
+
+
+def require_batchnorm_statistics(classifier: Classifier) -> None:
+    """Raise `BadInput`, saying why, where a classifier carries no statistics to make images from."""
+    why = why_no_statistics(classifier.network)
+    if why:
+        raise BadInput(f"No images can be made from {classifier.name}: {why}.", "Use a trained model with BatchNorm.")

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
@@ -50,16 +54,21 @@ class Architecture:
     """A network that can be built for any number of classes and input channels.
 
     `size` is the usual height and width of its input in pixels.
-    `tensors` are the possible numbers of tensors in its state dict (without `num_batches_tracked`), where known:
-    they spare building a network only to see that it is another one.
+    `tensors` is the number of tensors in its state dict (without `num_batches_tracked`), where known: it spares
+    building a network only to see that it is another one. `ignored` matches tensors that only training needs.
     """
 
     name: str
     make: Callable[[int, int], nn.Module]
     size: int
     channels: int = 3
-    tensors: tuple[int, ...] | None = None
+    tensors: int | None = None
+    ignored: str | None = None
     namings: tuple[Naming, ...] = (Naming(),)
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor is one that only training needs."""
+        return self.ignored is not None and re.match(self.ignored, name) is not None
 
 
 @cache
@@ -73,6 +82,27 @@ def architectures() -> dict[str, Architecture]:
     return {architecture.name: architecture for architecture in found}
 
 
+@cache
+def tensors_of(architecture: Architecture, classes: int, channels: int) -> dict[str, torch.Size]:
+    """Names and shapes of an architecture's tensors, without `num_batches_tracked`, at next to no cost.
+
+    Parameters lose their storage as they are registered, so no memory is touched and no initialiser does work.
+    (Building under `torch.device("meta")` fails for networks that compute with tensors in their constructor.)
+    """
+    hook = register_module_parameter_registration_hook(_without_storage)
+    try:
+        network = architecture.make(classes, channels)
+    finally:
+        hook.remove()
+    return {
+        name: tensor.shape for name, tensor in network.state_dict().items() if not name.endswith("num_batches_tracked")
+    }
+
+
+def _without_storage(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    return None if parameter is None else nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+
 def find(name: str) -> Architecture:
     """The architecture of that name; raises `BadInput` with the nearest names where there is none."""
     known = architectures()
@@ -81,6 +111,52 @@ def find(name: str) -> Architecture:
         remedy = f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(sorted(known))}."
         raise BadInput(f"There is no architecture {name!r}.", remedy)
     return known[name]
+
+
+def named(spec: str) -> Architecture:
+    """The architecture that `--arch` names: NAME, timm:NAME, file.py:factory or package.module:factory.
+
+    Code runs only because the user named it; a factory is called without arguments.
+    Raises `BadInput` where there is no such thing.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon:
+        return find(name)
+    if place == "timm":
+        return Architecture(spec, partial(_make_timm, name), 224)
+    factory = getattr(_module_at(place), name, None)
+    if not callable(factory):
+        raise BadInput(f"--arch {spec}: {place} has no function {name!r}.", "Name a function that returns the network.")
+    return Architecture(spec, lambda classes, channels: factory(), 224)
+
+
+def _make_timm(name: str, classes: int, channels: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise BadInput(f"--arch timm:{name} needs timm.", "Install it with: pip install 'dfcompress[timm]'.") from None
+    if name not in timm.list_models():
+        close = difflib.get_close_matches(name, timm.list_models(), 3)
+        raise BadInput(f"timm has no model {name!r}.", f"Did you mean {', '.join(close)}?" if close else "See timm's list.")
+    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+    return network
+
+
+def _module_at(place: str) -> ModuleType:
+    if not place.endswith(".py"):
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise BadInput(f"--arch: there is no module {place!r} ({error}).", "Check the spelling.") from None
+    path = Path(place)
+    if not path.is_file():
+        raise BadInput(f"--arch: {place} does not exist.", "Name a Python file.")
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 def fit_student(name: str, card: ModelCard, *, seed: int) -> tuple[nn.Module, ModelCard, str]:

@@ -66,7 +66,7 @@ ARCHITECTURES = [
         name=f"cifar_resnet{depth}",
         make=partial(CifarResNet, (depth - 2) // 6),
         size=32,
-        tensors=(5 * (depth - 1) + 2,),
+        tensors=5 * (depth - 1) + 2,
         namings=(Naming(), RELEASED),
     )
     for depth in (20, 32, 44, 56, 110)

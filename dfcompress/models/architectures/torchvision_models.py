@@ -1,0 +1,80 @@
+"""torchvision's classification models, and the small-image forms of its ResNets: 3×3 stem of stride 1, no max-pool."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torchvision.models
+from torch import nn
+
+from dfcompress.models.architectures import Architecture, Naming
+
+# Tensors in each state dict, so that recognising a file does not build eighty networks; a test compares them.
+TENSORS: dict[str, int] = {
+    "alexnet": 16, "convnext_base": 344, "convnext_large": 344, "convnext_small": 344, "convnext_tiny": 182,
+    "densenet121": 606, "densenet161": 806, "densenet169": 846, "densenet201": 1006, "efficientnet_b0": 311,
+    "efficientnet_b1": 439, "efficientnet_b2": 439, "efficientnet_b3": 496, "efficientnet_b4": 610,
+    "efficientnet_b5": 738, "efficientnet_b6": 852, "efficientnet_b7": 1037, "efficientnet_v2_l": 1331,
+    "efficientnet_v2_m": 963, "efficientnet_v2_s": 672, "googlenet": 287, "inception_v3": 472, "maxvit_t": 548,
+    "mnasnet0_5": 262, "mnasnet0_75": 262, "mnasnet1_0": 262, "mnasnet1_3": 262, "mobilenet_v2": 262,
+    "mobilenet_v3_large": 266, "mobilenet_v3_small": 210, "regnet_x_16gf": 357, "regnet_x_1_6gf": 297,
+    "regnet_x_32gf": 372, "regnet_x_3_2gf": 402, "regnet_x_400mf": 357, "regnet_x_800mf": 267, "regnet_x_8gf": 372,
+    "regnet_y_128gf": 540, "regnet_y_16gf": 369, "regnet_y_1_6gf": 540, "regnet_y_32gf": 407, "regnet_y_3_2gf": 426,
+    "regnet_y_400mf": 331, "regnet_y_800mf": 293, "regnet_y_8gf": 350, "resnet101": 522, "resnet152": 777,
+    "resnet18": 102, "resnet34": 182, "resnet50": 267, "resnext101_32x8d": 522, "resnext101_64x4d": 522,
+    "resnext50_32x4d": 267, "shufflenet_v2_x0_5": 282, "shufflenet_v2_x1_0": 282, "shufflenet_v2_x1_5": 282,
+    "shufflenet_v2_x2_0": 282, "squeezenet1_0": 52, "squeezenet1_1": 52, "swin_b": 353, "swin_s": 353, "swin_t": 185,
+    "swin_v2_b": 449, "swin_v2_s": 449, "swin_v2_t": 233, "vgg11": 22, "vgg11_bn": 54, "vgg13": 26, "vgg13_bn": 66,
+    "vgg16": 32, "vgg16_bn": 84, "vgg19": 38, "vgg19_bn": 102, "vit_b_16": 152, "vit_b_32": 152, "vit_h_14": 392,
+    "vit_l_16": 296, "vit_l_32": 296, "wide_resnet101_2": 522, "wide_resnet50_2": 267,
+}
+
+SIZES = {"inception_v3": 299}
+_WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+
+
+def _make(name: str, classes: int, channels: int) -> nn.Module:
+    options = {"aux_logits": False, "init_weights": False} if name in _WITH_AUXILIARY_HEADS else {}
+    network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
+    if channels != 3:
+        _replace_stem(network, channels)
+    return network
+
+
+def _make_small(name: str, classes: int, channels: int) -> nn.Module:
+    network = _make(name, classes, 3)
+    network.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
+    network.maxpool = nn.Identity()
+    return network
+
+
+def _replace_stem(network: nn.Module, channels: int) -> None:
+    name, stem = next((name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
+    new = nn.Conv2d(
+        channels, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=stem.bias is not None
+    )
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, new)
+
+
+def _is_resnet(name: str) -> bool:
+    return name.startswith(("resnet", "resnext", "wide_resnet"))
+
+
+# The many small-image ResNets released under kuangliu/pytorch-cifar's names.
+KUANGLIU = Naming(renames=((r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc.")))
+
+NAMES = torchvision.models.list_models(module=torchvision.models)
+ARCHITECTURES = [
+    *(
+        Architecture(name, partial(_make, name), SIZES.get(name, 224), tensors=TENSORS.get(name), ignored=r"(aux\d|AuxLogits)\.")
+        for name in NAMES
+    ),
+    *(
+        Architecture(
+            f"cifar_{name}", partial(_make_small, name), 32, tensors=TENSORS.get(name), namings=(Naming(), KUANGLIU)
+        )
+        for name in NAMES
+        if _is_resnet(name)
+    ),
+]
