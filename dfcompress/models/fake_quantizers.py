@@ -12,7 +12,8 @@ Both pass the gradient straight through where nothing was clipped. Biases and Ba
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -123,6 +124,7 @@ _QUANTIZED: Mapping[type[nn.Module], type[QuantizedLayer]] = {
     nn.Conv2d: QuantizedConv2d,
     nn.Linear: QuantizedLinear,
 }
+_PLAIN: Mapping[type[nn.Module], type[nn.Module]] = {quantized: plain for plain, quantized in _QUANTIZED.items()}
 
 
 def quantizable_layers(network: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -168,6 +170,19 @@ def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
 def is_quantized(network: nn.Module) -> bool:
     """Whether any layer of the network is quantized."""
     return bool(quantized_layers(network))
+
+
+@contextmanager
+def in_float(network: nn.Module) -> Iterator[None]:
+    """Let the quantized layers of the network compute as the plain ones they were made of."""
+    classes: dict[nn.Module, type[nn.Module]] = {layer: type(layer) for layer in quantized_layers(network).values()}
+    try:
+        for layer, quantized in classes.items():
+            layer.__class__ = _PLAIN[quantized]
+        yield
+    finally:
+        for layer, quantized in classes.items():
+            layer.__class__ = quantized
 
 
 def freeze(network: nn.Module) -> None:

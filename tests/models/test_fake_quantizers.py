@@ -17,6 +17,7 @@ from dfcompress.models.fake_quantizers import (
     QuantizedConv2d,
     QuantizedLayer,
     freeze,
+    in_float,
     is_quantized,
     quantize_layers,
     quantized_layers,
@@ -153,6 +154,14 @@ def test_freezing_does_not_change_a_bit_of_the_output():
     assert torch.equal(network(images), before)
     freeze(network)
     assert torch.equal(network(images), before)
+
+
+def test_in_float_the_network_is_the_plain_one_until_the_end():
+    network, plain, images = quantized_network(), small_network(), torch.randn(2, 3, 12, 12)
+    quantized = network(images)
+    with in_float(network):
+        assert torch.equal(network(images), plain(images))
+    assert torch.equal(network(images), quantized)
 
 
 def test_channels_last_gives_the_same_quantized_weights():

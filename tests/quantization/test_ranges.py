@@ -1,0 +1,150 @@
+"""Calibration averages the extremes of 16-image chunks, and real few-bit networks stay good classifiers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.fake_quantizers import InputGrid, freeze, quantize_layers, quantized_layers
+from dfcompress.models.packing import pack_network, unpack_network
+from dfcompress.quantization.bits import bits_per_layer, parse_bits
+from dfcompress.quantization.ranges import calibrate
+
+
+def one_layer_classifier(*, mean: float = 0.0, std: float = 1.0) -> Classifier:
+    """Its only layer sees the normalised images, which here are single pixels."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 1))
+    quantize_layers(network, {"0": (8, 8)})
+    return Classifier(network, ModelCard("test", 2, (1, 1, 1), (mean,), (std,)))
+
+
+def pixels(*values: float) -> Tensor:
+    return torch.tensor(values).view(-1, 1, 1, 1)
+
+
+def calibrated_grid(classifier: Classifier, *batches: Tensor) -> InputGrid:
+    calibrate(classifier, batches)
+    grid = quantized_layers(classifier.network)["0"].input_grid
+    assert grid is not None
+    return grid
+
+
+def test_the_range_is_the_mean_of_the_extremes_of_sixteen_image_chunks():
+    first_chunk = pixels(*[0.5] * 15, 1.0)
+    second_chunk = pixels(*[0.1] * 15, 0.2)
+    grid = calibrated_grid(one_layer_classifier(), torch.cat([first_chunk, second_chunk]))
+    assert grid == InputGrid.covering(0.0, (1.0 + 0.2) / 2, bits=8)
+
+
+def test_images_are_seen_as_the_network_sees_them():
+    grid = calibrated_grid(one_layer_classifier(mean=0.5, std=0.25), pixels(*[0.0] * 8, *[0.75] * 8))
+    assert grid == InputGrid.covering(-2.0, 1.0, bits=8)
+
+
+def test_how_the_chunks_are_batched_does_not_matter():
+    images = torch.rand(64, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    at_once = calibrated_grid(one_layer_classifier(), images)
+    assert calibrated_grid(one_layer_classifier(), *images.split(16)) == at_once
+    assert calibrated_grid(one_layer_classifier(), images[:48], images[48:]) == at_once
+
+
+def test_calibrating_again_forgets_the_old_range():
+    classifier = one_layer_classifier()
+    calibrated_grid(classifier, pixels(100.0))
+    assert calibrated_grid(classifier, pixels(1.0)) == InputGrid.covering(0.0, 1.0, bits=8)
+
+
+def test_calibration_leaves_modes_statistics_and_hooks_as_they_were():
+    network = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 2, 1)).train()
+    quantize_layers(network, {"1": (8, 8)})
+    classifier = Classifier(network, ModelCard("test", 2, (1, 1, 1), (0.0,), (1.0,)))
+    calibrate(classifier, [pixels(0.1, 0.9)])
+    assert network[0].training
+    assert network[0].running_mean.item() == 0.0
+    assert not network[1]._forward_pre_hooks
+
+
+def test_ranges_are_those_of_the_float_network():
+    network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 1, 1, bias=False))
+    network[0].weight = nn.Parameter(torch.tensor([1.0, 0.75]).view(2, 1, 1, 1))
+    network[1].weight = nn.Parameter(torch.tensor([1.0, -0.25]).view(1, 2, 1, 1))  # at 2 bits: 1 and 0
+    network.append(nn.Linear(1, 1))
+    quantize_layers(network, {"0": (8, 8), "1": (2, 8), "2": (8, 8)})
+    calibrate(Classifier(network, ModelCard("test", 1, (1, 1, 1), (0.0,), (1.0,))), [pixels(1.0)])
+    assert quantized_layers(network)["2"].input_grid == InputGrid.covering(0.0, 1 - 0.25 * 0.75, bits=8)
+
+
+def test_float_activations_get_no_range():
+    network = nn.Sequential(nn.Conv2d(1, 2, 1))
+    quantize_layers(network, {"0": (4, 32)})
+    classifier = Classifier(network, ModelCard("test", 2, (1, 1, 1), (0.0,), (1.0,)))
+    calibrate(classifier, [pixels(0.5)])
+    assert quantized_layers(network)["0"].input_grid is None
+
+
+def test_no_images_are_refused():
+    with pytest.raises(BadInput, match="no images to calibrate on"):
+        calibrate(one_layer_classifier(), [])
+
+
+def test_a_range_that_is_not_finite_is_refused():
+    with pytest.raises(BadInput, match="layer 0 ranges from nan"):
+        calibrate(one_layer_classifier(), [pixels(0.5, float("nan"))])
+
+
+def released_classifier(path: Path) -> Classifier:
+    from dfcompress.models.checkpoint import load
+
+    return load(path)
+
+
+def images_and_labels(path: Path) -> tuple[Tensor, Tensor]:
+    with np.load(path) as arrays:
+        return torch.from_numpy(arrays["images"]).float() / 255, torch.from_numpy(arrays["labels"]).long()
+
+
+def quantized_and_calibrated(float_classifier: Classifier, bits: str, images: Tensor) -> Classifier:
+    classifier = copy.deepcopy(float_classifier)
+    quantize_layers(classifier.network, bits_per_layer(classifier, parse_bits(bits), first_last_bits=8))
+    calibrate(classifier, images.split(80))
+    freeze(classifier.network)
+    return classifier.frozen()
+
+
+@torch.no_grad()
+def correct(classifier: Classifier, images: Tensor, labels: Tensor) -> int:
+    return int((classifier(images).argmax(1) == labels).sum())
+
+
+def test_eight_bits_keep_a_released_resnet20_within_one_point(resnet20_file, cifar10_train_file, cifar10_test_file):
+    images, _ = images_and_labels(cifar10_train_file)
+    classifier = quantized_and_calibrated(released_classifier(resnet20_file), "8w8a", images[::6][:160])
+    assert correct(classifier, *images_and_labels(cifar10_test_file)) == pytest.approx(776, abs=8)
+
+
+def test_four_bits_without_fine_tuning_cost_a_released_resnet20_a_few_points(
+    resnet20_file, cifar10_train_file, cifar10_test_file
+):
+    images, _ = images_and_labels(cifar10_train_file)
+    classifier = quantized_and_calibrated(released_classifier(resnet20_file), "4w4a", images[::6][:160])
+    assert 720 <= correct(classifier, *images_and_labels(cifar10_test_file)) < 768
+
+
+@torch.no_grad()
+def test_a_packed_resnet20_is_an_eighth_in_bytes_and_the_same_to_the_bit(resnet20_file, cifar10_train_file):
+    images, _ = images_and_labels(cifar10_train_file)
+    original = released_classifier(resnet20_file)
+    classifier = quantized_and_calibrated(original, "4w4a", images[:160])
+    float_bytes = sum(tensor.nbytes for tensor in original.network.state_dict().values())
+    tensors, quantization = pack_network(classifier.network)
+    unpack_network(original.network, tensors, quantization)
+    assert torch.equal(original(images[:64]), classifier(images[:64]))
+    assert sum(tensor.nbytes for tensor in tensors.values()) / float_bytes < 0.14
