@@ -139,7 +139,7 @@ def test_four_bits_without_fine_tuning_cost_a_released_resnet20_a_few_points(
 
 
 @torch.no_grad()
-def test_a_packed_resnet20_is_an_eighth_in_bytes_and_the_same_to_the_bit(resnet20_file, cifar10_train_file):
+def test_a_packed_resnet20_is_a_seventh_in_bytes_and_the_same_to_the_bit(resnet20_file, cifar10_train_file):
     images, _ = images_and_labels(cifar10_train_file)
     original = released_classifier(resnet20_file)
     classifier = quantized_and_calibrated(original, "4w4a", images[:160])
