@@ -39,6 +39,7 @@ from dfcompress.models.card import (
     Origin,
 )
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.fake_quantizers import is_quantized
 from dfcompress.models.recognition import Recognised, describe, fit_to, recognise
 from dfcompress.run import write_atomically, write_json
 
@@ -93,7 +94,7 @@ def load(
     card = _card(fit, stored.card, _sidecar(path), _given(input_size, mean, std, classes), recognised=not spec)
     network = fit.architecture.make(fit.classes, fit.channels)
     network.load_state_dict({**_counters(network), **fit.tensors})
-    return Classifier(network, card, name=_name(path), sha256=sha256(path)).frozen()
+    return Classifier(network, card, name=_name(path), sha256=sha256(path), path=path).frozen()
 
 
 def as_classifier(checkpoint: str | Path | Classifier) -> Classifier:
@@ -118,7 +119,7 @@ def save(classifier: Classifier, folder: Path) -> None:
             "label_names": card["class_names"],
         },
     }
-    if packing.is_quantized(classifier.network):
+    if is_quantized(classifier.network):
         tensors, quantization = packing.pack_network(classifier.network)
         metadata["quantization"] = json.dumps(quantization, separators=(",", ":"))
         config["quantization"] = quantization
@@ -141,6 +142,11 @@ def state_bytes(network: nn.Module) -> int:
     """Bytes of a network's parameters and buffers in fp32, without BatchNorm's counters."""
     tensors = network.state_dict().items()
     return sum(4 * tensor.numel() for name, tensor in tensors if not name.endswith(COUNTERS))
+
+
+def file_bytes(path: Path) -> int:
+    """Size of a checkpoint's weights file."""
+    return _weights_file(path).stat().st_size
 
 
 def sha256(path: Path) -> str:
@@ -366,7 +372,7 @@ def _packed(path: Path, stored: StoredModel, given: Mapping[str, Any]) -> Classi
     network = find(card.architecture).make(card.classes, card.input_size[0])
     packing.unpack_network(network, stored.tensors, stored.quantization)
     card = replace(card, **given, origin={**card.origin, **dict.fromkeys(given, "given")})
-    return Classifier(network, card, name=_name(path), sha256=sha256(path)).frozen()
+    return Classifier(network, card, name=_name(path), sha256=sha256(path), path=path).frozen()
 
 
 def _counters(network: nn.Module) -> dict[str, Tensor]:

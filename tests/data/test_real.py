@@ -280,7 +280,7 @@ def test_a_packed_idx_file_cut_short_is_named(tmp_path, grey_images):
 def test_several_idx_sets_of_which_none_is_the_test_part_must_be_named(tmp_path, grey_images):
     write_idx_pair(tmp_path, "letters", *grey_images)
     write_idx_pair(tmp_path, "train", *grey_images)
-    with pytest.raises(BadInput, match="holds several sets of images: .*letters-images-idx3-ubyte"):
+    with pytest.raises(BadInput, match=r"holds several sets of images: .*letters-images-idx3-ubyte"):
         open_images(tmp_path, GREY)
 
 

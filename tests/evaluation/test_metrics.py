@@ -1,0 +1,72 @@
+"""Counts, agreement and their error, against hand values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dfcompress.errors import DfcompressError
+from dfcompress.evaluation.metrics import Answers, answers, share_correct, standard_error
+from dfcompress.models.card import ModelCard
+from dfcompress.models.classifier import Classifier
+
+
+class Scores(nn.Module):
+    """Answers with the first pixels of the image as logits."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+def classifier(classes: int = 6) -> Classifier:
+    return Classifier(Scores(), ModelCard("scores", classes, (1, 1, classes), (0.0,), (1.0,)))
+
+
+def images(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows).view(len(rows), 1, 1, -1)
+
+
+LADDER = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def test_counts_of_the_k_best_classes():
+    given = answers(classifier(), [(images(LADDER, LADDER), torch.tensor([5, 4])), (images(LADDER), torch.tensor([0]))])
+    assert given.classes.tolist() == [[5, 4, 3, 2, 1]] * 3
+    assert (given.correct(), given.correct(2), given.correct(5), len(given)) == (1, 2, 2, 3)
+
+
+def test_agreement_is_the_share_of_equal_first_answers():
+    labels = torch.zeros(4, dtype=torch.int64)
+    first = Answers(torch.tensor([[0, 1], [1, 0], [2, 0], [3, 0]]), labels)
+    second = Answers(torch.tensor([[0, 2], [1, 3], [2, 1], [0, 3]]), labels)
+    assert first.agreement(second) == 0.75
+
+
+def test_an_answer_that_is_no_number_stops():
+    with pytest.raises(DfcompressError, match="NaN or infinity"):
+        answers(classifier(2), [(images([0.0, float("nan")]), torch.tensor([0]))])
+
+
+def test_the_training_mode_is_given_back():
+    network = classifier().train()
+    answers(network, [(images(LADDER), torch.tensor([5]))])
+    assert network.training
+
+
+def test_the_share_correct_is_over_all_images():
+    class Three:
+        class_names = None
+
+        def __len__(self) -> int:
+            return 3
+
+        def batches(self, batch_size: int):
+            yield images(LADDER, LADDER), torch.tensor([5, 5])
+            yield images(LADDER), torch.tensor([0])
+
+    assert share_correct(classifier(), Three()) == 2 / 3
+
+
+def test_the_standard_error_near_92_percent_of_846_is_0_9_points():
+    assert standard_error(776, 846) == pytest.approx(0.0095, abs=5e-5)
