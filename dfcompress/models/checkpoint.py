@@ -1,8 +1,8 @@
 """A file or folder ↔ a `Classifier`. Files come from strangers: nothing in them is ever executed.
 
-    load("resnet20.th")                                     # the architecture is recognised
-    load("net.pt", arch="net.py:make", input_size=(1, 28, 28))
-    save(classifier, Path("result"))                        # model.safetensors + config.json, timm's layout
+load("resnet20.th")                                     # the architecture is recognised
+load("net.pt", arch="net.py:make", input_size=(1, 28, 28))
+save(classifier, Path("result"))                        # model.safetensors + config.json, timm's layout
 """
 
 from __future__ import annotations
@@ -48,7 +48,14 @@ NESTED = ("state_dict", "model_state_dict", "model", "net", "network", "module",
 AVERAGED = ("ema", "model_ema", "ema_state_dict", "state_dict_ema")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 COUNTERS = ("num_batches_tracked", "n_averaged")
-TRUSTED = ("torch.nn.modules.", "torchvision.models.", "torchvision.ops.", "timm.models.", "timm.layers.", "dfcompress.models.")
+TRUSTED = (
+    "torch.nn.modules.",
+    "torchvision.models.",
+    "torchvision.ops.",
+    "timm.models.",
+    "timm.layers.",
+    "dfcompress.models.",
+)
 
 
 @dataclass(frozen=True)
@@ -131,9 +138,11 @@ def save(classifier: Classifier, folder: Path) -> None:
     write_json(folder / CONFIG, config)
 
 
-def write_card(classifier: Classifier, checkpoint: Path) -> Path:
-    """Write the card beside a checkpoint, to be corrected and kept; it is read from there."""
-    path = _sidecar_path(checkpoint)
+def write_sidecar(classifier: Classifier) -> Path:
+    """Write the card beside the checkpoint, to be corrected and kept; it is read from there."""
+    if classifier.path is None:
+        raise BadInput(f"{classifier.name} is no file that a card could stand beside.", "Save it first.")
+    path = _sidecar_path(classifier.path)
     write_json(path, classifier.card.to_json())
     return path
 
@@ -223,7 +232,9 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path} is no checkpoint: it begins with {head!r}.", "Name a PyTorch or safetensors file.")
     found = _state_dict(_unpickled(path))
     if found is None:
-        raise BadInput(f"{path} holds no state dict.", f"Weights are looked for at the top and under {', '.join(NESTED)}.")
+        raise BadInput(
+            f"{path} holds no state dict.", f"Weights are looked for at the top and under {', '.join(NESTED)}."
+        )
     return found
 
 
@@ -233,7 +244,9 @@ def _refuse_torchscript(path: Path) -> None:
     except zipfile.BadZipFile as error:
         raise BadInput(f"{path} is cut short or damaged: {error}.", "Download it again.") from None
     if any(re.search(r"(^|/)(code/|constants\.pkl$)", name) for name in names):
-        raise BadInput(f"{path} is a TorchScript archive, which is a program.", "Save the model's state_dict() instead.")
+        raise BadInput(
+            f"{path} is a TorchScript archive, which is a program.", "Save the model's state_dict() instead."
+        )
 
 
 def _unpickled(path: Path) -> object:
@@ -254,7 +267,17 @@ def _unpickled(path: Path) -> object:
                     "Ask its author for the state_dict(), or for safetensors.",
                 ) from None
             allowed.append(wanted)
-        except (EOFError, RuntimeError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, struct.error):
+        except (
+            EOFError,
+            RuntimeError,
+            OSError,
+            ValueError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            TypeError,
+            struct.error,
+        ):
             raise BadInput(f"{path} is cut short or damaged.", "Download it again.") from None
 
 
@@ -323,7 +346,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _stated(name: str) -> Architecture:
     """The architecture that a file states: ours by name, else timm's; never code."""
     if ":" in name and not name.startswith("timm:"):
-        raise BadInput(f"This model was made with --arch {name}.", "Give the same --arch again: code runs only when named.")
+        raise BadInput(
+            f"This model was made with --arch {name}.", "Give the same --arch again: code runs only when named."
+        )
     try:
         return named(name)
     except BadInput:
@@ -345,14 +370,18 @@ def _matched_by_order(architecture: Architecture, tensors: Mapping[str, Tensor],
     expected = tensors_of(architecture, classes, channels)
     given = list(tensors.values())
     if len(given) != len(expected):
-        raise BadInput(f"{path} has {len(given)} tensors, {architecture.name} {len(expected)}.", "They do not match by order.")
+        raise BadInput(
+            f"{path} has {len(given)} tensors, {architecture.name} {len(expected)}.", "They do not match by order."
+        )
     for (name, shape), (theirs, tensor) in zip(expected.items(), tensors.items(), strict=True):
         if tensor.shape != shape:
             raise BadInput(
                 f"{path}: {theirs} is {tuple(tensor.shape)}, {architecture.name} has {name} {tuple(shape)} there.",
                 "They do not match by order.",
             )
-    console.notice(f"Matched by order: a twin of {architecture.name} with other connections gives wrong answers silently.")
+    console.notice(
+        f"Matched by order: a twin of {architecture.name} with other connections gives wrong answers silently."
+    )
     naming = architecture.namings[0]
     return Recognised(architecture, naming, classes, channels, dict(zip(expected, given, strict=True)))
 
@@ -368,7 +397,9 @@ def _packed(path: Path, stored: StoredModel, given: Mapping[str, Any]) -> Classi
     try:
         card = ModelCard.from_json(stored.card)
     except (KeyError, TypeError, ValueError):
-        raise BadInput(f"{path} is packed but has no model card.", "Make it again with `dfcompress quantize`.") from None
+        raise BadInput(
+            f"{path} is packed but has no model card.", "Make it again with `dfcompress quantize`."
+        ) from None
     network = find(card.architecture).make(card.classes, card.input_size[0])
     packing.unpack_network(network, stored.tensors, stored.quantization)
     card = replace(card, **given, origin={**card.origin, **dict.fromkeys(given, "given")})
@@ -423,10 +454,14 @@ def _usual_normalisation(fit: Recognised) -> tuple[tuple[float, ...], tuple[floa
 def _check_card(card: Mapping[str, Any], fit: Recognised) -> None:
     channels = fit.channels
     if len(card["input_size"]) != 3 or card["input_size"][0] != channels:
-        raise BadInput(f"The input size {card['input_size']} does not fit weights of {channels} channels.", "Use CxHxW.")
+        raise BadInput(
+            f"The input size {card['input_size']} does not fit weights of {channels} channels.", "Use CxHxW."
+        )
     for name in ("mean", "std"):
         if len(card[name]) != channels:
-            raise BadInput(f"{name} has {len(card[name])} values, the weights have {channels} channels.", "Give one each.")
+            raise BadInput(
+                f"{name} has {len(card[name])} values, the weights have {channels} channels.", "Give one each."
+            )
     if min(card["std"]) <= 0:
         raise BadInput(f"std {card['std']} is not positive.", "Give the standard deviation per channel.")
     names = card["class_names"]
@@ -453,7 +488,9 @@ def _names(path: Path) -> tuple[str, ...]:
     try:
         return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--classes {path} cannot be read: {error}.", "Name a text file with one class a line.") from None
+        raise BadInput(
+            f"--classes {path} cannot be read: {error}.", "Name a text file with one class a line."
+        ) from None
 
 
 def _sidecar_path(path: Path) -> Path:

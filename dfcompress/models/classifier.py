@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +18,19 @@ class Classifier(nn.Module):
     """A network that takes images in [0, 1] because it owns the normalisation its weights expect.
 
     `network` takes normalised images `(N, C, H, W)` and returns logits `(N, classes)`.
-    `name` and `sha256` say which file the weights came from; sets and records of one teacher are refused to another.
+    `name`, `sha256` and `path` say which file the weights came from, if any; sets and records of one teacher are
+    refused to another.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, card: ModelCard, *, name: str = "model", sha256: str = "") -> None:
+    def __init__(
+        self, network: nn.Module, card: ModelCard, *, name: str = "model", sha256: str = "", path: Path | None = None
+    ) -> None:
         super().__init__()
         self.network = network
-        self.card, self.name, self.sha256 = card, name, sha256
+        self.card, self.name, self.sha256, self.path = card, name, sha256, path
         self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(card.std).view(-1, 1, 1), persistent=False)
 

@@ -41,7 +41,10 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> Recognised:
         return fits[0]
     if fits:
         names = ", ".join(fit.architecture.name for fit in fits)
-        raise BadInput(f"{where} fits several architectures: {names}.", f"Say which, for instance --arch {fits[0].architecture.name}.")
+        raise BadInput(
+            f"{where} fits several architectures: {names}.",
+            f"Say which, for instance --arch {fits[0].architecture.name}.",
+        )
     nearest = min(architectures().values(), key=lambda architecture: len(differences(architecture, tensors)))
     raise BadInput(
         f"{where} is none of the known architectures; the nearest is {nearest.name}: {describe(nearest, tensors)}.",
@@ -80,7 +83,9 @@ def _differences(architecture: Architecture, naming: Naming, tensors: Mapping[st
         for name, shape in expected.items()
         if name in renamed and renamed[name].shape != shape
     ]
-    surplus = [f"{name} {_shape(tensor.shape)} is not in it" for name, tensor in renamed.items() if name not in expected]
+    surplus = [
+        f"{name} {_shape(tensor.shape)} is not in it" for name, tensor in renamed.items() if name not in expected
+    ]
     return unequal + missing + surplus
 
 

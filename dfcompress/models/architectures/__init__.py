@@ -137,7 +137,9 @@ def _make_timm(name: str, classes: int, channels: int) -> nn.Module:
         raise BadInput(f"--arch timm:{name} needs timm.", "Install it with: pip install 'dfcompress[timm]'.") from None
     if name not in timm.list_models():
         close = difflib.get_close_matches(name, timm.list_models(), 3)
-        raise BadInput(f"timm has no model {name!r}.", f"Did you mean {', '.join(close)}?" if close else "See timm's list.")
+        raise BadInput(
+            f"timm has no model {name!r}.", f"Did you mean {', '.join(close)}?" if close else "See timm's list."
+        )
     network: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
     return network
 

@@ -36,6 +36,4 @@ class CifarVGG(nn.Module):
         return self.classifier(self.features(images).mean((2, 3)))
 
 
-ARCHITECTURES = [
-    Architecture(name=f"cifar_vgg{depth}_bn", make=partial(CifarVGG, depth), size=32) for depth in LAYERS
-]
+ARCHITECTURES = [Architecture(name=f"cifar_vgg{depth}_bn", make=partial(CifarVGG, depth), size=32) for depth in LAYERS]

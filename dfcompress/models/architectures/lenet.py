@@ -16,9 +16,7 @@ from dfcompress.models.architectures import Architecture
 class LeNet5(nn.Sequential):
     """Two 5×5 convolutions without padding, then two hidden linear layers; images `(N, C, 32, 32)`."""
 
-    def __init__(
-        self, widths: tuple[int, int, int, int], batchnorm: bool, classes: int, channels: int
-    ) -> None:
+    def __init__(self, widths: tuple[int, int, int, int], batchnorm: bool, classes: int, channels: int) -> None:
         first, second, third, fourth = widths
         super().__init__()
         self._convolution("1", channels, first, batchnorm)
@@ -52,4 +50,3 @@ ARCHITECTURES = [
     Architecture(name=name, make=partial(LeNet5, widths, batchnorm), size=32, channels=1)
     for name, (widths, batchnorm) in WIDTHS.items()
 ]
-

@@ -1,0 +1,109 @@
+"""`inspect`: what a checkpoint is, and what can be done with it.
+
+dfcompress.inspect("resnet20.th")
+dfcompress.inspect(dfcompress.load("net.pt", arch="net.py:make"), write_card=True)
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dfcompress.models.card import ModelCard
+from dfcompress.models.checkpoint import as_classifier, file_bytes, state_bytes, write_sidecar
+from dfcompress.models.classifier import Classifier, evaluating, why_no_statistics
+from dfcompress.models.fake_quantizers import is_quantized
+from dfcompress.models.input_statistics import NormalisationCheck, check_normalisation
+from dfcompress.models.recorder import batchnorms
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Whether a verb can serve a model, and why it cannot or what it needs."""
+
+    verb: str
+    possible: bool
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint is.
+
+    `macs` are multiply-accumulates of one image; `bytes` and `sha256` are those of the weights' file (the tensors where
+    there is none); `batchnorm_layers` counts those that keep running statistics. `normalisation` compares the card's
+    mean and std with what the first BatchNorm expects, None where that cannot be told. `card_file` is the sidecar that
+    was written.
+    """
+
+    checkpoint: str
+    architecture: str
+    classes: int
+    input_size: tuple[int, int, int]
+    parameters: int
+    macs: int
+    batchnorm_layers: int
+    bytes: int
+    sha256: str
+    card: ModelCard
+    normalisation: NormalisationCheck | None
+    can: list[Ability]
+    card_file: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as `--json` prints them."""
+        return {**asdict(self), "card": self.card.to_json()}
+
+
+def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) -> Inspection:
+    """Say what a checkpoint is and what can be done with it.
+
+    With `write_card` its card is written beside it as `<name>.card.json`: there it can be corrected, and from there it
+    is read from then on.
+    Raises `BadInput` where the checkpoint cannot be read, its architecture is not known or it does not take its input.
+    """
+    classifier = as_classifier(checkpoint)
+    card, file = classifier.card, classifier.path
+    return Inspection(
+        checkpoint=str(file or classifier.name),
+        architecture=card.architecture,
+        classes=card.classes,
+        input_size=card.input_size,
+        parameters=sum(parameter.numel() for parameter in classifier.network.parameters()),
+        macs=multiply_accumulates(classifier),
+        batchnorm_layers=len(batchnorms(classifier.network)),
+        bytes=file_bytes(file) if file else state_bytes(classifier.network),
+        sha256=classifier.sha256,
+        card=card,
+        normalisation=check_normalisation(classifier),
+        can=abilities(classifier),
+        card_file=str(write_sidecar(classifier)) if write_card else None,
+    )
+
+
+@torch.no_grad()
+def multiply_accumulates(classifier: Classifier) -> int:
+    """Multiply-accumulates of one image in convolutions, linear layers and attention."""
+    image = torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device)
+    with evaluating(classifier), FlopCounterMode(display=False) as counter:
+        classifier(image)
+    # The counter takes a multiplication and an addition as two.
+    return counter.get_total_flops() // 2
+
+
+def abilities(classifier: Classifier) -> list[Ability]:
+    """What each verb can do with a model."""
+    why = why_no_statistics(classifier.network)
+    makes_images = why is None
+    from_data = "" if makes_images else f"with --data only: {why}"
+    packed = is_quantized(classifier.network)
+    return [
+        Ability("invert", makes_images, "" if why is None else why),
+        Ability("distill", True, from_data),
+        Ability("quantize", not packed, "it is quantized already" if packed else from_data),
+        Ability("evaluate", True),
+    ]
