@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from dfcompress import console
 from dfcompress.data.real import ImageFolder, fit, open_images
@@ -150,6 +151,16 @@ def test_large_inputs_are_cut_from_the_centre_of_an_8_7_times_larger_image():
     columns = torch.arange(512.0).expand(1, 1, 256, 512)
     fitted = fit(columns, (1, 224, 224))
     assert torch.allclose(fitted[0, 0, 0], torch.arange(144.0, 368.0))
+
+
+def test_a_photo_is_prepared_as_torchvision_prepares_it_to_one_step_of_a_byte(tmp_path, cifar10_test_file):
+    with np.load(cifar10_test_file) as arrays:
+        photo = Image.fromarray(arrays["images"][0].transpose(1, 2, 0)).resize((500, 375), Image.Resampling.BICUBIC)
+    (tmp_path / "cat").mkdir()
+    photo.save(tmp_path / "cat" / "photo.png")
+    card = ModelCard("any", 1, (3, 224, 224), CIFAR_MEAN, CIFAR_STD)
+    expected = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()])(photo)
+    assert (read(tmp_path, card)[0][0] - expected).abs().max() < 1.01 / 255
 
 
 def test_small_inputs_take_the_whole_image():
