@@ -22,7 +22,7 @@ _HOME = {
     "Synthesis": "synthesis.invert",
     "Training": "training.loop",
     "bench_step": "evaluation.bench",
-    "demo": "evaluation.demo",
+    "demo": "demo",
     "distill": "training.distill",
     "evaluate": "evaluation.evaluate",
     "inspect": "evaluation.inspect",

@@ -88,6 +88,10 @@ def _load(
     )
 
 
+def _load_all(models: tuple[Path, ...], **card: Any) -> list[Classifier]:
+    return [_load(model, **card) for model in models]
+
+
 def _compute(device: str, precision: str, compile: str, seed: int) -> Compute:
     from dfcompress.device import Compute
 
@@ -129,6 +133,8 @@ loading = together(
 )
 
 model = group("model", _load, click.argument("model", type=PATH, envvar="DFCOMPRESS_MODEL"), loading)
+
+models = group("models", _load_all, click.argument("models", nargs=-1, required=True, type=PATH), loading)
 
 output = together(
     click.option("-o", "--output", type=PATH, help="Folder of the result; by default named after the checkpoint."),

@@ -69,7 +69,7 @@ def evaluate(
         raise BadInput("No checkpoint was given.", "Name at least one.")
     target = resolve_device(device)
     classifiers = [as_classifier(checkpoint) for checkpoint in checkpoints]
-    names = [str(given.name if isinstance(given, Classifier) else given) for given in checkpoints]
+    names = [str(classifier.path or classifier.name) for classifier in classifiers]
     _check_same_classes(names, classifiers)
     sources = _open_for_each(data, classifiers)
     given = [

@@ -115,4 +115,4 @@ def test_compiled_steps_agree_with_eager_ones(teacher):
     compiled = Execution("cpu", "fp32", True, 2, "")
     gradient, values = synthesizer(teacher, 1, execution=compiled).gradient(images, LABELS)
     torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+    assert (gradient - expected).norm() < 2e-3 * expected.norm()

@@ -1,0 +1,37 @@
+"""`dfcompress demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dfcompress import console
+from dfcompress.commands import _options
+
+if TYPE_CHECKING:
+    from dfcompress.device import Compute
+
+
+@click.command(epilog=_options.example("dfcompress demo"))
+@click.option("-o", "--output", type=_options.PATH, default="dfcompress-demo", show_default=True, help="Folder to keep.")
+@click.option("--resume", is_flag=True, help="Go on with what is in that folder.")
+@click.option("--overwrite", is_flag=True, help="Replace what is in that folder.")
+@_options.compute
+@_options.reporting
+def demo(output: Path, resume: bool, overwrite: bool, compute: Compute, as_json: bool) -> None:
+    """Compress a small MNIST classifier that the package ships, and test it on real images (about a minute)."""
+    from dfcompress.demo import demo
+
+    shown = demo(output=output, compute=compute, resume=resume, overwrite=overwrite)
+    if as_json:
+        console.result_json(shown.to_json())
+        return
+    rows = [
+        [row["model"], f"{row['correct']}/{row['total']}", f"{row['top1']:.2%}", f"{row['bytes']:,}", f"{row['seconds']:.0f}"]
+        for row in shown.rows
+    ]
+    console.table(["MNIST, no training image used", "correct", "top-1", "bytes", "seconds"], rows)
+    console.result(f"the images it made: {shown.picture}")
+    console.result(f"{shown.seconds:.0f} s in all; everything is kept in {shown.output}")

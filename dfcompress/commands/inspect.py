@@ -1,0 +1,65 @@
+"""`dfcompress inspect`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from dfcompress import console
+from dfcompress.commands import _options
+
+if TYPE_CHECKING:
+    from dfcompress.evaluation.inspect import Inspection
+    from dfcompress.models.classifier import Classifier
+    from dfcompress.models.input_statistics import NormalisationCheck
+
+
+@click.command(epilog=_options.example("dfcompress inspect resnet20.pt"))
+@_options.model
+@click.option("--write-card", is_flag=True, help="Write the card beside the checkpoint, to be corrected and kept.")
+@_options.reporting
+def inspect(model: Classifier, write_card: bool, as_json: bool) -> None:
+    """Say what a checkpoint is and what can be done with it."""
+    from dfcompress.evaluation.inspect import inspect
+
+    found = inspect(model, write_card=write_card)
+    if as_json:
+        console.result_json(found.to_json())
+    else:
+        _print(found)
+
+
+def _print(found: Inspection) -> None:
+    card, origin = found.card, found.card.origin
+    facts = [
+        ("checkpoint", found.checkpoint, ""),
+        ("architecture", found.architecture, origin.get("architecture", "")),
+        ("classes", str(found.classes), origin.get("classes", "")),
+        ("class names", ", ".join(card.class_names or ()) or "none", origin.get("class_names", "")),
+        ("input size", "x".join(map(str, card.input_size)), origin.get("input_size", "")),
+        ("mean", ", ".join(f"{value:g}" for value in card.mean), origin.get("mean", "")),
+        ("std", ", ".join(f"{value:g}" for value in card.std), origin.get("std", "")),
+        ("parameters", f"{found.parameters:,}", ""),
+        ("MACs", f"{found.macs:,}", ""),
+        ("bytes", f"{found.bytes:,}", ""),
+        ("BatchNorm layers", str(found.batchnorm_layers), ""),
+    ]
+    for name, value, known in facts:
+        console.result(f"{name:<18}{value}{f'  ({known})' if known else ''}")
+    if found.normalisation is not None:
+        console.result(f"{'normalisation':<18}{_normalisation(found.normalisation)}")
+    for ability in found.can:
+        why = f": {ability.why}" if ability.why else ""
+        console.result(f"{ability.verb:<18}{'yes' if ability.possible else 'no'}{why}")
+    if found.card_file:
+        console.result(f"card written to {found.card_file}")
+
+
+def _normalisation(check: NormalisationCheck) -> str:
+    mean = ", ".join(f"{value:.2f}" for value in check.image_mean)
+    implied = f"the first BatchNorm then expects images of mean {mean} and std {check.image_std:.2f}"
+    if check.consistent:
+        return f"consistent: {implied}"
+    likely = f"; {check.likely} would explain them" if check.likely else ""
+    return f"NOT consistent: {implied}{likely}. Set --mean and --std."

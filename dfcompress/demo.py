@@ -1,0 +1,89 @@
+"""`demo`: the main job end to end on what the package ships, a LeNet-5 for MNIST and 10,000 real test images.
+
+inspect → invert → distill to half the width → quantize → evaluate. No training image is in the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dfcompress import console
+from dfcompress.device import Compute
+from dfcompress.evaluation.evaluate import evaluate
+from dfcompress.evaluation.inspect import Inspection, inspect
+from dfcompress.models.checkpoint import file_bytes, load
+from dfcompress.quantization.quantize import FINETUNING, quantize
+from dfcompress.run import Run
+from dfcompress.synthesis.invert import PREVIEW, Inversion, Synthesis, invert
+from dfcompress.training.distill import DISTILLATION, distill
+
+FILES = Path(__file__).parent / "demo_files"
+SYNTHESIS = Synthesis(images=1024, settings={"steps": 200})
+STUDENT = "lenet5_bn_half"
+BITS = "4w4a"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo showed: one row a model with its right answers on the real test images, bytes and seconds."""
+
+    output: str
+    picture: str
+    teacher: Inspection
+    images: Inversion
+    rows: list[dict[str, Any]]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as `--json` prints them."""
+        return {**asdict(self), "teacher": self.teacher.to_json()}
+
+
+def demo(
+    *,
+    output: str | Path = "dfcompress-demo",
+    compute: Compute = Compute(),  # noqa: B008: frozen
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Demo:
+    """Run the main job on the shipped teacher; everything it makes is kept in the folder `output`.
+
+    Raises `BadInput` where the folder cannot be used.
+    """
+    run = Run("demo", Path(output), asdict(compute), resume=resume, overwrite=overwrite)
+    teacher = load(FILES)
+    with run.timed("total"):
+        console.notice("Making images from the teacher.")
+        images = _step(run, "images", resume)
+        made = invert(teacher, synthesis=SYNTHESIS, compute=compute, **images)
+        console.notice(f"Training a student of half the width on them ({STUDENT}).")
+        training = replace(DISTILLATION, steps=1000)
+        student = distill(
+            teacher, student=STUDENT, data=made.output, training=training, compute=compute, **_step(run, "student", resume)
+        )
+        console.notice(f"Quantizing the teacher to {BITS}.")
+        training = replace(FINETUNING, steps=100)
+        packed = quantize(
+            teacher, bits=BITS, data=made.output, training=training, compute=compute, **_step(run, "quantized", resume)
+        )
+        measured = evaluate([teacher, student.checkpoint, packed.checkpoint], data=FILES, device=compute.device)
+    sizes = [file_bytes(FILES), student.bytes, packed.bytes]
+    seconds = [0.0, made.seconds + student.seconds["training"], made.seconds + packed.seconds["training"]]
+    rows = [
+        {**row, "model": name, "bytes": size, "seconds": round(took, 1)}
+        for row, name, size, took in zip(
+            measured.results, ["teacher", "half-width student", f"teacher {BITS}"], sizes, seconds, strict=True
+        )
+    ]
+    result = Demo(
+        str(run.folder), str(Path(made.output) / PREVIEW), inspect(teacher), made, rows, round(run.seconds["total"], 1)
+    )
+    run.finish(result.to_json())
+    return result
+
+
+def _step(run: Run, name: str, resume: bool) -> dict[str, Any]:
+    folder = run.folder / name
+    return {"output": folder, "resume": resume and folder.exists()}
