@@ -44,7 +44,7 @@ class Demo:
 def demo(
     *,
     output: str | Path = "dfcompress-demo",
-    compute: Compute = Compute(),  # noqa: B008: frozen
+    compute: Compute = Compute(),
     resume: bool = False,
     overwrite: bool = False,
 ) -> Demo:
@@ -61,7 +61,12 @@ def demo(
         console.notice(f"Training a student of half the width on them ({STUDENT}).")
         training = replace(DISTILLATION, steps=1000)
         student = distill(
-            teacher, student=STUDENT, data=made.output, training=training, compute=compute, **_step(run, "student", resume)
+            teacher,
+            student=STUDENT,
+            data=made.output,
+            training=training,
+            compute=compute,
+            **_step(run, "student", resume),
         )
         console.notice(f"Quantizing the teacher to {BITS}.")
         training = replace(FINETUNING, steps=100)

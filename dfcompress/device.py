@@ -43,15 +43,15 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+def resolve_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> torch.dtype:
     """The type the convolutions run in for `auto`, `fp32`, `bf16` or `fp16`.
 
     `auto` is bf16 where the processor multiplies it natively (a CUDA device of compute capability 8 or newer,
     a CPU with AMX or AVX512-BF16), else fp32.
     """
+    if name == "fp16" and device.type == "cpu":
+        raise BadInput("--precision fp16 needs a CUDA device.", "Use fp32 or bf16 on a CPU.")
     if name != "auto":
-        if name == "fp16" and device.type == "cpu":
-            raise BadInput("--precision fp16 needs a CUDA device.", "Use fp32 or bf16 on a CPU.")
         return PRECISIONS[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
@@ -163,3 +163,9 @@ def resolve_execution(compute: Compute, eager_seconds: Callable[[Execution], flo
         console.notice("Not compiling: the job is too short to win the compiler's time back.", level=console.VERBOSE)
         return eager
     return replace(eager, compile=True)
+
+
+def predicted_seconds(execution: Execution, eager_seconds: Callable[[Execution], float]) -> float:
+    """Estimate of a job's seconds, compiling included, from those it would take eagerly."""
+    eager = eager_seconds(replace(execution, compile=False))
+    return COMPILING_SECONDS + COMPILED_SHARE * eager if execution.compile else eager

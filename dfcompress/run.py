@@ -40,7 +40,9 @@ class Run:
         record = self.folder / RECORD
         if self.folder.exists() and any(self.folder.iterdir()):
             if not (resume or overwrite):
-                raise BadInput(f"--output {self.folder} is not empty.", "Add --resume to go on with it, or --overwrite.")
+                raise BadInput(
+                    f"--output {self.folder} is not empty.", "Add --resume to go on with it, or --overwrite."
+                )
             if not record.exists():
                 raise BadInput(f"--output {self.folder} was not made by dfcompress.", "Name an empty or a new folder.")
             if resume:
@@ -51,11 +53,15 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write({"finished": False})
         except OSError as error:
-            raise BadInput(f"--output {self.folder} cannot be written: {error.strerror}.", "Name another folder.") from None
+            raise BadInput(
+                f"--output {self.folder} cannot be written: {error.strerror}.", "Name another folder."
+            ) from None
 
     def _check_same_job(self, before: Mapping[str, Any]) -> None:
         if before.get("verb") != self.verb:
-            raise BadInput(f"{self.folder} holds a run of {before.get('verb')!r}, not {self.verb!r}.", "Name another folder.")
+            raise BadInput(
+                f"{self.folder} holds a run of {before.get('verb')!r}, not {self.verb!r}.", "Name another folder."
+            )
         for name in sorted(self.options.keys() | before["options"].keys()):
             old, new = before["options"].get(name), self.options.get(name)
             if old != new:
@@ -83,14 +89,19 @@ class Run:
             {
                 "finished": True,
                 "measurements": dict(measurements),
-                "seconds": {**{part: round(value, 2) for part, value in self.seconds.items()}, "invocation": round(total, 2)},
+                "seconds": {
+                    **{part: round(value, 2) for part, value in self.seconds.items()},
+                    "invocation": round(total, 2),
+                },
                 "peak_memory_bytes": peak_memory_bytes(device),
                 "processor": processor_name(device),
             }
         )
 
     def _write(self, values: Mapping[str, Any]) -> None:
-        versions = {name: metadata.version(name) for name in ("dfcompress", "torch")} | {"python": platform.python_version()}
+        versions = {name: metadata.version(name) for name in ("dfcompress", "torch")} | {
+            "python": platform.python_version()
+        }
         record = {"verb": self.verb, "options": self.options, "versions": versions, **values}
         write_json(self.folder / RECORD, record)
 

@@ -39,7 +39,8 @@ def group(name: str, build: Callable[..., Any], *options: Decorator) -> Decorato
         before = len(getattr(command, "__click_params__", []))
         for option in reversed(options):
             option(with_value)
-        keys = [parameter.name for parameter in with_value.__click_params__[before:] if parameter.expose_value]
+        added: list[click.Parameter] = with_value.__click_params__[before:]  # type: ignore[attr-defined]
+        keys = [parameter.name for parameter in added if parameter.expose_value]
         return with_value  # type: ignore[return-value]
 
     return decorate
@@ -195,7 +196,9 @@ reporting = together(
         expose_value=False,
         help="Explain automatic choices.",
     ),
-    click.option("-q", "--quiet", "verbosity", flag_value=console.QUIET, type=int, expose_value=False, help="No progress."),
+    click.option(
+        "-q", "--quiet", "verbosity", flag_value=console.QUIET, type=int, expose_value=False, help="No progress."
+    ),
 )
 
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog=_options.example("dfcompress demo"))
-@click.option("-o", "--output", type=_options.PATH, default="dfcompress-demo", show_default=True, help="Folder to keep.")
+@click.option(
+    "-o", "--output", type=_options.PATH, default="dfcompress-demo", show_default=True, help="Folder to keep."
+)
 @click.option("--resume", is_flag=True, help="Go on with what is in that folder.")
 @click.option("--overwrite", is_flag=True, help="Replace what is in that folder.")
 @_options.compute
@@ -29,7 +31,13 @@ def demo(output: Path, resume: bool, overwrite: bool, compute: Compute, as_json:
         console.result_json(shown.to_json())
         return
     rows = [
-        [row["model"], f"{row['correct']}/{row['total']}", f"{row['top1']:.2%}", f"{row['bytes']:,}", f"{row['seconds']:.0f}"]
+        [
+            row["model"],
+            f"{row['correct']}/{row['total']}",
+            f"{row['top1']:.2%}",
+            f"{row['bytes']:,}",
+            f"{row['seconds']:.0f}",
+        ]
         for row in shown.rows
     ]
     console.table(["MNIST, no training image used", "correct", "top-1", "bytes", "seconds"], rows)

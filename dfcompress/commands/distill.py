@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dfcompress import console
 from dfcompress.commands import _options, _summary
 
 if TYPE_CHECKING:
@@ -45,15 +44,20 @@ def distill(
     """Train a smaller student on images made from the model."""
     import dataclasses
 
+    from dfcompress.synthesis.invert import plan
     from dfcompress.training.distill import DISTILLATION, distill
 
+    settings = dataclasses.replace(DISTILLATION, **training)
+    if dry_run:
+        _summary.plan(plan(model, synthesis, compute), as_json=as_json, training=dataclasses.asdict(settings))
+        return
     result = distill(
         model,
         student=student,
         data=data,
         output=output,
         synthesis=synthesis,
-        training=dataclasses.replace(DISTILLATION, **training),
+        training=settings,
         temperature=temperature,
         compute=compute,
         eval_data=eval_data,

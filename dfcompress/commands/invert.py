@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dfcompress import console
-from dfcompress.commands import _options
+from dfcompress.commands import _options, _summary
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
@@ -38,7 +38,7 @@ def invert(
     from dfcompress.synthesis.invert import invert, plan
 
     if dry_run:
-        console.result_json(plan(model, output=output, synthesis=synthesis, compute=compute))
+        _summary.plan(plan(model, synthesis, compute), as_json=as_json)
         return
     made = invert(
         model, output=output, synthesis=synthesis, compute=compute, verify=verify, resume=resume, overwrite=overwrite

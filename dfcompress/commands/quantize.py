@@ -47,7 +47,12 @@ def quantize(
     import dataclasses
 
     from dfcompress.quantization.quantize import FINETUNING, quantize
+    from dfcompress.synthesis.invert import plan
 
+    settings = dataclasses.replace(FINETUNING, **training)
+    if dry_run:
+        _summary.plan(plan(model, synthesis, compute), as_json=as_json, training=dataclasses.asdict(settings))
+        return
     result = quantize(
         model,
         bits=bits,
@@ -55,7 +60,7 @@ def quantize(
         data=data,
         output=output,
         synthesis=synthesis,
-        training=dataclasses.replace(FINETUNING, **training),
+        training=settings,
         temperature=temperature,
         compute=compute,
         eval_data=eval_data,

@@ -84,7 +84,8 @@ class SyntheticSet:
         path = self.shard_path(shard)
         if not path.exists():
             raise BadInput(
-                f"{self.folder} is not complete: {path.name} is missing.", "Finish it with `dfcompress invert --resume`."
+                f"{self.folder} is not complete: {path.name} is missing.",
+                "Finish it with `dfcompress invert --resume`.",
             )
         try:
             with safe_open(path, "pt") as file:

@@ -47,7 +47,7 @@ def bench_step(
     *,
     batch_size: int = 256,
     rounds: int = 7,
-    compute: Compute = Compute(),  # noqa: B008: frozen
+    compute: Compute = Compute(),
 ) -> StepBench:
     """Time one step of DeepInversion on `checkpoint`, `rounds` times each, interleaved.
 
@@ -120,9 +120,8 @@ def _published(teacher: Classifier, batch_size: int, target: torch.device, preci
 
     def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         channels = inputs[0].transpose(0, 1).flatten(1)
-        distances.append(
-            torch.norm(layer.running_mean - channels.mean(1)) + torch.norm(layer.running_var - channels.var(1, correction=0))
-        )
+        mean, var = layer.get_buffer("running_mean"), layer.get_buffer("running_var")
+        distances.append(torch.norm(mean - channels.mean(1)) + torch.norm(var - channels.var(1, correction=0)))
 
     for layer in batchnorms(network):
         layer.register_forward_hook(record)

@@ -26,7 +26,8 @@ def bn_divergence(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor
         for images, labels in batches:
             trace = recorder(classifier.normalise(images.to(device)), labels)
             pooled = [
-                _pool(old, seen, new, len(images)) for old, new in zip(pooled or trace.moments, trace.moments, strict=True)
+                _pool(old, seen, new, len(images))
+                for old, new in zip(pooled or trace.moments, trace.moments, strict=True)
             ]
             seen += len(images)
     return float(torch.stack([moments.divergence() for moments in pooled]).mean())

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dfcompress.evaluation.evaluate import Evaluation, evaluate
-from dfcompress.models.checkpoint import WEIGHTS, save, state_bytes
+from dfcompress.evaluation.metrics import answers
+from dfcompress.models.checkpoint import file_bytes, load, save, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.run import Run
+from dfcompress.synthesis.invert import TrainingImages
 
 
 @dataclass(frozen=True)
@@ -38,29 +40,30 @@ def hand_back(
     run: Run,
     student: Classifier,
     teacher: Classifier,
+    images: TrainingImages,
     *,
-    synthesis_seconds: float,
     training_seconds: float,
-    agreement: float,
     eval_data: str | Path | None,
     device: str,
 ) -> Compressed:
-    """Save `student` in the run's folder, evaluate it beside the teacher as loaded from there, and close the run."""
+    """Save `student` in the run's folder, measure what was saved beside the teacher, and close the run."""
     save(student, run.folder)
-    size = (run.folder / WEIGHTS).stat().st_size
-    evaluation = evaluate([teacher, run.folder], data=eval_data, device=device) if eval_data else None
+    saved = load(run.folder)
+    total = images.synthesis_seconds + training_seconds
+    agreement = answers(saved, images.batches(256)).agreement(answers(teacher.to("cpu"), images.batches(256)))
+    size = file_bytes(run.folder)
     result = Compressed(
         output=str(run.folder),
         checkpoint=str(run.folder),
         bytes=size,
-        bytes_ratio=size / state_bytes(teacher.network),
+        bytes_ratio=round(size / state_bytes(teacher.network), 4),
         seconds={
-            "synthesis": round(synthesis_seconds, 2),
+            "synthesis": round(images.synthesis_seconds, 2),
             "training": round(training_seconds, 2),
-            "total": round(synthesis_seconds + training_seconds, 2),
+            "total": round(total, 2),
         },
         agreement=agreement,
-        evaluation=evaluation,
+        evaluation=evaluate([teacher, saved], data=eval_data, device=device) if eval_data else None,
     )
     run.finish(result.to_json())
     return result

@@ -1,13 +1,14 @@
 """`quantize`: a checkpoint in, a few-bit model out.
 
-    dfcompress.quantize("resnet20.pt", bits="4w4a")
-    dfcompress.quantize("resnet20.pt", bits="8w8a", data="images", training=None)
+dfcompress.quantize("resnet20.pt", bits="4w4a")
+dfcompress.quantize("resnet20.pt", bits="8w8a", data="images", training=None)
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 from dfcompress.device import Compute, resolve_device
@@ -33,10 +34,10 @@ def quantize(
     first_last_bits: int = 8,
     data: str | Path | None = None,
     output: str | Path | None = None,
-    synthesis: Synthesis = Synthesis(),  # noqa: B008: frozen
+    synthesis: Synthesis = Synthesis(),
     training: Training | None = FINETUNING,
     temperature: float = 4.0,
-    compute: Compute = Compute(),  # noqa: B008: frozen
+    compute: Compute = Compute(),
     eval_data: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -51,7 +52,7 @@ def quantize(
     `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
     Raises `BadInput` where the model, the bits or the data cannot be used.
     """
-    teacher = as_classifier(checkpoint).to(resolve_device(compute.device))
+    teacher = as_classifier(checkpoint)
     student = copy.deepcopy(teacher)
     quantize_layers(student.network, bits_per_layer(teacher, parse_bits(bits), first_last_bits=first_last_bits))
     options = {
@@ -64,13 +65,17 @@ def quantize(
         "training": asdict(training) if training else None,
         **asdict(compute),
     }
+    supply = ImageSupply(teacher, data, synthesis, compute)
     run = Run("quantize", Path(output or f"{teacher.name}-quantize"), options, resume=resume, overwrite=overwrite)
-    images = images_for(teacher, run.folder, data, synthesis, compute)
-    with run.timed("calibration"):
-        calibrate(student, images.first(CALIBRATION_IMAGES))
+    images = supply.gather(run.folder)
+    target = resolve_device(compute.device)
+    few = islice(images.batches(256), CALIBRATION_IMAGES // 256)
+    calibrate(student.to(target), (batch.to(target) for batch, _ in few))
     seconds = 0.0
     if training:
         trainer = Trainer(student, teacher, [kd(temperature)], training, compute=compute, folder=run.folder)
-        seconds = trainer.fit(images.pool(teacher.card, seed=compute.seed)).seconds
+        seconds = trainer.fit(images.images).seconds
     freeze(student.network)
-    return hand_back(run, student, teacher, images=images, training_seconds=seconds, eval_data=eval_data)
+    return hand_back(
+        run, student, teacher, images, training_seconds=seconds, eval_data=eval_data, device=compute.device
+    )

@@ -1,14 +1,14 @@
 """`invert`: a checkpoint in, a synthetic set out.
 
-    dfcompress.invert("resnet20.pt")
-    dfcompress.invert("resnet20.pt", synthesis=Synthesis(images=4096, preset="paper-cifar10"))
-    dfcompress.invert(dfcompress.load("net.pt", arch="net.py:make"), output="images")
+dfcompress.invert("resnet20.pt")
+dfcompress.invert("resnet20.pt", synthesis=Synthesis(images=4096, preset="paper-cifar10"))
+dfcompress.invert(dfcompress.load("net.pt", arch="net.py:make"), output="images")
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,15 @@ from torchvision.utils import make_grid
 
 from dfcompress import console
 from dfcompress.data.real import open_images
-from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_stored
-from dfcompress.device import Compute, Execution, processor_name, resolve_execution
+from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_float, as_stored
+from dfcompress.device import (
+    Compute,
+    Execution,
+    peak_memory_bytes,
+    predicted_seconds,
+    processor_name,
+    resolve_execution,
+)
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.health import bn_divergence
 from dfcompress.evaluation.metrics import share_correct
@@ -29,7 +36,7 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, require_batchnorm_statistics
 from dfcompress.run import Run, write_atomically
-from dfcompress.synthesis.recipe import RecipeChoice, choose
+from dfcompress.synthesis.recipe import Recipe, RecipeChoice, choose
 from dfcompress.synthesis.synthesizer import Batch, Synthesizer, seconds_per_step
 
 METRICS = "metrics.jsonl"
@@ -76,8 +83,8 @@ def invert(
     checkpoint: str | Path | Classifier,
     *,
     output: str | Path | None = None,
-    synthesis: Synthesis = Synthesis(),  # noqa: B008: frozen
-    compute: Compute = Compute(),  # noqa: B008: frozen
+    synthesis: Synthesis = Synthesis(),
+    compute: Compute = Compute(),
     verify: Sequence[str | Path | Classifier] = (),
     resume: bool = False,
     overwrite: bool = False,
@@ -107,6 +114,46 @@ def invert(
     return result
 
 
+@dataclass(frozen=True)
+class SynthesisPlan:
+    """What a synthesis would do: everything resolved, and an estimate of its seconds and of this process's memory."""
+
+    recipe: RecipeChoice
+    images: int
+    batches: int
+    steps: int
+    execution: Execution
+    seconds: float
+    memory_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as `--dry-run --json` prints them."""
+        return asdict(self)
+
+
+def plan(teacher: Classifier, synthesis: Synthesis, compute: Compute) -> SynthesisPlan:
+    """What `invert` would do; times a few eager steps and touches nothing.
+
+    Raises `BadInput` as `invert` does.
+    """
+    require_batchnorm_statistics(teacher)
+    choice = synthesis.choose(teacher.card)
+    recipe = choice.build()
+    batch_size = min(recipe.batch_size, synthesis.images)
+    batches = -(-synthesis.images // batch_size)
+    job = _eager_seconds(recipe, teacher, batch_size, batches)
+    execution = resolve_execution(compute, job)
+    seconds = predicted_seconds(execution, job)
+    memory = peak_memory_bytes(torch.device(execution.device))
+    return SynthesisPlan(choice, synthesis.images, batches, recipe.steps, execution, round(seconds, 1), memory)
+
+
+def _eager_seconds(recipe: Recipe, teacher: Classifier, batch_size: int, batches: int) -> Callable[[Execution], float]:
+    """The seconds a synthesis would take eagerly, from timing one step."""
+    steps = recipe.steps * batches
+    return lambda eager: steps * seconds_per_step(recipe, teacher, eager, batch_size) if steps else 0.0
+
+
 def make_set(teacher: Classifier, folder: Path, synthesis: Synthesis, compute: Compute) -> SyntheticSet:
     """Make the set in `folder`, or finish the one that is there.
 
@@ -126,10 +173,7 @@ def make_set(teacher: Classifier, folder: Path, synthesis: Synthesis, compute: C
         _check_same_job(synthetic, job)
     else:
         sizes = [min(batch_size, synthesis.images - start) for start in range(0, synthesis.images, batch_size)]
-        steps = recipe.steps * len(sizes)
-        execution = resolve_execution(
-            compute, lambda eager: steps and steps * seconds_per_step(recipe, teacher, eager, batch_size)
-        )
+        execution = resolve_execution(compute, _eager_seconds(recipe, teacher, batch_size, len(sizes)))
         card = teacher.card.to_json()
         synthetic = SyntheticSet.create(folder, {**job, "card": card, "shards": sizes, "execution": asdict(execution)})
     _make_missing_shards(synthetic, teacher, choice, batch_size)
@@ -144,9 +188,7 @@ class ImageSupply:
     Raises `BadInput` where the data cannot be used, or nothing can be made from this teacher.
     """
 
-    def __init__(
-        self, teacher: Classifier, data: str | Path | None, synthesis: Synthesis, compute: Compute
-    ) -> None:
+    def __init__(self, teacher: Classifier, data: str | Path | None, synthesis: Synthesis, compute: Compute) -> None:
         self.teacher, self.synthesis, self.compute = teacher, synthesis, compute
         self.source = open_images(data, teacher.card) if data is not None else None
         if data is None:
@@ -172,6 +214,14 @@ class TrainingImages:
     images: Tensor
     labels: Tensor
     synthesis_seconds: float
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float images in units of [0, 1] and their labels, in order."""
+        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
+            yield as_float(images), labels
 
 
 def seconds_of(synthetic: SyntheticSet) -> float:
@@ -212,7 +262,9 @@ def _append_metrics(path: Path, shard: int, batch: Batch) -> None:
 def _check_same_job(synthetic: SyntheticSet, job: Mapping[str, Any]) -> None:
     for name, value in job.items():
         if synthetic.manifest[name] != json.loads(json.dumps(value)):
-            raise BadInput(f"{synthetic.folder} holds a set with another {name}.", "Name another folder, or --overwrite.")
+            raise BadInput(
+                f"{synthetic.folder} holds a set with another {name}.", "Name another folder, or --overwrite."
+            )
 
 
 def _write_preview(synthetic: SyntheticSet) -> None:

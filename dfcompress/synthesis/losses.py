@@ -41,8 +41,7 @@ def bn_distance() -> Loss:
 
     def value(trace: Trace) -> Tensor:
         terms = [
-            torch.linalg.vector_norm(moments.mean_error)
-            + torch.linalg.vector_norm(moments.var - moments.running_var)
+            torch.linalg.vector_norm(moments.mean_error) + torch.linalg.vector_norm(moments.var - moments.running_var)
             for moments in trace.moments
         ]
         return torch.stack(terms).sum()

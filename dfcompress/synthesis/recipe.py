@@ -19,6 +19,8 @@ from dfcompress.synthesis import recipes
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.losses import Loss
 
+Schedule = Literal["constant", "cosine"]
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -27,7 +29,7 @@ class Stage:
     steps: int
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Schedule = "constant"
 
     def rate(self, step: int) -> float:
         """Learning rate of `step`, counted from 0."""
@@ -121,7 +123,9 @@ def _converted(name: str, value: Any, default: Any) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
         converted = kind(value)
     except (KeyError, ValueError, TypeError):
-        raise BadInput(f"{name} = {value!r} is not a value of type {kind.__name__}.", f"Its default is {default!r}.") from None
+        raise BadInput(
+            f"{name} = {value!r} is not a value of type {kind.__name__}.", f"Its default is {default!r}."
+        ) from None
     if isinstance(converted, int | float) and (converted < 0 or not math.isfinite(converted)):
         raise BadInput(f"{name} = {value!r} is negative or not finite.", f"Its default is {default!r}.")
     return converted

@@ -27,6 +27,7 @@ from dfcompress.synthesis.recipe import Recipe, Stage
 SAVE_EVERY_SECONDS = 20.0
 HISTORY_POINTS = 50
 
+
 @dataclass(frozen=True)
 class Batch:
     """Finished images `(N, C, H, W)` in units of [0, 1] and their labels `(N,)`, on the CPU.

@@ -1,7 +1,7 @@
 """`distill`: a checkpoint in, a smaller student out.
 
-    dfcompress.distill("resnet44.pt", student="cifar_resnet20")
-    dfcompress.distill("resnet44.pt", student="cifar_resnet20", data="images", training=Training(steps=500))
+dfcompress.distill("resnet44.pt", student="cifar_resnet20")
+dfcompress.distill("resnet44.pt", student="cifar_resnet20", data="images", training=Training(steps=500))
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def distill(
     student: str,
     data: str | Path | None = None,
     output: str | Path | None = None,
-    synthesis: Synthesis = Synthesis(),  # noqa: B008: frozen
+    synthesis: Synthesis = Synthesis(),
     training: Training = DISTILLATION,
     temperature: float = 4.0,
-    compute: Compute = Compute(),  # noqa: B008: frozen
+    compute: Compute = Compute(),
     eval_data: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -46,8 +46,8 @@ def distill(
     Raises `BadInput` where the model, the student or the data cannot be used.
     """
     teacher = as_classifier(checkpoint)
-    pupil, fitted = fit_student(student, teacher.card, seed=compute.seed)
-    console.notice(fitted)
+    network, card, fitted = fit_student(student, teacher.card, seed=compute.seed)
+    pupil = Classifier(network, card, name=student)
     supply = ImageSupply(teacher, data, synthesis, compute)
     options = {
         "teacher": teacher.sha256,
@@ -59,14 +59,8 @@ def distill(
         **asdict(compute),
     }
     run = Run("distill", Path(output or f"{teacher.name}-distill"), options, resume=resume, overwrite=overwrite)
+    console.notice(fitted)
     images = supply.gather(run.folder)
-    trained = train(pupil, teacher, images, [kd(temperature)], training, compute=compute, folder=run.folder)
-    return hand_back(
-        run,
-        pupil,
-        teacher,
-        agreement=trained.agreement,
-        synthesis_seconds=images.synthesis_seconds,
-        training_seconds=trained.seconds,
-        eval_data=eval_data,
-    )
+    trainer = Trainer(pupil, teacher, [kd(temperature)], training, compute=compute, folder=run.folder)
+    seconds = trainer.fit(images.images).seconds
+    return hand_back(run, pupil, teacher, images, training_seconds=seconds, eval_data=eval_data, device=compute.device)

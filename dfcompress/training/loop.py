@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class Trainer:
             images.to(target), self.training.augmentation, batch_size=self.training.batch_size, seed=self.compute.seed
         )
         layout = torch.contiguous_format if execution.precision == "fp32" else torch.channels_last
-        self.student.to(target, memory_format=layout)
+        self.student.to(target).to(memory_format=layout)
         self.teacher.to(target).frozen()
         work = _Work(self.student, self.training, execution)
         if state:
@@ -163,7 +164,9 @@ class Trainer:
         target = torch.device(eager.device)
         trial.student.to(target)
         self.teacher.to(target).frozen()
-        pool = ImagePool(images[: self.training.batch_size].to(target), Augmentation(), batch_size=self.training.batch_size)
+        pool = ImagePool(
+            images[: self.training.batch_size].to(target), Augmentation(), batch_size=self.training.batch_size
+        )
         step = trial._compiled(target, eager)
         work = _Work(trial.student, self.training, eager)
         times = []
@@ -182,7 +185,9 @@ class Trainer:
         finite = torch.stack(work.history).isfinite().all(1)
         if not finite.all():
             step = int((~finite).nonzero()[0])
-            raise DfcompressError(f"The loss was not finite at training step {step}.", "Lower the rate with --train-lr.")
+            raise DfcompressError(
+                f"The loss was not finite at training step {step}.", "Lower the rate with --train-lr."
+            )
 
     def _write_metrics(self, path: Path, work: _Work) -> None:
         history = torch.stack(work.history).cpu()
@@ -214,13 +219,14 @@ class _Work:
         # Weight decay belongs on weights: pulling BatchNorm's scale and the biases to 0 costs accuracy.
         weights = [parameter for parameter in student.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in student.parameters() if parameter.dim() <= 1]
-        groups = [{"params": weights, "weight_decay": training.weight_decay}, {"params": others}]
+        groups: list[dict[str, Any]] = [{"params": weights, "weight_decay": training.weight_decay}, {"params": others}]
         self.optimizer = torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, nesterov=True)
         self._seconds_before = 0.0
         self._started = self._saved = self._told = time.perf_counter()
 
     @property
     def seconds(self) -> float:
+        """Seconds spent training, over all invocations."""
         return self._seconds_before + time.perf_counter() - self._started
 
     @property

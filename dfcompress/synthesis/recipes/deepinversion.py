@@ -11,7 +11,7 @@ from dfcompress.data.views import random_flip, random_roll
 from dfcompress.models.card import ModelCard
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, image_norm, total_variation
-from dfcompress.synthesis.recipe import Recipe, Stage
+from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
 
 PAPER = "Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion, CVPR 2020"
 FAST = {"steps": 400, "lr": 0.1, "beta1": 0.5, "beta2": 0.9, "schedule": "cosine", "ce": 30.0, "clip": True}
@@ -37,7 +37,7 @@ def deepinversion(
     steps: int = 2000,
     beta1: float = 0.9,
     beta2: float = 0.999,
-    schedule: str = "constant",
+    schedule: Schedule = "constant",
     jitter: int = 2,
     flip: bool = False,
     clip: bool = False,
