@@ -14,11 +14,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import as_classifier, file_bytes, state_bytes, write_sidecar
+from dfcompress.models.checkpoint import as_classifier, state_bytes, write_sidecar
 from dfcompress.models.classifier import Classifier, evaluating, why_no_statistics
 from dfcompress.models.fake_quantizers import is_quantized
 from dfcompress.models.input_statistics import NormalisationCheck, check_normalisation
 from dfcompress.models.recorder import batchnorms
+from dfcompress.models.weights import file_bytes
 
 
 @dataclass(frozen=True)

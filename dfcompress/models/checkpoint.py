@@ -1,4 +1,4 @@
-"""A file or folder ↔ a `Classifier`. Files come from strangers: nothing in them is ever executed.
+"""A file or folder ↔ a `Classifier`.
 
 load("resnet20.th")                                     # the architecture is recognised
 load("net.pt", arch="net.py:make", input_size=(1, 28, 28))
@@ -7,27 +7,19 @@ save(classifier, Path("result"))                        # model.safetensors + co
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
-import pickle
-import re
-import struct
-import zipfile
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models import packing
-from dfcompress.models.architectures import Architecture, find, named, tensors_of
+from dfcompress.models.architectures import SMALL_INPUT, Architecture, architectures, named, tensors_of
 from dfcompress.models.card import (
     CIFAR_MEAN,
     CIFAR_STD,
@@ -38,33 +30,24 @@ from dfcompress.models.card import (
     ModelCard,
     Origin,
 )
-from dfcompress.models.classifier import Classifier
+from dfcompress.models.classifier import Classifier, why_not_run
 from dfcompress.models.fake_quantizers import is_quantized
 from dfcompress.models.recognition import Recognised, describe, fit_to, recognise
+from dfcompress.models.weights import (
+    CARD_KEY,
+    CONFIG,
+    COUNTERS,
+    QUANTIZATION_KEY,
+    WEIGHTS,
+    StoredModel,
+    read,
+    read_json,
+    sha256,
+    weights_file,
+)
 from dfcompress.run import write_atomically, write_json
 
-WEIGHTS, CONFIG, SIDECAR = "model.safetensors", "config.json", ".card.json"
-NESTED = ("state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights")
-AVERAGED = ("ema", "model_ema", "ema_state_dict", "state_dict_ema")
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
-COUNTERS = ("num_batches_tracked", "n_averaged")
-TRUSTED = (
-    "torch.nn.modules.",
-    "torchvision.models.",
-    "torchvision.ops.",
-    "timm.models.",
-    "timm.layers.",
-    "dfcompress.models.",
-)
-
-
-@dataclass(frozen=True)
-class StoredModel:
-    """What a file holds: tensors by name, and what it states about itself."""
-
-    tensors: dict[str, Tensor]
-    card: dict[str, Any] = field(default_factory=dict)
-    quantization: object = None
+SIDECAR = ".card.json"
 
 
 def load(
@@ -77,7 +60,7 @@ def load(
     std: Sequence[float] | None = None,
     classes: str | Path | None = None,
 ) -> Classifier:
-    """The classifier that a checkpoint holds: in evaluation mode, fp32, on the CPU.
+    """The classifier that a checkpoint holds: frozen, in evaluation mode, fp32, on the CPU.
 
     `path` is a `.pt .pth .th .bin .ckpt .safetensors` file, or a folder with `config.json` and `model.safetensors`.
     `arch` names the architecture where it is not recognised (NAME, timm:NAME, file.py:factory,
@@ -87,21 +70,32 @@ def load(
     """
     path = Path(path)
     stored = read(path)
-    spec = arch or stored.card.get("architecture")
+    sidecar = read_json(_sidecar_path(path))
+    stated = _checked(stored.card, str(path)) | _checked(sidecar, str(_sidecar_path(path)))
+    given = {
+        "architecture": arch,
+        "input_size": input_size,
+        "mean": mean,
+        "std": std,
+        "class_names": _names(Path(classes)) if classes else None,
+    }
+    given = _checked(given, "the command line")
     if stored.quantization is not None:
-        return _packed(path, stored, _given(input_size, mean, std, classes))
-    if match_by_order:
-        if arch is None:
-            raise BadInput("--match-by-order needs --arch.", "Name the architecture whose order the weights have.")
-        fit = _matched_by_order(named(arch), stored.tensors, path)
-    elif spec:
-        fit = _fitted(named(spec) if arch else _stated(spec), stored.tensors, path)
+        fit = _fit_of_packed(stated | given, stored, path)
+    elif match_by_order:
+        fit = _fit_by_order(arch, stored.tensors, path)
+    elif arch:
+        fit = _fit_of(named(arch), stored.tensors, path)
+    elif "architecture" in stated:
+        fit = _fit_of_stated(stated["architecture"], stored.tensors, path)
     else:
         fit = recognise(stored.tensors, str(path))
-    card = _card(fit, stored.card, _sidecar(path), _given(input_size, mean, std, classes), recognised=not spec)
-    network = fit.architecture.make(fit.classes, fit.channels)
-    network.load_state_dict({**_counters(network), **fit.tensors})
-    return Classifier(network, card, name=_name(path), sha256=sha256(path), path=path).frozen()
+    card = _card(fit, stated, given)
+    network = _packed(fit, stored) if stored.quantization is not None else _with_weights(fit)
+    classifier = Classifier(network, card, name=_name(path), sha256=sha256(path), path=path).frozen()
+    if why := why_not_run(classifier):
+        raise BadInput(f"{path}: {why}.", "Give another --input-size or --arch.")
+    return classifier
 
 
 def as_classifier(checkpoint: str | Path | Classifier) -> Classifier:
@@ -115,7 +109,7 @@ def save(classifier: Classifier, folder: Path) -> None:
     The card is in both, so that either alone tells what one must know.
     """
     card = classifier.card.to_json()
-    metadata = {"format": "pt", "dfcompress": json.dumps(card)}
+    metadata = {"format": "pt", CARD_KEY: json.dumps(card)}
     config: dict[str, Any] = {
         "architecture": classifier.card.architecture,
         "num_classes": classifier.card.classes,
@@ -128,10 +122,12 @@ def save(classifier: Classifier, folder: Path) -> None:
     }
     if is_quantized(classifier.network):
         tensors, quantization = packing.pack_network(classifier.network)
-        metadata["quantization"] = json.dumps(quantization, separators=(",", ":"))
+        metadata[QUANTIZATION_KEY] = json.dumps(quantization, separators=(",", ":"))
         config["quantization"] = quantization
     else:
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
+        # clone: safetensors refuses tensors that share memory
+        state = classifier.network.state_dict().items()
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state}
     folder.mkdir(parents=True, exist_ok=True)
     with write_atomically(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata=metadata)
@@ -153,209 +149,7 @@ def state_bytes(network: nn.Module) -> int:
     return sum(4 * tensor.numel() for name, tensor in tensors if not name.endswith(COUNTERS))
 
 
-def file_bytes(path: Path) -> int:
-    """Size of a checkpoint's weights file."""
-    return _weights_file(path).stat().st_size
-
-
-def sha256(path: Path) -> str:
-    """Hash of a checkpoint's weights file."""
-    digest = hashlib.sha256()
-    with _weights_file(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def read(path: Path) -> StoredModel:
-    """The tensors of a checkpoint, in fp32, without wrappers' prefixes and BatchNorm's counters.
-
-    Raises `BadInput` for missing, damaged, hostile and empty files, and for weights that are not finite.
-    """
-    file = _weights_file(path)
-    stored = _read_safetensors(file) if _is_safetensors(file) else StoredModel(_read_torch(file))
-    if path.is_dir():
-        stored = _with_config(stored, path / CONFIG)
-    tensors = {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in _without_prefixes(stored.tensors).items()
-        if not name.endswith(COUNTERS)
-    }
-    if not tensors:
-        raise BadInput(f"{path} holds no tensors.", "Name a checkpoint with weights.")
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise BadInput(f"{path}: {name} holds NaN or infinity.", "Its training diverged; use another checkpoint.")
-    return replace(stored, tensors=tensors)
-
-
-# --- files
-
-
-def _weights_file(path: Path) -> Path:
-    if path.is_dir():
-        for name in (WEIGHTS, "pytorch_model.bin"):
-            if (path / name).is_file():
-                return path / name
-        raise BadInput(f"{path} is a folder without {WEIGHTS}.", "Name a checkpoint file, or a folder that has one.")
-    if not path.exists():
-        raise BadInput(f"{path} does not exist.", "Name a checkpoint file.")
-    if path.stat().st_size == 0:
-        raise BadInput(f"{path} is empty.", "Download it again.")
-    return path
-
-
-def _is_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(9)
-    return path.suffix == ".safetensors" or (len(head) == 9 and head[8:] == b"{")
-
-
-def _read_safetensors(path: Path) -> StoredModel:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
-        card = json.loads(metadata.get("dfcompress", "{}"))
-        quantization = json.loads(metadata["quantization"]) if "quantization" in metadata else None
-    except (SafetensorError, ValueError) as error:
-        raise BadInput(f"{path} is damaged: {error}.", "Download it again.") from None
-    return StoredModel(tensors, card, quantization)
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        head = file.read(2)
-    if head == b"PK":
-        _refuse_torchscript(path)
-    elif head[:1] != b"\x80":
-        raise BadInput(f"{path} is no checkpoint: it begins with {head!r}.", "Name a PyTorch or safetensors file.")
-    found = _state_dict(_unpickled(path))
-    if found is None:
-        raise BadInput(
-            f"{path} holds no state dict.", f"Weights are looked for at the top and under {', '.join(NESTED)}."
-        )
-    return found
-
-
-def _refuse_torchscript(path: Path) -> None:
-    try:
-        names = zipfile.ZipFile(path).namelist()
-    except zipfile.BadZipFile as error:
-        raise BadInput(f"{path} is cut short or damaged: {error}.", "Download it again.") from None
-    if any(re.search(r"(^|/)(code/|constants\.pkl$)", name) for name in names):
-        raise BadInput(
-            f"{path} is a TorchScript archive, which is a program.", "Save the model's state_dict() instead."
-        )
-
-
-def _unpickled(path: Path) -> object:
-    """What `torch.load(weights_only=True)` reads, allowing classes of the short list `TRUSTED` one after the other."""
-    allowed: list[type] = []
-    while True:
-        try:
-            with torch.serialization.safe_globals(allowed):
-                return torch.load(path, weights_only=True, map_location="cpu")
-        except pickle.UnpicklingError as error:
-            name = re.search(r"GLOBAL ([\w.]+)", str(error))
-            if name is None:
-                raise BadInput(f"{path} is damaged or no checkpoint.", "Download it again.") from None
-            wanted = _trusted_class(name[1])
-            if wanted is None or wanted in allowed:
-                raise BadInput(
-                    f"{path} is a pickled program: it asks for {name[1]}. Nothing of it was executed.",
-                    "Ask its author for the state_dict(), or for safetensors.",
-                ) from None
-            allowed.append(wanted)
-        except (
-            EOFError,
-            RuntimeError,
-            OSError,
-            ValueError,
-            KeyError,
-            IndexError,
-            AttributeError,
-            TypeError,
-            struct.error,
-        ):
-            raise BadInput(f"{path} is cut short or damaged.", "Download it again.") from None
-
-
-def _trusted_class(name: str) -> type | None:
-    module, _, attribute = name.rpartition(".")
-    if name == "argparse.Namespace":
-        return importlib.import_module("argparse").Namespace
-    if not f"{module}.".startswith(TRUSTED):
-        return None
-    found = getattr(importlib.import_module(module), attribute, None) if importlib.util.find_spec(module) else None
-    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
-
-
-def _state_dict(value: object) -> dict[str, Tensor] | None:
-    """The tensors in what a file holds: at the top, in a module (only its state is used), or under the usual keys."""
-    if isinstance(value, nn.Module):
-        return dict(value.state_dict())
-    if not isinstance(value, Mapping):
-        return None
-    tensors = {str(name): tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
-    if any(tensor.dim() > 1 for tensor in tensors.values()):
-        return tensors
-    for key in (*NESTED, *AVERAGED):
-        if key in value and (found := _state_dict(value[key])) is not None:
-            return found
-    return None
-
-
-def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in PREFIXES:
-        inner = {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTERS)}
-        if inner and all(name.startswith(prefix) for name in inner):
-            return _without_prefixes({name.removeprefix(prefix): tensor for name, tensor in inner.items()})
-    return tensors
-
-
-def _with_config(stored: StoredModel, path: Path) -> StoredModel:
-    """The card of a timm or Hugging Face folder, under what the weights file states itself."""
-    config = _read_json(path)
-    pretrained = config.get("pretrained_cfg", {})
-    stated = {
-        "architecture": config.get("architecture"),
-        "input_size": pretrained.get("input_size"),
-        "mean": pretrained.get("mean"),
-        "std": pretrained.get("std"),
-        "class_names": pretrained.get("label_names") or config.get("label_names"),
-    }
-    return replace(stored, card={**{name: value for name, value in stated.items() if value}, **stored.card})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is not JSON: {error}.", "Correct or remove it.") from None
-    if not isinstance(values, dict):
-        raise BadInput(f"{path} holds no JSON object.", "Correct or remove it.")
-    return values
-
-
-# --- architecture
-
-
-def _stated(name: str) -> Architecture:
-    """The architecture that a file states: ours by name, else timm's; never code."""
-    if ":" in name and not name.startswith("timm:"):
-        raise BadInput(
-            f"This model was made with --arch {name}.", "Give the same --arch again: code runs only when named."
-        )
-    try:
-        return named(name)
-    except BadInput:
-        return named(f"timm:{name}")
-
-
-def _fitted(architecture: Architecture, tensors: Mapping[str, Tensor], path: Path) -> Recognised:
+def _fit_of(architecture: Architecture, tensors: Mapping[str, Tensor], path: Path) -> Recognised:
     fit = fit_to(architecture, tensors)
     if fit is None:
         raise BadInput(
@@ -365,13 +159,42 @@ def _fitted(architecture: Architecture, tensors: Mapping[str, Tensor], path: Pat
     return fit
 
 
-def _matched_by_order(architecture: Architecture, tensors: Mapping[str, Tensor], path: Path) -> Recognised:
-    classes, channels = _guess(architecture, tensors)
-    expected = tensors_of(architecture, classes, channels)
-    given = list(tensors.values())
-    if len(given) != len(expected):
+def _fit_of_stated(name: str, tensors: Mapping[str, Tensor], path: Path) -> Recognised:
+    """The architecture that a file states: ours by name, else timm's, else the one its tensors tell; never code."""
+    if ":" in name and not name.startswith("timm:"):
         raise BadInput(
-            f"{path} has {len(given)} tensors, {architecture.name} {len(expected)}.", "They do not match by order."
+            f"{path} was made with --arch {name}.", "Give the same --arch again: code runs only when you name it."
+        )
+    if name in architectures() and (fit := fit_to(architectures()[name], tensors)):
+        return fit
+    timm_name = name.removeprefix("timm:")
+    if name.startswith("timm:") or _timm_has(timm_name):
+        return _fit_of(named(f"timm:{timm_name}"), tensors, path)
+    return recognise(tensors, str(path))
+
+
+def _timm_has(name: str) -> bool:
+    try:
+        import timm
+    except ImportError:
+        return False
+    return timm.is_model(name)
+
+
+def _fit_by_order(arch: str | None, tensors: Mapping[str, Tensor], path: Path) -> Recognised:
+    if arch is None:
+        raise BadInput("--match-by-order needs --arch.", "Name the architecture whose order the weights have.")
+    if weights_file(path).suffix == ".safetensors":
+        raise BadInput(f"{path}: safetensors sorts its tensors by name.", "Their order is lost; match them by name.")
+    architecture = named(arch)
+    weights = [tensor for tensor in tensors.values() if tensor.dim() >= 2]
+    stem = next((weight for weight in weights if weight.dim() == 4), None)
+    classes = weights[-1].shape[0] if weights else 0
+    channels = architecture.channels if stem is None else stem.shape[1]
+    expected = tensors_of(architecture, classes, channels)
+    if len(tensors) != len(expected):
+        raise BadInput(
+            f"{path} has {len(tensors)} tensors, {architecture.name} {len(expected)}.", "They do not match by order."
         )
     for (name, shape), (theirs, tensor) in zip(expected.items(), tensors.items(), strict=True):
         if tensor.shape != shape:
@@ -382,106 +205,118 @@ def _matched_by_order(architecture: Architecture, tensors: Mapping[str, Tensor],
     console.notice(
         f"Matched by order: a twin of {architecture.name} with other connections gives wrong answers silently."
     )
-    naming = architecture.namings[0]
-    return Recognised(architecture, naming, classes, channels, dict(zip(expected, given, strict=True)))
+    matched = dict(zip(expected, tensors.values(), strict=True))
+    return Recognised(architecture, architecture.namings[0], classes, channels, matched)
 
 
-def _guess(architecture: Architecture, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    weights = [tensor for tensor in tensors.values() if tensor.dim() >= 2]
-    stem = next((weight for weight in weights if weight.dim() == 4), None)
-    return weights[-1].shape[0], architecture.channels if stem is None else stem.shape[1]
-
-
-def _packed(path: Path, stored: StoredModel, given: Mapping[str, Any]) -> Classifier:
+def _fit_of_packed(card: Mapping[str, Any], stored: StoredModel, path: Path) -> Recognised:
     """A quantized result: packed tensors have no shapes to recognise, so its own card says what it is."""
-    try:
-        card = ModelCard.from_json(stored.card)
-    except (KeyError, TypeError, ValueError):
-        raise BadInput(
-            f"{path} is packed but has no model card.", "Make it again with `dfcompress quantize`."
-        ) from None
-    network = find(card.architecture).make(card.classes, card.input_size[0])
+    if not {"architecture", "classes", "input_size", "mean", "std"} <= card.keys():
+        raise BadInput(f"{path} is packed but has no model card.", "Make it again with `dfcompress quantize`.")
+    classes = card["classes"]
+    # Before a network of that many classes takes memory: its last layer has one scale or bias for each.
+    if classes not in {tensor.numel() for tensor in stored.tensors.values() if tensor.dim() == 1}:
+        raise BadInput(f"{path} states {classes} classes, which no tensor has.", "The file is damaged; make it again.")
+    name = card["architecture"]
+    architecture = named(name) if name in architectures() or name.startswith("timm:") else None
+    if architecture is None:
+        raise BadInput(f"{path} states the architecture {name!r}, which is not known.", "Update dfcompress.")
+    return Recognised(architecture, architecture.namings[0], classes, card["input_size"][0], {})
+
+
+def _packed(fit: Recognised, stored: StoredModel) -> nn.Module:
+    network = fit.architecture.make(fit.classes, fit.channels)
     packing.unpack_network(network, stored.tensors, stored.quantization)
-    card = replace(card, **given, origin={**card.origin, **dict.fromkeys(given, "given")})
-    return Classifier(network, card, name=_name(path), sha256=sha256(path), path=path).frozen()
+    return network
 
 
-def _counters(network: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in network.state_dict().items() if name.endswith(COUNTERS)}
+def _with_weights(fit: Recognised) -> nn.Module:
+    """The network around the file's tensors; recognition has compared every name and shape."""
+    network = fit.architecture.make_empty(fit.classes, fit.channels)
+    counters = {name: value for name, value in network.state_dict().items() if name.endswith(COUNTERS)}
+    network.load_state_dict({**counters, **fit.tensors}, assign=True)
+    return network
 
 
-# --- card
-
-
-def _card(
-    fit: Recognised,
-    stated: Mapping[str, Any],
-    sidecar: Mapping[str, Any],
-    given: Mapping[str, Any],
-    *,
-    recognised: bool,
-) -> ModelCard:
-    """What is given, over what stands beside the file, over what it states, over what its naming implies, over the usual."""
-    mean, std = _usual_normalisation(fit)
-    size = fit.architecture.size
-    assumed = {"input_size": (fit.channels, size, size), "mean": mean, "std": std, "class_names": None}
+def _card(fit: Recognised, stated: Mapping[str, Any], given: Mapping[str, Any]) -> ModelCard:
+    """What is given, over what the file or its sidecar states, over what its naming implies, over what is usual."""
     implied = {"mean": fit.naming.mean, "std": fit.naming.std} if fit.naming.mean else {}
     layers: list[tuple[Origin, Mapping[str, Any]]] = [
-        ("assumed", assumed),
-        ("recognised", implied),
-        ("read", {name: stated[name] for name in assumed if stated.get(name)}),
-        ("read", {name: sidecar[name] for name in assumed if sidecar.get(name)}),
+        ("assumed", _usual(fit)),
+        ("recognised", {"architecture": fit.architecture.name, "classes": fit.classes, **implied}),
+        ("read", {name: value for name, value in stated.items() if name != "classes"}),
         ("given", given),
     ]
-    values: dict[str, Any] = {}
-    origin: dict[str, Origin] = {"architecture": "recognised" if recognised else "given", "classes": "recognised"}
+    values: dict[str, Any] = {"class_names": None}
+    origin: dict[str, Origin] = {}
     for how, layer in layers:
         values |= layer
         origin |= dict.fromkeys(layer, how)
-    card = {**values, "architecture": fit.architecture.name, "classes": fit.classes, "origin": origin}
-    _check_card(card, fit)
-    return ModelCard.from_json(card)
+    # A file may state a name that only its tensors made clear: timm's, or one of a later version.
+    values["architecture"] = fit.architecture.name
+    _check_fits(values, fit)
+    return ModelCard.from_json({**values, "origin": origin})
 
 
-def _usual_normalisation(fit: Recognised) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if fit.channels == 1:
-        return MNIST_MEAN, MNIST_STD
-    if fit.channels != 3:
-        return (0.5,) * fit.channels, (0.5,) * fit.channels
-    return (CIFAR_MEAN, CIFAR_STD) if fit.architecture.size <= 64 else (IMAGENET_MEAN, IMAGENET_STD)
+def _usual(fit: Recognised) -> dict[str, Any]:
+    architecture, channels = fit.architecture, fit.channels
+    mean, std = (0.5,) * channels, (0.5,) * channels
+    if channels == 1:
+        mean, std = MNIST_MEAN, MNIST_STD
+    elif channels == 3 and architecture.mean and architecture.std:
+        mean, std = architecture.mean, architecture.std
+    elif channels == 3:
+        small = architecture.size is not None and architecture.size <= SMALL_INPUT
+        mean, std = (CIFAR_MEAN, CIFAR_STD) if small else (IMAGENET_MEAN, IMAGENET_STD)
+    size = {} if architecture.size is None else {"input_size": (channels, architecture.size, architecture.size)}
+    return {"mean": mean, "std": std, **size}
 
 
-def _check_card(card: Mapping[str, Any], fit: Recognised) -> None:
-    channels = fit.channels
-    if len(card["input_size"]) != 3 or card["input_size"][0] != channels:
+def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a card that are there, of the right kind; raises `BadInput` naming the one that is not."""
+    kinds = {
+        "architecture": (lambda value: isinstance(value, str), "a name"),
+        "classes": (_is_size, "a positive integer"),
+        "input_size": (lambda value: len(value) == 3 and all(map(_is_size, value)), "3 positive integers, CxHxW"),
+        "mean": (lambda value: all(map(_is_number, value)), "one number a channel"),
+        "std": (lambda value: all(_is_number(each) and each > 0 for each in value), "one positive number a channel"),
+        "class_names": (lambda value: all(isinstance(name, str) for name in value), "a list of names"),
+    }
+    checked = {}
+    for name, (is_right, wanted) in kinds.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        scalar = name in ("architecture", "classes")
+        if (not scalar and not isinstance(value, (list, tuple))) or not is_right(value):
+            raise BadInput(f"{where}: {name} is {value!r}.", f"It must be {wanted}.")
+        checked[name] = value if scalar else tuple(value)
+    return checked
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _check_fits(card: Mapping[str, Any], fit: Recognised) -> None:
+    if "input_size" not in card:
+        raise BadInput(f"The input size of {fit.architecture.name} is not known.", "Add --input-size CxHxW.")
+    if card["input_size"][0] != fit.channels and not fit.architecture.foreign:
         raise BadInput(
-            f"The input size {card['input_size']} does not fit weights of {channels} channels.", "Use CxHxW."
+            f"The input size {card['input_size']} does not fit weights of {fit.channels} channels.", "Correct it."
         )
     for name in ("mean", "std"):
-        if len(card[name]) != channels:
+        if len(card[name]) != card["input_size"][0]:
             raise BadInput(
-                f"{name} has {len(card[name])} values, the weights have {channels} channels.", "Give one each."
+                f"{name} has {len(card[name])} values for {card['input_size'][0]} channels.", f"Correct --{name}."
             )
-    if min(card["std"]) <= 0:
-        raise BadInput(f"std {card['std']} is not positive.", "Give the standard deviation per channel.")
     names = card["class_names"]
     if names and len(names) != fit.classes:
-        raise BadInput(f"There are {len(names)} class names for {fit.classes} classes.", "Give one name a line.")
-
-
-def _given(
-    input_size: Sequence[int] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    classes: str | Path | None,
-) -> dict[str, Any]:
-    values = {
-        "input_size": tuple(input_size) if input_size else None,
-        "mean": tuple(mean) if mean else None,
-        "std": tuple(std) if std else None,
-        "class_names": _names(Path(classes)) if classes else None,
-    }
-    return {name: value for name, value in values.items() if value is not None}
+        raise BadInput(f"There are {len(names)} class names for {fit.classes} classes.", "Give one name a class.")
 
 
 def _names(path: Path) -> tuple[str, ...]:
@@ -497,9 +332,5 @@ def _sidecar_path(path: Path) -> Path:
     return path / f"model{SIDECAR}" if path.is_dir() else path.with_name(path.stem + SIDECAR)
 
 
-def _sidecar(path: Path) -> dict[str, Any]:
-    return _read_json(_sidecar_path(path))
-
-
 def _name(path: Path) -> str:
-    return path.name if path.is_dir() else path.stem
+    return path.resolve().name if path.is_dir() else path.stem

@@ -63,6 +63,23 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@torch.no_grad()
+def why_not_run(classifier: Classifier) -> str | None:
+    """Why a classifier cannot answer for one image of its card's input size, or None where it can."""
+    channels, height, width = classifier.card.input_size
+    image = torch.zeros(1, channels, height, width, device=classifier.mean.device)
+    try:
+        with evaluating(classifier):
+            answer = classifier(image)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"{classifier.card.architecture} cannot take images of {channels}x{height}x{width} ({reason})"
+    if not isinstance(answer, Tensor) or answer.shape != (1, classifier.card.classes):
+        shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        return f"{classifier.card.architecture} answers one image with {shape}, not (1, {classifier.card.classes})"
+    return None
+
+
 def why_no_statistics(network: nn.Module) -> str | None:
     """Why nothing can be made from a network's BatchNorm statistics, or None where it can."""
     layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
@@ -70,9 +87,15 @@ def why_no_statistics(network: nn.Module) -> str | None:
         return "it has no BatchNorm layer, so it carries no statistics of its training data"
     if any(layer.running_mean is None or layer.running_var is None for layer in layers):
         return "its BatchNorm layers keep no running statistics"
-    if all(bool((layer.running_mean == 0).all() and (layer.running_var == 1).all()) for layer in layers):
+    if not any(_was_trained(layer) for layer in layers):
         return "its BatchNorm layers were never trained: running means are all 0 and variances all 1"
     return None
+
+
+def _was_trained(layer: _BatchNorm) -> bool:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return bool(layer.running_mean.any() or (layer.running_var != 1).any())
 
 
 def require_batchnorm_statistics(classifier: Classifier) -> None:

@@ -45,11 +45,17 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> Recognised:
             f"{where} fits several architectures: {names}.",
             f"Say which, for instance --arch {fits[0].architecture.name}.",
         )
-    nearest = min(architectures().values(), key=lambda architecture: len(differences(architecture, tensors)))
+    alike = [architecture for architecture in architectures().values() if _may_be_near(architecture, count)]
+    nearest = min(alike, key=lambda architecture: len(differences(architecture, tensors)))
     raise BadInput(
         f"{where} is none of the known architectures; the nearest is {nearest.name}: {describe(nearest, tensors)}.",
         "Name it with --arch timm:NAME or --arch file.py:factory.",
     )
+
+
+def _may_be_near(architecture: Architecture, count: int) -> bool:
+    """Whether it is worth building for comparison: half to twice as many tensors, or a number not known."""
+    return architecture.tensors is None or count / 2 <= architecture.tensors <= 2 * count
 
 
 def fit_to(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Recognised | None:
@@ -99,8 +105,8 @@ def _classes_and_channels(architecture: Architecture, tensors: Mapping[str, Tens
     The file's own order says nothing: safetensors sorts names.
     """
     expected = tensors_of(architecture, 10, architecture.channels)
-    head = [name for name, shape in expected.items() if len(shape) >= 2][-1]
-    stem = next((name for name, shape in expected.items() if len(shape) == 4), None)
+    head = ["", *(name for name, shape in expected.items() if len(shape) >= 2)][-1]
+    stem = next((name for name, shape in expected.items() if len(shape) == 4), "")
     classes = tensors[head].shape[0] if head in tensors and tensors[head].dim() >= 2 else 10
     channels = tensors[stem].shape[1] if stem in tensors and tensors[stem].dim() == 4 else architecture.channels
     return classes, channels

@@ -12,7 +12,7 @@ import importlib.util
 import pkgutil
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
+from dfcompress.models.classifier import Classifier, why_not_run
 
 SMALL_INPUT = 64
 
@@ -53,22 +54,45 @@ class Naming:
 class Architecture:
     """A network that can be built for any number of classes and input channels.
 
-    `size` is the usual height and width of its input in pixels.
+    `size` is the usual height and width of its input in pixels, None where it is not known.
     `tensors` is the number of tensors in its state dict (without `num_batches_tracked`), where known: it spares
     building a network only to see that it is another one. `ignored` matches tensors that only training needs.
+    `mean` and `std` are what its released weights expect, where that is not what is usual for the size.
+    `foreign` networks come from a factory of the user's, which takes no arguments: they are built as they are.
     """
 
     name: str
     make: Callable[[int, int], nn.Module]
-    size: int
+    size: int | None
     channels: int = 3
     tensors: int | None = None
     ignored: str | None = None
     namings: tuple[Naming, ...] = (Naming(),)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    foreign: bool = False
 
     def ignores(self, name: str) -> bool:
         """Whether a tensor is one that only training needs."""
         return self.ignored is not None and re.match(self.ignored, name) is not None
+
+    def make_empty(self, classes: int, channels: int) -> nn.Module:
+        """The network with parameters on the meta device, where they take neither memory nor time to initialise.
+
+        (Building under `torch.device("meta")` fails for networks that compute with tensors in their constructor.)
+        """
+        if self.foreign:
+            return self.make(classes, channels)
+        # torch types the hook as giving nothing, and documents that what it gives replaces the parameter.
+        hook = register_module_parameter_registration_hook(_without_storage)  # type: ignore[arg-type]
+        try:
+            return self.make(classes, channels)
+        finally:
+            hook.remove()
+
+
+def _without_storage(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    return None if parameter is None else nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 
 @cache
@@ -84,23 +108,9 @@ def architectures() -> dict[str, Architecture]:
 
 @cache
 def tensors_of(architecture: Architecture, classes: int, channels: int) -> dict[str, torch.Size]:
-    """Names and shapes of an architecture's tensors, without `num_batches_tracked`, at next to no cost.
-
-    Parameters lose their storage as they are registered, so no memory is touched and no initialiser does work.
-    (Building under `torch.device("meta")` fails for networks that compute with tensors in their constructor.)
-    """
-    hook = register_module_parameter_registration_hook(_without_storage)
-    try:
-        network = architecture.make(classes, channels)
-    finally:
-        hook.remove()
-    return {
-        name: tensor.shape for name, tensor in network.state_dict().items() if not name.endswith("num_batches_tracked")
-    }
-
-
-def _without_storage(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-    return None if parameter is None else nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    """Names and shapes of an architecture's tensors, without `num_batches_tracked`, at next to no cost."""
+    state = architecture.make_empty(classes, channels).state_dict()
+    return {name: tensor.shape for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
 
 def find(name: str) -> Architecture:
@@ -123,23 +133,39 @@ def named(spec: str) -> Architecture:
     if not colon:
         return find(name)
     if place == "timm":
-        return Architecture(spec, partial(_make_timm, name), 224)
+        return _from_timm(name)
     factory = getattr(_module_at(place), name, None)
     if not callable(factory):
         raise BadInput(f"--arch {spec}: {place} has no function {name!r}.", "Name a function that returns the network.")
-    return Architecture(spec, lambda classes, channels: factory(), 224)
+    return Architecture(spec, partial(_make_foreign, factory, spec), size=None, foreign=True)
 
 
-def _make_timm(name: str, classes: int, channels: int) -> nn.Module:
+def _make_foreign(factory: Callable[[], object], spec: str, classes: int, channels: int) -> nn.Module:
+    network = factory()
+    if not isinstance(network, nn.Module):
+        raise BadInput(f"--arch {spec} gave a {type(network).__name__}.", "It must give a torch.nn.Module.")
+    return network
+
+
+def _from_timm(name: str) -> Architecture:
     try:
         import timm
     except ImportError:
         raise BadInput(f"--arch timm:{name} needs timm.", "Install it with: pip install 'dfcompress[timm]'.") from None
-    if name not in timm.list_models():
+    # Bare names only: create_model would also take an address and download from it.
+    if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), 3)
-        raise BadInput(
-            f"timm has no model {name!r}.", f"Did you mean {', '.join(close)}?" if close else "See timm's list."
-        )
+        remedy = f"Did you mean {', '.join(close)}?" if close else "timm.list_models() gives the names."
+        raise BadInput(f"timm has no model {name!r}.", remedy)
+    released = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+    channels, size, _ = released.input_size
+    make = partial(_make_timm, name)
+    return Architecture(f"timm:{name}", make, size, channels, mean=tuple(released.mean), std=tuple(released.std))
+
+
+def _make_timm(name: str, classes: int, channels: int) -> nn.Module:
+    import timm
+
     network: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
     return network
 
@@ -161,27 +187,24 @@ def _module_at(place: str) -> ModuleType:
     return module
 
 
-def fit_student(name: str, card: ModelCard, *, seed: int) -> tuple[nn.Module, ModelCard, str]:
-    """A freshly initialised network for the teacher's classes and input, its card, and a sentence on what was taken.
+def fit_student(name: str, card: ModelCard, *, seed: int) -> tuple[Classifier, str]:
+    """A fresh student for a teacher's card, and a sentence on what was taken.
 
+    Classes, input and normalisation are the teacher's; `seed` decides the first weights.
     At inputs of up to 64 pixels `resnet18` means its CIFAR form `cifar_resnet18`, and likewise for every name that has
     one. Raises `BadInput` for unknown names and inputs that the network cannot take.
     """
     channels, height, width = card.input_size
     small = f"cifar_{name}"
     taken = small if max(height, width) <= SMALL_INPUT and small in architectures() else name
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = find(taken).make(card.classes, channels)
-    with torch.no_grad():
-        try:
-            network.eval()(torch.zeros(1, *card.input_size))
-        except (RuntimeError, ValueError) as error:
-            raise BadInput(
-                f"{taken} cannot take images of {channels}x{height}x{width}: {error}.", "Name another --student."
-            ) from None
-    stem = " (its small-image form: 3x3 stem, no max-pool)" if taken != name else ""
-    sentence = f"Student: {taken}{stem}, {card.classes} classes, input {channels}x{height}x{width}."
-    origin = {**card.origin, "architecture": "given"}
-    names = card.class_names
-    return network, ModelCard(taken, card.classes, card.input_size, card.mean, card.std, names, origin), sentence
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        network = named(taken).make(card.classes, channels)
+    student = Classifier(network, replace(card, architecture=taken, origin={**card.origin, "architecture": "given"}))
+    if why := why_not_run(student):
+        raise BadInput(f"--student {taken} does not fit the teacher: {why}.", "Name another --student.")
+    stem = f", the form of {name} for small images (3x3 stem, no max-pool)" if taken != name else ""
+    size = f"{channels}x{height}x{width}"
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    sentence = f"Student: {taken}{stem}, {card.classes} classes, input {size}, {millions:.2f} M parameters."
+    return student, sentence

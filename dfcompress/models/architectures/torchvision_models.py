@@ -93,8 +93,21 @@ TENSORS: dict[str, int] = {
     "wide_resnet50_2": 267,
 }
 
-SIZES = {"inception_v3": 299}
+# What they were trained at, where that is not 224 pixels.
+SIZES = {
+    "efficientnet_b1": 240, "efficientnet_b2": 288, "efficientnet_b3": 300, "efficientnet_b4": 380,
+    "efficientnet_b5": 456, "efficientnet_b6": 528, "efficientnet_b7": 600, "efficientnet_v2_s": 384,
+    "efficientnet_v2_m": 480, "efficientnet_v2_l": 480, "inception_v3": 299, "swin_v2_b": 256, "swin_v2_s": 256,
+    "swin_v2_t": 256,
+}  # fmt: skip
+
+# torchvision builds these two with auxiliary heads, and with their released weights lets them turn images normalised
+# by ImageNet's values into (x − 0.5) / 0.5 themselves. Ours take that directly.
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+_HALF = (0.5, 0.5, 0.5)
+
+# The files that torchvision released for DenseNet are older than the names in its code.
+EARLY_DENSENET = Naming(renames=((r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),))
 
 
 def _make(name: str, classes: int, channels: int) -> nn.Module:
@@ -129,22 +142,28 @@ def _is_resnet(name: str) -> bool:
 KUANGLIU = Naming(renames=((r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc.")))
 
 NAMES = torchvision.models.list_models(module=torchvision.models)
+
+
+def _architecture(name: str) -> Architecture:
+    auxiliary = name in _WITH_AUXILIARY_HEADS
+    return Architecture(
+        name,
+        partial(_make, name),
+        SIZES.get(name, 224),
+        tensors=TENSORS.get(name),
+        ignored=r"(aux\d|AuxLogits)\." if auxiliary else None,
+        namings=(Naming(), EARLY_DENSENET) if name.startswith("densenet") else (Naming(),),
+        mean=_HALF if auxiliary else None,
+        std=_HALF if auxiliary else None,
+    )
+
+
+def _small_architecture(name: str) -> Architecture:
+    make = partial(_make_small, name)
+    return Architecture(f"cifar_{name}", make, 32, tensors=TENSORS.get(name), namings=(Naming(), KUANGLIU))
+
+
 ARCHITECTURES = [
-    *(
-        Architecture(
-            name,
-            partial(_make, name),
-            SIZES.get(name, 224),
-            tensors=TENSORS.get(name),
-            ignored=r"(aux\d|AuxLogits)\." if name in _WITH_AUXILIARY_HEADS else None,
-        )
-        for name in NAMES
-    ),
-    *(
-        Architecture(
-            f"cifar_{name}", partial(_make_small, name), 32, tensors=TENSORS.get(name), namings=(Naming(), KUANGLIU)
-        )
-        for name in NAMES
-        if _is_resnet(name)
-    ),
+    *(_architecture(name) for name in NAMES),
+    *(_small_architecture(name) for name in NAMES if _is_resnet(name)),
 ]
