@@ -13,7 +13,8 @@ from dfcompress import console
 from dfcompress.device import Compute
 from dfcompress.evaluation.evaluate import evaluate
 from dfcompress.evaluation.inspect import Inspection, inspect
-from dfcompress.models.checkpoint import file_bytes, load
+from dfcompress.models.checkpoint import load
+from dfcompress.models.weights import file_bytes
 from dfcompress.quantization.quantize import FINETUNING, quantize
 from dfcompress.run import Run
 from dfcompress.synthesis.invert import PREVIEW, Inversion, Synthesis, invert
