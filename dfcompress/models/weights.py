@@ -183,6 +183,11 @@ def _unpickled(path: Path) -> object:
                 return torch.load(path, weights_only=True, map_location="cpu")
         except pickle.UnpicklingError as error:
             name = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if "persistent_load" in str(error):
+                raise BadInput(
+                    f"{path} is a pickled module of torch before 1.6, which carries source code.",
+                    "Ask its author for the state_dict(), or for safetensors.",
+                ) from None
             if name is None:
                 raise BadInput(f"{path} is damaged or no checkpoint.", "Download it again.") from None
             wanted = _allowed(name[1])

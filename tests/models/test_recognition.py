@@ -1,0 +1,168 @@
+"""Architectures are recognised from names and shapes, and told apart."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torchvision.models
+
+from dfcompress.errors import BadInput
+from dfcompress.models import architectures as room
+from dfcompress.models.architectures import Architecture, architectures, find, tensors_of
+from dfcompress.models.recognition import recognise
+from dfcompress.models.weights import read
+
+NAMES = sorted(architectures())
+
+
+def _file(name: str, *, classes: int, channels: int) -> dict[str, torch.Tensor]:
+    """A file's tensors as recognition sees them, without memory."""
+    shapes = tensors_of(find(name), classes, channels)
+    return {tensor: torch.empty(shape, device="meta") for tensor, shape in shapes.items()}
+
+
+def test_every_network_of_the_issue_has_a_name():
+    assert len(torchvision.models.list_models(module=torchvision.models)) >= 80
+    assert set(torchvision.models.list_models(module=torchvision.models)) <= set(NAMES)
+    assert {f"cifar_resnet{depth}" for depth in (18, 34, 50, 101, 152, 20, 32, 44, 56, 110)} <= set(NAMES)
+    assert {"cifar_resnext50_32x4d", "cifar_wide_resnet50_2"} <= set(NAMES)
+    assert {"wrn40_2", "wrn40_1", "wrn16_2", "wrn16_1", "wrn28_10"} <= set(NAMES)
+    assert {"cifar_vgg11_bn", "cifar_vgg13_bn", "cifar_vgg16_bn"} <= set(NAMES)
+    assert {"lenet5", "lenet5_half", "lenet5_bn", "lenet5_bn_half", "alexnet_half"} <= set(NAMES)
+    assert {"hinton_mlp", "hinton_mlp_small"} <= set(NAMES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_network_is_recognised_with_its_classes(name):
+    channels = find(name).channels
+    found = recognise(_file(name, classes=37, channels=channels), "file")
+    assert (found.architecture.name, found.classes, found.channels) == (name, 37, channels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("hinton")])
+def test_every_network_with_a_convolution_takes_other_channels(name):
+    found = recognise(_file(name, classes=10, channels=2), "file")
+    assert (found.architecture.name, found.channels) == (name, 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_number_of_tensors_that_a_network_states_is_right(name):
+    assert find(name).tensors in (None, len(tensors_of(find(name), 10, find(name).channels)))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("cifar_resnet20", 269_722),
+        ("cifar_resnet56", 853_018),
+        ("cifar_resnet110", 1_727_962),
+        ("cifar_resnet18", 11_173_962),
+        ("wrn40_2", 2_243_546),
+        ("wrn16_1", 175_066),
+        ("wrn28_10", 36_479_194),
+        ("lenet5", 61_706),
+        ("hinton_mlp", 2_395_210),
+        ("hinton_mlp_small", 1_276_810),
+    ],
+)
+def test_networks_have_the_published_number_of_parameters(name, parameters):
+    network = find(name).make_empty(10, find(name).channels)
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+
+
+def test_the_shared_checkpoints_are_recognised_in_their_own_naming(resnet20_file, resnet44_file):
+    for file, name in ((resnet20_file, "cifar_resnet20"), (resnet44_file, "cifar_resnet44")):
+        found = recognise(read(file).tensors, str(file))
+        assert (found.architecture.name, found.classes, found.channels) == (name, 10, 3)
+        assert found.naming.mean == (0.485, 0.456, 0.406)
+
+
+def test_values_and_types_play_no_part(resnet20_file):
+    tensors = {name: torch.zeros_like(tensor, dtype=torch.int8) for name, tensor in read(resnet20_file).tensors.items()}
+    assert recognise(tensors, "file").architecture.name == "cifar_resnet20"
+
+
+def test_the_order_of_the_tensors_plays_no_part():
+    tensors = dict(sorted(_file("mobilenet_v2", classes=5, channels=3).items()))
+    found = recognise(tensors, "file")
+    assert (found.architecture.name, found.classes) == ("mobilenet_v2", 5)
+
+
+def test_a_resnet_with_a_small_stem_is_told_from_the_large_one():
+    tensors = _file("resnet18", classes=100, channels=3)
+    assert recognise(tensors, "file").architecture.name == "resnet18"
+    tensors["conv1.weight"] = torch.empty(64, 3, 3, 3)
+    assert recognise(tensors, "file").architecture.name == "cifar_resnet18"
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "released"),
+    [
+        ("cifar_resnet18", r"downsample", "shortcut"),
+        ("cifar_resnet18", r"^fc", "linear"),
+        ("wrn40_2", r"^(block\d)\.", r"\1.layer."),
+        ("densenet121", r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2"),
+    ],
+)
+def test_other_names_of_released_files_are_known(name, pattern, released):
+    tensors = _file(name, classes=10, channels=3)
+    renamed = {re.sub(pattern, released, tensor): value for tensor, value in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    assert recognise(renamed, "file").architecture.name == name
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_are_left_out(name):
+    options = {"init_weights": False, "aux_logits": True}
+    with torch.device("meta"):
+        released = torchvision.models.get_model(name, weights=None, **options)
+    state = {key: value for key, value in released.state_dict().items() if not key.endswith("num_batches_tracked")}
+    found = recognise(state, "file")
+    assert found.architecture.name == name
+    assert not any("aux" in key.lower() for key in found.tensors)
+
+
+def test_a_changed_shape_names_the_nearest_network_and_the_tensor():
+    tensors = _file("resnet34", classes=10, channels=3)
+    tensors["layer2.0.conv1.weight"] = torch.empty(96, 64, 3, 3)
+    with pytest.raises(BadInput) as refused:
+        recognise(tensors, "net.pt")
+    assert "nearest is resnet34" in refused.value.problem
+    assert "layer2.0.conv1.weight is 96x64x3x3, expected 128x64x3x3" in refused.value.problem
+
+
+def test_a_missing_and_a_foreign_tensor_are_named():
+    tensors = _file("lenet5", classes=10, channels=1)
+    tensors["conv9.weight"] = tensors.pop("conv2.weight")
+    with pytest.raises(BadInput) as refused:
+        recognise(tensors, "net.pt")
+    assert "conv2.weight 16x6x5x5 is missing" in refused.value.problem
+    assert "conv9.weight 16x6x5x5 is not in it" in refused.value.problem
+
+
+def test_where_several_fit_they_are_named(monkeypatch):
+    lenet = find("lenet5")
+    twin = Architecture("lenet5_twin", lenet.make, 28, channels=1)
+    monkeypatch.setattr("dfcompress.models.recognition.architectures", lambda: {"a": lenet, "b": twin})
+    with pytest.raises(BadInput, match="several architectures: lenet5, lenet5_twin") as refused:
+        recognise(_file("lenet5", classes=10, channels=1), "net.pt")
+    assert "--arch lenet5" in refused.value.remedy
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(BadInput, match="cifar_resnet20"):
+        find("cifar_resent20")
+
+
+def test_another_package_adds_networks_through_its_entry_point(monkeypatch):
+    class Point:
+        @staticmethod
+        def load() -> list[Architecture]:
+            return [Architecture("their_net", find("lenet5").make, 32, channels=1)]
+
+    monkeypatch.setattr(room.metadata, "entry_points", lambda group: [Point] if "dfcompress" in group else [])
+    assert "their_net" in room.architectures.__wrapped__()
