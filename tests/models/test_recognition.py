@@ -104,7 +104,6 @@ def test_a_resnet_with_a_small_stem_is_told_from_the_large_one():
     [
         ("cifar_resnet18", r"downsample", "shortcut"),
         ("cifar_resnet18", r"^fc", "linear"),
-        ("wrn40_2", r"^(block\d)\.", r"\1.layer."),
         ("densenet121", r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2"),
     ],
 )

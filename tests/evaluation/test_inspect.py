@@ -1,0 +1,75 @@
+"""`inspect` says what a checkpoint is, and what can be done with it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dfcompress.evaluation.inspect import inspect
+from dfcompress.models.architectures import find
+from dfcompress.models.checkpoint import load
+
+
+def _saved(name: str, path, *, classes: int = 10):
+    torch.save(find(name).make(classes, find(name).channels).state_dict(), path)
+    return path
+
+
+def test_the_shared_resnet20_is_described(resnet20_file):
+    found = inspect(resnet20_file)
+    assert (found.architecture, found.classes, found.input_size) == ("cifar_resnet20", 10, (3, 32, 32))
+    assert (found.parameters, found.batchnorm_layers, found.bytes) == (269_722, 19, 1_099_231)
+    assert found.sha256.startswith("12fca82f")
+    assert found.normalisation.consistent
+    assert [(ability.verb, ability.possible) for ability in found.can] == [
+        ("invert", True),
+        ("distill", True),
+        ("quantize", True),
+        ("evaluate", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "macs"),
+    [
+        ("cifar_resnet20", 40_551_040),  # 40.8 M with BatchNorm and pooling counted
+        ("resnet18", 1_814_073_344),
+        ("lenet5", 117_600 + 240_000 + 48_000 + 10_080 + 840),
+    ],
+)
+def test_multiply_accumulates_are_the_known_ones(name, macs, tmp_path):
+    path = _saved(name, tmp_path / "net.pt", classes=1000 if name == "resnet18" else 10)
+    assert inspect(path).macs == macs
+
+
+def test_json_has_the_promised_fields(resnet20_file):
+    values = json.loads(json.dumps(inspect(resnet20_file).to_json()))
+    promised = {"architecture", "classes", "input_size", "parameters", "macs", "batchnorm_layers"}
+    assert promised <= values.keys()
+    assert values["card"]["origin"]["mean"] == "recognised"
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("lenet5_bn", "never trained: running means are all 0 and variances all 1"), ("lenet5", "no BatchNorm layer")],
+)
+def test_an_unfit_model_is_described_with_the_reason(name, why, tmp_path):
+    found = inspect(_saved(name, tmp_path / "net.pt"))
+    abilities = {ability.verb: ability for ability in found.can}
+    assert not abilities["invert"].possible
+    assert why in abilities["invert"].why
+    assert abilities["distill"].possible
+    assert abilities["distill"].why.startswith("with --data only")
+    assert abilities["evaluate"].possible
+    assert found.normalisation is None
+
+
+def test_the_card_is_written_only_when_asked_for(tmp_path):
+    path = _saved("lenet5_bn", tmp_path / "net.pt")
+    assert inspect(path).card_file is None
+    assert [file.name for file in tmp_path.iterdir()] == ["net.pt"]
+    found = inspect(path, write_card=True)
+    assert found.card_file == str(tmp_path / "net.card.json")
+    assert load(path).card.origin["mean"] == "read"

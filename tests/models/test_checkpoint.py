@@ -1,0 +1,344 @@
+"""A file becomes the classifier that was released, with a card that says how each value is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dfcompress.errors import BadInput
+from dfcompress.models.architectures import find, fit_student
+from dfcompress.models.card import ModelCard
+from dfcompress.models.checkpoint import load, save, state_bytes, write_sidecar
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.fake_quantizers import freeze, is_quantized, quantizable_layers, quantize_layers
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+def _correct(classifier: Classifier, file: Path) -> int:
+    with np.load(file) as data:
+        images, labels = torch.from_numpy(data["images"]), torch.from_numpy(data["labels"])
+    with torch.no_grad():
+        return sum(
+            int((classifier(batch.float() / 255).argmax(1) == truth).sum())
+            for batch, truth in zip(images.split(256), labels.split(256), strict=True)
+        )
+
+
+def _classifier(name: str = "lenet5_bn", input_size: tuple[int, int, int] = (1, 32, 32)) -> Classifier:
+    """A network with random weights whose BatchNorms have seen something."""
+    channels = input_size[0]
+    torch.manual_seed(0)
+    network = find(name).make(10, channels)
+    with torch.no_grad():
+        network.train()(torch.rand(8, *input_size))
+    card = ModelCard(name, 10, input_size, (0.5,) * channels, (0.25,) * channels, tuple("abcdefghij"))
+    return Classifier(network, card).eval()
+
+
+@pytest.fixture
+def lenet_file(tmp_path) -> Path:
+    torch.save(_classifier().network.state_dict(), tmp_path / "lenet.pt")
+    return tmp_path / "lenet.pt"
+
+
+def test_resnet20_is_right_on_776_of_846(resnet20_file, cifar10_test_file):
+    classifier = load(resnet20_file)
+    assert _correct(classifier, cifar10_test_file) == 776
+    assert (classifier.card.architecture, classifier.card.classes) == ("cifar_resnet20", 10)
+    assert (classifier.card.mean, classifier.card.std) == IMAGENET
+
+
+def test_resnet44_is_right_on_793_of_846(resnet44_file, cifar10_test_file):
+    classifier = load(resnet44_file)
+    assert _correct(classifier, cifar10_test_file) == 793
+    assert classifier.card.architecture == "cifar_resnet44"
+
+
+def test_with_cifars_own_mean_and_std_resnet20_is_right_on_777(resnet20_file, cifar10_test_file):
+    classifier = load(resnet20_file, mean=CIFAR[0], std=CIFAR[1])
+    assert _correct(classifier, cifar10_test_file) == 777
+    assert classifier.card.origin["mean"] == "given"
+
+
+def test_each_value_says_how_it_is_known(resnet20_file, tmp_path):
+    (tmp_path / "names").write_text("\n".join("abcdefghij"))
+    card = load(resnet20_file, classes=tmp_path / "names").card
+    assert card.class_names == tuple("abcdefghij")
+    assert card.origin == {
+        "architecture": "recognised",
+        "classes": "recognised",
+        "input_size": "assumed",
+        "mean": "recognised",
+        "std": "recognised",
+        "class_names": "given",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "channels", "input_size", "mean"),
+    [
+        ("resnet18", 1000, 3, (3, 224, 224), IMAGENET[0]),
+        ("googlenet", 1000, 3, (3, 224, 224), (0.5, 0.5, 0.5)),
+        ("cifar_resnet18", 100, 3, (3, 32, 32), CIFAR[0]),
+        ("lenet5", 10, 1, (1, 32, 32), (0.1307,)),
+        ("cifar_resnet20", 10, 5, (5, 32, 32), (0.5,) * 5),
+    ],
+)
+def test_what_no_tensor_tells_is_assumed_as_is_usual(name, classes, channels, input_size, mean, tmp_path):
+    torch.save(find(name).make(classes, channels).state_dict(), tmp_path / "net.pt")
+    card = load(tmp_path / "net.pt").card
+    assert (card.classes, card.input_size, card.mean) == (classes, input_size, mean)
+    assert card.origin["input_size"] == card.origin["mean"] == "assumed"
+
+
+def test_loading_gives_a_frozen_fp32_network_in_evaluation_mode(lenet_file):
+    classifier = load(lenet_file)
+    assert not classifier.training
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in classifier.parameters())
+    assert (classifier.name, len(classifier.sha256), classifier.path) == ("lenet", 64, lenet_file)
+
+
+def test_a_saved_classifier_comes_back_to_the_bit_with_its_card(tmp_path):
+    classifier = _classifier()
+    save(classifier, tmp_path / "result")
+    again = load(tmp_path / "result")
+    images = torch.rand(4, 1, 32, 32)
+    assert torch.equal(again(images), classifier(images))
+    assert again.card.class_names == tuple("abcdefghij")
+    assert (again.card.mean, again.card.std) == ((0.5,), (0.25,))
+    assert again.card.origin["mean"] == "read"
+
+
+def test_either_file_of_a_result_tells_the_card(tmp_path):
+    save(_classifier(), tmp_path / "result")
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((tmp_path / "result" / "model.safetensors").read_bytes())
+    assert load(alone).card.mean == (0.5,)
+    config = json.loads((tmp_path / "result" / "config.json").read_text())
+    assert (config["architecture"], config["num_classes"]) == ("lenet5_bn", 10)
+    assert config["pretrained_cfg"]["mean"] == [0.5]
+    assert config["pretrained_cfg"]["label_names"] == list("abcdefghij")
+
+
+def test_a_quantized_classifier_comes_back_to_the_bit(tmp_path):
+    classifier = _classifier("cifar_resnet20", (3, 32, 32))
+    layers = [name for name, module in classifier.network.named_modules() if hasattr(module, "weight")]
+    layers = [name for name in layers if "bn" not in name]
+    quantize_layers(classifier.network, dict.fromkeys(quantizable_layers(classifier.network, layers), (4, 32)))
+    freeze(classifier.network)
+    save(classifier, tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    images = torch.rand(4, 3, 32, 32)
+    assert is_quantized(again.network)
+    assert torch.equal(again(images), classifier(images))
+    assert (tmp_path / "packed" / "model.safetensors").stat().st_size < 0.17 * state_bytes(_float_resnet20())
+
+
+def _float_resnet20() -> torch.nn.Module:
+    return find("cifar_resnet20").make(10, 3)
+
+
+def test_a_packed_file_with_a_wrong_number_of_classes_is_refused(tmp_path):
+    classifier = _classifier()
+    quantize_layers(classifier.network, {"fc1": (4, 32)})
+    freeze(classifier.network)
+    save(Classifier(classifier.network, ModelCard("lenet5_bn", 10**12, (1, 32, 32), (0.5,), (0.25,))), tmp_path)
+    with pytest.raises(BadInput, match="1000000000000 classes"):
+        load(tmp_path)
+
+
+def test_a_sidecar_written_and_corrected_is_read(lenet_file):
+    sidecar = write_sidecar(load(lenet_file))
+    assert sidecar.name == "lenet.card.json"
+    values = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps(values | {"mean": [0.25], "class_names": list("0123456789")}))
+    card = load(lenet_file).card
+    assert (card.mean, card.class_names, card.origin["mean"]) == ((0.25,), tuple("0123456789"), "read")
+    assert load(lenet_file, mean=[0.75]).card.mean == (0.75,)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": (0.1, 0.2)}, "mean has 2 values for 1 channels"),
+        ({"std": (0.0,)}, "std is (0.0,)"),
+        ({"mean": (float("nan"),)}, "mean is (nan,)"),
+        ({"input_size": (3, 32, 32)}, "does not fit weights of 1 channels"),
+        ({"input_size": (1, 32)}, "input_size is (1, 32)"),
+        ({"input_size": (1, 64, 64)}, "cannot take images of 1x64x64"),
+        ({"arch": "lenet5"}, "is not lenet5"),
+        ({"arch": "lenet"}, "no architecture 'lenet'"),
+        ({"arch": "no_such_file.py:make"}, "no_such_file.py does not exist"),
+        ({"arch": "no_such_package:make"}, "no module 'no_such_package'"),
+        ({"arch": "timm:no_such_model"}, "timm has no model 'no_such_model'"),
+        ({"match_by_order": True}, "--match-by-order needs --arch"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message, lenet_file):
+    if "timm" in str(options):
+        pytest.importorskip("timm")
+    with pytest.raises(BadInput) as refused:
+        load(lenet_file, **options)
+    assert message in refused.value.problem
+
+
+def test_class_names_of_another_number_are_refused(lenet_file, tmp_path):
+    (tmp_path / "names").write_text("cat\ndog\n")
+    with pytest.raises(BadInput, match="2 class names for 10 classes"):
+        load(lenet_file, classes=tmp_path / "names")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"mean": "0.5"}', '{"input_size": [1, 32, -32]}', '{"std": [null]}'])
+def test_a_damaged_sidecar_is_named(content, lenet_file):
+    lenet_file.with_name("lenet.card.json").write_text(content)
+    with pytest.raises(BadInput, match=r"lenet\.card\.json"):
+        load(lenet_file)
+
+
+FACTORY = """
+from pathlib import Path
+from torch import nn
+
+Path(__file__).with_name("ran").touch()
+
+def make():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7))
+"""
+
+
+def test_a_network_of_the_users_own_is_built_by_the_factory_named(tmp_path):
+    (tmp_path / "net.py").write_text(FACTORY)
+    from torch import nn
+
+    own = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7))
+    torch.save(own.state_dict(), tmp_path / "net.pt")
+    spec = f"{tmp_path / 'net.py'}:make"
+    with pytest.raises(BadInput, match=r"input size of .* is not known"):
+        load(tmp_path / "net.pt", arch=spec)
+    classifier = load(tmp_path / "net.pt", arch=spec, input_size=(1, 20, 20), mean=(0.0,), std=(1.0,))
+    images = torch.rand(2, 1, 20, 20)
+    assert torch.equal(classifier(images), own(images))
+    assert classifier.card.classes == 7
+
+
+def test_code_that_a_file_names_is_not_run_until_the_user_names_it(tmp_path):
+    (tmp_path / "net.py").write_text(FACTORY)
+    spec = f"{tmp_path / 'net.py'}:make"
+    card = ModelCard(spec, 7, (1, 20, 20), (0.0,), (1.0,)).to_json()
+    save_file({"0.weight": torch.zeros(4, 1, 3, 3)}, tmp_path / "a.safetensors", {"dfcompress": json.dumps(card)})
+    with pytest.raises(BadInput, match="was made with --arch"):
+        load(tmp_path / "a.safetensors")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_names_in_the_same_order_are_matched_on_request(tmp_path):
+    classifier = _classifier()
+    state = classifier.network.state_dict()
+    torch.save({f"layer{i}.{name[-9:]}": value for i, (name, value) in enumerate(state.items())}, tmp_path / "net.pt")
+    with pytest.raises(BadInput, match="nearest"):
+        load(tmp_path / "net.pt")
+    # BatchNorm's counters have other names there, too, so only their shape tells them.
+    plain = {f"t{i}": v for i, (n, v) in enumerate(state.items()) if "num_batches" not in n}
+    torch.save(plain, tmp_path / "net.pt")
+    again = load(tmp_path / "net.pt", arch="lenet5_bn", match_by_order=True, mean=(0.5,), std=(0.25,))
+    images = torch.rand(2, 1, 32, 32)
+    assert torch.equal(again(images), classifier(images))
+
+
+def test_matching_by_order_checks_every_shape_and_the_number(tmp_path):
+    state = list(find("lenet5").make(10, 1).state_dict().values())
+    torch.save({f"t{i}": value for i, value in enumerate([*state[2:4], *state[:2], *state[4:]])}, tmp_path / "a.pt")
+    with pytest.raises(BadInput, match=r"lenet5 has conv1\.weight .* there"):
+        load(tmp_path / "a.pt", arch="lenet5", match_by_order=True)
+    torch.save({f"t{i}": value for i, value in enumerate(state[:-1])}, tmp_path / "b.pt")
+    with pytest.raises(BadInput, match="has 9 tensors, lenet5 10"):
+        load(tmp_path / "b.pt", arch="lenet5", match_by_order=True)
+
+
+def test_safetensors_keeps_no_order_to_match_by(tmp_path):
+    save_file(find("lenet5").make(10, 1).state_dict(), tmp_path / "net.safetensors")
+    with pytest.raises(BadInput, match="sorts its tensors by name"):
+        load(tmp_path / "net.safetensors", arch="lenet5", match_by_order=True)
+
+
+def _timm_folder(folder: Path, name: str) -> torch.nn.Module:
+    timm = pytest.importorskip("timm")
+    network = timm.create_model(name, num_classes=5)
+    folder.mkdir()
+    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, folder / "model.safetensors")
+    config = {
+        "architecture": name,
+        "num_classes": 5,
+        "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 160, 160]},
+        "label_names": list("abcde"),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"), [("resnet18", "resnet18"), ("mobilenetv3_small_050", "timm:mobilenetv3_small_050")]
+)
+def test_a_timm_folder_is_read_with_its_card(name, taken, tmp_path):
+    network = _timm_folder(tmp_path / "hub", name)
+    classifier = load(tmp_path / "hub")
+    assert (classifier.card.architecture, classifier.card.classes) == (taken, 5)
+    assert (classifier.card.mean, classifier.card.input_size) == ((0.1, 0.2, 0.3), (3, 160, 160))
+    assert classifier.card.class_names == tuple("abcde")
+    images = torch.rand(1, 3, 160, 160)
+    with torch.no_grad():
+        expected = network(classifier.normalise(images))
+    assert torch.allclose(classifier(images), expected, atol=1e-5)
+
+
+def test_timms_names_are_taken_where_both_know_a_network_by_one_name(tmp_path):
+    _timm_folder(tmp_path / "hub", "efficientnet_b0")
+    assert load(tmp_path / "hub").card.architecture == "timm:efficientnet_b0"
+
+
+CARD = ModelCard("cifar_resnet44", 7, (3, 32, 32), *CIFAR)
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("resnet18", "cifar_resnet18"),
+        ("vgg11_bn", "cifar_vgg11_bn"),
+        ("cifar_resnet20", "cifar_resnet20"),
+        ("wrn16_1", "wrn16_1"),
+        ("mobilenet_v2", "mobilenet_v2"),
+    ],
+)
+def test_a_student_fits_the_teachers_card(name, taken):
+    student, what = fit_student(name, CARD, seed=0)
+    assert student(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    assert (student.card.architecture, student.card.classes, student.card.mean) == (taken, 7, CIFAR[0])
+    assert taken in what
+    assert ("3x3 stem" in what) == (taken != name)
+
+
+def test_a_students_first_weights_depend_on_the_seed_alone():
+    weights = [fit_student("cifar_resnet20", CARD, seed=seed)[0].network.conv1.weight for seed in (1, 1, 2)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_making_a_student_leaves_the_callers_randomness_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    fit_student("cifar_resnet20", CARD, seed=1)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(("name", "message"), [("alexnet", "cannot take images of 3x32x32"), ("resnet19", "resnet18")])
+def test_a_student_that_does_not_fit_is_refused(name, message):
+    with pytest.raises(BadInput, match=message):
+        fit_student(name, CARD, seed=0)
