@@ -167,13 +167,20 @@ compute = group(
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
 )
 
-synthesis = group(
-    "synthesis",
-    _synthesis,
+
+def synthesis(*, images: int) -> Decorator:
+    """Options of synthesis, with a verb's own number of images."""
+    return group("synthesis", _synthesis, *_SYNTHESIS, _images(images))
+
+
+def _images(count: int) -> Decorator:
+    return click.option("--images", type=click.IntRange(1), default=count, show_default=True, help="Images to make.")
+
+
+_SYNTHESIS = (
     click.option("--recipe", default="deepinversion", show_default=True, help="Method of synthesis."),
     click.option("--preset", help="Settings of the recipe; by default its first preset."),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override one setting of the recipe."),
-    click.option("--images", type=click.IntRange(1), default=1024, show_default=True, help="Images to make."),
     click.option("--steps", type=click.IntRange(1), help="Synthesis steps a batch."),
     click.option("--lr", type=float, help="Rate of synthesis."),
     click.option("--batch-size", type=click.IntRange(1), help="Images made together."),
@@ -203,7 +210,7 @@ reporting = together(
 
 
 def training(*, steps: int, lr: float, batch_size: int) -> Decorator:
-    """Options of the training loop, with a verb's own defaults; the command gets them as a dict of `Training`'s fields."""
+    """Options of the training loop, with a verb's own defaults, as fields of `Training` in a dict."""
     return group(
         "training",
         lambda train_steps, train_lr, train_batch_size: {

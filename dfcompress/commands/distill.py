@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 @click.option("--student", required=True, help="Architecture of the student; stem and classes are fitted to the card.")
 @_options.data
 @_options.eval_data
-@_options.synthesis
-@_options.training(steps=4000, lr=0.1, batch_size=128)
+@_options.synthesis(images=2048)
+@_options.training(steps=6000, lr=0.1, batch_size=128)
 @click.option("--temperature", type=float, default=4.0, show_default=True, help="Softens both models' answers.")
 @_options.output
 @_options.compute

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command(epilog=_options.example("dfcompress invert resnet20.pt --images 2048 -o images"))
 @_options.model
-@_options.synthesis
+@_options.synthesis(images=1024)
 @click.option("--verify", type=_options.PATH, multiple=True, help="Another checkpoint that classifies the images.")
 @_options.output
 @_options.compute

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--first-last-bits", type=int, default=8, show_default=True, help="Bits of the first and the last layer.")
 @_options.data
 @_options.eval_data
-@_options.synthesis
+@_options.synthesis(images=1024)
 @_options.training(steps=400, lr=0.01, batch_size=256)
 @click.option("--temperature", type=float, default=4.0, show_default=True, help="Softens both models' answers.")
 @_options.output

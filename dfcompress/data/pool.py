@@ -62,7 +62,7 @@ def random_offsets(count: int, shift: int, random: torch.Generator) -> Tensor:
 
 
 def shifted(images: Tensor, offsets: Tensor) -> Tensor:
-    """Each image `(N, C, H, W)` moved by its own `(down, right)` pixels, its edge repeated; one gather for the batch."""
+    """Each image `(N, C, H, W)` moved by its own `(down, right)` pixels, its edge repeated, in one gather."""
     count, _, height, width = images.shape
     offsets = offsets.to(images.device)
     rows = (torch.arange(height, device=images.device) - offsets[:, :1]).clamp(0, height - 1)

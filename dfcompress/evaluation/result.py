@@ -8,8 +8,9 @@ from typing import Any
 
 from dfcompress.evaluation.evaluate import Evaluation, evaluate
 from dfcompress.evaluation.metrics import answers
-from dfcompress.models.checkpoint import file_bytes, load, save, state_bytes
+from dfcompress.models.checkpoint import load, save, state_bytes
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.weights import file_bytes
 from dfcompress.run import Run
 from dfcompress.synthesis.invert import TrainingImages
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol, Self
 
 import torch
@@ -52,7 +51,9 @@ class Trace:
 class Recorder(Protocol):
     """Turns normalised images and their labels into a `Trace`; a context manager that gives back what it borrowed."""
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Trace: ...
+    def __call__(self, images: Tensor, labels: Tensor) -> Trace:
+        """One forward pass of normalised images `(N, C, H, W)` with labels `(N,)`."""
+
     def __enter__(self) -> Self: ...
     def __exit__(self, *exception: object) -> None: ...
 
@@ -66,7 +67,8 @@ def moments_of(features: Tensor, running_mean: Tensor, running_var: Tensor) -> M
     """Moments of `features` `(N, C, ...)`, taken in fp32.
 
     Written around d = x − running mean: var = E[d²] − E[d]² loses no digits where the network is near its statistics,
-    and its gradient g_δ/n + (2 g_var/n)(d − δ) is one affine map a channel, which a compiler fuses with the layer's own.
+    and its gradient g_δ/n + (2 g_var/n)(d − δ) is one affine map a channel, which a compiler fuses with
+    the layer's own.
     """
     centred = features.float() - _per_channel(running_mean, features)
     axes = [axis for axis in range(features.dim()) if axis != 1]
@@ -91,7 +93,7 @@ class HookRecorder:
         self._handles = [layer.register_forward_pre_hook(self._record) for layer in self._layers]
         return self
 
-    def __exit__(self, kind: type | None, value: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
 
@@ -121,7 +123,7 @@ class FusedRecorder:
         for module in list(self.network.modules()):
             if isinstance(module, _BatchNorm) and module.running_var is not None:
                 module.__class__ = _RecordingBatchNorm
-                module.seen = self._seen if moments else None
+                setattr(module, "seen", self._seen if moments else None)  # noqa: B010
             elif precision != torch.float32 and type(module) in _IN_PRECISION:
                 module.to(precision).__class__ = _IN_PRECISION[type(module)]
         if precision != torch.float32:
@@ -130,7 +132,7 @@ class FusedRecorder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, value: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         pass
 
     def __call__(self, images: Tensor, labels: Tensor) -> Trace:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
+from dfcompress.data.pool import Augmentation
 from dfcompress.device import Compute, resolve_device
 from dfcompress.evaluation.result import Compressed, hand_back
 from dfcompress.models.checkpoint import as_classifier
@@ -23,7 +24,14 @@ from dfcompress.synthesis.invert import ImageSupply, Synthesis
 from dfcompress.training.loop import Trainer, Training
 from dfcompress.training.objectives import kd
 
-FINETUNING = Training(steps=400, lr=0.01, batch_size=256, weight_decay=1e-4, freeze_batchnorm=True)
+FINETUNING = Training(
+    steps=400,
+    lr=0.01,
+    batch_size=256,
+    weight_decay=1e-4,
+    freeze_batchnorm=True,
+    augmentation=Augmentation(shift=4, flip=True, mixup=1.0),
+)
 CALIBRATION_IMAGES = 1024
 
 
@@ -72,7 +80,7 @@ def quantize(
     few = islice(images.batches(256), CALIBRATION_IMAGES // 256)
     calibrate(student.to(target), (batch.to(target) for batch, _ in few))
     seconds = 0.0
-    if training:
+    if training and training.steps:
         trainer = Trainer(student, teacher, [kd(temperature)], training, compute=compute, folder=run.folder)
         seconds = trainer.fit(images.images).seconds
     freeze(student.network)

@@ -19,9 +19,14 @@ class Images(Protocol):
 
     in_range: bool
 
-    def start(self, labels: Tensor, teacher: Classifier, generator: torch.Generator) -> list[Tensor]: ...
-    def render(self) -> Tensor: ...
-    def project(self) -> None: ...
+    def start(self, labels: Tensor, teacher: Classifier, generator: torch.Generator) -> list[Tensor]:
+        """Begin a batch with these labels `(N,)`; the tensors an optimiser changes."""
+
+    def render(self) -> Tensor:
+        """The images `(N, C, H, W)` as they are now, in normalised space, differentiable in those tensors."""
+
+    def project(self) -> None:
+        """Put the images back where they are allowed, after a step."""
 
 
 class Pixels:

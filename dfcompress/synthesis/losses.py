@@ -37,7 +37,7 @@ def class_cross_entropy() -> Loss:
 
 
 def bn_distance() -> Loss:
-    """Σ_l ‖μ_l − BN mean‖₂ + ‖σ²_l − BN var‖₂ over BatchNorm inputs; norms over channels, not squared (Yin 2020, R_BN)."""
+    """Σ_l ‖μ_l − BN mean‖₂ + ‖σ²_l − BN var‖₂ over BatchNorm inputs; norms over channels, not squared (Yin 2020)."""
 
     def value(trace: Trace) -> Tensor:
         terms = [

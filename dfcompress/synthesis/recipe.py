@@ -61,7 +61,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class RecipeChoice:
-    """A recipe's name, preset and every setting resolved: what `dataset.json` keeps and `build` turns into a `Recipe`."""
+    """A recipe's name, preset and every setting resolved; `dataset.json` keeps it, `build` makes the `Recipe`."""
 
     name: str
     preset: str

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dfcompress import console
+from dfcompress.data.pool import Augmentation
 from dfcompress.device import Compute
 from dfcompress.evaluation.result import Compressed, hand_back
 from dfcompress.models.architectures import fit_student
@@ -20,7 +21,13 @@ from dfcompress.synthesis.invert import ImageSupply, Synthesis
 from dfcompress.training.loop import Trainer, Training
 from dfcompress.training.objectives import kd
 
-DISTILLATION = Training(steps=4000, lr=0.1, batch_size=128, weight_decay=5e-4)
+DISTILLATION = Training(
+    steps=6000,
+    lr=0.1,
+    batch_size=128,
+    weight_decay=5e-4,
+    augmentation=Augmentation(shift=4, flip=True, mixup=1.0),
+)
 
 
 def distill(
@@ -29,7 +36,7 @@ def distill(
     student: str,
     data: str | Path | None = None,
     output: str | Path | None = None,
-    synthesis: Synthesis = Synthesis(),
+    synthesis: Synthesis = Synthesis(images=2048),
     training: Training = DISTILLATION,
     temperature: float = 4.0,
     compute: Compute = Compute(),

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,9 @@ class Trainer:
         execution = Execution(**state["execution"]) if state else self._resolve(images)
         torch.set_num_threads(execution.threads)
         target = torch.device(execution.device)
-        pool = ImagePool(
-            images.to(target), self.training.augmentation, batch_size=self.training.batch_size, seed=self.compute.seed
-        )
+        # Grey images are mostly characters, which a flip turns into other ones.
+        augmentation = replace(self.training.augmentation, flip=self.training.augmentation.flip and images.shape[1] > 1)
+        pool = ImagePool(images.to(target), augmentation, batch_size=self.training.batch_size, seed=self.compute.seed)
         layout = torch.contiguous_format if execution.precision == "fp32" else torch.channels_last
         self.student.to(target).to(memory_format=layout)
         self.teacher.to(target).frozen()
