@@ -53,8 +53,7 @@ def distill(
     Raises `BadInput` where the model, the student or the data cannot be used.
     """
     teacher = as_classifier(checkpoint)
-    network, card, fitted = fit_student(student, teacher.card, seed=compute.seed)
-    pupil = Classifier(network, card, name=student)
+    pupil, fitted = fit_student(student, teacher.card, seed=compute.seed)
     supply = ImageSupply(teacher, data, synthesis, compute)
     options = {
         "teacher": teacher.sha256,
