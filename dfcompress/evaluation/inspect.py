@@ -100,7 +100,7 @@ def abilities(classifier: Classifier) -> list[Ability]:
     """What each verb can do with a model."""
     why = why_no_statistics(classifier.network)
     makes_images = why is None
-    from_data = "" if makes_images else f"with --data only: {why}"
+    from_data = "" if makes_images else f"needs --data, as {why}"
     packed = is_quantized(classifier.network)
     return [
         Ability("invert", makes_images, "" if why is None else why),
