@@ -128,7 +128,12 @@ def _make_small(name: str, classes: int, channels: int) -> nn.Module:
 def _replace_stem(network: nn.Module, channels: int) -> None:
     name, stem = next((name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
     new = nn.Conv2d(
-        channels, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=stem.bias is not None
+        channels,
+        stem.out_channels,
+        stem.kernel_size,  # type: ignore[arg-type]  # of two numbers, which torch types as of any
+        stem.stride,  # type: ignore[arg-type]
+        stem.padding,  # type: ignore[arg-type]
+        bias=stem.bias is not None,
     )
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, new)
