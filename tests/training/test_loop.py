@@ -1,0 +1,158 @@
+"""The one student loop, on a released teacher's answers and on tiny networks."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dfcompress.data.pool import Augmentation
+from dfcompress.device import Compute
+from dfcompress.errors import BadInput, DfcompressError
+from dfcompress.models.card import ModelCard
+from dfcompress.models.classifier import Classifier
+from dfcompress.training.loop import Trainer, Training, training_mode
+from dfcompress.training.objectives import kd
+
+CARD = ModelCard("tiny", 4, (1, 8, 8), (0.5,), (0.25,))
+EAGER = Compute("cpu", "fp32", "off")
+TRAINING = Training(steps=40, lr=0.2, batch_size=32)
+
+
+def tiny(seed, width=8):
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    return Classifier(nn.Sequential(*layers, nn.Linear(4 * width, 4)), CARD)
+
+
+def images(count=256):
+    return torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(9))
+
+
+def fitted(training=TRAINING, compute=EAGER, folder=None):
+    student = tiny(2)
+    trained = Trainer(student, tiny(1), [kd(2.0)], training, compute=compute, folder=folder).fit(images())
+    return student, trained
+
+
+def agreement(student, teacher):
+    shown = images().float() / 255
+    with torch.no_grad():
+        return (student.eval()(shown).argmax(1) == teacher.eval()(shown).argmax(1)).float().mean().item()
+
+
+def test_a_student_learns_to_answer_as_the_teacher():
+    teacher, before = tiny(1), agreement(tiny(2), tiny(1))
+    student, _ = fitted(replace(TRAINING, steps=200))
+    assert before < 0.6
+    assert agreement(student, teacher) > 0.9
+
+
+def test_one_step_equals_plain_sgd_by_hand():
+    student, _ = fitted(Training(steps=1, lr=0.2, batch_size=256, momentum=0.9, weight_decay=0.0, warmup=0.0, clip=1e9))
+    expected, teacher = tiny(2).train(), tiny(1).eval()
+    shown = images().float() / 255
+    kd(2.0).value(expected(shown), teacher(shown).detach()).backward()
+    for got, wanted in zip(student.parameters(), expected.parameters(), strict=True):
+        # Nesterov's first step is (1 + momentum) times the gradient.
+        torch.testing.assert_close(got.detach(), wanted.detach() - 0.2 * 1.9 * wanted.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_rate_warms_up_linearly_and_falls_to_zero():
+    training = Training(steps=100, lr=1.0, batch_size=1, warmup=0.1)
+    assert [training.rate(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert training.rate(55) == pytest.approx(0.5)
+    assert training.rate(99) < 0.001
+
+
+def test_frozen_batchnorm_keeps_its_statistics_but_trains_its_scale():
+    student = tiny(2)
+    before = copy.deepcopy(student.state_dict())
+    training = replace(TRAINING, steps=3, freeze_batchnorm=True)
+    Trainer(student, tiny(1), [kd(2.0)], training, compute=EAGER).fit(images())
+    after = student.state_dict()
+    assert torch.equal(after["network.1.running_mean"], before["network.1.running_mean"])
+    assert not torch.equal(after["network.1.weight"], before["network.1.weight"])
+
+
+def test_training_mode_leaves_frozen_batchnorms_in_evaluation():
+    student = tiny(2)
+    training_mode(student, freeze_batchnorm=True)
+    assert student.training
+    assert not student.network[1].training
+
+
+def test_grey_images_are_not_flipped():
+    plain, _ = fitted(TRAINING)
+    flip, _ = fitted(replace(TRAINING, augmentation=Augmentation(flip=True)))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), flip.parameters(), strict=True))
+
+
+def test_a_rate_that_diverges_is_reported_with_its_step():
+    with pytest.raises(DfcompressError, match=r"not finite at training step \d+.*--train-lr"):
+        fitted(replace(TRAINING, lr=1e30))
+
+
+def test_a_rate_of_zero_is_refused():
+    with pytest.raises(BadInput, match="--train-lr"):
+        fitted(replace(TRAINING, lr=0.0))
+
+
+def test_bf16_reaches_nearly_the_loss_of_fp32():
+    _, exact = fitted(replace(TRAINING, steps=100))
+    _, low = fitted(replace(TRAINING, steps=100), compute=replace(EAGER, precision="bf16"))
+    assert low.losses["kd"] == pytest.approx(exact.losses["kd"], rel=0.25)
+
+
+@pytest.mark.slow
+def test_compiled_training_agrees_with_eager_training():
+    eager, _ = fitted(replace(TRAINING, steps=5))
+    compiled, _ = fitted(replace(TRAINING, steps=5), compute=replace(EAGER, compile="on"))
+    for got, wanted in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from pathlib import Path
+from dataclasses import replace
+from safetensors.torch import save_file
+from dfcompress.training import loop
+from training.test_loop import fitted, TRAINING
+loop.SAVE_EVERY_SECONDS = 0.0
+student, _ = fitted(replace(TRAINING, steps=400), folder=Path({folder!r}))
+save_file(student.network.state_dict(), {result!r})
+"""
+
+
+def test_a_killed_training_resumes_to_the_same_weights(tmp_path):
+    """SIGKILL a real process in the middle, run it again, and compare with one that was left alone."""
+    results = {}
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        tests = os.path.dirname(os.path.dirname(__file__))
+        code = KILLED.format(tests=tests, folder=str(folder), result=str(folder / "student.safetensors"))
+        process = subprocess.Popen([sys.executable, "-c", code])
+        if name == "killed":
+            while not (folder / "training.partial").exists() and process.poll() is None:
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert (folder / "training.partial").exists()
+            assert not (folder / "student.safetensors").exists()
+            process = subprocess.Popen([sys.executable, "-c", code])
+        assert process.wait() == 0
+        results[name] = load_file(folder / "student.safetensors")
+    assert all(torch.equal(results["whole"][key], results["killed"][key]) for key in results["whole"])
