@@ -1,0 +1,140 @@
+"""`invert` on the released ResNet-20: what it leaves on disk, and what a SIGKILL may not change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from dfcompress.data.synthetic_set import SyntheticSet
+from dfcompress.device import Compute
+from dfcompress.errors import BadInput
+from dfcompress.evaluation.health import bn_divergence
+from dfcompress.models.checkpoint import load
+from dfcompress.synthesis.invert import Synthesis, invert
+
+EAGER = Compute("cpu", "fp32", "off")
+SMALL = Synthesis(images=12, settings={"steps": 3, "batch_size": 8})
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("shard-*"))}
+
+
+@pytest.fixture(scope="module")
+def made(resnet20_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("invert") / "set"
+    return invert(resnet20_file, output=folder, synthesis=SMALL, compute=EAGER), folder
+
+
+def test_the_set_holds_as_many_images_as_asked_with_balanced_labels(made):
+    result, folder = made
+    synthetic = SyntheticSet(folder)
+    assert result.images == len(synthetic) == 12
+    assert synthetic.images.shape == (12, 3, 32, 32)
+    assert synthetic.images.dtype == torch.uint8
+    assert synthetic.labels.tolist() == [*range(10), 0, 1]
+
+
+def test_the_manifest_says_what_made_the_images(made):
+    manifest = SyntheticSet(made[1]).manifest
+    assert manifest["recipe"]["name"] == "deepinversion"
+    assert manifest["recipe"]["preset"] == "fast-cifar10"
+    assert manifest["recipe"]["settings"]["steps"] == 3
+    assert manifest["teacher"]["sha256"].startswith("12fca82f")
+    assert manifest["execution"]["precision"] == "fp32"
+    assert manifest["shards"] == [8, 4]
+
+
+def test_there_is_a_picture_a_log_and_a_record(made):
+    result, folder = made
+    assert Image.open(folder / "preview.png").size[0] > 320
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["shard"] for line in lines if "seconds" in line] == [0, 1]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["finished"]
+    assert record["measurements"]["bn_divergence"] == result.bn_divergence
+
+
+def test_the_same_call_gives_the_same_bytes(made, resnet20_file, tmp_path):
+    invert(resnet20_file, output=tmp_path / "again", synthesis=SMALL, compute=EAGER)
+    assert digests(tmp_path / "again") == digests(made[1])
+
+
+def test_a_missing_shard_is_made_again_to_the_same_bytes(made, resnet20_file):
+    folder = made[1]
+    before = digests(folder)
+    (folder / "shard-00001.safetensors").unlink()
+    invert(resnet20_file, output=folder, synthesis=SMALL, compute=EAGER, resume=True)
+    assert digests(folder) == before
+
+
+def test_resuming_with_other_options_is_refused(made, resnet20_file):
+    with pytest.raises(BadInput, match=r"was started with .*seed"):
+        invert(resnet20_file, output=made[1], synthesis=SMALL, compute=Compute("cpu", "fp32", "off", seed=1), resume=True)
+
+
+def test_a_folder_in_use_is_refused(made, resnet20_file):
+    with pytest.raises(BadInput, match=r"not empty.*--resume.*--overwrite"):
+        invert(resnet20_file, output=made[1], synthesis=SMALL, compute=EAGER)
+
+
+def test_a_folder_of_somebody_else_is_never_overwritten(resnet20_file, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(BadInput, match="was not made by dfcompress"):
+        invert(resnet20_file, output=tmp_path, synthesis=SMALL, compute=EAGER, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_other_networks_can_classify_the_images(resnet20_file, tmp_path):
+    result = invert(resnet20_file, output=tmp_path / "set", synthesis=SMALL, compute=EAGER, verify=[resnet20_file])
+    assert result.verify == [{"checkpoint": "resnet20-12fca82f", "top1": result.teacher_top1}]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("resnet20_file", 0.0157), ("resnet44_file", 0.0218)])
+def test_the_divergence_of_real_images_is_the_known_one(name, expected, request, cifar10_train_file):
+    """J_KL of the 1,000 training images, BatchNorm layers only, whole set at once."""
+    from dfcompress.data.real import open_images
+
+    teacher = load(request.getfixturevalue(name))
+    assert bn_divergence(teacher, open_images(cifar10_train_file, teacher.card).batches(250)) == pytest.approx(
+        expected, abs=5e-5
+    )
+
+
+@pytest.mark.slow
+def test_killed_three_times_it_still_ends_in_the_same_bytes(made, resnet20_file, tmp_path):
+    """Real processes, SIGKILL at random moments; their state is saved often so that every kill meets work."""
+    synthesis = "Synthesis(images=12, settings={'steps': 60, 'batch_size': 8})"
+    code = (
+        "import sys; from dfcompress.synthesis import synthesizer; synthesizer.SAVE_EVERY_SECONDS = 0.2\n"
+        "from dfcompress.synthesis.invert import *; from dfcompress.device import Compute\n"
+        f"invert({str(resnet20_file)!r}, output=sys.argv[1], synthesis={synthesis},"
+        " compute=Compute('cpu', 'fp32', 'off'), resume=sys.argv[2] == 'resume')"
+    )
+
+    def start(folder, how):
+        return subprocess.Popen([sys.executable, "-c", code, str(folder), how])
+
+    assert start(tmp_path / "whole", "new").wait() == 0
+    moments = random.Random(4)
+    folder, how = tmp_path / "killed", "new"
+    for _ in range(3):
+        process = start(folder, how)
+        while not list(folder.glob("*.partial")) and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0.0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        how = "resume"
+    assert start(folder, "resume").wait() == 0
+    assert digests(folder) == digests(tmp_path / "whole")
+    assert not list(folder.glob("*.partial"))
