@@ -17,7 +17,20 @@ from dfcompress.cli import root, run
 
 COMMANDS = root.list_commands(None)
 DEMO = Path(__file__).resolve().parents[1] / "dfcompress" / "demo_files"
-QUICK = ["--images", "16", "--steps", "2", "--batch-size", "16", "--device", "cpu", "--precision", "fp32", "--compile", "off"]
+QUICK = [
+    "--images",
+    "16",
+    "--steps",
+    "2",
+    "--batch-size",
+    "16",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--compile",
+    "off",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +187,9 @@ def test_the_main_job_runs_on_a_checkpoint_and_nothing_else(capsys, tmp_path):
     assert packed["bytes_ratio"] < 0.17
     assert packed["evaluation"]["results"][0]["total"] == 16
 
-    code, out, _ = answer(capsys, "evaluate", DEMO, student["checkpoint"], packed["checkpoint"], "--data", DEMO, "--json")
+    code, out, _ = answer(
+        capsys, "evaluate", DEMO, student["checkpoint"], packed["checkpoint"], "--data", DEMO, "--json"
+    )
     results = json.loads(out)["results"]
     assert code == 0
     assert [row["total"] for row in results] == [10_000] * 3
@@ -201,7 +216,9 @@ def test_a_dry_run_shows_what_would_be_done_and_touches_nothing(capsys, tmp_path
 
 
 def test_the_command_line_beats_the_environment_beats_the_file(capsys, tmp_path, monkeypatch):
-    (tmp_path / "dfcompress.toml").write_text('images = 32\nsteps = 7\n[invert]\nsteps = 5\nseed = 3\n[quantize]\nbits = "2w2a"\n')
+    (tmp_path / "dfcompress.toml").write_text(
+        'images = 32\nsteps = 7\n[invert]\nsteps = 5\nseed = 3\n[quantize]\nbits = "2w2a"\n'
+    )
     monkeypatch.setenv("DFCOMPRESS_MODEL", str(DEMO))
     monkeypatch.setenv("DFCOMPRESS_IMAGES", "24")
     common = ["--compile", "off", "--precision", "fp32", "--dry-run", "--json"]

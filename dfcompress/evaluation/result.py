@@ -13,6 +13,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.weights import file_bytes
 from dfcompress.run import Run
 from dfcompress.synthesis.invert import TrainingImages
+from dfcompress.training.loop import Trained
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ def hand_back(
     teacher: Classifier,
     images: TrainingImages,
     *,
-    training_seconds: float,
+    trained: Trained | None,
     eval_data: str | Path | None,
     device: str,
 ) -> Compressed:
     """Save `student` in the run's folder, measure what was saved beside the teacher, and close the run."""
     save(student, run.folder)
     saved = load(run.folder)
-    total = images.synthesis_seconds + training_seconds
+    seconds = trained.seconds if trained else 0.0
     agreement = answers(saved, images.batches(256)).agreement(answers(teacher.to("cpu"), images.batches(256)))
     size = file_bytes(run.folder)
     result = Compressed(
@@ -60,11 +61,11 @@ def hand_back(
         bytes_ratio=round(size / state_bytes(teacher.network), 4),
         seconds={
             "synthesis": round(images.synthesis_seconds, 2),
-            "training": round(training_seconds, 2),
-            "total": round(total, 2),
+            "training": round(seconds, 2),
+            "total": round(images.synthesis_seconds + seconds, 2),
         },
         agreement=agreement,
         evaluation=evaluate([teacher, saved], data=eval_data, device=device) if eval_data else None,
     )
-    run.finish(result.to_json())
+    run.finish({**result.to_json(), "training": asdict(trained) if trained else None})
     return result

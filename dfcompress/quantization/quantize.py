@@ -79,11 +79,9 @@ def quantize(
     target = resolve_device(compute.device)
     few = islice(images.batches(256), CALIBRATION_IMAGES // 256)
     calibrate(student.to(target), (batch.to(target) for batch, _ in few))
-    seconds = 0.0
+    trained = None
     if training and training.steps:
         trainer = Trainer(student, teacher, [kd(temperature)], training, compute=compute, folder=run.folder)
-        seconds = trainer.fit(images.images).seconds
+        trained = trainer.fit(images.images)
     freeze(student.network)
-    return hand_back(
-        run, student, teacher, images, training_seconds=seconds, eval_data=eval_data, device=compute.device
-    )
+    return hand_back(run, student, teacher, images, trained=trained, eval_data=eval_data, device=compute.device)

@@ -209,7 +209,7 @@ class ImageSupply:
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Images `(N, C, H, W)` as stored (uint8, or float16 in units of [0, 1]), labels `(N,)`, and the seconds of making them."""
+    """Images `(N, C, H, W)` as stored (uint8, or float16 in units of [0, 1]), labels `(N,)`, and their making's seconds."""
 
     images: Tensor
     labels: Tensor

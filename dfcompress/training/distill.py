@@ -68,5 +68,5 @@ def distill(
     console.notice(fitted)
     images = supply.gather(run.folder)
     trainer = Trainer(pupil, teacher, [kd(temperature)], training, compute=compute, folder=run.folder)
-    seconds = trainer.fit(images.images).seconds
-    return hand_back(run, pupil, teacher, images, training_seconds=seconds, eval_data=eval_data, device=compute.device)
+    trained = trainer.fit(images.images)
+    return hand_back(run, pupil, teacher, images, trained=trained, eval_data=eval_data, device=compute.device)

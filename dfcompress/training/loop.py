@@ -57,11 +57,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished loop tells: steps, seconds over all invocations, and the objectives' last values."""
+    """What a finished loop tells: steps, seconds over all invocations, the objectives' last values, and how it ran."""
 
     steps: int
     seconds: float
     losses: dict[str, float]
+    execution: Execution
 
 
 class Trainer:
@@ -113,7 +114,7 @@ class Trainer:
             self.student.to(memory_format=torch.contiguous_format)
         if self.folder:
             (self.folder / PARTIAL).unlink(missing_ok=True)
-        return Trained(work.step, work.seconds, self._named(work.history[-1]) if work.history else {})
+        return Trained(work.step, work.seconds, self._named(work.history[-1]) if work.history else {}, execution)
 
     def _loop(self, work: _Work, pool: ImagePool, step: Step) -> None:
         with console.progress("training", self.training.steps) as progress:

@@ -29,7 +29,7 @@ def test_the_batch_of_a_step_depends_on_seed_and_step_alone():
 
 def test_every_image_is_drawn_once_an_epoch():
     pool = ImagePool(numbered(12), Augmentation(), batch_size=4)
-    epochs = [sum((numbers(pool.batch(3 * epoch + step)) for step in range(3)), []) for epoch in range(2)]
+    epochs = [[n for step in range(3) for n in numbers(pool.batch(3 * epoch + step))] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
     assert epochs[0] != epochs[1]
 
