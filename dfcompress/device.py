@@ -126,6 +126,10 @@ class Compute:
     compile: Literal["auto", "on", "off"] = "auto"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raise `BadInput` for a device that is not here, or a precision it cannot compute in."""
+        resolve_precision(self.precision, resolve_device(self.device))
+
 
 @dataclass(frozen=True)
 class Execution:

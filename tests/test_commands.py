@@ -71,7 +71,7 @@ def test_the_module_runs_as_a_program():
         (["invert", "absent.pt"], "absent.pt does not exist"),
         (["invert", DEMO, "--recipe", "deepinvrsion"], "Did you mean 'deepinversion'"),
         (["invert", DEMO, "--set", "bn"], "has no '='"),
-        (["invert", DEMO, "--set", "bm=1"], "Did you mean 'bn'"),
+        (["invert", DEMO, "--set", "stps=1"], "Did you mean 'steps'"),
         (["invert", DEMO, "--device", "tpu"], "--device 'tpu'"),
         (["invert", DEMO, "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA device"),
         (["invert", DEMO, "--input-size", "28"], "input"),

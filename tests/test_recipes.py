@@ -63,7 +63,7 @@ def test_gaussian_images_are_standard_normal_where_the_network_sees_them(resnet2
     [
         (("deepinvrsion",), "Did you mean 'deepinversion'"),
         (("deepinversion", "fast-cifar"), "Did you mean 'fast-cifar10'"),
-        (("deepinversion", None, {"bm": "10"}), "Did you mean 'bn'"),
+        (("deepinversion", None, {"stps": "10"}), "Did you mean 'steps'"),
         (("deepinversion", None, {"steps": "many"}), "not a value of type int"),
         (("deepinversion", None, {"lr": "-1"}), "negative"),
         (("deepinversion", None, {"flip": "perhaps"}), "not a value of type bool"),

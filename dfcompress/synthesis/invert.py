@@ -145,7 +145,7 @@ def plan(teacher: Classifier, synthesis: Synthesis, compute: Compute) -> Synthes
     execution = resolve_execution(compute, job)
     seconds = predicted_seconds(execution, job)
     memory = peak_memory_bytes(torch.device(execution.device))
-    return SynthesisPlan(choice, synthesis.images, batches, recipe.steps, execution, round(seconds, 1), memory)
+    return SynthesisPlan(choice, synthesis.images, batches, recipe.steps, execution, round(seconds, 2), memory)
 
 
 def _eager_seconds(recipe: Recipe, teacher: Classifier, batch_size: int, batches: int) -> Callable[[Execution], float]:
@@ -209,7 +209,7 @@ class ImageSupply:
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Images `(N, C, H, W)` as stored (uint8, or float16 in units of [0, 1]), labels `(N,)`, and their making's seconds."""
+    """Images `(N, C, H, W)` as stored (uint8, or float16 in units of [0, 1]), and labels `(N,)`."""
 
     images: Tensor
     labels: Tensor

@@ -47,6 +47,11 @@ class Training:
     freeze_batchnorm: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
 
+    def __post_init__(self) -> None:
+        """Raise `BadInput` for a rate that is none."""
+        if not 0 < self.lr < math.inf:
+            raise BadInput(f"--train-lr {self.lr} is not a rate.", "Use a number above 0.")
+
     def rate(self, step: int) -> float:
         """Learning rate of `step`, counted from 0."""
         warmup = max(1, round(self.warmup * self.steps))
@@ -82,8 +87,6 @@ class Trainer:
         compute: Compute,
         folder: Path | None = None,
     ) -> None:
-        if training.lr <= 0:
-            raise BadInput(f"--train-lr {training.lr} is not a rate.", "Use a number above 0.")
         self.student, self.teacher, self.objectives, self.training = student, teacher, list(objectives), training
         self.compute, self.folder = compute, folder
 

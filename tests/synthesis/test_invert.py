@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,9 +80,7 @@ def test_a_missing_shard_is_made_again_to_the_same_bytes(made, resnet20_file):
 
 def test_resuming_with_other_options_is_refused(made, resnet20_file):
     with pytest.raises(BadInput, match=r"was started with .*seed"):
-        invert(
-            resnet20_file, output=made[1], synthesis=SMALL, compute=Compute("cpu", "fp32", "off", seed=1), resume=True
-        )
+        invert(resnet20_file, output=made[1], synthesis=SMALL, compute=replace(EAGER, seed=1), resume=True)
 
 
 def test_a_folder_in_use_is_refused(made, resnet20_file):
