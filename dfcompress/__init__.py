@@ -19,7 +19,7 @@ _HOME = {
     "Compute": "device",
     "Classifier": "models.classifier",
     "ModelCard": "models.card",
-    "Synthesis": "synthesis.invert",
+    "Synthesis": "synthesis.supply",
     "Training": "training.loop",
     "bench_step": "evaluation.bench",
     "demo": "demo",

@@ -17,7 +17,8 @@ from dfcompress.models.checkpoint import load
 from dfcompress.models.weights import file_bytes
 from dfcompress.quantization.quantize import FINETUNING, quantize
 from dfcompress.run import Run
-from dfcompress.synthesis.invert import PREVIEW, Inversion, Synthesis, invert
+from dfcompress.synthesis.invert import Inversion, invert
+from dfcompress.synthesis.supply import PREVIEW, Synthesis
 from dfcompress.training.distill import DISTILLATION, distill
 
 FILES = Path(__file__).parent / "demo_files"

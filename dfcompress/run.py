@@ -16,6 +16,7 @@ from typing import Any
 from dfcompress.errors import BadInput
 
 RECORD = "run.json"
+SAVE_EVERY_SECONDS = 20.0
 
 
 class Run:
@@ -104,6 +105,37 @@ class Run:
         }
         record = {"verb": self.verb, "options": self.options, "versions": versions, **values}
         write_json(self.folder / RECORD, record)
+
+
+class Clock:
+    """The time of work that may be interrupted: its seconds over all invocations, and when to save or tell."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._started = self._saved = self._told = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of work, those of earlier invocations included."""
+        return self._before + time.perf_counter() - self._started
+
+    def go_on_from(self, seconds: float) -> None:
+        """Count the seconds of earlier invocations."""
+        self._before = seconds
+
+    def is_time_to_save(self) -> bool:
+        """Whether a kill would now lose more than `SAVE_EVERY_SECONDS` of work; true once a period."""
+        if time.perf_counter() - self._saved < SAVE_EVERY_SECONDS:
+            return False
+        self._saved = time.perf_counter()
+        return True
+
+    def is_time_to_tell(self) -> bool:
+        """Whether to show progress: once a second, because reading a loss waits for the device."""
+        if time.perf_counter() - self._told < 1.0:
+            return False
+        self._told = time.perf_counter()
+        return True
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from dfcompress.errors import BadInput
 if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.models.classifier import Classifier
-    from dfcompress.synthesis.invert import Synthesis
+    from dfcompress.synthesis.supply import Synthesis
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
@@ -108,7 +108,7 @@ def _synthesis(
     lr: float | None,
     batch_size: int | None,
 ) -> Synthesis:
-    from dfcompress.synthesis.invert import Synthesis
+    from dfcompress.synthesis.supply import Synthesis
 
     short = {"steps": steps, "lr": lr, "batch_size": batch_size}
     overrides: dict[str, Any] = {name: value for name, value in short.items() if value is not None}

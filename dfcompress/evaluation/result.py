@@ -12,7 +12,7 @@ from dfcompress.models.checkpoint import load, save, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.weights import file_bytes
 from dfcompress.run import Run
-from dfcompress.synthesis.invert import TrainingImages
+from dfcompress.synthesis.supply import TrainingImages
 from dfcompress.training.loop import Trained
 
 

@@ -20,7 +20,7 @@ from dfcompress.models.fake_quantizers import freeze, quantize_layers
 from dfcompress.quantization.bits import bits_per_layer, parse_bits
 from dfcompress.quantization.ranges import calibrate
 from dfcompress.run import Run
-from dfcompress.synthesis.invert import ImageSupply, Synthesis
+from dfcompress.synthesis.supply import ImageSupply, Synthesis
 from dfcompress.training.loop import Trainer, Training
 from dfcompress.training.objectives import kd
 

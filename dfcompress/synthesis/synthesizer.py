@@ -21,10 +21,9 @@ from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import FusedRecorder, Recorder
 from dfcompress.randomness import generator
-from dfcompress.run import write_atomically
+from dfcompress.run import Clock, write_atomically
 from dfcompress.synthesis.recipe import Recipe, Stage
 
-SAVE_EVERY_SECONDS = 20.0
 HISTORY_POINTS = 50
 
 
@@ -73,9 +72,9 @@ class Synthesizer:
         with console.progress(f"shard {shard}", self.recipe.steps) as progress:
             while work.step < self.recipe.steps:
                 self.step(work)
-                if partial is not None and work.seconds_since_save > SAVE_EVERY_SECONDS:
+                if partial is not None and work.clock.is_time_to_save():
                     work.save(partial)
-                if work.is_time_to_tell(self.recipe.steps):
+                if work.clock.is_time_to_tell() or work.step == self.recipe.steps:
                     progress.update(work.step, **self._named(work.history[-1]))
         return self._finished(work)
 
@@ -131,7 +130,7 @@ class Synthesizer:
         stride = max(1, len(history) // HISTORY_POINTS)
         points = [{"step": i, **self._named(history[i])} for i in range(0, len(history), stride)]
         last = self._named(history[-1]) if len(history) else {}
-        return Batch(images.cpu(), labels.cpu(), last, points, work.seconds)
+        return Batch(images.cpu(), labels.cpu(), last, points, work.clock.seconds)
 
     def _named(self, values: Tensor) -> dict[str, float]:
         return dict(zip((loss.name for loss in self.recipe.losses), values.tolist(), strict=True))
@@ -174,29 +173,10 @@ class Work:
     optimizer: torch.optim.Optimizer = field(init=False)
     step: int = 0
     history: list[Tensor] = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         self.start_stage(Stage(0, 0.0))
-        self._seconds_before = 0.0
-        self._started = self._saved = self._told = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds spent on this batch, over all invocations."""
-        return self._seconds_before + time.perf_counter() - self._started
-
-    @property
-    def seconds_since_save(self) -> float:
-        """Seconds of work that a kill would lose now."""
-        return time.perf_counter() - self._saved
-
-    def is_time_to_tell(self, steps: int) -> bool:
-        """Whether progress should be shown now."""
-        # Reading a loss waits for the device, so it happens once a second at most.
-        if self.step < steps and time.perf_counter() - self._told < 1.0:
-            return False
-        self._told = time.perf_counter()
-        return True
 
     def start_stage(self, stage: Stage) -> None:
         """A fresh optimiser for `stage`."""
@@ -206,14 +186,13 @@ class Work:
         """Write everything that the next step depends on."""
         state = {
             "step": self.step,
-            "seconds": self.seconds,
+            "seconds": self.clock.seconds,
             "parameters": [parameter.detach() for parameter in self.parameters],
             "optimizer": self.optimizer.state_dict(),
             "history": torch.stack(self.history),
         }
         with write_atomically(path) as temporary:
             torch.save(state, temporary)
-        self._saved = time.perf_counter()
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote."""
@@ -222,7 +201,8 @@ class Work:
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self._seconds_before = state["step"], state["seconds"]
+        self.step = state["step"]
+        self.clock.go_on_from(state["seconds"])
         self.history = list(state["history"])
 
 

@@ -17,7 +17,7 @@ from dfcompress.models.architectures import fit_student
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.run import Run
-from dfcompress.synthesis.invert import ImageSupply, Synthesis
+from dfcompress.synthesis.supply import ImageSupply, Synthesis
 from dfcompress.training.loop import Trainer, Training
 from dfcompress.training.objectives import kd
 

@@ -20,12 +20,11 @@ from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.device import Compute, Execution, resolve_execution
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.classifier import Classifier
-from dfcompress.run import write_atomically
+from dfcompress.run import Clock, write_atomically
 from dfcompress.training.objectives import Objective
 
 METRICS = "metrics.jsonl"
 PARTIAL = "training.partial"
-SAVE_EVERY_SECONDS = 20.0
 METRICS_POINTS = 100
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -117,16 +116,16 @@ class Trainer:
             self.student.to(memory_format=torch.contiguous_format)
         if self.folder:
             (self.folder / PARTIAL).unlink(missing_ok=True)
-        return Trained(work.step, work.seconds, self._named(work.history[-1]) if work.history else {}, execution)
+        return Trained(work.step, work.clock.seconds, self._named(work.history[-1]) if work.history else {}, execution)
 
     def _loop(self, work: _Work, pool: ImagePool, step: Step) -> None:
         with console.progress("training", self.training.steps) as progress:
             while work.step < self.training.steps:
                 work.update(step(pool.batch(work.step)), self.training)
-                if self.folder and work.seconds_since_save > SAVE_EVERY_SECONDS:
+                if self.folder and work.clock.is_time_to_save():
                     self._check_finite(work)
                     work.save(self.folder / PARTIAL)
-                if work.is_time_to_tell():
+                if work.clock.is_time_to_tell() or work.step == self.training.steps:
                     progress.update(work.step, **self._named(work.history[-1]))
         self._check_finite(work)
         if self.folder:
@@ -225,24 +224,7 @@ class _Work:
         others = [parameter for parameter in student.parameters() if parameter.dim() <= 1]
         groups: list[dict[str, Any]] = [{"params": weights, "weight_decay": training.weight_decay}, {"params": others}]
         self.optimizer = torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, nesterov=True)
-        self._seconds_before = 0.0
-        self._started = self._saved = self._told = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds spent training, over all invocations."""
-        return self._seconds_before + time.perf_counter() - self._started
-
-    @property
-    def seconds_since_save(self) -> float:
-        return time.perf_counter() - self._saved
-
-    def is_time_to_tell(self) -> bool:
-        # Reading a loss waits for the device.
-        if time.perf_counter() - self._told < 1.0:
-            return False
-        self._told = time.perf_counter()
-        return True
+        self.clock = Clock()
 
     def update(self, losses: tuple[Tensor, Tensor], training: Training) -> None:
         total, values = losses
@@ -258,7 +240,7 @@ class _Work:
     def save(self, path: Path) -> None:
         state = {
             "step": self.step,
-            "seconds": self.seconds,
+            "seconds": self.clock.seconds,
             "execution": asdict(self.execution),
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -266,10 +248,10 @@ class _Work:
         }
         with write_atomically(path) as temporary:
             torch.save(state, temporary)
-        self._saved = time.perf_counter()
 
     def load(self, state: dict) -> None:
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self._seconds_before = state["step"], state["seconds"]
+        self.step = state["step"]
+        self.clock.go_on_from(state["seconds"])
         self.history = list(state["history"])

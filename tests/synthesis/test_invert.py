@@ -20,7 +20,8 @@ from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.health import bn_divergence
 from dfcompress.models.checkpoint import load
-from dfcompress.synthesis.invert import Synthesis, invert
+from dfcompress.synthesis.invert import invert
+from dfcompress.synthesis.supply import Synthesis
 
 EAGER = Compute("cpu", "fp32", "off")
 SMALL = Synthesis(images=12, settings={"steps": 3, "batch_size": 8})
@@ -116,8 +117,8 @@ def test_killed_three_times_it_still_ends_in_the_same_bytes(made, resnet20_file,
     """Real processes, SIGKILL at random moments; their state is saved often so that every kill meets work."""
     synthesis = "Synthesis(images=12, settings={'steps': 60, 'batch_size': 8})"
     code = (
-        "import sys; from dfcompress.synthesis import synthesizer; synthesizer.SAVE_EVERY_SECONDS = 0.2\n"
-        "from dfcompress.synthesis.invert import *; from dfcompress.device import Compute\n"
+        "import sys; from dfcompress import run; run.SAVE_EVERY_SECONDS = 0.2\n"
+        "from dfcompress.synthesis.invert import invert, Synthesis; from dfcompress.device import Compute\n"
         f"invert({str(resnet20_file)!r}, output=sys.argv[1], synthesis={synthesis},"
         " compute=Compute('cpu', 'fp32', 'off'), resume=sys.argv[2] == 'resume')"
     )

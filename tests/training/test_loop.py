@@ -129,9 +129,9 @@ from pathlib import Path
 from dataclasses import replace
 from pathlib import Path
 from safetensors.torch import save_file
-from dfcompress.training import loop
+from dfcompress import run
 from training.test_loop import fitted, TRAINING
-loop.SAVE_EVERY_SECONDS = 0.0
+run.SAVE_EVERY_SECONDS = 0.0
 student, _ = fitted(replace(TRAINING, steps=400), folder=Path({folder!r}))
 save_file(student.network.state_dict(), {result!r})
 """
