@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -74,7 +75,7 @@ def _cpu_multiplies_bf16() -> bool:
 def can_compile(device: torch.device) -> bool:
     """Whether `torch.compile` can work here: it needs a C++ compiler for the CPU, Triton for CUDA."""
     if device.type == "cuda":
-        return torch.utils._triton.has_triton()
+        return importlib.util.find_spec("triton") is not None
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 

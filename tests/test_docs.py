@@ -11,7 +11,7 @@ import click
 import pytest
 
 from dfcompress.cli import root
-from dfcompress.synthesis.recipe import recipe_names
+from dfcompress.synthesis.recipes import recipe_names
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"

@@ -11,7 +11,8 @@ import torch
 from dfcompress.device import Execution
 from dfcompress.errors import BadInput
 from dfcompress.models.checkpoint import load
-from dfcompress.synthesis.recipe import choose, recipe_names
+from dfcompress.synthesis.recipe import choose
+from dfcompress.synthesis.recipes import recipe_names
 from dfcompress.synthesis.synthesizer import Synthesizer
 
 

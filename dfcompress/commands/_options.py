@@ -16,6 +16,7 @@ import click
 from dfcompress import console
 from dfcompress.commands import _config
 from dfcompress.errors import BadInput
+from dfcompress.synthesis.recipes import recipe_names
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
@@ -178,7 +179,9 @@ def _images(count: int) -> Decorator:
 
 
 _SYNTHESIS = (
-    click.option("--recipe", default="deepinversion", show_default=True, help="Method of synthesis."),
+    click.option(
+        "--recipe", type=click.Choice(recipe_names()), default="deepinversion", show_default=True, help="Method."
+    ),
     click.option("--preset", help="Settings of the recipe; by default its first preset."),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override one setting of the recipe."),
     click.option("--steps", type=click.IntRange(1), help="Synthesis steps a batch."),

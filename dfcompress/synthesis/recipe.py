@@ -6,7 +6,6 @@ import difflib
 import importlib
 import inspect
 import math
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -18,6 +17,7 @@ from dfcompress.models.card import ModelCard
 from dfcompress.synthesis import recipes
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.losses import Loss
+from dfcompress.synthesis.recipes import recipe_names
 
 Schedule = Literal["constant", "cosine"]
 
@@ -72,11 +72,6 @@ class RecipeChoice:
         module = _module(self.name)
         recipe: Recipe = getattr(module, module.__name__.rpartition(".")[2])(**self.settings)
         return recipe
-
-
-def recipe_names() -> list[str]:
-    """All recipes; the folder is the registry."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(recipes.__path__))
 
 
 def choose(

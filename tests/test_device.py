@@ -1,0 +1,75 @@
+"""What is resolved from `auto`, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dfcompress import console
+from dfcompress.device import Compute, can_compile, resolve_device, resolve_execution, resolve_precision
+from dfcompress.errors import BadInput
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    """A machine whose PATH is empty."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+
+
+def long_job(execution):
+    return 1e6
+
+
+def test_a_long_job_is_compiled_and_a_short_one_is_not():
+    compute = Compute("cpu", "fp32")
+    assert resolve_execution(compute, long_job).compile
+    assert not resolve_execution(compute, lambda execution: 1.0).compile
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_the_job_runs_eagerly_and_says_so_once(capsys):
+    console.configure(console.NORMAL)
+    execution = resolve_execution(Compute("cpu", "fp32"), long_job)
+    console.configure(console.QUIET)
+    assert not execution.compile
+    assert capsys.readouterr().err.count("No C++ compiler found") == 1
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_asking_to_compile_without_a_compiler_is_refused():
+    assert not can_compile(CPU)
+    with pytest.raises(BadInput, match=r"Install g\+\+"):
+        resolve_execution(Compute("cpu", "fp32", "on"), long_job)
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "mps", "meta"])
+def test_a_device_that_is_not_here_is_refused(name):
+    with pytest.raises(BadInput, match="--device"):
+        resolve_device(name)
+
+
+def test_auto_precision_is_bf16_only_where_the_processor_has_it(monkeypatch):
+    monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda: False)
+    assert resolve_precision("auto", CPU) == torch.float32
+    monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda: True)
+    assert resolve_precision("auto", CPU) == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_synthesis_on_a_gpu_ends_where_the_cpu_does(resnet20_file):
+    """bf16 on the device against fp32 on the CPU: the final BatchNorm distance within 5 %."""
+    from dfcompress.device import Execution
+    from dfcompress.models.checkpoint import load
+    from dfcompress.synthesis.recipe import choose
+    from dfcompress.synthesis.synthesizer import Synthesizer
+
+    ends = []
+    for execution in (Execution("cpu", "fp32", False, 2, ""), Execution("cuda", "bf16", True, 2, "")):
+        recipe = choose("deepinversion", "fast-cifar10", {"steps": 100, "batch_size": 64}).build()
+        batch = Synthesizer(recipe, load(resnet20_file), execution).batch(0, torch.arange(64) % 10)
+        ends.append(batch.losses["bn_distance"])
+    assert ends[1] == pytest.approx(ends[0], rel=0.05)

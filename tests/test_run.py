@@ -1,0 +1,75 @@
+"""A run's folder: nothing half-written, nothing of somebody else's touched."""
+
+from __future__ import annotations
+
+import json
+import stat
+
+import pytest
+
+from dfcompress import run
+from dfcompress.errors import BadInput
+from dfcompress.run import Clock, Run, write_atomically
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), write_atomically(tmp_path / "result") as path:  # noqa: PT012
+        path.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with write_atomically(tmp_path / "result") as path:
+        path.write_text("whole")
+    assert (tmp_path / "result").read_text() == "whole"
+
+
+def test_a_result_may_be_read_by_others(tmp_path):
+    with write_atomically(tmp_path / "result") as path:
+        path.touch(0o600)
+    assert stat.S_IMODE((tmp_path / "result").stat().st_mode) & 0o044 == 0o044
+
+
+def test_a_record_keeps_options_measurements_and_versions(tmp_path):
+    opened = Run("invert", tmp_path / "run", {"seed": 3})
+    assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
+    opened.finish({"images": 5})
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["finished"]
+    assert (record["verb"], record["options"], record["measurements"]) == ("invert", {"seed": 3}, {"images": 5})
+    assert set(record["versions"]) == {"dfcompress", "torch", "python"}
+
+
+def test_resuming_asks_for_the_same_verb_and_options(tmp_path):
+    Run("invert", tmp_path / "run", {"seed": 3})
+    Run("invert", tmp_path / "run", {"seed": 3}, resume=True)
+    with pytest.raises(BadInput, match="seed = 3, now it is 4"):
+        Run("invert", tmp_path / "run", {"seed": 4}, resume=True)
+    with pytest.raises(BadInput, match="holds a run of 'invert'"):
+        Run("distill", tmp_path / "run", {"seed": 3}, resume=True)
+
+
+def test_overwriting_starts_anew_but_only_what_dfcompress_made(tmp_path):
+    Run("invert", tmp_path / "run", {"seed": 3})
+    (tmp_path / "run" / "shard").touch()
+    Run("invert", tmp_path / "run", {"seed": 4}, overwrite=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+    (tmp_path / "run" / "run.json").unlink()
+    (tmp_path / "run" / "thesis").touch()
+    with pytest.raises(BadInput, match="was not made by dfcompress"):
+        Run("invert", tmp_path / "run", {"seed": 4}, overwrite=True)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="is a file"):
+        Run("invert", tmp_path / "file", {})
+    with pytest.raises(BadInput, match="cannot be written"):
+        Run("invert", tmp_path / "file" / "below", {})
+
+
+def test_a_clock_counts_earlier_invocations_and_asks_to_save_once_a_period(monkeypatch):
+    clock = Clock()
+    clock.go_on_from(100.0)
+    assert 100.0 <= clock.seconds < 101.0
+    assert not clock.is_time_to_save()
+    monkeypatch.setattr(run, "SAVE_EVERY_SECONDS", 0.0)
+    assert clock.is_time_to_save()
