@@ -25,6 +25,7 @@ class Run:
     Raises `BadInput` where the folder cannot be used: it holds something and neither `resume` nor `overwrite` was
     asked for, it belongs to another job, or it cannot be written.
     `options` are the resolved options that the result depends on: a resumed run must have the same.
+    `earlier` are the measurements of a resumed run that was already finished.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Run:
     ) -> None:
         self.verb, self.folder, self.options = verb, folder, json.loads(json.dumps(options, default=str))
         self.seconds: dict[str, float] = {}
+        self.earlier: Mapping[str, Any] | None = None
         self._open(resume=resume, overwrite=overwrite)
         self._started = time.perf_counter()
 
@@ -47,7 +49,9 @@ class Run:
             if not record.exists():
                 raise BadInput(f"--output {self.folder} was not made by dfcompress.", "Name an empty or a new folder.")
             if resume:
-                self._check_same_job(json.loads(record.read_text()))
+                before = read_record(record)
+                self._check_same_job(before)
+                self.earlier = before.get("measurements")
                 return
             shutil.rmtree(self.folder)
         try:
@@ -151,6 +155,15 @@ def write_atomically(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of an earlier run; raises `BadInput` where it is none."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        return {"options": record["options"], **record}
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{path} is not a record of dfcompress.", "Name another folder.") from None
 
 
 def _umask() -> int:

@@ -242,3 +242,19 @@ def test_a_wrong_configuration_file_is_refused(text, message, capsys, tmp_path):
     code, _, err = answer(capsys, "invert", DEMO, "--config", "settings.toml")
     assert code == 2
     assert message in err
+
+
+def test_resuming_a_finished_run_gives_its_result_and_redoes_nothing(capsys, tmp_path):
+    line = ["quantize", DEMO, "--data", DEMO, "--train-steps", "2", "--compile", "off", "-o", "packed", "--json"]
+    first = json.loads(answer(capsys, *line)[1])
+    written = (tmp_path / "packed" / "model.safetensors").stat().st_mtime_ns
+    assert json.loads(answer(capsys, *line, "--resume")[1]) == first
+    assert (tmp_path / "packed" / "model.safetensors").stat().st_mtime_ns == written
+    assert not (tmp_path / "packed" / "training.partial").exists()
+
+
+def test_a_wrong_path_of_evaluation_data_is_found_before_any_work(capsys, tmp_path):
+    code, _, err = answer(capsys, "quantize", DEMO, *QUICK, "--eval-data", "absent.npz")
+    assert code == 2
+    assert "absent.npz does not exist" in err
+    assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dfcompress import console
 from dfcompress.evaluation.evaluate import Evaluation, evaluate
 from dfcompress.evaluation.metrics import answers
 from dfcompress.models.checkpoint import load, save, state_bytes
@@ -13,7 +14,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.weights import file_bytes
 from dfcompress.run import Run
 from dfcompress.synthesis.supply import TrainingImages
-from dfcompress.training.loop import Trained
+from dfcompress.training.loop import PARTIAL, Trained
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,16 @@ class Compressed:
     def to_json(self) -> dict[str, Any]:
         """The fields as `--json` prints them."""
         return {**asdict(self), "evaluation": self.evaluation.to_json() if self.evaluation else None}
+
+
+def finished_before(run: Run) -> Compressed | None:
+    """The result of a resumed run that was already finished."""
+    if run.earlier is None:
+        return None
+    console.notice(f"{run.folder} is already finished.")
+    fields = {name: value for name, value in run.earlier.items() if name != "training"}
+    evaluation = Evaluation(fields["evaluation"]["results"]) if fields["evaluation"] else None
+    return Compressed(**{**fields, "evaluation": evaluation})
 
 
 def hand_back(
@@ -67,5 +78,6 @@ def hand_back(
         agreement=agreement,
         evaluation=evaluate([teacher, saved], data=eval_data, device=device) if eval_data else None,
     )
+    (run.folder / PARTIAL).unlink(missing_ok=True)
     run.finish({**result.to_json(), "training": asdict(trained) if trained else None})
     return result

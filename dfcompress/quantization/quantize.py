@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import Path
 
 from dfcompress.data.pool import Augmentation
+from dfcompress.data.real import open_images
 from dfcompress.device import Compute, resolve_device
-from dfcompress.evaluation.result import Compressed, hand_back
+from dfcompress.evaluation.result import Compressed, finished_before, hand_back
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, quantize_layers
@@ -74,7 +75,11 @@ def quantize(
         **asdict(compute),
     }
     supply = ImageSupply(teacher, data, synthesis, compute)
+    if eval_data is not None:
+        open_images(eval_data, teacher.card)  # A wrong path should not cost an hour of work.
     run = Run("quantize", Path(output or f"{teacher.name}-quantize"), options, resume=resume, overwrite=overwrite)
+    if result := finished_before(run):
+        return result
     images = supply.gather(run.folder)
     target = resolve_device(compute.device)
     few = islice(images.batches(256), CALIBRATION_IMAGES // 256)

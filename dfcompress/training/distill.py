@@ -11,8 +11,9 @@ from pathlib import Path
 
 from dfcompress import console
 from dfcompress.data.pool import Augmentation
+from dfcompress.data.real import open_images
 from dfcompress.device import Compute
-from dfcompress.evaluation.result import Compressed, hand_back
+from dfcompress.evaluation.result import Compressed, finished_before, hand_back
 from dfcompress.models.architectures import fit_student
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
@@ -55,6 +56,8 @@ def distill(
     teacher = as_classifier(checkpoint)
     pupil, fitted = fit_student(student, teacher.card, seed=compute.seed)
     supply = ImageSupply(teacher, data, synthesis, compute)
+    if eval_data is not None:
+        open_images(eval_data, teacher.card)  # A wrong path should not cost an hour of work.
     options = {
         "teacher": teacher.sha256,
         "student": student,
@@ -66,6 +69,8 @@ def distill(
     }
     run = Run("distill", Path(output or f"{teacher.name}-distill"), options, resume=resume, overwrite=overwrite)
     console.notice(fitted)
+    if result := finished_before(run):
+        return result
     images = supply.gather(run.folder)
     trainer = Trainer(pupil, teacher, [kd(temperature)], training, compute=compute, folder=run.folder)
     trained = trainer.fit(images.images)

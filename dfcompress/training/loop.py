@@ -72,8 +72,9 @@ class Trained:
 class Trainer:
     """Trains `student` to answer as `teacher` does.
 
-    With `folder`, losses go to `metrics.jsonl` there, and the state is kept in `training.partial` every 20 seconds:
-    a Trainer on a folder with such a file goes on from it, to the same bits.
+    With `folder`, losses go to `metrics.jsonl` there, and the state is kept in `training.partial` every 20 seconds and
+    at the end: a Trainer on a folder with such a file goes on from it, to the same bits.
+    Whoever saves the result removes the file.
     """
 
     def __init__(
@@ -114,22 +115,25 @@ class Trainer:
         finally:
             self.student.eval()
             self.student.to(memory_format=torch.contiguous_format)
-        if self.folder:
-            (self.folder / PARTIAL).unlink(missing_ok=True)
         return Trained(work.step, work.clock.seconds, self._named(work.history[-1]) if work.history else {}, execution)
 
     def _loop(self, work: _Work, pool: ImagePool, step: Step) -> None:
+        self._save(work)  # The automatic choices, which a resume must obey, before the first step.
         with console.progress("training", self.training.steps) as progress:
             while work.step < self.training.steps:
                 work.update(step(pool.batch(work.step)), self.training)
-                if self.folder and work.clock.is_time_to_save():
-                    self._check_finite(work)
-                    work.save(self.folder / PARTIAL)
+                if work.clock.is_time_to_save():
+                    self._save(work)
                 if work.clock.is_time_to_tell() or work.step == self.training.steps:
                     progress.update(work.step, **self._named(work.history[-1]))
-        self._check_finite(work)
+        self._save(work)
         if self.folder:
             self._write_metrics(self.folder / METRICS, work)
+
+    def _save(self, work: _Work) -> None:
+        self._check_finite(work)
+        if self.folder:
+            work.save(self.folder / PARTIAL)
 
     def _compiled(self, target: torch.device, execution: Execution) -> Step:
         precision = device.PRECISIONS[execution.precision]
@@ -185,7 +189,7 @@ class Trainer:
         return torch.load(path, weights_only=True, map_location="cpu") if path and path.exists() else None
 
     def _check_finite(self, work: _Work) -> None:
-        finite = torch.stack(work.history).isfinite().all(1)
+        finite = work.losses.isfinite().all(1)
         if not finite.all():
             step = int((~finite).nonzero()[0])
             raise DfcompressError(
@@ -193,7 +197,7 @@ class Trainer:
             )
 
     def _write_metrics(self, path: Path, work: _Work) -> None:
-        history = torch.stack(work.history).cpu()
+        history = work.losses.cpu()
         stride = max(1, len(history) // METRICS_POINTS)
         lines = [{"step": step, **self._named(history[step])} for step in range(0, len(history), stride)]
         with write_atomically(path) as temporary:
@@ -226,6 +230,11 @@ class _Work:
         self.optimizer = torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, nesterov=True)
         self.clock = Clock()
 
+    @property
+    def losses(self) -> Tensor:
+        """The objectives' values of every step so far, `(steps, objectives)`."""
+        return torch.stack(self.history) if self.history else torch.zeros(0, 1)
+
     def update(self, losses: tuple[Tensor, Tensor], training: Training) -> None:
         total, values = losses
         for group in self.optimizer.param_groups:
@@ -244,7 +253,7 @@ class _Work:
             "execution": asdict(self.execution),
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "history": torch.stack(self.history),
+            "history": self.losses,
         }
         with write_atomically(path) as temporary:
             torch.save(state, temporary)

@@ -130,25 +130,29 @@ from dataclasses import replace
 from pathlib import Path
 from safetensors.torch import save_file
 from dfcompress import run
-from training.test_loop import fitted, TRAINING
+from training.test_loop import EAGER, TRAINING, fitted
 run.SAVE_EVERY_SECONDS = 0.0
-student, _ = fitted(replace(TRAINING, steps=400), folder=Path({folder!r}))
+compute = replace(EAGER, precision={precision!r})
+student, _ = fitted(replace(TRAINING, steps=400), compute=compute, folder=Path({folder!r}))
 save_file(student.network.state_dict(), {result!r})
 """
 
 
-def test_a_killed_training_resumes_to_the_same_weights(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_killed_training_resumes_to_the_same_weights(precision, tmp_path):
     """SIGKILL a real process in the middle, run it again, and compare with one that was left alone."""
     results = {}
     for name in ("whole", "killed"):
         folder = tmp_path / name
         folder.mkdir()
         tests = str(Path(__file__).parents[1])
-        code = KILLED.format(tests=tests, folder=str(folder), result=str(folder / "student.safetensors"))
+        result = str(folder / "student.safetensors")
+        code = KILLED.format(tests=tests, folder=str(folder), result=result, precision=precision)
         process = subprocess.Popen([sys.executable, "-c", code])
         if name == "killed":
             while not (folder / "training.partial").exists() and process.poll() is None:
                 time.sleep(0.005)
+            time.sleep(0.3)
             process.send_signal(signal.SIGKILL)
             process.wait()
             assert (folder / "training.partial").exists()
