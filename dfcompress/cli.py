@@ -33,8 +33,7 @@ class Commands(click.Group):
             return None
         command: click.Command = getattr(importlib.import_module(f"{commands.__name__}.{name}"), name)
         for part in [command, *getattr(command, "commands", {}).values()]:
-            # Else click asks for DFCOMPRESS_INVERT_STEPS instead of DFCOMPRESS_STEPS.
-            part.context_settings["auto_envvar_prefix"] = "DFCOMPRESS"
+            _take_environment(part)
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
@@ -45,6 +44,14 @@ class Commands(click.Group):
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise click.UsageError(f"There is no command {args[0]!r}.{hint}", ctx)
         return super().resolve_command(ctx, args)
+
+
+def _take_environment(command: click.Command) -> None:
+    """Let every option be given as `DFCOMPRESS_` and its spelling, for instance DFCOMPRESS_BATCH_SIZE."""
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            spelling = max(parameter.opts, key=len).lstrip("-")
+            parameter.envvar = f"DFCOMPRESS_{spelling.replace('-', '_').upper()}"
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -73,6 +80,6 @@ def run(args: list[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("dfcompress: interrupted.", err=True)
+        click.echo("dfcompress: interrupted; the same line with --resume goes on.", err=True)
         return INTERRUPTED
     return 0

@@ -164,9 +164,11 @@ def resolve_execution(compute: Compute, eager_seconds: Callable[[Execution], flo
             raise BadInput("--compile on: this machine has no compiler for it.", "Install g++, or use --compile off.")
         console.notice("No C++ compiler found: running eagerly, several times slower.")
         return eager
+    console.notice(f"Computing on {device} in {precision} with {eager.threads} threads.", level=console.VERBOSE)
     if compute.compile == "auto" and eager_seconds(eager) * (1 - COMPILED_SHARE) < COMPILING_SECONDS:
         console.notice("Not compiling: the job is too short to win the compiler's time back.", level=console.VERBOSE)
         return eager
+    console.notice("Compiling the step, which takes about half a minute.", level=console.VERBOSE)
     return replace(eager, compile=True)
 
 

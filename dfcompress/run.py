@@ -38,6 +38,8 @@ class Run:
         self._started = time.perf_counter()
 
     def _open(self, *, resume: bool, overwrite: bool) -> None:
+        if resume and overwrite:
+            raise BadInput("--resume and --overwrite exclude each other.", "Give one of them.")
         if self.folder.exists() and not self.folder.is_dir():
             raise BadInput(f"--output {self.folder} is a file.", "Name a folder.")
         record = self.folder / RECORD

@@ -75,6 +75,14 @@ def test_the_module_runs_as_a_program():
         (["invert", DEMO, "--device", "tpu"], "--device 'tpu'"),
         (["invert", DEMO, "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA device"),
         (["invert", DEMO, "--input-size", "28"], "input"),
+        (["invert", DEMO, "--set", "beta1=2"], "betas"),
+        (["invert", DEMO, "--set", "schedule=foo"], "no schedule 'foo'"),
+        (["invert", DEMO, "--lr", "0"], "rate 0"),
+        (["invert", DEMO, "--resume", "--overwrite"], "exclude each other"),
+        (["invert", DEMO, "--mean", "125"], "mean"),
+        (["distill", DEMO, "--student", "lenet5", "--temperature", "0"], "--temperature"),
+        (["distill", DEMO, "--student", "lenet5", "--images", "1"], "one image"),
+        (["quantize", DEMO, "--temperature", "-1"], "--temperature"),
         (["quantize", DEMO, "--bits", "4"], "--bits '4'"),
         (["quantize", DEMO, "--bits", "9w4a"], "9-bit weights"),
         (["quantize", DEMO, "--first-last-bits", "1"], "--first-last-bits 1"),
@@ -221,9 +229,11 @@ def test_the_command_line_beats_the_environment_beats_the_file(capsys, tmp_path,
     )
     monkeypatch.setenv("DFCOMPRESS_MODEL", str(DEMO))
     monkeypatch.setenv("DFCOMPRESS_IMAGES", "24")
+    monkeypatch.setenv("DFCOMPRESS_SET", "bn=3 ce=2")
     common = ["--compile", "off", "--precision", "fp32", "--dry-run", "--json"]
     planned = json.loads(answer(capsys, "invert", *common)[1])["synthesis"]
     assert (planned["images"], planned["steps"]) == (24, 5)
+    assert (planned["recipe"]["settings"]["bn"], planned["recipe"]["settings"]["ce"]) == (3.0, 2.0)
     planned = json.loads(answer(capsys, "invert", "--images", "16", "--steps", "2", *common)[1])["synthesis"]
     assert (planned["images"], planned["steps"]) == (16, 2)
 

@@ -68,7 +68,7 @@ def test_gaussian_images_are_standard_normal_where_the_network_sees_them(resnet2
         (("deepinversion", None, {"steps": "many"}), "not a value of type int"),
         (("deepinversion", None, {"lr": "-1"}), "negative"),
         (("deepinversion", None, {"flip": "perhaps"}), "not a value of type bool"),
-        (("gaussian", None, {"steps": "3"}), "no setting of gaussian 'steps'"),
+        (("gaussian", None, {"steps": "3"}), "no recipe setting of gaussian called 'steps'"),
     ],
 )
 def test_a_wrong_name_or_value_is_refused_with_a_suggestion(arguments, message):

@@ -70,6 +70,14 @@ class SyntheticSet:
         """Shards still to be made."""
         return [shard for shard in self.shards if not self.shard_path(shard).exists()]
 
+    def require_complete(self) -> None:
+        """Raise `BadInput` naming the first shard that is not there."""
+        for shard in self.missing_shards():
+            raise BadInput(
+                f"{self.folder} is not complete: {self.shard_path(shard).name} is missing.",
+                "Finish it with `dfcompress invert --resume`.",
+            )
+
     def write_shard(self, shard: int, images: Tensor, labels: Tensor) -> None:
         """Store images `(N, C, H, W)`, uint8 or float16 in units of [0, 1], and int64 labels `(N,)`."""
         tensors = {"images": images.contiguous(), "labels": labels.contiguous()}
@@ -83,10 +91,7 @@ class SyntheticSet:
         """
         path = self.shard_path(shard)
         if not path.exists():
-            raise BadInput(
-                f"{self.folder} is not complete: {path.name} is missing.",
-                "Finish it with `dfcompress invert --resume`.",
-            )
+            self.require_complete()
         try:
             with safe_open(path, "pt") as file:
                 images, labels = file.get_tensor("images"), file.get_tensor("labels")

@@ -278,8 +278,8 @@ def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         "architecture": (lambda value: isinstance(value, str), "a name"),
         "classes": (_is_size, "a positive integer"),
         "input_size": (lambda value: len(value) == 3 and all(map(_is_size, value)), "3 positive integers, CxHxW"),
-        "mean": (lambda value: all(map(_is_number, value)), "one number a channel"),
-        "std": (lambda value: all(_is_number(each) and each > 0 for each in value), "one positive number a channel"),
+        "mean": (lambda value: all(_is_number(each) and 0 <= each <= 1 for each in value), "one share of 1 a channel"),
+        "std": (lambda value: all(_is_number(each) and 0 < each <= 1 for each in value), "one share of 1 a channel"),
         "class_names": (lambda value: all(isinstance(name, str) for name in value), "a list of names"),
     }
     checked = {}

@@ -74,6 +74,7 @@ def quantize(
         "training": asdict(training) if training else None,
         **asdict(compute),
     }
+    objectives = [kd(temperature)]
     supply = ImageSupply(teacher, data, synthesis, compute)
     if eval_data is not None:
         open_images(eval_data, teacher.card)  # A wrong path should not cost an hour of work.
@@ -86,7 +87,7 @@ def quantize(
     calibrate(student.to(target), (batch.to(target) for batch, _ in few))
     trained = None
     if training and training.steps:
-        trainer = Trainer(student, teacher, [kd(temperature)], training, compute=compute, folder=run.folder)
+        trainer = Trainer(student, teacher, objectives, training, compute=compute, folder=run.folder)
         trained = trainer.fit(images.images)
     freeze(student.network)
     return hand_back(run, student, teacher, images, trained=trained, eval_data=eval_data, device=compute.device)

@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from dfcompress import console
 from dfcompress.data.views import View
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
@@ -20,6 +21,7 @@ from dfcompress.synthesis.losses import Loss
 from dfcompress.synthesis.recipes import recipe_names
 
 Schedule = Literal["constant", "cosine"]
+SCHEDULES = get_args(Schedule)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,15 @@ class Stage:
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Schedule = "constant"
+
+    def __post_init__(self) -> None:
+        """Raise `BadInput` for settings that Adam or a schedule cannot have."""
+        if self.schedule not in SCHEDULES:
+            raise BadInput(f"There is no schedule {self.schedule!r}.", f"Known: {', '.join(SCHEDULES)}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise BadInput(f"The betas {self.betas} are not in [0, 1).", "Adam's usual ones are 0.9 and 0.999.")
+        if self.steps and not self.lr > 0:
+            raise BadInput(f"The rate {self.lr} changes nothing.", "Use a number above 0.")
 
     def rate(self, step: int) -> float:
         """Learning rate of `step`, counted from 0."""
@@ -94,9 +105,12 @@ def choose(
     settings = defaults | module.PRESETS[preset]
     for key, value in (overrides or {}).items():
         if key not in defaults:
-            raise _unknown(f"setting of {name}", key, list(defaults))
+            raise _unknown(f"recipe setting of {name} called", key, list(defaults))
         settings[key] = _converted(key, value, defaults[key])
-    return RecipeChoice(name, preset, settings)
+    console.notice(f"Recipe {name}, preset {preset}.", level=console.VERBOSE)
+    choice = RecipeChoice(name, preset, settings)
+    choice.build()  # So that settings that do not fit are refused before any work.
+    return choice
 
 
 def _module(name: str) -> ModuleType:
@@ -122,5 +136,5 @@ def _converted(name: str, value: Any, default: Any) -> Any:
             f"{name} = {value!r} is not a value of type {kind.__name__}.", f"Its default is {default!r}."
         ) from None
     if isinstance(converted, int | float) and (converted < 0 or not math.isfinite(converted)):
-        raise BadInput(f"{name} = {value!r} is negative or not finite.", f"Its default is {default!r}.")
+        raise BadInput(f"{name} = {value!r} is negative or not finite.", "Use a number from 0 up.")
     return converted

@@ -96,9 +96,14 @@ class ImageSupply:
     def __init__(self, teacher: Classifier, data: str | Path | None, synthesis: Synthesis, compute: Compute) -> None:
         self.teacher, self.synthesis, self.compute = teacher, synthesis, compute
         self.source = open_images(data, teacher.card) if data is not None else None
-        if data is None:
+        if self.source is None:
             require_batchnorm_statistics(teacher)
             synthesis.choose(teacher.card)
+        elif isinstance(self.source, SyntheticSet):
+            self.source.require_complete()
+
+    def __len__(self) -> int:
+        return self.synthesis.images if self.source is None else len(self.source)
 
     def gather(self, folder: Path) -> TrainingImages:
         """All images and labels as they are stored."""

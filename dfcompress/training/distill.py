@@ -13,9 +13,10 @@ from dfcompress import console
 from dfcompress.data.pool import Augmentation
 from dfcompress.data.real import open_images
 from dfcompress.device import Compute
+from dfcompress.errors import BadInput
 from dfcompress.evaluation.result import Compressed, finished_before, hand_back
 from dfcompress.models.architectures import fit_student
-from dfcompress.models.checkpoint import as_classifier
+from dfcompress.models.checkpoint import as_classifier, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.run import Run
 from dfcompress.synthesis.supply import ImageSupply, Synthesis
@@ -55,7 +56,11 @@ def distill(
     """
     teacher = as_classifier(checkpoint)
     pupil, fitted = fit_student(student, teacher.card, seed=compute.seed)
+    objectives = [kd(temperature)]
     supply = ImageSupply(teacher, data, synthesis, compute)
+    if len(supply) < 2:
+        raise BadInput("BatchNorm cannot be trained on one image.", "Use more --images.")
+    _warn_if_larger(pupil, teacher)
     if eval_data is not None:
         open_images(eval_data, teacher.card)  # A wrong path should not cost an hour of work.
     options = {
@@ -72,6 +77,12 @@ def distill(
     if result := finished_before(run):
         return result
     images = supply.gather(run.folder)
-    trainer = Trainer(pupil, teacher, [kd(temperature)], training, compute=compute, folder=run.folder)
+    trainer = Trainer(pupil, teacher, objectives, training, compute=compute, folder=run.folder)
     trained = trainer.fit(images.images)
     return hand_back(run, pupil, teacher, images, trained=trained, eval_data=eval_data, device=compute.device)
+
+
+def _warn_if_larger(pupil: Classifier, teacher: Classifier) -> None:
+    student, given = state_bytes(pupil.network), state_bytes(teacher.network)
+    if student > given:
+        console.notice(f"The student is larger than the teacher: {student:,} bytes against {given:,}.")

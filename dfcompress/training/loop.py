@@ -125,6 +125,7 @@ class Trainer:
                 if work.clock.is_time_to_save():
                     self._save(work)
                 if work.clock.is_time_to_tell() or work.step == self.training.steps:
+                    self._check_finite(work)
                     progress.update(work.step, **self._named(work.history[-1]))
         self._save(work)
         if self.folder:
