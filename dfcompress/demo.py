@@ -22,7 +22,7 @@ from dfcompress.synthesis.supply import PREVIEW, Synthesis
 from dfcompress.training.distill import DISTILLATION, distill
 
 FILES = Path(__file__).parent / "demo_files"
-SYNTHESIS = Synthesis(images=1024, settings={"steps": 200})
+SYNTHESIS = Synthesis(images=1536, settings={"steps": 200})
 STUDENT = "lenet5_bn_half"
 BITS = "4w4a"
 
@@ -61,7 +61,7 @@ def demo(
         images = _step(run, "images", resume)
         made = invert(teacher, synthesis=SYNTHESIS, compute=compute, **images)
         console.notice(f"Training a student of half the width on them ({STUDENT}).")
-        training = replace(DISTILLATION, steps=1000)
+        training = replace(DISTILLATION, steps=1500)
         student = distill(
             teacher,
             student=STUDENT,

@@ -4,7 +4,11 @@ Minimises CE(T(x̂), y) + α_f·Σ_l(‖μ_l − BN mean‖₂ + ‖σ²_l − B
 the norms not squared, on randomly rolled images.
 
 `paper-cifar10` are the published settings: constant rate, no flip, no clipping.
-`fast-cifar10`, the default, is ours.
+`fast-cifar10`, the default, is ours: a fifth of the steps, a cosine, flips and a heavier cross-entropy.
+How many of 256 images out of ResNet-20 a released ResNet-44 classifies as intended: cross-entropy weighted 10: 69 %,
+with flips too: 81 %, weighted 30 with flips: 86 % (38 to 59 s on two cores, bf16, beside other work).
+`fast-mnist`, the default for grey images, has no flip, which makes other characters, and much more smoothness:
+a LeNet-5 student reached 91 % of MNIST's training images without it, 95 % at 0.003, 96 % at 0.03.
 """
 
 from dfcompress.data.views import random_flip, random_roll
@@ -14,10 +18,10 @@ from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, image_
 from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
 
 PAPER = "Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion, CVPR 2020"
-FAST = {"steps": 400, "lr": 0.1, "beta1": 0.5, "beta2": 0.9, "schedule": "cosine", "ce": 30.0, "clip": True}
+FAST = {"steps": 400, "lr": 0.1, "beta1": 0.5, "beta2": 0.9, "schedule": "cosine", "clip": True}
 PRESETS: dict[str, dict[str, object]] = {
-    "fast-cifar10": {**FAST, "flip": True},
-    "fast-mnist": FAST,
+    "fast-cifar10": {**FAST, "ce": 30.0, "flip": True},
+    "fast-mnist": {**FAST, "tv": 0.03},
     "paper-cifar10": {},
 }
 
