@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from dfcompress import commands
+from dfcompress import commands, console
 from dfcompress.errors import DfcompressError
 
 INTERRUPTED = 130
@@ -71,6 +71,7 @@ def main(args: list[str] | None = None) -> None:
 
 def run(args: list[str] | None = None) -> int:
     """Run the command line and return its exit code; the one place where an error becomes a line."""
+    console.configure(console.NORMAL)
     try:
         root.main(args, prog_name="dfcompress", standalone_mode=False)
     except DfcompressError as error:

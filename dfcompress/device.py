@@ -50,8 +50,8 @@ def resolve_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: tor
     `auto` is bf16 where the processor multiplies it natively (a CUDA device of compute capability 8 or newer,
     a CPU with AMX or AVX512-BF16), else fp32.
     """
-    if name == "fp16" and device.type == "cpu":
-        raise BadInput("--precision fp16 needs a CUDA device.", "Use fp32 or bf16 on a CPU.")
+    if name == "fp16":
+        raise BadInput("--precision fp16 is not there yet: it needs loss scaling.", "Use bf16 or fp32.")
     if name != "auto":
         return PRECISIONS[name]
     if device.type == "cuda":
@@ -128,8 +128,11 @@ class Compute:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for a device that is not here, or a precision it cannot compute in."""
-        resolve_precision(self.precision, resolve_device(self.device))
+        """Raise `BadInput` for a device, a precision or a compiler that is not to be had here."""
+        device = resolve_device(self.device)
+        resolve_precision(self.precision, device)
+        if self.compile == "on" and not can_compile(device):
+            raise BadInput("--compile on: this machine has no compiler for it.", "Install g++, or use --compile off.")
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,6 @@ def resolve_execution(compute: Compute, eager_seconds: Callable[[Execution], flo
     if compute.compile == "off":
         return eager
     if not can_compile(device):
-        if compute.compile == "on":
-            raise BadInput("--compile on: this machine has no compiler for it.", "Install g++, or use --compile off.")
         console.notice("No C++ compiler found: running eagerly, several times slower.")
         return eager
     console.notice(f"Computing on {device} in {precision} with {eager.threads} threads.", level=console.VERBOSE)

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -25,13 +25,22 @@ class Run:
     Raises `BadInput` where the folder cannot be used: it holds something and neither `resume` nor `overwrite` was
     asked for, it belongs to another job, or it cannot be written.
     `options` are the resolved options that the result depends on: a resumed run must have the same.
+    `inputs` are paths the run reads, which overwriting must not delete.
     `earlier` are the measurements of a resumed run that was already finished.
     """
 
     def __init__(
-        self, verb: str, folder: Path, options: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+        self,
+        verb: str,
+        folder: Path,
+        options: Mapping[str, Any],
+        *,
+        inputs: Sequence[str | Path | None] = (),
+        resume: bool = False,
+        overwrite: bool = False,
     ) -> None:
         self.verb, self.folder, self.options = verb, folder, json.loads(json.dumps(options, default=str))
+        self.inputs = [Path(path) for path in inputs if path is not None]
         self.seconds: dict[str, float] = {}
         self.earlier: Mapping[str, Any] | None = None
         self._open(resume=resume, overwrite=overwrite)
@@ -55,6 +64,7 @@ class Run:
                 self._check_same_job(before)
                 self.earlier = before.get("measurements")
                 return
+            self._refuse_to_delete_inputs()
             shutil.rmtree(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -63,6 +73,11 @@ class Run:
             raise BadInput(
                 f"--output {self.folder} cannot be written: {error.strerror}.", "Name another folder."
             ) from None
+
+    def _refuse_to_delete_inputs(self) -> None:
+        for path in self.inputs:
+            if path.resolve().is_relative_to(self.folder.resolve()):
+                raise BadInput(f"--overwrite would delete {path}, which this run reads.", "Name another folder.")
 
     def _check_same_job(self, before: Mapping[str, Any]) -> None:
         if before.get("verb") != self.verb:
@@ -147,7 +162,7 @@ class Clock:
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
     """Give a path to write to; it takes the name `path` only once everything is on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         # safetensors writes files that only their owner may read; results are for sharing.
@@ -163,8 +178,9 @@ def read_record(path: Path) -> dict[str, Any]:
     """The record of an earlier run; raises `BadInput` where it is none."""
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-        return {"options": record["options"], **record}
-    except (ValueError, KeyError, TypeError):
+        record["options"].items()
+        return record
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{path} is not a record of dfcompress.", "Name another folder.") from None
 
 

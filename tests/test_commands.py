@@ -73,7 +73,7 @@ def test_the_module_runs_as_a_program():
         (["invert", DEMO, "--set", "bn"], "has no '='"),
         (["invert", DEMO, "--set", "stps=1"], "Did you mean 'steps'"),
         (["invert", DEMO, "--device", "tpu"], "--device 'tpu'"),
-        (["invert", DEMO, "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA device"),
+        (["invert", DEMO, "--precision", "fp16", "--device", "cpu"], "fp16 is not there yet"),
         (["invert", DEMO, "--input-size", "28"], "input"),
         (["invert", DEMO, "--set", "beta1=2"], "betas"),
         (["invert", DEMO, "--set", "schedule=foo"], "no schedule 'foo'"),
@@ -268,3 +268,40 @@ def test_a_wrong_path_of_evaluation_data_is_found_before_any_work(capsys, tmp_pa
     assert code == 2
     assert "absent.npz does not exist" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_overwriting_never_deletes_what_the_run_reads(capsys, tmp_path):
+    answer(capsys, "invert", DEMO, *QUICK, "-o", "images")
+    code, _, err = answer(capsys, "quantize", DEMO, "--data", "images", "-o", "images", "--overwrite")
+    assert code == 2
+    assert "would delete images" in err
+    assert (tmp_path / "images" / "dataset.json").exists()
+
+
+def test_quiet_is_quiet_from_the_command_line_the_environment_and_the_file(capsys, tmp_path, monkeypatch):
+    line = ["evaluate", DEMO, "--data", DEMO]
+    assert answer(capsys, *line)[2] != ""
+    assert answer(capsys, *line, "-q")[2] == ""
+    monkeypatch.setenv("DFCOMPRESS_QUIET", "1")
+    assert answer(capsys, *line)[2] == ""
+    monkeypatch.delenv("DFCOMPRESS_QUIET")
+    (tmp_path / "dfcompress.toml").write_text("quiet = true")
+    assert answer(capsys, *line)[2] == ""
+
+
+def test_a_factory_of_the_users_own_is_quantized_and_read_again_when_named(capsys, tmp_path):
+    source = "from dfcompress.models.architectures import find\ndef make():\n    return find('lenet5_bn').make(10, 1)\n"
+    (tmp_path / "net.py").write_text(source)
+    own = ["--arch", "net.py:make", "--input-size", "1x32x32"]
+    line = ["quantize", DEMO, *own, "--data", DEMO, "--train-steps", "1", "--compile", "off", "-o", "packed", "--json"]
+    assert answer(capsys, *line)[0] == 0
+    code, _, err = answer(capsys, "evaluate", "packed", "--data", DEMO)
+    assert code == 2
+    assert "code runs only when you name it" in err
+    assert answer(capsys, "evaluate", "packed", "--data", DEMO, "--arch", "net.py:make")[0] == 0
+
+
+def test_a_dry_run_with_data_plans_no_synthesis(capsys):
+    code, out, _ = answer(capsys, "quantize", DEMO, "--data", DEMO, "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["synthesis"] is None

@@ -67,6 +67,7 @@ def test_the_readme_begins_with_the_two_lines():
     assert "pip install . && dfcompress demo" in first_screen
     assert "pip install '.[dev]' && pytest" in first_screen
     assert "![" in first_screen
+    assert "@@" not in (REPOSITORY / "README.md").read_text()
 
 
 def test_every_file_of_the_package_has_its_place_in_the_architecture():

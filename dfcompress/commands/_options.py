@@ -121,8 +121,17 @@ def _synthesis(
     return Synthesis(recipe, preset, overrides, images)
 
 
-def _set_verbosity(ctx: click.Context, parameter: click.Parameter, verbosity: int) -> None:
-    console.configure(verbosity)
+def _verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def configure(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:
+        if given:
+            console.configure(level)
+
+    return configure
+
+
+def _speaking(name: str, letter: str, level: int, explanation: str) -> Decorator:
+    flags = (f"-{letter}", f"--{name}")
+    return click.option(*flags, is_flag=True, expose_value=False, callback=_verbosity(level), help=explanation)
 
 
 loading = together(
@@ -195,20 +204,8 @@ eval_data = click.option("--eval-data", type=PATH, help="Real images to report a
 reporting = together(
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else."),
     _config.option,
-    click.option(
-        "-v",
-        "--verbose",
-        "verbosity",
-        flag_value=console.VERBOSE,
-        type=int,
-        default=console.NORMAL,
-        callback=_set_verbosity,
-        expose_value=False,
-        help="Explain automatic choices.",
-    ),
-    click.option(
-        "-q", "--quiet", "verbosity", flag_value=console.QUIET, type=int, expose_value=False, help="No progress."
-    ),
+    _speaking("verbose", "v", console.VERBOSE, "Explain automatic choices."),
+    _speaking("quiet", "q", console.QUIET, "No progress, no notices."),
 )
 
 

@@ -12,22 +12,25 @@ if TYPE_CHECKING:
     from dfcompress.synthesis.invert import SynthesisPlan
 
 
-def plan(planned: SynthesisPlan, *, as_json: bool, training: dict[str, Any] | None = None) -> None:
-    """What a dry run found: nothing was touched."""
-    values = {"synthesis": planned.to_json()} | ({"training": training} if training else {})
+def plan(planned: SynthesisPlan | None, *, as_json: bool, training: dict[str, Any] | None = None) -> None:
+    """What a dry run found: nothing was touched. Without `planned` the images are there already."""
     if as_json:
-        console.result_json(values)
+        console.result_json({"synthesis": planned.to_json() if planned else None, "training": training})
         return
+    if planned:
+        _synthesis(planned)
+    if training:
+        console.result("training: " + " ".join(f"{name}={value}" for name, value in training.items()))
+
+
+def _synthesis(planned: SynthesisPlan) -> None:
     settings = " ".join(f"{name}={value}" for name, value in planned.recipe.settings.items())
     how = planned.execution
     console.result(f"recipe {planned.recipe.name}, preset {planned.recipe.preset}: {settings}")
     console.result(f"{planned.images} images in {planned.batches} batches of {planned.steps} steps")
-    console.result(
-        f"on {how.device} in {how.precision}, {'compiled' if how.compile else 'eager'}, {how.threads} threads"
-    )
+    compiled = "compiled" if how.compile else "eager"
+    console.result(f"on {how.device} in {how.precision}, {compiled}, {how.threads} threads")
     console.result(f"about {planned.seconds:.0f} s of synthesis and {planned.memory_bytes / 2**30:.1f} GiB of memory")
-    if training:
-        console.result("then training: " + " ".join(f"{name}={value}" for name, value in training.items()))
 
 
 def evaluation(measured: Evaluation) -> None:

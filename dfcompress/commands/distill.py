@@ -49,7 +49,9 @@ def distill(
 
     settings = dataclasses.replace(DISTILLATION, **training)
     if dry_run:
-        _summary.plan(plan(model, synthesis, compute), as_json=as_json, training=dataclasses.asdict(settings))
+        _summary.plan(
+            None if data else plan(model, synthesis, compute), as_json=as_json, training=dataclasses.asdict(settings)
+        )
         return
     result = distill(
         model,

@@ -51,7 +51,9 @@ def quantize(
 
     settings = dataclasses.replace(FINETUNING, **training)
     if dry_run:
-        _summary.plan(plan(model, synthesis, compute), as_json=as_json, training=dataclasses.asdict(settings))
+        _summary.plan(
+            None if data else plan(model, synthesis, compute), as_json=as_json, training=dataclasses.asdict(settings)
+        )
         return
     result = quantize(
         model,

@@ -268,7 +268,7 @@ def read_npz(path: Path) -> Arrays:
             if missing:
                 raise BadInput(f"{path} has no array `{min(missing)}`, only {sorted(arrays.files)}.", form)
             images, labels = arrays["images"], arrays["labels"]
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} is no readable .npz: {error}.", form) from None
     if images.dtype != np.uint8 or images.ndim != 4 or not {images.shape[1], images.shape[3]} & {1, 3}:
         raise BadInput(f"{path}: `images` is {images.dtype} {images.shape}.", form)

@@ -36,7 +36,8 @@ class SyntheticSet:
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text())
             schema, self._shard_sizes = self.manifest["schema"], [int(size) for size in self.manifest["shards"]]
-        except (ValueError, KeyError, TypeError):
+            self.manifest["card"].get("class_names")
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise BadInput(f"{path} is not a dataset description of dfcompress.", "Make the set again.") from None
         if schema != SCHEMA:
             raise BadInput(f"{path} has schema {schema!r}, this version reads {SCHEMA}.", "Make the set again.")

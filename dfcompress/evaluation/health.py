@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from dfcompress.device import exact_fp32
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import HookRecorder, Moments
 
@@ -22,7 +23,7 @@ def bn_divergence(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor
     device = classifier.mean.device
     pooled: list[Moments] = []
     seen = 0
-    with HookRecorder(classifier.network, moments=True) as recorder:
+    with exact_fp32(), HookRecorder(classifier.network, moments=True) as recorder:
         for images, labels in batches:
             trace = recorder(classifier.normalise(images.to(device)), labels)
             pooled = [

@@ -39,14 +39,23 @@ class Compressed:
         return {**asdict(self), "evaluation": self.evaluation.to_json() if self.evaluation else None}
 
 
-def finished_before(run: Run) -> Compressed | None:
-    """The result of a resumed run that was already finished."""
+def finished_before(
+    run: Run, student: Classifier, teacher: Classifier, *, eval_data: str | Path | None, device: str
+) -> Compressed | None:
+    """The result of a resumed run that was already finished, evaluated anew where `eval_data` is given."""
     if run.earlier is None:
         return None
     console.notice(f"{run.folder} is already finished.")
-    fields = {name: value for name, value in run.earlier.items() if name != "training"}
-    evaluation = Evaluation(fields["evaluation"]["results"]) if fields["evaluation"] else None
-    return Compressed(**{**fields, "evaluation": evaluation})
+    earlier = {name: value for name, value in run.earlier.items() if name != "training"}
+    kept = Evaluation(earlier["evaluation"]["results"]) if earlier["evaluation"] else None
+    anew = evaluate([teacher, _load_saved(run, student)], data=eval_data, device=device) if eval_data else kept
+    return Compressed(**{**earlier, "evaluation": anew})
+
+
+def _load_saved(run: Run, student: Classifier) -> Classifier:
+    # Naming the architecture again lets a factory of the user's run: it was named for this run.
+    name = student.card.architecture
+    return load(run.folder, arch=name if ":" in name else None)
 
 
 def hand_back(
@@ -61,7 +70,7 @@ def hand_back(
 ) -> Compressed:
     """Save `student` in the run's folder, measure what was saved beside the teacher, and close the run."""
     save(student, run.folder)
-    saved = load(run.folder)
+    saved = _load_saved(run, student)
     seconds = trained.seconds if trained else 0.0
     agreement = answers(saved, images.batches(256)).agreement(answers(teacher.to("cpu"), images.batches(256)))
     size = file_bytes(run.folder)
@@ -78,6 +87,6 @@ def hand_back(
         agreement=agreement,
         evaluation=evaluate([teacher, saved], data=eval_data, device=device) if eval_data else None,
     )
-    (run.folder / PARTIAL).unlink(missing_ok=True)
     run.finish({**result.to_json(), "training": asdict(trained) if trained else None})
+    (run.folder / PARTIAL).unlink(missing_ok=True)
     return result

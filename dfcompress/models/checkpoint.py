@@ -81,7 +81,7 @@ def load(
     }
     given = _checked(given, "the command line")
     if stored.quantization is not None:
-        fit = _fit_of_packed(stated | given, stored, path)
+        fit = _fit_of_packed(arch, stated | given, stored, path)
     elif match_by_order:
         fit = _fit_by_order(arch, stored.tensors, path)
     elif arch:
@@ -209,7 +209,7 @@ def _fit_by_order(arch: str | None, tensors: Mapping[str, Tensor], path: Path) -
     return Recognised(architecture, architecture.namings[0], classes, channels, matched)
 
 
-def _fit_of_packed(card: Mapping[str, Any], stored: StoredModel, path: Path) -> Recognised:
+def _fit_of_packed(arch: str | None, card: Mapping[str, Any], stored: StoredModel, path: Path) -> Recognised:
     """A quantized result: packed tensors have no shapes to recognise, so its own card says what it is."""
     if not {"architecture", "classes", "input_size", "mean", "std"} <= card.keys():
         raise BadInput(f"{path} is packed but has no model card.", "Make it again with `dfcompress quantize`.")
@@ -218,8 +218,13 @@ def _fit_of_packed(card: Mapping[str, Any], stored: StoredModel, path: Path) -> 
     if classes not in {tensor.numel() for tensor in stored.tensors.values() if tensor.dim() == 1}:
         raise BadInput(f"{path} states {classes} classes, which no tensor has.", "The file is damaged; make it again.")
     name = card["architecture"]
-    architecture = named(name) if name in architectures() or name.startswith("timm:") else None
-    if architecture is None:
+    if name in architectures() or name.startswith("timm:") or name == arch:
+        architecture = named(name)
+    elif ":" in name:
+        raise BadInput(
+            f"{path} was made with --arch {name}.", "Give the same --arch again: code runs only when you name it."
+        )
+    else:
         raise BadInput(f"{path} states the architecture {name!r}, which is not known.", "Update dfcompress.")
     return Recognised(architecture, architecture.namings[0], classes, card["input_size"][0], {})
 

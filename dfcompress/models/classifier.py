@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,18 @@ class Classifier(nn.Module):
     def denormalise(self, images: Tensor) -> Tensor:
         """The network's space → images in [0, 1]."""
         return images * self.std + self.mean
+
+    def identity(self) -> dict[str, Any]:
+        """What results of this classifier depend on: the weights' hash and the card."""
+        return {"sha256": self.sha256 or self._digest(), "card": self.card.to_json()}
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, tensor in self.network.state_dict().items():
+            digest.update(
+                name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            )
+        return digest.hexdigest()
 
     def frozen(self) -> Classifier:
         """Itself in evaluation mode, no parameter asking for a gradient."""

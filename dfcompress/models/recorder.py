@@ -31,7 +31,7 @@ class Moments:
 
     def divergence(self, eps: float = 1e-8) -> Tensor:
         """Mean over channels of KL(N(μ̂, σ̂²) ‖ N(μ, σ²)), hats measured, `eps` added to σ̂² (Haroush 2020, eq. 3)."""
-        measured = self.var + eps
+        measured = self.var.clamp_min(0) + eps  # E[d²] − E[d]² may round to just below 0.
         ratio = (measured + self.mean_error**2) / self.running_var
         return (0.5 * (self.running_var.log() - measured.log()) - 0.5 * (1 - ratio)).mean()
 
@@ -49,13 +49,10 @@ class Trace:
 
 
 class Recorder(Protocol):
-    """Turns normalised images and their labels into a `Trace`; a context manager that gives back what it borrowed."""
+    """Turns normalised images and their labels into a `Trace`."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> Trace:
         """One forward pass of normalised images `(N, C, H, W)` with labels `(N,)`."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *exception: object) -> None: ...
 
 
 def batchnorms(network: nn.Module) -> list[_BatchNorm]:
@@ -121,19 +118,21 @@ class FusedRecorder:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self._seen: list[Moments] = []
         for module in list(self.network.modules()):
-            if isinstance(module, _BatchNorm) and module.running_var is not None:
+            if type(module) in _PLAIN_BATCHNORMS and module.running_var is not None:
                 module.__class__ = _RecordingBatchNorm
                 setattr(module, "seen", self._seen if moments else None)  # noqa: B010
+            elif isinstance(module, _BatchNorm) and module.running_var is not None and moments:
+                # A subclass may do more than normalise (timm's BatchNormAct2d): it keeps its forward.
+                module.register_forward_pre_hook(self._record)
             elif precision != torch.float32 and type(module) in _IN_PRECISION:
                 module.to(precision).__class__ = _IN_PRECISION[type(module)]
+            elif precision != torch.float32 and isinstance(module, nn.Conv2d | nn.Linear):
+                module.to(precision).register_forward_pre_hook(_to_own_precision)
         if precision != torch.float32:
             self.network.to(memory_format=torch.channels_last)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
+    def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._seen.append(moments_of(inputs[0], layer.get_buffer("running_mean"), layer.get_buffer("running_var")))
 
     def __call__(self, images: Tensor, labels: Tensor) -> Trace:
         """One forward pass of normalised images."""
@@ -162,6 +161,11 @@ class _RecordingBatchNorm(_BatchNorm):
         return normalised.to(features.dtype)
 
 
+def _to_own_precision(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    weight = layer.get_parameter("weight")
+    return (inputs[0].to(weight.dtype), *inputs[1:])
+
+
 class _Conv2dInPrecision(nn.Conv2d):
     def forward(self, features: Tensor) -> Tensor:
         return super().forward(features.to(self.weight.dtype))
@@ -172,4 +176,5 @@ class _LinearInPrecision(nn.Linear):
         return super().forward(features.to(self.weight.dtype))
 
 
+_PLAIN_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _IN_PRECISION: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _Conv2dInPrecision, nn.Linear: _LinearInPrecision}

@@ -65,7 +65,7 @@ def quantize(
     student = copy.deepcopy(teacher)
     quantize_layers(student.network, bits_per_layer(teacher, parse_bits(bits), first_last_bits=first_last_bits))
     options = {
-        "teacher": teacher.sha256,
+        "teacher": teacher.identity(),
         "bits": bits,
         "first_last_bits": first_last_bits,
         "temperature": temperature,
@@ -78,8 +78,15 @@ def quantize(
     supply = ImageSupply(teacher, data, synthesis, compute)
     if eval_data is not None:
         open_images(eval_data, teacher.card)  # A wrong path should not cost an hour of work.
-    run = Run("quantize", Path(output or f"{teacher.name}-quantize"), options, resume=resume, overwrite=overwrite)
-    if result := finished_before(run):
+    run = Run(
+        "quantize",
+        Path(output or f"{teacher.name}-quantize"),
+        options,
+        inputs=[teacher.path, data, eval_data],
+        resume=resume,
+        overwrite=overwrite,
+    )
+    if result := finished_before(run, student, teacher, eval_data=eval_data, device=compute.device):
         return result
     images = supply.gather(run.folder)
     target = resolve_device(compute.device)

@@ -9,6 +9,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from dfcompress.device import exact_fp32
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.fake_quantizers import FLOAT_BITS, InputGrid, QuantizedLayer, in_float, quantized_layers
@@ -29,7 +30,7 @@ def calibrate(classifier: Classifier, batches: Iterable[Tensor]) -> None:
     """
     quantized = quantized_layers(classifier.network).items()
     layers = {name: layer for name, layer in quantized if layer.input_bits < FLOAT_BITS}
-    with evaluating(classifier), in_float(classifier), _chunk_extremes(layers) as extremes:
+    with exact_fp32(), evaluating(classifier), in_float(classifier), _chunk_extremes(layers) as extremes:
         for images in batches:
             classifier(images)
     for name, layer in layers.items():

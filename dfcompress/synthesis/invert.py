@@ -64,8 +64,15 @@ def invert(
     others = [as_classifier(other) for other in verify]
     choice = synthesis.choose(teacher.card)
     require_batchnorm_statistics(teacher)
-    options = {**asdict(synthesis), **asdict(compute), "recipe": asdict(choice), "teacher": teacher.sha256}
-    run = Run("invert", Path(output or f"{teacher.name}-invert"), options, resume=resume, overwrite=overwrite)
+    options = {**asdict(synthesis), **asdict(compute), "recipe": asdict(choice), "teacher": teacher.identity()}
+    run = Run(
+        "invert",
+        Path(output or f"{teacher.name}-invert"),
+        options,
+        inputs=[teacher.path],
+        resume=resume,
+        overwrite=overwrite,
+    )
     synthetic = make_set(teacher, run.folder, synthesis, compute)
     result = Inversion(
         output=str(run.folder),

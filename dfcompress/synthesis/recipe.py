@@ -59,6 +59,11 @@ class Recipe:
     views: Sequence[View] = ()
     stages: Sequence[Stage] = ()
 
+    def __post_init__(self) -> None:
+        """Raise `BadInput` for an empty batch."""
+        if self.batch_size < 1:
+            raise BadInput(f"A batch of {self.batch_size} images is none.", "Use --batch-size 1 or more.")
+
     @property
     def label_free(self) -> bool:
         """Whether nothing steers the images towards a class; their label is then the teacher's answer."""

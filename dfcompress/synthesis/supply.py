@@ -59,7 +59,8 @@ def make_set(teacher: Classifier, folder: Path, synthesis: Synthesis, compute: C
         "recipe": asdict(choice),
         "images": synthesis.images,
         "seed": compute.seed,
-        "teacher": {"name": teacher.name, "sha256": teacher.sha256},
+        "teacher": teacher.identity()["sha256"],
+        "card": teacher.card.to_json(),
     }
     if (folder / MANIFEST).exists():
         synthetic = SyntheticSet(folder)
@@ -67,8 +68,7 @@ def make_set(teacher: Classifier, folder: Path, synthesis: Synthesis, compute: C
     else:
         sizes = [min(batch_size, synthesis.images - start) for start in range(0, synthesis.images, batch_size)]
         execution = resolve_execution(compute, eager_seconds(recipe, teacher, batch_size, len(sizes)))
-        card = teacher.card.to_json()
-        synthetic = SyntheticSet.create(folder, {**job, "card": card, "shards": sizes, "execution": asdict(execution)})
+        synthetic = SyntheticSet.create(folder, {**job, "shards": sizes, "execution": asdict(execution)})
     _make_missing_shards(synthetic, teacher, choice, batch_size)
     _write_preview(synthetic)
     return synthetic
@@ -82,8 +82,7 @@ def eager_seconds(recipe: Recipe, teacher: Classifier, batch_size: int, batches:
 
 def seconds_of(synthetic: SyntheticSet) -> float:
     """Seconds of synthesis that the shards of a set took, from its `metrics.jsonl`."""
-    lines = [json.loads(line) for line in (synthetic.folder / METRICS).read_text().splitlines()]
-    return round(sum({line["shard"]: line["seconds"] for line in lines if "seconds" in line}.values()), 2)
+    return round(sum(line["seconds"] for line in _metrics(synthetic.folder / METRICS) if "seconds" in line), 2)
 
 
 class ImageSupply:
@@ -151,16 +150,21 @@ def _make_missing_shards(synthetic: SyntheticSet, teacher: Classifier, choice: R
         batch = synthesizer.batch(shard, labels, partial=partial)
         size = synthetic.manifest["shards"][shard]
         stored = as_stored(batch.images[:size], in_range=synthesizer.recipe.images.in_range)
-        _append_metrics(synthetic.folder / METRICS, shard, batch)
+        _write_metrics(synthetic.folder / METRICS, shard, batch)
         synthetic.write_shard(shard, stored, batch.labels[:size])
         partial.unlink(missing_ok=True)
 
 
-def _append_metrics(path: Path, shard: int, batch: Batch) -> None:
+def _write_metrics(path: Path, shard: int, batch: Batch) -> None:
+    others = [line for line in _metrics(path) if line["shard"] != shard]
     points = [{"shard": shard, **point} for point in batch.history]
     end = {"shard": shard, "seconds": round(batch.seconds, 3), **batch.losses}
-    with path.open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in [*points, end])
+    with write_atomically(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in [*others, *points, end]))
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _check_same_job(synthetic: SyntheticSet, job: Mapping[str, Any]) -> None:
@@ -174,6 +178,8 @@ def _check_same_job(synthetic: SyntheticSet, job: Mapping[str, Any]) -> None:
 def _write_preview(synthetic: SyntheticSet) -> None:
     """The first 80 images; a column holds one class where there are ten."""
     images, _ = next(synthetic.batches(80))
+    if images.shape[1] not in (1, 3):
+        images = images.mean(1, keepdim=True)
     scale = max(1, 64 // images.shape[-1])
     enlarged = images.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     grid: Tensor = make_grid(enlarged, nrow=10, padding=2, pad_value=1.0)

@@ -25,6 +25,7 @@ from dfcompress.run import Clock, write_atomically
 from dfcompress.synthesis.recipe import Recipe, Stage
 
 HISTORY_POINTS = 50
+LOWER_THE_RATE = "Lower the rate, for instance with --lr."
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,7 @@ class Batch:
 
 
 class Synthesizer:
-    """Makes batches of images by one recipe from one teacher.
-
-    `recorder` may be given to compare engines; by default it is the fused one.
-    """
+    """Makes batches of images by one recipe from one teacher."""
 
     def __init__(self, recipe: Recipe, teacher: Classifier, execution: Execution, *, seed: int = 0) -> None:
         self.recipe, self.seed, self.execution = recipe, seed, execution
@@ -73,6 +71,7 @@ class Synthesizer:
             while work.step < self.recipe.steps:
                 self.step(work)
                 if partial is not None and work.clock.is_time_to_save():
+                    self._check_finite(torch.stack(work.history))
                     work.save(partial)
                 if work.clock.is_time_to_tell() or work.step == self.recipe.steps:
                     progress.update(work.step, **self._named(work.history[-1]))
@@ -124,13 +123,19 @@ class Synthesizer:
             if self.recipe.label_free:
                 labels = self.teacher(images).argmax(1)
         history = torch.stack(work.history).cpu() if work.history else torch.zeros(0, len(self.recipe.losses))
-        if not (history.isfinite().all() and images.isfinite().all()):
-            step = int((~history.isfinite()).any(1).nonzero()[0]) if len(history) else 0
-            raise DfcompressError(f"A loss was not finite at step {step}.", "Lower the rate, for instance with --lr.")
+        self._check_finite(history)
+        if not images.isfinite().all():
+            raise DfcompressError("Pixels of the finished images are not finite.", LOWER_THE_RATE)
         stride = max(1, len(history) // HISTORY_POINTS)
         points = [{"step": i, **self._named(history[i])} for i in range(0, len(history), stride)]
         last = self._named(history[-1]) if len(history) else {}
         return Batch(images.cpu(), labels.cpu(), last, points, work.clock.seconds)
+
+    def _check_finite(self, history: Tensor) -> None:
+        finite = history.isfinite().all(1)
+        if not finite.all():
+            step = int((~finite).nonzero()[0])
+            raise DfcompressError(f"A loss was not finite at step {step}.", LOWER_THE_RATE)
 
     def _named(self, values: Tensor) -> dict[str, float]:
         return dict(zip((loss.name for loss in self.recipe.losses), values.tolist(), strict=True))
@@ -196,14 +201,14 @@ class Work:
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote."""
-        state = torch.load(path, weights_only=True, map_location=self.parameters[0].device)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.clock.go_on_from(state["seconds"])
-        self.history = list(state["history"])
+        self.history = list(state["history"].to(self.parameters[0].device))
 
 
 def _stage_at(recipe: Recipe, step: int) -> tuple[Stage, int]:

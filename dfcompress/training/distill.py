@@ -58,13 +58,13 @@ def distill(
     pupil, fitted = fit_student(student, teacher.card, seed=compute.seed)
     objectives = [kd(temperature)]
     supply = ImageSupply(teacher, data, synthesis, compute)
-    if len(supply) < 2:
-        raise BadInput("BatchNorm cannot be trained on one image.", "Use more --images.")
+    if min(len(supply), training.batch_size) < 2:
+        raise BadInput("Batches of one image cannot train BatchNorm.", "Use more --images or --train-batch-size.")
     _warn_if_larger(pupil, teacher)
     if eval_data is not None:
         open_images(eval_data, teacher.card)  # A wrong path should not cost an hour of work.
     options = {
-        "teacher": teacher.sha256,
+        "teacher": teacher.identity(),
         "student": student,
         "temperature": temperature,
         "data": data,
@@ -72,9 +72,16 @@ def distill(
         "training": asdict(training),
         **asdict(compute),
     }
-    run = Run("distill", Path(output or f"{teacher.name}-distill"), options, resume=resume, overwrite=overwrite)
+    run = Run(
+        "distill",
+        Path(output or f"{teacher.name}-distill"),
+        options,
+        inputs=[teacher.path, data, eval_data],
+        resume=resume,
+        overwrite=overwrite,
+    )
     console.notice(fitted)
-    if result := finished_before(run):
+    if result := finished_before(run, pupil, teacher, eval_data=eval_data, device=compute.device):
         return result
     images = supply.gather(run.folder)
     trainer = Trainer(pupil, teacher, objectives, training, compute=compute, folder=run.folder)

@@ -98,7 +98,7 @@ class Trainer:
         state = self._saved_state()
         execution = Execution(**state["execution"]) if state else self._resolve(images)
         torch.set_num_threads(execution.threads)
-        target = torch.device(execution.device)
+        target = device.resolve_device(execution.device)
         # Grey images are mostly characters, which a flip turns into other ones.
         augmentation = replace(self.training.augmentation, flip=self.training.augmentation.flip and images.shape[1] > 1)
         pool = ImagePool(images.to(target), augmentation, batch_size=self.training.batch_size, seed=self.compute.seed)
@@ -119,8 +119,9 @@ class Trainer:
 
     def _loop(self, work: _Work, pool: ImagePool, step: Step) -> None:
         self._save(work)  # The automatic choices, which a resume must obey, before the first step.
-        with console.progress("training", self.training.steps) as progress:
+        with console.progress("training", self.training.steps) as progress, torch.random.fork_rng():
             while work.step < self.training.steps:
+                torch.manual_seed(self.compute.seed << 32 | work.step)  # Dropout, too, depends on the step alone.
                 work.update(step(pool.batch(work.step)), self.training)
                 if work.clock.is_time_to_save():
                     self._save(work)
@@ -177,6 +178,7 @@ class Trainer:
         )
         step = trial._compiled(target, eager)
         work = _Work(trial.student, self.training, eager)
+        training_mode(trial.student, freeze_batchnorm=self.training.freeze_batchnorm)
         times = []
         for _ in range(3):
             started = time.perf_counter()
@@ -264,4 +266,4 @@ class _Work:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.clock.go_on_from(state["seconds"])
-        self.history = list(state["history"])
+        self.history = list(state["history"].to(self.execution.device))

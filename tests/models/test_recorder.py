@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ def batch():
 def losses_and_gradient(recorder, batch):
     images, labels = batch[0].clone().requires_grad_(True), batch[1]
     objective = objective_of(choose("deepinversion", "paper-cifar10").build(), recorder)
-    with recorder:
+    with recorder if isinstance(recorder, HookRecorder) else nullcontext():
         total, values = objective(images, labels)
         return values, torch.autograd.grad(total, images)[0]
 
@@ -66,3 +68,19 @@ def test_fused_recorder_leaves_the_network_as_it_was(teacher, batch):
     FusedRecorder(teacher.network, moments=True, precision=torch.bfloat16)(*batch)
     assert [type(module) for module in teacher.network.modules()] == classes
     assert all(torch.equal(value, before[name]) for name, value in teacher.network.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_batchnorms_that_do_more_than_normalise_keep_doing_it(precision):
+    """timm's BatchNormAct2d holds the activation, and its convolutions are subclasses too."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network = timm.create_model("tf_efficientnet_lite0", num_classes=5).eval()
+    images, labels = torch.randn(2, 3, 64, 64), torch.arange(2)
+    with HookRecorder(network, moments=True) as recorder:
+        expected = recorder(images, labels)
+    trace = FusedRecorder(network, moments=True, precision=precision)(images, labels)
+    assert len(trace.moments) == len(expected.moments) > 40
+    exact = {"rtol": 1e-4, "atol": 1e-5}
+    loose = {"rtol": 0.1, "atol": 0.05 * expected.logits.abs().max().item()}
+    torch.testing.assert_close(trace.logits, expected.logits, **(exact if precision == torch.float32 else loose))

@@ -121,6 +121,18 @@ def test_compiled_training_agrees_with_eager_training():
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
 
 
+def test_dropout_depends_on_the_seed_and_not_on_what_ran_before():
+    def trained():
+        torch.rand(3)
+        student = tiny(2)
+        student.network.insert(3, nn.Dropout(0.5))
+        Trainer(student, tiny(1), [kd(2.0)], replace(TRAINING, steps=3), compute=EAGER).fit(images())
+        return student.state_dict()
+
+    first, second = trained(), trained()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 KILLED = """
 import sys
 sys.path.insert(0, {tests!r})
