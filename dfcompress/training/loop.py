@@ -20,6 +20,7 @@ from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.device import Compute, Execution, resolve_execution
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.classifier import Classifier
+from dfcompress.randomness import seed_of
 from dfcompress.run import Clock, write_atomically
 from dfcompress.training.objectives import Objective
 
@@ -121,13 +122,14 @@ class Trainer:
         self._save(work)  # The automatic choices, which a resume must obey, before the first step.
         with console.progress("training", self.training.steps) as progress, torch.random.fork_rng():
             while work.step < self.training.steps:
-                torch.manual_seed(self.compute.seed << 32 | work.step)  # Dropout, too, depends on the step alone.
+                torch.manual_seed(seed_of(self.compute.seed, 3, work.step))  # Dropout, too, depends on the step alone.
                 work.update(step(pool.batch(work.step)), self.training)
                 if work.clock.is_time_to_save():
                     self._save(work)
                 if work.clock.is_time_to_tell() or work.step == self.training.steps:
                     self._check_finite(work)
                     progress.update(work.step, **self._named(work.history[-1]))
+        self._check_weights()
         self._save(work)
         if self.folder:
             self._write_metrics(self.folder / METRICS, work)
@@ -198,6 +200,11 @@ class Trainer:
             raise DfcompressError(
                 f"The loss was not finite at training step {step}.", "Lower the rate with --train-lr."
             )
+
+    def _check_weights(self) -> None:
+        """A last gradient may overflow while every loss was finite."""
+        if not all(tensor.isfinite().all() for tensor in self.student.state_dict().values()):
+            raise DfcompressError("The trained weights are not finite.", "Lower the rate with --train-lr.")
 
     def _write_metrics(self, path: Path, work: _Work) -> None:
         history = work.losses.cpu()

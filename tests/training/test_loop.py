@@ -102,6 +102,18 @@ def test_a_rate_that_diverges_is_reported_with_its_step():
         fitted(replace(TRAINING, lr=1e30))
 
 
+def test_weights_that_overflow_while_no_loss_does_are_reported():
+    student = tiny(2)
+    # A parameter that the forward pass never reads stands for one that the last step spoilt.
+    student.register_parameter("unseen", nn.Parameter(torch.tensor([float("inf")])))
+    with pytest.raises(DfcompressError, match=r"weights are not finite.*--train-lr"):
+        Trainer(student, tiny(1), [kd(2.0)], replace(TRAINING, steps=1), compute=EAGER).fit(images())
+
+
+def test_a_seed_may_be_large():
+    assert fitted(replace(TRAINING, steps=1), compute=replace(EAGER, seed=2**40))[1].steps == 1
+
+
 def test_a_rate_of_zero_is_refused():
     with pytest.raises(BadInput, match="--train-lr"):
         fitted(replace(TRAINING, lr=0.0))
