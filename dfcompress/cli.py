@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from dfcompress import commands, console
-from dfcompress.errors import DfcompressError
+from dfcompress.errors import BadInput, DfcompressError
 
 INTERRUPTED = 130
 
@@ -75,10 +75,12 @@ def run(args: list[str] | None = None) -> int:
     try:
         root.main(args, prog_name="dfcompress", standalone_mode=False)
     except DfcompressError as error:
-        click.echo(f"dfcompress: {error}", err=True)
+        if console.speaks() or not isinstance(error, BadInput):
+            click.echo(f"dfcompress: {error}", err=True)
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        if console.speaks():
+            error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("dfcompress: interrupted; the same line with --resume goes on.", err=True)

@@ -26,19 +26,20 @@ def configure(verbosity: int) -> None:
     _verbosity = verbosity
 
 
-def _speaks() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def speaks() -> bool:
+    """Whether this process prints: the only one of its job, or the one of rank 0."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def notice(text: str, *, level: int = NORMAL) -> None:
     """One line about what was decided or should be known, on stderr."""
-    if _speaks() and _verbosity >= level:
+    if speaks() and _verbosity >= level:
         print(text, file=sys.stderr, flush=True)
 
 
 def result(text: str) -> None:
     """A line of the result, on stdout."""
-    if _speaks():
+    if speaks():
         print(text, flush=True)
 
 
@@ -66,7 +67,7 @@ class Progress(Protocol):
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Progress]:
     """Show a loop's progress on stderr: a bar in a terminal, else a plain line every few seconds."""
-    if not _speaks() or _verbosity < NORMAL:
+    if not speaks() or _verbosity < NORMAL:
         yield _Silence()
     elif sys.stderr.isatty():
         yield from _bar(what, total)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import torch
 
 
-def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose numbers depend on `key` alone, for instance `(seed, shard, step)`."""
-    return torch.Generator(device=device).manual_seed(seed_of(*key))
+def generator(purpose: str, *key: int) -> torch.Generator:
+    """A generator on the CPU whose numbers depend on `purpose` and `key` alone, for instance ("view", seed, shard)."""
+    return torch.Generator().manual_seed(seed_of(purpose, *key))
 
 
-def seed_of(*key: int) -> int:
-    """One seed of 63 bits for a key of whole numbers."""
-    state = np.random.SeedSequence([part & 0xFFFFFFFF for part in key]).generate_state(1, np.uint64)
+def seed_of(purpose: str, *key: int) -> int:
+    """One seed of 63 bits for a purpose and whole numbers from 0 up."""
+    state = np.random.SeedSequence([zlib.crc32(purpose.encode()), len(key), *key]).generate_state(1, np.uint64)
     return int(state[0] & 0x7FFFFFFFFFFFFFFF)

@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dfcompress.errors import BadInput
+from dfcompress.distributed import peers
+from dfcompress.errors import BadInput, DfcompressError
 
 RECORD = "run.json"
 SAVE_EVERY_SECONDS = 20.0
@@ -39,6 +40,10 @@ class Run:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
+        if peers().count > 1 and verb != "invert":
+            raise BadInput(
+                f"{verb} runs in one process.", "Make the images with `invert` under torchrun, then use --data."
+            )
         self.verb, self.folder, self.options = verb, folder, json.loads(json.dumps(options, default=str))
         self.inputs = [Path(path) for path in inputs if path is not None]
         self.seconds: dict[str, float] = {}
@@ -69,10 +74,9 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write({"finished": False})
-        except OSError as error:
-            raise BadInput(
-                f"--output {self.folder} cannot be written: {error.strerror}.", "Name another folder."
-            ) from None
+        except (OSError, DfcompressError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error.problem
+            raise BadInput(f"--output {self.folder} cannot be written: {reason}", "Name another folder.") from None
 
     def _refuse_to_delete_inputs(self) -> None:
         for path in self.inputs:
@@ -170,6 +174,10 @@ def write_atomically(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise DfcompressError(
+            f"{path} cannot be written: {error.strerror}.", "Make room, then run the same line with --resume."
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

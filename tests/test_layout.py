@@ -26,7 +26,7 @@ VERB_FILES = {
     "evaluation/result.py",
     "demo.py",
 }
-GROUND = {"run", "errors", "console", "device", "randomness"}
+GROUND = {"run", "errors", "console", "device", "distributed", "randomness"}
 ENTRANCE = {"", "__main__", "cli", "commands"}
 
 

@@ -24,7 +24,15 @@ CASES = [(name, preset) for name in recipe_names() for preset in module_of(name)
 
 
 def test_the_folder_holds_the_recipes_of_this_version():
-    assert recipe_names() == ["deepinversion", "gaussian"]
+    assert recipe_names() == [
+        "adaptive-deepinversion",
+        "bns",
+        "bns-inception",
+        "deepdream",
+        "deepinversion",
+        "gaussian",
+        "inception",
+    ]
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -39,9 +47,12 @@ def test_a_recipe_says_its_paper_and_explains_itself(name):
 @pytest.mark.parametrize(("name", "preset"), CASES)
 def test_a_few_steps_of_every_preset_lower_its_objective(name, preset, resnet20_file):
     overrides = {"batch_size": 8} | ({"steps": 12} if name != "gaussian" else {})
+    overrides |= {"half_steps": 6, "warmup": 0} if preset == "repo-imagenet" else {}
     recipe = choose(name, preset, overrides).build()
     teacher = load(resnet20_file)
-    batch = Synthesizer(recipe, teacher, Execution("cpu", "fp32", False, 2, "")).batch(0, torch.arange(8))
+    student = load(resnet20_file) if recipe.needs_student else None
+    execution = Execution("cpu", "fp32", False, 2, "")
+    batch = Synthesizer(recipe, teacher, execution, student=student).batch(0, torch.arange(8))
     assert batch.images.shape == (8, 3, 32, 32)
     assert batch.images.isfinite().all()
     if batch.history:

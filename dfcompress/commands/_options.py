@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -108,6 +108,10 @@ def _synthesis(
     steps: int | None,
     lr: float | None,
     batch_size: int | None,
+    labels: str,
+    only: str | None,
+    groups: str,
+    preview_every: int,
 ) -> Synthesis:
     from dfcompress.synthesis.supply import Synthesis
 
@@ -118,7 +122,24 @@ def _synthesis(
         if not equals:
             raise BadInput(f"--set {setting!r} has no '='.", "Write NAME=VALUE, for instance --set bn=10.")
         overrides[name.strip()] = value.strip()
-    return Synthesis(recipe, preset, overrides, images)
+    return Synthesis(
+        recipe,
+        preset,
+        overrides,
+        images,
+        labels,
+        tuple(name.strip() for name in only.split(",")) if only else (),
+        _groups(groups),
+        preview_every,
+    )
+
+
+def _groups(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise BadInput(f"--groups {text!r} is no number of batches.", "Use auto, or 1 or more.")
+    return int(text)
 
 
 def _verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
@@ -140,7 +161,7 @@ loading = together(
     click.option("--input-size", metavar="CxHxW", help="Input size, for instance 3x32x32."),
     click.option("--mean", metavar="M,M,M", help="Mean of the training images per channel, in [0, 1]."),
     click.option("--std", metavar="S,S,S", help="Standard deviation of the training images per channel."),
-    click.option("--classes", "class_names", type=PATH, help="File with one class name a line."),
+    click.option("--class-names", type=PATH, help="File with one class name a line."),
 )
 
 model = group("model", _load, click.argument("model", type=PATH, envvar="DFCOMPRESS_MODEL"), loading)
@@ -196,6 +217,12 @@ _SYNTHESIS = (
     click.option("--steps", type=click.IntRange(1), help="Synthesis steps a batch."),
     click.option("--lr", type=float, help="Rate of synthesis."),
     click.option("--batch-size", type=click.IntRange(1), help="Images made together."),
+    click.option("--labels", default="balanced", show_default=True, help="balanced, random, or a file of classes."),
+    click.option("--classes", "only", metavar="C,C,...", help="Make images of these classes only: numbers or names."),
+    click.option("--groups", default="auto", show_default=True, help="Batches that a step works on side by side."),
+    click.option(
+        "--preview-every", type=click.IntRange(0), default=0, metavar="STEPS", help="Renew preview.png so often."
+    ),
 )
 
 data = click.option("--data", type=PATH, help="A synthetic set or real images; without it, images are made first.")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.command(epilog=_options.example("dfcompress invert resnet20.pt --images 2048 -o images"))
 @_options.model
 @_options.synthesis(images=1024)
+@click.option("--student", help="Architecture that adaptive images compete with; by default the model's own.")
 @click.option("--verify", type=_options.PATH, multiple=True, help="Another checkpoint that classifies the images.")
 @_options.output
 @_options.compute
@@ -27,6 +28,7 @@ def invert(
     model: Classifier,
     synthesis: Synthesis,
     compute: Compute,
+    student: str | None,
     verify: tuple[Path, ...],
     output: Path | None,
     resume: bool,
@@ -41,7 +43,14 @@ def invert(
         _summary.plan(plan(model, synthesis, compute), as_json=as_json)
         return
     made = invert(
-        model, output=output, synthesis=synthesis, compute=compute, verify=verify, resume=resume, overwrite=overwrite
+        model,
+        output=output,
+        synthesis=synthesis,
+        compute=compute,
+        student=student,
+        verify=verify,
+        resume=resume,
+        overwrite=overwrite,
     )
     if as_json:
         console.result_json(made.to_json())
@@ -50,5 +59,7 @@ def invert(
     if made.teacher_top1 is not None:
         console.result(f"the teacher classifies {made.teacher_top1:.1%} as intended")
     console.result(f"BatchNorm divergence (J_KL over the set): {made.bn_divergence:.4f}")
+    if min(made.classes) < max(made.classes) / 2:
+        console.result(f"images of each class: {' '.join(map(str, made.classes))}")
     for other in made.verify:
         console.result(f"{other['checkpoint']} classifies {other['top1']:.1%} as intended")

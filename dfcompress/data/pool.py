@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dfcompress.data.synthetic_set import as_float
-from dfcompress.randomness import generator
+from dfcompress.randomness import generator, seed_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ImagePool:
 
     def batch(self, step: int) -> Tensor:
         """Float images `(batch_size, C, H, W)` in units of [0, 1]: those of `step`, counted from 0."""
-        random = generator(self.seed, 1, step)
+        random = generator("augment", self.seed, step)
         images = as_float(self.images[self._drawn(step).to(self.images.device)])
         if self.augmentation.shift:
             images = shifted(images, random_offsets(len(images), self.augmentation.shift, random))
@@ -48,12 +48,12 @@ class ImagePool:
 
     def _drawn(self, step: int) -> Tensor:
         epoch, position = divmod(step, len(self.images) // self.batch_size)
-        order = torch.randperm(len(self.images), generator=generator(self.seed, 0, epoch))
+        order = torch.randperm(len(self.images), generator=generator("epoch", self.seed, epoch))
         return order[position * self.batch_size : (position + 1) * self.batch_size]
 
     def _share(self, step: int) -> float:
         alpha = self.augmentation.mixup
-        return float(np.random.default_rng([self.seed, 2, step]).beta(alpha, alpha))
+        return float(np.random.default_rng(seed_of("mixup", self.seed, step)).beta(alpha, alpha))
 
 
 def random_offsets(count: int, shift: int, random: torch.Generator) -> Tensor:

@@ -9,13 +9,14 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from dfcompress import console, device
 from dfcompress.device import Compute
@@ -30,12 +31,15 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class StepBench:
-    """Milliseconds a step: `rows` of {name, ms}; the batch size, and the processor they were measured on."""
+    """One step of synthesis: `rows` of {name, ms, images_per_second}, on CUDA with {tflops} too; the batch size, the
+    processor, and on CUDA the `ceilings` {tflops, gb_per_second} it reached in the same run.
+    """
 
     rows: list[dict[str, Any]]
     batch_size: int
     rounds: int
     processor: str
+    ceilings: dict[str, float] | None
 
     def to_json(self) -> dict[str, Any]:
         """The fields as `--json` prints them."""
@@ -53,26 +57,42 @@ def bench_step(
 
     `published`: forward hooks, gradients of the weights too, every loss read back each step, as the released code does.
     `floor`: forward and gradient to the input of the plain teacher, eager, no statistics, no optimiser.
-    Both again under bf16; `ours`: the Synthesizer as `invert` runs it.
+    Both again under bf16. Then what makes the Synthesizer fast, one after the other: `+frozen` (published, for the
+    images alone, nothing read back), `+records` (statistics with an analytic backward, eager), `+compiled`, and `ours`,
+    as `invert` runs it, in the precision asked for. On a CPU all rows profit from freed memory being kept.
     """
     teacher = as_classifier(checkpoint)
     require_batchnorm_statistics(teacher)
     target = device.resolve_device(compute.device)
+    precision = device.precision_name(device.resolve_precision(compute.precision, target))
+    compiled = compute.compile != "off" and device.can_compile(target)
+    eager = Execution(str(target), "fp32", False, torch.get_num_threads(), "")
+    fp32, bf16 = torch.float32, torch.bfloat16
     steps = {
-        "published": _published(teacher, batch_size, target, torch.float32),
-        "floor": _floor(teacher, batch_size, target, torch.float32),
-        "published-bf16": _published(teacher, batch_size, target, torch.bfloat16),
-        "floor-bf16": _floor(teacher, batch_size, target, torch.bfloat16),
-        "ours": _ours(teacher, batch_size, target, compute),
+        "published": _published(teacher, batch_size, target, fp32),
+        "floor": _floor(teacher, batch_size, target, fp32),
+        "published-bf16": _published(teacher, batch_size, target, bf16),
+        "floor-bf16": _floor(teacher, batch_size, target, bf16),
+        "+frozen": _published(teacher, batch_size, target, fp32, frozen=True),
+        "+records": _ours(teacher, batch_size, eager),
     }
+    if compiled and precision != "fp32":
+        steps["+compiled"] = _ours(teacher, batch_size, replace(eager, compile=True))
+    steps["ours"] = _ours(teacher, batch_size, replace(eager, compile=compiled, precision=precision))
     times: dict[str, list[float]] = {name: [] for name in steps}
     with console.progress("rounds", rounds + 1) as progress:
         for done in range(rounds + 1):
             for name, step in steps.items():
                 times[name].append(_seconds(step, target))
             progress.update(done + 1)
-    rows = [{"name": name, "ms": round(1e3 * statistics.median(seconds[1:]), 2)} for name, seconds in times.items()]
-    return StepBench(rows, batch_size, rounds, device.processor_name(target))
+    flops = _flops(teacher, batch_size, target)
+    rows = [_row(name, statistics.median(seconds[1:]), batch_size, flops) for name, seconds in times.items()]
+    return StepBench(rows, batch_size, rounds, device.processor_name(target), _ceilings(target))
+
+
+def _row(name: str, seconds: float, batch_size: int, flops: float | None) -> dict[str, Any]:
+    row = {"name": name, "ms": round(1e3 * seconds, 2), "images_per_second": round(batch_size / seconds, 1)}
+    return row if flops is None else {**row, "tflops": round(flops / seconds / 1e12, 1)}
 
 
 def _seconds(step: Step, target: torch.device) -> float:
@@ -82,13 +102,34 @@ def _seconds(step: Step, target: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _ours(teacher: Classifier, batch_size: int, target: torch.device, compute: Compute) -> Step:
-    precision = device.precision_name(device.resolve_precision(compute.precision, target))
-    compiled = compute.compile != "off" and device.can_compile(target)
-    execution = Execution(str(target), precision, compiled, torch.get_num_threads(), "")
+def _flops(teacher: Classifier, batch_size: int, target: torch.device) -> float | None:
+    """Floating-point operations of the floor's step: what a device is compared with its ceiling by; None on a CPU."""
+    if target.type != "cuda":
+        return None
+    with FlopCounterMode(display=False) as counter:
+        _floor(teacher, batch_size, target, torch.float32)()
+    return counter.get_total_flops()
+
+
+def _ceilings(target: torch.device) -> dict[str, float] | None:
+    """What the device reaches in a large bf16 product and in a large copy; None on a CPU."""
+    if target.type != "cuda":
+        return None
+    side = 8192
+    matrix = torch.randn(side, side, device=target, dtype=torch.bfloat16)
+    copied = torch.empty_like(matrix)
+    product = min(_seconds(lambda: matrix @ matrix, target) for _ in range(5))
+    copy_ = min(_seconds(lambda: copied.copy_(matrix), target) for _ in range(5))
+    return {
+        "tflops": round(2 * side**3 / product / 1e12, 1),
+        "gb_per_second": round(2 * matrix.nbytes / copy_ / 1e9, 1),
+    }
+
+
+def _ours(teacher: Classifier, batch_size: int, execution: Execution) -> Step:
     recipe = choose("deepinversion", "paper-cifar10", {"batch_size": batch_size}).build()
     synthesizer = Synthesizer(recipe, teacher, execution)
-    work = synthesizer.begin(0, torch.arange(batch_size) % teacher.card.classes)
+    work = synthesizer.begin({0: torch.arange(batch_size) % teacher.card.classes})
     return lambda: synthesizer.step(work)
 
 
@@ -110,9 +151,14 @@ def _floor(teacher: Classifier, batch_size: int, target: torch.device, precision
     return step
 
 
-def _published(teacher: Classifier, batch_size: int, target: torch.device, precision: torch.dtype) -> Step:
-    """The published procedure in our own words; bf16 by autocast, as its users run it."""
-    network = _plain_network(teacher, target, precision).requires_grad_(True)
+def _published(
+    teacher: Classifier, batch_size: int, target: torch.device, precision: torch.dtype, *, frozen: bool = False
+) -> Step:
+    """The published procedure in our own words; bf16 by autocast, as its users run it.
+
+    With `frozen` only the images get gradients and no loss is read back.
+    """
+    network = _plain_network(teacher, target, precision).requires_grad_(not frozen)
     images = torch.randn(batch_size, *teacher.card.input_size, device=target, requires_grad=True)
     labels = torch.arange(batch_size, device=target) % teacher.card.classes
     optimizer = torch.optim.Adam([images], lr=0.05)
@@ -126,7 +172,7 @@ def _published(teacher: Classifier, batch_size: int, target: torch.device, preci
     for layer in batchnorms(network):
         layer.register_forward_hook(record)
 
-    def step() -> list[float]:
+    def step() -> object:
         distances.clear()
         optimizer.zero_grad()
         network.zero_grad()
@@ -144,6 +190,6 @@ def _published(teacher: Classifier, batch_size: int, target: torch.device, preci
         loss = cross_entropy + 10.0 * bn + 2.5e-5 * variation + 3e-8 * torch.norm(seen)
         loss.backward()
         optimizer.step()
-        return [cross_entropy.item(), bn.item(), variation.item(), loss.item()]
+        return loss if frozen else [cross_entropy.item(), bn.item(), variation.item(), loss.item()]
 
     return step

@@ -13,6 +13,7 @@ from dfcompress.data.real import ImageSource
 from dfcompress.device import exact_fp32
 from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.recorder import HookRecorder, LayerRecord, Moments
 
 TOP = 5
 
@@ -57,6 +58,34 @@ def answers(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) ->
 def share_correct(classifier: Classifier, source: ImageSource, *, batch_size: int = 256) -> float:
     """Top-1 accuracy in [0, 1]."""
     return answers(classifier, source.batches(batch_size)).correct() / len(source)
+
+
+@torch.no_grad()
+def bn_divergence(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """J_KL of a whole set: how far its BatchNorm inputs are from the running statistics (Haroush 2020, section 3.3).
+
+    `batches` are float images `(N, C, H, W)` in [0, 1] with labels. Mean over channels, then over BatchNorm layers, of
+    KL(N(μ̂, σ̂²) ‖ N(μ, σ²)), where the hats are taken over all images at once and σ̂² is biased.
+    The value falls with the number of images, so it is only comparable between sets of one size.
+    """
+    device = classifier.mean.device
+    sums: list[LayerRecord] = []
+    seen = 0
+    with evaluating(classifier), exact_fp32(), HookRecorder(classifier.network, moments=True) as recorder:
+        for images, _ in batches:
+            layers = recorder(classifier.normalise(images.to(device))).layers
+            new = [LayerRecord(mean.sum(0), square.sum(0), var) for mean, square, var in layers]
+            sums = [
+                LayerRecord(a.mean_error + b.mean_error, a.square_error + b.square_error, b.running_var)
+                for a, b in zip(sums or [_nothing(layer) for layer in new], new, strict=True)
+            ]
+            seen += len(images)
+    pooled = [LayerRecord(mean[None] / seen, square[None] / seen, var) for mean, square, var in sums]
+    return float(torch.stack([Moments.of(record).divergence() for record in pooled]).mean())
+
+
+def _nothing(layer: LayerRecord) -> LayerRecord:
+    return LayerRecord(torch.zeros_like(layer.mean_error), torch.zeros_like(layer.square_error), layer.running_var)
 
 
 def standard_error(correct: int, total: int) -> float:

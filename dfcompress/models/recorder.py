@@ -1,33 +1,59 @@
 """One forward pass and what the losses asked for of it.
 
-`HookRecorder` is the reference: hooks on the untouched network.
-`FusedRecorder` is the fast one: a private copy whose BatchNorms record their own input and whose convolutions may run
-in bf16; nothing in it stops `torch.compile(fullgraph=True)`.
-Both give the same `Trace`.
+`HookRecorder` is the reference: hooks on the untouched network, plain autograd.
+`FusedRecorder` is the fast one: a private copy whose BatchNorms record their own input with an analytic backward and
+whose convolutions may run in bf16; nothing in it stops `torch.compile(fullgraph=True)`.
+Both make the same `Recording` of each image, and `traces` turns a recording into what losses are values of.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class LayerRecord(NamedTuple):
+    """What went into one BatchNorm, image by image, with d = input − running mean: the mean of d and of d² over an
+    image's positions, each `(N, C)` in fp32; and the layer's running variance `(C,)`.
+
+    Summing each image on its own first makes the result independent of the number of threads.
+    """
+
+    mean_error: Tensor
+    square_error: Tensor
+    running_var: Tensor
+
+
+class Recording(NamedTuple):
+    """Logits `(N, classes)` in fp32, and a record of every BatchNorm in the order of the forward pass."""
+
+    logits: Tensor
+    layers: tuple[LayerRecord, ...]
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments over all but the channel axis of what went into one BatchNorm, and what it expects; each `(C,)`.
+    """Moments over all but the channel axis of what went into one BatchNorm, and the variance it expects; each `(C,)`.
 
-    `mean_error` is E[x] − `running_mean`; `var` is the biased variance.
+    `mean_error` is E[x] − running mean; `var` is the biased variance.
     """
 
     mean_error: Tensor
     var: Tensor
-    running_mean: Tensor
     running_var: Tensor
+
+    @classmethod
+    def of(cls, record: LayerRecord, images: slice = slice(None)) -> Moments:
+        """The moments over some images: var = E[d²] − E[d]² loses no digits, because d is around the running mean."""
+        mean_error = record.mean_error[images].mean(0)
+        return cls(mean_error, record.square_error[images].mean(0) - mean_error**2, record.running_var)
 
     def divergence(self, eps: float = 1e-8) -> Tensor:
         """Mean over channels of KL(N(μ̂, σ̂²) ‖ N(μ, σ²)), hats measured, `eps` added to σ̂² (Haroush 2020, eq. 3)."""
@@ -38,21 +64,39 @@ class Moments:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward pass showed: normalised `images` `(N, C, H, W)`, `logits` `(N, classes)`, `labels` `(N,)`,
-    and the `moments` of every BatchNorm in the order of the forward pass (empty where no loss wants them).
+    """What one batch showed: normalised `images` `(N, C, H, W)` as the teacher saw them, their `labels` `(N,)`,
+    `logits` `(N, classes)`, the `moments` of every BatchNorm in the order of the forward pass (empty where no loss
+    wants them), and `student_logits` where a student watches.
     """
 
     images: Tensor
     labels: Tensor
     logits: Tensor
     moments: tuple[Moments, ...]
+    student_logits: Tensor | None = None
 
 
-class Recorder(Protocol):
-    """Turns normalised images and their labels into a `Trace`."""
+def traces(
+    images: Tensor, labels: Tensor, recording: Recording, student_logits: Tensor | None = None, *, groups: int = 1
+) -> list[Trace]:
+    """The traces of `groups` equal batches that went through the network together, each with its own statistics.
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Trace:
-        """One forward pass of normalised images `(N, C, H, W)` with labels `(N,)`."""
+    `labels` may be fewer than `images`, where views show each image several times.
+    """
+    result = []
+    for group in range(groups):
+        seen = slice(group * len(images) // groups, (group + 1) * len(images) // groups)
+        own = labels[group * len(labels) // groups : (group + 1) * len(labels) // groups]
+        result.append(
+            Trace(
+                images[seen],
+                own.repeat(len(images) // len(labels)),
+                recording.logits[seen],
+                tuple(Moments.of(layer, seen) for layer in recording.layers),
+                None if student_logits is None else student_logits[seen],
+            )
+        )
+    return result
 
 
 def batchnorms(network: nn.Module) -> list[_BatchNorm]:
@@ -60,21 +104,18 @@ def batchnorms(network: nn.Module) -> list[_BatchNorm]:
     return [module for module in network.modules() if isinstance(module, _BatchNorm) and module.running_var is not None]
 
 
-def moments_of(features: Tensor, running_mean: Tensor, running_var: Tensor) -> Moments:
-    """Moments of `features` `(N, C, ...)`, taken in fp32.
-
-    Written around d = x − running mean: var = E[d²] − E[d]² loses no digits where the network is near its statistics,
-    and its gradient g_δ/n + (2 g_var/n)(d − δ) is one affine map a channel, which a compiler fuses with
-    the layer's own.
-    """
-    centred = features.float() - _per_channel(running_mean, features)
-    axes = [axis for axis in range(features.dim()) if axis != 1]
-    mean_error = centred.mean(axes)
-    return Moments(mean_error, (centred * centred).mean(axes) - mean_error**2, running_mean, running_var)
+def record_of(features: Tensor, running_mean: Tensor, running_var: Tensor) -> LayerRecord:
+    """The record of `features` `(N, C, ...)`, by plain autograd."""
+    error = features.float() - _per_channel(running_mean, features)
+    return LayerRecord(_mean_of_image(error), _mean_of_image(error * error), running_var)
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _mean_of_image(features: Tensor) -> Tensor:
+    return features.mean(tuple(range(2, features.dim()))) if features.dim() > 2 else features
 
 
 class HookRecorder:
@@ -84,7 +125,7 @@ class HookRecorder:
         self.network = network
         self._layers = batchnorms(network) if moments else []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._seen: list[Moments] = []
+        self._seen: list[LayerRecord] = []
 
     def __enter__(self) -> Self:
         self._handles = [layer.register_forward_pre_hook(self._record) for layer in self._layers]
@@ -95,70 +136,118 @@ class HookRecorder:
             handle.remove()
 
     def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, _BatchNorm)
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        self._seen.append(moments_of(inputs[0], layer.running_mean, layer.running_var))
+        self._seen.append(record_of(inputs[0], layer.get_buffer("running_mean"), layer.get_buffer("running_var")))
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Trace:
-        """One forward pass of normalised images."""
+    def __call__(self, images: Tensor) -> Recording:
+        """One forward pass of normalised images `(N, C, H, W)`."""
         logits = self.network(images)
-        moments, self._seen = tuple(self._seen), []
-        return Trace(images, labels, logits, moments)
+        layers, self._seen = tuple(self._seen), []
+        return Recording(logits, layers)
 
 
 class FusedRecorder:
     """Records inside a private copy of the network, made to be compiled.
 
-    The copy's convolutions and linear layers run in `precision` (channels_last where it is not fp32);
-    images, BatchNorm arithmetic, moments and logits stay fp32.
+    The copy is channels_last; its convolutions and linear layers run in `precision`;
+    images, BatchNorm arithmetic, records and logits stay fp32.
     """
 
     def __init__(self, network: nn.Module, *, moments: bool, precision: torch.dtype = torch.float32) -> None:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self._seen: list[Moments] = []
+        self._seen: list[LayerRecord] = []
+        low = precision != torch.float32
         for module in list(self.network.modules()):
             if type(module) in _PLAIN_BATCHNORMS and module.running_var is not None:
                 module.__class__ = _RecordingBatchNorm
-                setattr(module, "seen", self._seen if moments else None)  # noqa: B010
+                _RecordingBatchNorm.prepare(module, self._seen if moments else None)  # type: ignore[arg-type]
             elif isinstance(module, _BatchNorm) and module.running_var is not None and moments:
                 # A subclass may do more than normalise (timm's BatchNormAct2d): it keeps its forward.
                 module.register_forward_pre_hook(self._record)
-            elif precision != torch.float32 and type(module) in _IN_PRECISION:
+            elif low and type(module) in _IN_PRECISION:
                 module.to(precision).__class__ = _IN_PRECISION[type(module)]
-            elif precision != torch.float32 and isinstance(module, nn.Conv2d | nn.Linear):
+            elif low and isinstance(module, nn.Conv2d | nn.Linear):
                 module.to(precision).register_forward_pre_hook(_to_own_precision)
-        if precision != torch.float32:
-            self.network.to(memory_format=torch.channels_last)
+        self.network.to(memory_format=torch.channels_last)
 
     def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._seen.append(moments_of(inputs[0], layer.get_buffer("running_mean"), layer.get_buffer("running_var")))
+        self._seen.append(record_of(inputs[0], layer.get_buffer("running_mean"), layer.get_buffer("running_var")))
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Trace:
-        """One forward pass of normalised images."""
+    def __call__(self, images: Tensor) -> Recording:
+        """One forward pass of normalised images `(N, C, H, W)`."""
         logits = self.network(images).float()
-        moments = tuple(self._seen)
+        layers = tuple(self._seen)
         self._seen.clear()
-        return Trace(images, labels, logits, moments)
+        return Recording(logits, layers)
 
 
 class _RecordingBatchNorm(_BatchNorm):
-    """A BatchNorm in evaluation mode that appends the moments of its input to `seen`; arithmetic in fp32."""
+    """A BatchNorm in evaluation mode that appends the record of its input to `seen`; arithmetic in fp32."""
 
-    seen: list[Moments] | None
+    seen: list[LayerRecord] | None
+    scale: Tensor
+    shift: Tensor
 
-    def forward(self, features: Tensor) -> Tensor:
+    def prepare(self, seen: list[LayerRecord] | None) -> None:
+        """Fold statistics and affine parameters into one multiplication and one addition a channel."""
         assert self.running_mean is not None
         assert self.running_var is not None
-        if self.seen is not None:
-            self.seen.append(moments_of(features, self.running_mean, self.running_var))
+        self.seen = seen
         scale = (self.running_var + self.eps).rsqrt()
         if self.affine:
-            scale = scale * self.weight
-        normalised = (features.float() - _per_channel(self.running_mean, features)) * _per_channel(scale, features)
+            scale = scale * self.weight.detach()
+        shift = -self.running_mean * scale
         if self.affine:
-            normalised = normalised + _per_channel(self.bias, features)
-        return normalised.to(features.dtype)
+            shift = shift + self.bias.detach()
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.seen is None:
+            return _normalised(features, self.scale, self.shift)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        normalised, mean_error, square_error = _NormaliseAndRecord.apply(
+            features, self.running_mean, self.scale, self.shift
+        )
+        self.seen.append(LayerRecord(mean_error, square_error, self.running_var))
+        return normalised
+
+
+def _normalised(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    scaled = features.float() * _per_channel(scale, features) + _per_channel(shift, features)
+    return scaled.to(features.dtype)
+
+
+class _NormaliseAndRecord(torch.autograd.Function):
+    """BatchNorm and its record in one pass each way.
+
+    With n positions an image, the gradient to the input is scale·g + (g_mean + 2 g_square·d)/n: one affine map of the
+    input for every image and channel, which a compiler fuses with its neighbours; autograd's own backward of mean and
+    square reads and writes the features several times.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, features: Tensor, running_mean: Tensor, scale: Tensor, shift: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(features, running_mean, scale)
+        record = record_of(features, running_mean, scale)
+        return _normalised(features, scale, shift), record.mean_error, record.square_error
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        features, running_mean, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        gradient, of_mean, of_square = gradients
+        positions = features[0, 0].numel()
+        slope = of_square * (2 / positions)
+        offset = of_mean * (1 / positions) - slope * running_mean
+        recorded = features.float() * _per_image(slope, features) + _per_image(offset, features)
+        total = gradient.float() * _per_channel(scale, features) + recorded
+        return total.to(features.dtype), None, None, None
+
+
+def _per_image(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(*values.shape, *[1] * (like.dim() - 2))
 
 
 def _to_own_precision(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -176,5 +265,5 @@ class _LinearInPrecision(nn.Linear):
         return super().forward(features.to(self.weight.dtype))
 
 
-_PLAIN_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_PLAIN_BATCHNORMS: Sequence[type[nn.Module]] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _IN_PRECISION: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _Conv2dInPrecision, nn.Linear: _LinearInPrecision}

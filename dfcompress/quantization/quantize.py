@@ -21,6 +21,7 @@ from dfcompress.models.fake_quantizers import freeze, quantize_layers
 from dfcompress.quantization.bits import bits_per_layer, parse_bits
 from dfcompress.quantization.ranges import calibrate
 from dfcompress.run import Run
+from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.supply import ImageSupply, Synthesis
 from dfcompress.training.loop import Trainer, Training
 from dfcompress.training.objectives import kd
@@ -75,7 +76,9 @@ def quantize(
         **asdict(compute),
     }
     objectives = [kd(temperature)]
-    supply = ImageSupply(teacher, data, synthesis, compute)
+    supply = ImageSupply(
+        teacher, data, synthesis, compute, learner=lambda recipe: learner(teacher, recipe, None, compute)
+    )
     if eval_data is not None:
         open_images(eval_data, teacher.card)  # A wrong path should not cost an hour of work.
     run = Run(

@@ -15,9 +15,14 @@ class Images(Protocol):
 
     Everything is in normalised space, where the papers state their weights; the synthesizer renders to [0, 1].
     `in_range` says whether the images stay in [0, 1], so that 8 bits can hold them.
+    The synthesizer copies one for every batch (`copy.copy`); what is not set by `start` is shared between batches.
     """
 
     in_range: bool
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the images that `render` gives."""
 
     def start(self, labels: Tensor, teacher: Classifier, generator: torch.Generator) -> list[Tensor]:
         """Begin a batch with these labels `(N,)`; the tensors an optimiser changes."""
@@ -38,6 +43,11 @@ class Pixels:
     def __init__(self, *, clip: bool = False) -> None:
         self.in_range = clip
 
+    @property
+    def shape(self) -> torch.Size:
+        """`(N, C, H, W)`."""
+        return self._images.shape
+
     def start(self, labels: Tensor, teacher: Classifier, generator: torch.Generator) -> list[Tensor]:
         """One tensor `(N, C, H, W)`; the noise comes from the CPU, so a seed means the same images on every device."""
         noise = torch.randn(len(labels), *teacher.card.input_size, generator=generator)
@@ -54,4 +64,4 @@ class Pixels:
     def project(self) -> None:
         """Clip to the valid pixel range, if asked to."""
         if self.in_range:
-            torch.minimum(torch.maximum(self._images, self._low), self._high, out=self._images)
+            self._images.clamp_(self._low, self._high)

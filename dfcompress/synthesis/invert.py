@@ -14,14 +14,17 @@ from typing import Any
 
 import torch
 
+from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute, Execution, peak_memory_bytes, predicted_seconds, resolve_execution
-from dfcompress.evaluation.health import bn_divergence
-from dfcompress.evaluation.metrics import share_correct
+from dfcompress.distributed import peers
+from dfcompress.evaluation.metrics import bn_divergence, share_correct
+from dfcompress.models.architectures import fit_student
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, require_batchnorm_statistics
 from dfcompress.run import Run
-from dfcompress.synthesis.recipe import RecipeChoice
+from dfcompress.synthesis.recipe import Recipe, RecipeChoice
 from dfcompress.synthesis.supply import Synthesis, eager_seconds, make_set, seconds_of
+from dfcompress.training.pupil import Pupil
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Inversion:
     """What `invert` made.
 
     `teacher_top1` is the share of images the teacher classifies as intended, None for recipes without labels;
-    `bn_divergence` is J_KL over the whole set; `verify` says how other networks classify the images.
+    `bn_divergence` is J_KL over the whole set; `verify` says how other networks classify the images;
+    `classes` counts the images of each class.
     """
 
     output: str
@@ -38,6 +42,7 @@ class Inversion:
     teacher_top1: float | None
     bn_divergence: float
     verify: list[dict[str, Any]]
+    classes: list[int]
 
     def to_json(self) -> dict[str, Any]:
         """The fields as `--json` prints them."""
@@ -50,6 +55,7 @@ def invert(
     output: str | Path | None = None,
     synthesis: Synthesis = Synthesis(),
     compute: Compute = Compute(),
+    student: str | None = None,
     verify: Sequence[str | Path | Classifier] = (),
     resume: bool = False,
     overwrite: bool = False,
@@ -57,33 +63,56 @@ def invert(
     """Make a synthetic set from a checkpoint and nothing else.
 
     The folder `output` (default: `<checkpoint>-invert`) holds the shards, `dataset.json`, `preview.png`,
-    `metrics.jsonl` and `run.json`. Killed at any time, the same call with `resume` ends in the same bytes.
+    `metrics.jsonl` and `run.json`. Killed at any time, the same call with `resume` ends in the same bytes; so does the
+    same call from any number of processes, which share the work.
+    `student` names the architecture that adaptive recipes let the images compete with, by default the teacher's own.
     Raises `BadInput` where the model has no trained BatchNorm statistics or the options do not fit.
     """
     teacher = as_classifier(checkpoint)
     others = [as_classifier(other) for other in verify]
     choice = synthesis.choose(teacher.card)
     require_batchnorm_statistics(teacher)
+    pupil = learner(teacher, choice.build(), student, compute)
     options = {**asdict(synthesis), **asdict(compute), "recipe": asdict(choice), "teacher": teacher.identity()}
-    run = Run(
-        "invert",
-        Path(output or f"{teacher.name}-invert"),
-        options,
-        inputs=[teacher.path],
-        resume=resume,
-        overwrite=overwrite,
-    )
-    synthetic = make_set(teacher, run.folder, synthesis, compute)
-    result = Inversion(
-        output=str(run.folder),
+    options = {**options, "preview_every": None, "student": student}
+    folder = Path(output or f"{teacher.name}-invert")
+    everyone = peers()
+    with everyone.at_work():
+        if everyone.leads:
+            run = Run("invert", folder, options, inputs=[teacher.path], resume=resume, overwrite=overwrite)
+        everyone.meet()
+        synthetic = make_set(teacher, folder, synthesis, compute, learner=pupil)
+        if everyone.leads:
+            result = _measured(teacher, synthetic, choice.build(), others)
+            run.finish(result.to_json())
+        return Inversion(**everyone.told(result.to_json() if everyone.leads else None))
+
+
+def _measured(teacher: Classifier, synthetic: SyntheticSet, recipe: Recipe, others: Sequence[Classifier]) -> Inversion:
+    counts = torch.zeros(teacher.card.classes, dtype=torch.long)
+    for shard in synthetic.shards:
+        counts += synthetic.read_shard(shard)[1].bincount(minlength=teacher.card.classes)
+    return Inversion(
+        output=str(synthetic.folder),
         images=len(synthetic),
         seconds=seconds_of(synthetic),
-        teacher_top1=None if choice.build().label_free else share_correct(teacher, synthetic),
-        bn_divergence=bn_divergence(teacher, synthetic.batches(choice.build().batch_size)),
+        teacher_top1=None if recipe.label_free else share_correct(teacher, synthetic),
+        bn_divergence=bn_divergence(teacher, synthetic.batches(synthetic.manifest["batch_size"])),
         verify=[{"checkpoint": other.name, "top1": share_correct(other, synthetic)} for other in others],
+        classes=counts.tolist(),
     )
-    run.finish(result.to_json())
-    return result
+
+
+def learner(teacher: Classifier, recipe: Recipe, student: str | None, compute: Compute) -> Pupil | None:
+    """The student that a recipe's images compete with, None where it needs none.
+
+    `student` names its architecture, by default the teacher's own. Raises `BadInput` where it is not known.
+    """
+    if recipe.lessons is None:
+        return None
+    own, _ = fit_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
+    lessons = recipe.lessons
+    return Pupil(own, teacher, steps=lessons.steps, lr=lessons.lr, batch_size=lessons.batch_size, compute=compute)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ A loss is a scalar of a `Trace`; weighting it keeps its name in the log.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfcompress.models.recorder import Trace
+from dfcompress.models.recorder import Moments, Trace, record_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Loss:
     weight: float = 1.0
     needs_moments: bool = False
     needs_labels: bool = False
+    needs_student: bool = False
 
     def __rmul__(self, weight: float) -> Loss:
         return replace(self, weight=weight * self.weight)
@@ -36,17 +38,62 @@ def class_cross_entropy() -> Loss:
     return Loss("cross_entropy", lambda trace: F.cross_entropy(trace.logits, trace.labels), needs_labels=True)
 
 
-def bn_distance() -> Loss:
-    """Σ_l ‖μ_l − BN mean‖₂ + ‖σ²_l − BN var‖₂ over BatchNorm inputs; norms over channels, not squared (Yin 2020)."""
+def inception(scale: float = 100.0) -> Loss:
+    """e^(−logit_y / scale), mean over the batch (Haroush 2020, section 3.2; the paper prints the scale three ways)."""
+
+    def value(trace: Trace) -> Tensor:
+        intended = trace.logits.gather(1, trace.labels[:, None])
+        return (-intended / scale).exp().mean()
+
+    return Loss("inception", value, needs_labels=True)
+
+
+def competition(temperature: float = 3.0) -> Loss:
+    """1 − JS(p_T, p_S) of teacher and student at `temperature`, mean over the batch, in nats (Yin 2020, R_compete).
+
+    JS = ½KL(p_T ‖ M) + ½KL(p_S ‖ M) with M = ½(p_T + p_S), taken from log-softmax: nothing is clamped, so its
+    gradient never dies. JS ≤ ln 2, so the value never falls below 0.307.
+    """
+
+    def value(trace: Trace) -> Tensor:
+        assert trace.student_logits is not None
+        teacher = (trace.logits / temperature).log_softmax(1)
+        student = (trace.student_logits / temperature).log_softmax(1)
+        middle = torch.logaddexp(teacher, student) - math.log(2)
+        divergence = 0.5 * (teacher.exp() * (teacher - middle) + student.exp() * (student - middle)).sum(1)
+        return 1 - divergence.mean()
+
+    return Loss("competition", value, needs_student=True)
+
+
+def bn_distance(first: float = 1.0) -> Loss:
+    """Σ_l ‖μ_l − BN mean‖₂ + ‖σ²_l − BN var‖₂ over BatchNorm inputs; norms over channels, not squared (Yin 2020).
+
+    The first BatchNorm counts `first` times (10 in the released ImageNet settings).
+    """
 
     def value(trace: Trace) -> Tensor:
         terms = [
             torch.linalg.vector_norm(moments.mean_error) + torch.linalg.vector_norm(moments.var - moments.running_var)
             for moments in trace.moments
         ]
-        return torch.stack(terms).sum()
+        return torch.stack([first * terms[0], *terms[1:]]).sum()
 
     return Loss("bn_distance", value, needs_moments=True)
+
+
+def bn_divergence() -> Loss:
+    """J_KL: KL(N(μ̂, σ̂²) ‖ N(μ, σ²)), mean over the channels of a layer, then over BatchNorm layers and the input,
+    whose own mean and variance are 0 and 1 in normalised space (Haroush 2020, eq. 1 to 3).
+    """
+
+    def value(trace: Trace) -> Tensor:
+        channels = trace.images.shape[1]
+        expected = trace.images.new_zeros(channels), trace.images.new_ones(channels)
+        at_input = Moments.of(record_of(trace.images, *expected))
+        return torch.stack([moments.divergence() for moments in (at_input, *trace.moments)]).mean()
+
+    return Loss("bn_divergence", value, needs_moments=True)
 
 
 def total_variation() -> Loss:
@@ -63,11 +110,42 @@ def total_variation() -> Loss:
             images[..., 1:, 1:] - images[..., :-1, :-1],
             images[..., 1:, :-1] - images[..., :-1, 1:],
         )
-        return torch.stack([torch.linalg.vector_norm(difference) for difference in differences]).sum()
+        return torch.stack([_norm(difference) for difference in differences]).sum()
 
     return Loss("total_variation", value)
 
 
-def image_norm() -> Loss:
-    """‖x̂‖₂ of the whole batch in normalised space (Yin 2020, R_l2, as coded for CIFAR)."""
-    return Loss("image_norm", lambda trace: torch.linalg.vector_norm(trace.images))
+def smoothness(kernel: int = 5, sigma: float = 1.0) -> Loss:
+    """Mean squared difference to the image smoothed by a `kernel` × `kernel` Gaussian of `sigma` pixels, borders
+    reflected (Haroush 2020, section 3.2).
+    """
+    offsets = torch.arange(kernel) - (kernel - 1) / 2
+    weights = (-(offsets**2) / (2 * sigma**2)).exp()
+    weights = weights / weights.sum()
+
+    def value(trace: Trace) -> Tensor:
+        channels, border = trace.images.shape[1], kernel // 2
+        line = weights.to(trace.images.device)
+        filters = torch.outer(line, line).expand(channels, 1, kernel, kernel)
+        padded = F.pad(trace.images, (border,) * 4, mode="reflect")
+        return (trace.images - F.conv2d(padded, filters, groups=channels)).square().mean((1, 2, 3)).mean()
+
+    return Loss("smoothness", value)
+
+
+def image_norm(*, each: bool = False) -> Loss:
+    """‖x̂‖₂ of the whole batch in normalised space (Yin 2020, R_l2, as coded for CIFAR).
+
+    With `each` the mean of the images' own norms (as coded for ImageNet).
+    """
+
+    def value(trace: Trace) -> Tensor:
+        norms = torch.linalg.vector_norm(trace.images, dim=(1, 2, 3))
+        return norms.mean() if each else torch.linalg.vector_norm(norms)
+
+    return Loss("image_norm", value)
+
+
+def _norm(images: Tensor) -> Tensor:
+    """L2 norm of a whole batch; each image first, so that the bits do not depend on the number of threads."""
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(images, dim=(1, 2, 3)))

@@ -26,12 +26,17 @@ SCHEDULES = get_args(Schedule)
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps of Adam at one peak rate; the optimiser and the schedule start anew in each stage."""
+    """Steps of Adam at one peak rate, reached linearly over `warmup` steps, on what the `views` show.
+
+    The optimiser and the schedule start anew in each stage.
+    """
 
     steps: int
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Schedule = "constant"
+    warmup: int = 0
+    views: Sequence[View] = ()
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for settings that Adam or a schedule cannot have."""
@@ -44,20 +49,41 @@ class Stage:
 
     def rate(self, step: int) -> float:
         """Learning rate of `step`, counted from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.lr
-        return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """How the student that images compete with learns while they are made.
+
+    After `every` batches, `steps` of `batch_size` images at the rate `lr`, warmed up and along a cosine, from all
+    images so far.
+    """
+
+    every: int
+    steps: int
+    lr: float
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        """Raise `BadInput` for rounds without a batch."""
+        if self.every < 1:
+            raise BadInput(f"A round of {self.every} batches is none.", "Use 1 or more.")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Images + weighted losses + views + stages; built fresh for every run because images hold state."""
+    """Images + weighted losses + stages, each with its views; built fresh for every run because images hold state."""
 
     images: Images
     batch_size: int
     losses: Sequence[Loss] = ()
-    views: Sequence[View] = ()
     stages: Sequence[Stage] = ()
+    lessons: Lessons | None = None
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for an empty batch."""
@@ -68,6 +94,11 @@ class Recipe:
     def label_free(self) -> bool:
         """Whether nothing steers the images towards a class; their label is then the teacher's answer."""
         return not any(loss.needs_labels for loss in self.losses)
+
+    @property
+    def needs_student(self) -> bool:
+        """Whether the images compete with a student that learns while they are made."""
+        return any(loss.needs_student for loss in self.losses)
 
     @property
     def steps(self) -> int:

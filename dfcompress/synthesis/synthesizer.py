@@ -1,38 +1,47 @@
 """The only synthesis loop: a recipe and a teacher in, batches of images out.
 
 What makes it fast lives here and nowhere else: gradients with respect to the images alone, the fused recorder,
-bf16 convolutions, one compiled function from images to loss, and no value read back from the device inside the loop.
+bf16 convolutions, the network pass and the losses compiled as two functions (so that the losses' small gradients reach
+the network's backward as finished tensors), the step replayed as one CUDA graph, several batches a step where one does
+not fill the device, and no value read back from the device inside the loop.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dfcompress import console, device
-from dfcompress.data.views import Adjoint
+from dfcompress.data.views import Drawn
 from dfcompress.device import Execution
 from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.recorder import FusedRecorder, Recorder
+from dfcompress.models.recorder import FusedRecorder, Recording, traces
 from dfcompress.randomness import generator
 from dfcompress.run import Clock, write_atomically
+from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.recipe import Recipe, Stage
 
 HISTORY_POINTS = 50
-LOWER_THE_RATE = "Lower the rate, for instance with --lr."
+ATTEMPTS = 3
+SMALLER = 0.3
+STEPS_BEFORE_CAPTURE = 3
+
+Watch = Callable[[int, Callable[[], Tensor]], None]
 
 
 @dataclass(frozen=True)
 class Batch:
     """Finished images `(N, C, H, W)` in units of [0, 1] and their labels `(N,)`, on the CPU.
 
-    `losses` are the unweighted values at the last step, `history` those of about 50 steps, `seconds` what it took.
+    `losses` are the unweighted values at the last step, `history` those of about 50 steps, `seconds` what it took;
+    `attempts` counts how often it was begun: more than once where a loss was not finite.
     """
 
     images: Tensor
@@ -40,175 +49,316 @@ class Batch:
     losses: Mapping[str, float]
     history: list[dict[str, float]]
     seconds: float
+    attempts: int = 1
+
+
+class NotFinite(DfcompressError):
+    """A loss or a pixel overflowed."""
 
 
 class Synthesizer:
-    """Makes batches of images by one recipe from one teacher."""
+    """Makes batches of images by one recipe from one teacher.
 
-    def __init__(self, recipe: Recipe, teacher: Classifier, execution: Execution, *, seed: int = 0) -> None:
+    A recipe whose images compete with a student needs `student`; `learned` tells that its weights have changed.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        teacher: Classifier,
+        execution: Execution,
+        *,
+        seed: int = 0,
+        student: Classifier | None = None,
+    ) -> None:
         self.recipe, self.seed, self.execution = recipe, seed, execution
         self.device = device.resolve_device(execution.device)
         self.teacher = teacher.frozen().to(self.device)
-        torch.set_num_threads(execution.threads)
-        self.recorder = FusedRecorder(
+        device.prepare(execution)
+        recorder = FusedRecorder(
             self.teacher.network,
             moments=any(loss.needs_moments for loss in recipe.losses),
             precision=device.PRECISIONS[execution.precision],
         )
-        objective = objective_of(recipe, self.recorder)
-        self._objective = torch.compile(objective, fullgraph=True, dynamic=False) if execution.compile else objective
+        self._network = self._fast(recorder)
+        self._student: Callable[[Tensor], Recording] | None = None
+        if recipe.needs_student:
+            assert student is not None, "a recipe that competes with a student needs one"
+            self.learned(student)
+        self._losses = self._fast(losses_of(recipe, execution.groups))
+        self._views = {id(stage): views_of(stage) for stage in recipe.stages}
 
-    def batch(self, shard: int, labels: Tensor, *, partial: Path | None = None) -> Batch:
-        """The images of one shard: a pure function of recipe, teacher, execution, seed, shard and labels.
+    def learned(self, student: Classifier) -> None:
+        """Compete with `student` as it is now."""
+        network = copy.deepcopy(student.network).to(self.device)
+        precision = device.PRECISIONS[self.execution.precision]
+        self._student = self._fast(FusedRecorder(network, moments=False, precision=precision))
 
+    def _fast(self, function: Callable) -> Callable:
+        return device.compiled(function) if self.execution.compile else function
+
+    def batch(self, shard: int, labels: Tensor, *, partial: Path | None = None, watch: Watch | None = None) -> Batch:
+        """The images of one shard, as `batches` makes them."""
+        return self.batches({shard: labels}, partial=partial, watch=watch)[0]
+
+    def batches(
+        self, labels: Mapping[int, Tensor], *, partial: Path | None = None, watch: Watch | None = None
+    ) -> list[Batch]:
+        """The images of some shards, made side by side, each with its own statistics.
+
+        They are a pure function of recipe, teacher, execution, seed and `labels` `(N,)` by shard.
         With `partial` the state is kept in that file every 20 seconds, and taken up from there if it exists.
-        Raises `DfcompressError` where a loss is not finite.
+        `watch` is called after every step with its number and a way to get the first shard's images in [0, 1].
+        A batch whose loss is not finite is made again with a smaller rate, twice at most;
+        raises `DfcompressError` where that does not help.
         """
-        work = self.begin(shard, labels)
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._attempt(labels, attempt, partial, watch)
+            except NotFinite as error:
+                if attempt + 1 == ATTEMPTS:
+                    raise
+                console.notice(
+                    f"{error.problem} Making the batch again with {SMALLER ** (attempt + 1):.2g} of the rate."
+                )
+        raise AssertionError
+
+    def _attempt(
+        self, labels: Mapping[int, Tensor], attempt: int, partial: Path | None, watch: Watch | None
+    ) -> list[Batch]:
+        work = self.begin(labels, attempt=attempt)
         if partial is not None and partial.exists():
             work.load(partial)
-        with console.progress(f"shard {shard}", self.recipe.steps) as progress:
+        with console.progress(f"shard {', '.join(map(str, labels))}", self.recipe.steps) as progress:
             while work.step < self.recipe.steps:
                 self.step(work)
+                if watch is not None:
+                    watch(work.step, lambda: self._rendered(work.images[0]))
                 if partial is not None and work.clock.is_time_to_save():
-                    self._check_finite(torch.stack(work.history))
+                    self._check_finite(work.losses)
                     work.save(partial)
                 if work.clock.is_time_to_tell() or work.step == self.recipe.steps:
-                    progress.update(work.step, **self._named(work.history[-1]))
+                    progress.update(work.step, **self._named(work.history[-1][0]))
+                    self._check_finite(work.history[-1][None])
         return self._finished(work)
 
-    def begin(self, shard: int, labels: Tensor) -> Work:
-        """The state of a batch before its first step."""
-        labels = labels.to(self.device)
-        parameters = self.recipe.images.start(labels, self.teacher, generator(self.seed, shard))
-        return Work(shard, labels, parameters)
+    def begin(self, labels: Mapping[int, Tensor], *, attempt: int = 0) -> Work:
+        """The state of some shards before their first step."""
+        images = [copy.copy(self.recipe.images) for _ in labels]
+        parameters = [
+            parameter
+            for shard, own in zip(labels, images, strict=True)
+            for parameter in own.start(
+                labels[shard].to(self.device), self.teacher, generator("noise", self.seed, shard)
+            )
+        ]
+        return Work(list(labels), torch.cat(list(labels.values())).to(self.device), images, parameters, attempt)
+
+    def _noise_of(self, shard: int) -> torch.Generator:
+        return generator("noise", self.seed, shard)
 
     def step(self, work: Work) -> None:
         """One step of the optimiser on the images of `work`."""
         stage, step_in_stage = _stage_at(self.recipe, work.step)
         if step_in_stage == 0:
             work.start_stage(stage)
-        for group in work.optimizer.param_groups:
-            group["lr"] = stage.rate(step_in_stage)
-        rendered = self.recipe.images.render()
-        seen, adjoints = self._view(rendered.detach(), generator(self.seed, work.shard, work.step))
-        gradient, values = self.gradient(seen, work.labels)
-        for adjoint in reversed(adjoints):
-            gradient = adjoint(gradient)
-        work.optimizer.zero_grad()
-        rendered.backward(gradient.contiguous())
-        work.optimizer.step()
-        self.recipe.images.project()
+        work.set_rate(stage.rate(step_in_stage))
+        work.put_drawn(self._drawn(work, stage))
+        if self._captures and step_in_stage >= STEPS_BEFORE_CAPTURE:
+            work.captured = work.captured or device.captured(lambda: self._update(work, stage))
+            values = work.captured()
+        else:
+            values = self._update(work, stage)
         work.history.append(values)
         work.step += 1
 
-    def gradient(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of the weighted loss with respect to normalised `images`, and the unweighted losses."""
-        seen = images.detach().requires_grad_(True)
-        total, values = self._objective(seen, labels)
-        (gradient,) = torch.autograd.grad(total, seen)
-        return gradient.contiguous(), values
+    @property
+    def _captures(self) -> bool:
+        return self.execution.compile and self.device.type == "cuda"
 
-    def _view(self, images: Tensor, random: torch.Generator) -> tuple[Tensor, list[Adjoint]]:
-        adjoints = []
-        for view in self.recipe.views:
-            images, adjoint = view(images, random)
-            adjoints.append(adjoint)
-        return images.contiguous(), adjoints
+    def _drawn(self, work: Work, stage: Stage) -> list[Tensor]:
+        """What the views of this step draw for each shard, one after the other."""
+        drawn: list[Tensor] = []
+        for shard, images in zip(work.shards, work.images, strict=True):
+            random = generator("view", self.seed, shard, work.step)
+            count, channels, height, width = images.shape
+            for view in stage.views:
+                drawn.extend(view.draw((count, channels, height, width), random))
+                height, width = height // view.shrinks, width // view.shrinks
+        return drawn
 
-    def _finished(self, work: Work) -> Batch:
-        labels = work.labels
+    def _update(self, work: Work, stage: Stage) -> Tensor:
+        rendered = [images.render() for images in work.images]
+        total, values = self.objective(rendered, work.labels, stage, work.drawn)
+        work.optimizer.zero_grad()
+        gradients = torch.autograd.grad(total, work.parameters)
+        for parameter, gradient in zip(work.parameters, gradients, strict=True):
+            parameter.grad = gradient.contiguous()
+        work.optimizer.step()
+        for images in work.images:
+            images.project()
+        return values
+
+    def objective(
+        self, rendered: Sequence[Tensor], labels: Tensor, stage: Stage, drawn: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted loss, summed over shards, and the unweighted values `(shards, losses)`.
+
+        `rendered` are the normalised images of each shard, `drawn` what `stage`'s views drew for them, shard by shard.
+        """
+        views, count = self._views[id(stage)], len(drawn) // len(rendered)
+        seen = torch.cat([views(own, *drawn[i * count : (i + 1) * count]) for i, own in enumerate(rendered)])
+        recording = self._network(seen)
+        student = self._student(seen).logits if self._student else None
+        total, values = self._losses(seen, labels, recording, student)
+        return total, values
+
+    def _rendered(self, images: Images) -> Tensor:
         with torch.no_grad():
-            images = self.teacher.denormalise(self.recipe.images.render().detach())
-            if self.recipe.label_free:
-                labels = self.teacher(images).argmax(1)
-        history = torch.stack(work.history).cpu() if work.history else torch.zeros(0, len(self.recipe.losses))
+            return self.teacher.denormalise(images.render())
+
+    def _finished(self, work: Work) -> list[Batch]:
+        history = work.losses.cpu()
         self._check_finite(history)
-        if not images.isfinite().all():
-            raise DfcompressError("Pixels of the finished images are not finite.", LOWER_THE_RATE)
-        stride = max(1, len(history) // HISTORY_POINTS)
-        points = [{"step": i, **self._named(history[i])} for i in range(0, len(history), stride)]
-        last = self._named(history[-1]) if len(history) else {}
-        return Batch(images.cpu(), labels.cpu(), last, points, work.clock.seconds)
+        batches = []
+        for i, labels in enumerate(work.labels.chunk(len(work.shards))):
+            images = self._rendered(work.images[i])
+            if not images.isfinite().all():
+                raise NotFinite("Pixels of the finished images are not finite.", "Lower the rate with --lr.")
+            if self.recipe.label_free:
+                with torch.no_grad():
+                    labels = self.teacher(images).argmax(1)  # noqa: PLW2901
+            own = history[:, i]
+            stride = max(1, len(own) // HISTORY_POINTS)
+            points = [{"step": step, **self._named(own[step])} for step in range(0, len(own), stride)]
+            last = self._named(own[-1]) if len(own) else {}
+            seconds = work.clock.seconds / len(work.shards)
+            batches.append(Batch(images.cpu(), labels.cpu(), last, points, seconds, work.attempt + 1))
+        return batches
 
     def _check_finite(self, history: Tensor) -> None:
-        finite = history.isfinite().all(1)
+        finite = history.isfinite().flatten(1).all(1)
         if not finite.all():
             step = int((~finite).nonzero()[0])
-            raise DfcompressError(f"A loss was not finite at step {step}.", LOWER_THE_RATE)
+            raise NotFinite(f"A loss was not finite at step {step}.", "Lower the rate with --lr.")
 
     def _named(self, values: Tensor) -> dict[str, float]:
         return dict(zip((loss.name for loss in self.recipe.losses), values.tolist(), strict=True))
 
 
-def objective_of(recipe: Recipe, recorder: Recorder) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The function (normalised images, labels) → (weighted sum, unweighted losses) that a recipe minimises."""
+def views_of(stage: Stage) -> Callable[..., Tensor]:
+    """The function (images, drawn tensors) → what the teacher sees."""
+    counts = [len(view.draw((1, 1, 2, 2), torch.Generator())) for view in stage.views]
+
+    def views(images: Tensor, *drawn: Tensor) -> Tensor:
+        first = 0
+        for view, count in zip(stage.views, counts, strict=True):
+            images = view.see(images, *drawn[first : first + count])
+            first += count
+        return images
+
+    return views
+
+
+def losses_of(recipe: Recipe, groups: int = 1) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function (seen images, labels, recording, student's logits) → (weighted sum, values `(groups, losses)`)."""
     losses = list(recipe.losses)
 
-    def objective(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        trace = recorder(images, labels)
-        values = [loss.value(trace) for loss in losses]
-        total = torch.stack([loss.weight * value for loss, value in zip(losses, values, strict=True)]).sum()
-        return total, torch.stack(values).detach()
+    def values_and_sum(
+        seen: Tensor, labels: Tensor, recording: Recording, student_logits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        groups_of = traces(seen, labels, recording, student_logits, groups=groups)
+        values = [[loss.value(trace) for loss in losses] for trace in groups_of]
+        weighted = [loss.weight * value for own in values for loss, value in zip(losses, own, strict=True)]
+        return torch.stack(weighted).sum(), torch.stack([torch.stack(own) for own in values]).detach()
 
-    return objective
+    return values_and_sum
 
 
 def seconds_per_step(recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int) -> float:
-    """Seconds one step takes, the better of two after a first one."""
-    synthesizer = Synthesizer(recipe, teacher, execution)
-    labels = torch.arange(batch_size, device=synthesizer.device) % teacher.card.classes
-    images = torch.randn(batch_size, *teacher.card.input_size, device=synthesizer.device)
+    """Seconds one step takes in the recipe's last stage, the better of two after a first one."""
+    student = copy.deepcopy(teacher) if recipe.needs_student else None
+    synthesizer = Synthesizer(recipe, teacher, execution, student=student)
+    work = synthesizer.begin({0: torch.arange(batch_size) % teacher.card.classes})
+    work.step = recipe.steps - recipe.stages[-1].steps
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        synthesizer.gradient(images, labels)
+        synthesizer.step(work)
         device.synchronize(synthesizer.device)
         times.append(time.perf_counter() - started)
     return min(times[1:])
 
 
-@dataclass
 class Work:
-    """The state of one unfinished batch: optimised tensors, optimiser, step, and the losses of every step so far."""
+    """The state of unfinished shards: optimised tensors, optimiser, step, and the losses of every step so far."""
 
-    shard: int
-    labels: Tensor
-    parameters: list[Tensor]
-    optimizer: torch.optim.Optimizer = field(init=False)
-    step: int = 0
-    history: list[Tensor] = field(default_factory=list)
-    clock: Clock = field(default_factory=Clock)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, shards: list[int], labels: Tensor, images: list[Images], parameters: list[Tensor], attempt: int
+    ) -> None:
+        self.shards, self.labels, self.images, self.parameters = shards, labels, images, parameters
+        self.attempt = attempt
+        self.step = 0
+        self.history: list[Tensor] = []
+        self.drawn: list[Tensor] = []
+        self.captured: Callable[[], Tensor] | None = None
+        self.clock = Clock()
+        self._rate = torch.zeros((), device=labels.device)
         self.start_stage(Stage(0, 0.0))
+
+    @property
+    def losses(self) -> Tensor:
+        """The values of every step so far, `(steps, shards, losses)`."""
+        return torch.stack(self.history) if self.history else torch.zeros(0, len(self.shards), 1)
 
     def start_stage(self, stage: Stage) -> None:
         """A fresh optimiser for `stage`."""
-        self.optimizer = torch.optim.Adam(self.parameters, lr=stage.lr, betas=stage.betas)
+        on_cuda = self.labels.device.type == "cuda"
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=self._rate, betas=stage.betas, fused=True, capturable=on_cuda
+        )
+        self.drawn, self.captured = [], None
+
+    def set_rate(self, rate: float) -> None:
+        """The rate of the next step, smaller after an attempt that overflowed."""
+        self._rate.fill_(rate * SMALLER**self.attempt)
+
+    def put_drawn(self, drawn: Drawn | list[Tensor]) -> None:
+        """Hand the next step its random numbers, always in the same memory."""
+        if not self.drawn:
+            self.drawn = [tensor.to(self.labels.device, copy=True) for tensor in drawn]
+        else:
+            for old, new in zip(self.drawn, drawn, strict=True):
+                old.copy_(new, non_blocking=True)
 
     def save(self, path: Path) -> None:
         """Write everything that the next step depends on."""
         state = {
+            "attempt": self.attempt,
             "step": self.step,
             "seconds": self.clock.seconds,
             "parameters": [parameter.detach() for parameter in self.parameters],
             "optimizer": self.optimizer.state_dict(),
-            "history": torch.stack(self.history),
+            "history": self.losses,
         }
         with write_atomically(path) as temporary:
             torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
-        """Go on from what `save` wrote."""
+        """Go on from what `save` wrote, unless that was an attempt before this one."""
         state = torch.load(path, weights_only=True, map_location="cpu")
+        if state["attempt"] < self.attempt:
+            return
+        self.attempt = state["attempt"]
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate
         self.step = state["step"]
         self.clock.go_on_from(state["seconds"])
-        self.history = list(state["history"].to(self.parameters[0].device))
+        self.history = list(state["history"].to(self.labels.device))
 
 
 def _stage_at(recipe: Recipe, step: int) -> tuple[Stage, int]:

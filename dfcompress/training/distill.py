@@ -19,6 +19,7 @@ from dfcompress.models.architectures import fit_student
 from dfcompress.models.checkpoint import as_classifier, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.run import Run
+from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.supply import ImageSupply, Synthesis
 from dfcompress.training.loop import Trainer, Training
 from dfcompress.training.objectives import kd
@@ -57,7 +58,9 @@ def distill(
     teacher = as_classifier(checkpoint)
     pupil, fitted = fit_student(student, teacher.card, seed=compute.seed)
     objectives = [kd(temperature)]
-    supply = ImageSupply(teacher, data, synthesis, compute)
+    supply = ImageSupply(
+        teacher, data, synthesis, compute, learner=lambda recipe: learner(teacher, recipe, student, compute)
+    )
     if min(len(supply), training.batch_size) < 2:
         raise BadInput("Batches of one image cannot train BatchNorm.", "Use more --images or --train-batch-size.")
     _warn_if_larger(pupil, teacher)

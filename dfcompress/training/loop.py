@@ -98,7 +98,7 @@ class Trainer:
         """
         state = self._saved_state()
         execution = Execution(**state["execution"]) if state else self._resolve(images)
-        torch.set_num_threads(execution.threads)
+        device.prepare(execution)
         target = device.resolve_device(execution.device)
         # Grey images are mostly characters, which a flip turns into other ones.
         augmentation = replace(self.training.augmentation, flip=self.training.augmentation.flip and images.shape[1] > 1)
@@ -122,7 +122,9 @@ class Trainer:
         self._save(work)  # The automatic choices, which a resume must obey, before the first step.
         with console.progress("training", self.training.steps) as progress, torch.random.fork_rng():
             while work.step < self.training.steps:
-                torch.manual_seed(seed_of(self.compute.seed, 3, work.step))  # Dropout, too, depends on the step alone.
+                torch.manual_seed(
+                    seed_of("dropout", self.compute.seed, work.step)
+                )  # Dropout, too, depends on the step alone.
                 work.update(step(pool.batch(work.step)), self.training)
                 if work.clock.is_time_to_save():
                     self._save(work)

@@ -18,7 +18,7 @@ from PIL import Image
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput
-from dfcompress.evaluation.health import bn_divergence
+from dfcompress.evaluation.metrics import bn_divergence
 from dfcompress.models.checkpoint import load
 from dfcompress.synthesis.invert import invert
 from dfcompress.synthesis.supply import Synthesis

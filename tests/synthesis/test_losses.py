@@ -7,12 +7,25 @@ import math
 import pytest
 import torch
 
-from dfcompress.models.recorder import Moments, Trace, moments_of
-from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, image_norm, total_variation
+from dfcompress.models.recorder import Moments, Trace, record_of
+from dfcompress.synthesis.losses import (
+    bn_distance,
+    bn_divergence,
+    class_cross_entropy,
+    competition,
+    image_norm,
+    inception,
+    smoothness,
+    total_variation,
+)
 
 
-def trace(images=None, logits=None, labels=None, moments=()):
-    return Trace(images, labels, logits, tuple(moments))
+def trace(images=None, logits=None, labels=None, moments=(), student_logits=None):
+    return Trace(images, labels, logits, tuple(moments), student_logits)
+
+
+def moments(mean_error, var, running_var):
+    return Moments(torch.tensor(mean_error), torch.tensor(var), torch.tensor(running_var))
 
 
 def test_cross_entropy_of_even_logits_is_the_logarithm_of_the_classes():
@@ -21,9 +34,55 @@ def test_cross_entropy_of_even_logits_is_the_logarithm_of_the_classes():
 
 
 def test_bn_distance_sums_unsquared_norms_over_layers():
-    first = Moments(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 1.0]), torch.zeros(2), torch.tensor([1.0, 1.0]))
-    second = Moments(torch.tensor([0.0]), torch.tensor([3.0]), torch.zeros(1), torch.tensor([1.0]))
+    first, second = moments([3.0, 4.0], [1.0, 1.0], [1.0, 1.0]), moments([0.0], [3.0], [1.0])
     assert bn_distance().value(trace(moments=[first, second])).item() == pytest.approx(5.0 + 0.0 + 0.0 + 2.0)
+
+
+def test_the_first_layer_of_bn_distance_can_weigh_more():
+    first, second = moments([3.0, 4.0], [1.0, 1.0], [1.0, 1.0]), moments([0.0], [3.0], [1.0])
+    assert bn_distance(first=10.0).value(trace(moments=[first, second])).item() == pytest.approx(50.0 + 2.0)
+
+
+def test_bn_divergence_is_the_mean_over_layers_and_the_input():
+    """KL(N(1, 4) ‖ N(0, 1)) = ½(1 + 4 − 1 − ln 4) at the layer, KL(N(0, 1) ‖ N(0, 1)) = 0 at the input."""
+    images = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)
+    value = bn_divergence().value(trace(images=images, moments=[moments([1.0], [4.0], [1.0])]))
+    assert value.item() == pytest.approx((0.5 * (4 - math.log(4)) + 0.0) / 2, abs=1e-6)
+
+
+def test_inception_is_the_mean_of_the_intended_logits_exponentials():
+    logits, labels = torch.tensor([[200.0, 0.0], [0.0, -100.0]]), torch.tensor([0, 1])
+    value = inception(scale=100.0).value(trace(logits=logits, labels=labels))
+    assert value.item() == pytest.approx((math.exp(-2) + math.exp(1)) / 2)
+
+
+def test_smoothness_is_the_mean_squared_difference_to_the_smoothed_image():
+    """A line 0 1 0 in a 3×3 kernel of weights a b a: the middle loses (1 − b)², its neighbours gain a²."""
+    a, b = math.exp(-0.5), 1.0
+    a, b = a / (2 * a + b), b / (2 * a + b)
+    image = torch.zeros(1, 1, 5, 5)
+    image[..., 2] = 1
+    value = smoothness(kernel=3, sigma=1.0).value(trace(images=image))
+    assert value.item() == pytest.approx(((1 - b) ** 2 + 2 * a**2) / 5, rel=1e-5)
+
+
+def test_competition_is_one_minus_the_jensen_shannon_divergence():
+    same = torch.tensor([[2.0, -1.0, 0.5]])
+    assert competition(3.0).value(trace(logits=same, student_logits=same)).item() == pytest.approx(1.0)
+    apart = competition(1.0).value(trace(logits=torch.tensor([[50.0, 0]]), student_logits=torch.tensor([[0, 50.0]])))
+    assert apart.item() == pytest.approx(1 - math.log(2), abs=1e-5)
+    p, q = torch.tensor([0.8, 0.2]), torch.tensor([0.3, 0.7])
+    middle = (p + q) / 2
+    by_hand = 0.5 * (p * (p / middle).log()).sum() + 0.5 * (q * (q / middle).log()).sum()
+    value = competition(1.0).value(trace(logits=p.log()[None], student_logits=q.log()[None]))
+    assert value.item() == pytest.approx(1 - by_hand.item(), abs=1e-6)
+
+
+def test_competition_moves_images_even_where_student_and_teacher_are_certain():
+    """The released code clamps probabilities until the gradient is gone; ours is taken from log-softmax."""
+    logits = torch.tensor([[9.0, 0.0, 0.0]], requires_grad=True)
+    competition(1.0).value(trace(logits=logits, student_logits=torch.tensor([[8.0, 0.0, 0.0]]))).backward()
+    assert logits.grad.abs().max() > 1e-6
 
 
 def test_total_variation_is_the_norm_over_the_whole_batch_in_four_directions():
@@ -35,6 +94,7 @@ def test_total_variation_is_the_norm_over_the_whole_batch_in_four_directions():
 
 def test_image_norm_runs_over_the_whole_batch():
     assert image_norm().value(trace(images=torch.ones(4, 1, 2, 2))).item() == pytest.approx(4.0)
+    assert image_norm(each=True).value(trace(images=torch.ones(4, 1, 2, 2))).item() == pytest.approx(2.0)
 
 
 def test_a_weight_multiplies_and_keeps_the_name():
@@ -44,20 +104,18 @@ def test_a_weight_multiplies_and_keeps_the_name():
 
 def test_divergence_is_the_kl_between_gaussians():
     """KL(N(1, 4) ‖ N(0, 1)) = ½(4 + 1 − 1 − ln 4)."""
-    moments = Moments(torch.tensor([1.0]), torch.tensor([4.0]), torch.zeros(1), torch.ones(1))
-    assert moments.divergence().item() == pytest.approx(0.5 * (4 + 1 - 1 - math.log(4)))
+    assert moments([1.0], [4.0], [1.0]).divergence().item() == pytest.approx(0.5 * (4 + 1 - 1 - math.log(4)))
 
 
 def test_divergence_of_equal_moments_is_zero():
-    moments = Moments(torch.zeros(3), torch.full((3,), 2.0), torch.ones(3), torch.full((3,), 2.0))
-    assert moments.divergence().item() == pytest.approx(0.0, abs=1e-6)
+    assert moments([0.0] * 3, [2.0] * 3, [2.0] * 3).divergence().item() == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 4, 5), (6, 3)])
 def test_moments_are_the_mean_and_the_biased_variance_of_each_channel(shape):
     features = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 100
     running_mean = torch.tensor([90.0, 100.0, 110.0])
-    moments = moments_of(features, running_mean, torch.ones(3))
+    measured = Moments.of(record_of(features, running_mean, torch.ones(3)))
     channels = features.double().transpose(0, 1).flatten(1)
-    torch.testing.assert_close(moments.mean_error.double(), channels.mean(1) - running_mean, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(moments.var.double(), channels.var(1, correction=0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(measured.mean_error.double(), channels.mean(1) - running_mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(measured.var.double(), channels.var(1, correction=0), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,185 @@
+"""Several processes, one job: started by `torchrun` or by SLURM, they share units of work through a key-value store.
+
+No process is needed for a result that another one makes: which process makes a unit changes nothing about it.
+A process that dies ends the others within seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+from dfcompress.errors import BadInput, DfcompressError
+
+LOST_AFTER_SECONDS = 10.0
+BEAT_SECONDS = 0.5
+JOINING = timedelta(minutes=5)
+
+
+class Peers:
+    """This process and the others of its job; alone, everything here is immediate.
+
+    `rank` counts from 0, the rank that leads: it alone prints, decides and measures.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, local_count: int = 1) -> None:
+        self.rank, self.count, self.local_rank, self.local_count = rank, count, local_rank, local_count
+        self._store: Any = None
+        self._calls = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that decides and prints."""
+        return self.rank == 0
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Join the others; where one fails or dies, the rest end too.
+
+        Raises `DfcompressError` where the others do not come.
+        """
+        if self.count == 1:
+            yield
+            return
+        self._join()
+        watch = threading.Thread(target=self._watch, daemon=True)
+        watch.start()
+        try:
+            yield
+        except BaseException:
+            self._store.set("failed", str(self.rank))
+            raise
+        self._store.set(f"done/{self.rank}", "")
+        self._wait_for([f"done/{rank}" for rank in range(self.count)])
+
+    def told(self, value: Any = None) -> Any:
+        """What the leading process passes here, on every process; a JSON value."""
+        if self.count == 1:
+            return value
+        key = self._next("told")
+        if self.leads:
+            self._store.set(key, json.dumps(value))
+        self._wait_for([key])
+        return json.loads(self._store.get(key))
+
+    def meet(self) -> None:
+        """Wait until every process is here."""
+        if self.count > 1:
+            key = self._next("meet")
+            self._store.set(f"{key}/{self.rank}", "")
+            self._wait_for([f"{key}/{rank}" for rank in range(self.count)])
+
+    def share(self, units: Sequence[Any]) -> Iterator[Any]:
+        """The units this process shall do: each is given to one process, whoever asks first.
+
+        Every process must pass the same units.
+        """
+        if self.count == 1:
+            yield from units
+            return
+        key = self._next("share")
+        while (taken := self._store.add(key, 1)) <= len(units):
+            yield units[taken - 1]
+
+    def _next(self, what: str) -> str:
+        self._calls += 1
+        return f"{what}/{self._calls}"
+
+    def _join(self) -> None:
+        from torch import distributed
+
+        try:
+            self._store, _, _ = next(distributed.rendezvous("env://", self.rank, self.count, timeout=JOINING))
+        except (RuntimeError, ValueError) as error:
+            raise DfcompressError(
+                f"Process {self.rank} of {self.count} cannot join the others: {str(error).splitlines()[0]}.",
+                "Start all of them with torchrun or srun.",
+            ) from None
+        self._store = distributed.PrefixStore("dfcompress", self._store)
+
+    def _wait_for(self, keys: Sequence[str]) -> None:
+        while not self._store.check(list(keys)):
+            time.sleep(0.05)
+
+    def _watch(self) -> None:
+        """Say that this process lives, and end it where another one does no more."""
+        store = self._store.clone() if hasattr(self._store, "clone") else self._store
+        heard = dict.fromkeys(range(self.count), (0, time.monotonic()))
+        beat = 0
+        while True:
+            beat += 1
+            try:
+                store.set(f"beat/{self.rank}", str(beat))
+                lost = self._lost(store, heard)
+            except RuntimeError:
+                lost = "the leading process is gone"
+            if lost:
+                self._end(lost)
+            time.sleep(BEAT_SECONDS)
+
+    def _lost(self, store: Any, heard: dict[int, tuple[int, float]]) -> str | None:
+        if store.check(["failed"]):
+            return "" if self.leads else "another process failed"
+        now = time.monotonic()
+        for rank in range(self.count):
+            if store.check([f"done/{rank}"]) or not store.check([f"beat/{rank}"]):
+                heard[rank] = (heard[rank][0], now)
+                continue
+            beat = int(store.get(f"beat/{rank}"))
+            if beat != heard[rank][0]:
+                heard[rank] = (beat, now)
+            elif now - heard[rank][1] > LOST_AFTER_SECONDS:
+                return f"process {rank} of {self.count} is gone"
+        return None
+
+    def _end(self, why: str) -> None:
+        if self.leads:
+            os.write(2, f"dfcompress: {why or 'a process failed'}; the same line with --resume goes on.\n".encode())
+        os._exit(1)
+
+
+@cache
+def peers() -> Peers:
+    """The processes of this job, from the variables that torchrun or SLURM set.
+
+    Raises `BadInput` where those are no numbers.
+    """
+    variables = dict(os.environ)
+    if "RANK" not in variables and int(variables.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        variables |= _from_slurm(variables)
+        os.environ.update({name: variables[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")})
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    try:
+        return Peers(*(int(variables.get(name, default)) for name, default in zip(names, "0101", strict=True)))
+    except ValueError:
+        values = ", ".join(f"{name}={variables.get(name)}" for name in names)
+        raise BadInput(f"{values} are not all numbers.", "Start with torchrun, or unset them.") from None
+
+
+def _from_slurm(variables: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would set, from the variables of a SLURM step."""
+    job = int(variables.get("SLURM_JOB_ID", "0"))
+    tasks = variables["SLURM_STEP_NUM_TASKS"]
+    return {
+        "RANK": variables["SLURM_PROCID"],
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": variables["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": variables.get("SLURM_STEP_TASKS_PER_NODE", tasks).partition("(")[0].partition(",")[0],
+        "MASTER_ADDR": variables.get("MASTER_ADDR", first_host(variables["SLURM_STEP_NODELIST"])),
+        "MASTER_PORT": variables.get("MASTER_PORT", str(20_000 + job % 20_000)),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a SLURM list: `gpu[03-05,9],login` → `gpu03`."""
+    found = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?", nodes)
+    assert found is not None
+    return found[1] + (found[2] or "")

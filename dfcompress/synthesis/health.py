@@ -1,0 +1,96 @@
+"""Is a batch of synthetic images fit for use? Checks that need no data, each with the setting to change."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfcompress.device import exact_fp32
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.recorder import HookRecorder, Moments
+from dfcompress.randomness import generator
+from dfcompress.synthesis.recipe import Recipe
+from dfcompress.synthesis.synthesizer import Batch
+
+CONFIDENT = 0.8
+VARIED = 0.25
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a batch shows: the share of images the teacher classifies as intended (None where no label steered them),
+    J_KL of the batch and of as much Gaussian noise (None where no loss looks at statistics), and how far images
+    differ: the deviation of a pixel over the batch against that over all pixels, 0 where all images are one.
+    """
+
+    teacher_top1: float | None
+    bn_divergence: float | None
+    noise_divergence: float | None
+    variety: float
+
+    def warnings(self) -> list[str]:
+        """One sentence for everything that is wrong, and what to change."""
+        found = []
+        if self.teacher_top1 is not None and self.teacher_top1 < CONFIDENT:
+            found.append(
+                f"The teacher classifies only {self.teacher_top1:.0%} of a batch as intended: "
+                "take more --steps, or weigh the class more (--set ce=...)."
+            )
+        if self.bn_divergence is not None and self.bn_divergence >= (self.noise_divergence or math.inf):
+            found.append(
+                f"BatchNorm statistics are no nearer ({self.bn_divergence:.3f}) than those of Gaussian noise "
+                f"({self.noise_divergence:.3f}): take more --steps, or weigh them more (--set bn=...)."
+            )
+        if self.variety < VARIED:
+            found.append(
+                f"The images are nearly the same (variety {self.variety:.2f} of 1): lower --lr, or raise --batch-size."
+            )
+        return found
+
+
+class Checkup:
+    """Examines the batches of one recipe and one teacher."""
+
+    def __init__(self, recipe: Recipe, teacher: Classifier) -> None:
+        self.recipe, self.teacher = recipe, teacher
+        self._statistics = any(loss.needs_moments for loss in recipe.losses)
+        self._of_noise: dict[int, float] = {}
+
+    @torch.no_grad()
+    def examine(self, batch: Batch) -> Health:
+        """One more forward pass of a finished batch, in fp32."""
+        device = self.teacher.mean.device
+        images = self.teacher.normalise(batch.images.to(device))
+        divergence, logits = self._divergence(images)
+        right = float((logits.argmax(1).cpu() == batch.labels).double().mean())
+        return Health(
+            teacher_top1=None if self.recipe.label_free else right,
+            bn_divergence=divergence,
+            noise_divergence=self._noise(len(images)),
+            variety=_variety(images),
+        )
+
+    def _divergence(self, images: Tensor) -> tuple[float | None, Tensor]:
+        with exact_fp32(), HookRecorder(self.teacher.network, moments=self._statistics) as recorder:
+            recording = recorder(images)
+        if not self._statistics:
+            return None, recording.logits
+        values = [Moments.of(layer).divergence() for layer in recording.layers]
+        return float(torch.stack(values).mean()), recording.logits
+
+    def _noise(self, count: int) -> float | None:
+        if self._statistics and count not in self._of_noise:
+            noise = torch.randn(count, *self.teacher.card.input_size, generator=generator("health"))
+            divergence, _ = self._divergence(noise.to(self.teacher.mean.device))
+            assert divergence is not None
+            self._of_noise[count] = divergence
+        return self._of_noise.get(count)
+
+
+def _variety(images: Tensor) -> float:
+    if len(images) == 1:
+        return 1.0
+    return float(images.std(0, correction=0).mean() / images.std().clamp_min(1e-12))

@@ -1,0 +1,35 @@
+"""BatchNorm statistics (Haroush et al. 2020, section 3.3): no class, only the statistics of every layer.
+
+Minimises J_KL, the mean over BatchNorm layers and the input of KL(N(μ̂, σ̂²) ‖ N(μ, σ²)) (eq. 1 to 3), pixels clamped
+to [0, 1] after each step, each image seen four times cropped, flipped and with a square cut out, statistics over all.
+No label steers the images, so their label is the teacher's answer, and the classes come out unbalanced.
+The paper's figure uses 1,000 steps of batch 128 and states no optimiser or rate: those are ours.
+"""
+
+from dfcompress.data.views import random_crops
+from dfcompress.synthesis.images import Pixels
+from dfcompress.synthesis.losses import bn_divergence
+from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
+
+PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
+PRESETS: dict[str, dict[str, object]] = {
+    "fast-cifar10": {"steps": 150},
+    "paper-cifar10": {"steps": 1000, "batch_size": 128},
+}
+
+
+def bns(
+    *,
+    lr: float = 0.1,
+    steps: int = 1000,
+    schedule: Schedule = "cosine",
+    copies: int = 4,
+    batch_size: int = 256,
+) -> Recipe:
+    """Statistics alone (Haroush 2020, section 3.3)."""
+    return Recipe(
+        images=Pixels(clip=True),
+        losses=[bn_divergence()],
+        stages=[Stage(steps, lr, (0.5, 0.9), schedule, views=[random_crops(copies)])],
+        batch_size=batch_size,
+    )

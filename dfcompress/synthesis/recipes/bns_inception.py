@@ -1,0 +1,40 @@
+"""BNS + Inception (Haroush et al. 2020, section 3.4, algorithm 1): statistics, class and smoothness together.
+
+Minimises α·J_KL + β·e^(−logit_y / scale) + γ·mean((x − smooth(x))²), pixels clamped to [0, 1] after each step, each
+image seen four times cropped, flipped and with a square cut out.
+α, β, γ, the optimiser, its rate and the steps are not stated: those are ours.
+"""
+
+from dfcompress.data.views import random_crops
+from dfcompress.synthesis.images import Pixels
+from dfcompress.synthesis.losses import bn_divergence, inception, smoothness
+from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
+
+PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
+PRESETS: dict[str, dict[str, object]] = {
+    "fast-cifar10": {"steps": 150},
+    "paper-cifar10": {"sigma": 1.0, "steps": 1000, "batch_size": 128},
+}
+
+
+def bns_inception(
+    *,
+    bn: float = 1.0,
+    ce: float = 1.0,
+    scale: float = 100.0,
+    smooth: float = 1.0,
+    kernel: int = 5,
+    sigma: float = 0.375,
+    lr: float = 0.1,
+    steps: int = 1000,
+    schedule: Schedule = "cosine",
+    copies: int = 4,
+    batch_size: int = 256,
+) -> Recipe:
+    """Algorithm 1 of Haroush 2020."""
+    return Recipe(
+        images=Pixels(clip=True),
+        losses=[bn * bn_divergence(), ce * inception(scale), smooth * smoothness(kernel, sigma)],
+        stages=[Stage(steps, lr, (0.5, 0.9), schedule, views=[random_crops(copies)])],
+        batch_size=batch_size,
+    )

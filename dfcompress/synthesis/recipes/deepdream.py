@@ -1,0 +1,57 @@
+"""DeepDream (Mordvintsev et al. 2015) as DeepInversion's authors compare with it: class and image prior, no statistics.
+
+Minimises CE(T(x̂), y) + α_tv·R_TV + α_l2·‖x̂‖₂.
+Settings are DeepInversion's without its BatchNorm term; the paper states none of its own for CIFAR-10.
+The teacher is certain of such images, other networks see little in them: the baseline that statistics must beat.
+"""
+
+from dfcompress.data.views import random_flip, random_roll
+from dfcompress.synthesis.images import Pixels
+from dfcompress.synthesis.losses import class_cross_entropy, image_norm, total_variation
+from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
+
+PAPER = "Mordvintsev et al., Inceptionism, 2015; Yin et al., Dreaming to Distill, CVPR 2020"
+PRESETS: dict[str, dict[str, object]] = {
+    "fast-cifar10": {
+        "steps": 400,
+        "lr": 0.1,
+        "beta1": 0.5,
+        "beta2": 0.9,
+        "schedule": "cosine",
+        "clip": True,
+        "flip": True,
+    },
+    "paper-cifar10": {},
+}
+
+
+def deepdream(
+    *,
+    ce: float = 1.0,
+    tv: float = 2.5e-5,
+    l2: float = 3e-8,
+    lr: float = 0.05,
+    steps: int = 2000,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    schedule: Schedule = "constant",
+    jitter: int = 2,
+    flip: bool = False,
+    clip: bool = False,
+    batch_size: int = 256,
+) -> Recipe:
+    """DeepInversion without its feature term (Yin 2020, table 1)."""
+    return Recipe(
+        images=Pixels(clip=clip),
+        losses=[ce * class_cross_entropy(), tv * total_variation(), l2 * image_norm()],
+        stages=[
+            Stage(
+                steps,
+                lr,
+                (beta1, beta2),
+                schedule,
+                views=[random_roll(jitter), *([random_flip()] if flip else [])],
+            )
+        ],
+        batch_size=batch_size,
+    )

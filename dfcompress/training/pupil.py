@@ -1,0 +1,39 @@
+"""The student that adaptive recipes let images compete with: it learns while they are made."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from dfcompress.data.pool import Augmentation
+from dfcompress.device import Compute
+from dfcompress.models.classifier import Classifier
+from dfcompress.training.loop import Trainer, Training
+from dfcompress.training.objectives import kd
+
+
+class Pupil:
+    """A student and its lessons: each trains it on, from where the last one left it, by knowledge distillation."""
+
+    def __init__(
+        self,
+        student: Classifier,
+        teacher: Classifier,
+        *,
+        steps: int,
+        lr: float,
+        batch_size: int,
+        compute: Compute,
+        temperature: float = 4.0,
+    ) -> None:
+        self.student, self.teacher, self.temperature = student.eval(), teacher, temperature
+        augmentation = Augmentation(shift=4, flip=True, mixup=1.0)
+        self.training = Training(steps, lr, batch_size, augmentation=augmentation)
+        # A lesson is too short for the compiler's time to come back.
+        self.compute = replace(compute, compile="off")
+
+    def learn(self, images: Tensor, *, lesson: int) -> None:
+        """One lesson on stored images `(N, C, H, W)`, uint8 or float16 in units of [0, 1]."""
+        compute = replace(self.compute, seed=self.compute.seed + lesson)
+        Trainer(self.student, self.teacher, [kd(self.temperature)], self.training, compute=compute).fit(images)
