@@ -121,6 +121,11 @@ def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     return replay
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device's memory did not suffice; a CPU has no exception class of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def threads_here() -> int:
     """Threads for this process: what the user or the library set, or its share where several share the machine."""
     everyone = peers()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from dfcompress.errors import BadInput, DfcompressError
 LOST_AFTER_SECONDS = 10.0
 BEAT_SECONDS = 0.5
 JOINING = timedelta(minutes=5)
+TERMINATED = 143
 
 
 class Peers:
@@ -34,6 +36,7 @@ class Peers:
         self.rank, self.count, self.local_rank, self.local_count = rank, count, local_rank, local_count
         self._store: Any = None
         self._calls = 0
+        self._over = threading.Event()
 
     @property
     def leads(self) -> bool:
@@ -50,15 +53,19 @@ class Peers:
             yield
             return
         self._join()
-        watch = threading.Thread(target=self._watch, daemon=True)
-        watch.start()
+        # torchrun terminates the rest where one process dies.
+        signal.signal(signal.SIGTERM, lambda *_: self._end("another process of the run is gone", TERMINATED))
+        threading.Thread(target=self._watch, daemon=True).start()
         try:
             yield
+            self._store.set(f"done/{self.rank}", "")
+            if self.leads:  # It may keep the store, so it leaves last.
+                self._wait_for([f"done/{rank}" for rank in range(self.count)])
         except BaseException:
             self._store.set("failed", str(self.rank))
             raise
-        self._store.set(f"done/{self.rank}", "")
-        self._wait_for([f"done/{rank}" for rank in range(self.count)])
+        finally:
+            self._over.set()
 
     def told(self, value: Any = None) -> Any:
         """What the leading process passes here, on every process; a JSON value."""
@@ -111,39 +118,35 @@ class Peers:
 
     def _watch(self) -> None:
         """Say that this process lives, and end it where another one does no more."""
-        store = self._store.clone() if hasattr(self._store, "clone") else self._store
         heard = dict.fromkeys(range(self.count), (0, time.monotonic()))
         beat = 0
-        while True:
+        while not self._over.wait(BEAT_SECONDS):
             beat += 1
             try:
-                store.set(f"beat/{self.rank}", str(beat))
-                lost = self._lost(store, heard)
+                self._store.set(f"beat/{self.rank}", str(beat))
+                if self._store.check(["failed"]):
+                    self._end(None)  # It says itself what was wrong.
+                lost = next((rank for rank in range(self.count) if self._is_lost(rank, heard)), None)
             except RuntimeError:
-                lost = "the leading process is gone"
-            if lost:
-                self._end(lost)
-            time.sleep(BEAT_SECONDS)
+                lost = 0
+            if lost is not None and not self._over.is_set():
+                self._end(f"process {lost} of {self.count} is gone")
 
-    def _lost(self, store: Any, heard: dict[int, tuple[int, float]]) -> str | None:
-        if store.check(["failed"]):
-            return "" if self.leads else "another process failed"
-        now = time.monotonic()
-        for rank in range(self.count):
-            if store.check([f"done/{rank}"]) or not store.check([f"beat/{rank}"]):
-                heard[rank] = (heard[rank][0], now)
-                continue
-            beat = int(store.get(f"beat/{rank}"))
-            if beat != heard[rank][0]:
-                heard[rank] = (beat, now)
-            elif now - heard[rank][1] > LOST_AFTER_SECONDS:
-                return f"process {rank} of {self.count} is gone"
-        return None
+    def _is_lost(self, rank: int, heard: dict[int, tuple[int, float]]) -> bool:
+        """Whether a process has not been heard of for too long; `heard` holds its last beat, and when that was."""
+        if self._store.check([f"done/{rank}"]):
+            return False
+        key, now = f"beat/{rank}", time.monotonic()
+        beat = int(self._store.get(key)) if self._store.check([key]) else 0
+        if beat != heard[rank][0]:
+            heard[rank] = (beat, now)
+        patience = LOST_AFTER_SECONDS if beat else JOINING.total_seconds()
+        return now - heard[rank][1] > patience
 
-    def _end(self, why: str) -> None:
-        if self.leads:
-            os.write(2, f"dfcompress: {why or 'a process failed'}; the same line with --resume goes on.\n".encode())
-        os._exit(1)
+    def _end(self, why: str | None, code: int = 1) -> None:
+        if self.leads and why:
+            os.write(2, f"dfcompress: {why}; the same line with --resume goes on.\n".encode())
+        os._exit(code)
 
 
 @cache

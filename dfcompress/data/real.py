@@ -223,7 +223,7 @@ def _sorted_names(folder: Path, folders: list[Path], classes: int) -> tuple[str,
     if len(names) != classes:
         raise BadInput(
             f"{folder} has {len(names)} class folders, the model has {classes} classes and no names for them.",
-            "Give the class names in the model's order with --classes FILE.",
+            "Give the class names in the model's order with --class-names FILE.",
         )
     console.notice(
         f"{folder}: class folders are taken in sorted order: {', '.join(names[:12])}{' ...' * (classes > 12)}"
@@ -236,7 +236,7 @@ def _label(class_folder: Path, class_names: tuple[str, ...]) -> int:
         known = ", ".join(class_names[:5])
         raise BadInput(
             f"{class_folder} is none of the model's classes ({known}, ...).",
-            "Rename the folder, or give the class names in the model's order with --classes FILE.",
+            "Rename the folder, or give the class names in the model's order with --class-names FILE.",
         )
     return class_names.index(class_folder.name)
 

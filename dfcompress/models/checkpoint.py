@@ -329,7 +329,7 @@ def _names(path: Path) -> tuple[str, ...]:
         return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
-            f"--classes {path} cannot be read: {error}.", "Name a text file with one class a line."
+            f"--class-names {path} cannot be read: {error}.", "Name a text file with one class a line."
         ) from None
 
 

@@ -320,7 +320,13 @@ class TrainingImages:
 
 def _write_metrics(path: Path, shard: int, batch: Batch, health: Mapping[str, Any]) -> None:
     points = [{"shard": shard, **point} for point in batch.history]
-    end = {"shard": shard, "seconds": round(batch.seconds, 3), "attempts": batch.attempts, **health, **batch.losses}
+    end = {
+        "shard": shard,
+        "seconds": round(batch.seconds, 3),
+        "attempts": batch.attempts,
+        "health": health,
+        **batch.losses,
+    }
     with write_atomically(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in [*points, end]))
 

@@ -110,8 +110,32 @@ class Synthesizer:
         With `partial` the state is kept in that file every 20 seconds, and taken up from there if it exists.
         `watch` is called after every step with its number and a way to get the first shard's images in [0, 1].
         A batch whose loss is not finite is made again with a smaller rate, twice at most;
-        raises `DfcompressError` where that does not help.
+        raises `DfcompressError` where that does not help, and where the memory does not suffice, naming what fits.
         """
+        try:
+            return self._attempts(labels, partial, watch)
+        except RuntimeError as error:
+            if not device.is_out_of_memory(error):
+                raise
+        problem = f"{len(labels)} × {len(next(iter(labels.values())))} images a step do not fit into memory."
+        raise DfcompressError(problem, self._what_fits(labels))
+
+    def _what_fits(self, labels: Mapping[int, Tensor]) -> str:
+        if len(labels) > 1:
+            return f"Use --groups {len(labels) // 2}."
+        ((shard, own),) = labels.items()
+        size = len(own) // 2
+        while size:
+            try:
+                self.step(self.begin({shard: own[:size]}))
+                return f"--batch-size {size} fits; its statistics and so its images are other ones."
+            except RuntimeError as error:
+                if not device.is_out_of_memory(error):
+                    raise
+            size //= 2
+        return "Not even one image fits."
+
+    def _attempts(self, labels: Mapping[int, Tensor], partial: Path | None, watch: Watch | None) -> list[Batch]:
         for attempt in range(ATTEMPTS):
             try:
                 return self._attempt(labels, attempt, partial, watch)

@@ -140,3 +140,91 @@ def test_killed_three_times_it_still_ends_in_the_same_bytes(made, resnet20_file,
     assert start(folder, "resume").wait() == 0
     assert digests(folder) == digests(tmp_path / "whole")
     assert not list(folder.glob("*.partial"))
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from dfcompress.cli import run
+import torch
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_is_full_ends_the_run_and_leaves_nothing_half_written(resnet20_file, tmp_path):
+    arguments = [resnet20_file, "--images", "16", "--batch-size", "8", "--steps", "2", "--compile", "off"]
+    folder = tmp_path / "set"
+    command = [sys.executable, "-c", FULL_DISK, "invert", *arguments, "-o", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert f"{folder}/shard-00000.safetensors cannot be written: File too large" in done.stderr
+    assert "--resume" in done.stderr
+    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob("shard-*.safetensors"))
+    again = invert(
+        resnet20_file,
+        output=folder,
+        synthesis=Synthesis(images=16, settings={"steps": 2, "batch_size": 8}),
+        compute=Compute(compile="off"),
+        resume=True,
+    )
+    assert again.images == 16
+
+
+def test_only_the_classes_asked_for_are_made(resnet20_file, tmp_path):
+    asked = replace(SMALL, classes=("3", "7"))
+    result = invert(resnet20_file, output=tmp_path / "set", synthesis=asked, compute=EAGER)
+    assert result.classes == [0, 0, 0, 6, 0, 0, 0, 6, 0, 0]
+    assert SyntheticSet(tmp_path / "set").labels.tolist() == [3, 7] * 6
+
+
+def test_the_picture_is_renewed_while_it_runs(resnet20_file, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("dfcompress.synthesis.supply._write_preview", lambda folder, images: seen.append(len(images)))
+    asked = replace(SMALL, preview_every=2, settings={"steps": 4, "batch_size": 8})
+    invert(resnet20_file, output=tmp_path / "set", synthesis=asked, compute=EAGER)
+    assert seen == [8, 8, 8, 8, 8]  # Steps 2 and 4 of two batches, and the end: the first shard's.
+
+
+def test_metrics_hold_each_shard_once_with_its_health(made):
+    lines = [json.loads(line) for line in (made[1] / "metrics.jsonl").read_text().splitlines()]
+    ends = [line for line in lines if "seconds" in line]
+    assert [line["shard"] for line in ends] == [0, 1]
+    assert all(line["attempts"] == 1 and 0 <= line["health"]["teacher_top1"] <= 1 for line in ends)
+    assert not list(made[1].glob("shard-*.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def adaptive(resnet20_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adaptive") / "set"
+    settings = {"steps": 3, "batch_size": 8, "student_steps": 3, "student_batch_size": 8}
+    asked = Synthesis("adaptive-deepinversion", "fast-cifar10", settings, images=24)
+    return invert(resnet20_file, output=folder, synthesis=asked, compute=EAGER), folder, asked
+
+
+def test_an_adaptive_student_learns_between_rounds(adaptive):
+    saved = torch.load(adaptive[1] / "lessons.partial", weights_only=True)
+    assert saved["lesson"] == 2
+    assert adaptive[0].images == 24
+
+
+def test_adaptive_work_resumes_to_the_same_bytes(adaptive, resnet20_file):
+    _, folder, asked = adaptive
+    before = digests(folder)
+    (folder / "shard-00002.safetensors").unlink()
+    (folder / "run.json").write_text(
+        json.dumps({k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k != "measurements"})
+    )
+    invert(resnet20_file, output=folder, synthesis=asked, compute=EAGER, resume=True)
+    assert digests(folder) == before
+
+
+def test_a_later_round_competes_with_what_the_student_has_learned(adaptive, resnet20_file, tmp_path):
+    """With a student that learns nothing the second round comes out otherwise, the first one alike."""
+    settings = {**adaptive[2].settings, "student_lr": 1e-12}
+    asked = replace(adaptive[2], settings=settings)
+    invert(resnet20_file, output=tmp_path / "set", synthesis=asked, compute=EAGER)
+    learned, idle = digests(adaptive[1]), digests(tmp_path / "set")
+    assert learned["shard-00000.safetensors"] == idle["shard-00000.safetensors"]
+    assert learned["shard-00001.safetensors"] != idle["shard-00001.safetensors"]

@@ -75,7 +75,7 @@ def plain_loop(teacher, steps, labels):
 
 
 def test_ten_steps_equal_a_plain_loop_written_from_the_formulas(teacher):
-    labels = torch.arange(128) % 10
+    labels = torch.arange(256) % 10
     batch = synthesizer(teacher, 10).batch(0, labels)
     names = ["cross_entropy", "bn_distance", "total_variation", "image_norm"]
     ours = torch.tensor([[point[name] for name in names] for point in batch.history])
@@ -221,6 +221,22 @@ def test_any_network_with_batchnorm_will_do(recipe, network, count):
     batch = made.batch(0, torch.arange(count))
     assert batch.images.shape == (count, *size)
     assert all(value == value for value in batch.losses.values())
+
+
+def test_too_little_memory_names_the_batch_that_fits(teacher, monkeypatch):
+    made = synthesizer(teacher, 2)
+    honest = made._update
+
+    def with_little_memory(work, stage):
+        if len(work.labels) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(work, stage)
+
+    monkeypatch.setattr(made, "_update", with_little_memory)
+    with pytest.raises(DfcompressError, match=r"1 × 16 images.*--batch-size 4 fits"):
+        made.batch(0, LABELS)
+    with pytest.raises(DfcompressError, match="--groups 1"):
+        made.batches({0: LABELS, 1: LABELS})
 
 
 def test_no_compiler_means_eager_with_one_line(teacher, monkeypatch, capsys):

@@ -24,12 +24,14 @@ def bns(
     steps: int = 1000,
     schedule: Schedule = "cosine",
     copies: int = 4,
+    crop: float = 0.75,
+    cutout: float = 0.25,
     batch_size: int = 256,
 ) -> Recipe:
     """Statistics alone (Haroush 2020, section 3.3)."""
     return Recipe(
         images=Pixels(clip=True),
         losses=[bn_divergence()],
-        stages=[Stage(steps, lr, (0.5, 0.9), schedule, views=[random_crops(copies)])],
+        stages=[Stage(steps, lr, (0.5, 0.9), schedule, views=[random_crops(copies, smallest=crop, cutout=cutout)])],
         batch_size=batch_size,
     )

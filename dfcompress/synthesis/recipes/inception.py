@@ -29,12 +29,14 @@ def inception(
     steps: int = 1000,
     schedule: Schedule = "cosine",
     copies: int = 4,
+    crop: float = 0.75,
+    cutout: float = 0.25,
     batch_size: int = 256,
 ) -> Recipe:
     """The class and a smooth image, no statistics (Haroush 2020, section 3.2)."""
     return Recipe(
         images=Pixels(clip=True),
         losses=[inception_loss(scale), smooth * smoothness(kernel, sigma)],
-        stages=[Stage(steps, lr, (0.5, 0.9), schedule, views=[random_crops(copies)])],
+        stages=[Stage(steps, lr, (0.5, 0.9), schedule, views=[random_crops(copies, smallest=crop, cutout=cutout)])],
         batch_size=batch_size,
     )

@@ -1,0 +1,142 @@
+"""Several real processes: the same bytes from any number of them, and no one waits for the dead."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dfcompress.distributed import Peers, first_host, peers
+from dfcompress.errors import BadInput
+
+TINY = ["--images", "20", "--batch-size", "4", "--steps", "3", "--compile", "off", "--precision", "fp32"]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("shard-*"))}
+
+
+def start(count, arguments, *, launcher=True):
+    """`dfcompress invert` in `count` processes, by torchrun or with its variables set by hand."""
+    command = ["-m", "dfcompress", "invert", *map(str, arguments)]
+    if launcher:
+        run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+        return [subprocess.Popen([*run, "--master-port", free_port(), *command], stderr=subprocess.PIPE, text=True)]
+    shared = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(resnet20_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "set"
+    subprocess.run([sys.executable, "-m", "dfcompress", "invert", resnet20_file, *TINY, "-o", folder], check=True)
+    return digests(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_any_number_of_processes_makes_the_shards_of_one(count, alone, resnet20_file, tmp_path):
+    (run,) = start(count, [resnet20_file, *TINY, "-o", tmp_path / "set"])
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    assert digests(tmp_path / "set") == alone
+    assert not list((tmp_path / "set").glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_a_dead_process_ends_the_run_and_resume_finishes_it(alone, resnet20_file, tmp_path):
+    folder = tmp_path / "set"
+    long = [*TINY[:4], "--steps", "100000", *TINY[6:]]
+    leader, other = start(2, [resnet20_file, *long, "-o", folder], launcher=False)
+    deadline = time.monotonic() + 120
+    while not (folder / "dataset.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(5)  # Into the steps.
+    other.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = leader.communicate(timeout=60)
+    assert time.monotonic() - killed < 30
+    assert leader.returncode == 1
+    assert errors.count("dfcompress: ") == 1
+    assert "process 1 of 2 is gone" in errors
+
+
+@pytest.mark.slow
+def test_a_usage_error_is_printed_once(resnet20_file, tmp_path):
+    (tmp_path / "mine.txt").write_text("not to be touched")
+    (run,) = start(2, [resnet20_file, *TINY, "-o", tmp_path])
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert errors.count("is not empty") == 1
+    assert (tmp_path / "mine.txt").read_text() == "not to be touched"
+
+
+def test_verbs_that_train_refuse_several_processes(resnet20_file, tmp_path):
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "dfcompress", "quantize", resnet20_file, "-o", tmp_path / "q"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "one process" in done.stderr
+    assert not (tmp_path / "q").exists()
+
+
+def test_alone_everything_is_immediate():
+    one = Peers()
+    with one.at_work():
+        one.meet()
+        assert one.told({"a": 1}) == {"a": 1}
+        assert list(one.share([3, 4])) == [3, 4]
+    assert one.leads
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu03", "gpu03"), ("gpu[03-05,9],login", "gpu03"), ("a1,a2", "a1"), ("node-[7,9]", "node-7")],
+)
+def test_the_first_host_of_a_slurm_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_slurm_variables_are_understood(monkeypatch):
+    for name, value in {
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_STEP_NODELIST": "gpu[1-2]",
+        "SLURM_JOB_ID": "77",
+    }.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    found = peers.__wrapped__()
+    assert (found.rank, found.count, found.local_rank, found.local_count) == (3, 4, 1, 2)
+    assert os.environ["MASTER_ADDR"] == "gpu1"
+
+
+def test_variables_that_are_no_numbers_are_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(BadInput, match="not all numbers"):
+        peers.__wrapped__()
