@@ -69,7 +69,7 @@ def test_the_module_runs_as_a_program():
         (["invert"], "Missing argument"),
         (["invert", DEMO, "--bots", "4"], "No such option"),
         (["invert", "absent.pt"], "absent.pt does not exist"),
-        (["invert", DEMO, "--recipe", "deepinvrsion"], "is not one of 'deepinversion'"),
+        (["invert", DEMO, "--recipe", "deepinvrsion"], "is not one of 'adaptive-deepinversion'"),
         (["invert", DEMO, "--set", "bn"], "has no '='"),
         (["invert", DEMO, "--set", "stps=1"], "Did you mean 'steps'"),
         (["invert", DEMO, "--device", "tpu"], "--device 'tpu'"),

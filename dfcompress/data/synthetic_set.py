@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dfcompress.errors import BadInput
@@ -83,7 +83,8 @@ class SyntheticSet:
         """Store images `(N, C, H, W)`, uint8 or float16 in units of [0, 1], and int64 labels `(N,)`."""
         tensors = {"images": images.contiguous(), "labels": labels.contiguous()}
         with write_atomically(self.shard_path(shard)) as path:
-            save_file(tensors, path, metadata={"sha256": _digest(images, labels)})
+            # Not `save_file`, which tells nothing of a full disk but its own kind of error.
+            path.write_bytes(save(tensors, metadata={"sha256": _digest(images, labels)}))
 
     def read_shard(self, shard: int) -> tuple[Tensor, Tensor]:
         """Images and labels of one shard as stored.

@@ -304,9 +304,9 @@ def seconds_per_step(recipe: Recipe, teacher: Classifier, execution: Execution, 
     student = copy.deepcopy(teacher) if recipe.needs_student else None
     synthesizer = Synthesizer(recipe, teacher, execution, student=student)
     work = synthesizer.begin({0: torch.arange(batch_size) % teacher.card.classes})
-    work.step = recipe.steps - recipe.stages[-1].steps
     times = []
     for _ in range(3):
+        work.step = recipe.steps - recipe.stages[-1].steps
         started = time.perf_counter()
         synthesizer.step(work)
         device.synchronize(synthesizer.device)
