@@ -62,9 +62,9 @@ def downscale(factor: int) -> View:
     return View(lambda images: F.avg_pool2d(images, factor) if factor > 1 else images, shrinks=factor)
 
 
-def random_crops(copies: int = 4, *, smallest: float = 0.75, cutout: float = 0.25) -> View:
-    """In-batch augmentation: each image `copies` times, each time cropped and resized back, mirrored half of the time,
-    and with a square cut out (Haroush 2020, section 3; sizes are not stated there and are ours).
+def random_crops(copies: int = 4, *, smallest: float = 0.75, cutout: float = 0.25, mirror: bool = True) -> View:
+    """In-batch augmentation: each image `copies` times, each time cropped and resized back, mirrored half of the time
+    if `mirror`, and with a square cut out (Haroush 2020, section 3; sizes are not stated there and are ours).
 
     A crop's side is drawn from [`smallest`, 1] of the image's, its place uniformly; the cut-out square has `cutout` of
     the side, is centred anywhere in the image and filled with 0, the mean of the data in normalised space.
@@ -74,7 +74,7 @@ def random_crops(copies: int = 4, *, smallest: float = 0.75, cutout: float = 0.2
         count = copies * shape[0]
         side = smallest + (1 - smallest) * torch.rand(count, 1, generator=random)
         corner = (1 - side) * torch.rand(count, 2, generator=random)
-        mirrored = (torch.rand(count, generator=random) < 0.5).float()
+        mirrored = (torch.rand(count, generator=random) < (0.5 if mirror else 0.0)).float()
         centre = torch.rand(count, 2, generator=random)
         return side, corner, mirrored, centre
 

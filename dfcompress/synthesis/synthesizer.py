@@ -188,11 +188,12 @@ class Synthesizer:
             work.start_stage(stage)
         work.set_rate(stage.rate(step_in_stage))
         work.put_drawn(self._drawn(work, stage))
-        if self._captures and step_in_stage >= STEPS_BEFORE_CAPTURE:
+        if self._captures and work.uncaptured >= STEPS_BEFORE_CAPTURE:
             work.captured = work.captured or device.captured(lambda: self._update(work, stage))
             values = work.captured()
         else:
             values = self._update(work, stage)
+            work.uncaptured += 1
         work.history.append(values)
         work.step += 1
 
@@ -326,6 +327,7 @@ class Work:
         self.history: list[Tensor] = []
         self.drawn: list[Tensor] = []
         self.captured: Callable[[], Tensor] | None = None
+        self.uncaptured = 0
         self.clock = Clock()
         self._rate = torch.zeros((), device=labels.device)
         self.start_stage(Stage(0, 0.0))
@@ -341,7 +343,7 @@ class Work:
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=self._rate, betas=stage.betas, fused=True, capturable=on_cuda
         )
-        self.drawn, self.captured = [], None
+        self.drawn, self.captured, self.uncaptured = [], None, 0
 
     def set_rate(self, rate: float) -> None:
         """The rate of the next step, smaller after an attempt that overflowed."""

@@ -228,3 +228,20 @@ def test_a_later_round_competes_with_what_the_student_has_learned(adaptive, resn
     learned, idle = digests(adaptive[1]), digests(tmp_path / "set")
     assert learned["shard-00000.safetensors"] == idle["shard-00000.safetensors"]
     assert learned["shard-00001.safetensors"] != idle["shard-00001.safetensors"]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(resnet20_file, tmp_path):
+    """8 times the images in at most 16 MiB more, where the images alone have 43 MiB more."""
+    code = (
+        "import resource, sys; from dfcompress.synthesis.invert import invert, Synthesis\n"
+        "from dfcompress.device import Compute\n"
+        f"invert({str(resnet20_file)!r}, output=sys.argv[1], compute=Compute('cpu', 'fp32', 'off'),"
+        " synthesis=Synthesis('gaussian', images=int(sys.argv[2]), settings={'batch_size': 128}))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = [
+        int(subprocess.check_output([sys.executable, "-c", code, tmp_path / str(count), str(count)]))
+        for count in (1024, 8192)
+    ]
+    assert peaks[1] - peaks[0] < 16 * 1024

@@ -7,7 +7,7 @@ next round competes with what it has become. Before its first lesson it is fresh
 steps, rate and batch are not stated for images made this way and are ours.
 """
 
-from dfcompress.data.views import random_flip, random_roll
+from dfcompress.data.views import random_crops, random_flip, random_roll
 from dfcompress.models.card import ModelCard
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, competition, image_norm, total_variation
@@ -16,7 +16,7 @@ from dfcompress.synthesis.recipe import Lessons, Recipe, Schedule, Stage
 PAPER = "Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion, CVPR 2020"
 FAST = {"steps": 400, "lr": 0.1, "beta1": 0.5, "beta2": 0.9, "schedule": "cosine", "clip": True}
 PRESETS: dict[str, dict[str, object]] = {
-    "fast-cifar10": {**FAST, "ce": 30.0, "flip": True},
+    "fast-cifar10": {**FAST, "ce": 30.0, "flip": True, "crop": 0.8, "cutout": 0.125},
     "fast-mnist": {**FAST, "tv": 0.03},
     "paper-cifar10": {},
 }
@@ -46,6 +46,8 @@ def adaptive_deepinversion(
     schedule: Schedule = "constant",
     jitter: int = 2,
     flip: bool = False,
+    crop: float = 1.0,
+    cutout: float = 0.0,
     clip: bool = False,
     batch_size: int = 256,
 ) -> Recipe:
@@ -65,7 +67,11 @@ def adaptive_deepinversion(
                 lr,
                 (beta1, beta2),
                 schedule,
-                views=[random_roll(jitter), *([random_flip()] if flip else [])],
+                views=[
+                    random_roll(jitter),
+                    *([random_flip()] if flip else []),
+                    *([random_crops(1, smallest=crop, cutout=cutout, mirror=flip)] if crop < 1 or cutout else []),
+                ],
             )
         ],
         lessons=Lessons(round_batches, student_steps, student_lr, student_batch_size),

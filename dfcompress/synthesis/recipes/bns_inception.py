@@ -3,6 +3,7 @@
 Minimises α·J_KL + β·e^(−logit_y / scale) + γ·mean((x − smooth(x))²), pixels clamped to [0, 1] after each step, each
 image seen four times cropped, flipped and with a square cut out.
 α, β, γ, the optimiser, its rate and the steps are not stated: those are ours.
+`fast-cifar10` shows each image once a step, cropped less, for 400 steps.
 """
 
 from dfcompress.data.views import random_crops
@@ -12,7 +13,7 @@ from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
 
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {
-    "fast-cifar10": {"steps": 150},
+    "fast-cifar10": {"steps": 400, "copies": 1, "crop": 0.9, "cutout": 0.125, "bn": 100.0},
     "paper-cifar10": {"sigma": 1.0, "steps": 1000, "batch_size": 128},
 }
 
