@@ -61,5 +61,7 @@ def invert(
     console.result(f"BatchNorm divergence (J_KL over the set): {made.bn_divergence:.4f}")
     if min(made.classes) < max(made.classes) / 2:
         console.result(f"images of each class: {' '.join(map(str, made.classes))}")
+    for warning in made.warnings:
+        console.result(f"warning: {warning}")
     for other in made.verify:
         console.result(f"{other['checkpoint']} classifies {other['top1']:.1%} as intended")

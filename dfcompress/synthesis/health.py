@@ -31,21 +31,21 @@ class Health:
     noise_divergence: float | None
     variety: float
 
-    def warnings(self) -> list[str]:
-        """One sentence for everything that is wrong, and what to change."""
-        found = []
+    def warnings(self) -> dict[str, str]:
+        """A sentence for everything that is wrong, and what to change, by what it is about."""
+        found = {}
         if self.teacher_top1 is not None and self.teacher_top1 < CONFIDENT:
-            found.append(
+            found["labels"] = (
                 f"The teacher classifies only {self.teacher_top1:.0%} of a batch as intended: "
                 "take more --steps, or weigh the class more (--set ce=...)."
             )
         if self.bn_divergence is not None and self.bn_divergence >= (self.noise_divergence or math.inf):
-            found.append(
+            found["statistics"] = (
                 f"BatchNorm statistics are no nearer ({self.bn_divergence:.3f}) than those of Gaussian noise "
                 f"({self.noise_divergence:.3f}): take more --steps, or weigh them more (--set bn=...)."
             )
         if self.variety < VARIED:
-            found.append(
+            found["variety"] = (
                 f"The images are nearly the same (variety {self.variety:.2f} of 1): lower --lr, or raise --batch-size."
             )
         return found

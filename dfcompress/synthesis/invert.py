@@ -23,7 +23,7 @@ from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, require_batchnorm_statistics
 from dfcompress.run import Run
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice
-from dfcompress.synthesis.supply import Synthesis, eager_seconds, make_set, seconds_of
+from dfcompress.synthesis.supply import Synthesis, eager_seconds, make_set, seconds_of, warnings_of
 from dfcompress.training.pupil import Pupil
 
 
@@ -33,7 +33,7 @@ class Inversion:
 
     `teacher_top1` is the share of images the teacher classifies as intended, None for recipes without labels;
     `bn_divergence` is J_KL over the whole set; `verify` says how other networks classify the images;
-    `classes` counts the images of each class.
+    `classes` counts the images of each class, `warnings` say what the examination of the batches found.
     """
 
     output: str
@@ -43,6 +43,7 @@ class Inversion:
     bn_divergence: float
     verify: list[dict[str, Any]]
     classes: list[int]
+    warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """The fields as `--json` prints them."""
@@ -100,6 +101,7 @@ def _measured(teacher: Classifier, synthetic: SyntheticSet, recipe: Recipe, othe
         bn_divergence=bn_divergence(teacher, synthetic.batches(synthetic.manifest["batch_size"])),
         verify=[{"checkpoint": other.name, "top1": share_correct(other, synthetic)} for other in others],
         classes=counts.tolist(),
+        warnings=warnings_of(synthetic),
     )
 
 

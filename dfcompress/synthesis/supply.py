@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +28,7 @@ from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier, require_batchnorm_statistics
 from dfcompress.run import write_atomically
-from dfcompress.synthesis.health import Checkup
+from dfcompress.synthesis.health import Checkup, Health
 from dfcompress.synthesis.labels import BALANCED, Labels, choose_labels
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, choose
 from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch, seconds_per_step
@@ -60,7 +62,13 @@ class Synthesis:
         if self.images < 1:
             raise BadInput(f"--images {self.images} is not a number of images.", "Ask for at least 1.")
         choose_labels(self.labels, self.classes, card)
-        return choose(self.recipe, self.preset, self.settings, card=card)
+        choice = choose(self.recipe, self.preset, self.settings, card=card)
+        if (self.classes or self.labels != BALANCED) and choice.build().label_free:
+            raise BadInput(
+                f"Recipe {self.recipe} steers images towards no class.",
+                "Leave out --classes and --labels, or name another.",
+            )
+        return choice
 
 
 class Learner(Protocol):
@@ -91,10 +99,8 @@ def make_set(
     everyone.meet()
     synthetic = SyntheticSet(folder)
     makes = _Making(synthetic, teacher, synthesis, learner)
-    for lesson, shards in enumerate(makes.rounds()):
-        if learner and lesson:
-            makes.teach(learner, lesson, shards)
-        makes.missing_of(shards)
+    for lesson in range(len(makes.rounds)):
+        makes.missing_of(lesson)
         everyone.meet()
     if everyone.leads:
         _merge_metrics(synthetic)
@@ -145,8 +151,20 @@ def eager_seconds(recipe: Recipe, teacher: Classifier, batch_size: int, batches:
 
 
 def seconds_of(synthetic: SyntheticSet) -> float:
-    """Seconds of synthesis that the shards of a set took, from its `metrics.jsonl`."""
-    return round(sum(line["seconds"] for line in _lines(synthetic.folder / METRICS) if "seconds" in line), 2)
+    """Seconds that the shards of a set took, from its `metrics.jsonl`, and the lessons between them."""
+    shards = sum(line["seconds"] for line in _lines(synthetic.folder / METRICS) if "seconds" in line)
+    lessons = synthetic.folder / LESSONS
+    return round(shards + (torch.load(lessons, weights_only=True)["seconds"] if lessons.exists() else 0.0), 2)
+
+
+def warnings_of(synthetic: SyntheticSet) -> list[str]:
+    """What the examination of a set's batches found, each kind of warning once, with the number of batches."""
+    found: dict[str, list[str]] = {}
+    for line in _lines(synthetic.folder / METRICS):
+        if "health" in line:
+            for kind, warning in Health(**line["health"]).warnings().items():
+                found.setdefault(kind, []).append(warning)
+    return [f"{len(same)} of {len(synthetic.shards)} batches: {same[0]}" for same in found.values()]
 
 
 class _Making:
@@ -165,23 +183,21 @@ class _Making:
         self.preview_every = synthesis.preview_every
         self.synthesizer: Synthesizer | None = None
         self.told: set[str] = set()
+        shards, lessons = list(synthetic.shards), self.recipe.lessons
+        every = lessons.every if lessons else len(shards)
+        # The shards between which the student learns; all at once where there is none.
+        self.rounds = [shards[i : i + every] for i in range(0, len(shards), every)]
 
-    def rounds(self) -> list[list[int]]:
-        """The shards between which the student learns; all at once where there is none."""
-        shards = list(self.synthetic.shards)
-        lessons = self.recipe.lessons
-        if lessons is None:
-            return [shards]
-        return [shards[i : i + lessons.every] for i in range(0, len(shards), lessons.every)]
-
-    def missing_of(self, shards: Sequence[int]) -> None:
-        """Make those of `shards` that are not there, together with the other processes."""
-        groups = self.execution.groups
+    def missing_of(self, lesson: int) -> None:
+        """Make the shards of a round that are not there, together with the other processes."""
+        shards, groups = self.rounds[lesson], self.execution.groups
         units = [list(shards[i : i + groups]) for i in range(0, len(shards), groups)]
         absent = set(self.synthetic.missing_shards())
         missing = peers().told([unit for unit in units if absent & set(unit)])
         if not missing:
             return
+        if self.learner:
+            self._teach(self.learner, lesson)
         checkup = Checkup(self.recipe, self.teacher)
         synthesizer = self._ready()
         with ThreadPoolExecutor(1) as writer:
@@ -197,18 +213,29 @@ class _Making:
             if written:
                 written.result()
 
-    def teach(self, learner: Learner, lesson: int, shards: Sequence[int]) -> None:
-        """Let the student learn from everything made before `shards`; once, whoever resumes."""
+    def _teach(self, learner: Learner, lesson: int) -> None:
+        """Bring the student to where it is after `lesson` lessons, each on everything made before its round.
+
+        A saved student is taken further; one that is further already starts again, so that an early shard that was
+        lost comes back as it was.
+        """
         saved = self.synthetic.folder / LESSONS
-        state: dict[str, Any] = torch.load(saved, weights_only=True) if saved.exists() else {"lesson": 0}
-        if state["lesson"] < lesson and peers().leads:
-            if state["lesson"]:
-                learner.student.load_state_dict(state["student"])
-            made = [self.synthetic.read_shard(shard)[0] for shard in range(shards[0])]
-            console.notice(f"Lesson {lesson}: the student learns from {sum(map(len, made))} images.")
-            learner.learn(torch.cat(made), lesson=lesson)
+        if peers().leads:
+            state: dict[str, Any] = {"lesson": 0, "seconds": 0.0, "student": learner.student.state_dict()}
+            fresh = copy.deepcopy(state)
+            if saved.exists():
+                state = torch.load(saved, weights_only=True)
+            state = state if state["lesson"] <= lesson else fresh
+            learner.student.load_state_dict(state["student"])
+            for number in range(state["lesson"] + 1, lesson + 1):
+                started = time.perf_counter()
+                made = [self.synthetic.read_shard(shard)[0] for shard in range(self.rounds[number][0])]
+                console.notice(f"Lesson {number}: the student learns from {sum(map(len, made))} images.")
+                learner.learn(torch.cat(made), lesson=number)
+                seconds = state["seconds"] + time.perf_counter() - started
+                state = {"lesson": number, "seconds": seconds, "student": learner.student.state_dict()}
             with write_atomically(saved) as temporary:
-                torch.save({"lesson": lesson, "student": learner.student.state_dict()}, temporary)
+                torch.save(state, temporary)
         peers().meet()
         learner.student.load_state_dict(torch.load(saved, weights_only=True)["student"])
 
@@ -235,11 +262,11 @@ class _Making:
             self.synthetic.write_shard(shard, stored, batch.labels[: sizes[shard]])
         partial.unlink(missing_ok=True)
 
-    def _warn(self, health: Sequence[Any]) -> None:
+    def _warn(self, health: Sequence[Health]) -> None:
         """Say each kind of warning once, not once a batch."""
         for state in health:
-            for warning in state.warnings():
-                if (kind := warning[:20]) not in self.told:
+            for kind, warning in state.warnings().items():
+                if kind not in self.told:
                     self.told.add(kind)
                     console.notice(warning)
 

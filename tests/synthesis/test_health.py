@@ -32,13 +32,13 @@ def real(teacher, cifar10_train_file):
 
 def test_real_images_raise_no_warning(teacher, real):
     health = examine(teacher, *real)
-    assert health.warnings() == []
+    assert health.warnings() == {}
     assert health.teacher_top1 > 0.9
     assert health.bn_divergence < 0.1 < health.noise_divergence
 
 
 def test_wrong_labels_are_told(teacher, real):
-    (warning,) = examine(teacher, real[0], (real[1] + 1) % 10).warnings()
+    (warning,) = examine(teacher, real[0], (real[1] + 1) % 10).warnings().values()
     assert "as intended" in warning
     assert "--set ce" in warning
 
@@ -46,7 +46,7 @@ def test_wrong_labels_are_told(teacher, real):
 def test_noise_is_told_by_its_statistics(teacher):
     images = teacher.denormalise(2 * torch.randn(200, 3, 32, 32))
     labels = teacher(images).argmax(1)
-    (warning,) = examine(teacher, images, labels).warnings()
+    (warning,) = examine(teacher, images, labels).warnings().values()
     assert "no nearer" in warning
     assert "--set bn" in warning
 
@@ -54,13 +54,13 @@ def test_noise_is_told_by_its_statistics(teacher):
 def test_one_image_again_and_again_is_told(teacher, real):
     images = real[0][:1].expand(50, -1, -1, -1) + 0.01 * torch.randn(50, 3, 32, 32)
     labels = teacher(images).argmax(1)
-    assert any("nearly the same" in warning for warning in examine(teacher, images, labels).warnings())
+    assert "nearly the same" in examine(teacher, images, labels).warnings()["variety"]
 
 
 def test_label_free_recipes_have_no_label_checks(teacher, real):
     health = examine(teacher, real[0], (real[1] + 1) % 10, recipe="bns")
     assert health.teacher_top1 is None
-    assert health.warnings() == []
+    assert health.warnings() == {}
 
 
 def test_recipes_without_statistics_are_not_measured_by_them(teacher, real):

@@ -8,6 +8,7 @@ import torch
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.synthesis.labels import choose_labels
+from dfcompress.synthesis.supply import Synthesis
 
 CARD = ModelCard("net", 4, (3, 8, 8), (0.5,) * 3, (0.2,) * 3, class_names=("cat", "dog", "emu", "fox"))
 
@@ -47,3 +48,8 @@ def test_listed_labels_come_in_their_order(tmp_path):
 def test_what_is_no_class_is_refused(how, classes, message):
     with pytest.raises(BadInput, match=message):
         choose_labels(how, classes, CARD)
+
+
+def test_recipes_without_labels_take_no_classes():
+    with pytest.raises(BadInput, match="towards no class"):
+        Synthesis("bns", classes=("1",)).choose(CARD)
