@@ -64,4 +64,5 @@ def invert(
     for warning in made.warnings:
         console.result(f"warning: {warning}")
     for other in made.verify:
-        console.result(f"{other['checkpoint']} classifies {other['top1']:.1%} as intended")
+        divergence = "" if other["bn_divergence"] is None else f", J_KL {other['bn_divergence']:.4f}"
+        console.result(f"{other['checkpoint']} classifies {other['top1']:.1%} as intended{divergence}")

@@ -57,6 +57,18 @@ def random_flip(probability: float = 0.5) -> View:
     return View(_Reorder.apply, draw)
 
 
+def jitters(pixels: int, *, flip: bool = False, crop: float = 1.0, cutout: float = 0.0) -> list[View]:
+    """The published jitter, and what else was asked for: a mirrored batch, and each image cropped, mirrored and cut out
+    of on its own.
+    """
+    views = [random_roll(pixels)]
+    if flip:
+        views.append(random_flip())
+    if crop < 1 or cutout:
+        views.append(random_crops(1, smallest=crop, cutout=cutout, mirror=flip))
+    return views
+
+
 def downscale(factor: int) -> View:
     """See the images through `factor` × `factor` average pooling; 1 leaves them."""
     return View(lambda images: F.avg_pool2d(images, factor) if factor > 1 else images, shrinks=factor)

@@ -20,7 +20,7 @@ from dfcompress.distributed import peers
 from dfcompress.evaluation.metrics import bn_divergence, share_correct
 from dfcompress.models.architectures import fit_student
 from dfcompress.models.checkpoint import as_classifier
-from dfcompress.models.classifier import Classifier, require_batchnorm_statistics
+from dfcompress.models.classifier import Classifier, require_batchnorm_statistics, why_no_statistics
 from dfcompress.run import Run
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice
 from dfcompress.synthesis.supply import Synthesis, eager_seconds, make_set, seconds_of, warnings_of
@@ -99,10 +99,20 @@ def _measured(teacher: Classifier, synthetic: SyntheticSet, recipe: Recipe, othe
         seconds=seconds_of(synthetic),
         teacher_top1=None if recipe.label_free else share_correct(teacher, synthetic),
         bn_divergence=bn_divergence(teacher, synthetic.batches(synthetic.manifest["batch_size"])),
-        verify=[{"checkpoint": other.name, "top1": share_correct(other, synthetic)} for other in others],
+        verify=[_verified(other, synthetic) for other in others],
         classes=counts.tolist(),
         warnings=warnings_of(synthetic),
     )
+
+
+def _verified(other: Classifier, synthetic: SyntheticSet) -> dict[str, Any]:
+    """How another network takes the images; its J_KL is None where it remembers no statistics."""
+    remembers = why_no_statistics(other.network) is None
+    return {
+        "checkpoint": other.name,
+        "top1": share_correct(other, synthetic),
+        "bn_divergence": bn_divergence(other, synthetic.batches(256)) if remembers else None,
+    }
 
 
 def learner(teacher: Classifier, recipe: Recipe, student: str | None, compute: Compute) -> Pupil | None:

@@ -7,24 +7,17 @@ next round competes with what it has become. Before its first lesson it is fresh
 steps, rate and batch are not stated for images made this way and are ours.
 """
 
-from dfcompress.data.views import random_crops, random_flip, random_roll
-from dfcompress.models.card import ModelCard
+from dfcompress.data.views import jitters
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, competition, image_norm, total_variation
 from dfcompress.synthesis.recipe import Lessons, Recipe, Schedule, Stage
+from dfcompress.synthesis.recipes import deepinversion
 
 PAPER = "Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion, CVPR 2020"
-FAST = {"steps": 400, "lr": 0.1, "beta1": 0.5, "beta2": 0.9, "schedule": "cosine", "clip": True}
 PRESETS: dict[str, dict[str, object]] = {
-    "fast-cifar10": {**FAST, "ce": 30.0, "flip": True, "crop": 0.8, "cutout": 0.125},
-    "fast-mnist": {**FAST, "tv": 0.03},
-    "paper-cifar10": {},
+    name: deepinversion.PRESETS[name] for name in ("fast-cifar10", "fast-mnist", "paper-cifar10")
 }
-
-
-def default_preset(card: ModelCard) -> str:
-    """Grey images are mostly characters, which a flip turns into other ones."""
-    return "fast-mnist" if card.input_size[0] == 1 else "fast-cifar10"
+default_preset = deepinversion.default_preset
 
 
 def adaptive_deepinversion(
@@ -61,19 +54,7 @@ def adaptive_deepinversion(
             l2 * image_norm(),
             compete * competition(temperature),
         ],
-        stages=[
-            Stage(
-                steps,
-                lr,
-                (beta1, beta2),
-                schedule,
-                views=[
-                    random_roll(jitter),
-                    *([random_flip()] if flip else []),
-                    *([random_crops(1, smallest=crop, cutout=cutout, mirror=flip)] if crop < 1 or cutout else []),
-                ],
-            )
-        ],
+        stages=[Stage(steps, lr, (beta1, beta2), schedule, views=jitters(jitter, flip=flip, crop=crop, cutout=cutout))],
         lessons=Lessons(round_batches, student_steps, student_lr, student_batch_size),
         batch_size=batch_size,
     )

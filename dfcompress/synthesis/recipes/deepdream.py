@@ -5,7 +5,7 @@ Settings are DeepInversion's without its BatchNorm term; the paper states none o
 The teacher is certain of such images, other networks see little in them: the baseline that statistics must beat.
 """
 
-from dfcompress.data.views import random_flip, random_roll
+from dfcompress.data.views import jitters
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import class_cross_entropy, image_norm, total_variation
 from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
@@ -44,14 +44,6 @@ def deepdream(
     return Recipe(
         images=Pixels(clip=clip),
         losses=[ce * class_cross_entropy(), tv * total_variation(), l2 * image_norm()],
-        stages=[
-            Stage(
-                steps,
-                lr,
-                (beta1, beta2),
-                schedule,
-                views=[random_roll(jitter), *([random_flip()] if flip else [])],
-            )
-        ],
+        stages=[Stage(steps, lr, (beta1, beta2), schedule, views=jitters(jitter, flip=flip))],
         batch_size=batch_size,
     )

@@ -12,7 +12,7 @@ cropped, mirrored and with a square cut out on its own.
 What they reach, and how long they take, is in docs/results.md.
 """
 
-from dfcompress.data.views import downscale, random_crops, random_flip, random_roll
+from dfcompress.data.views import downscale, jitters
 from dfcompress.models.card import ModelCard
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, image_norm, total_variation
@@ -96,12 +96,7 @@ def deepinversion(
                 (beta1, beta2),
                 schedule,
                 warmup,
-                views=[
-                    downscale(factor),
-                    random_roll(jitter // factor),
-                    *([random_flip()] if flip else []),
-                    *([random_crops(1, smallest=crop, cutout=cutout, mirror=flip)] if crop < 1 or cutout else []),
-                ],
+                views=[downscale(factor), *jitters(jitter // factor, flip=flip, crop=crop, cutout=cutout)],
             )
             for factor, count in ((2, half_steps), (1, steps))
             if count
