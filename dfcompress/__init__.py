@@ -19,7 +19,7 @@ _HOME = {
     "Compute": "device",
     "Classifier": "models.classifier",
     "ModelCard": "models.card",
-    "Synthesis": "synthesis.supply",
+    "Synthesis": "synthesis.recipe",
     "Training": "training.loop",
     "bench_step": "evaluation.bench",
     "demo": "demo",

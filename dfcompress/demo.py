@@ -18,7 +18,8 @@ from dfcompress.models.weights import file_bytes
 from dfcompress.quantization.quantize import FINETUNING, quantize
 from dfcompress.run import Run
 from dfcompress.synthesis.invert import Inversion, invert
-from dfcompress.synthesis.supply import PREVIEW, Synthesis
+from dfcompress.synthesis.making import PREVIEW
+from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.training.distill import DISTILLATION, distill
 
 FILES = Path(__file__).parent / "demo_files"

@@ -21,7 +21,7 @@ from dfcompress.synthesis.recipes import recipe_names
 if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.models.classifier import Classifier
-    from dfcompress.synthesis.supply import Synthesis
+    from dfcompress.synthesis.recipe import Synthesis
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
@@ -113,7 +113,7 @@ def _synthesis(
     groups: str,
     preview_every: int,
 ) -> Synthesis:
-    from dfcompress.synthesis.supply import Synthesis
+    from dfcompress.synthesis.recipe import Synthesis
 
     short = {"steps": steps, "lr": lr, "batch_size": batch_size}
     overrides: dict[str, Any] = {name: value for name, value in short.items() if value is not None}

@@ -12,7 +12,7 @@ from dfcompress.commands import _options, _summary
 if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.models.classifier import Classifier
-    from dfcompress.synthesis.supply import Synthesis
+    from dfcompress.synthesis.recipe import Synthesis
 
 
 @click.command(epilog=_options.example("dfcompress distill resnet44.pt --student cifar_resnet20 -o student"))

@@ -22,7 +22,8 @@ from dfcompress.quantization.bits import bits_per_layer, parse_bits
 from dfcompress.quantization.ranges import calibrate
 from dfcompress.run import Run
 from dfcompress.synthesis.invert import learner
-from dfcompress.synthesis.supply import ImageSupply, Synthesis
+from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.supply import ImageSupply
 from dfcompress.training.loop import Trainer, Training
 from dfcompress.training.objectives import kd
 

@@ -22,8 +22,8 @@ from dfcompress.models.architectures import fit_student
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, require_batchnorm_statistics, why_no_statistics
 from dfcompress.run import Run
-from dfcompress.synthesis.recipe import Recipe, RecipeChoice
-from dfcompress.synthesis.supply import Synthesis, eager_seconds, make_set, seconds_of, warnings_of
+from dfcompress.synthesis.making import eager_seconds, make_set, seconds_of, warnings_of
+from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
 from dfcompress.training.pupil import Pupil
 
 

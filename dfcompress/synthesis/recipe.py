@@ -17,6 +17,7 @@ from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.synthesis import recipes
 from dfcompress.synthesis.images import Images
+from dfcompress.synthesis.labels import BALANCED, choose_labels
 from dfcompress.synthesis.losses import Loss
 from dfcompress.synthesis.recipes import recipe_names
 
@@ -147,6 +148,38 @@ def choose(
     choice = RecipeChoice(name, preset, settings)
     choice.build()  # So that settings that do not fit are refused before any work.
     return choice
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """Which images to make: the recipe, its preset, settings that override the preset's, how many, and of what.
+
+    `labels` is `balanced`, `random` or a file with a class for every image; `classes` are the only ones to use.
+    `groups` is how many batches a step works on side by side; each batch keeps its own statistics.
+    With `preview_every` the picture is renewed after so many steps.
+    """
+
+    recipe: str = "deepinversion"
+    preset: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    images: int = 1024
+    labels: str = BALANCED
+    classes: Sequence[str] = ()
+    groups: int | Literal["auto"] = "auto"
+    preview_every: int = 0
+
+    def choose(self, card: ModelCard) -> RecipeChoice:
+        """The recipe with every setting resolved for a model; raises `BadInput` for unknown names and values."""
+        if self.images < 1:
+            raise BadInput(f"--images {self.images} is not a number of images.", "Ask for at least 1.")
+        choose_labels(self.labels, self.classes, card)
+        choice = choose(self.recipe, self.preset, self.settings, card=card)
+        if (self.classes or self.labels != BALANCED) and choice.build().label_free:
+            raise BadInput(
+                f"Recipe {self.recipe} steers images towards no class.",
+                "Leave out --classes and --labels, or name another.",
+            )
+        return choice
 
 
 def _module(name: str) -> ModuleType:

@@ -20,7 +20,8 @@ from dfcompress.models.checkpoint import as_classifier, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.run import Run
 from dfcompress.synthesis.invert import learner
-from dfcompress.synthesis.supply import ImageSupply, Synthesis
+from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.supply import ImageSupply
 from dfcompress.training.loop import Trainer, Training
 from dfcompress.training.objectives import kd
 

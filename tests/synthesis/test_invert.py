@@ -21,7 +21,7 @@ from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import bn_divergence
 from dfcompress.models.checkpoint import load
 from dfcompress.synthesis.invert import invert
-from dfcompress.synthesis.supply import Synthesis
+from dfcompress.synthesis.recipe import Synthesis
 
 EAGER = Compute("cpu", "fp32", "off")
 SMALL = Synthesis(images=12, settings={"steps": 3, "batch_size": 8})
@@ -183,7 +183,7 @@ def test_only_the_classes_asked_for_are_made(resnet20_file, tmp_path):
 
 def test_the_picture_is_renewed_while_it_runs(resnet20_file, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("dfcompress.synthesis.supply._write_preview", lambda folder, images: seen.append(len(images)))
+    monkeypatch.setattr("dfcompress.synthesis.making._write_preview", lambda folder, images: seen.append(len(images)))
     asked = replace(SMALL, groups=1, preview_every=2, settings={"steps": 4, "batch_size": 8})
     invert(resnet20_file, output=tmp_path / "set", synthesis=asked, compute=EAGER)
     assert seen == [8, 8, 8, 8, 8]  # Steps 2 and 4 of two batches, and the end: the first shard's.

@@ -8,7 +8,7 @@ import torch
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.synthesis.labels import choose_labels
-from dfcompress.synthesis.supply import Synthesis
+from dfcompress.synthesis.recipe import Synthesis
 
 CARD = ModelCard("net", 4, (3, 8, 8), (0.5,) * 3, (0.2,) * 3, class_names=("cat", "dog", "emu", "fox"))
 

@@ -1,0 +1,307 @@
+"""A synthetic set being made: shared between processes, examined, written, and finished wherever it was left."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from dfcompress import console
+from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_stored
+from dfcompress.device import Compute, Execution, processor_name, resolve_execution, threads_here
+from dfcompress.distributed import peers
+from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
+from dfcompress.models.classifier import Classifier
+from dfcompress.run import write_atomically
+from dfcompress.synthesis.health import Checkup, Health
+from dfcompress.synthesis.labels import Labels, choose_labels
+from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
+from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch, seconds_per_step
+
+METRICS = "metrics.jsonl"
+PREVIEW = "preview.png"
+LESSONS = "lessons.partial"
+PREVIEW_IMAGES = 80
+
+
+class Learner(Protocol):
+    """The student that images compete with, and how it learns from those made so far."""
+
+    student: Classifier
+
+    def learn(self, images: Tensor, *, lesson: int) -> None:
+        """Train the student on all stored images `(N, C, H, W)`; the outcome depends on its arguments alone."""
+
+
+def make_set(
+    teacher: Classifier,
+    folder: Path,
+    synthesis: Synthesis,
+    compute: Compute,
+    *,
+    learner: Learner | None = None,
+) -> SyntheticSet:
+    """Make the set in `folder`, or finish the one that is there; every process of a job makes some of its shards.
+
+    A recipe whose images compete with a student needs `learner`: after each round of images it learns from all so far.
+    Raises `BadInput` where the folder holds a set of another teacher, recipe, count or seed.
+    """
+    everyone = peers()
+    if everyone.leads:
+        _open(teacher, folder, synthesis, compute)
+    everyone.meet()
+    synthetic = SyntheticSet(folder)
+    makes = _Making(synthetic, teacher, synthesis, learner)
+    for lesson in range(len(makes.rounds)):
+        makes.missing_of(lesson)
+        everyone.meet()
+    if everyone.leads:
+        _merge_metrics(synthetic)
+        _write_preview(synthetic.folder, next(synthetic.batches(PREVIEW_IMAGES))[0])
+    everyone.meet()
+    return synthetic
+
+
+def _open(teacher: Classifier, folder: Path, synthesis: Synthesis, compute: Compute) -> None:
+    """Begin a set, or check that the one in `folder` is of the same job."""
+    choice = synthesis.choose(teacher.card)
+    recipe = choice.build()
+    batch_size = min(recipe.batch_size, synthesis.images)
+    job = {
+        "recipe": asdict(choice),
+        "images": synthesis.images,
+        "labels": asdict(choose_labels(synthesis.labels, synthesis.classes, teacher.card)),
+        "seed": compute.seed,
+        "teacher": teacher.identity()["sha256"],
+        "card": teacher.card.to_json(),
+    }
+    if (folder / MANIFEST).exists():
+        _check_same_job(SyntheticSet(folder), job)
+        return
+    sizes = [min(batch_size, synthesis.images - start) for start in range(0, synthesis.images, batch_size)]
+    execution = resolve_execution(compute, eager_seconds(recipe, teacher, batch_size, len(sizes)))
+    execution = replace(execution, groups=_groups(synthesis, batch_size, teacher.card))
+    SyntheticSet.create(folder, {**job, "batch_size": batch_size, "shards": sizes, "execution": asdict(execution)})
+
+
+# Measured on two cores, ResNet-20: with batches of 16, eight side by side are made 1.3 times as fast (docs/results.md);
+# from 128 images a step on there is nothing to win.
+PIXELS_A_STEP = 128 * 32 * 32
+
+
+def _groups(synthesis: Synthesis, batch_size: int, card: ModelCard) -> int:
+    batches = -(-synthesis.images // batch_size)
+    if synthesis.groups != "auto":
+        return min(synthesis.groups, batches)
+    height, width = card.input_size[1:]
+    return max(1, min(PIXELS_A_STEP // (batch_size * height * width), batches))
+
+
+def eager_seconds(recipe: Recipe, teacher: Classifier, batch_size: int, batches: int) -> Callable[[Execution], float]:
+    """The seconds a synthesis would take eagerly, from timing one step."""
+    steps = recipe.steps * batches
+    return lambda eager: steps * seconds_per_step(recipe, teacher, eager, batch_size) if steps else 0.0
+
+
+def seconds_of(synthetic: SyntheticSet) -> float:
+    """Seconds that the shards of a set took, from its `metrics.jsonl`, and the lessons between them."""
+    shards = sum(line["seconds"] for line in _lines(synthetic.folder / METRICS) if "seconds" in line)
+    lessons = synthetic.folder / LESSONS
+    return round(shards + (torch.load(lessons, weights_only=True)["seconds"] if lessons.exists() else 0.0), 2)
+
+
+def warnings_of(synthetic: SyntheticSet) -> list[str]:
+    """What the examination of a set's batches found, each kind of warning once, with the number of batches."""
+    found: dict[str, list[str]] = {}
+    for line in _lines(synthetic.folder / METRICS):
+        if "health" in line:
+            for kind, warning in Health(**line["health"]).warnings().items():
+                found.setdefault(kind, []).append(warning)
+    return [f"{len(same)} of {len(synthetic.shards)} batches: {same[0]}" for same in found.values()]
+
+
+class _Making:
+    """The shards of one set being made by this process."""
+
+    def __init__(
+        self, synthetic: SyntheticSet, teacher: Classifier, synthesis: Synthesis, learner: Learner | None
+    ) -> None:
+        self.synthetic, self.teacher, self.learner = synthetic, teacher, learner
+        manifest = synthetic.manifest
+        self.seed, self.batch_size = manifest["seed"], manifest["batch_size"]
+        self.labels = Labels(**manifest["labels"])
+        self.recipe = RecipeChoice(**manifest["recipe"]).build()
+        stored = Execution(**manifest["execution"])
+        self.execution = replace(stored, device=_own_device(stored.device), threads=threads_here())
+        self.preview_every = synthesis.preview_every
+        self.synthesizer: Synthesizer | None = None
+        self.told: set[str] = set()
+        shards, lessons = list(synthetic.shards), self.recipe.lessons
+        every = lessons.every if lessons else len(shards)
+        # The shards between which the student learns; all at once where there is none.
+        self.rounds = [shards[i : i + every] for i in range(0, len(shards), every)]
+
+    def missing_of(self, lesson: int) -> None:
+        """Make the shards of a round that are not there, together with the other processes."""
+        shards, groups = self.rounds[lesson], self.execution.groups
+        units = [list(shards[i : i + groups]) for i in range(0, len(shards), groups)]
+        absent = set(self.synthetic.missing_shards())
+        missing = peers().told([unit for unit in units if absent & set(unit)])
+        if not missing:
+            return
+        if self.learner:
+            self._teach(self.learner, lesson)
+        checkup = Checkup(self.recipe, self.teacher)
+        synthesizer = self._ready()
+        with ThreadPoolExecutor(1) as writer:
+            written: Future | None = None
+            for unit in peers().share(missing):
+                labels = {shard: self.labels.of_batch(shard, self.batch_size, seed=self.seed) for shard in unit}
+                partial = self.synthetic.shard_path(unit[0]).with_suffix(".partial")
+                batches = synthesizer.batches(labels, partial=partial, watch=self._watch())
+                self._warn(health := [checkup.examine(batch) for batch in batches])
+                if written:
+                    written.result()  # A shard that could not be written ends the run before the next one is made.
+                written = writer.submit(self._write, unit, batches, [asdict(one) for one in health], partial)
+            if written:
+                written.result()
+
+    def _teach(self, learner: Learner, lesson: int) -> None:
+        """Bring the student to where it is after `lesson` lessons, each on everything made before its round.
+
+        A saved student is taken further; one that is further already starts again, so that an early shard that was
+        lost comes back as it was.
+        """
+        saved = self.synthetic.folder / LESSONS
+        if peers().leads:
+            state: dict[str, Any] = {"lesson": 0, "seconds": 0.0, "student": learner.student.state_dict()}
+            fresh = copy.deepcopy(state)
+            if saved.exists():
+                state = torch.load(saved, weights_only=True)
+            state = state if state["lesson"] <= lesson else fresh
+            learner.student.load_state_dict(state["student"])
+            for number in range(state["lesson"] + 1, lesson + 1):
+                started = time.perf_counter()
+                made = [self.synthetic.read_shard(shard)[0] for shard in range(self.rounds[number][0])]
+                console.notice(f"Lesson {number}: the student learns from {sum(map(len, made))} images.")
+                learner.learn(torch.cat(made), lesson=number)
+                seconds = state["seconds"] + time.perf_counter() - started
+                state = {"lesson": number, "seconds": seconds, "student": learner.student.state_dict()}
+            with write_atomically(saved) as temporary:
+                torch.save(state, temporary)
+        peers().meet()
+        learner.student.load_state_dict(torch.load(saved, weights_only=True)["student"])
+
+    def _ready(self) -> Synthesizer:
+        """The synthesizer, competing with the student as it is now."""
+        student = self.learner.student if self.learner else None
+        if self.synthesizer is None:
+            self.synthesizer = Synthesizer(self.recipe, self.teacher, self.execution, seed=self.seed, student=student)
+            processor = processor_name(self.synthesizer.device)
+            if processor != self.execution.processor:
+                console.notice(
+                    f"This set was begun on {self.execution.processor}; {processor} may round its images differently."
+                )
+        elif student:
+            self.synthesizer.learned(student)
+        return self.synthesizer
+
+    def _write(self, unit: list[int], batches: list[Batch], health: list[dict[str, Any]], partial: Path) -> None:
+        sizes = self.synthetic.manifest["shards"]
+        for shard, batch, state in zip(unit, batches, health, strict=True):
+            # A last, smaller shard is cut from a full batch: a smaller batch has other BatchNorm statistics.
+            stored = as_stored(batch.images[: sizes[shard]], in_range=self.recipe.images.in_range)
+            _write_metrics(self.synthetic.shard_path(shard).with_suffix(".jsonl"), shard, batch, state)
+            self.synthetic.write_shard(shard, stored, batch.labels[: sizes[shard]])
+        partial.unlink(missing_ok=True)
+
+    def _warn(self, health: Sequence[Health]) -> None:
+        """Say each kind of warning once, not once a batch."""
+        for state in health:
+            for kind, warning in state.warnings().items():
+                if kind not in self.told:
+                    self.told.add(kind)
+                    console.notice(warning)
+
+    def _watch(self) -> Watch | None:
+        every = self.preview_every
+        if not every or not peers().leads:
+            return None
+
+        def watch(step: int, images: Callable[[], Tensor]) -> None:
+            if step % every == 0:
+                _write_preview(self.synthetic.folder, images()[:PREVIEW_IMAGES].cpu())
+
+        return watch
+
+
+def _own_device(stored: str) -> str:
+    """The stored kind of device, as this process has it."""
+    return f"cuda:{peers().local_rank}" if stored.startswith("cuda") and peers().count > 1 else stored
+
+
+def _write_metrics(path: Path, shard: int, batch: Batch, health: Mapping[str, Any]) -> None:
+    points = [{"shard": shard, **point} for point in batch.history]
+    end = {
+        "shard": shard,
+        "seconds": round(batch.seconds, 3),
+        "attempts": batch.attempts,
+        "health": health,
+        **batch.losses,
+    }
+    with write_atomically(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in [*points, end]))
+
+
+def _merge_metrics(synthetic: SyntheticSet) -> None:
+    """Put the shards' own lines into one file."""
+    parts = [path for shard in synthetic.shards if (path := synthetic.shard_path(shard).with_suffix(".jsonl")).exists()]
+    if not parts:
+        return
+    merged = synthetic.folder / METRICS
+    anew = {int(path.stem.rpartition("-")[2]) for path in parts}
+    with write_atomically(merged) as temporary, temporary.open("w") as file:
+        for line in _lines(merged):
+            if line["shard"] not in anew:
+                file.write(json.dumps(line) + "\n")
+        for path in parts:
+            file.write(path.read_text())
+    for path in parts:
+        path.unlink()
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        with path.open() as file:
+            yield from map(json.loads, file)
+
+
+def _check_same_job(synthetic: SyntheticSet, job: Mapping[str, Any]) -> None:
+    for name, value in job.items():
+        if synthetic.manifest[name] != json.loads(json.dumps(value)):
+            raise BadInput(
+                f"{synthetic.folder} holds a set with another {name}.", "Name another folder, or --overwrite."
+            )
+
+
+def _write_preview(folder: Path, images: Tensor) -> None:
+    """Up to 80 images; a column holds one class where there are ten."""
+    if images.shape[1] not in (1, 3):
+        images = images.mean(1, keepdim=True)
+    scale = max(1, 64 // images.shape[-1])
+    enlarged = images.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid: Tensor = make_grid(enlarged, nrow=10, padding=2, pad_value=1.0)
+    pixels = (grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    with write_atomically(folder / PREVIEW) as path:
+        Image.fromarray(pixels).save(path, format="png")
