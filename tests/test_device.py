@@ -19,20 +19,19 @@ def no_compiler(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
 
 
-def long_job(execution):
-    return 1e6
+LONG, SHORT = 1e15, 1e9  # Multiply-accumulates.
 
 
 def test_a_long_job_is_compiled_and_a_short_one_is_not():
     compute = Compute("cpu", "fp32")
-    assert resolve_execution(compute, long_job).compile
-    assert not resolve_execution(compute, lambda execution: 1.0).compile
+    assert resolve_execution(compute, LONG).compile
+    assert not resolve_execution(compute, SHORT).compile
 
 
 @pytest.mark.usefixtures("no_compiler")
 def test_without_a_compiler_the_job_runs_eagerly_and_says_so_once(capsys):
     console.configure(console.NORMAL)
-    execution = resolve_execution(Compute("cpu", "fp32"), long_job)
+    execution = resolve_execution(Compute("cpu", "fp32"), LONG)
     console.configure(console.QUIET)
     assert not execution.compile
     assert capsys.readouterr().err.count("No C++ compiler found") == 1
@@ -42,7 +41,7 @@ def test_without_a_compiler_the_job_runs_eagerly_and_says_so_once(capsys):
 def test_asking_to_compile_without_a_compiler_is_refused():
     assert not can_compile(CPU)
     with pytest.raises(BadInput, match=r"Install g\+\+"):
-        resolve_execution(Compute("cpu", "fp32", "on"), long_job)
+        resolve_execution(Compute("cpu", "fp32", "on"), LONG)
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", "mps", "meta"])

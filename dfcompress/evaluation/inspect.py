@@ -10,12 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier, state_bytes, write_sidecar
-from dfcompress.models.classifier import Classifier, evaluating, why_no_statistics
+from dfcompress.models.classifier import Classifier, multiply_accumulates, why_no_statistics
 from dfcompress.models.fake_quantizers import is_quantized
 from dfcompress.models.input_statistics import NormalisationCheck, check_normalisation
 from dfcompress.models.recorder import batchnorms
@@ -84,16 +81,6 @@ def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) ->
         can=abilities(classifier),
         card_file=str(write_sidecar(classifier)) if write_card else None,
     )
-
-
-@torch.no_grad()
-def multiply_accumulates(classifier: Classifier) -> int:
-    """Multiply-accumulates of one image in convolutions, linear layers and attention."""
-    image = torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device)
-    with evaluating(classifier), FlopCounterMode(display=False) as counter:
-        classifier(image)
-    # The counter takes a multiplication and an addition as two.
-    return counter.get_total_flops() // 2
 
 
 def abilities(classifier: Classifier) -> list[Ability]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
 
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
@@ -75,6 +76,16 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@torch.no_grad()
+def multiply_accumulates(classifier: Classifier) -> int:
+    """Multiply-accumulates of one image in convolutions, linear layers and attention."""
+    image = torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device)
+    with evaluating(classifier), FlopCounterMode(display=False) as counter:
+        classifier(image)
+    # The counter takes a multiplication and an addition as two.
+    return counter.get_total_flops() // 2
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ dfcompress.invert(dfcompress.load("net.pt", arch="net.py:make"), output="images"
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from dfcompress.models.architectures import fit_student
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, require_batchnorm_statistics, why_no_statistics
 from dfcompress.run import Run
-from dfcompress.synthesis.making import eager_seconds, make_set, seconds_of, warnings_of
+from dfcompress.synthesis.making import macs_of, make_set, seconds_of, warnings_of
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
+from dfcompress.synthesis.synthesizer import seconds_per_step
 from dfcompress.training.pupil import Pupil
 
 
@@ -154,8 +155,8 @@ def plan(teacher: Classifier, synthesis: Synthesis, compute: Compute) -> Synthes
     recipe = choice.build()
     batch_size = min(recipe.batch_size, synthesis.images)
     batches = -(-synthesis.images // batch_size)
-    job = eager_seconds(recipe, teacher, batch_size, batches)
-    execution = resolve_execution(compute, job)
-    seconds = predicted_seconds(execution, job)
+    execution = resolve_execution(compute, macs_of(recipe, teacher, batch_size * batches))
+    one = seconds_per_step(recipe, teacher, replace(execution, compile=False), batch_size) if recipe.steps else 0.0
+    seconds = predicted_seconds(execution, one * recipe.steps * batches)
     memory = peak_memory_bytes(torch.device(execution.device))
     return SynthesisPlan(choice, synthesis.images, batches, recipe.steps, execution, round(seconds, 2), memory)

@@ -22,12 +22,12 @@ from dfcompress.device import Compute, Execution, processor_name, resolve_execut
 from dfcompress.distributed import peers
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
-from dfcompress.models.classifier import Classifier
+from dfcompress.models.classifier import Classifier, multiply_accumulates
 from dfcompress.run import write_atomically
 from dfcompress.synthesis.health import Checkup, Health
 from dfcompress.synthesis.labels import Labels, choose_labels
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
-from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch, seconds_per_step
+from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch
 
 METRICS = "metrics.jsonl"
 PREVIEW = "preview.png"
@@ -90,7 +90,7 @@ def _open(teacher: Classifier, folder: Path, synthesis: Synthesis, compute: Comp
         _check_same_job(SyntheticSet(folder), job)
         return
     sizes = [min(batch_size, synthesis.images - start) for start in range(0, synthesis.images, batch_size)]
-    execution = resolve_execution(compute, eager_seconds(recipe, teacher, batch_size, len(sizes)))
+    execution = resolve_execution(compute, macs_of(recipe, teacher, batch_size * len(sizes)))
     execution = replace(execution, groups=_groups(synthesis, batch_size, teacher.card))
     SyntheticSet.create(folder, {**job, "batch_size": batch_size, "shards": sizes, "execution": asdict(execution)})
 
@@ -108,10 +108,9 @@ def _groups(synthesis: Synthesis, batch_size: int, card: ModelCard) -> int:
     return max(1, min(PIXELS_A_STEP // (batch_size * height * width), batches))
 
 
-def eager_seconds(recipe: Recipe, teacher: Classifier, batch_size: int, batches: int) -> Callable[[Execution], float]:
-    """The seconds a synthesis would take eagerly, from timing one step."""
-    steps = recipe.steps * batches
-    return lambda eager: steps * seconds_per_step(recipe, teacher, eager, batch_size) if steps else 0.0
+def macs_of(recipe: Recipe, teacher: Classifier, images: int) -> float:
+    """Multiply-accumulates of a synthesis: forward and backward to the input, each step."""
+    return 2.0 * multiply_accumulates(teacher) * images * recipe.steps
 
 
 def seconds_of(synthetic: SyntheticSet) -> float:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from dfcompress import console, device
 from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.device import Compute, Execution, resolve_execution
 from dfcompress.errors import BadInput, DfcompressError
-from dfcompress.models.classifier import Classifier
+from dfcompress.models.classifier import Classifier, multiply_accumulates
 from dfcompress.randomness import seed_of
 from dfcompress.run import Clock, write_atomically
 from dfcompress.training.objectives import Objective
@@ -97,7 +95,7 @@ class Trainer:
         Raises `DfcompressError` where a loss is not finite.
         """
         state = self._saved_state()
-        execution = Execution(**state["execution"]) if state else self._resolve(images)
+        execution = Execution(**state["execution"]) if state else self._resolve()
         device.prepare(execution)
         target = device.resolve_device(execution.device)
         # Grey images are mostly characters, which a flip turns into other ones.
@@ -168,28 +166,10 @@ class Trainer:
 
         return step
 
-    def _resolve(self, images: Tensor) -> Execution:
-        return resolve_execution(self.compute, lambda eager: self._eager_seconds(images, eager))
-
-    def _eager_seconds(self, images: Tensor, eager: Execution) -> float:
-        """Seconds the job would take eagerly, from the better of two steps of a copy after a first one."""
-        trial = Trainer(copy.deepcopy(self.student), self.teacher, self.objectives, self.training, compute=self.compute)
-        target = torch.device(eager.device)
-        trial.student.to(target)
-        self.teacher.to(target).frozen()
-        pool = ImagePool(
-            images[: self.training.batch_size].to(target), Augmentation(), batch_size=self.training.batch_size
-        )
-        step = trial._compiled(target, eager)
-        work = _Work(trial.student, self.training, eager)
-        training_mode(trial.student, freeze_batchnorm=self.training.freeze_batchnorm)
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            work.update(step(pool.batch(0)), self.training)
-            device.synchronize(target)
-            times.append(time.perf_counter() - started)
-        return min(times[1:]) * self.training.steps
+    def _resolve(self) -> Execution:
+        """Forward passes of both, and the student's backward pass, twice as long."""
+        macs = multiply_accumulates(self.teacher) + 3 * multiply_accumulates(self.student)
+        return resolve_execution(self.compute, float(macs) * self.training.batch_size * self.training.steps)
 
     def _saved_state(self) -> dict | None:
         path = self.folder / PARTIAL if self.folder else None
