@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from dfcompress import commands, console
-from dfcompress.errors import BadInput, DfcompressError
+from dfcompress.errors import DfcompressError
 
 INTERRUPTED = 130
 
@@ -75,7 +75,7 @@ def run(args: list[str] | None = None) -> int:
     try:
         root.main(args, prog_name="dfcompress", standalone_mode=False)
     except DfcompressError as error:
-        if console.speaks() or not isinstance(error, BadInput):
+        if console.speaks():
             click.echo(f"dfcompress: {error}", err=True)
         return error.exit_code
     except click.ClickException as error:
@@ -83,6 +83,7 @@ def run(args: list[str] | None = None) -> int:
             error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("dfcompress: interrupted; the same line with --resume goes on.", err=True)
+        if console.speaks():
+            click.echo("dfcompress: interrupted; the same line with --resume goes on.", err=True)
         return INTERRUPTED
     return 0

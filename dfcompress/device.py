@@ -91,7 +91,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         nonlocal fast
         try:
             return fast(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             if fast is function:
                 raise
             reason = str(error).strip().splitlines()[0]
@@ -106,11 +106,12 @@ def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """`step` as one CUDA graph: replaying it costs one launch. It must have run before, and use the same memory
     every time. Where capturing fails, `step` itself, with a notice.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
             values = step()
     except RuntimeError as error:
+        torch.cuda.set_stream(stream)
         console.notice(f"No CUDA graph, so every kernel is launched on its own: {str(error).splitlines()[0]}")
         return step
 
@@ -129,14 +130,24 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def threads_here() -> int:
     """Threads for this process: what the user or the library set, or its share where several share the machine."""
     everyone = peers()
-    return torch.get_num_threads() if everyone.count == 1 else max(1, (os.cpu_count() or 1) // everyone.local_count)
+    if everyone.count == 1:
+        return torch.get_num_threads()
+    # Launchers that bind processes to cores have shared them already.
+    cores, bound = os.cpu_count() or 1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    return max(1, min(bound, cores // everyone.local_count))
 
 
 def prepare(execution: Execution) -> None:
     """Set this process up to compute as `execution` says."""
     torch.set_num_threads(execution.threads)
-    if torch.device(execution.device).type == "cpu":
+    device = torch.device(execution.device)
+    if device.type == "cpu":
         keep_freed_memory()
+        return
+    if device.index is not None:
+        torch.cuda.set_device(device)  # CUDA graphs are captured on the current device.
+    if execution.precision == "fp32":
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]  # Not TF32.
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

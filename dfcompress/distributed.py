@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -34,14 +34,15 @@ class Peers:
 
     def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, local_count: int = 1) -> None:
         self.rank, self.count, self.local_rank, self.local_count = rank, count, local_rank, local_count
+        self._all: Any = None
         self._store: Any = None
-        self._calls = 0
+        self._calls = self._jobs = 0
         self._over = threading.Event()
 
     @property
     def leads(self) -> bool:
         """Whether this is the process that decides and prints."""
-        return self.rank == 0
+        return self.rank == 0 or self.count == 1
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -53,19 +54,23 @@ class Peers:
             yield
             return
         self._join()
+        self._over.clear()
         # torchrun terminates the rest where one process dies.
-        signal.signal(signal.SIGTERM, lambda *_: self._end("another process of the run is gone", TERMINATED))
+        before = signal.signal(signal.SIGTERM, lambda *_: self._end("terminated", code=TERMINATED))
         threading.Thread(target=self._watch, daemon=True).start()
         try:
             yield
-            self._store.set(f"done/{self.rank}", "")
+            self._ask("set", f"done/{self.rank}", "")
             if self.leads:  # It may keep the store, so it leaves last.
                 self._wait_for([f"done/{rank}" for rank in range(self.count)])
-        except BaseException:
-            self._store.set("failed", str(self.rank))
+        except BaseException as error:
+            with suppress(RuntimeError):
+                self._store.set("failed", "" if self.leads else f"process {self.rank}: {error}")
+                time.sleep(4 * BEAT_SECONDS if not self.leads else 0)  # For the leading process to say it.
             raise
         finally:
             self._over.set()
+            signal.signal(signal.SIGTERM, before)
 
     def told(self, value: Any = None) -> Any:
         """What the leading process passes here, on every process; a JSON value."""
@@ -73,15 +78,15 @@ class Peers:
             return value
         key = self._next("told")
         if self.leads:
-            self._store.set(key, json.dumps(value))
+            self._ask("set", key, json.dumps(value))
         self._wait_for([key])
-        return json.loads(self._store.get(key))
+        return json.loads(self._ask("get", key))
 
     def meet(self) -> None:
         """Wait until every process is here."""
         if self.count > 1:
             key = self._next("meet")
-            self._store.set(f"{key}/{self.rank}", "")
+            self._ask("set", f"{key}/{self.rank}", "")
             self._wait_for([f"{key}/{rank}" for rank in range(self.count)])
 
     def share(self, units: Sequence[Any]) -> Iterator[Any]:
@@ -93,7 +98,7 @@ class Peers:
             yield from units
             return
         key = self._next("share")
-        while (taken := self._store.add(key, 1)) <= len(units):
+        while (taken := self._ask("add", key, 1)) <= len(units):
             yield units[taken - 1]
 
     def _next(self, what: str) -> str:
@@ -104,17 +109,26 @@ class Peers:
         from torch import distributed
 
         try:
-            self._store, _, _ = next(distributed.rendezvous("env://", self.rank, self.count, timeout=JOINING))
+            if self._all is None:
+                self._all, _, _ = next(distributed.rendezvous("env://", self.rank, self.count, timeout=JOINING))
         except (RuntimeError, ValueError) as error:
             raise DfcompressError(
                 f"Process {self.rank} of {self.count} cannot join the others: {str(error).splitlines()[0]}.",
                 "Start all of them with torchrun or srun.",
             ) from None
-        self._store = distributed.PrefixStore("dfcompress", self._store)
+        self._jobs += 1
+        self._store = distributed.PrefixStore(f"dfcompress/{self._jobs}", self._all)
 
     def _wait_for(self, keys: Sequence[str]) -> None:
-        while not self._store.check(list(keys)):
+        while not self._ask("check", list(keys)):
             time.sleep(0.05)
+
+    def _ask(self, operation: str, *arguments: Any) -> Any:
+        """An operation of the store; the run is over where the process that keeps it is gone."""
+        try:
+            return getattr(self._store, operation)(*arguments)
+        except RuntimeError:
+            self._end(f"process 0 of {self.count} is gone", lost=0)
 
     def _watch(self) -> None:
         """Say that this process lives, and end it where another one does no more."""
@@ -125,12 +139,12 @@ class Peers:
             try:
                 self._store.set(f"beat/{self.rank}", str(beat))
                 if self._store.check(["failed"]):
-                    self._end(None)  # It says itself what was wrong.
+                    self._end(self._store.get("failed").decode())
                 lost = next((rank for rank in range(self.count) if self._is_lost(rank, heard)), None)
             except RuntimeError:
                 lost = 0
             if lost is not None and not self._over.is_set():
-                self._end(f"process {lost} of {self.count} is gone")
+                self._end(f"process {lost} of {self.count} is gone", lost=lost)
 
     def _is_lost(self, rank: int, heard: dict[int, tuple[int, float]]) -> bool:
         """Whether a process has not been heard of for too long; `heard` holds its last beat, and when that was."""
@@ -143,8 +157,9 @@ class Peers:
         patience = LOST_AFTER_SECONDS if beat else JOINING.total_seconds()
         return now - heard[rank][1] > patience
 
-    def _end(self, why: str | None, code: int = 1) -> None:
-        if self.leads and why:
+    def _end(self, why: str, *, lost: int | None = None, code: int = 1) -> None:
+        """End this process at once; one of those that are left says why, unless that was said."""
+        if why and self.rank == (1 if lost == 0 else 0):
             os.write(2, f"dfcompress: {why}; the same line with --resume goes on.\n".encode())
         os._exit(code)
 
@@ -156,11 +171,11 @@ def peers() -> Peers:
     Raises `BadInput` where those are no numbers.
     """
     variables = dict(os.environ)
-    if "RANK" not in variables and int(variables.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        variables |= _from_slurm(variables)
-        os.environ.update({name: variables[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")})
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     try:
+        if "RANK" not in variables and int(variables.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            variables |= _from_slurm(variables)
+            os.environ.update({name: variables[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")})
         return Peers(*(int(variables.get(name, default)) for name, default in zip(names, "0101", strict=True)))
     except ValueError:
         values = ", ".join(f"{name}={variables.get(name)}" for name in names)
@@ -168,8 +183,8 @@ def peers() -> Peers:
 
 
 def _from_slurm(variables: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would set, from the variables of a SLURM step."""
-    job = int(variables.get("SLURM_JOB_ID", "0"))
+    """What torchrun would set, from the variables of a SLURM step; steps of one job get ports of their own."""
+    step = 100 * int(variables.get("SLURM_JOB_ID", "0")) + int(variables.get("SLURM_STEP_ID", "0"))
     tasks = variables["SLURM_STEP_NUM_TASKS"]
     return {
         "RANK": variables["SLURM_PROCID"],
@@ -177,7 +192,7 @@ def _from_slurm(variables: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": variables["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": variables.get("SLURM_STEP_TASKS_PER_NODE", tasks).partition("(")[0].partition(",")[0],
         "MASTER_ADDR": variables.get("MASTER_ADDR", first_host(variables["SLURM_STEP_NODELIST"])),
-        "MASTER_PORT": variables.get("MASTER_PORT", str(20_000 + job % 20_000)),
+        "MASTER_PORT": variables.get("MASTER_PORT", str(20_000 + step % 20_000)),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -180,6 +181,16 @@ def write_atomically(path: Path) -> Iterator[Path]:
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write tensors and numbers for `torch.load(weights_only=True)`, atomically."""
+    import torch
+
+    whole = io.BytesIO()  # `torch.save` to a file tells nothing of a full disk but an assertion of its own.
+    torch.save(dict(state), whole)
+    with write_atomically(path) as temporary:
+        temporary.write_bytes(whole.getbuffer())
 
 
 def read_record(path: Path) -> dict[str, Any]:

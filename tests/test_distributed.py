@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import pytest
 from dfcompress.distributed import Peers, first_host, peers
 from dfcompress.errors import BadInput
 
-TINY = ["--images", "20", "--batch-size", "4", "--steps", "3", "--compile", "off", "--precision", "fp32"]
+TINY = ["--images", "28", "--batch-size", "4", "--steps", "9", "--compile", "off", "--precision", "fp32"]
 
 
 def free_port():
@@ -49,37 +50,46 @@ def start(count, arguments, *, launcher=True):
 
 @pytest.fixture(scope="module")
 def alone(resnet20_file, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone") / "set"
-    subprocess.run([sys.executable, "-m", "dfcompress", "invert", resnet20_file, *TINY, "-o", folder], check=True)
-    return digests(folder)
+    """The shards that one process makes, by the number of batches side by side."""
+    made = {}
+    for groups in ("1", "2"):
+        folder = tmp_path_factory.mktemp("alone") / "set"
+        command = [sys.executable, "-m", "dfcompress", "invert", resnet20_file, *TINY, "--groups", groups, "-o", folder]
+        subprocess.run(command, check=True)
+        made[groups] = digests(folder)
+    return made
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_any_number_of_processes_makes_the_shards_of_one(count, alone, resnet20_file, tmp_path):
-    (run,) = start(count, [resnet20_file, *TINY, "-o", tmp_path / "set"])
+@pytest.mark.parametrize(("count", "groups"), [(2, "1"), (4, "1"), (2, "2")])
+def test_any_number_of_processes_makes_the_shards_of_one(count, groups, alone, resnet20_file, tmp_path):
+    folder = tmp_path / "set"
+    (run,) = start(count, [resnet20_file, *TINY, "--groups", groups, "-o", folder])
     _, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors
-    assert digests(tmp_path / "set") == alone
-    assert not list((tmp_path / "set").glob("*.partial"))
+    assert digests(folder) == alone[groups]
+    assert not list(folder.glob("*.partial"))
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert len({line["process"] for line in lines if "process" in line}) > 1
 
 
 @pytest.mark.slow
-def test_a_dead_process_ends_the_run_and_resume_finishes_it(alone, resnet20_file, tmp_path):
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_dead_process_ends_the_run_with_one_message(dead, resnet20_file, tmp_path):
     folder = tmp_path / "set"
-    long = [*TINY[:4], "--steps", "100000", *TINY[6:]]
-    leader, other = start(2, [resnet20_file, *long, "-o", folder], launcher=False)
+    long = [*TINY[:4], "--steps", "100000", *TINY[6:], "--groups", "1"]
+    processes = start(2, [resnet20_file, *long, "-o", folder], launcher=False)
     deadline = time.monotonic() + 120
     while not (folder / "dataset.json").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(5)  # Into the steps.
-    other.send_signal(signal.SIGKILL)
+    processes[dead].send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    _, errors = leader.communicate(timeout=60)
+    _, errors = processes[1 - dead].communicate(timeout=60)
     assert time.monotonic() - killed < 30
-    assert leader.returncode == 1
+    assert processes[1 - dead].returncode == 1
     assert errors.count("dfcompress: ") == 1
-    assert "process 1 of 2 is gone" in errors
+    assert f"process {dead} of 2 is gone" in errors
 
 
 @pytest.mark.slow

@@ -53,12 +53,21 @@ def test_a_captured_step_does_what_a_launched_one_does(resnet20_file, monkeypatc
     torch.testing.assert_close(captured.images, launched.images, rtol=1e-3, atol=1e-3)
 
 
-def test_the_step_is_really_captured(resnet20_file, monkeypatch):
+@pytest.mark.parametrize("name", ["deepinversion", "bns", "bns-inception", "inception", "deepdream"])
+@pytest.mark.parametrize("index", sorted({0, torch.cuda.device_count() - 1}))
+def test_the_step_is_really_captured_and_still_moves_the_images(name, index, resnet20_file, monkeypatch):
     captures = []
     honest = device.captured
     monkeypatch.setattr(device, "captured", lambda step: captures.append(honest(step)) or captures[-1])
-    made(resnet20_file, FAST, steps=10).batch(0, LABELS)
+    recipe = choose(name, None, {"steps": 10, "batch_size": 16}).build()
+    synthesizer = Synthesizer(recipe, load(resnet20_file), replace(FAST, device=f"cuda:{index}"))
+    work = synthesizer.begin({0: LABELS[:16]})
+    for _ in range(8):
+        synthesizer.step(work)
+    before = work.images[0].render().detach().clone()
+    synthesizer.step(work)
     assert [replay.__name__ for replay in captures] == ["replay"]
+    assert not torch.equal(work.images[0].render(), before)
 
 
 def test_interrupted_work_resumes_to_the_same_bits(resnet20_file, tmp_path):

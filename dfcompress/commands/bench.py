@@ -34,5 +34,9 @@ def step(model: Classifier, batch_size: int, rounds: int, compute: Compute, as_j
         console.result_json(measured.to_json())
         return
     ours = measured.rows[-1]["ms"]
-    rows = [[row["name"], f"{row['ms']:.1f}", f"{row['ms'] / ours:.2f}"] for row in measured.rows]
-    console.table(["one step", "ms", "ours = 1"], rows)
+    columns = {"ms": "ms", "images_per_second": "images/s", "tflops": "TFLOP/s"}
+    shown = [key for key in columns if key in measured.rows[0]]
+    rows = [[row["name"], *(f"{row[key]:.1f}" for key in shown), f"{row['ms'] / ours:.2f}"] for row in measured.rows]
+    console.table(["one step", *(columns[key] for key in shown), "ours = 1"], rows)
+    if measured.ceilings:
+        console.result("the device reaches {tflops} TFLOP/s, {gb_per_second} GB/s".format(**measured.ceilings))

@@ -24,9 +24,10 @@ from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, require_batchnorm_statistics
 from dfcompress.models.recorder import batchnorms
 from dfcompress.synthesis.recipe import choose
-from dfcompress.synthesis.synthesizer import Execution, Synthesizer
+from dfcompress.synthesis.synthesizer import STEPS_BEFORE_CAPTURE, Execution, Synthesizer
 
 Step = Callable[[], object]
+WARM_UP = {"cpu": 1, "cuda": STEPS_BEFORE_CAPTURE + 2}
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,16 @@ def bench_step(
         steps["+compiled"] = _ours(teacher, batch_size, replace(eager, compile=True))
     steps["ours"] = _ours(teacher, batch_size, replace(eager, compile=compiled, precision=precision))
     times: dict[str, list[float]] = {name: [] for name in steps}
-    with console.progress("rounds", rounds + 1) as progress:
-        for done in range(rounds + 1):
+    with console.progress("rounds", rounds) as progress:
+        for step in steps.values():
+            for _ in range(WARM_UP[target.type]):
+                step()
+        for done in range(rounds):
             for name, step in steps.items():
                 times[name].append(_seconds(step, target))
             progress.update(done + 1)
     flops = _flops(teacher, batch_size, target)
-    rows = [_row(name, statistics.median(seconds[1:]), batch_size, flops) for name, seconds in times.items()]
+    rows = [_row(name, statistics.median(seconds), batch_size, flops) for name, seconds in times.items()]
     return StepBench(rows, batch_size, rounds, device.processor_name(target), _ceilings(target))
 
 

@@ -140,8 +140,10 @@ class HookRecorder:
 
     def __call__(self, images: Tensor) -> Recording:
         """One forward pass of normalised images `(N, C, H, W)`."""
+        self._seen.clear()  # A pass that failed may have left some.
         logits = self.network(images)
-        layers, self._seen = tuple(self._seen), []
+        layers = tuple(self._seen)
+        self._seen.clear()
         return Recording(logits, layers)
 
 
@@ -174,6 +176,7 @@ class FusedRecorder:
 
     def __call__(self, images: Tensor) -> Recording:
         """One forward pass of normalised images `(N, C, H, W)`."""
+        self._seen.clear()  # A pass that failed may have left some.
         logits = self.network(images).float()
         layers = tuple(self._seen)
         self._seen.clear()

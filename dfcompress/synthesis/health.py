@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,18 +33,21 @@ class Health:
     noise_divergence: float | None
     variety: float
 
-    def warnings(self) -> dict[str, str]:
-        """A sentence for everything that is wrong, and what to change, by what it is about."""
+    def warnings(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        """A sentence for everything that is wrong and which of a recipe's `settings` to change, by what it is about."""
         found = {}
+
+        def more_of(weight: str) -> str:
+            return f"take more --steps, or raise --set {weight}=." if weight in settings else "take more --steps."
+
         if self.teacher_top1 is not None and self.teacher_top1 < CONFIDENT:
             found["labels"] = (
-                f"The teacher classifies only {self.teacher_top1:.0%} of a batch as intended: "
-                "take more --steps, or weigh the class more (--set ce=...)."
+                f"The teacher classifies only {self.teacher_top1:.0%} of a batch as intended: {more_of('ce')}"
             )
         if self.bn_divergence is not None and self.bn_divergence >= (self.noise_divergence or math.inf):
             found["statistics"] = (
                 f"BatchNorm statistics are no nearer ({self.bn_divergence:.3f}) than those of Gaussian noise "
-                f"({self.noise_divergence:.3f}): take more --steps, or weigh them more (--set bn=...)."
+                f"({self.noise_divergence:.3f}): {more_of('bn')}"
             )
         if self.variety < VARIED:
             found["variety"] = (

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dfcompress.errors import BadInput
 from dfcompress.models.recorder import Moments, Trace, record_of
 
 
@@ -39,7 +40,11 @@ def class_cross_entropy() -> Loss:
 
 
 def inception(scale: float = 100.0) -> Loss:
-    """e^(−logit_y / scale), mean over the batch (Haroush 2020, section 3.2; the paper prints the scale three ways)."""
+    """e^(−logit_y / scale), mean over the batch (Haroush 2020, section 3.2; the paper prints the scale three ways).
+
+    Raises `BadInput` for a scale of 0.
+    """
+    _require_positive("scale", scale)
 
     def value(trace: Trace) -> Tensor:
         intended = trace.logits.gather(1, trace.labels[:, None])
@@ -52,8 +57,9 @@ def competition(temperature: float = 3.0) -> Loss:
     """1 − JS(p_T, p_S) of teacher and student at `temperature`, mean over the batch, in nats (Yin 2020, R_compete).
 
     JS = ½KL(p_T ‖ M) + ½KL(p_S ‖ M) with M = ½(p_T + p_S), taken from log-softmax: nothing is clamped, so its
-    gradient never dies. JS ≤ ln 2, so the value never falls below 0.307.
+    gradient never dies. JS ≤ ln 2, so the value never falls below 0.307. Raises `BadInput` for a temperature of 0.
     """
+    _require_positive("temperature", temperature)
 
     def value(trace: Trace) -> Tensor:
         assert trace.student_logits is not None
@@ -117,15 +123,17 @@ def total_variation() -> Loss:
 
 def smoothness(kernel: int = 5, sigma: float = 1.0) -> Loss:
     """Mean squared difference to the image smoothed by a `kernel` × `kernel` Gaussian of `sigma` pixels, borders
-    reflected (Haroush 2020, section 3.2).
+    reflected (Haroush 2020, section 3.2). Raises `BadInput` for an even kernel.
     """
-    offsets = torch.arange(kernel) - (kernel - 1) / 2
-    weights = (-(offsets**2) / (2 * sigma**2)).exp()
-    weights = weights / weights.sum()
+    if kernel % 2 == 0 or sigma <= 0:
+        raise BadInput(f"There is no {kernel} × {kernel} Gaussian of σ {sigma}.", "Use an odd kernel and a σ above 0.")
 
     def value(trace: Trace) -> Tensor:
         channels, border = trace.images.shape[1], kernel // 2
-        line = weights.to(trace.images.device)
+        # Made on the device: a copy from the host would end the capture of a CUDA graph.
+        offsets = torch.arange(kernel, device=trace.images.device) - border
+        line = (-(offsets**2) / (2 * sigma**2)).exp()
+        line = line / line.sum()
         filters = torch.outer(line, line).expand(channels, 1, kernel, kernel)
         padded = F.pad(trace.images, (border,) * 4, mode="reflect")
         return (trace.images - F.conv2d(padded, filters, groups=channels)).square().mean((1, 2, 3)).mean()
@@ -144,6 +152,11 @@ def image_norm(*, each: bool = False) -> Loss:
         return norms.mean() if each else torch.linalg.vector_norm(norms)
 
     return Loss("image_norm", value)
+
+
+def _require_positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise BadInput(f"{name} = {value} divides by nothing.", "Use a number above 0.")
 
 
 def _norm(images: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from dfcompress.distributed import peers
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier, multiply_accumulates
-from dfcompress.run import write_atomically
+from dfcompress.run import save_state, write_atomically
 from dfcompress.synthesis.health import Checkup, Health
 from dfcompress.synthesis.labels import Labels, choose_labels
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
@@ -68,7 +68,7 @@ def make_set(
         everyone.meet()
     if everyone.leads:
         _merge_metrics(synthetic)
-        _write_preview(synthetic.folder, next(synthetic.batches(PREVIEW_IMAGES))[0])
+        _write_preview(synthetic.folder, _first_images(synthetic))
     everyone.meet()
     return synthetic
 
@@ -114,10 +114,16 @@ def macs_of(recipe: Recipe, teacher: Classifier, images: int) -> float:
 
 
 def seconds_of(synthetic: SyntheticSet) -> float:
-    """Seconds that the shards of a set took, from its `metrics.jsonl`, and the lessons between them."""
+    """Seconds that the shards of a set took, from its `metrics.jsonl`, and the lessons between them; those of all
+    processes together.
+    """
     shards = sum(line["seconds"] for line in _lines(synthetic.folder / METRICS) if "seconds" in line)
     lessons = synthetic.folder / LESSONS
-    return round(shards + (torch.load(lessons, weights_only=True)["seconds"] if lessons.exists() else 0.0), 2)
+    return round(shards + (_lessons(lessons)["seconds"] if lessons.exists() else 0.0), 2)
+
+
+def _lessons(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True, map_location="cpu")
 
 
 def warnings_of(synthetic: SyntheticSet) -> list[str]:
@@ -125,7 +131,7 @@ def warnings_of(synthetic: SyntheticSet) -> list[str]:
     found: dict[str, list[str]] = {}
     for line in _lines(synthetic.folder / METRICS):
         if "health" in line:
-            for kind, warning in Health(**line["health"]).warnings().items():
+            for kind, warning in Health(**line["health"]).warnings(synthetic.manifest["recipe"]["settings"]).items():
                 found.setdefault(kind, []).append(warning)
     return [f"{len(same)} of {len(synthetic.shards)} batches: {same[0]}" for same in found.values()]
 
@@ -156,6 +162,9 @@ class _Making:
         shards, groups = self.rounds[lesson], self.execution.groups
         units = [list(shards[i : i + groups]) for i in range(0, len(shards), groups)]
         absent = set(self.synthetic.missing_shards())
+        if peers().leads:
+            for shard in set(shards) - absent:  # Killed between writing a shard and deleting its state.
+                self.synthetic.shard_path(shard).with_suffix(".partial").unlink(missing_ok=True)
         missing = peers().told([unit for unit in units if absent & set(unit)])
         if not missing:
             return
@@ -187,7 +196,7 @@ class _Making:
             state: dict[str, Any] = {"lesson": 0, "seconds": 0.0, "student": learner.student.state_dict()}
             fresh = copy.deepcopy(state)
             if saved.exists():
-                state = torch.load(saved, weights_only=True)
+                state = _lessons(saved)
             state = state if state["lesson"] <= lesson else fresh
             learner.student.load_state_dict(state["student"])
             for number in range(state["lesson"] + 1, lesson + 1):
@@ -197,10 +206,9 @@ class _Making:
                 learner.learn(torch.cat(made), lesson=number)
                 seconds = state["seconds"] + time.perf_counter() - started
                 state = {"lesson": number, "seconds": seconds, "student": learner.student.state_dict()}
-            with write_atomically(saved) as temporary:
-                torch.save(state, temporary)
+            save_state(saved, state)
         peers().meet()
-        learner.student.load_state_dict(torch.load(saved, weights_only=True)["student"])
+        learner.student.load_state_dict(_lessons(saved)["student"])
 
     def _ready(self) -> Synthesizer:
         """The synthesizer, competing with the student as it is now."""
@@ -228,7 +236,7 @@ class _Making:
     def _warn(self, health: Sequence[Health]) -> None:
         """Say each kind of warning once, not once a batch."""
         for state in health:
-            for kind, warning in state.warnings().items():
+            for kind, warning in state.warnings(self.synthetic.manifest["recipe"]["settings"]).items():
                 if kind not in self.told:
                     self.told.add(kind)
                     console.notice(warning)
@@ -254,6 +262,7 @@ def _write_metrics(path: Path, shard: int, batch: Batch, health: Mapping[str, An
     points = [{"shard": shard, **point} for point in batch.history]
     end = {
         "shard": shard,
+        "process": peers().rank,
         "seconds": round(batch.seconds, 3),
         "attempts": batch.attempts,
         "health": health,
@@ -292,6 +301,15 @@ def _check_same_job(synthetic: SyntheticSet, job: Mapping[str, Any]) -> None:
             raise BadInput(
                 f"{synthetic.folder} holds a set with another {name}.", "Name another folder, or --overwrite."
             )
+
+
+def _first_images(synthetic: SyntheticSet) -> Tensor:
+    found: list[Tensor] = []
+    for images, _ in synthetic.batches(PREVIEW_IMAGES):
+        found.append(images)
+        if sum(map(len, found)) >= PREVIEW_IMAGES:
+            break
+    return torch.cat(found)[:PREVIEW_IMAGES]
 
 
 def _write_preview(folder: Path, images: Tensor) -> None:

@@ -24,7 +24,7 @@ from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import FusedRecorder, Recording, traces
 from dfcompress.randomness import generator
-from dfcompress.run import Clock, write_atomically
+from dfcompress.run import Clock, save_state
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.recipe import Recipe, Stage
 
@@ -85,7 +85,7 @@ class Synthesizer:
         if recipe.needs_student:
             assert student is not None, "a recipe that competes with a student needs one"
             self.learned(student)
-        self._losses = self._fast(losses_of(recipe, execution.groups))
+        self._losses = self._fast(losses_of(recipe))
         self._views = {id(stage): views_of(stage) for stage in recipe.stages}
 
     def learned(self, student: Classifier) -> None:
@@ -117,17 +117,25 @@ class Synthesizer:
         except RuntimeError as error:
             if not device.is_out_of_memory(error):
                 raise
-        problem = f"{len(labels)} × {len(next(iter(labels.values())))} images a step do not fit into memory."
-        raise DfcompressError(problem, self._what_fits(labels))
-
-    def _what_fits(self, labels: Mapping[int, Tensor]) -> str:
-        if len(labels) > 1:
-            return f"Use --groups {len(labels) // 2}."
+        count, shards = len(labels), list(labels)
+        if count > 1:
+            console.notice(f"{count} batches side by side do not fit into memory; making {count // 2}.")
+            halves = shards[: count // 2], shards[count // 2 :]
+            return [
+                batch
+                for half in halves
+                for batch in self.batches({shard: labels[shard] for shard in half}, watch=watch)
+            ]
         ((shard, own),) = labels.items()
-        size = len(own) // 2
+        raise DfcompressError(f"{len(own)} images a step do not fit into memory.", self._what_fits(shard, own))
+
+    def _what_fits(self, shard: int, labels: Tensor) -> str:
+        size = len(labels) // 2
         while size:
             try:
-                self.step(self.begin({shard: own[:size]}))
+                work = self.begin({shard: labels[:size]})
+                work.step = self.recipe.steps - self.recipe.stages[-1].steps
+                self.step(work)
                 return f"--batch-size {size} fits; its statistics and so its images are other ones."
             except RuntimeError as error:
                 if not device.is_out_of_memory(error):
@@ -136,24 +144,21 @@ class Synthesizer:
         return "Not even one image fits."
 
     def _attempts(self, labels: Mapping[int, Tensor], partial: Path | None, watch: Watch | None) -> list[Batch]:
-        for attempt in range(ATTEMPTS):
-            try:
-                return self._attempt(labels, attempt, partial, watch)
-            except NotFinite as error:
-                if attempt + 1 == ATTEMPTS:
-                    raise
-                console.notice(
-                    f"{error.problem} Making the batch again with {SMALLER ** (attempt + 1):.2g} of the rate."
-                )
-        raise AssertionError
-
-    def _attempt(
-        self, labels: Mapping[int, Tensor], attempt: int, partial: Path | None, watch: Watch | None
-    ) -> list[Batch]:
-        work = self.begin(labels, attempt=attempt)
+        work = self.begin(labels)
         if partial is not None and partial.exists():
             work.load(partial)
-        with console.progress(f"shard {', '.join(map(str, labels))}", self.recipe.steps) as progress:
+        while True:
+            try:
+                return self._finish(work, partial, watch)
+            except NotFinite as error:
+                if work.attempt + 1 == ATTEMPTS:
+                    raise
+                seconds, work = work.clock.seconds, self.begin(labels, attempt=work.attempt + 1)
+                work.clock.go_on_from(seconds)
+                console.notice(f"{error.problem} Making it again with {SMALLER**work.attempt:.2g} of the rate.")
+
+    def _finish(self, work: Work, partial: Path | None, watch: Watch | None) -> list[Batch]:
+        with console.progress(f"shard {', '.join(map(str, work.shards))}", self.recipe.steps) as progress:
             while work.step < self.recipe.steps:
                 self.step(work)
                 if watch is not None:
@@ -235,7 +240,7 @@ class Synthesizer:
         seen = torch.cat([views(own, *drawn[i * count : (i + 1) * count]) for i, own in enumerate(rendered)])
         recording = self._network(seen)
         student = self._student(seen).logits if self._student else None
-        total, values = self._losses(seen, labels, recording, student)
+        total, values = self._losses(seen, labels, recording, student, len(rendered))
         return total, values
 
     def _rendered(self, images: Images) -> Tensor:
@@ -285,15 +290,17 @@ def views_of(stage: Stage) -> Callable[..., Tensor]:
     return views
 
 
-def losses_of(recipe: Recipe, groups: int = 1) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The function (seen images, labels, recording, student's logits) → (weighted sum, values `(groups, losses)`)."""
+def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function (seen images, labels, recording, student's logits, groups) → (weighted sum, values
+    `(groups, losses)`), of so many equal batches, each with its own statistics.
+    """
     losses = list(recipe.losses)
 
     def values_and_sum(
-        seen: Tensor, labels: Tensor, recording: Recording, student_logits: Tensor | None = None
+        seen: Tensor, labels: Tensor, recording: Recording, student_logits: Tensor | None = None, groups: int = 1
     ) -> tuple[Tensor, Tensor]:
-        groups_of = traces(seen, labels, recording, student_logits, groups=groups)
-        values = [[loss.value(trace) for loss in losses] for trace in groups_of]
+        batches = traces(seen, labels, recording, student_logits, groups=groups)
+        values = [[loss.value(trace) for loss in losses] for trace in batches]
         weighted = [loss.weight * value for own in values for loss, value in zip(losses, own, strict=True)]
         return torch.stack(weighted).sum(), torch.stack([torch.stack(own) for own in values]).detach()
 
@@ -367,14 +374,11 @@ class Work:
             "optimizer": self.optimizer.state_dict(),
             "history": self.losses,
         }
-        with write_atomically(path) as temporary:
-            torch.save(state, temporary)
+        save_state(path, state)
 
     def load(self, path: Path) -> None:
-        """Go on from what `save` wrote, unless that was an attempt before this one."""
+        """Go on from what `save` wrote."""
         state = torch.load(path, weights_only=True, map_location="cpu")
-        if state["attempt"] < self.attempt:
-            return
         self.attempt = state["attempt"]
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):

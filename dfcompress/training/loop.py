@@ -19,7 +19,7 @@ from dfcompress.device import Compute, Execution, resolve_execution
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.classifier import Classifier, multiply_accumulates
 from dfcompress.randomness import seed_of
-from dfcompress.run import Clock, write_atomically
+from dfcompress.run import Clock, save_state, write_atomically
 from dfcompress.training.objectives import Objective
 
 METRICS = "metrics.jsonl"
@@ -247,8 +247,7 @@ class _Work:
             "optimizer": self.optimizer.state_dict(),
             "history": self.losses,
         }
-        with write_atomically(path) as temporary:
-            torch.save(state, temporary)
+        save_state(path, state)
 
     def load(self, state: dict) -> None:
         self.student.load_state_dict(state["student"])
