@@ -186,7 +186,7 @@ def test_the_picture_is_renewed_while_it_runs(resnet20_file, tmp_path, monkeypat
     monkeypatch.setattr("dfcompress.synthesis.making._write_preview", lambda folder, images: seen.append(len(images)))
     asked = replace(SMALL, groups=1, preview_every=2, settings={"steps": 4, "batch_size": 8})
     invert(resnet20_file, output=tmp_path / "set", synthesis=asked, compute=EAGER)
-    assert seen == [8, 8, 8, 8, 8]  # Steps 2 and 4 of two batches, and the end: the first shard's.
+    assert seen == [8, 8, 8, 8, 12]  # Steps 2 and 4 of two batches, and the end.
 
 
 def test_metrics_hold_each_shard_once_with_its_health(made):
