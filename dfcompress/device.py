@@ -159,10 +159,17 @@ def keep_freed_memory() -> None:
     Getting it again costs a page fault for every 4 KiB, a quarter of a synthesis step on two cores.
     The price is that the process stays as large as it once was. Does nothing on other C libraries.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def release_freed_memory() -> None:
+    """Give back what `keep_freed_memory` kept so far."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def processor_name(device: torch.device) -> str:

@@ -95,8 +95,7 @@ def _open(teacher: Classifier, folder: Path, synthesis: Synthesis, compute: Comp
     SyntheticSet.create(folder, {**job, "batch_size": batch_size, "shards": sizes, "execution": asdict(execution)})
 
 
-# Measured on two cores, ResNet-20: with batches of 16, eight side by side are made 1.3 times as fast (docs/results.md);
-# from 128 images a step on there is nothing to win.
+# Our choice: a step of fewer images than 128 of CIFAR's size is mostly overhead.
 PIXELS_A_STEP = 128 * 32 * 32
 
 
