@@ -241,7 +241,7 @@ def test_a_folder_that_is_no_class_of_the_model_is_named(tmp_path, grey_images):
 
 def test_another_number_of_class_folders_needs_names(tmp_path, grey_images):
     images, labels = grey_images
-    with pytest.raises(BadInput, match=r"has 9 class folders, the model has 10 classes .* --classes FILE"):
+    with pytest.raises(BadInput, match=r"has 9 class folders, the model has 10 classes .* --class-names FILE"):
         open_images(write_folder(tmp_path / "folder", images[:18], labels[:18]), GREY)
 
 
