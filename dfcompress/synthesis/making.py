@@ -91,18 +91,21 @@ def _open(teacher: Classifier, folder: Path, synthesis: Synthesis, compute: Comp
         return
     sizes = [min(batch_size, synthesis.images - start) for start in range(0, synthesis.images, batch_size)]
     execution = resolve_execution(compute, macs_of(recipe, teacher, batch_size * len(sizes)))
-    execution = replace(execution, groups=_groups(synthesis, batch_size, teacher.card))
+    execution = replace(execution, groups=_groups(synthesis, batch_size, teacher.card, execution))
     SyntheticSet.create(folder, {**job, "batch_size": batch_size, "shards": sizes, "execution": asdict(execution)})
 
 
-# Our choice: a step of fewer images than 128 of CIFAR's size is mostly overhead.
+# Unmeasured: CUDA steps of fewer images than 128 of CIFAR's size are taken to be mostly launching. On a CPU it does not
+# pay (docs/results.md).
 PIXELS_A_STEP = 128 * 32 * 32
 
 
-def _groups(synthesis: Synthesis, batch_size: int, card: ModelCard) -> int:
+def _groups(synthesis: Synthesis, batch_size: int, card: ModelCard, execution: Execution) -> int:
     batches = -(-synthesis.images // batch_size)
     if synthesis.groups != "auto":
         return min(synthesis.groups, batches)
+    if execution.device == "cpu":
+        return 1
     height, width = card.input_size[1:]
     return max(1, min(PIXELS_A_STEP // (batch_size * height * width), batches))
 
