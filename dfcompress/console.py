@@ -37,6 +37,11 @@ def notice(text: str, *, level: int = NORMAL) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def last_words(text: str) -> None:
+    """A line on stderr from a signal handler or a thread, of any rank, just before the process ends."""
+    os.write(sys.stderr.fileno(), f"{text}\n".encode())
+
+
 def result(text: str) -> None:
     """A line of the result, on stdout."""
     if speaks():

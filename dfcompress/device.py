@@ -102,6 +102,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def can_capture(device: torch.device) -> bool:
+    """Whether a step can be captured and replayed as one graph there."""
+    return device.type == "cuda"
+
+
 def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """`step` as one CUDA graph: replaying it costs one launch. It must have run before, and use the same memory
     every time. Where capturing fails, `step` itself, with a notice.
@@ -125,6 +130,11 @@ def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device's memory did not suffice; a CPU has no exception class of its own for that."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def as_mine(stored: str) -> str:
+    """The device that another process of the job, or an earlier one, computed on, as this process has it."""
+    return f"cuda:{peers().local_rank}" if can_capture(torch.device(stored)) and peers().count > 1 else stored
 
 
 def threads_here() -> int:
@@ -156,7 +166,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors of up to 32 MiB for the next ones instead of giving it back.
 
-    Getting it again costs a page fault for every 4 KiB, a quarter of a synthesis step on two cores.
+    Getting it again costs a page fault for every 4 KiB, which a step that writes hundreds of MiB feels.
     The price is that the process stays as large as it once was. Does nothing on other C libraries.
     """
     libc = ctypes.CDLL(None)

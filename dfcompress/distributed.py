@@ -18,6 +18,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
+from dfcompress import console
 from dfcompress.errors import BadInput, DfcompressError
 
 LOST_AFTER_SECONDS = 10.0
@@ -160,7 +161,7 @@ class Peers:
     def _end(self, why: str, *, lost: int | None = None, code: int = 1) -> None:
         """End this process at once; one of those that are left says why, unless that was said."""
         if why and self.rank == (1 if lost == 0 else 0):
-            os.write(2, f"dfcompress: {why}; the same line with --resume goes on.\n".encode())
+            console.last_words(f"dfcompress: {why}; the same line with --resume goes on.")
         os._exit(code)
 
 

@@ -93,6 +93,24 @@ def test_a_dead_process_ends_the_run_with_one_message(dead, resnet20_file, tmp_p
 
 
 @pytest.mark.slow
+def test_resuming_after_a_death_ends_in_the_same_bytes(resnet20_file, tmp_path):
+    """One of two processes dies after the first shard; one process finishes the rest."""
+    asked = [resnet20_file, "--images", "40", "--batch-size", "4", "--steps", "80", *TINY[6:]]
+    command = [sys.executable, "-m", "dfcompress", "invert", *asked]
+    subprocess.run([*command, "-o", tmp_path / "whole"], check=True)
+    folder = tmp_path / "set"
+    leader, other = start(2, [*asked, "-o", folder], launcher=False)
+    while not list(folder.glob("shard-*.safetensors")) and leader.poll() is None:
+        time.sleep(0.02)
+    other.kill()
+    leader.communicate(timeout=60)
+    assert leader.returncode == 1
+    assert 0 < len(list(folder.glob("shard-*.safetensors"))) < 10
+    subprocess.run([*command, "-o", folder, "--resume"], check=True)
+    assert digests(folder) == digests(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_a_usage_error_is_printed_once(resnet20_file, tmp_path):
     (tmp_path / "mine.txt").write_text("not to be touched")
     (run,) = start(2, [resnet20_file, *TINY, "-o", tmp_path])

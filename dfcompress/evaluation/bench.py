@@ -27,7 +27,7 @@ from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import STEPS_BEFORE_CAPTURE, Execution, Synthesizer
 
 Step = Callable[[], object]
-WARM_UP = {"cpu": 1, "cuda": STEPS_BEFORE_CAPTURE + 2}
+WARM_UP = STEPS_BEFORE_CAPTURE + 2
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def bench_step(
     times: dict[str, list[float]] = {name: [] for name in steps}
     with console.progress("rounds", rounds) as progress:
         for step in steps.values():
-            for _ in range(WARM_UP[target.type]):
+            for _ in range(WARM_UP):
                 step()
         for done in range(rounds):
             for name, step in steps.items():
@@ -110,7 +110,7 @@ def _seconds(step: Step, target: torch.device) -> float:
 
 def _flops(teacher: Classifier, batch_size: int, target: torch.device) -> float | None:
     """Floating-point operations of the floor's step: what a device is compared with its ceiling by; None on a CPU."""
-    if target.type != "cuda":
+    if not device.can_capture(target):
         return None
     with FlopCounterMode(display=False) as counter:
         _floor(teacher, batch_size, target, torch.float32)()
@@ -119,7 +119,7 @@ def _flops(teacher: Classifier, batch_size: int, target: torch.device) -> float 
 
 def _ceilings(target: torch.device) -> dict[str, float] | None:
     """What the device reaches in a large bf16 product and in a large copy; None on a CPU."""
-    if target.type != "cuda":
+    if not device.can_capture(target):
         return None
     side = 8192
     matrix = torch.randn(side, side, device=target, dtype=torch.bfloat16)

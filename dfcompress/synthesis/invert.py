@@ -75,8 +75,13 @@ def invert(
     choice = synthesis.choose(teacher.card)
     require_batchnorm_statistics(teacher)
     pupil = learner(teacher, choice.build(), student, compute)
-    options = {**asdict(synthesis), **asdict(compute), "recipe": asdict(choice), "teacher": teacher.identity()}
-    options = {**options, "preview_every": None, "student": student}
+    options = {
+        **asdict(replace(synthesis, preview_every=0)),  # It may differ when the run is resumed.
+        **asdict(compute),
+        "recipe": asdict(choice),
+        "teacher": teacher.identity(),
+        "student": student,
+    }
     folder = Path(output or f"{teacher.name}-invert")
     everyone = peers()
     with everyone.at_work():

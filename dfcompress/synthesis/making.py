@@ -18,7 +18,7 @@ from torchvision.utils import make_grid
 
 from dfcompress import console
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_stored
-from dfcompress.device import Compute, Execution, processor_name, resolve_execution, threads_here
+from dfcompress.device import Compute, Execution, as_mine, can_capture, processor_name, resolve_execution, threads_here
 from dfcompress.distributed import peers
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
@@ -104,7 +104,7 @@ def _groups(synthesis: Synthesis, batch_size: int, card: ModelCard, execution: E
     batches = -(-synthesis.images // batch_size)
     if synthesis.groups != "auto":
         return min(synthesis.groups, batches)
-    if execution.device == "cpu":
+    if not can_capture(torch.device(execution.device)):
         return 1
     height, width = card.input_size[1:]
     return max(1, min(PIXELS_A_STEP // (batch_size * height * width), batches))
@@ -150,7 +150,7 @@ class _Making:
         self.labels = Labels(**manifest["labels"])
         self.recipe = RecipeChoice(**manifest["recipe"]).build()
         stored = Execution(**manifest["execution"])
-        self.execution = replace(stored, device=_own_device(stored.device), threads=threads_here())
+        self.execution = replace(stored, device=as_mine(stored.device), threads=threads_here())
         self.preview_every = synthesis.preview_every
         self.synthesizer: Synthesizer | None = None
         self.told: set[str] = set()
@@ -253,11 +253,6 @@ class _Making:
                 _write_preview(self.synthetic.folder, images()[:PREVIEW_IMAGES].cpu())
 
         return watch
-
-
-def _own_device(stored: str) -> str:
-    """The stored kind of device, as this process has it."""
-    return f"cuda:{peers().local_rank}" if stored.startswith("cuda") and peers().count > 1 else stored
 
 
 def _write_metrics(path: Path, shard: int, batch: Batch, health: Mapping[str, Any]) -> None:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from dfcompress import console, device
-from dfcompress.data.views import Drawn
 from dfcompress.device import Execution
 from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier
@@ -183,9 +182,6 @@ class Synthesizer:
         ]
         return Work(list(labels), torch.cat(list(labels.values())).to(self.device), images, parameters, attempt)
 
-    def _noise_of(self, shard: int) -> torch.Generator:
-        return generator("noise", self.seed, shard)
-
     def step(self, work: Work) -> None:
         """One step of the optimiser on the images of `work`."""
         stage, step_in_stage = _stage_at(self.recipe, work.step)
@@ -193,7 +189,8 @@ class Synthesizer:
             work.start_stage(stage)
         work.set_rate(stage.rate(step_in_stage))
         work.put_drawn(self._drawn(work, stage))
-        if self._captures and work.uncaptured >= STEPS_BEFORE_CAPTURE:
+        captures = self.execution.compile and device.can_capture(self.device)
+        if captures and work.uncaptured >= STEPS_BEFORE_CAPTURE:
             work.captured = work.captured or device.captured(lambda: self._update(work, stage))
             values = work.captured()
         else:
@@ -201,10 +198,6 @@ class Synthesizer:
             work.uncaptured += 1
         work.history.append(values)
         work.step += 1
-
-    @property
-    def _captures(self) -> bool:
-        return self.execution.compile and self.device.type == "cuda"
 
     def _drawn(self, work: Work, stage: Stage) -> list[Tensor]:
         """What the views of this step draw for each shard, one after the other."""
@@ -240,8 +233,8 @@ class Synthesizer:
         seen = torch.cat([views(own, *drawn[i * count : (i + 1) * count]) for i, own in enumerate(rendered)])
         recording = self._network(seen)
         student = self._student(seen).logits if self._student else None
-        total, values = self._losses(seen, labels, recording, student, len(rendered))
-        return total, values
+        weighted: tuple[Tensor, Tensor] = self._losses(seen, labels, recording, student, len(rendered))
+        return weighted
 
     def _rendered(self, images: Images) -> Tensor:
         with torch.no_grad():
@@ -346,9 +339,9 @@ class Work:
 
     def start_stage(self, stage: Stage) -> None:
         """A fresh optimiser for `stage`."""
-        on_cuda = self.labels.device.type == "cuda"
+        capturable = device.can_capture(self.labels.device)
         self.optimizer = torch.optim.Adam(
-            self.parameters, lr=self._rate, betas=stage.betas, fused=True, capturable=on_cuda
+            self.parameters, lr=self._rate, betas=stage.betas, fused=True, capturable=capturable
         )
         self.drawn, self.captured, self.uncaptured = [], None, 0
 
@@ -356,7 +349,7 @@ class Work:
         """The rate of the next step, smaller after an attempt that overflowed."""
         self._rate.fill_(rate * SMALLER**self.attempt)
 
-    def put_drawn(self, drawn: Drawn | list[Tensor]) -> None:
+    def put_drawn(self, drawn: Sequence[Tensor]) -> None:
         """Hand the next step its random numbers, always in the same memory."""
         if not self.drawn:
             self.drawn = [tensor.to(self.labels.device, copy=True) for tensor in drawn]

@@ -40,7 +40,7 @@ def synthesizer(teacher, steps, *, execution=EAGER, seed=3, preset="paper-cifar1
 def plain_loop(teacher, steps, labels):
     """DeepInversion for CIFAR-10 from the paper's formulas, with the same random numbers; losses of every step.
 
-    In double precision: in single, plain autograd's own gradient is twice as far from it as ours is.
+    In double precision, because rounding in the plain loop's own gradients would take it apart from ours in ten steps.
     """
     teacher = copy.deepcopy(teacher).double()
     images = torch.randn(len(labels), 3, 32, 32, generator=generator("noise", 3, 0)).double().requires_grad_(True)
