@@ -18,6 +18,7 @@ from typing import Any
 _HOME = {
     "Compute": "device",
     "Classifier": "models.classifier",
+    "Keeping": "synthesis.records.keeping",
     "ModelCard": "models.card",
     "Synthesis": "synthesis.recipe",
     "Training": "training.loop",
@@ -29,6 +30,7 @@ _HOME = {
     "invert": "synthesis.invert",
     "load": "models.checkpoint",
     "quantize": "quantization.quantize",
+    "record": "synthesis.record",
 }
 
 __all__ = sorted([*_HOME, "__version__"])  # noqa: PLE0605

@@ -46,7 +46,7 @@ def answer(capsys, *arguments):
 
 
 def test_the_folder_holds_the_commands_of_this_version():
-    assert COMMANDS == ["bench", "demo", "distill", "evaluate", "inspect", "invert", "quantize"]
+    assert COMMANDS == ["bench", "demo", "distill", "evaluate", "inspect", "invert", "quantize", "record"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -69,7 +69,7 @@ def test_the_module_runs_as_a_program():
         (["invert"], "Missing argument"),
         (["invert", DEMO, "--bots", "4"], "No such option"),
         (["invert", "absent.pt"], "absent.pt does not exist"),
-        (["invert", DEMO, "--recipe", "deepinvrsion"], "is not one of 'adaptive-deepinversion'"),
+        (["invert", DEMO, "--recipe", "deepinvrsion"], "is not one of 'activation-records'"),
         (["invert", DEMO, "--set", "bn"], "has no '='"),
         (["invert", DEMO, "--set", "stps=1"], "Did you mean 'steps'"),
         (["invert", DEMO, "--device", "tpu"], "--device 'tpu'"),

@@ -18,6 +18,7 @@ MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 ENGINES = {"synthesis", "training", "quantization", "evaluation"}
 VERB_FILES = {
     "synthesis/invert.py",
+    "synthesis/record.py",
     "training/distill.py",
     "quantization/quantize.py",
     "evaluation/evaluate.py",

@@ -25,6 +25,7 @@ CASES = [(name, preset) for name in recipe_names() for preset in module_of(name)
 
 def test_the_folder_holds_the_recipes_of_this_version():
     assert recipe_names() == [
+        "activation-records",
         "adaptive-deepinversion",
         "bns",
         "bns-inception",

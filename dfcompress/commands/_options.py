@@ -17,11 +17,13 @@ from dfcompress import console
 from dfcompress.commands import _config
 from dfcompress.errors import BadInput
 from dfcompress.synthesis.recipes import recipe_names
+from dfcompress.synthesis.records import KINDS
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.models.classifier import Classifier
     from dfcompress.synthesis.recipe import Synthesis
+    from dfcompress.synthesis.records.keeping import Keeping
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
@@ -101,7 +103,7 @@ def _compute(device: str, precision: str, compile: str, seed: int) -> Compute:
 
 
 def _synthesis(
-    recipe: str,
+    recipe: str | None,
     preset: str | None,
     settings: tuple[str, ...],
     images: int,
@@ -112,6 +114,8 @@ def _synthesis(
     only: str | None,
     groups: str,
     preview_every: int,
+    records: Path | None,
+    no_records: bool,
 ) -> Synthesis:
     from dfcompress.synthesis.recipe import Synthesis
 
@@ -131,7 +135,14 @@ def _synthesis(
         tuple(name.strip() for name in only.split(",")) if only else (),
         _groups(groups),
         preview_every,
+        None if no_records else records or "beside",
     )
+
+
+def _keeping(**values: Any) -> Keeping:
+    from dfcompress.synthesis.records.keeping import Keeping
+
+    return Keeping(**values)
 
 
 def _groups(text: str) -> int | Literal["auto"]:
@@ -210,7 +221,7 @@ def _images(count: int) -> Decorator:
 
 _SYNTHESIS = (
     click.option(
-        "--recipe", type=click.Choice(recipe_names()), default="deepinversion", show_default=True, help="Method."
+        "--recipe", type=click.Choice(recipe_names()), help="Method; by default the record's, or deepinversion."
     ),
     click.option("--preset", help="Settings of the recipe; by default its first preset."),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override one setting of the recipe."),
@@ -222,6 +233,28 @@ _SYNTHESIS = (
     click.option("--groups", default="auto", show_default=True, help="Batches that a step works on side by side."),
     click.option(
         "--preview-every", type=click.IntRange(0), default=0, metavar="STEPS", help="Renew preview.png so often."
+    ),
+    click.option("--records", type=PATH, help="What the model's owner released; by default the file beside the model."),
+    click.option("--no-records", is_flag=True, help="Do not use the file beside the model."),
+)
+
+keeping = group(
+    "keeping",
+    _keeping,
+    click.option("--kind", type=click.Choice(KINDS), default="all-layers", show_default=True, help="Kind of record."),
+    click.option("--layers", multiple=True, metavar="PATTERN", help="Keep only these layers, for instance 'conv*'."),
+    click.option("--pooled", is_flag=True, help="Gaussian kinds: keep no classes apart."),
+    click.option(
+        "--covariance",
+        default="auto",
+        show_default=True,
+        help="Gaussian kinds: auto, full, block:N or diagonal.",
+    ),
+    click.option("--temperature", type=float, default=8.0, show_default=True, help="Divides logits."),
+    click.option("--per-class", type=click.IntRange(1), default=100, show_default=True, help="Activations to keep."),
+    click.option("--keep", type=float, default=0.1, show_default=True, help="Share of an activation's coefficients."),
+    click.option(
+        "--min-images", type=click.IntRange(1), default=20, show_default=True, help="Refuse a class with fewer."
     ),
 )
 

@@ -58,7 +58,8 @@ def invert(
     console.result(f"{made.images} images in {made.seconds:.0f} s: {made.output} (picture: {made.output}/preview.png)")
     if made.teacher_top1 is not None:
         console.result(f"the teacher classifies {made.teacher_top1:.1%} as intended")
-    console.result(f"BatchNorm divergence (J_KL over the set): {made.bn_divergence:.4f}")
+    if made.bn_divergence is not None:
+        console.result(f"BatchNorm divergence (J_KL over the set): {made.bn_divergence:.4f}")
     if min(made.classes) < max(made.classes) / 2:
         console.result(f"images of each class: {' '.join(map(str, made.classes))}")
     for warning in made.warnings:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 
 Size = tuple[int, int, int]
+Part = Literal["train", "test"]
 
 KINDS = "Give an ImageFolder, an .npz with `images` and `labels`, IDX files as MNIST has them, or a synthetic set."
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -49,17 +50,21 @@ class ImageSource(Protocol):
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes by label, where the source knows them."""
 
+    @property
+    def labels(self) -> Tensor:
+        """Labels `(N,)` of all images, int64."""
+
     def __len__(self) -> int: ...
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Float images `(B, C, H, W)` in [0, 1] and int64 labels `(B,)`."""
+    def batches(self, batch_size: int, *, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float images `(B, C, H, W)` in [0, 1] and int64 labels `(B,)`: every so many batches from the `first`."""
 
 
-def open_images(path: str | Path, card: ModelCard) -> ImageSource:
+def open_images(path: str | Path, card: ModelCard, *, part: Part = "test") -> ImageSource:
     """The labelled images at `path`, fitted to the model's input and checked against its classes.
 
     A folder with `dataset.json` is a synthetic set; a folder (or file) with `*-images-idx3-ubyte[.gz]` holds IDX files,
-    of which the test part is taken; any other folder has one subfolder a class. Subfolders are matched to the card's
+    of which `part` is taken; any other folder has one subfolder a class. Subfolders are matched to the card's
     class names where it has some, otherwise taken in sorted order.
     Raises `BadInput` naming the file and what was found in it.
     """
@@ -68,14 +73,14 @@ def open_images(path: str | Path, card: ModelCard) -> ImageSource:
         raise BadInput(f"{path} does not exist.", KINDS)
     if path.is_dir() and not (path / MANIFEST).exists() and not _idx_files(path):
         return ImageFolder(path, card)
-    source, size = _open_whole(path, card)
+    source, size = _open_whole(path, card, part)
     if size == card.input_size:
         return source
     _tell_fitting(path, size, card.input_size)
     return Fitted(source, card.input_size)
 
 
-def _open_whole(path: Path, card: ModelCard) -> tuple[ImageSource, Size]:
+def _open_whole(path: Path, card: ModelCard, part: Part) -> tuple[ImageSource, Size]:
     """A source whose images are all of one size, and that size."""
     if path.is_dir() and (path / MANIFEST).exists():
         synthetic = SyntheticSet(path)
@@ -86,7 +91,7 @@ def _open_whole(path: Path, card: ModelCard) -> tuple[ImageSource, Size]:
             )
         return synthetic, made_for.input_size
     if path.is_dir() or IDX_IMAGES.fullmatch(path.name):
-        arrays = read_idx(path)
+        arrays = read_idx(path, part)
     elif path.suffix == ".npz":
         arrays = read_npz(path)
     else:
@@ -113,9 +118,10 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, *, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Float images in [0, 1] and labels, in order."""
-        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
+        parts = list(zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True))
+        for images, labels in parts[first::every]:
             yield as_float(images).contiguous(), labels
 
 
@@ -133,9 +139,14 @@ class Fitted:
     def __len__(self) -> int:
         return len(self.source)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    @property
+    def labels(self) -> Tensor:
+        """As the source has them."""
+        return self.source.labels
+
+    def batches(self, batch_size: int, *, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Float images in [0, 1] and labels, in the source's order."""
-        for images, labels in self.source.batches(batch_size):
+        for images, labels in self.source.batches(batch_size, first=first, every=every):
             yield fit(images, self.input_size), labels
 
 
@@ -153,15 +164,16 @@ class ImageFolder:
             raise BadInput(f"{folder} holds no class folders and no image data.", KINDS)
         self.class_names = card.class_names or _sorted_names(folder, folders, card.classes)
         self.files: list[Path] = []
-        self.labels: list[int] = []
+        numbers: list[int] = []
         for class_folder in folders:
             pictures = sorted(file for file in class_folder.rglob("*") if file.suffix.lower() in PICTURES)
             self.files += pictures
-            self.labels += [_label(class_folder, self.class_names)] * len(pictures)
+            numbers += [_label(class_folder, self.class_names)] * len(pictures)
         if not self.files:
             raise BadInput(
                 f"{folder} has class folders, but no pictures in them.", f"Known: {' '.join(sorted(PICTURES))}"
             )
+        self.labels = torch.tensor(numbers)
         size = _shape(_read_picture(self.files[0]))
         if size != card.input_size:
             _tell_fitting(self.files[0], size, card.input_size)
@@ -169,15 +181,15 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, *, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Float images in [0, 1] and labels, in order of the class folders; the next batch is decoded meanwhile."""
-        starts = range(0, len(self), batch_size)
+        starts = range(first * batch_size, len(self), every * batch_size)
         parts = [slice(start, start + batch_size) for start in starts]
         with ThreadPoolExecutor() as threads:
-            decoding = threads.map(self._read, self.files[parts[0]])
+            decoding = threads.map(self._read, self.files[parts[0]] if parts else [])
             for part, following in pairwise([*parts, slice(0)]):
                 decoded, decoding = decoding, threads.map(self._read, self.files[following])
-                yield torch.stack(list(decoded)), torch.tensor(self.labels[part])
+                yield torch.stack(list(decoded)), self.labels[part]
 
     def _read(self, file: Path) -> Tensor:
         return fit(as_float(_read_picture(file))[None], self.input_size)[0]
@@ -277,9 +289,9 @@ def read_npz(path: Path) -> Arrays:
     return _checked(path, images, labels, form)
 
 
-def read_idx(path: Path) -> Arrays:
-    """The images file at `path`, or the one in that folder (the test part of several), and the labels beside it."""
-    images_file = _choose_part(path, _idx_files(path)) if path.is_dir() else path
+def read_idx(path: Path, part: Part = "test") -> Arrays:
+    """The images file at `path`, or the one in that folder (that `part` of several), and the labels beside it."""
+    images_file = _choose_part(path, _idx_files(path), part) if path.is_dir() else path
     name = images_file.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     beside = [file for file in (images_file.with_name(name), images_file.with_name(f"{name}.gz")) if file.exists()]
     if not beside:
@@ -293,14 +305,14 @@ def _idx_files(folder: Path) -> dict[str, Path]:
     return dict(reversed(found))
 
 
-def _choose_part(folder: Path, parts: dict[str, Path]) -> Path:
-    test_parts = [part for part in parts if part.startswith(("t10k", "test"))]
-    chosen = test_parts if len(parts) > 1 else list(parts)
+def _choose_part(folder: Path, parts: dict[str, Path], part: Part) -> Path:
+    names_of = {"test": ("t10k", "test"), "train": ("train",)}
+    chosen = [name for name in parts if len(parts) == 1 or name.startswith(names_of[part])]
     if len(chosen) != 1:
         names = ", ".join(file.name for file in parts.values())
         raise BadInput(f"{folder} holds several sets of images: {names}.", "Name one of these files.")
     if len(parts) > 1:
-        console.notice(f"{folder} holds {len(parts)} sets; the test images are taken: {parts[chosen[0]].name}")
+        console.notice(f"{folder} holds {len(parts)} sets; the {part} images are taken: {parts[chosen[0]].name}")
     return parts[chosen[0]]
 
 

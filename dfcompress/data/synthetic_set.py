@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +120,15 @@ class SyntheticSet:
         """All labels `(N,)`, int64."""
         return self._whole[1]
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Float images `(B, C, H, W)` in units of [0, 1] and their labels, in order."""
+    def batches(self, batch_size: int, *, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float images `(B, C, H, W)` in units of [0, 1] and their labels, in order; never of two shards."""
+        for images, labels in islice(self._batches(batch_size), first, None, every):
+            yield as_float(images), labels
+
+    def _batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for shard in self.shards:
             images, labels = self.read_shard(shard)
-            for chunk in range(0, len(images), batch_size):
-                part = slice(chunk, chunk + batch_size)
-                yield as_float(images[part]), labels[part]
+            yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
 
 
 def as_float(images: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dfcompress import console, device
 from dfcompress.device import Compute
 from dfcompress.models.checkpoint import as_classifier
-from dfcompress.models.classifier import Classifier, require_batchnorm_statistics
-from dfcompress.models.recorder import batchnorms
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.statistics import require_statistics, statistics_layers
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import STEPS_BEFORE_CAPTURE, Execution, Synthesizer
 
@@ -63,7 +63,7 @@ def bench_step(
     as `invert` runs it, in the precision asked for. On a CPU all rows profit from freed memory being kept.
     """
     teacher = as_classifier(checkpoint)
-    require_batchnorm_statistics(teacher)
+    require_statistics(teacher)
     target = device.resolve_device(compute.device)
     precision = device.precision_name(device.resolve_precision(compute.precision, target))
     compiled = compute.compile != "off" and device.can_compile(target)
@@ -175,7 +175,7 @@ def _published(
         mean, var = layer.get_buffer("running_mean"), layer.get_buffer("running_var")
         distances.append(torch.norm(mean - channels.mean(1)) + torch.norm(var - channels.var(1, correction=0)))
 
-    for layer in batchnorms(network):
+    for layer in statistics_layers(network):
         layer.register_forward_hook(record)
 
     def step() -> object:

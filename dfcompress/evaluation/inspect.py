@@ -12,10 +12,10 @@ from typing import Any
 
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier, state_bytes, write_sidecar
-from dfcompress.models.classifier import Classifier, multiply_accumulates, why_no_statistics
+from dfcompress.models.classifier import Classifier, multiply_accumulates
 from dfcompress.models.fake_quantizers import is_quantized
 from dfcompress.models.input_statistics import NormalisationCheck, check_normalisation
-from dfcompress.models.recorder import batchnorms
+from dfcompress.models.statistics import statistics_layers, why_no_statistics
 from dfcompress.models.weights import file_bytes
 
 
@@ -73,7 +73,7 @@ def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) ->
         input_size=card.input_size,
         parameters=sum(parameter.numel() for parameter in classifier.network.parameters()),
         macs=multiply_accumulates(classifier),
-        batchnorm_layers=len(batchnorms(classifier.network)),
+        batchnorm_layers=len(statistics_layers(classifier.network)),
         bytes=file_bytes(file) if file else state_bytes(classifier.network),
         sha256=classifier.sha256,
         card=card,

@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 
 
@@ -103,28 +101,3 @@ def why_not_run(classifier: Classifier) -> str | None:
         shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         return f"{classifier.card.architecture} answers one image with {shape}, not (1, {classifier.card.classes})"
     return None
-
-
-def why_no_statistics(network: nn.Module) -> str | None:
-    """Why nothing can be made from a network's BatchNorm statistics, or None where it can."""
-    layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    if not layers:
-        return "it has no BatchNorm layer, so it carries no statistics of its training data"
-    if any(layer.running_mean is None or layer.running_var is None for layer in layers):
-        return "its BatchNorm layers keep no running statistics"
-    if not any(_was_trained(layer) for layer in layers):
-        return "its BatchNorm layers were never trained: running means are all 0 and variances all 1"
-    return None
-
-
-def _was_trained(layer: _BatchNorm) -> bool:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return bool(layer.running_mean.any() or (layer.running_var != 1).any())
-
-
-def require_batchnorm_statistics(classifier: Classifier) -> None:
-    """Raise `BadInput`, saying why, where a classifier carries no statistics to make images from."""
-    why = why_no_statistics(classifier.network)
-    if why:
-        raise BadInput(f"No images can be made from {classifier.name}: {why}.", "Use a trained model with BatchNorm.")

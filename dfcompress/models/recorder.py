@@ -4,12 +4,15 @@
 `FusedRecorder` is the fast one: a private copy whose BatchNorms record their own input with an analytic backward and
 whose convolutions may run in bf16; nothing in it stops `torch.compile(fullgraph=True)`.
 Both make the same `Recording` of each image, and `traces` turns a recording into what losses are values of.
+
+Statistics are known of what goes into a BatchNorm, and of what passes a `KnownStatistics`.
+Outputs are those of weighted layers, before their activation function; `LOGITS` stands for the network's answer.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -17,6 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
+
+from dfcompress.errors import BadInput
+from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.statistics import KnownStatistics, statistics_layers
+
+LOGITS = "logits"
 
 
 class LayerRecord(NamedTuple):
@@ -32,10 +43,13 @@ class LayerRecord(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """Logits `(N, classes)` in fp32, and a record of every BatchNorm in the order of the forward pass."""
+    """Logits `(N, classes)` in fp32, a record of every layer with known statistics in the order of the forward pass,
+    and the outputs asked for, each `(N, units)` in fp32.
+    """
 
     logits: Tensor
     layers: tuple[LayerRecord, ...]
+    outputs: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,46 +76,104 @@ class Moments:
         return (0.5 * (self.running_var.log() - measured.log()) - 0.5 * (1 - ratio)).mean()
 
 
+class Target(NamedTuple):
+    """What the outputs of one layer shall be, `(N, units)`, and what their differences are multiplied by, `()`."""
+
+    values: Tensor
+    scale: Tensor
+
+
 @dataclass(frozen=True)
 class Trace:
     """What one batch showed: normalised `images` `(N, C, H, W)` as the teacher saw them, their `labels` `(N,)`,
-    `logits` `(N, classes)`, the `moments` of every BatchNorm in the order of the forward pass (empty where no loss
-    wants them), and `student_logits` where a student watches.
+    `logits` `(N, classes)`, the `moments` of every layer with known statistics in the order of the forward pass (empty
+    where no loss wants them), the `outputs` `(N, units)` of layers and the `targets` they shall have (both empty
+    without a record of activations), and `student_logits` where a student watches.
     """
 
     images: Tensor
     labels: Tensor
     logits: Tensor
     moments: tuple[Moments, ...]
+    outputs: tuple[Tensor, ...] = ()
+    targets: tuple[Target, ...] = ()
     student_logits: Tensor | None = None
 
 
 def traces(
-    images: Tensor, labels: Tensor, recording: Recording, student_logits: Tensor | None = None, *, groups: int = 1
+    images: Tensor,
+    labels: Tensor,
+    recording: Recording,
+    *,
+    targets: Sequence[Target] = (),
+    student_logits: Tensor | None = None,
+    groups: int = 1,
 ) -> list[Trace]:
     """The traces of `groups` equal batches that went through the network together, each with its own statistics.
 
-    `labels` may be fewer than `images`, where views show each image several times.
+    `labels` and `targets` may be fewer than `images`, where views show each image several times.
     """
+    copies = len(images) // len(labels)
     result = []
     for group in range(groups):
         seen = slice(group * len(images) // groups, (group + 1) * len(images) // groups)
-        own = labels[group * len(labels) // groups : (group + 1) * len(labels) // groups]
+        own = slice(group * len(labels) // groups, (group + 1) * len(labels) // groups)
         result.append(
             Trace(
                 images[seen],
-                own.repeat(len(images) // len(labels)),
+                labels[own].repeat(copies),
                 recording.logits[seen],
                 tuple(Moments.of(layer, seen) for layer in recording.layers),
+                tuple(output[seen] for output in recording.outputs),
+                tuple(Target(target.values[own].repeat(copies, 1), target.scale) for target in targets),
                 None if student_logits is None else student_logits[seen],
             )
         )
     return result
 
 
-def batchnorms(network: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers that keep running statistics, in order of definition."""
-    return [module for module in network.modules() if isinstance(module, _BatchNorm) and module.running_var is not None]
+def weighted_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Convolutions and linear layers by name, in order of definition."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, _ConvNd | nn.Linear)}
+
+
+@torch.no_grad()
+def outputs_of_one_image(classifier: Classifier) -> dict[str, Tensor]:
+    """What every weighted layer gives for one image, `(1, ...)`, in the order of the forward pass; the layer whose
+    output is the network's answer goes by the name of `LOGITS`.
+
+    Raises `BadInput` where a layer is used several times.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def noting(name: str) -> Callable[..., None]:
+        def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if name in seen:
+                raise BadInput(f"Layer {name} is used several times: its outputs are not of one kind.", "Leave it out.")
+            seen[name] = output
+
+        return note
+
+    handles = [layer.register_forward_hook(noting(name)) for name, layer in weighted_layers(classifier.network).items()]
+    try:
+        with evaluating(classifier):
+            logits = classifier(torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    hidden = {name: output for name, output in seen.items() if output.data_ptr() != logits.data_ptr()}
+    return {**hidden, LOGITS: logits}
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """Where a weighted layer's output has its channels."""
+    return -1 if isinstance(layer, nn.Linear) else 1
+
+
+def _record_input(layer: nn.Module, features: Tensor) -> LayerRecord:
+    if isinstance(layer, KnownStatistics):
+        features = features.movedim(layer.axis, 1)
+    return record_of(features, layer.get_buffer("running_mean"), layer.get_buffer("running_var"))
 
 
 def record_of(features: Tensor, running_mean: Tensor, running_var: Tensor) -> LayerRecord:
@@ -118,69 +190,112 @@ def _mean_of_image(features: Tensor) -> Tensor:
     return features.mean(tuple(range(2, features.dim()))) if features.dim() > 2 else features
 
 
-class HookRecorder:
-    """Records through forward hooks; the network itself is not changed and the hooks are always removed."""
+class _Recorder:
+    """What both recorders do with one forward pass: `layers` and `outputs` fill while the network runs."""
 
-    def __init__(self, network: nn.Module, *, moments: bool) -> None:
-        self.network = network
-        self._layers = batchnorms(network) if moments else []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._seen: list[LayerRecord] = []
+    def __init__(self, network: nn.Module, outputs: Sequence[str], *, flat: bool = True) -> None:
+        self.network, self._wanted, self._flat = network, outputs, flat
+        self._layers: list[LayerRecord] = []
+        self._outputs: dict[str, Tensor] = {}
+
+    def _pass(self, images: Tensor) -> Recording:
+        self._layers.clear()  # A pass that failed may have left some.
+        logits = self.network(images).float()
+        self._outputs[LOGITS] = logits
+        outputs = tuple(self._output(name) for name in self._wanted)
+        layers = tuple(self._layers)
+        self._layers.clear()
+        self._outputs.clear()
+        return Recording(logits, layers, outputs)
+
+    def _output(self, name: str) -> Tensor:
+        output = self._outputs[name].float()
+        return output.flatten(1) if self._flat else output
+
+    def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._layers.append(_record_input(layer, inputs[0]))
+
+    def _hook_outputs(self) -> list[RemovableHandle]:
+        def keep(name: str) -> RemovableHandle:
+            def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                self._outputs[name] = output
+
+            return self.network.get_submodule(name).register_forward_hook(hook)
+
+        return [keep(name) for name in self._wanted if name != LOGITS]
+
+
+class HookRecorder(_Recorder):
+    """Records through forward hooks; the network itself is not changed and the hooks are always removed.
+
+    Outputs keep their shape where they shall not be `flat`.
+    """
+
+    def __init__(
+        self, network: nn.Module, *, moments: bool = False, outputs: Sequence[str] = (), flat: bool = True
+    ) -> None:
+        super().__init__(network, outputs, flat=flat)
+        self._with_statistics = statistics_layers(network) if moments else []
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
-        self._handles = [layer.register_forward_pre_hook(self._record) for layer in self._layers]
+        self._handles = [layer.register_forward_pre_hook(self._record) for layer in self._with_statistics]
+        self._handles += self._hook_outputs()
         return self
 
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._seen.append(record_of(inputs[0], layer.get_buffer("running_mean"), layer.get_buffer("running_var")))
-
     def __call__(self, images: Tensor) -> Recording:
         """One forward pass of normalised images `(N, C, H, W)`."""
-        self._seen.clear()  # A pass that failed may have left some.
-        logits = self.network(images)
-        layers = tuple(self._seen)
-        self._seen.clear()
-        return Recording(logits, layers)
+        return self._pass(images)
 
 
-class FusedRecorder:
+class FusedRecorder(_Recorder):
     """Records inside a private copy of the network, made to be compiled.
 
     The copy is channels_last; its convolutions and linear layers run in `precision`;
     images, BatchNorm arithmetic, records and logits stay fp32.
+    With `dropout` its dropout layers multiply by the filters that each pass is given.
     """
 
-    def __init__(self, network: nn.Module, *, moments: bool, precision: torch.dtype = torch.float32) -> None:
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self._seen: list[LayerRecord] = []
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        moments: bool = False,
+        outputs: Sequence[str] = (),
+        dropout: bool = False,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(copy.deepcopy(network).eval().requires_grad_(False), outputs)
+        self._filters: list[Tensor] = []
         low = precision != torch.float32
+        with_statistics = statistics_layers(self.network) if moments else []
         for module in list(self.network.modules()):
             if type(module) in _PLAIN_BATCHNORMS and module.running_var is not None:
                 module.__class__ = _RecordingBatchNorm
-                _RecordingBatchNorm.prepare(module, self._seen if moments else None)  # type: ignore[arg-type]
-            elif isinstance(module, _BatchNorm) and module.running_var is not None and moments:
-                # A subclass may do more than normalise (timm's BatchNormAct2d): it keeps its forward.
+                _RecordingBatchNorm.prepare(module, self._layers if moments else None)  # type: ignore[arg-type]
+            elif module in with_statistics:
+                # A subclass of BatchNorm may do more than normalise (timm's BatchNormAct2d): it keeps its forward.
                 module.register_forward_pre_hook(self._record)
             elif low and type(module) in _IN_PRECISION:
                 module.to(precision).__class__ = _IN_PRECISION[type(module)]
             elif low and isinstance(module, nn.Conv2d | nn.Linear):
                 module.to(precision).register_forward_pre_hook(_to_own_precision)
+            elif dropout and isinstance(module, DROPOUTS):
+                module.register_forward_hook(self._filter)
+        self._hook_outputs()
         self.network.to(memory_format=torch.channels_last)
 
-    def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._seen.append(record_of(inputs[0], layer.get_buffer("running_mean"), layer.get_buffer("running_var")))
+    def _filter(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output * self._filters.pop(0)
 
-    def __call__(self, images: Tensor) -> Recording:
-        """One forward pass of normalised images `(N, C, H, W)`."""
-        self._seen.clear()  # A pass that failed may have left some.
-        logits = self.network(images).float()
-        layers = tuple(self._seen)
-        self._seen.clear()
-        return Recording(logits, layers)
+    def __call__(self, images: Tensor, filters: Sequence[Tensor] = ()) -> Recording:
+        """One forward pass of normalised images `(N, C, H, W)`; `filters` multiply what passes the dropout layers."""
+        self._filters[:] = filters
+        return self._pass(images)
 
 
 class _RecordingBatchNorm(_BatchNorm):
@@ -268,5 +383,6 @@ class _LinearInPrecision(nn.Linear):
         return super().forward(features.to(self.weight.dtype))
 
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _PLAIN_BATCHNORMS: Sequence[type[nn.Module]] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _IN_PRECISION: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _Conv2dInPrecision, nn.Linear: _LinearInPrecision}

@@ -61,7 +61,7 @@ class Checkup:
 
     def __init__(self, recipe: Recipe, teacher: Classifier) -> None:
         self.recipe, self.teacher = recipe, teacher
-        self._statistics = any(loss.needs_moments for loss in recipe.losses)
+        self._statistics = recipe.needs_moments
         self._of_noise: dict[int, float] = {}
 
     @torch.no_grad()

@@ -20,8 +20,10 @@ from dfcompress.distributed import peers
 from dfcompress.evaluation.metrics import bn_divergence, share_correct
 from dfcompress.models.architectures import fit_student
 from dfcompress.models.checkpoint import as_classifier
-from dfcompress.models.classifier import Classifier, require_batchnorm_statistics, why_no_statistics
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.statistics import why_no_statistics
 from dfcompress.run import Run
+from dfcompress.synthesis.job import Job, resolve
 from dfcompress.synthesis.making import macs_of, make_set, seconds_of, warnings_of
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
 from dfcompress.synthesis.synthesizer import seconds_per_step
@@ -33,7 +35,8 @@ class Inversion:
     """What `invert` made.
 
     `teacher_top1` is the share of images the teacher classifies as intended, None for recipes without labels;
-    `bn_divergence` is J_KL over the whole set; `verify` says how other networks classify the images;
+    `bn_divergence` is J_KL over the whole set, None where no statistics are known;
+    `verify` says how other networks classify the images;
     `classes` counts the images of each class, `warnings` say what the examination of the batches found.
     """
 
@@ -41,7 +44,7 @@ class Inversion:
     images: int
     seconds: float
     teacher_top1: float | None
-    bn_divergence: float
+    bn_divergence: float | None
     verify: list[dict[str, Any]]
     classes: list[int]
     warnings: list[str]
@@ -68,17 +71,18 @@ def invert(
     `metrics.jsonl` and `run.json`. Killed at any time, the same call with `resume` ends in the same bytes; so does the
     same call from any number of processes, which share the work.
     `student` names the architecture that adaptive recipes let the images compete with, by default the teacher's own.
-    Raises `BadInput` where the model has no trained BatchNorm statistics or the options do not fit.
+    Raises `BadInput` where the recipe needs statistics or activations that neither the model nor a record knows, and
+    where the options do not fit.
     """
     teacher = as_classifier(checkpoint)
     others = [as_classifier(other) for other in verify]
-    choice = synthesis.choose(teacher.card)
-    require_batchnorm_statistics(teacher)
-    pupil = learner(teacher, choice.build(), student, compute)
+    job = resolve(teacher, synthesis)
+    pupil = learner(teacher, job.recipe(), student, compute)
     options = {
         **asdict(replace(synthesis, preview_every=0)),  # It may differ when the run is resumed.
         **asdict(compute),
-        "recipe": asdict(choice),
+        "recipe": asdict(job.choice),
+        "record": job.record.identity if job.record else None,
         "teacher": teacher.identity(),
         "student": student,
     }
@@ -88,14 +92,15 @@ def invert(
         if everyone.leads:
             run = Run("invert", folder, options, inputs=[teacher.path], resume=resume, overwrite=overwrite)
         everyone.meet()
-        synthetic = make_set(teacher, folder, synthesis, compute, learner=pupil)
+        synthetic = make_set(job, folder, compute, learner=pupil)
         if everyone.leads:
-            result = _measured(teacher, synthetic, choice.build(), others)
+            result = _measured(job, synthetic, others)
             run.finish(result.to_json())
         return Inversion(**everyone.told(result.to_json() if everyone.leads else None))
 
 
-def _measured(teacher: Classifier, synthetic: SyntheticSet, recipe: Recipe, others: Sequence[Classifier]) -> Inversion:
+def _measured(job: Job, synthetic: SyntheticSet, others: Sequence[Classifier]) -> Inversion:
+    teacher = job.teacher
     counts = torch.zeros(teacher.card.classes, dtype=torch.long)
     for shard in synthetic.shards:
         counts += synthetic.read_shard(shard)[1].bincount(minlength=teacher.card.classes)
@@ -103,8 +108,8 @@ def _measured(teacher: Classifier, synthetic: SyntheticSet, recipe: Recipe, othe
         output=str(synthetic.folder),
         images=len(synthetic),
         seconds=seconds_of(synthetic),
-        teacher_top1=None if recipe.label_free else share_correct(teacher, synthetic),
-        bn_divergence=bn_divergence(teacher, synthetic.batches(synthetic.manifest["batch_size"])),
+        teacher_top1=None if job.recipe().label_free else share_correct(teacher, synthetic),
+        bn_divergence=_divergence(teacher, synthetic),
         verify=[_verified(other, synthetic) for other in others],
         classes=counts.tolist(),
         warnings=warnings_of(synthetic),
@@ -113,12 +118,17 @@ def _measured(teacher: Classifier, synthetic: SyntheticSet, recipe: Recipe, othe
 
 def _verified(other: Classifier, synthetic: SyntheticSet) -> dict[str, Any]:
     """How another network takes the images; its J_KL is None where it remembers no statistics."""
-    remembers = why_no_statistics(other.network) is None
     return {
         "checkpoint": other.name,
         "top1": share_correct(other, synthetic),
-        "bn_divergence": bn_divergence(other, synthetic.batches(256)) if remembers else None,
+        "bn_divergence": _divergence(other, synthetic),
     }
+
+
+def _divergence(classifier: Classifier, synthetic: SyntheticSet) -> float | None:
+    if why_no_statistics(classifier.network):
+        return None
+    return bn_divergence(classifier, synthetic.batches(synthetic.manifest["batch_size"]))
 
 
 def learner(teacher: Classifier, recipe: Recipe, student: str | None, compute: Compute) -> Pupil | None:
@@ -155,13 +165,17 @@ def plan(teacher: Classifier, synthesis: Synthesis, compute: Compute) -> Synthes
 
     Raises `BadInput` as `invert` does.
     """
-    require_batchnorm_statistics(teacher)
-    choice = synthesis.choose(teacher.card)
-    recipe = choice.build()
+    job = resolve(teacher, synthesis)
+    teacher, recipe = job.teacher, job.recipe()
     batch_size = min(recipe.batch_size, synthesis.images)
     batches = -(-synthesis.images // batch_size)
     execution = resolve_execution(compute, macs_of(recipe, teacher, batch_size * batches))
-    one = seconds_per_step(recipe, teacher, replace(execution, compile=False), batch_size) if recipe.steps else 0.0
+    one = _eager_seconds(job, execution, batch_size)
     seconds = predicted_seconds(execution, one * recipe.steps * batches)
     memory = peak_memory_bytes(torch.device(execution.device))
-    return SynthesisPlan(choice, synthesis.images, batches, recipe.steps, execution, round(seconds, 2), memory)
+    return SynthesisPlan(job.choice, synthesis.images, batches, recipe.steps, execution, round(seconds, 2), memory)
+
+
+def _eager_seconds(job: Job, execution: Execution, batch_size: int) -> float:
+    recipe, eager = job.recipe(), replace(execution, compile=False)
+    return seconds_per_step(recipe, job.teacher, eager, batch_size, job.source()) if recipe.steps else 0.0

@@ -27,6 +27,7 @@ class Loss:
     value: Callable[[Trace], Tensor]
     weight: float = 1.0
     needs_moments: bool = False
+    needs_targets: bool = False
     needs_labels: bool = False
     needs_student: bool = False
 
@@ -100,6 +101,23 @@ def bn_divergence() -> Loss:
         return torch.stack([moments.divergence() for moments in (at_input, *trace.moments)]).mean()
 
     return Loss("bn_divergence", value, needs_moments=True)
+
+
+def activation_distance(leak: float = 0.0, *, pooled: bool = False) -> Loss:
+    """Σ over recorded layers of the mean over units and images of (r(t) − r(a))², t the target, a the image's output,
+    each times the layer's scale; r is ReLU, or leaky with a slope of `leak` below 0 (Lopes 2017, section 3.1.2).
+
+    Where targets are drawn from `pooled` classes, no class is intended.
+    """
+
+    def value(trace: Trace) -> Tensor:
+        distances = [
+            (F.leaky_relu(target.values, leak) - F.leaky_relu(output, leak)).mul(target.scale).square().mean(1).mean()
+            for output, target in zip(trace.outputs, trace.targets, strict=True)
+        ]
+        return torch.stack(distances).sum()
+
+    return Loss("activation_distance", value, needs_targets=True, needs_labels=not pooled)
 
 
 def total_variation() -> Loss:

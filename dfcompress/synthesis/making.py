@@ -25,7 +25,8 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier, multiply_accumulates
 from dfcompress.run import save_state, write_atomically
 from dfcompress.synthesis.health import Checkup, Health
-from dfcompress.synthesis.labels import Labels, choose_labels
+from dfcompress.synthesis.job import Job
+from dfcompress.synthesis.labels import Labels
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
 from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch
 
@@ -44,14 +45,7 @@ class Learner(Protocol):
         """Train the student on all stored images `(N, C, H, W)`; the outcome depends on its arguments alone."""
 
 
-def make_set(
-    teacher: Classifier,
-    folder: Path,
-    synthesis: Synthesis,
-    compute: Compute,
-    *,
-    learner: Learner | None = None,
-) -> SyntheticSet:
+def make_set(job: Job, folder: Path, compute: Compute, *, learner: Learner | None = None) -> SyntheticSet:
     """Make the set in `folder`, or finish the one that is there; every process of a job makes some of its shards.
 
     A recipe whose images compete with a student needs `learner`: after each round of images it learns from all so far.
@@ -59,10 +53,10 @@ def make_set(
     """
     everyone = peers()
     if everyone.leads:
-        _open(teacher, folder, synthesis, compute)
+        _open(job, folder, compute)
     everyone.meet()
     synthetic = SyntheticSet(folder)
-    makes = _Making(synthetic, teacher, synthesis, learner)
+    makes = _Making(synthetic, job, learner)
     for lesson in range(len(makes.rounds)):
         makes.missing_of(lesson)
         everyone.meet()
@@ -73,26 +67,28 @@ def make_set(
     return synthetic
 
 
-def _open(teacher: Classifier, folder: Path, synthesis: Synthesis, compute: Compute) -> None:
+def _open(job: Job, folder: Path, compute: Compute) -> None:
     """Begin a set, or check that the one in `folder` is of the same job."""
-    choice = synthesis.choose(teacher.card)
-    recipe = choice.build()
-    batch_size = min(recipe.batch_size, synthesis.images)
-    job = {
-        "recipe": asdict(choice),
-        "images": synthesis.images,
-        "labels": asdict(choose_labels(synthesis.labels, synthesis.classes, teacher.card)),
+    teacher, recipe, images = job.teacher, job.recipe(), job.synthesis.images
+    batch_size = min(recipe.batch_size, images)
+    described = {
+        "recipe": asdict(job.choice),
+        "images": images,
+        "labels": asdict(job.labels),
         "seed": compute.seed,
         "teacher": teacher.identity()["sha256"],
+        "record": job.record.identity if job.record else None,
         "card": teacher.card.to_json(),
     }
     if (folder / MANIFEST).exists():
-        _check_same_job(SyntheticSet(folder), job)
+        _check_same_job(SyntheticSet(folder), described)
         return
-    sizes = [min(batch_size, synthesis.images - start) for start in range(0, synthesis.images, batch_size)]
+    sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
     execution = resolve_execution(compute, macs_of(recipe, teacher, batch_size * len(sizes)))
-    execution = replace(execution, groups=_groups(synthesis, batch_size, teacher.card, execution))
-    SyntheticSet.create(folder, {**job, "batch_size": batch_size, "shards": sizes, "execution": asdict(execution)})
+    execution = replace(execution, groups=_groups(job.synthesis, batch_size, teacher.card, execution))
+    SyntheticSet.create(
+        folder, {**described, "batch_size": batch_size, "shards": sizes, "execution": asdict(execution)}
+    )
 
 
 # Unmeasured: CUDA steps of fewer images than 128 of CIFAR's size are taken to be mostly launching. On a CPU it does not
@@ -141,17 +137,15 @@ def warnings_of(synthetic: SyntheticSet) -> list[str]:
 class _Making:
     """The shards of one set being made by this process."""
 
-    def __init__(
-        self, synthetic: SyntheticSet, teacher: Classifier, synthesis: Synthesis, learner: Learner | None
-    ) -> None:
-        self.synthetic, self.teacher, self.learner = synthetic, teacher, learner
+    def __init__(self, synthetic: SyntheticSet, job: Job, learner: Learner | None) -> None:
+        self.synthetic, self.job, self.teacher, self.learner = synthetic, job, job.teacher, learner
         manifest = synthetic.manifest
         self.seed, self.batch_size = manifest["seed"], manifest["batch_size"]
         self.labels = Labels(**manifest["labels"])
         self.recipe = RecipeChoice(**manifest["recipe"]).build()
         stored = Execution(**manifest["execution"])
         self.execution = replace(stored, device=as_mine(stored.device), threads=threads_here())
-        self.preview_every = synthesis.preview_every
+        self.preview_every = job.synthesis.preview_every
         self.synthesizer: Synthesizer | None = None
         self.told: set[str] = set()
         shards, lessons = list(synthetic.shards), self.recipe.lessons
@@ -216,7 +210,9 @@ class _Making:
         """The synthesizer, competing with the student as it is now."""
         student = self.learner.student if self.learner else None
         if self.synthesizer is None:
-            self.synthesizer = Synthesizer(self.recipe, self.teacher, self.execution, seed=self.seed, student=student)
+            self.synthesizer = Synthesizer(
+                self.recipe, self.teacher, self.execution, seed=self.seed, student=student, source=self.job.source()
+            )
             processor = processor_name(self.synthesizer.device)
             if processor != self.execution.processor:
                 console.notice(
@@ -294,7 +290,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _check_same_job(synthetic: SyntheticSet, job: Mapping[str, Any]) -> None:
     for name, value in job.items():
-        if synthetic.manifest[name] != json.loads(json.dumps(value)):
+        if synthetic.manifest.get(name) != json.loads(json.dumps(value)):
             raise BadInput(
                 f"{synthetic.folder} holds a set with another {name}.", "Name another folder, or --overwrite."
             )

@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -17,9 +18,13 @@ from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.synthesis import recipes
 from dfcompress.synthesis.images import Images
-from dfcompress.synthesis.labels import BALANCED, choose_labels
+from dfcompress.synthesis.labels import BALANCED
 from dfcompress.synthesis.losses import Loss
 from dfcompress.synthesis.recipes import recipe_names
+from dfcompress.synthesis.records import BN_EQUIVALENT
+from dfcompress.synthesis.records.record import Description
+
+WITH_ACTIVATIONS, WITHOUT = "activation-records", "deepinversion"
 
 Schedule = Literal["constant", "cosine"]
 SCHEDULES = get_args(Schedule)
@@ -97,6 +102,16 @@ class Recipe:
         return not any(loss.needs_labels for loss in self.losses)
 
     @property
+    def needs_moments(self) -> bool:
+        """Whether a loss looks at statistics of BatchNorms, or at recorded ones."""
+        return any(loss.needs_moments for loss in self.losses)
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether a loss compares with activations out of a record."""
+        return any(loss.needs_targets for loss in self.losses)
+
+    @property
     def needs_student(self) -> bool:
         """Whether the images compete with a student that learns while they are made."""
         return any(loss.needs_student for loss in self.losses)
@@ -123,23 +138,31 @@ class RecipeChoice:
 
 
 def choose(
-    name: str, preset: str | None = None, overrides: Mapping[str, Any] | None = None, *, card: ModelCard | None = None
+    name: str,
+    preset: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    card: ModelCard | None = None,
+    record: Description | None = None,
 ) -> RecipeChoice:
     """Resolve a recipe: the function's defaults, under the preset's settings, under `overrides`.
 
     Text in `overrides` (from the command line) is converted to the type of the setting's default.
-    Without `preset` the recipe's `default_preset` for the model's card is taken, or its first preset.
+    Without `preset` the recipe's `default_preset` for the model's card and record is taken, or its first preset.
+    `pooled` is the record's, where a recipe has it.
     Raises `BadInput` for unknown names, with a suggestion, and for values of the wrong type.
     """
     module = _module(name)
     if preset is None:
         fits = getattr(module, "default_preset", None)
-        preset = fits(card) if fits and card else next(iter(module.PRESETS))
+        preset = fits(card, record) if fits and card else next(iter(module.PRESETS))
     if preset not in module.PRESETS:
         raise _unknown("preset", preset, list(module.PRESETS))
     function = getattr(module, module.__name__.rpartition(".")[2])
     defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
     settings = defaults | module.PRESETS[preset]
+    if record and "pooled" in settings:
+        settings["pooled"] = record.pooled
     for key, value in (overrides or {}).items():
         if key not in defaults:
             raise _unknown(f"recipe setting of {name} called", key, list(defaults))
@@ -154,12 +177,14 @@ def choose(
 class Synthesis:
     """Which images to make: the recipe, its preset, settings that override the preset's, how many, and of what.
 
+    Without a `recipe` it is the one of the record's kind, and without a record `deepinversion`. `records` is the file
+    that the model's owner released, `beside` the one beside the checkpoint if there is one, None none.
     `labels` is `balanced`, `random` or a file with a class for every image; `classes` are the only ones to use.
     `groups` is how many batches a step works on side by side; each batch keeps its own statistics.
     With `preview_every` the picture is renewed after so many steps.
     """
 
-    recipe: str = "deepinversion"
+    recipe: str | None = None
     preset: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     images: int = 1024
@@ -167,19 +192,21 @@ class Synthesis:
     classes: Sequence[str] = ()
     groups: int | Literal["auto"] = "auto"
     preview_every: int = 0
+    records: str | Path | None = "beside"
 
-    def choose(self, card: ModelCard) -> RecipeChoice:
-        """The recipe with every setting resolved for a model; raises `BadInput` for unknown names and values."""
-        if self.images < 1:
-            raise BadInput(f"--images {self.images} is not a number of images.", "Ask for at least 1.")
-        choose_labels(self.labels, self.classes, card)
-        choice = choose(self.recipe, self.preset, self.settings, card=card)
-        if (self.classes or self.labels != BALANCED) and choice.build().label_free:
-            raise BadInput(
-                f"Recipe {self.recipe} steers images towards no class.",
-                "Leave out --classes and --labels, or name another.",
-            )
-        return choice
+
+def choose_recipe(synthesis: Synthesis, card: ModelCard, record: Description | None) -> RecipeChoice:
+    """The recipe with every setting resolved for a model; raises `BadInput` for unknown names and values."""
+    if synthesis.images < 1:
+        raise BadInput(f"--images {synthesis.images} is not a number of images.", "Ask for at least 1.")
+    usual = WITH_ACTIVATIONS if record and record.kind != BN_EQUIVALENT else WITHOUT
+    choice = choose(synthesis.recipe or usual, synthesis.preset, synthesis.settings, card=card, record=record)
+    if (synthesis.classes or synthesis.labels != BALANCED) and choice.build().label_free:
+        raise BadInput(
+            f"Recipe {choice.name} steers images towards no class.",
+            "Leave out --classes and --labels, or name another.",
+        )
+    return choice
 
 
 def _module(name: str) -> ModuleType:

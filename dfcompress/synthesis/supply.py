@@ -12,7 +12,8 @@ from torch import Tensor
 from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import SyntheticSet, as_float, as_stored
 from dfcompress.device import Compute
-from dfcompress.models.classifier import Classifier, require_batchnorm_statistics
+from dfcompress.models.classifier import Classifier
+from dfcompress.synthesis.job import resolve
 from dfcompress.synthesis.making import Learner, make_set, seconds_of
 from dfcompress.synthesis.recipe import Recipe, Synthesis
 
@@ -34,22 +35,20 @@ class ImageSupply:
         *,
         learner: Callable[[Recipe], Learner | None] = lambda recipe: None,
     ) -> None:
-        self.teacher, self.synthesis, self.compute, self.learner = teacher, synthesis, compute, learner
-        self.source = open_images(data, teacher.card) if data is not None else None
+        self.compute, self.learner = compute, learner
+        self.source = open_images(data, teacher.card, part="train") if data is not None else None
         if self.source is None:
-            require_batchnorm_statistics(teacher)
-            synthesis.choose(teacher.card)
+            self.job = resolve(teacher, synthesis)
         elif isinstance(self.source, SyntheticSet):
             self.source.require_complete()
 
     def __len__(self) -> int:
-        return self.synthesis.images if self.source is None else len(self.source)
+        return self.job.synthesis.images if self.source is None else len(self.source)
 
     def gather(self, folder: Path) -> TrainingImages:
         """All images and labels as they are stored."""
         if self.source is None:
-            learner = self.learner(self.synthesis.choose(self.teacher.card).build())
-            made = make_set(self.teacher, folder / "synthetic", self.synthesis, self.compute, learner=learner)
+            made = make_set(self.job, folder / "synthetic", self.compute, learner=self.learner(self.job.recipe()))
             return TrainingImages(made.images, made.labels, seconds_of(made))
         if isinstance(self.source, SyntheticSet):
             return TrainingImages(self.source.images, self.source.labels, 0.0)

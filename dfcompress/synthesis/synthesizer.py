@@ -21,11 +21,12 @@ from dfcompress import console, device
 from dfcompress.device import Execution
 from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.recorder import FusedRecorder, Recording, traces
+from dfcompress.models.recorder import FusedRecorder, Recording, Target, traces
 from dfcompress.randomness import generator
 from dfcompress.run import Clock, save_state
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.recipe import Recipe, Stage
+from dfcompress.synthesis.records.source import Asked, RecordSource
 
 HISTORY_POINTS = 50
 ATTEMPTS = 3
@@ -59,6 +60,7 @@ class Synthesizer:
     """Makes batches of images by one recipe from one teacher.
 
     A recipe whose images compete with a student needs `student`; `learned` tells that its weights have changed.
+    `source` is the teacher's record, which some recipes need.
     """
 
     def __init__(
@@ -69,14 +71,18 @@ class Synthesizer:
         *,
         seed: int = 0,
         student: Classifier | None = None,
+        source: RecordSource | None = None,
     ) -> None:
         self.recipe, self.seed, self.execution = recipe, seed, execution
         self.device = device.resolve_device(execution.device)
         self.teacher = teacher.frozen().to(self.device)
         device.prepare(execution)
+        self.source = source
         recorder = FusedRecorder(
             self.teacher.network,
-            moments=any(loss.needs_moments for loss in recipe.losses),
+            moments=recipe.needs_moments,
+            outputs=source.layers if source and recipe.needs_targets else (),
+            dropout=source is not None and source.fixes_dropout,
             precision=device.PRECISIONS[execution.precision],
         )
         self._network = self._fast(recorder)
@@ -173,14 +179,21 @@ class Synthesizer:
     def begin(self, labels: Mapping[int, Tensor], *, attempt: int = 0) -> Work:
         """The state of some shards before their first step."""
         images = [copy.copy(self.recipe.images) for _ in labels]
+        pixels = self.source.pixels if self.source else None
         parameters = [
             parameter
             for shard, own in zip(labels, images, strict=True)
             for parameter in own.start(
-                labels[shard].to(self.device), self.teacher, generator("noise", self.seed, shard)
+                labels[shard].to(self.device), self.teacher, generator("noise", self.seed, shard), pixels
             )
         ]
-        return Work(list(labels), torch.cat(list(labels.values())).to(self.device), images, parameters, attempt)
+        asked = Asked.together([self._ask(shard, own) for shard, own in labels.items()]).to(self.device)
+        return Work(list(labels), torch.cat(list(labels.values())).to(self.device), asked, images, parameters, attempt)
+
+    def _ask(self, shard: int, labels: Tensor) -> Asked:
+        if self.source is None or not self.recipe.needs_targets:
+            return Asked()
+        return self.source.ask(labels.cpu(), generator("targets", self.seed, shard))
 
     def step(self, work: Work) -> None:
         """One step of the optimiser on the images of `work`."""
@@ -212,7 +225,7 @@ class Synthesizer:
 
     def _update(self, work: Work, stage: Stage) -> Tensor:
         rendered = [images.render() for images in work.images]
-        total, values = self.objective(rendered, work.labels, stage, work.drawn)
+        total, values = self.objective(rendered, work.labels, stage, work.drawn, work.asked)
         work.optimizer.zero_grad()
         gradients = torch.autograd.grad(total, work.parameters)
         for parameter, gradient in zip(work.parameters, gradients, strict=True):
@@ -223,17 +236,23 @@ class Synthesizer:
         return values
 
     def objective(
-        self, rendered: Sequence[Tensor], labels: Tensor, stage: Stage, drawn: Sequence[Tensor]
+        self,
+        rendered: Sequence[Tensor],
+        labels: Tensor,
+        stage: Stage,
+        drawn: Sequence[Tensor],
+        asked: Asked = Asked(),
     ) -> tuple[Tensor, Tensor]:
         """The weighted loss, summed over shards, and the unweighted values `(shards, losses)`.
 
-        `rendered` are the normalised images of each shard, `drawn` what `stage`'s views drew for them, shard by shard.
+        `rendered` are the normalised images of each shard, `drawn` what `stage`'s views drew for them, shard by shard;
+        `asked` is what a record asks of them.
         """
         views, count = self._views[id(stage)], len(drawn) // len(rendered)
         seen = torch.cat([views(own, *drawn[i * count : (i + 1) * count]) for i, own in enumerate(rendered)])
-        recording = self._network(seen)
+        recording = self._network(seen, asked.filters) if asked.filters else self._network(seen)
         student = self._student(seen).logits if self._student else None
-        weighted: tuple[Tensor, Tensor] = self._losses(seen, labels, recording, student, len(rendered))
+        weighted: tuple[Tensor, Tensor] = self._losses(seen, labels, recording, asked.targets, student, len(rendered))
         return weighted
 
     def _rendered(self, images: Images) -> Tensor:
@@ -284,15 +303,20 @@ def views_of(stage: Stage) -> Callable[..., Tensor]:
 
 
 def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The function (seen images, labels, recording, student's logits, groups) → (weighted sum, values
+    """The function (seen images, labels, recording, targets, student's logits, groups) → (weighted sum, values
     `(groups, losses)`), of so many equal batches, each with its own statistics.
     """
     losses = list(recipe.losses)
 
     def values_and_sum(
-        seen: Tensor, labels: Tensor, recording: Recording, student_logits: Tensor | None = None, groups: int = 1
+        seen: Tensor,
+        labels: Tensor,
+        recording: Recording,
+        targets: Sequence[Target] = (),
+        student_logits: Tensor | None = None,
+        groups: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        batches = traces(seen, labels, recording, student_logits, groups=groups)
+        batches = traces(seen, labels, recording, targets=targets, student_logits=student_logits, groups=groups)
         values = [[loss.value(trace) for loss in losses] for trace in batches]
         weighted = [loss.weight * value for own in values for loss, value in zip(losses, own, strict=True)]
         return torch.stack(weighted).sum(), torch.stack([torch.stack(own) for own in values]).detach()
@@ -300,10 +324,12 @@ def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor]]:
     return values_and_sum
 
 
-def seconds_per_step(recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int) -> float:
+def seconds_per_step(
+    recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int, source: RecordSource | None = None
+) -> float:
     """Seconds one step takes in the recipe's last stage, the better of two after a first one."""
     student = copy.deepcopy(teacher) if recipe.needs_student else None
-    synthesizer = Synthesizer(recipe, teacher, execution, student=student)
+    synthesizer = Synthesizer(recipe, teacher, execution, student=student, source=source)
     work = synthesizer.begin({0: torch.arange(batch_size) % teacher.card.classes})
     times = []
     for _ in range(3):
@@ -319,9 +345,15 @@ class Work:
     """The state of unfinished shards: optimised tensors, optimiser, step, and the losses of every step so far."""
 
     def __init__(
-        self, shards: list[int], labels: Tensor, images: list[Images], parameters: list[Tensor], attempt: int
+        self,
+        shards: list[int],
+        labels: Tensor,
+        asked: Asked,
+        images: list[Images],
+        parameters: list[Tensor],
+        attempt: int,
     ) -> None:
-        self.shards, self.labels, self.images, self.parameters = shards, labels, images, parameters
+        self.shards, self.labels, self.asked, self.images, self.parameters = shards, labels, asked, images, parameters
         self.attempt = attempt
         self.step = 0
         self.history: list[Tensor] = []

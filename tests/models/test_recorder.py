@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dfcompress.models.checkpoint import load
-from dfcompress.models.recorder import FusedRecorder, HookRecorder, batchnorms
+from dfcompress.models.recorder import FusedRecorder, HookRecorder
+from dfcompress.models.statistics import statistics_layers
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import losses_of
 
@@ -40,7 +41,7 @@ def test_hooks_see_every_batchnorm_of_resnet20(teacher, batch):
 def test_hooks_are_removed_even_after_an_error(teacher, batch):
     with pytest.raises(RuntimeError), HookRecorder(teacher.network, moments=True) as recorder:
         recorder(batch[0][:, :1])
-    assert not any(layer._forward_pre_hooks for layer in batchnorms(teacher.network))
+    assert not any(layer._forward_pre_hooks for layer in statistics_layers(teacher.network))
 
 
 def test_without_moments_nothing_is_recorded(teacher, batch):

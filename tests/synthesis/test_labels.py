@@ -8,7 +8,7 @@ import torch
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.synthesis.labels import choose_labels
-from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.recipe import Synthesis, choose_recipe
 
 CARD = ModelCard("net", 4, (3, 8, 8), (0.5,) * 3, (0.2,) * 3, class_names=("cat", "dog", "emu", "fox"))
 
@@ -52,4 +52,4 @@ def test_what_is_no_class_is_refused(how, classes, message):
 
 def test_recipes_without_labels_take_no_classes():
     with pytest.raises(BadInput, match="towards no class"):
-        Synthesis("bns", classes=("1",)).choose(CARD)
+        choose_recipe(Synthesis("bns", classes=("1",)), CARD, None)

@@ -18,7 +18,8 @@ from dfcompress.errors import DfcompressError
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.recorder import HookRecorder, batchnorms
+from dfcompress.models.recorder import HookRecorder
+from dfcompress.models.statistics import statistics_layers
 from dfcompress.randomness import generator
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import SMALLER, Synthesizer, Work, losses_of
@@ -48,7 +49,7 @@ def plain_loop(teacher, steps, labels):
     inputs = []
     hooks = [
         layer.register_forward_pre_hook(lambda layer, args: inputs.append((layer, args[0])))
-        for layer in batchnorms(teacher.network)
+        for layer in statistics_layers(teacher.network)
     ]
     history = []
     for step in range(steps):

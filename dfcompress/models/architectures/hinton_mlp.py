@@ -15,15 +15,16 @@ class HintonMLP(nn.Module):
 
     def __init__(self, hidden: int, classes: int, channels: int) -> None:
         super().__init__()
+        self.drop_input, self.drop1, self.drop2 = nn.Dropout(0.2), nn.Dropout(0.5), nn.Dropout(0.5)
         self.fc1 = nn.Linear(784 * channels, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.fc3 = nn.Linear(hidden, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(N, classes)` of images `(N, C, 28, 28)`."""
-        features = F.dropout(images.flatten(1), 0.2, self.training)
-        features = F.dropout(F.relu(self.fc1(features)), 0.5, self.training)
-        features = F.dropout(F.relu(self.fc2(features)), 0.5, self.training)
+        features = self.drop_input(images.flatten(1))
+        features = self.drop1(F.relu(self.fc1(features)))
+        features = self.drop2(F.relu(self.fc2(features)))
         return self.fc3(features)
 
 

@@ -17,6 +17,7 @@ from dfcompress.models.card import ModelCard
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, image_norm, total_variation
 from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
+from dfcompress.synthesis.records.record import Description
 
 PAPER = "Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion, CVPR 2020"
 FAST = {"steps": 400, "lr": 0.1, "beta1": 0.5, "beta2": 0.9, "schedule": "cosine", "clip": True}
@@ -53,7 +54,7 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 
-def default_preset(card: ModelCard) -> str:
+def default_preset(card: ModelCard, record: Description | None) -> str:
     """Grey images are mostly characters, which a flip turns into other ones."""
     return "fast-mnist" if card.input_size[0] == 1 else "fast-cifar10"
 

@@ -1,6 +1,6 @@
 """Gaussian images: nothing is optimised (Haroush et al. 2020, section 3.1).
 
-Samples of N(mean, std) of the input data, which is N(0, 1) in normalised space.
+Samples of N(mean, std) of the input data, which is N(0, 1) in normalised space, or of `mean` and `std` in [0, 1].
 The label is the teacher's answer. The baseline that every other recipe must beat.
 """
 
@@ -11,6 +11,6 @@ PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compr
 PRESETS: dict[str, dict[str, object]] = {"paper": {}}
 
 
-def gaussian(*, batch_size: int = 256) -> Recipe:
-    """x ~ N(0, 1) in normalised space."""
-    return Recipe(images=Pixels(), batch_size=batch_size)
+def gaussian(*, mean: float = 0.0, std: float = 0.0, batch_size: int = 256) -> Recipe:
+    """x ~ N(mean, std), or N(0, 1) in normalised space where both are 0."""
+    return Recipe(images=Pixels(mean=mean, std=std), batch_size=batch_size)

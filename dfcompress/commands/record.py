@@ -1,0 +1,68 @@
+"""`dfcompress record`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dfcompress import console
+from dfcompress.commands import _options
+
+if TYPE_CHECKING:
+    from dfcompress.models.classifier import Classifier
+    from dfcompress.synthesis.record import Recorded
+    from dfcompress.synthesis.records.keeping import Keeping
+
+
+@click.command(epilog=_options.example("dfcompress record model.pt --data train --kind all-layers"))
+@_options.model
+@click.option("--data", type=_options.PATH, required=True, help="The images the model was trained on.")
+@_options.keeping
+@click.option("-o", "--output", type=_options.PATH, help="By default MODEL.records.safetensors beside the model.")
+@click.option("--overwrite", is_flag=True, help="Replace that file.")
+@click.option("--dry-run", is_flag=True, help="Show what would be kept and its size, and touch nothing.")
+@_options.device
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws the activations to keep.")
+@_options.reporting
+def record(
+    model: Classifier,
+    data: Path,
+    keeping: Keeping,
+    output: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    device: str,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Record activations on real images, for the owner of a model to release beside it."""
+    from dfcompress.synthesis.record import record
+
+    made = record(
+        model,
+        data=data,
+        keeping=keeping,
+        output=output,
+        device=device,
+        seed=seed,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+    if as_json:
+        console.result_json(made.to_json())
+    else:
+        _print(made, dry_run=dry_run)
+
+
+def _print(made: Recorded, *, dry_run: bool) -> None:
+    what = "would be" if dry_run else "is"
+    console.result(f"{made.output} {what} a record of kind {made.kind}, from {made.images:,} images")
+    share = made.bytes / made.data_bytes
+    console.result(f"{made.bytes:,} bytes, {share:.1%} of the {made.data_bytes:,} bytes of images")
+    console.result("layers: " + ", ".join(f"{layer} ({units:,})" for layer, units in made.units.items()))
+    console.result(f"images of each class: {' '.join(map(str, made.classes))}")
+    if made.details:
+        console.result(", ".join(f"{name} {value}" for name, value in made.details.items()))
+    console.result(f"{made.memory_bytes / 2**20:,.0f} MiB to sum up, {made.seconds:.0f} s")

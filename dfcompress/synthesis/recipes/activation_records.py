@@ -1,0 +1,69 @@
+"""Activation records (Lopes et al. 2017): images whose activations are ones that the model's owner recorded.
+
+For every image a class is drawn and, out of the record, what each recorded layer's output t shall be: a sample of the
+class's Gaussian, or a kept activation. With a the image's own outputs this minimises
+Σ_layers mean over units of (ReLU(t) − ReLU(a))², logits divided by the record's temperature (section 3.1.1, 3.1.2);
+spectral records (3.1.3) are compared without the ReLU. Images start from the mean and deviation of the training
+images' pixels. A record of kind `all-layers-dropout` gives every batch dropout filters, held for all steps.
+
+`paper` are the settings of the authors' code, with no image prior: ReLU on both sides, which has no gradient where the
+image's unit is off and the target's is on. The `fast` presets are ours: fewer steps along a cosine, pixels kept in
+range, smooth images, and a unit that is off passes `leak` of its difference. They combine the record with the other
+terms: `ce` for cross-entropy, `bn` for BatchNorm's statistics or recorded ones.
+What they reach is in docs/results.md.
+"""
+
+from dfcompress.data.views import jitters
+from dfcompress.models.card import ModelCard
+from dfcompress.synthesis.images import Pixels
+from dfcompress.synthesis.losses import activation_distance, bn_distance, class_cross_entropy, total_variation
+from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
+from dfcompress.synthesis.records import SPECTRAL
+from dfcompress.synthesis.records.record import Description
+
+PAPER = "Lopes, Fenu & Starner, Data-Free Knowledge Distillation for Deep Neural Networks, 2017"
+FAST = {"steps": 200, "lr": 0.1, "beta1": 0.5, "beta2": 0.9, "schedule": "cosine", "clip": True, "batch_size": 256}
+PRESETS: dict[str, dict[str, object]] = {
+    "fast-top-layer": {**FAST, "leak": 0.1, "tv": 0.03},
+    "fast-all-layers": {**FAST, "leak": 0.1, "tv": 0.003},
+    "fast-spectral": {**FAST, "leak": 1.0, "tv": 0.003},
+    "paper": {},
+}
+
+
+def default_preset(card: ModelCard, record: Description | None) -> str:
+    """That of the record's family."""
+    if record and record.kind in SPECTRAL:
+        return "fast-spectral"
+    return "fast-top-layer" if record and len(record.layers) == 1 else "fast-all-layers"
+
+
+def activation_records(
+    *,
+    activations: float = 1.0,
+    leak: float = 0.0,
+    ce: float = 0.0,
+    bn: float = 0.0,
+    tv: float = 0.0,
+    lr: float = 0.07,
+    steps: int = 1000,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    schedule: Schedule = "constant",
+    jitter: int = 0,
+    clip: bool = False,
+    pooled: bool = False,
+    batch_size: int = 64,
+) -> Recipe:
+    """Every default is the paper's or its authors' code's (Lopes 2017); `pooled` is the record's."""
+    return Recipe(
+        images=Pixels(clip=clip),
+        losses=[
+            activations * activation_distance(leak, pooled=pooled),
+            *([ce * class_cross_entropy()] if ce else []),
+            *([bn * bn_distance()] if bn else []),
+            *([tv * total_variation()] if tv else []),
+        ],
+        stages=[Stage(steps, lr, (beta1, beta2), schedule, views=jitters(jitter) if jitter else [])],
+        batch_size=batch_size,
+    )

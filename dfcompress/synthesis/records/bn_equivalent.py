@@ -1,0 +1,69 @@
+"""What a BatchNorm would have remembered: mean and variance of every channel of layers' outputs.
+
+A network without BatchNorm carries no statistics of its training data; with this record beside it, every recipe that
+matches BatchNorm statistics matches these in the same way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.recorder import channel_axis
+from dfcompress.models.statistics import KnownStatistics
+from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
+
+
+class StatisticsKeeper:
+    """Sums of the channels of layers' outputs; `outputs` `(1, ...)` are those of one image, by layer."""
+
+    flat = False
+
+    def __init__(self, network: nn.Module, outputs: Mapping[str, Tensor]) -> None:
+        self._axes = {layer: channel_axis(network.get_submodule(layer)) for layer in outputs}
+        channels = {layer: output.shape[self._axes[layer]] for layer, output in outputs.items()}
+        self._moments = {layer: StreamingMoments(1, count, 1) for layer, count in channels.items()}
+        self.bytes, self.memory_bytes = 8 * sum(channels.values()), 16 * sum(channels.values())
+
+    def update(self, outputs: Sequence[Tensor], labels: Tensor, numbers: Tensor) -> None:
+        """Take in the layers' outputs, every position on its own."""
+        for (layer, own), output in zip(self._moments.items(), outputs, strict=True):
+            own.update(output.movedim(self._axes[layer], -1).flatten(0, -2))
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums."""
+        return states(self._moments)
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add the sums of another process."""
+        merge_states(self._moments, state)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`mean.<layer>` and `var.<layer>`, `(C,)`, fp32."""
+        means = {f"mean.{layer}": own.mean[0].float() for layer, own in self._moments.items()}
+        return means | {f"var.{layer}": own.variance[0].float() for layer, own in self._moments.items()}
+
+    def details(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def notices(self) -> list[str]:
+        """None."""
+        return []
+
+
+def with_statistics(teacher: Classifier, layers: Sequence[str], tensors: Mapping[str, Tensor]) -> Classifier:
+    """A copy of the teacher that knows the recorded statistics as it knows those of its BatchNorms."""
+    network = copy.deepcopy(teacher.network)
+    for layer in layers:
+        module = network.get_submodule(layer)
+        known = KnownStatistics(tensors[f"mean.{layer}"], tensors[f"var.{layer}"], axis=channel_axis(module))
+        parent, _, name = layer.rpartition(".")
+        setattr(network.get_submodule(parent), name, nn.Sequential(module, known))
+    sha256 = teacher.identity()["sha256"]
+    knowing = Classifier(network, teacher.card, name=teacher.name, sha256=sha256, path=teacher.path)
+    return knowing.to(teacher.mean.device).frozen()

@@ -1,0 +1,89 @@
+"""`Keeping`: what an owner asks a record to hold, and `Keeper`: what every family of records does with activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dfcompress.errors import BadInput
+from dfcompress.synthesis.records import BN_EQUIVALENT, GAUSSIAN, KINDS
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What to keep: the kind, and for those it concerns, how.
+
+    `layers` are patterns of layers' names (all by default); `pooled` keeps no classes apart; `covariance` is `auto`,
+    `full`, `block:N` or `diagonal`; `temperature` divides logits; of up to `per_class` activations a class the share
+    `keep` of coefficients is kept; a class behind fewer than `min_images` is refused, because its record would tell too
+    much of them.
+    """
+
+    kind: str = "all-layers"
+    layers: Sequence[str] = ()
+    pooled: bool = False
+    covariance: str = "auto"
+    temperature: float = 8.0
+    per_class: int = 100
+    keep: float = 0.1
+    min_images: int = 20
+
+    def __post_init__(self) -> None:
+        """Raise `BadInput` for a kind or a number that is none."""
+        if self.kind not in KINDS:
+            raise BadInput(f"There is no kind of record {self.kind!r}.", f"Known: {', '.join(KINDS)}.")
+        if not 0 < self.keep <= 1:
+            raise BadInput(f"--keep {self.keep} is no share.", "Use a number above 0, up to 1.")
+        if not 0 < self.temperature < math.inf:
+            raise BadInput(f"--temperature {self.temperature} is not positive.", "8 is the paper's.")
+        if self.per_class < 1:
+            raise BadInput(f"--per-class {self.per_class} keeps nothing.", "Use 1 or more.")
+        if self.covariance not in ("auto", "full", "diagonal") and self.block is None:
+            raise BadInput(f"--covariance {self.covariance!r} is not understood.", "auto, full, block:N or diagonal.")
+        if self.pooled and self.kind not in GAUSSIAN:
+            raise BadInput(f"A record of kind {self.kind} does not pool classes.", "Leave out --pooled.")
+
+    @property
+    def block(self) -> int | None:
+        """The N of `block:N`."""
+        name, _, number = self.covariance.partition(":")
+        return int(number) if name == "block" and number.isdecimal() and int(number) > 0 else None
+
+    @property
+    def keeps_classes_apart(self) -> bool:
+        """Whether every class has numbers of its own."""
+        return self.kind != BN_EQUIVALENT and not self.pooled
+
+
+class Keeper(Protocol):
+    """What is kept of some layers, batch by batch.
+
+    `bytes` is what its part of the file will take and `memory_bytes` what its sums take, both known beforehand;
+    `flat` says that it wants outputs `(N, units)` instead of in their own shape.
+    """
+
+    flat: bool
+    bytes: int
+    memory_bytes: int
+
+    def update(self, outputs: Sequence[Tensor], labels: Tensor, numbers: Tensor) -> None:
+        """Take in the layers' outputs for a batch of the classes `labels` `(N,)`, images number `numbers` `(N,)`."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything another process needs to `merge` it."""
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Take in what another process saw."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the file holds, once all images were seen."""
+
+    def details(self) -> dict[str, Any]:
+        """The fields of a record's description that are this family's own."""
+
+    def notices(self) -> list[str]:
+        """What the owner should know before starting."""

@@ -1,0 +1,92 @@
+"""Means and covariances of a stream, in one pass and in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class StreamingMoments:
+    """Mean and covariance of vectors `(N, units)`, each class on its own.
+
+    The covariance is kept in blocks of `block` units that follow each other (the last filled up with zeros), because a
+    whole one of many units fits nowhere: `block` = `units` is the full covariance, 1 the variances alone.
+    Batches are merged by the update of Chan, Golub & LeVeque (1983), which loses no digits to large means.
+    """
+
+    def __init__(self, classes: int, units: int, block: int) -> None:
+        self.classes, self.units, self.block = classes, units, min(block, units)
+        self.blocks = -(-units // self.block)
+        padded = self.blocks * self.block
+        self.count = torch.zeros(classes, dtype=torch.float64)
+        self._mean = torch.zeros(classes, padded, dtype=torch.float64)
+        # Sums of products of deviations.
+        self._scatter = torch.zeros(classes, self.blocks, self.block, self.block, dtype=torch.float64)
+
+    @property
+    def mean(self) -> Tensor:
+        """`(classes, units)`, float64."""
+        return self._mean[:, : self.units]
+
+    @property
+    def variance(self) -> Tensor:
+        """Unbiased, `(classes, units)`, float64."""
+        sums = self._scatter.diagonal(dim1=2, dim2=3).flatten(1)[:, : self.units]
+        return sums / (self.count - 1)[:, None]
+
+    def covariance(self, label: int) -> Tensor:
+        """Of one class, unbiased, `(blocks, block, block)`, float64; needs two of its vectors."""
+        return self._scatter[label] / (self.count[label] - 1)
+
+    def update(self, vectors: Tensor, labels: Tensor | None = None) -> None:
+        """Take in `vectors` `(N, units)` of the classes `labels` `(N,)`, or all of class 0."""
+        padded = F.pad(vectors, (0, self.blocks * self.block - self.units))
+        if labels is None:
+            self._add(0, padded)
+        else:
+            for label in labels.unique().tolist():
+                self._add(label, padded[labels == label])
+
+    def _add(self, label: int, vectors: Tensor) -> None:
+        own = vectors.double()
+        mean = own.mean(0)
+        deviations = (own - mean).view(len(own), self.blocks, self.block)
+        if self.block == 1:
+            scatter = deviations.square().sum(0)[..., None]
+        else:
+            scatter = deviations.transpose(0, 1).mT @ deviations.transpose(0, 1)
+        self._merge(label, len(own), mean, scatter)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `merge` needs."""
+        return {"count": self.count, "mean": self._mean, "scatter": self._scatter}
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Take in what another process saw, as its `state` tells."""
+        for label, count in enumerate(state["count"].tolist()):
+            if count:
+                self._merge(label, count, state["mean"][label], state["scatter"][label])
+
+    def _merge(self, label: int, count: float, mean: Tensor, scatter: Tensor) -> None:
+        before = float(self.count[label])
+        total = before + count
+        step = mean - self._mean[label]
+        blocks = step.view(self.blocks, self.block)
+        self._scatter[label] += scatter
+        self._scatter[label].baddbmm_(blocks[:, :, None], blocks[:, None, :], alpha=before * count / total)
+        self._mean[label] += step * (count / total)
+        self.count[label] = total
+
+
+def states(moments: Mapping[str, StreamingMoments]) -> dict[str, Tensor]:
+    """The states of several, as one dict of tensors."""
+    return {f"{name}.{part}": tensor for name, own in moments.items() for part, tensor in own.state().items()}
+
+
+def merge_states(moments: Mapping[str, StreamingMoments], state: Mapping[str, Tensor]) -> None:
+    """Take in what `states` gave on another process."""
+    for name, own in moments.items():
+        own.merge({part: state[f"{name}.{part}"] for part in own.state()})

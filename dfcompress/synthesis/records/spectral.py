@@ -1,0 +1,182 @@
+"""Spectral records (Lopes et al. 2017, section 3.1.3): single activations, compressed on the graph of the weights.
+
+An activation, the outputs of all layers for one training image, is a signal on a graph of the network's units
+(`weight_graph.py`). Of its deviation from the mean activation of its class the `keep` (10 %) coefficients of the
+graph's Fourier transform that are largest are kept, and which they are. `spectral-all` takes all layers as one graph,
+`spectral-pairs` each pair of layers that an edge joins, so that most layers are kept twice.
+
+The authors' code implements no spectral objective, and the paper leaves the basis, the mean and the number of
+activations open: those are ours. A record holds data of single examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfcompress.errors import BadInput
+from dfcompress.models.classifier import Classifier
+from dfcompress.synthesis.records.keeping import Keeping
+from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
+from dfcompress.synthesis.records.weight_graph import FULL_BASIS_UNITS, LEADING_VECTORS, WeightGraph
+
+SHARE_OF_DATA = 0.1
+BYTES_A_COEFFICIENT = 4  # Its place in two bytes, its value as float16.
+MEAN, LABEL = "mean", "label"
+SAME_BASIS = 1e-2
+
+
+class SpectralKeeper:
+    """Mean activations of the classes, and some activations of each.
+
+    Those of up to `per_class` images of each class are kept, drawn by `random` from `labels` `(N,)`: fewer where the
+    record would be over a tenth of `data_bytes`.
+    """
+
+    flat = True
+
+    def __init__(
+        self,
+        teacher: Classifier,
+        layers: Sequence[str],
+        keeping: Keeping,
+        labels: Tensor,
+        *,
+        data_bytes: int,
+        random: torch.Generator,
+    ) -> None:
+        self.keeping, self.labels = keeping, labels
+        self.graph = WeightGraph(teacher, layers)
+        self.parts = parts_of(self.graph, keeping.kind)
+        classes = teacher.card.classes
+        self._sums = StreamingMoments(classes, self.graph.units, 1)
+        each = sum(BYTES_A_COEFFICIENT * kept_of(len(part), keeping.keep) for part in self.parts) + labels.itemsize
+        fixed = 4 * classes * self.graph.units + sum(4 * len(part) for part in self.parts)
+        fits = int((SHARE_OF_DATA * data_bytes - fixed) / (each * len(labels.unique())))
+        if fits < 1:
+            raise BadInput(
+                f"One activation a class and the classes' means take over {SHARE_OF_DATA:.0%} of the data.",
+                "Take another --kind, or fewer --layers.",
+            )
+        self.per_class = min(keeping.per_class, fits)
+        self._kept = random_subset(labels, self.per_class, random)
+        self.bytes = fixed + each * len(self._kept)
+        self.memory_bytes = 16 * classes * self.graph.units + 4 * self.graph.units * len(self._kept)
+        self._numbers: list[Tensor] = []
+        self._examples: list[Tensor] = []
+
+    def update(self, outputs: Sequence[Tensor], labels: Tensor, numbers: Tensor) -> None:
+        """Take in the layers' outputs `(N, units)`."""
+        activations = torch.cat(list(outputs), 1)
+        self._sums.update(activations, labels)
+        wanted = torch.isin(numbers, self._kept)
+        self._numbers.append(numbers[wanted])
+        self._examples.append(activations[wanted])
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums, and the activations kept."""
+        examples = {"numbers": torch.cat(self._numbers), "examples": torch.cat(self._examples)}
+        return states({MEAN: self._sums}) | examples
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add those of another process."""
+        merge_states({MEAN: self._sums}, state)
+        self._numbers.append(state["numbers"])
+        self._examples.append(state["examples"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The classes' means `(classes, units)` and the label of each kept activation; for every part of the graph the
+        places of its coefficients and their values, `(N, kept)`, and a fingerprint of the basis `(vectors,)`.
+        """
+        numbers, order = torch.cat(self._numbers).sort()
+        labels, activations = self.labels[numbers], torch.cat(self._examples)[order]
+        means = self._sums.mean.float().nan_to_num()
+        kept = {MEAN: means, LABEL: labels}
+        for number, places in enumerate(self.parts):
+            basis = self.graph.basis(places)
+            coefficients = (activations - means[labels])[:, places] @ basis.T
+            chosen, values = largest(coefficients, kept_of(len(places), self.keeping.keep))
+            kept |= {
+                f"places.{number}": chosen.to(torch.uint16),
+                f"values.{number}": values.half(),
+                f"basis.{number}": fingerprint(basis),
+            }
+        return kept
+
+    def details(self) -> dict[str, Any]:
+        """The share of coefficients, and of how many activations a class."""
+        return {"keep": self.keeping.keep, "per_class": self.per_class}
+
+    def notices(self) -> list[str]:
+        """Whose data it holds, and where it is less than was asked for."""
+        found = [f"It holds data of single examples: {self.per_class} images of each class, lossily compressed."]
+        if self.per_class < self.keeping.per_class:
+            found.append(f"More of each class would be over {SHARE_OF_DATA:.0%} of the data.")
+        if any(len(part) > FULL_BASIS_UNITS for part in self.parts):
+            found.append(
+                f"Over {FULL_BASIS_UNITS:,} units in one graph: its {LEADING_VECTORS:,} leading vectors are used."
+            )
+        return found
+
+
+def random_subset(labels: Tensor, each: int, random: torch.Generator) -> Tensor:
+    """Numbers of up to `each` images of every class, drawn from `labels` `(N,)`, in their order."""
+    order = torch.randperm(len(labels), generator=random)
+    chosen = [order[labels[order] == label][:each] for label in labels.unique().tolist()]
+    return torch.cat(chosen).sort().values
+
+
+def parts_of(graph: WeightGraph, kind: str) -> list[Tensor]:
+    """The parts of the graph that are transformed on their own: all units, or those of two neighbouring layers."""
+    pairs = graph.neighbours() if kind == "spectral-pairs" else []
+    return [graph.places(pair) for pair in pairs] or [torch.arange(graph.units)]
+
+
+def kept_of(units: int, keep: float) -> int:
+    """How many coefficients of so many units are kept."""
+    return max(1, round(keep * units))
+
+
+def largest(coefficients: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Places and values of the `count` largest of each row, by place."""
+    places = coefficients.abs().topk(min(count, coefficients.shape[1]), 1).indices.sort(1).values
+    return places, coefficients.gather(1, places)
+
+
+def fingerprint(basis: Tensor) -> Tensor:
+    """One number a vector `(vectors,)`: another machine may find the vectors with the other sign, or others."""
+    return basis @ torch.randn(basis.shape[1], generator=torch.Generator().manual_seed(0))
+
+
+def decoded(graph: WeightGraph, kind: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The activations `(N, units)` that codes stand for; where parts share a unit, the mean of what they say.
+
+    Raises `BadInput` where this machine's linear algebra finds another basis than that of the record.
+    """
+    labels = tensors[LABEL]
+    total = torch.zeros(len(labels), graph.units)
+    times = torch.zeros(graph.units)
+    for number, places in enumerate(parts_of(graph, kind)):
+        basis = graph.basis(places)
+        chosen, values = tensors[f"places.{number}"].long(), tensors[f"values.{number}"].float()
+        signs = _signs(fingerprint(basis), tensors[f"basis.{number}"], chosen, values)
+        coefficients = torch.zeros(len(labels), len(basis)).scatter_(1, chosen, values * signs[chosen])
+        total[:, places] += coefficients @ basis
+        times[places] += 1
+    return tensors[MEAN][labels] + total / times.clamp_min(1)
+
+
+def _signs(here: Tensor, recorded: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
+    """1 for basis vectors that are those of the record, −1 for their negatives."""
+    energy = torch.zeros(len(here)).scatter_add_(0, chosen.flatten(), values.square().flatten())
+    other = (here.abs() - recorded.abs()).abs() > SAME_BASIS
+    share = float(energy[other].sum() / energy.sum().clamp_min(1e-30))
+    if share > SAME_BASIS:
+        raise BadInput(
+            f"This machine's linear algebra finds another Fourier basis than the record's, for {share:.0%} of it.",
+            "Record on the same kind of machine, or take another kind of record.",
+        )
+    return torch.where(here * recorded < 0, -1.0, 1.0)

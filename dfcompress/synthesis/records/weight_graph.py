@@ -1,0 +1,205 @@
+"""The units of a network as one graph, weighted by the network's own weights, and its Fourier basis.
+
+Vertices are the outputs of weighted layers. An edge joins two units where one reaches the other without passing a third
+weighted layer, activation functions taken as the identity and maximum pooling as average pooling; its weight is what a
+change of one by 1 changes the other by. Units of the first layer that read the same pixels are joined too, by how much
+they have in common, Σ over pixels of both weights: without that, most of what the first layer does is in the kernel of
+the adjacency matrix and has no frequency at all.
+
+Such a graph is directed and without cycles, so its adjacency matrix A is nilpotent and has no basis of eigenvectors.
+The Fourier basis here is the eigenvectors of A + Aᵀ (Sandryhaila & Moura 2013 for undirected graphs): orthonormal, so
+the transform keeps energy and the inverse is the transpose.
+
+The basis is no part of a record, so another machine must find the same one: everything is in float64, and loops of up
+to a millionth, a different one at every unit, tell vectors apart that would else have one eigenvalue.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from dfcompress.errors import BadInput
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.recorder import LOGITS
+
+FULL_BASIS_UNITS = 8000
+LEADING_VECTORS = 1024
+SIGNALS_A_PASS = 512
+LOOPS = 1e-6
+
+_ACTIVATIONS = {
+    torch.relu,
+    torch.relu_,
+    F.relu,
+    F.relu6,
+    F.hardtanh,
+    F.leaky_relu,
+    F.elu,
+    F.gelu,
+    F.silu,
+    F.hardswish,
+    F.softplus,
+    torch.sigmoid,
+    torch.tanh,
+    Tensor.relu,
+    Tensor.relu_,
+    Tensor.sigmoid,
+    Tensor.tanh,
+}
+
+
+class _Linearised(TorchFunctionMode):
+    """Activation functions are the identity, maximum pooling is average pooling."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in _ACTIVATIONS:
+            return args[0]
+        if function in (torch.max_pool2d, F.max_pool2d):
+            return _average(*args, **kwargs)
+        return function(*args, **kwargs)
+
+
+def _average(
+    features: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    return F.avg_pool2d(features, kernel_size, stride or kernel_size, padding, ceil_mode)
+
+
+class WeightGraph:
+    """The graph of `layers`, in the order of the forward pass; a signal on it is their outputs one after the other.
+
+    Raises `BadInput` where layers are joined by something that is not linear but for activations and pooling.
+    """
+
+    def __init__(self, teacher: Classifier, layers: Sequence[str]) -> None:
+        self.network = copy.deepcopy(teacher.network).cpu().double().eval().requires_grad_(False)
+        self._shape = teacher.card.input_size
+        self._layers = list(layers)
+        self._injected: dict[str, Tensor] = {}
+        self._computed: dict[str, Tensor] = {}
+        for name in self._layers:
+            if name != LOGITS:
+                self.network.get_submodule(name).register_forward_hook(self._replace(name))
+        self._offset = self._forward({}, self._dark(1))
+        self.sizes = [output.shape[1] for output in self._offset]
+        self.units = sum(self.sizes)
+        self._check_linear()
+
+    def _dark(self, count: int) -> Tensor:
+        return torch.zeros(count, *self._shape, dtype=torch.float64)
+
+    def _replace(self, name: str) -> Any:
+        def hook(layer: Any, inputs: Any, output: Tensor) -> Tensor:
+            self._computed[name] = output.flatten(1)
+            injected = self._injected.get(name)
+            return output * 0 if injected is None else injected.view(-1, *output.shape[1:])
+
+        return hook
+
+    def _forward(self, injected: dict[str, Tensor], images: Tensor) -> list[Tensor]:
+        """What every layer computes from `images` and the outputs that earlier layers are made to have."""
+        self._injected = injected
+        with _Linearised():
+            self._computed[LOGITS] = self.network(images).flatten(1)
+        return [self._computed[name] for name in self._layers]
+
+    def _linear(self, signals: Tensor, images: Tensor) -> Tensor:
+        """A·signals and what `images` add to it, `(B, units)`."""
+        parts = dict(zip(self._layers, signals.split(self.sizes, 1), strict=True))
+        computed = self._forward(parts, images)
+        return torch.cat([own - offset for own, offset in zip(computed, self._offset, strict=True)], 1)
+
+    def shift(self, signals: Tensor) -> Tensor:
+        """(A + Aᵀ)·signals with the edges of common pixels, `(B, units)` → `(B, units)`, float64."""
+        sources = signals.clone().requires_grad_(True)
+        images = self._dark(len(signals)).requires_grad_(True)
+        onwards = self._linear(sources, images)
+        back, pixels = torch.autograd.grad(onwards, (sources, images), grad_outputs=signals)
+        with torch.no_grad():
+            common = self._linear(torch.zeros_like(signals), pixels)
+        return onwards.detach() + back + common
+
+    def neighbours(self) -> list[tuple[int, int]]:
+        """Pairs of layers that an edge joins, as places in the order of the forward pass."""
+        random = torch.Generator().manual_seed(0)
+        pairs = []
+        for source, size in enumerate(self.sizes):
+            signal = torch.zeros(1, self.units, dtype=torch.float64)
+            first = sum(self.sizes[:source])
+            signal[:, first : first + size] = torch.randn(1, size, generator=random)
+            with torch.no_grad():
+                reached = self._linear(signal, self._dark(1)).split(self.sizes, 1)
+            pairs += [(source, place) for place, part in enumerate(reached) if part.abs().max() > 1e-9]
+        return pairs
+
+    def places(self, layers: Sequence[int]) -> Tensor:
+        """Where in a signal the units of some layers are."""
+        starts = np.cumsum([0, *self.sizes])
+        return torch.cat([torch.arange(starts[layer], starts[layer + 1]) for layer in layers])
+
+    def basis(self, places: Tensor) -> Tensor:
+        """Eigenvectors `(vectors, len(places))` of the graph of the units at `places`, by falling absolute eigenvalue;
+        fp32.
+
+        All of them up to 8,000 units, the leading 1,024 above that.
+        """
+        units = len(places)
+        if units > FULL_BASIS_UNITS:
+            return self._leading(places)
+        rows = [self._restricted(eye, places) for eye in torch.eye(units).double().split(SIGNALS_A_PASS)]
+        matrix = torch.cat(rows)
+        matrix = (matrix + matrix.T).div_(2)
+        matrix.diagonal().add_(_loops(units) * matrix.norm())
+        values, vectors = torch.linalg.eigh(matrix)
+        order = values.abs().argsort(descending=True)
+        return vectors.T[order].float().contiguous()
+
+    def _restricted(self, signals: Tensor, places: Tensor) -> Tensor:
+        whole = torch.zeros(len(signals), self.units, dtype=torch.float64)
+        whole[:, places] = signals
+        return self.shift(whole)[:, places]
+
+    def _leading(self, places: Tensor) -> Tensor:
+        units = len(places)
+
+        def apply(vector: Any) -> Any:
+            return self._restricted(torch.from_numpy(vector.reshape(1, -1)), places)[0].numpy()
+
+        operator = LinearOperator((units, units), matvec=apply, dtype=np.float64)
+        start = torch.randn(units, generator=torch.Generator().manual_seed(0)).double().numpy()
+        values, vectors = eigsh(operator, k=min(LEADING_VECTORS, units - 1), which="LM", v0=start)
+        order = torch.from_numpy(np.abs(values)).argsort(descending=True)
+        return torch.from_numpy(vectors.T.copy())[order].float().contiguous()
+
+    def _check_linear(self) -> None:
+        first, second = torch.randn(2, 1, self.units, generator=torch.Generator().manual_seed(0)).double().unbind()
+        nothing = self._dark(1)
+        with torch.no_grad():
+            both = self._linear(first + second, nothing)
+            apart = self._linear(first, nothing) + self._linear(second, nothing)
+        if not torch.allclose(both, apart, rtol=0, atol=1e-6 * float(both.abs().max())):
+            raise BadInput(
+                "The layers of this network are joined by more than linear maps, activations and pooling, so they are"
+                " no graph.",
+                "Keep another kind of record.",
+            )
+
+
+def _loops(units: int) -> Tensor:
+    return LOOPS * torch.linspace(0, 1, units, dtype=torch.float64)

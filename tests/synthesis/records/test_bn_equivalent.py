@@ -1,0 +1,99 @@
+"""Recorded statistics of channels count exactly as those of BatchNorms do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dfcompress.models.architectures import find
+from dfcompress.models.card import CIFAR_MEAN, CIFAR_STD, ModelCard
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.recorder import FusedRecorder, HookRecorder, traces
+from dfcompress.synthesis.losses import bn_distance, bn_divergence
+from dfcompress.synthesis.records.bn_equivalent import StatisticsKeeper, with_statistics
+
+
+@pytest.fixture
+def twins():
+    """VGG with BatchNorm, and the same without, which knows by a record what the BatchNorms of the other know."""
+    torch.manual_seed(0)
+    card = ModelCard("cifar_vgg11_bn", 10, (3, 32, 32), CIFAR_MEAN, CIFAR_STD)
+    with_bn = Classifier(find("cifar_vgg11_bn").make(10, 3), card)
+    with_bn.train()
+    with_bn(torch.rand(64, 3, 32, 32))
+    with_bn.frozen()
+    without = Classifier(find("cifar_vgg11_bn").make(10, 3), card)
+    without.network.load_state_dict(with_bn.network.state_dict())
+    layers, tensors = [], {}
+    for name, module in with_bn.network.features.named_children():
+        if isinstance(module, nn.BatchNorm2d):
+            layer = f"features.{int(name) - 1}"
+            layers.append(layer)
+            tensors |= {f"mean.{layer}": module.running_mean, f"var.{layer}": module.running_var}
+            # What the BatchNorm does, as a plain convolution of every channel on its own.
+            plain = nn.Conv2d(module.num_features, module.num_features, 1, groups=module.num_features)
+            scale = module.weight * (module.running_var + module.eps).rsqrt()
+            plain.weight.data = scale.view(-1, 1, 1, 1).detach()
+            plain.bias.data = (module.bias - scale * module.running_mean).detach()
+            without.network.features[int(name)] = plain
+    return with_bn, with_statistics(without.frozen(), layers, tensors)
+
+
+@pytest.mark.parametrize("loss", [bn_distance(), bn_divergence()], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("fused", [False, True])
+def test_losses_and_gradients_are_those_of_the_twin_with_batchnorm(twins, loss, fused):
+    found = []
+    for teacher in twins:
+        images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+        recorder = (FusedRecorder if fused else HookRecorder)(teacher.network, moments=True)
+        if fused:
+            recording = recorder(images)
+        else:
+            with recorder:
+                recording = recorder(images)
+        (trace,) = traces(images, torch.zeros(8, dtype=torch.long), recording)
+        value = loss.value(trace)
+        found.append((value, *torch.autograd.grad(value, images)))
+    (value, gradient), (other_value, other_gradient) = found
+    torch.testing.assert_close(other_value, value, rtol=1e-4, atol=1e-5)
+    assert (other_gradient - gradient).norm() < 1e-3 * gradient.norm()
+
+
+def test_the_twin_answers_as_before_and_keeps_its_identity(lenet):
+    layers = ["conv1", "fc1"]
+    tensors = {"mean.conv1": torch.zeros(6), "var.conv1": torch.ones(6)}
+    tensors |= {"mean.fc1": torch.zeros(120), "var.fc1": torch.ones(120)}
+    knowing = with_statistics(lenet, layers, tensors)
+    images = torch.rand(4, 1, 32, 32)
+    assert torch.equal(knowing(images), lenet(images))
+    assert knowing.identity() == lenet.identity()
+    assert "conv1.weight" in lenet.network.state_dict()
+
+
+@pytest.mark.parametrize(("layer", "shape", "over"), [("conv1", (6, 28, 28), (0, 2, 3)), ("fc1", (120,), (0,))])
+def test_what_is_kept_are_moments_over_images_and_positions(layer, shape, over, lenet):
+    outputs = torch.randn(50, *shape)
+    keeper = StatisticsKeeper(lenet.network, {layer: outputs[:1]})
+    for part in outputs.split(20):
+        keeper.update([part], torch.zeros(len(part)), torch.arange(len(part)))
+    tensors = keeper.tensors()
+    torch.testing.assert_close(tensors[f"mean.{layer}"], outputs.mean(over), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(tensors[f"var.{layer}"], outputs.var(over), rtol=1e-4, atol=1e-6)
+    assert keeper.bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_channels_of_token_networks_are_last():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(2), nn.Linear(16, 5), nn.LayerNorm(5), nn.Flatten(), nn.Linear(15, 2))
+    card = ModelCard("tokens", 2, (3, 4, 4), (0.5,) * 3, (0.5,) * 3)
+    teacher = Classifier(network, card).frozen()
+    outputs = torch.randn(7, 3, 5)
+    keeper = StatisticsKeeper(network, {"1": outputs[:1]})
+    keeper.update([outputs], torch.zeros(7), torch.arange(7))
+    tensors = keeper.tensors()
+    torch.testing.assert_close(tensors["mean.1"], outputs.mean((0, 1)))
+    knowing = with_statistics(teacher, ["1"], tensors)
+    with HookRecorder(knowing.network, moments=True) as recorder:
+        (layer,) = recorder(torch.randn(6, 3, 4, 4)).layers
+    assert layer.mean_error.shape == (6, 5)

@@ -1,0 +1,86 @@
+"""Spectral records: what they keep, and that another machine's basis is noticed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dfcompress.errors import BadInput
+from dfcompress.synthesis.records.keeping import Keeping
+from dfcompress.synthesis.records.spectral import SpectralKeeper, decoded, largest, random_subset
+from dfcompress.synthesis.records.weight_graph import WeightGraph
+
+LAYERS = ["fc1", "fc2", "logits"]
+
+
+def kept(lenet, *, data_bytes=10**7, **options):
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 10
+    activations = torch.randn(60, 214, generator=random)
+    keeping = Keeping(**{"kind": "spectral-all", **options})
+    keeper = SpectralKeeper(
+        lenet, LAYERS, keeping, labels, data_bytes=data_bytes, random=torch.Generator().manual_seed(1)
+    )
+    for first in (0, 25):
+        part = slice(first, first + 25 if first == 0 else None)
+        keeper.update(activations[part].split([120, 84, 10], 1), labels[part], torch.arange(60)[part])
+    return keeper, activations, labels
+
+
+@pytest.mark.parametrize("kind", ["spectral-all", "spectral-pairs"])
+def test_all_coefficients_give_the_activations_back(kind, lenet):
+    keeper, activations, labels = kept(lenet, kind=kind, keep=1.0, per_class=3)
+    tensors = keeper.tensors()
+    chosen = random_subset(labels, 3, torch.Generator().manual_seed(1))
+    back = decoded(WeightGraph(lenet, LAYERS), kind, tensors)
+    torch.testing.assert_close(back, activations[chosen], atol=0.01, rtol=0)  # Values are float16.
+    assert torch.equal(tensors["label"], labels[chosen])
+
+
+def test_the_largest_coefficients_are_kept():
+    places, values = largest(torch.tensor([[1.0, -5.0, 0.5, 3.0]]), 2)
+    assert places.tolist() == [[1, 3]]
+    assert values.tolist() == [[-5.0, 3.0]]
+
+
+def test_fewer_coefficients_are_further_from_the_activations(lenet):
+    errors = []
+    for keep in (0.05, 0.3, 1.0):
+        keeper, activations, labels = kept(lenet, keep=keep, per_class=2)
+        chosen = random_subset(labels, 2, torch.Generator().manual_seed(1))
+        back = decoded(WeightGraph(lenet, LAYERS), "spectral-all", keeper.tensors())
+        errors.append(float((back - activations[chosen]).norm()))
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_vectors_of_the_other_sign_are_turned(lenet, monkeypatch):
+    keeper, activations, labels = kept(lenet, keep=1.0, per_class=1)
+    tensors = keeper.tensors()
+    usual = WeightGraph.basis
+    monkeypatch.setattr(WeightGraph, "basis", lambda self, places: -usual(self, places))
+    chosen = random_subset(labels, 1, torch.Generator().manual_seed(1))
+    back = decoded(WeightGraph(lenet, LAYERS), "spectral-all", tensors)
+    torch.testing.assert_close(back, activations[chosen], atol=0.01, rtol=0)
+
+
+def test_another_basis_is_refused(lenet, monkeypatch):
+    tensors = kept(lenet)[0].tensors()
+    usual = WeightGraph.basis
+    monkeypatch.setattr(WeightGraph, "basis", lambda self, places: usual(self, places).roll(1, 0))
+    with pytest.raises(BadInput, match="another Fourier basis"):
+        decoded(WeightGraph(lenet, LAYERS), "spectral-all", tensors)
+
+
+@pytest.mark.parametrize("kind", ["spectral-all", "spectral-pairs"])
+def test_a_record_stays_under_a_tenth_of_the_data(kind, lenet):
+    keeper, _, _ = kept(lenet, kind=kind, data_bytes=130_000, per_class=6)
+    assert 0 < keeper.per_class < 6
+    tensors = keeper.tensors()
+    assert keeper.bytes == sum(tensor.nbytes for tensor in tensors.values()) <= 13_000
+    assert any("over 10%" in notice for notice in keeper.notices())
+    assert any("single examples" in notice for notice in keeper.notices())
+
+
+def test_where_nothing_fits_into_a_tenth_it_is_refused(lenet):
+    with pytest.raises(BadInput, match="over 10% of the data"):
+        kept(lenet, data_bytes=50_000)
