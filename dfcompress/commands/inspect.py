@@ -44,6 +44,7 @@ def _print(found: Inspection) -> None:
         ("MACs", f"{found.macs:,}", ""),
         ("bytes", f"{found.bytes:,}", ""),
         ("BatchNorm layers", str(found.batchnorm_layers), ""),
+        ("record beside it", found.record or "none", ""),
     ]
     for name, value, known in facts:
         console.result(f"{name:<18}{value}{f'  ({known})' if known else ''}")

@@ -17,6 +17,7 @@ from dfcompress.models.fake_quantizers import is_quantized
 from dfcompress.models.input_statistics import NormalisationCheck, check_normalisation
 from dfcompress.models.statistics import statistics_layers, why_no_statistics
 from dfcompress.models.weights import file_bytes
+from dfcompress.synthesis.job import find_record
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Inspection:
 
     `macs` are multiply-accumulates of one image; `bytes` and `sha256` are those of the weights' file (the tensors where
     there is none); `batchnorm_layers` counts those that keep running statistics. `normalisation` compares the card's
-    mean and std with what the first BatchNorm expects, None where that cannot be told. `card_file` is the sidecar that
-    was written.
+    mean and std with what the first BatchNorm expects, None where that cannot be told. `record` is the kind of the
+    activation record beside the checkpoint, None where there is none. `card_file` is the sidecar that was written.
     """
 
     checkpoint: str
@@ -49,6 +50,7 @@ class Inspection:
     sha256: str
     card: ModelCard
     normalisation: NormalisationCheck | None
+    record: str | None
     can: list[Ability]
     card_file: str | None = None
 
@@ -62,10 +64,12 @@ def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) ->
 
     With `write_card` its card is written beside it as `<name>.card.json`: there it can be corrected, and from there it
     is read from then on.
-    Raises `BadInput` where the checkpoint cannot be read, its architecture is not known or it does not take its input.
+    Raises `BadInput` where the checkpoint cannot be read, its architecture is not known or it does not take its input,
+    and where a record beside it is not of these weights.
     """
     classifier = as_classifier(checkpoint)
     card, file = classifier.card, classifier.path
+    record = find_record(classifier)
     return Inspection(
         checkpoint=str(file or classifier.name),
         architecture=card.architecture,
@@ -78,19 +82,20 @@ def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) ->
         sha256=classifier.sha256,
         card=card,
         normalisation=check_normalisation(classifier),
-        can=abilities(classifier),
+        record=record.about.kind if record else None,
+        can=abilities(classifier, with_record=record is not None),
         card_file=str(write_sidecar(classifier)) if write_card else None,
     )
 
 
-def abilities(classifier: Classifier) -> list[Ability]:
-    """What each verb can do with a model."""
-    why = why_no_statistics(classifier.network)
+def abilities(classifier: Classifier, *, with_record: bool = False) -> list[Ability]:
+    """What each verb can do with a model, and with the record beside it if there is one."""
+    why = None if with_record else why_no_statistics(classifier.network)
     makes_images = why is None
-    from_data = "" if makes_images else f"needs --data, as {why}"
+    from_data = "" if makes_images else f"needs --data or --records, as {why}"
     packed = is_quantized(classifier.network)
     return [
-        Ability("invert", makes_images, "" if why is None else why),
+        Ability("invert", makes_images, "" if why is None else f"needs --records, as {why}"),
         Ability("distill", True, from_data),
         Ability("quantize", not packed, "it is quantized already" if packed else from_data),
         Ability("evaluate", True),

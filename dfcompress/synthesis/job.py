@@ -65,11 +65,18 @@ def _record(teacher: Classifier, records: str | Path | None) -> Record | None:
         return None
     if records != Synthesis.records:
         return Record.load(Path(records), teacher)
+    record = find_record(teacher)
+    if record and record.path:
+        about = record.about
+        console.notice(
+            f"Using the record {record.path.name} beside the checkpoint: {about.kind} of {about.images:,} images"
+            " (--no-records does not)."
+        )
+    return record
+
+
+def find_record(teacher: Classifier) -> Record | None:
+    """The record beside the teacher's file, None where there is none; raises `BadInput` where it is unusable."""
     if teacher.path is None or not (found := beside(teacher.path)).exists():
         return None
-    record = Record.load(found, teacher)
-    console.notice(
-        f"Using the record {found.name} beside the checkpoint: {record.about.kind} of {record.about.images:,} images"
-        " (--no-records does not)."
-    )
-    return record
+    return Record.load(found, teacher)

@@ -95,19 +95,30 @@ def bn_divergence() -> Loss:
     """
 
     def value(trace: Trace) -> Tensor:
-        channels = trace.images.shape[1]
-        expected = trace.images.new_zeros(channels), trace.images.new_ones(channels)
-        at_input = Moments.of(record_of(trace.images, *expected))
-        return torch.stack([moments.divergence() for moments in (at_input, *trace.moments)]).mean()
+        return torch.stack([_input_divergence(trace), *(moments.divergence() for moments in trace.moments)]).mean()
 
     return Loss("bn_divergence", value, needs_moments=True)
 
 
-def activation_distance(leak: float = 0.0, *, pooled: bool = False) -> Loss:
+def pixel_divergence() -> Loss:
+    """The term of J_KL for the input alone: KL(N(μ̂, σ̂²) ‖ N(0, 1)) of the batch's pixels in normalised space, mean over
+    colours (Haroush 2020, eq. 3).
+    """
+    return Loss("pixel_divergence", _input_divergence)
+
+
+def _input_divergence(trace: Trace) -> Tensor:
+    channels = trace.images.shape[1]
+    expected = trace.images.new_zeros(channels), trace.images.new_ones(channels)
+    return Moments.of(record_of(trace.images, *expected)).divergence()
+
+
+def activation_distance(leak: float = 0.0, *, later: float = 1.0, pooled: bool = False) -> Loss:
     """Σ over recorded layers of the mean over units and images of (r(t) − r(a))², t the target, a the image's output,
     each times the layer's scale; r is ReLU, or leaky with a slope of `leak` below 0 (Lopes 2017, section 3.1.2).
 
-    Where targets are drawn from `pooled` classes, no class is intended.
+    Every layer counts `later` times the one before it. Where targets are drawn from `pooled` classes, no class is
+    intended.
     """
 
     def value(trace: Trace) -> Tensor:
@@ -115,7 +126,7 @@ def activation_distance(leak: float = 0.0, *, pooled: bool = False) -> Loss:
             (F.leaky_relu(target.values, leak) - F.leaky_relu(output, leak)).mul(target.scale).square().mean(1).mean()
             for output, target in zip(trace.outputs, trace.targets, strict=True)
         ]
-        return torch.stack(distances).sum()
+        return torch.stack([later**depth * distance for depth, distance in enumerate(distances)]).sum()
 
     return Loss("activation_distance", value, needs_targets=True, needs_labels=not pooled)
 

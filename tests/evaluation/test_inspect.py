@@ -61,7 +61,7 @@ def test_an_unfit_model_is_described_with_the_reason(name, why, tmp_path):
     assert not abilities["invert"].possible
     assert why in abilities["invert"].why
     assert abilities["distill"].possible
-    assert abilities["distill"].why.startswith("needs --data, as it")
+    assert abilities["distill"].why.startswith("needs --data or --records, as it")
     assert abilities["evaluate"].possible
     assert found.normalisation is None
 

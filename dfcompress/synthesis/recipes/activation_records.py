@@ -16,7 +16,13 @@ What they reach is in docs/results.md.
 from dfcompress.data.views import jitters
 from dfcompress.models.card import ModelCard
 from dfcompress.synthesis.images import Pixels
-from dfcompress.synthesis.losses import activation_distance, bn_distance, class_cross_entropy, total_variation
+from dfcompress.synthesis.losses import (
+    activation_distance,
+    bn_distance,
+    class_cross_entropy,
+    pixel_divergence,
+    total_variation,
+)
 from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
 from dfcompress.synthesis.records import SPECTRAL
 from dfcompress.synthesis.records.record import Description
@@ -42,8 +48,10 @@ def activation_records(
     *,
     activations: float = 1.0,
     leak: float = 0.0,
+    later: float = 1.0,
     ce: float = 0.0,
     bn: float = 0.0,
+    pixels: float = 0.0,
     tv: float = 0.0,
     lr: float = 0.07,
     steps: int = 1000,
@@ -59,9 +67,10 @@ def activation_records(
     return Recipe(
         images=Pixels(clip=clip),
         losses=[
-            activations * activation_distance(leak, pooled=pooled),
+            activations * activation_distance(leak, later=later, pooled=pooled),
             *([ce * class_cross_entropy()] if ce else []),
             *([bn * bn_distance()] if bn else []),
+            *([pixels * pixel_divergence()] if pixels else []),
             *([tv * total_variation()] if tv else []),
         ],
         stages=[Stage(steps, lr, (beta1, beta2), schedule, views=jitters(jitter) if jitter else [])],
