@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfcompress.errors import BadInput
-from dfcompress.models.recorder import Moments, Trace, record_of
+from dfcompress.models.recorder import LayerRecord, Moments, Trace, record_of
 
 
 @dataclass(frozen=True)
@@ -95,22 +95,36 @@ def bn_divergence() -> Loss:
     """
 
     def value(trace: Trace) -> Tensor:
-        return torch.stack([_input_divergence(trace), *(moments.divergence() for moments in trace.moments)]).mean()
+        at_input = Moments.of(_pixels(trace))
+        return torch.stack([moments.divergence() for moments in (at_input, *trace.moments)]).mean()
 
     return Loss("bn_divergence", value, needs_moments=True)
 
 
 def pixel_divergence() -> Loss:
-    """The term of J_KL for the input alone: KL(N(μ̂, σ̂²) ‖ N(0, 1)) of the batch's pixels in normalised space, mean over
-    colours (Haroush 2020, eq. 3).
+    """KL(N(μ̂, σ̂²) ‖ N(0, 1)) of every image's own pixels in normalised space, mean over colours and images.
+
+    J_KL's term for the input (Haroush 2020, eq. 3) takes all images together; taking each alone is ours, and keeps a
+    batch from being half black and half white.
     """
-    return Loss("pixel_divergence", _input_divergence)
+
+    def value(trace: Trace) -> Tensor:
+        images, colours = trace.images.shape[:2]
+        alone = _pixels(trace)
+        # Every colour of every image is a channel of its own.
+        record = LayerRecord(
+            alone.mean_error.reshape(1, -1),
+            alone.square_error.reshape(1, -1),
+            alone.running_var.expand(images, colours).reshape(-1),
+        )
+        return Moments.of(record).divergence()
+
+    return Loss("pixel_divergence", value)
 
 
-def _input_divergence(trace: Trace) -> Tensor:
+def _pixels(trace: Trace) -> LayerRecord:
     channels = trace.images.shape[1]
-    expected = trace.images.new_zeros(channels), trace.images.new_ones(channels)
-    return Moments.of(record_of(trace.images, *expected)).divergence()
+    return record_of(trace.images, trace.images.new_zeros(channels), trace.images.new_ones(channels))
 
 
 def activation_distance(leak: float = 0.0, *, later: float = 1.0, pooled: bool = False) -> Loss:
