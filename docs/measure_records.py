@@ -3,7 +3,8 @@
     python docs/measure_records.py TEACHERS_FOLDER MNIST_FOLDER OUTPUT_FOLDER [--seeds N] [--only TEACHER/ROW ...]
 
 TEACHERS_FOLDER is what docs/train_mnist_teachers.py wrote. Every row is one `dfcompress distill`, which is printed; its
-result is appended to OUTPUT_FOLDER/rows.jsonl, and rows that are there are not made again. At the end the tables.
+result is appended to OUTPUT_FOLDER/rows.jsonl, and rows that are there are not made again. At the end the table, and
+a picture OUTPUT_FOLDER/images-of-records-TEACHER.png: of each kind the classes' mean images and two images of each.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+
+from dfcompress.data.synthetic_set import SyntheticSet, as_float
 
 STUDENTS = {"hinton_mlp": "hinton_mlp_small", "lenet5": "lenet5_half"}
 KINDS = ("top-layer", "all-layers", "all-layers-dropout", "spectral-all", "spectral-pairs")
@@ -97,6 +104,25 @@ def table(rows: list[dict], folders: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def picture(teacher: str, folders: argparse.Namespace) -> Image.Image:
+    """Three rows for every kind, a column a class: the mean, and two samples, of seed 0."""
+    bands = []
+    for kind in KINDS:
+        folder = folders.output / f"{teacher}-{kind}-0" / "synthetic"
+        if folder.exists():
+            made = SyntheticSet(folder)
+            images, labels = as_float(made.images), made.labels
+            own = [images[labels == label] for label in range(10)]
+            rows = [
+                torch.stack([some.mean(0) for some in own]),
+                *(torch.stack([some[i] for some in own]) for i in (0, 1)),
+            ]
+            bands.append(make_grid(torch.cat(rows).clamp(0, 1), nrow=10, padding=1, pad_value=0.4))
+    grid = torch.cat(bands, 1)
+    pixels = (grid * 255).round().byte().permute(1, 2, 0).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    return Image.fromarray(pixels.numpy())
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
@@ -107,6 +133,9 @@ def main() -> None:
     folders = parser.parse_args()
     folders.output.mkdir(parents=True, exist_ok=True)
     sys.stdout.write(table(measure(folders), folders) + "\n")
+    for teacher in STUDENTS:
+        if (folders.output / f"{teacher}-{KINDS[0]}-0").exists():
+            picture(teacher, folders).save(folders.output / f"images-of-records-{teacher}.png")
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ class _Recorder:
     def _hook_outputs(self) -> list[RemovableHandle]:
         def keep(name: str) -> RemovableHandle:
             def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                self._outputs[name] = output
+                self._outputs[name] = output.clone()  # An activation function may work in place.
 
             return self.network.get_submodule(name).register_forward_hook(hook)
 

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 
 from dfcompress.models.checkpoint import load
 from dfcompress.models.recorder import FusedRecorder, HookRecorder
@@ -85,3 +86,20 @@ def test_batchnorms_that_do_more_than_normalise_keep_doing_it(precision):
     exact = {"rtol": 1e-4, "atol": 1e-5}
     loose = {"rtol": 0.1, "atol": 0.05 * expected.logits.abs().max().item()}
     torch.testing.assert_close(recording.logits, expected.logits, **(exact if precision == torch.float32 else loose))
+
+
+@pytest.mark.parametrize("make", [HookRecorder, FusedRecorder])
+def test_outputs_are_those_before_an_activation_that_works_in_place(make):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)).eval()
+    images = torch.randn(4, 3, 2, 2)
+    recorder = make(network, outputs=["1", "logits"])
+    if make is HookRecorder:
+        with recorder:
+            recording = recorder(images)
+    else:
+        recording = recorder(images)
+    hidden = network[1](images.flatten(1))
+    assert (hidden < 0).any()
+    torch.testing.assert_close(recording.outputs[0], hidden)
+    torch.testing.assert_close(recording.outputs[1], network[3](hidden.relu()))

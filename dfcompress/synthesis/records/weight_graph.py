@@ -108,7 +108,7 @@ class WeightGraph:
         def hook(layer: Any, inputs: Any, output: Tensor) -> Tensor:
             self._computed[name] = output.flatten(1)
             injected = self._injected.get(name)
-            return output * 0 if injected is None else injected.view(-1, *output.shape[1:])
+            return output * 0 if injected is None else injected.view(-1, *output.shape[1:]).clone()
 
         return hook
 
