@@ -137,6 +137,17 @@ def as_mine(stored: str) -> str:
     return f"cuda:{peers().local_rank}" if can_capture(torch.device(stored)) and peers().count > 1 else stored
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread inside, so that sums come out the same whatever the number of threads outside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def threads_here() -> int:
     """Threads for this process: what the user or the library set, or its share where several share the machine."""
     everyone = peers()

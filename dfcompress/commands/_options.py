@@ -135,7 +135,7 @@ def _synthesis(
         tuple(name.strip() for name in only.split(",")) if only else (),
         _groups(groups),
         preview_every,
-        None if no_records else records or "beside",
+        _records(records, no_records),
     )
 
 
@@ -143,6 +143,12 @@ def _keeping(**values: Any) -> Keeping:
     from dfcompress.synthesis.records.keeping import Keeping
 
     return Keeping(**values)
+
+
+def _records(records: Path | None, no_records: bool) -> Path | str | None:
+    if records and no_records:
+        raise BadInput("--records and --no-records exclude each other.", "Give one of them.")
+    return None if no_records else records or "beside"
 
 
 def _groups(text: str) -> int | Literal["auto"]:
@@ -254,7 +260,7 @@ keeping = group(
     click.option("--per-class", type=click.IntRange(1), default=100, show_default=True, help="Activations to keep."),
     click.option("--keep", type=float, default=0.1, show_default=True, help="Share of an activation's coefficients."),
     click.option(
-        "--min-images", type=click.IntRange(1), default=20, show_default=True, help="Refuse a class with fewer."
+        "--min-images", type=click.IntRange(2), default=20, show_default=True, help="Refuse a class with fewer."
     ),
 )
 

@@ -54,6 +54,10 @@ class ImageSource(Protocol):
     def labels(self) -> Tensor:
         """Labels `(N,)` of all images, int64."""
 
+    @property
+    def size(self) -> Size:
+        """Channels, height, width of the images as they are kept; of pictures of any size, as they are handed out."""
+
     def __len__(self) -> int: ...
 
     def batches(self, batch_size: int, *, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
@@ -144,6 +148,11 @@ class Fitted:
         """As the source has them."""
         return self.source.labels
 
+    @property
+    def size(self) -> Size:
+        """That of the source."""
+        return self.source.size
+
     def batches(self, batch_size: int, *, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Float images in [0, 1] and labels, in the source's order."""
         for images, labels in self.source.batches(batch_size, first=first, every=every):
@@ -158,7 +167,7 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path, card: ModelCard) -> None:
-        self.input_size = card.input_size
+        self.size = card.input_size
         folders = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         if not folders:
             raise BadInput(f"{folder} holds no class folders and no image data.", KINDS)
@@ -192,7 +201,7 @@ class ImageFolder:
                 yield torch.stack(list(decoded)), self.labels[part]
 
     def _read(self, file: Path) -> Tensor:
-        return fit(as_float(_read_picture(file))[None], self.input_size)[0]
+        return fit(as_float(_read_picture(file))[None], self.size)[0]
 
 
 def fit(images: Tensor, input_size: Size) -> Tensor:

@@ -60,6 +60,12 @@ class SyntheticSet:
         return tuple(names) if names else None
 
     @property
+    def size(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        channels, height, width = self.manifest["card"]["input_size"]
+        return channels, height, width
+
+    @property
     def shards(self) -> range:
         """The ids of all shards, written or not."""
         return range(len(self._shard_sizes))

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier, state_bytes, write_sidecar
 from dfcompress.models.classifier import Classifier, multiply_accumulates
@@ -36,7 +37,8 @@ class Inspection:
     `macs` are multiply-accumulates of one image; `bytes` and `sha256` are those of the weights' file (the tensors where
     there is none); `batchnorm_layers` counts those that keep running statistics. `normalisation` compares the card's
     mean and std with what the first BatchNorm expects, None where that cannot be told. `record` is the kind of the
-    activation record beside the checkpoint, None where there is none. `card_file` is the sidecar that was written.
+    activation record beside the checkpoint, or why it cannot be used; None where there is none. `card_file` is the
+    sidecar that was written.
     """
 
     checkpoint: str
@@ -64,12 +66,15 @@ def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) ->
 
     With `write_card` its card is written beside it as `<name>.card.json`: there it can be corrected, and from there it
     is read from then on.
-    Raises `BadInput` where the checkpoint cannot be read, its architecture is not known or it does not take its input,
-    and where a record beside it is not of these weights.
+    Raises `BadInput` where the checkpoint cannot be read, its architecture is not known or it does not take its input.
     """
     classifier = as_classifier(checkpoint)
     card, file = classifier.card, classifier.path
-    record = find_record(classifier)
+    try:
+        record = find_record(classifier)
+        kind = record.about.kind if record else None
+    except BadInput as error:
+        record, kind = None, f"unusable: {error.problem}"
     return Inspection(
         checkpoint=str(file or classifier.name),
         architecture=card.architecture,
@@ -82,7 +87,7 @@ def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) ->
         sha256=classifier.sha256,
         card=card,
         normalisation=check_normalisation(classifier),
-        record=record.about.kind if record else None,
+        record=kind,
         can=abilities(classifier, with_record=record is not None),
         card_file=str(write_sidecar(classifier)) if write_card else None,
     )

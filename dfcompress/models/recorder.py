@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
-from dfcompress.errors import BadInput
+from dfcompress import console
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.statistics import KnownStatistics, statistics_layers
 
@@ -142,15 +142,13 @@ def outputs_of_one_image(classifier: Classifier) -> dict[str, Tensor]:
     """What every weighted layer gives for one image, `(1, ...)`, in the order of the forward pass; the layer whose
     output is the network's answer goes by the name of `LOGITS`.
 
-    Raises `BadInput` where a layer is used several times.
+    Layers that are used several times are left out, with a notice: their outputs are not of one kind.
     """
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {}
 
     def noting(name: str) -> Callable[..., None]:
         def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if name in seen:
-                raise BadInput(f"Layer {name} is used several times: its outputs are not of one kind.", "Leave it out.")
-            seen[name] = output
+            seen.setdefault(name, []).append(output)
 
         return note
 
@@ -161,8 +159,16 @@ def outputs_of_one_image(classifier: Classifier) -> dict[str, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    hidden = {name: output for name, output in seen.items() if output.data_ptr() != logits.data_ptr()}
+    for name in [name for name, outputs in seen.items() if len(outputs) > 1]:
+        del seen[name]
+        console.notice(f"Layer {name} is used several times and is left out.")
+    hidden = {name: output for name, (output,) in seen.items() if output.data_ptr() != logits.data_ptr()}
     return {**hidden, LOGITS: logits}
+
+
+def channels_of(layer: nn.Module) -> int:
+    """How many channels a weighted layer's output has."""
+    return int(getattr(layer, "out_channels", 0) or getattr(layer, "out_features", 0))
 
 
 def channel_axis(layer: nn.Module) -> int:

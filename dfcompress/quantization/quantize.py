@@ -66,27 +66,27 @@ def quantize(
     teacher = as_classifier(checkpoint)
     student = copy.deepcopy(teacher)
     quantize_layers(student.network, bits_per_layer(teacher, parse_bits(bits), first_last_bits=first_last_bits))
+    objectives = [kd(temperature)]
+    supply = ImageSupply(
+        teacher, data, synthesis, compute, learner=lambda recipe: learner(teacher, recipe, None, compute)
+    )
     options = {
         "teacher": teacher.identity(),
         "bits": bits,
         "first_last_bits": first_last_bits,
         "temperature": temperature,
         "data": data,
-        "synthesis": asdict(synthesis),
+        "synthesis": supply.origin(),
         "training": asdict(training) if training else None,
         **asdict(compute),
     }
-    objectives = [kd(temperature)]
-    supply = ImageSupply(
-        teacher, data, synthesis, compute, learner=lambda recipe: learner(teacher, recipe, None, compute)
-    )
     if eval_data is not None:
         open_images(eval_data, teacher.card)  # A wrong path should not cost an hour of work.
     run = Run(
         "quantize",
         Path(output or f"{teacher.name}-quantize"),
         options,
-        inputs=[teacher.path, data, eval_data],
+        inputs=[teacher.path, data, eval_data, *supply.inputs],
         resume=resume,
         overwrite=overwrite,
     )

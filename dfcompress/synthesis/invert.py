@@ -79,10 +79,8 @@ def invert(
     job = resolve(teacher, synthesis)
     pupil = learner(teacher, job.recipe(), student, compute)
     options = {
-        **asdict(replace(synthesis, preview_every=0)),  # It may differ when the run is resumed.
+        **job.origin(),
         **asdict(compute),
-        "recipe": asdict(job.choice),
-        "record": job.record.identity if job.record else None,
         "teacher": teacher.identity(),
         "student": student,
     }
@@ -90,7 +88,7 @@ def invert(
     everyone = peers()
     with everyone.at_work():
         if everyone.leads:
-            run = Run("invert", folder, options, inputs=[teacher.path], resume=resume, overwrite=overwrite)
+            run = Run("invert", folder, options, inputs=[teacher.path, *job.inputs], resume=resume, overwrite=overwrite)
         everyone.meet()
         synthetic = make_set(job, folder, compute, learner=pupil)
         if everyone.leads:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dfcompress import console
 from dfcompress.errors import BadInput
@@ -11,10 +12,12 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.statistics import require_statistics
 from dfcompress.synthesis.labels import Labels, choose_labels
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis, choose_recipe
-from dfcompress.synthesis.records import BN_EQUIVALENT
+from dfcompress.synthesis.records import BN_EQUIVALENT, GAUSSIAN, SPECTRAL
+from dfcompress.synthesis.records.asking import Source
 from dfcompress.synthesis.records.bn_equivalent import with_statistics
+from dfcompress.synthesis.records.gaussian import GaussianSource, require_gaussians
 from dfcompress.synthesis.records.record import Record, beside
-from dfcompress.synthesis.records.source import RecordSource
+from dfcompress.synthesis.records.spectral import SpectralSource
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,22 @@ class Job:
         """A fresh recipe."""
         return self.choice.build()
 
-    def source(self) -> RecordSource | None:
-        """The record made ready to draw from."""
-        return RecordSource(self.record, self.teacher) if self.record else None
+    def source(self) -> Source | None:
+        """The record's activations made ready to draw from, where the recipe asks for some."""
+        if self.record is None or not self.recipe().needs_targets:
+            return None
+        family = SpectralSource if self.record.about.kind in SPECTRAL else GaussianSource
+        return family(self.record, self.teacher)
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files besides the teacher that are read."""
+        return [self.record.path] if self.record and self.record.path else []
+
+    def origin(self) -> dict[str, Any]:
+        """What the images depend on besides the teacher; a record counts by its content, wherever it is."""
+        synthesis = asdict(replace(self.synthesis, preview_every=0, records=None))
+        return {**synthesis, "recipe": asdict(self.choice), "record": self.record.identity if self.record else None}
 
 
 def resolve(teacher: Classifier, synthesis: Synthesis) -> Job:
@@ -47,14 +63,22 @@ def resolve(teacher: Classifier, synthesis: Synthesis) -> Job:
     record = _record(teacher, synthesis.records)
     choice = choose_recipe(synthesis, teacher.card, record.about if record else None)
     labels = choose_labels(synthesis.labels, synthesis.classes, teacher.card)
-    if record and record.about.kind == BN_EQUIVALENT:
-        teacher = with_statistics(teacher, record.about.layers, record.tensors)
     recipe = choice.build()
-    if recipe.needs_targets and (record is None or record.about.kind == BN_EQUIVALENT):
+    kind = record.about.kind if record else None
+    if recipe.needs_targets and kind in (None, BN_EQUIVALENT):
         raise BadInput(
             f"Recipe {choice.name} needs a record of activations.",
             "Give it with --records; `dfcompress record` makes one.",
         )
+    if record and not (recipe.needs_moments if kind == BN_EQUIVALENT else recipe.needs_targets):
+        console.notice(f"Recipe {choice.name} does not use the record of kind {kind}.")
+        record = None
+    elif record:
+        console.notice(f"Using {record.path}: {kind} of {record.about.images:,} images.")
+    if record and kind == BN_EQUIVALENT:
+        teacher = with_statistics(teacher, record)
+    elif record and kind in GAUSSIAN:
+        require_gaussians(record, teacher)
     if recipe.needs_moments:
         require_statistics(teacher)
     return Job(teacher, record, synthesis, choice, labels)
@@ -63,16 +87,7 @@ def resolve(teacher: Classifier, synthesis: Synthesis) -> Job:
 def _record(teacher: Classifier, records: str | Path | None) -> Record | None:
     if records is None:
         return None
-    if records != Synthesis.records:
-        return Record.load(Path(records), teacher)
-    record = find_record(teacher)
-    if record and record.path:
-        about = record.about
-        console.notice(
-            f"Using the record {record.path.name} beside the checkpoint: {about.kind} of {about.images:,} images"
-            " (--no-records does not)."
-        )
-    return record
+    return find_record(teacher) if records == Synthesis.records else Record.load(Path(records), teacher)
 
 
 def find_record(teacher: Classifier) -> Record | None:

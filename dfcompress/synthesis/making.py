@@ -210,8 +210,15 @@ class _Making:
         """The synthesizer, competing with the student as it is now."""
         student = self.learner.student if self.learner else None
         if self.synthesizer is None:
+            record = self.job.record
             self.synthesizer = Synthesizer(
-                self.recipe, self.teacher, self.execution, seed=self.seed, student=student, source=self.job.source()
+                self.recipe,
+                self.teacher,
+                self.execution,
+                seed=self.seed,
+                student=student,
+                source=self.job.source(),
+                pixels=record.pixels if record else None,
             )
             processor = processor_name(self.synthesizer.device)
             if processor != self.execution.processor:

@@ -161,12 +161,12 @@ def choose(
     function = getattr(module, module.__name__.rpartition(".")[2])
     defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
     settings = defaults | module.PRESETS[preset]
-    if record and "pooled" in settings:
-        settings["pooled"] = record.pooled
     for key, value in (overrides or {}).items():
         if key not in defaults:
             raise _unknown(f"recipe setting of {name} called", key, list(defaults))
         settings[key] = _converted(key, value, defaults[key])
+    if record and "pooled" in settings:
+        settings["pooled"] = record.pooled
     console.notice(f"Recipe {name}, preset {preset}.", level=console.VERBOSE)
     choice = RecipeChoice(name, preset, settings)
     choice.build()  # So that settings that do not fit are refused before any work.

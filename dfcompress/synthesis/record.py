@@ -23,20 +23,21 @@ from dfcompress.data.real import ImageSource, open_images
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import exact_fp32, resolve_device
 from dfcompress.distributed import peers
-from dfcompress.errors import BadInput
+from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.recorder import LOGITS, HookRecorder, outputs_of_one_image
 from dfcompress.randomness import generator
-from dfcompress.synthesis.records import BN_EQUIVALENT, SPECTRAL
+from dfcompress.synthesis.records import BN_EQUIVALENT, FIXED_DROPOUT, SPECTRAL
 from dfcompress.synthesis.records.bn_equivalent import StatisticsKeeper
-from dfcompress.synthesis.records.gaussian import GaussianKeeper
+from dfcompress.synthesis.records.gaussian import GaussianKeeper, dropouts
 from dfcompress.synthesis.records.keeping import Keeper, Keeping
 from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
 from dfcompress.synthesis.records.record import PIXEL_MEAN, PIXEL_STD, Description, Record, beside
 from dfcompress.synthesis.records.spectral import SpectralKeeper
 
 BATCH_SIZE = 500
+NUMBERS_A_BATCH = 2**26
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def record(
     counts = source.labels.bincount(minlength=teacher.card.classes).tolist()
     _require_enough_images(counts, keeping)
     outputs = _layers(teacher, keeping)
-    data_bytes = len(source) * math.prod(teacher.card.input_size)
+    data_bytes = len(source) * math.prod(source.size)
     keeper = _keeper(teacher, outputs, keeping, source.labels, data_bytes, seed)
     recorded = Recorded(
         output=str(path),
@@ -110,7 +111,7 @@ def record(
     if dry_run:
         return recorded
     with peers().at_work():
-        pixels = _see(teacher, source, list(outputs), keeper, path)
+        pixels = _see(teacher, source, outputs, keeper, path)
         if peers().leads:
             about = Description(
                 kind=keeping.kind,
@@ -144,10 +145,10 @@ def _path(teacher: Classifier, output: str | Path | None, *, overwrite: bool) ->
 
 def _require_enough_images(counts: Sequence[int], keeping: Keeping) -> None:
     for label, count in enumerate(counts):
-        if keeping.keeps_classes_apart and count < max(2, keeping.min_images):
+        if keeping.keeps_classes_apart and count < keeping.min_images:
             raise BadInput(
-                f"Class {label} has {count} images, fewer than --min-images {keeping.min_images}: a record would tell"
-                " too much of them.",
+                f"Class {label} has {count} images, fewer than --min-images {keeping.min_images}: a record would know"
+                " too little of the class, or tell too much of them.",
                 "Give more images, or keep classes together with --pooled or --kind bn-equivalent.",
             )
     if sum(counts) < 2:
@@ -176,6 +177,8 @@ def _keeper(
     if keeping.kind in SPECTRAL:
         random = generator("record", seed)
         return SpectralKeeper(teacher, list(outputs), keeping, labels, data_bytes=data_bytes, random=random)
+    if keeping.kind == FIXED_DROPOUT:
+        dropouts(teacher)  # Refuses a network without.
     return GaussianKeeper(outputs, keeping, teacher.card.classes)
 
 
@@ -189,22 +192,26 @@ def _notices(recorded: Recorded, keeping: Keeping) -> list[str]:
 
 @torch.no_grad()
 def _see(
-    teacher: Classifier, source: ImageSource, layers: Sequence[str], keeper: Keeper, path: Path
+    teacher: Classifier, source: ImageSource, layers: dict[str, Tensor], keeper: Keeper, path: Path
 ) -> StreamingMoments:
     """Show every image to the keeper of the leading process, together with the other processes; the pixels' moments."""
     everyone = peers()
     pixels = StreamingMoments(1, teacher.card.input_size[0], 1)
-    batches = source.batches(BATCH_SIZE, first=everyone.rank, every=everyone.count)
-    total = -(-len(source) // BATCH_SIZE)
+    # Large outputs of many images at once would fill the memory; the same for every process.
+    size = max(1, min(BATCH_SIZE, NUMBERS_A_BATCH // sum(output[0].numel() for output in layers.values())))
+    batches = source.batches(size, first=everyone.rank, every=everyone.count)
+    total = -(-len(source) // size)
     with (
         evaluating(teacher),
         exact_fp32(),
-        HookRecorder(teacher.network, outputs=layers, flat=keeper.flat) as recorder,
+        HookRecorder(teacher.network, outputs=list(layers), flat=keeper.flat) as recorder,
         console.progress("batch", total) as progress,
     ):
         for number, (images, labels) in enumerate(batches):
             outputs = recorder(teacher.normalise(images.to(teacher.mean.device))).outputs
-            first = (everyone.rank + number * everyone.count) * BATCH_SIZE
+            if not all(output.isfinite().all() for output in outputs):
+                raise DfcompressError("The network answers with NaN or infinity.", "Its weights or its card are wrong.")
+            first = (everyone.rank + number * everyone.count) * size
             keeper.update([output.cpu() for output in outputs], labels, torch.arange(first, first + len(images)))
             pixels.update(images.movedim(1, -1).flatten(0, -2))
             progress.update(min(total, (number + 1) * everyone.count))
@@ -219,8 +226,11 @@ def _gather(keeper: Keeper, pixels: StreamingMoments, path: Path) -> None:
     if not everyone.leads:
         save_file(keeper.state() | states({"pixels": pixels}), parts[everyone.rank])
     everyone.meet()
-    for part in parts[1:] if everyone.leads else []:
-        state = load_file(part)
-        part.unlink()
-        keeper.merge(state)
-        merge_states({"pixels": pixels}, state)
+    try:
+        for part in parts[1:] if everyone.leads else []:
+            state = load_file(part)
+            keeper.merge(state)
+            merge_states({"pixels": pixels}, state)
+    finally:
+        for part in parts if everyone.leads else []:
+            part.unlink(missing_ok=True)

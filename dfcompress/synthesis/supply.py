@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,15 @@ class ImageSupply:
             self.job = resolve(teacher, synthesis)
         elif isinstance(self.source, SyntheticSet):
             self.source.require_complete()
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files that are read besides the teacher and `data`."""
+        return [] if self.source else self.job.inputs
+
+    def origin(self) -> dict[str, Any] | None:
+        """What images that are made depend on besides the teacher, None where they are there."""
+        return None if self.source else self.job.origin()
 
     def __len__(self) -> int:
         return self.job.synthesis.images if self.source is None else len(self.source)

@@ -24,9 +24,9 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import FusedRecorder, Recording, Target, traces
 from dfcompress.randomness import generator
 from dfcompress.run import Clock, save_state
-from dfcompress.synthesis.images import Images
+from dfcompress.synthesis.images import Images, PixelStatistics
 from dfcompress.synthesis.recipe import Recipe, Stage
-from dfcompress.synthesis.records.source import Asked, RecordSource
+from dfcompress.synthesis.records.asking import Asked, Source
 
 HISTORY_POINTS = 50
 ATTEMPTS = 3
@@ -60,7 +60,8 @@ class Synthesizer:
     """Makes batches of images by one recipe from one teacher.
 
     A recipe whose images compete with a student needs `student`; `learned` tells that its weights have changed.
-    `source` is the teacher's record, which some recipes need.
+    `source` is the teacher's record of activations, which some recipes need; `pixels` are the mean and the deviation
+    to start from, where a record knows them.
     """
 
     def __init__(
@@ -71,17 +72,18 @@ class Synthesizer:
         *,
         seed: int = 0,
         student: Classifier | None = None,
-        source: RecordSource | None = None,
+        source: Source | None = None,
+        pixels: PixelStatistics | None = None,
     ) -> None:
         self.recipe, self.seed, self.execution = recipe, seed, execution
         self.device = device.resolve_device(execution.device)
         self.teacher = teacher.frozen().to(self.device)
         device.prepare(execution)
-        self.source = source
+        self.source, self.pixels = source, pixels
         recorder = FusedRecorder(
             self.teacher.network,
             moments=recipe.needs_moments,
-            outputs=source.layers if source and recipe.needs_targets else (),
+            outputs=source.layers if source else (),
             dropout=source is not None and source.fixes_dropout,
             precision=device.PRECISIONS[execution.precision],
         )
@@ -179,19 +181,18 @@ class Synthesizer:
     def begin(self, labels: Mapping[int, Tensor], *, attempt: int = 0) -> Work:
         """The state of some shards before their first step."""
         images = [copy.copy(self.recipe.images) for _ in labels]
-        pixels = self.source.pixels if self.source else None
         parameters = [
             parameter
             for shard, own in zip(labels, images, strict=True)
             for parameter in own.start(
-                labels[shard].to(self.device), self.teacher, generator("noise", self.seed, shard), pixels
+                labels[shard].to(self.device), self.teacher, generator("noise", self.seed, shard), self.pixels
             )
         ]
         asked = Asked.together([self._ask(shard, own) for shard, own in labels.items()]).to(self.device)
         return Work(list(labels), torch.cat(list(labels.values())).to(self.device), asked, images, parameters, attempt)
 
     def _ask(self, shard: int, labels: Tensor) -> Asked:
-        if self.source is None or not self.recipe.needs_targets:
+        if self.source is None:
             return Asked()
         return self.source.ask(labels.cpu(), generator("targets", self.seed, shard))
 
@@ -325,7 +326,7 @@ def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def seconds_per_step(
-    recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int, source: RecordSource | None = None
+    recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int, source: Source | None = None
 ) -> float:
     """Seconds one step takes in the recipe's last stage, the better of two after a first one."""
     student = copy.deepcopy(teacher) if recipe.needs_student else None

@@ -72,7 +72,7 @@ def distill(
         "student": student,
         "temperature": temperature,
         "data": data,
-        "synthesis": asdict(synthesis),
+        "synthesis": supply.origin(),
         "training": asdict(training),
         **asdict(compute),
     }
@@ -80,7 +80,7 @@ def distill(
         "distill",
         Path(output or f"{teacher.name}-distill"),
         options,
-        inputs=[teacher.path, data, eval_data],
+        inputs=[teacher.path, data, eval_data, *supply.inputs],
         resume=resume,
         overwrite=overwrite,
     )

@@ -2,14 +2,18 @@
 
 For every image a class is drawn and, out of the record, what each recorded layer's output t shall be: a sample of the
 class's Gaussian, or a kept activation. With a the image's own outputs this minimises
-Σ_layers mean over units of (ReLU(t) − ReLU(a))², logits divided by the record's temperature (section 3.1.1, 3.1.2);
-spectral records (3.1.3) are compared without the ReLU. Images start from the mean and deviation of the training
-images' pixels. A record of kind `all-layers-dropout` gives every batch dropout filters, held for all steps.
+Σ_layers mean over units of (ReLU(t) − ReLU(a))², logits divided by the record's temperature (section 3.1.1, 3.1.2).
+Images start from the mean and deviation of the training images' pixels. A record of kind `all-layers-dropout` gives
+every batch dropout filters, held for all steps.
 
-`paper` are the settings of the authors' code, with no image prior: ReLU on both sides, which has no gradient where the
-image's unit is off and the target's is on. The `fast` presets are ours: fewer steps along a cosine, pixels kept in
-range, smooth images, and a unit that is off passes `leak` of its difference. They combine the record with the other
-terms: `ce` for cross-entropy, `bn` for BatchNorm's statistics or recorded ones.
+`paper` are the settings of the authors' code, with no image prior; the ReLU on both sides has no gradient where the
+image's unit is off and the target's is on. Spectral records (3.1.3) are compared without it (`paper-spectral`).
+The `fast` presets are ours: a fifth of the steps along a cosine, pixels kept in range, and a unit that is off passes
+`leak` of its difference.
+Samples of several layers are drawn each on its own and contradict each other, so in `fast-all-layers` each counts a
+tenth of the one before it (`later`). Logits alone say little, so `fast-top-layer` asks for smooth images that stay
+what they are when moved, each with the mean and deviation of the data's pixels (`pixels`).
+`ce` adds cross-entropy and `bn` the distance to BatchNorm's statistics; `pooled` is the record's.
 What they reach is in docs/results.md.
 """
 
@@ -30,10 +34,11 @@ from dfcompress.synthesis.records.record import Description
 PAPER = "Lopes, Fenu & Starner, Data-Free Knowledge Distillation for Deep Neural Networks, 2017"
 FAST = {"steps": 200, "lr": 0.1, "beta1": 0.5, "beta2": 0.9, "schedule": "cosine", "clip": True, "batch_size": 256}
 PRESETS: dict[str, dict[str, object]] = {
-    "fast-top-layer": {**FAST, "leak": 0.1, "tv": 0.03},
-    "fast-all-layers": {**FAST, "leak": 0.1, "tv": 0.003},
-    "fast-spectral": {**FAST, "leak": 1.0, "tv": 0.003},
+    "fast-top-layer": {**FAST, "activations": 10.0, "leak": 0.1, "pixels": 1.0, "tv": 1e-3, "jitter": 2},
+    "fast-all-layers": {**FAST, "leak": 0.1, "later": 0.1},
+    "fast-spectral": {**FAST, "leak": 1.0, "tv": 1e-3},
     "paper": {},
+    "paper-spectral": {"leak": 1.0},
 }
 
 

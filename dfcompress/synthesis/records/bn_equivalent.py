@@ -10,12 +10,17 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.recorder import channel_axis
+from dfcompress.models.recorder import channel_axis, channels_of, weighted_layers
 from dfcompress.models.statistics import KnownStatistics
 from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
+from dfcompress.synthesis.records.record import Record
+
+SMALLEST_VARIANCE = 1e-5
 
 
 class StatisticsKeeper:
@@ -25,7 +30,7 @@ class StatisticsKeeper:
 
     def __init__(self, network: nn.Module, outputs: Mapping[str, Tensor]) -> None:
         self._axes = {layer: channel_axis(network.get_submodule(layer)) for layer in outputs}
-        channels = {layer: output.shape[self._axes[layer]] for layer, output in outputs.items()}
+        channels = {layer: channels_of(network.get_submodule(layer)) for layer in outputs}
         self._moments = {layer: StreamingMoments(1, count, 1) for layer, count in channels.items()}
         self.bytes, self.memory_bytes = 8 * sum(channels.values()), 16 * sum(channels.values())
 
@@ -56,12 +61,22 @@ class StatisticsKeeper:
         return []
 
 
-def with_statistics(teacher: Classifier, layers: Sequence[str], tensors: Mapping[str, Tensor]) -> Classifier:
-    """A copy of the teacher that knows the recorded statistics as it knows those of its BatchNorms."""
+def with_statistics(teacher: Classifier, record: Record) -> Classifier:
+    """A copy of the teacher that knows the recorded statistics as it knows those of its BatchNorms.
+
+    A channel that is always the same counts as one of a small variance, as BatchNorm counts it.
+    Raises `BadInput` where the record does not fit the network.
+    """
     network = copy.deepcopy(teacher.network)
-    for layer in layers:
-        module = network.get_submodule(layer)
-        known = KnownStatistics(tensors[f"mean.{layer}"], tensors[f"var.{layer}"], axis=channel_axis(module))
+    found = weighted_layers(network)
+    for layer in record.about.layers:
+        if layer not in found:
+            raise BadInput(f"{record.path} knows a layer {layer!r}, which {teacher.name} has not.", "Record again.")
+        module = found[layer]
+        channels = (channels_of(module),)
+        record.require({f"{kept}.{layer}": (torch.float32, channels) for kept in ("mean", "var")})
+        mean, var = (record.tensors[f"{kept}.{layer}"] for kept in ("mean", "var"))
+        known = KnownStatistics(mean, var.clamp_min(SMALLEST_VARIANCE), axis=channel_axis(module))
         parent, _, name = layer.rpartition(".")
         setattr(network.get_submodule(parent), name, nn.Sequential(module, known))
     sha256 = teacher.identity()["sha256"]

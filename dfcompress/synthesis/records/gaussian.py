@@ -7,23 +7,27 @@ The paper leaves open whether classes are kept apart; the authors' code does, an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dfcompress.errors import BadInput
-from dfcompress.models.recorder import LOGITS
+from dfcompress.errors import BadInput, DfcompressError
+from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.recorder import DROPOUTS, LOGITS, Target, outputs_of_one_image
+from dfcompress.synthesis.records import FIXED_DROPOUT
+from dfcompress.synthesis.records.asking import Asked
 from dfcompress.synthesis.records.keeping import Keeping
-from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
+from dfcompress.synthesis.records.moments import StreamingMoments, blocks_of, merge_states, states
+from dfcompress.synthesis.records.record import Expected, Record, require_memory, tensor_bytes
 
-# Where `--covariance auto` stops: the record's bytes, and the share of the machine's memory for the sums.
 AUTO_RECORD_BYTES = 256 * 2**20
-MEMORY_SHARE = 0.5
-BLOCKS = (4096, 2048, 1024, 512, 256, 128, 64, 32)
-FIRST_JITTER = 1e-10
+# Into how many blocks `--covariance auto` takes the largest layer apart until the record is as small as that.
+PARTS = [1, *(parts * 2**power for power in range(16) for parts in (2, 3))]
+LESS = "Use a smaller --covariance (block:N or diagonal), --pooled, fewer --layers, or --kind top-layer."
+JITTER = [10.0**exponent for exponent in range(-10, 1)]
 
 
 class GaussianKeeper:
@@ -39,8 +43,8 @@ class GaussianKeeper:
         self.units = {layer: output[0].numel() for layer, output in outputs.items()}
         self._classes = 1 if keeping.pooled else classes
         self.block = self._block()
-        self.bytes, self.memory_bytes = self._bytes(self.block), self._memory_bytes(self.block)
-        self._moments: dict[str, StreamingMoments] = {}
+        self.bytes = tensor_bytes(self.expected)
+        self.memory_bytes = self._memory_bytes(self.block)
 
     @property
     def covariance(self) -> str:
@@ -49,39 +53,37 @@ class GaussianKeeper:
             return "full"
         return "diagonal" if self.block == 1 else f"block:{self.block}"
 
+    @property
+    def expected(self) -> Expected:
+        """The tensors that will be kept."""
+        return expected_tensors(self.units, self._classes, self.block)
+
     def _block(self) -> int:
         """The block that was asked for, or the largest that suits."""
-        memory = MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         largest = max(self.units.values())
         fixed = {"full": largest, "diagonal": 1, "auto": None}.get(self.keeping.covariance, self.keeping.block)
         if fixed is None:
-            candidates = (largest, *(block for block in BLOCKS if block < largest))
-            fixed = next((block for block in candidates if self._bytes(block) <= AUTO_RECORD_BYTES), 1)
-        if (needed := self._memory_bytes(fixed)) > memory:
-            raise BadInput(
-                f"Summing up {sum(self.units.values()):,} units takes {needed / 2**30:,.1f} GiB, more than half of this"
-                " machine's memory.",
-                "Use a smaller --covariance (block:N or diagonal), --pooled, fewer --layers, or --kind top-layer.",
-            )
+            candidates = [-(-largest // parts) for parts in PARTS if parts < largest]
+            sizes = {block: tensor_bytes(expected_tensors(self.units, self._classes, block)) for block in candidates}
+            fixed = next((block for block, size in sizes.items() if size <= AUTO_RECORD_BYTES), 1)
+        require_memory(f"Summing up {sum(self.units.values()):,} units", self._memory_bytes(fixed), LESS)
         return fixed
 
-    def _bytes(self, block: int) -> int:
-        return 4 * self._numbers(block, lambda side: side * (side + 1) // 2)
-
     def _memory_bytes(self, block: int) -> int:
-        return 8 * self._numbers(block, lambda side: side * side)
+        """Of the sums, and of working on the blocks of one class."""
+        shapes = [blocks_of(units, block) for units in self.units.values()]
+        squares = [blocks * side * side for blocks, side in shapes]
+        return 8 * (self._classes * (sum(self.units.values()) + sum(squares)) + 4 * max(squares))
 
-    def _numbers(self, block: int, of_block: Any) -> int:
-        blocks = {layer: -(-units // min(units, block)) for layer, units in self.units.items()}
-        return self._classes * sum(n + blocks[layer] * of_block(min(n, block)) for layer, n in self.units.items())
+    @cached_property
+    def _moments(self) -> dict[str, StreamingMoments]:
+        return {layer: StreamingMoments(self._classes, units, self.block) for layer, units in self.units.items()}
 
     def update(self, outputs: Sequence[Tensor], labels: Tensor, numbers: Tensor) -> None:
         """Take in the layers' outputs `(N, units)`."""
-        for (layer, units), output in zip(self.units.items(), outputs, strict=True):
-            if layer not in self._moments:
-                self._moments[layer] = StreamingMoments(self._classes, units, self.block)
+        for (layer, own), output in zip(self._moments.items(), outputs, strict=True):
             tempered = output / self.keeping.temperature if layer == LOGITS else output
-            self._moments[layer].update(tempered, None if self.keeping.pooled else labels)
+            own.update(tempered, None if self.keeping.pooled else labels)
 
     def state(self) -> dict[str, Tensor]:
         """The sums."""
@@ -116,20 +118,29 @@ class GaussianKeeper:
 
 
 def cholesky(covariance: Tensor) -> Tensor:
-    """Lower factors of covariances `(blocks, n, n)`.
+    """Lower factors of covariances `(blocks, n, n)`, which are changed.
 
-    Units that are always the same, or fewer images than units, leave a covariance singular: the smallest share of the
-    mean variance that suffices, from 1e-10 up, is added to the diagonal.
+    Units that are always the same, or fewer images than units, leave a covariance singular: a share of its mean
+    variance, from 1e-10 up, is added to the diagonals until that suffices.
     """
     diagonal = covariance.diagonal(dim1=1, dim2=2)
-    unit = diagonal.mean(1).clamp_min(torch.finfo(torch.float32).tiny)
-    share = FIRST_JITTER
-    while True:
-        added = torch.diag_embed((unit * share)[:, None].expand_as(diagonal))
-        factor, failed = torch.linalg.cholesky_ex(covariance + added)
+    unit = diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    for share in JITTER:
+        diagonal += share * unit
+        factor, failed = torch.linalg.cholesky_ex(covariance)
         if not failed.any():
             return factor
-        share *= 10
+    raise DfcompressError("A covariance cannot be factored.", "Use --covariance diagonal.")
+
+
+def expected_tensors(units: Mapping[str, int], classes: int, block: int) -> Expected:
+    """Names and shapes of what is kept of layers of so many units."""
+    shapes: Expected = {}
+    for layer, count in units.items():
+        blocks, side = blocks_of(count, block)
+        shapes[f"mean.{layer}"] = (torch.float32, (classes, count))
+        shapes[f"factor.{layer}"] = (torch.float32, (classes, blocks, side * (side + 1) // 2))
+    return shapes
 
 
 class GaussianLayer:
@@ -154,3 +165,68 @@ class GaussianLayer:
             deviations = torch.einsum("bij,nbj->nbi", factor, noise[own]).flatten(1)
             vectors[own] = self._mean[label] + deviations[:, : self.units]
         return vectors
+
+
+def require_gaussians(record: Record, teacher: Classifier) -> None:
+    """Raise `BadInput` where a record does not fit the network."""
+    about = record.about
+    outputs = outputs_of_one_image(teacher)
+    if unknown := [layer for layer in about.layers if layer not in outputs]:
+        raise BadInput(f"{record.path} knows a layer {unknown[0]!r}, which {teacher.name} has not.", "Record again.")
+    units = {layer: outputs[layer][0].numel() for layer in about.layers}
+    keeping = Keeping(kind=about.kind, covariance=about.covariance)
+    block = {"full": max(units.values()), "diagonal": 1}.get(about.covariance, keeping.block or 0)
+    record.require(expected_tensors(units, 1 if about.pooled else len(about.class_counts), block))
+    if about.kind == FIXED_DROPOUT:
+        dropouts(teacher)
+
+
+class GaussianSource:
+    """Samples of a Gaussian record, and dropout filters where the record holds those fixed."""
+
+    def __init__(self, record: Record, teacher: Classifier) -> None:
+        about = record.about
+        self.layers = about.layers
+        self.fixes_dropout = about.kind == FIXED_DROPOUT
+        # Records hold logits divided by the temperature; targets are what logits themselves shall be.
+        self._scales = [torch.tensor(1 / about.temperature if layer == LOGITS else 1.0) for layer in self.layers]
+        self._gaussians = [GaussianLayer(record.tensors, layer) for layer in self.layers]
+        self._dropouts = dropouts(teacher) if self.fixes_dropout else []
+
+    def ask(self, labels: Tensor, random: torch.Generator) -> Asked:
+        """A sample for every layer, each drawn on its own, and a filter for every dropout layer."""
+        values = [layer.sample(labels, random) for layer in self._gaussians]
+        targets = tuple(Target(own / scale, scale) for own, scale in zip(values, self._scales, strict=True))
+        return Asked(targets, tuple(_filter(*each, len(labels), random) for each in self._dropouts))
+
+
+def _filter(shape: tuple[int, ...], rate: float, count: int, random: torch.Generator) -> Tensor:
+    """One filter for the whole batch, as in training: what is kept counts 1 / (1 − rate)."""
+    kept = torch.rand(shape, generator=random) >= rate
+    return (kept / max(1 - rate, torch.finfo(torch.float32).tiny)).expand(count, *shape)
+
+
+@torch.no_grad()
+def dropouts(teacher: Classifier) -> list[tuple[tuple[int, ...], float]]:
+    """Shape of one image's filter and rate of every dropout layer, in the order of the forward pass.
+
+    Dropout of channels has one value a channel. Raises `BadInput` where a network has no such layer.
+    """
+    seen: list[tuple[tuple[int, ...], float]] = []
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, DROPOUTS)
+        shape = tuple(output.shape[1:])
+        seen.append((shape if type(layer) is nn.Dropout else (shape[0], *[1] * (len(shape) - 1)), layer.p))
+
+    layers = [module for module in teacher.network.modules() if isinstance(module, DROPOUTS)]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        with evaluating(teacher):
+            teacher(torch.zeros(1, *teacher.card.input_size, device=teacher.mean.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise BadInput(f"{teacher.name} has no dropout layer whose filters could be fixed.", "Use --kind all-layers.")
+    return seen

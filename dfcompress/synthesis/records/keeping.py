@@ -40,6 +40,8 @@ class Keeping:
             raise BadInput(f"--keep {self.keep} is no share.", "Use a number above 0, up to 1.")
         if not 0 < self.temperature < math.inf:
             raise BadInput(f"--temperature {self.temperature} is not positive.", "8 is the paper's.")
+        if self.min_images < 2:
+            raise BadInput(f"--min-images {self.min_images} are too few for a variance.", "Use 2 or more.")
         if self.per_class < 1:
             raise BadInput(f"--per-class {self.per_class} keeps nothing.", "Use 1 or more.")
         if self.covariance not in ("auto", "full", "diagonal") and self.block is None:

@@ -12,14 +12,14 @@ from torch.nn import functional as F
 class StreamingMoments:
     """Mean and covariance of vectors `(N, units)`, each class on its own.
 
-    The covariance is kept in blocks of `block` units that follow each other (the last filled up with zeros), because a
-    whole one of many units fits nowhere: `block` = `units` is the full covariance, 1 the variances alone.
+    The covariance is kept in equal blocks of up to `block` units that follow each other (the last filled up with
+    zeros), because a whole one of many units fits nowhere: `block` = `units` is the full covariance, 1 the variances.
     Batches are merged by the update of Chan, Golub & LeVeque (1983), which loses no digits to large means.
     """
 
     def __init__(self, classes: int, units: int, block: int) -> None:
-        self.classes, self.units, self.block = classes, units, min(block, units)
-        self.blocks = -(-units // self.block)
+        self.classes, self.units = classes, units
+        self.blocks, self.block = blocks_of(units, block)
         padded = self.blocks * self.block
         self.count = torch.zeros(classes, dtype=torch.float64)
         self._mean = torch.zeros(classes, padded, dtype=torch.float64)
@@ -79,6 +79,12 @@ class StreamingMoments:
         self._scatter[label].baddbmm_(blocks[:, :, None], blocks[:, None, :], alpha=before * count / total)
         self._mean[label] += step * (count / total)
         self.count[label] = total
+
+
+def blocks_of(units: int, block: int) -> tuple[int, int]:
+    """How many blocks of up to `block` units there are, and how large they are when all are as large."""
+    count = -(-units // min(units, block))
+    return count, -(-units // count)
 
 
 def states(moments: Mapping[str, StreamingMoments]) -> dict[str, Tensor]:

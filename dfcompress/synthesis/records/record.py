@@ -7,23 +7,30 @@ with other weights its activations mean nothing, so it is refused to them.
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dfcompress.distributed import peers
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.weights import sha256
 from dfcompress.run import write_atomically
 from dfcompress.synthesis.records import KINDS
 
+Expected = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
 SCHEMA = 1
+MEMORY_SHARE = 0.5
 SUFFIX = ".records.safetensors"
 PIXEL_MEAN, PIXEL_STD = "pixels.mean", "pixels.std"
 
@@ -82,6 +89,8 @@ class Record:
 
         Raises `BadInput` where it is no record, damaged, of a later version or of other weights.
         """
+        if not Path(path).is_file():
+            raise BadInput(f"{path} is no file.", "Make one with `dfcompress record`.")
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["dfcompress"])
@@ -91,10 +100,9 @@ class Record:
             description = _description(about)
             record = cls(description, tensors, Path(path))
             record._check(teacher)
-        except (FileNotFoundError, IsADirectoryError):
-            raise BadInput(f"--records {path} is no file.", "Make one with `dfcompress record`.") from None
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BadInput(f"{path} is no record of activations ({error!r}).", "Record again.") from None
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            remedy = "Make one with `dfcompress record`."
+            raise BadInput(f"{path} is no record of activations: {error!r}.", remedy) from None
         return record
 
     def _check(self, teacher: Classifier) -> None:
@@ -104,11 +112,20 @@ class Record:
                 f"{self.path} was recorded from other weights ({about.teacher[:12]}…) than {teacher.name}.",
                 "Use the record that was released with this model, or --no-records.",
             )
-        channels = teacher.card.input_size[0]
-        if len(about.class_counts) != teacher.card.classes or any(part.numel() != channels for part in self.pixels):
-            raise ValueError("its classes or channels are not the model's")
+        classes, channels = teacher.card.classes, teacher.card.input_size[0]
+        if len(about.class_counts) != classes or not 0 < about.temperature < math.inf:
+            raise ValueError("it says something that cannot be")
+        self.require(dict.fromkeys((PIXEL_MEAN, PIXEL_STD), (torch.float32, (channels,))))
         if not all(tensor.isfinite().all() for tensor in self.tensors.values() if tensor.is_floating_point()):
             raise ValueError("it holds NaN or infinity")
+
+    def require(self, expected: Expected) -> None:
+        """Raise `BadInput` where a tensor is not there, or of another type or shape."""
+        for name, (dtype, shape) in expected.items():
+            found = self.tensors.get(name)
+            if found is None or found.dtype != dtype or tuple(found.shape) != shape:
+                has = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+                raise BadInput(f"{self.path} has {has} as {name}, not {dtype} {shape}.", "Record again.")
 
 
 def _description(about: Mapping[str, Any]) -> Description:
@@ -118,6 +135,21 @@ def _description(about: Mapping[str, Any]) -> Description:
     if description.kind not in KINDS:
         raise ValueError(f"its kind is {description.kind!r}")
     return description
+
+
+def tensor_bytes(expected: Expected) -> int:
+    """What tensors of these types and shapes take."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in expected.values())
+
+
+def require_memory(what: str, needed: float, remedy: str) -> None:
+    """Raise `BadInput` where something takes more than this process's half of the machine's memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / peers().local_count
+    if needed > MEMORY_SHARE * memory:
+        raise BadInput(
+            f"{what} takes {needed / 2**30:,.1f} GiB, more than half of a process's share of the memory.",
+            remedy,
+        )
 
 
 def beside(checkpoint: Path) -> Path:

@@ -17,14 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfcompress.device import one_thread
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.recorder import Target
+from dfcompress.synthesis.records.asking import Asked
 from dfcompress.synthesis.records.keeping import Keeping
 from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
-from dfcompress.synthesis.records.weight_graph import FULL_BASIS_UNITS, LEADING_VECTORS, WeightGraph
+from dfcompress.synthesis.records.record import Expected, Record, require_memory, tensor_bytes
+from dfcompress.synthesis.records.weight_graph import (
+    FULL_BASIS_UNITS,
+    LEADING_VECTORS,
+    WeightGraph,
+    basis_memory_bytes,
+    vectors_of,
+)
 
 SHARE_OF_DATA = 0.1
-BYTES_A_COEFFICIENT = 4  # Its place in two bytes, its value as float16.
 MEAN, LABEL = "mean", "label"
 SAME_BASIS = 1e-2
 
@@ -53,8 +62,10 @@ class SpectralKeeper:
         self.parts = parts_of(self.graph, keeping.kind)
         classes = teacher.card.classes
         self._sums = StreamingMoments(classes, self.graph.units, 1)
-        each = sum(BYTES_A_COEFFICIENT * kept_of(len(part), keeping.keep) for part in self.parts) + labels.itemsize
-        fixed = 4 * classes * self.graph.units + sum(4 * len(part) for part in self.parts)
+        largest_part = max(self.parts, key=lambda part: basis_memory_bytes(len(part)))
+        require_basis_memory(largest_part)
+        each = tensor_bytes(self._expected(1)) - tensor_bytes(self._expected(0))
+        fixed = tensor_bytes(self._expected(0))
         fits = int((SHARE_OF_DATA * data_bytes - fixed) / (each * len(labels.unique())))
         if fits < 1:
             raise BadInput(
@@ -63,10 +74,17 @@ class SpectralKeeper:
             )
         self.per_class = min(keeping.per_class, fits)
         self._kept = random_subset(labels, self.per_class, random)
-        self.bytes = fixed + each * len(self._kept)
-        self.memory_bytes = 16 * classes * self.graph.units + 4 * self.graph.units * len(self._kept)
-        self._numbers: list[Tensor] = []
-        self._examples: list[Tensor] = []
+        self.bytes = tensor_bytes(self._expected(len(self._kept)))
+        self.memory_bytes = (
+            basis_memory_bytes(len(largest_part))
+            + 16 * classes * self.graph.units
+            + 8 * self.graph.units * len(self._kept)
+        )
+        self._numbers = [torch.zeros(0, dtype=torch.long)]
+        self._examples = [torch.zeros(0, self.graph.units)]
+
+    def _expected(self, examples: int) -> Expected:
+        return expected_tensors(self.parts, self._sums.classes, self.graph.units, examples, self.keeping.keep)
 
     def update(self, outputs: Sequence[Tensor], labels: Tensor, numbers: Tensor) -> None:
         """Take in the layers' outputs `(N, units)`."""
@@ -93,15 +111,18 @@ class SpectralKeeper:
         """
         numbers, order = torch.cat(self._numbers).sort()
         labels, activations = self.labels[numbers], torch.cat(self._examples)[order]
-        means = self._sums.mean.float().nan_to_num()
+        means = self._sums.mean.float()
         kept = {MEAN: means, LABEL: labels}
         for number, places in enumerate(self.parts):
-            basis = self.graph.basis(places)
-            coefficients = (activations - means[labels])[:, places] @ basis.T
+            with one_thread():
+                basis = self.graph.basis(places)
+                coefficients = (activations - means[labels])[:, places] @ basis.T
             chosen, values = largest(coefficients, kept_of(len(places), self.keeping.keep))
+            scale = values.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
             kept |= {
                 f"places.{number}": chosen.to(torch.uint16),
-                f"values.{number}": values.half(),
+                f"values.{number}": (values / scale).half(),
+                f"scale.{number}": scale[None],
                 f"basis.{number}": fingerprint(basis),
             }
         return kept
@@ -136,14 +157,35 @@ def parts_of(graph: WeightGraph, kind: str) -> list[Tensor]:
 
 
 def kept_of(units: int, keep: float) -> int:
-    """How many coefficients of so many units are kept."""
-    return max(1, round(keep * units))
+    """How many coefficients of a graph of so many units are kept: a share of the vectors of its basis."""
+    return max(1, round(keep * vectors_of(units)))
+
+
+def expected_tensors(parts: Sequence[Tensor], classes: int, units: int, examples: int, keep: float) -> Expected:
+    """Names, types and shapes of what is kept of so many activations."""
+    shapes: Expected = {MEAN: (torch.float32, (classes, units)), LABEL: (torch.int64, (examples,))}
+    for number, places in enumerate(parts):
+        count = kept_of(len(places), keep)
+        shapes |= {
+            f"places.{number}": (torch.uint16, (examples, count)),
+            f"values.{number}": (torch.float16, (examples, count)),
+            f"scale.{number}": (torch.float32, (1,)),
+            f"basis.{number}": (torch.float32, (vectors_of(len(places)),)),
+        }
+    return shapes
 
 
 def largest(coefficients: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Places and values of the `count` largest of each row, by place."""
-    places = coefficients.abs().topk(min(count, coefficients.shape[1]), 1).indices.sort(1).values
+    places = coefficients.abs().topk(count, 1).indices.sort(1).values
     return places, coefficients.gather(1, places)
+
+
+def require_basis_memory(places: Tensor) -> None:
+    """Raise `BadInput` where finding the basis of a part of the graph takes too much."""
+    units = len(places)
+    remedy = "Record fewer --layers, or another --kind."
+    require_memory(f"The Fourier basis of {units:,} units", basis_memory_bytes(units), remedy)
 
 
 def fingerprint(basis: Tensor) -> Tensor:
@@ -151,17 +193,52 @@ def fingerprint(basis: Tensor) -> Tensor:
     return basis @ torch.randn(basis.shape[1], generator=torch.Generator().manual_seed(0))
 
 
-def decoded(graph: WeightGraph, kind: str, tensors: Mapping[str, Tensor]) -> Tensor:
+class SpectralSource:
+    """The activations of a spectral record, one of them for every image.
+
+    Decoded in one thread, so that they are the same on any number of them. Raises `BadInput` where the record does not
+    fit the network, or this machine's linear algebra finds another basis.
+    """
+
+    fixes_dropout = False
+
+    def __init__(self, record: Record, teacher: Classifier) -> None:
+        self.layers = record.about.layers
+        graph = WeightGraph(teacher, self.layers)
+        with one_thread():
+            self._examples = decoded(graph, record).split(graph.sizes, 1)
+        self._labels = record.tensors[LABEL]
+
+    def ask(self, labels: Tensor, random: torch.Generator) -> Asked:
+        """An activation of its class for every image, drawn from those that were kept."""
+        places = torch.tensor([self._one_of(label, random) for label in labels.tolist()])
+        return Asked(tuple(Target(layer[places], torch.tensor(1.0)) for layer in self._examples))
+
+    def _one_of(self, label: int, random: torch.Generator) -> int:
+        own = (self._labels == label).nonzero().flatten()
+        return int(own[torch.randint(len(own), (), generator=random)])
+
+
+def decoded(graph: WeightGraph, record: Record) -> Tensor:
     """The activations `(N, units)` that codes stand for; where parts share a unit, the mean of what they say.
 
-    Raises `BadInput` where this machine's linear algebra finds another basis than that of the record.
+    Raises `BadInput` where the record does not fit the network, or another basis is found than when it was made.
     """
-    labels = tensors[LABEL]
+    about, tensors = record.about, record.tensors
+    parts, classes = parts_of(graph, about.kind), len(about.class_counts)
+    labels = tensors.get(LABEL, torch.zeros(0))
+    record.require(expected_tensors(parts, classes, graph.units, len(labels), about.keep))
+    if labels.unique().tolist() != list(range(classes)):
+        raise BadInput(f"{record.path} has not an activation of every class.", "Record again.")
     total = torch.zeros(len(labels), graph.units)
     times = torch.zeros(graph.units)
-    for number, places in enumerate(parts_of(graph, kind)):
+    for number, places in enumerate(parts):
+        chosen = tensors[f"places.{number}"].long()
+        values = tensors[f"values.{number}"].float() * tensors[f"scale.{number}"]
+        if int(chosen.max()) >= vectors_of(len(places)):
+            raise BadInput(f"{record.path} names a coefficient that its graph has not.", "Record again.")
+        require_basis_memory(places)
         basis = graph.basis(places)
-        chosen, values = tensors[f"places.{number}"].long(), tensors[f"values.{number}"].float()
         signs = _signs(fingerprint(basis), tensors[f"basis.{number}"], chosen, values)
         coefficients = torch.zeros(len(labels), len(basis)).scatter_(1, chosen, values * signs[chosen])
         total[:, places] += coefficients @ basis

@@ -29,11 +29,12 @@ from torch.overrides import TorchFunctionMode
 
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.recorder import LOGITS
+from dfcompress.models.recorder import LOGITS, outputs_of_one_image
 
 FULL_BASIS_UNITS = 8000
 LEADING_VECTORS = 1024
 SIGNALS_A_PASS = 512
+NUMBERS_A_PASS = 2**24
 LOOPS = 1e-6
 
 _ACTIVATIONS = {
@@ -99,6 +100,8 @@ class WeightGraph:
         self._offset = self._forward({}, self._dark(1))
         self.sizes = [output.shape[1] for output in self._offset]
         self.units = sum(self.sizes)
+        everything = sum(output.numel() for output in outputs_of_one_image(teacher).values())
+        self._signals_a_pass = max(1, min(SIGNALS_A_PASS, NUMBERS_A_PASS // everything))
         self._check_linear()
 
     def _dark(self, count: int) -> Tensor:
@@ -160,46 +163,60 @@ class WeightGraph:
         All of them up to 8,000 units, the leading 1,024 above that.
         """
         units = len(places)
+        loops = self._loops(places)
         if units > FULL_BASIS_UNITS:
-            return self._leading(places)
-        rows = [self._restricted(eye, places) for eye in torch.eye(units).double().split(SIGNALS_A_PASS)]
+            return self._leading(places, loops)
+        identity = torch.eye(units, dtype=torch.float64)
+        rows = [self._restricted(part, places, loops) for part in identity.split(self._signals_a_pass)]
         matrix = torch.cat(rows)
-        matrix = (matrix + matrix.T).div_(2)
-        matrix.diagonal().add_(_loops(units) * matrix.norm())
-        values, vectors = torch.linalg.eigh(matrix)
-        order = values.abs().argsort(descending=True)
+        values, vectors = torch.linalg.eigh((matrix + matrix.T).div_(2))
+        order = values.abs().argsort(descending=True, stable=True)
         return vectors.T[order].float().contiguous()
 
-    def _restricted(self, signals: Tensor, places: Tensor) -> Tensor:
+    def _restricted(self, signals: Tensor, places: Tensor, loops: Tensor) -> Tensor:
         whole = torch.zeros(len(signals), self.units, dtype=torch.float64)
         whole[:, places] = signals
-        return self.shift(whole)[:, places]
+        return self.shift(whole)[:, places] + loops * signals
 
-    def _leading(self, places: Tensor) -> Tensor:
+    def _loops(self, places: Tensor) -> Tensor:
+        """Weights of loops, `(len(places),)`: up to a millionth of the matrix's norm, as a random signal tells it."""
+        signal = torch.randn(1, len(places), generator=torch.Generator().manual_seed(0)).double()
+        norm = self._restricted(signal, places, torch.zeros(1)).norm()
+        return LOOPS * norm * torch.linspace(0, 1, len(places), dtype=torch.float64)
+
+    def _leading(self, places: Tensor, loops: Tensor) -> Tensor:
         units = len(places)
 
         def apply(vector: Any) -> Any:
-            return self._restricted(torch.from_numpy(vector.reshape(1, -1)), places)[0].numpy()
+            return self._restricted(torch.from_numpy(vector.reshape(1, -1)), places, loops)[0].numpy()
 
         operator = LinearOperator((units, units), matvec=apply, dtype=np.float64)
         start = torch.randn(units, generator=torch.Generator().manual_seed(0)).double().numpy()
-        values, vectors = eigsh(operator, k=min(LEADING_VECTORS, units - 1), which="LM", v0=start)
-        order = torch.from_numpy(np.abs(values)).argsort(descending=True)
+        values, vectors = eigsh(operator, k=vectors_of(units), which="LM", v0=start)
+        order = torch.from_numpy(np.abs(values)).argsort(descending=True, stable=True)
         return torch.from_numpy(vectors.T.copy())[order].float().contiguous()
 
     def _check_linear(self) -> None:
-        first, second = torch.randn(2, 1, self.units, generator=torch.Generator().manual_seed(0)).double().unbind()
-        nothing = self._dark(1)
+        """Shifting must be linear, from the images on, and symmetric."""
+        random = torch.Generator().manual_seed(0)
+        first, second = torch.randn(2, 1, self.units, generator=random).double().unbind()
+        image, other = torch.randn(2, 1, *self._shape, generator=random).double().unbind()
         with torch.no_grad():
-            both = self._linear(first + second, nothing)
-            apart = self._linear(first, nothing) + self._linear(second, nothing)
-        if not torch.allclose(both, apart, rtol=0, atol=1e-6 * float(both.abs().max())):
+            both = self._linear(first + second, image + other)
+            apart = self._linear(first, image) + self._linear(second, other)
+        symmetric = torch.allclose((first * self.shift(second)).sum(), (self.shift(first) * second).sum(), rtol=1e-4)
+        if not symmetric or not torch.allclose(both, apart, rtol=0, atol=1e-6 * float(both.abs().max())):
             raise BadInput(
-                "The layers of this network are joined by more than linear maps, activations and pooling, so they are"
-                " no graph.",
+                "This network's layers are joined by more than linear maps, activations and pooling: it is no graph.",
                 "Keep another kind of record.",
             )
 
 
-def _loops(units: int) -> Tensor:
-    return LOOPS * torch.linspace(0, 1, units, dtype=torch.float64)
+def vectors_of(units: int) -> int:
+    """How many vectors the basis of a graph of so many units has."""
+    return units if units <= FULL_BASIS_UNITS else min(LEADING_VECTORS, units - 1)
+
+
+def basis_memory_bytes(units: int) -> int:
+    """What finding that basis takes: the matrix and its vectors a few times over, or those of the solver."""
+    return 8 * units * (5 * units if units <= FULL_BASIS_UNITS else 5 * vectors_of(units))

@@ -6,12 +6,18 @@ import pytest
 import torch
 from torch import nn
 
+from dfcompress.errors import BadInput
 from dfcompress.models.architectures import find
 from dfcompress.models.card import CIFAR_MEAN, CIFAR_STD, ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import FusedRecorder, HookRecorder, traces
 from dfcompress.synthesis.losses import bn_distance, bn_divergence
 from dfcompress.synthesis.records.bn_equivalent import StatisticsKeeper, with_statistics
+from dfcompress.synthesis.records.record import Description, Record
+
+
+def described(layers, tensors):
+    return Record(Description("bn-equivalent", tuple(layers), 64, (6,) * 10, ""), tensors)
 
 
 @pytest.fixture
@@ -37,7 +43,7 @@ def twins():
             plain.weight.data = scale.view(-1, 1, 1, 1).detach()
             plain.bias.data = (module.bias - scale * module.running_mean).detach()
             without.network.features[int(name)] = plain
-    return with_bn, with_statistics(without.frozen(), layers, tensors)
+    return with_bn, with_statistics(without.frozen(), described(layers, tensors))
 
 
 @pytest.mark.parametrize("loss", [bn_distance(), bn_divergence()], ids=lambda loss: loss.name)
@@ -64,7 +70,7 @@ def test_the_twin_answers_as_before_and_keeps_its_identity(lenet):
     layers = ["conv1", "fc1"]
     tensors = {"mean.conv1": torch.zeros(6), "var.conv1": torch.ones(6)}
     tensors |= {"mean.fc1": torch.zeros(120), "var.fc1": torch.ones(120)}
-    knowing = with_statistics(lenet, layers, tensors)
+    knowing = with_statistics(lenet, described(layers, tensors))
     images = torch.rand(4, 1, 32, 32)
     assert torch.equal(knowing(images), lenet(images))
     assert knowing.identity() == lenet.identity()
@@ -93,7 +99,30 @@ def test_channels_of_token_networks_are_last():
     keeper.update([outputs], torch.zeros(7), torch.arange(7))
     tensors = keeper.tensors()
     torch.testing.assert_close(tensors["mean.1"], outputs.mean((0, 1)))
-    knowing = with_statistics(teacher, ["1"], tensors)
+    knowing = with_statistics(teacher, described(["1"], tensors))
     with HookRecorder(knowing.network, moments=True) as recorder:
         (layer,) = recorder(torch.randn(6, 3, 4, 4)).layers
     assert layer.mean_error.shape == (6, 5)
+
+
+def test_a_channel_that_is_always_the_same_breaks_nothing(lenet):
+    tensors = {"mean.conv1": torch.zeros(6), "var.conv1": torch.zeros(6)}
+    knowing = with_statistics(lenet, described(["conv1"], tensors))
+    images = torch.randn(4, 1, 32, 32, requires_grad=True)
+    with HookRecorder(knowing.network, moments=True) as recorder:
+        (trace,) = traces(images, torch.zeros(4, dtype=torch.long), recorder(images))
+    (gradient,) = torch.autograd.grad(bn_divergence().value(trace), images)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("layers", "tensors", "message"),
+    [
+        (["conv9"], {}, "knows a layer 'conv9'"),
+        (["conv1"], {"mean.conv1": torch.zeros(6)}, "has nothing as var.conv1"),
+        (["conv1"], {"mean.conv1": torch.zeros(5), "var.conv1": torch.ones(5)}, r"\(5,\) as mean.conv1"),
+    ],
+)
+def test_a_record_that_does_not_fit_the_network_is_refused(layers, tensors, message, lenet):
+    with pytest.raises(BadInput, match=message):
+        with_statistics(lenet, described(layers, tensors))

@@ -55,9 +55,10 @@ def altered(file, change_about=None, change_tensors=None):
         (lambda a: a.update(schema=2), None, "schema 2"),
         (lambda a: a.update(kind="none"), None, "no record of activations"),
         (lambda a: a.pop("layers"), None, "no record of activations"),
-        (lambda a: a.update(class_counts=[1, 2]), None, "not the model's"),
+        (lambda a: a.update(class_counts=[1, 2]), None, "cannot be"),
         (lambda a: a.update(surprise=1), None, "no record of activations"),
-        (None, lambda t: t.pop("pixels.mean"), "no record of activations"),
+        (lambda a: a.update(temperature=0.0), None, "cannot be"),
+        (None, lambda t: t.pop("pixels.mean"), "has nothing as pixels.mean"),
         (None, lambda t: t["mean.conv1"].fill_(torch.nan), "NaN"),
     ],
 )
@@ -75,6 +76,8 @@ def test_what_is_no_record_is_refused(content, file, lenet, tmp_path):
         Record.load(path, lenet)
     with pytest.raises(BadInput, match="is no file"):
         Record.load(tmp_path / "nowhere", lenet)
+    with pytest.raises(BadInput, match="is no file"):
+        Record.load(tmp_path, lenet)
 
 
 def test_the_place_of_a_record_is_beside_its_checkpoint(tmp_path):

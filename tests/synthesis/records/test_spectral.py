@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from dfcompress.errors import BadInput
+from dfcompress.synthesis.records import weight_graph
 from dfcompress.synthesis.records.keeping import Keeping
+from dfcompress.synthesis.records.record import Description, Record
 from dfcompress.synthesis.records.spectral import SpectralKeeper, decoded, largest, random_subset
 from dfcompress.synthesis.records.weight_graph import WeightGraph
 
@@ -27,12 +29,17 @@ def kept(lenet, *, data_bytes=10**7, **options):
     return keeper, activations, labels
 
 
+def record_of(keeper):
+    about = Description(keeper.keeping.kind, tuple(LAYERS), 60, (6,) * 10, "", **keeper.details())
+    return Record(about, keeper.tensors())
+
+
 @pytest.mark.parametrize("kind", ["spectral-all", "spectral-pairs"])
 def test_all_coefficients_give_the_activations_back(kind, lenet):
     keeper, activations, labels = kept(lenet, kind=kind, keep=1.0, per_class=3)
     tensors = keeper.tensors()
     chosen = random_subset(labels, 3, torch.Generator().manual_seed(1))
-    back = decoded(WeightGraph(lenet, LAYERS), kind, tensors)
+    back = decoded(WeightGraph(lenet, LAYERS), record_of(keeper))
     torch.testing.assert_close(back, activations[chosen], atol=0.01, rtol=0)  # Values are float16.
     assert torch.equal(tensors["label"], labels[chosen])
 
@@ -48,27 +55,27 @@ def test_fewer_coefficients_are_further_from_the_activations(lenet):
     for keep in (0.05, 0.3, 1.0):
         keeper, activations, labels = kept(lenet, keep=keep, per_class=2)
         chosen = random_subset(labels, 2, torch.Generator().manual_seed(1))
-        back = decoded(WeightGraph(lenet, LAYERS), "spectral-all", keeper.tensors())
+        back = decoded(WeightGraph(lenet, LAYERS), record_of(keeper))
         errors.append(float((back - activations[chosen]).norm()))
     assert errors[0] > errors[1] > errors[2]
 
 
 def test_vectors_of_the_other_sign_are_turned(lenet, monkeypatch):
     keeper, activations, labels = kept(lenet, keep=1.0, per_class=1)
-    tensors = keeper.tensors()
+    record = record_of(keeper)
     usual = WeightGraph.basis
     monkeypatch.setattr(WeightGraph, "basis", lambda self, places: -usual(self, places))
     chosen = random_subset(labels, 1, torch.Generator().manual_seed(1))
-    back = decoded(WeightGraph(lenet, LAYERS), "spectral-all", tensors)
+    back = decoded(WeightGraph(lenet, LAYERS), record)
     torch.testing.assert_close(back, activations[chosen], atol=0.01, rtol=0)
 
 
 def test_another_basis_is_refused(lenet, monkeypatch):
-    tensors = kept(lenet)[0].tensors()
+    record = record_of(kept(lenet)[0])
     usual = WeightGraph.basis
     monkeypatch.setattr(WeightGraph, "basis", lambda self, places: usual(self, places).roll(1, 0))
     with pytest.raises(BadInput, match="another Fourier basis"):
-        decoded(WeightGraph(lenet, LAYERS), "spectral-all", tensors)
+        decoded(WeightGraph(lenet, LAYERS), record)
 
 
 @pytest.mark.parametrize("kind", ["spectral-all", "spectral-pairs"])
@@ -79,6 +86,47 @@ def test_a_record_stays_under_a_tenth_of_the_data(kind, lenet):
     assert keeper.bytes == sum(tensor.nbytes for tensor in tensors.values()) <= 13_000
     assert any("over 10%" in notice for notice in keeper.notices())
     assert any("single examples" in notice for notice in keeper.notices())
+
+
+def test_a_process_that_saw_nothing_adds_nothing(lenet):
+    keeper, _, labels = kept(lenet, per_class=2)
+    idle = SpectralKeeper(
+        lenet, LAYERS, keeper.keeping, labels, data_bytes=10**7, random=torch.Generator().manual_seed(1)
+    )
+    before = keeper.tensors()
+    keeper.merge(idle.state())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in keeper.tensors().items())
+
+
+def test_above_the_limit_a_share_of_the_leading_vectors_is_kept(lenet, monkeypatch):
+    monkeypatch.setattr(weight_graph, "FULL_BASIS_UNITS", 100)
+    monkeypatch.setattr(weight_graph, "LEADING_VECTORS", 20)
+    keeper, _, _ = kept(lenet, per_class=2, keep=0.25)
+    tensors = keeper.tensors()
+    assert tensors["places.0"].shape == (20, 5)
+    assert keeper.bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert decoded(WeightGraph(lenet, LAYERS), record_of(keeper)).shape == (20, 214)
+
+
+@pytest.mark.parametrize("name", ["mean", "label", "places.0", "values.0", "scale.0", "basis.0"])
+def test_a_record_without_one_of_its_tensors_is_refused(name, lenet):
+    record = record_of(kept(lenet)[0])
+    del record.tensors[name]
+    with pytest.raises(BadInput, match=f"has nothing as {name}"):
+        decoded(WeightGraph(lenet, LAYERS), record)
+
+
+def test_places_outside_the_graph_are_refused(lenet):
+    record = record_of(kept(lenet)[0])
+    record.tensors["places.0"][0, 0] = 40_000
+    with pytest.raises(BadInput, match="a coefficient that its graph has not"):
+        decoded(WeightGraph(lenet, LAYERS), record)
+
+
+def test_large_values_survive_their_16_bits(lenet):
+    keeper, _, _ = kept(lenet, per_class=1, keep=1.0)
+    keeper._examples = [1e6 * examples for examples in keeper._examples]
+    assert all(tensor.isfinite().all() for tensor in keeper.tensors().values() if tensor.is_floating_point())
 
 
 def test_where_nothing_fits_into_a_tenth_it_is_refused(lenet):

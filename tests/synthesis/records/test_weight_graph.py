@@ -100,3 +100,21 @@ def test_a_network_that_is_no_graph_is_refused():
 
     with pytest.raises(BadInput, match="more than linear maps"):
         WeightGraph(classifier(Squares(), 2, (1, 2, 2)), ["a", "logits"])
+
+
+def test_a_network_that_is_not_linear_in_its_images_is_refused():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.LayerNorm(4), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    with pytest.raises(BadInput, match="more than linear maps"):
+        WeightGraph(classifier(network, 2, (1, 2, 2)), ["2", "logits"])
+
+
+def test_vectors_of_one_eigenvalue_are_told_apart():
+    """Two units that nothing joins have one eigenvalue; the basis is still that of single units."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    network[1].weight.data.zero_()
+    network[3].weight.data.zero_()
+    graph = WeightGraph(classifier(network, 2, (1, 2, 2)), ["1", "logits"])
+    graph._loops = lambda places: 1e-6 * torch.linspace(0, 1, len(places), dtype=torch.float64)
+    basis = graph.basis(torch.arange(5)).abs()
+    torch.testing.assert_close(basis.max(1).values, torch.ones(5))

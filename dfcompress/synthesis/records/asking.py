@@ -1,0 +1,48 @@
+"""`Asked`: what a record asks of a batch, and `Source`: what every family of records does for whoever makes images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dfcompress.models.recorder import Target
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a batch is asked for: `targets` of the record's layers, and `filters` that dropout layers multiply by, held
+    for all steps; `(N, ...)` each.
+    """
+
+    targets: tuple[Target, ...] = ()
+    filters: tuple[Tensor, ...] = ()
+
+    def to(self, device: torch.device) -> Asked:
+        """The same on a device."""
+        targets = tuple(Target(values.to(device), scale.to(device)) for values, scale in self.targets)
+        return Asked(targets, tuple(tensor.to(device) for tensor in self.filters))
+
+    @staticmethod
+    def together(parts: list[Asked]) -> Asked:
+        """Of several batches, one after the other."""
+        targets = tuple(
+            Target(torch.cat([own.values for own in same]), same[0].scale)
+            for same in zip(*(part.targets for part in parts), strict=True)
+        )
+        return Asked(targets, tuple(map(torch.cat, zip(*(part.filters for part in parts), strict=True))))
+
+
+class Source(Protocol):
+    """A record made ready for synthesis.
+
+    `layers` are those whose outputs it knows; `fixes_dropout` says that it asks for dropout filters.
+    """
+
+    layers: tuple[str, ...]
+    fixes_dropout: bool
+
+    def ask(self, labels: Tensor, random: torch.Generator) -> Asked:
+        """What a batch of the classes `labels` `(N,)` shall be, drawn from `random`; on the CPU."""
