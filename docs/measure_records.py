@@ -1,4 +1,4 @@
-"""The tables of "Activation records" in docs/results.md: records, synthesis and distillation, by the installed command.
+"""The table of "Activation records" in docs/results.md: records, synthesis and distillation, by the installed command.
 
     python docs/measure_records.py TEACHERS_FOLDER MNIST_FOLDER OUTPUT_FOLDER [--seeds N] [--only TEACHER/ROW ...]
 
@@ -22,105 +22,116 @@ from torchvision.utils import make_grid
 
 from dfcompress.data.synthetic_set import SyntheticSet, as_float
 
-STUDENTS = {"hinton_mlp": "hinton_mlp_small", "lenet5": "lenet5_half"}
-KINDS = ("top-layer", "all-layers", "all-layers-dropout", "spectral-all", "spectral-pairs")
-BASELINES = ("real", "noise")
+GAUSSIAN_AND_SPECTRAL = ("top-layer", "all-layers", "spectral-all", "spectral-pairs")
+# Of every teacher its student, and the rows; `real` is the ceiling.
+TEACHERS = {
+    "hinton_mlp": ("hinton_mlp_small", ("real", "noise", *GAUSSIAN_AND_SPECTRAL, "all-layers-dropout")),
+    "lenet5": ("lenet5_half", ("real", "noise", *GAUSSIAN_AND_SPECTRAL, "bn-equivalent")),
+    "lenet5_bn": ("lenet5_half", ("real", "batchnorm")),
+}
 TRAINING = "--temperature 8 --train-steps 2500 --train-lr 0.02 --train-batch-size 128"
 IMAGES = 2560
 
 
-def command(teacher: str, row: str, seed: int, folders: argparse.Namespace) -> list[str]:
-    """The line that makes one row; the images of every record, and the noise, are as many."""
-    images = {
-        "real": f"--data {folders.mnist}",
-        "noise": f"--recipe gaussian --set mean=0.15 --set std=0.1 --images {IMAGES}",
-    }.get(row, f"--records {record_file(teacher, row, folders)} --images {IMAGES}")
-    output = folders.output / f"{teacher}-{row}-{seed}"
-    where = f"-o {output} --overwrite --seed {seed} --eval-data {folders.mnist}"
-    line = f"distill {folders.teachers / teacher} --student {STUDENTS[teacher]} {images} {TRAINING} {where}"
-    return ["dfcompress", *line.split()]
+class Rows:
+    """The rows that are there, and the commands that make the others."""
 
+    def __init__(self, teachers: Path, mnist: Path, output: Path) -> None:
+        self.teachers, self.mnist, self.output = teachers, mnist, output
+        self.log = output / "rows.jsonl"
+        self.made = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
-def record_file(teacher: str, kind: str, folders: argparse.Namespace) -> Path:
-    """Where a record is kept."""
-    return folders.output / f"{teacher}-{kind}.records.safetensors"
+    def record(self, teacher: str, kind: str) -> Path:
+        """The record of a kind, made by the owner's command where it is not there."""
+        file = self.output / f"{teacher}-{kind}.records.safetensors"
+        if not file.exists():
+            line = f"record {self.teachers / teacher} --data {self.mnist} --kind {kind} -o {file} --overwrite"
+            file.with_suffix(".json").write_text(json.dumps(run(line)))
+        return file
 
+    def make(self, teacher: str, name: str, seed: int) -> None:
+        """One row; the images of every record, and the noise, are as many."""
+        if any((row["teacher"], row["row"], row["seed"]) == (teacher, name, seed) for row in self.made):
+            return
+        if name == "real":
+            images = f"--data {self.mnist}"
+        elif name == "noise":
+            images = f"--recipe gaussian --set mean=0.15 --set std=0.1 --images {IMAGES}"
+        elif name == "batchnorm":
+            images = f"--images {IMAGES}"
+        else:
+            images = f"--records {self.record(teacher, name)} --images {IMAGES}"
+        where = f"-o {self.output / f'{teacher}-{name}-{seed}'} --overwrite --seed {seed} --eval-data {self.mnist}"
+        student, _ = TEACHERS[teacher]
+        result = run(f"distill {self.teachers / teacher} --student {student} {images} {TRAINING} {where}")
+        before, after = (each["correct"] for each in result["evaluation"]["results"])
+        row = {"teacher": teacher, "row": name, "seed": seed, "before": before, "after": after}
+        self.made.append({**row, "seconds": result["seconds"]})
+        with self.log.open("a") as file:
+            file.write(json.dumps(self.made[-1]) + "\n")
 
-def make_record(teacher: str, kind: str, folders: argparse.Namespace) -> None:
-    """The owner's command."""
-    file = record_file(teacher, kind, folders)
-    line = f"record {folders.teachers / teacher} --data {folders.mnist} --kind {kind} -o {file} --overwrite"
-    told = run(["dfcompress", *line.split()])
-    file.with_suffix(".json").write_text(json.dumps(told))
+    def of(self, teacher: str, name: str) -> list[dict]:
+        """The seeds of one row."""
+        return [row for row in self.made if (row["teacher"], row["row"]) == (teacher, name)]
 
-
-def run(line: list[str]) -> dict:
-    """Run a command with --json; its object."""
-    sys.stderr.write(" ".join(line) + "\n")
-    return json.loads(subprocess.run([*line, "--json", "-q"], check=True, capture_output=True, text=True).stdout)
-
-
-def measure(folders: argparse.Namespace) -> list[dict]:
-    """All rows, those that are there already included."""
-    log = folders.output / "rows.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    there = {(row["teacher"], row["row"], row["seed"]) for row in rows}
-    for seed in range(folders.seeds):
-        for teacher in STUDENTS:
-            for name in (*BASELINES, *KINDS):
-                skipped = folders.only and f"{teacher}/{name}" not in folders.only
-                dropout_only = name == "all-layers-dropout" and teacher != "hinton_mlp"
-                if skipped or dropout_only or (teacher, name, seed) in there:
+    def table(self) -> str:
+        """Markdown: counts of the seeds, their mean and spread, and the share of the same teacher's ceiling."""
+        columns = ("teacher", "images", "correct of 10,000", "mean", "spread", "of the ceiling", "synthesis + training")
+        lines = [f"| {' | '.join((*columns, 'bytes of record', 'seconds to record'))} |", "|---" * 9 + "|"]
+        for teacher, (_, names) in TEACHERS.items():
+            ceiling = [row["after"] for row in self.of(teacher, "real")]
+            for name in names:
+                rows = self.of(teacher, name)
+                if not rows:
                     continue
-                if name in KINDS and not record_file(teacher, name, folders).exists():
-                    make_record(teacher, name, folders)
-                result = run(command(teacher, name, seed, folders))
-                before, after = (each["correct"] for each in result["evaluation"]["results"])
-                row = {"teacher": teacher, "row": name, "seed": seed, "before": before, "after": after}
-                rows.append({**row, "seconds": result["seconds"]})
-                with log.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-    return rows
+                counts = [row["after"] for row in rows]
+                mean = statistics.mean(counts)
+                share = f"{mean / statistics.mean(ceiling):.1%}" if ceiling else ""
+                parts = [statistics.mean(row["seconds"][part] for row in rows) for part in ("synthesis", "training")]
+                told = self.output / f"{teacher}-{name}.records.json"
+                record = json.loads(told.read_text()) if told.exists() else None
+                cells = [teacher, name, " ".join(f"{count:,}" for count in counts), f"{mean / 100:.2f} %"]
+                cells += [f"{(max(counts) - min(counts)) / 100:.2f}", share, f"{parts[0]:.0f} + {parts[1]:.0f} s"]
+                cells += [f"{record['bytes']:,}", f"{record['seconds']:.0f}"] if record else ["", ""]
+                lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def picture(self, teacher: str) -> Image.Image | None:
+        """Three rows for every kind, a column a class: mean and two images of seed 0; None where none is there."""
+        bands = []
+        for name in TEACHERS[teacher][1]:
+            folder = self.output / f"{teacher}-{name}-0" / "synthetic"
+            if name != "noise" and folder.exists():
+                made = SyntheticSet(folder)
+                own = [as_float(made.images[made.labels == label]) for label in range(10)]
+                images = torch.cat([torch.stack([of(some) for some in own]) for of in (mean_image, first, second)])
+                bands.append(make_grid(images.clamp(0, 1), nrow=10, padding=1, pad_value=0.4))
+        if not bands:
+            return None
+        pixels = (torch.cat(bands, 1) * 255).round().byte().permute(1, 2, 0)
+        return Image.fromarray(pixels.repeat_interleave(2, 0).repeat_interleave(2, 1).numpy())
 
 
-def table(rows: list[dict], folders: argparse.Namespace) -> str:
-    """Markdown: mean and spread of the seeds, and the share of the same teacher's ceiling."""
-    lines = ["| teacher | row | correct of 10,000 | mean | of the ceiling | seconds | record's bytes | its seconds |"]
-    lines += ["|---" * 8 + "|"]
-    for teacher in STUDENTS:
-        ceiling = statistics.mean(row["after"] for row in rows if (row["teacher"], row["row"]) == (teacher, "real"))
-        for name in (*BASELINES, *KINDS):
-            own = [row for row in rows if (row["teacher"], row["row"]) == (teacher, name)]
-            if not own:
-                continue
-            counts = [row["after"] for row in own]
-            told = record_file(teacher, name, folders).with_suffix(".json")
-            record = json.loads(told.read_text()) if told.exists() else {"bytes": "", "seconds": ""}
-            mean = statistics.mean(counts)
-            seconds = statistics.mean(row["seconds"]["total"] for row in own)
-            cells = [teacher, name, " ".join(f"{count:,}" for count in counts), f"{mean / 100:.2f} %"]
-            cells += [f"{mean / ceiling:.1%}", f"{seconds:.0f}", f"{record['bytes']}", f"{record['seconds']}"]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def mean_image(images: torch.Tensor) -> torch.Tensor:
+    """Of `(N, C, H, W)`."""
+    return images.mean(0)
 
 
-def picture(teacher: str, folders: argparse.Namespace) -> Image.Image:
-    """Three rows for every kind, a column a class: the mean, and two samples, of seed 0."""
-    bands = []
-    for kind in KINDS:
-        folder = folders.output / f"{teacher}-{kind}-0" / "synthetic"
-        if folder.exists():
-            made = SyntheticSet(folder)
-            images, labels = as_float(made.images), made.labels
-            own = [images[labels == label] for label in range(10)]
-            rows = [
-                torch.stack([some.mean(0) for some in own]),
-                *(torch.stack([some[i] for some in own]) for i in (0, 1)),
-            ]
-            bands.append(make_grid(torch.cat(rows).clamp(0, 1), nrow=10, padding=1, pad_value=0.4))
-    grid = torch.cat(bands, 1)
-    pixels = (grid * 255).round().byte().permute(1, 2, 0).repeat_interleave(2, 0).repeat_interleave(2, 1)
-    return Image.fromarray(pixels.numpy())
+def first(images: torch.Tensor) -> torch.Tensor:
+    """Of `(N, C, H, W)`."""
+    return images[0]
+
+
+def second(images: torch.Tensor) -> torch.Tensor:
+    """Of `(N, C, H, W)`."""
+    return images[1]
+
+
+def run(line: str) -> dict:
+    """Print a command and run it with --json; its object."""
+    sys.stderr.write(f"dfcompress {line}\n")
+    done = subprocess.run(["dfcompress", *line.split(), "--json", "-q"], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
 
 
 def main() -> None:
@@ -129,13 +140,19 @@ def main() -> None:
     for name in ("teachers", "mnist", "output"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*")
-    folders = parser.parse_args()
-    folders.output.mkdir(parents=True, exist_ok=True)
-    sys.stdout.write(table(measure(folders), folders) + "\n")
-    for teacher in STUDENTS:
-        if (folders.output / f"{teacher}-{KINDS[0]}-0").exists():
-            picture(teacher, folders).save(folders.output / f"images-of-records-{teacher}.png")
+    parser.add_argument("--only", nargs="*", default=[], help="for instance hinton_mlp/top-layer")
+    given = parser.parse_args()
+    given.output.mkdir(parents=True, exist_ok=True)
+    rows = Rows(given.teachers, given.mnist, given.output)
+    for seed in range(given.seeds):
+        for teacher, (_, names) in TEACHERS.items():
+            for name in names:
+                if not given.only or f"{teacher}/{name}" in given.only:
+                    rows.make(teacher, name, seed)
+    sys.stdout.write(rows.table() + "\n")
+    for teacher in TEACHERS:
+        if picture := rows.picture(teacher):
+            picture.save(given.output / f"images-of-records-{teacher}.png")
 
 
 if __name__ == "__main__":
