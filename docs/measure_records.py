@@ -104,27 +104,13 @@ class Rows:
             if name != "noise" and folder.exists():
                 made = SyntheticSet(folder)
                 own = [as_float(made.images[made.labels == label]) for label in range(10)]
-                images = torch.cat([torch.stack([of(some) for some in own]) for of in (mean_image, first, second)])
+                columns = [(some.mean(0), some[0], some[1]) for some in own]
+                images = torch.cat([torch.stack(row) for row in zip(*columns, strict=True)])
                 bands.append(make_grid(images.clamp(0, 1), nrow=10, padding=1, pad_value=0.4))
         if not bands:
             return None
         pixels = (torch.cat(bands, 1) * 255).round().byte().permute(1, 2, 0)
         return Image.fromarray(pixels.repeat_interleave(2, 0).repeat_interleave(2, 1).numpy())
-
-
-def mean_image(images: torch.Tensor) -> torch.Tensor:
-    """Of `(N, C, H, W)`."""
-    return images.mean(0)
-
-
-def first(images: torch.Tensor) -> torch.Tensor:
-    """Of `(N, C, H, W)`."""
-    return images[0]
-
-
-def second(images: torch.Tensor) -> torch.Tensor:
-    """Of `(N, C, H, W)`."""
-    return images[1]
 
 
 def run(line: str) -> dict:

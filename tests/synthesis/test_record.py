@@ -19,6 +19,7 @@ from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute, Execution
 from dfcompress.errors import BadInput
+from dfcompress.evaluation.inspect import inspect
 from dfcompress.models.checkpoint import load
 from dfcompress.models.recorder import LOGITS, FusedRecorder, HookRecorder
 from dfcompress.synthesis.invert import invert
@@ -28,6 +29,7 @@ from dfcompress.synthesis.records import FIXED_DROPOUT, KINDS, SPECTRAL
 from dfcompress.synthesis.records.gaussian import GaussianSource
 from dfcompress.synthesis.records.keeping import Keeping
 from dfcompress.synthesis.records.record import Description, Record
+from dfcompress.synthesis.records.spectral import SpectralSource
 from dfcompress.synthesis.synthesizer import Synthesizer
 from dfcompress.training.distill import DISTILLATION, distill
 
@@ -290,3 +292,52 @@ def test_distill_takes_records_and_makes_its_own_images(released, lenet_folder, 
     )
     assert load(result.checkpoint).card.architecture == "lenet5_half"
     assert SyntheticSet(tmp_path / "student" / "synthetic").manifest["record"]
+
+
+def test_a_record_that_the_recipe_does_not_use_is_told_and_changes_nothing(released, lenet_folder, tmp_path, capsys):
+    few = ["--recipe", "deepdream", "--images", "8", "--steps", "2", "--batch-size", "8", "--compile", "off"]
+    for name, records in (("with", ["--records", str(released["all-layers"])]), ("without", [])):
+        assert run(["invert", str(lenet_folder), *few, *records, "-o", str(tmp_path / name)]) == 0
+    assert "does not use the record" in capsys.readouterr().err
+    with_record, without = (SyntheticSet(tmp_path / name).read_shard(0)[0] for name in ("with", "without"))
+    assert torch.equal(with_record, without)
+
+
+def test_a_decoded_record_does_not_depend_on_the_number_of_threads(released, lenet_folder):
+    lenet = load(lenet_folder)
+    before, asked = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        source = SpectralSource(Record.load(released["spectral-pairs"], lenet), lenet)
+        asked.append(source.ask(torch.arange(10), torch.Generator().manual_seed(0)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a.values, b.values) for a, b in zip(*(each.targets for each in asked), strict=True))
+
+
+def test_records_and_no_records_exclude_each_other(released, lenet_folder, tmp_path, capsys):
+    assert run(["invert", str(lenet_folder), "--records", str(released["top-layer"]), "--no-records"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_overwriting_does_not_delete_the_record(released, lenet_folder, tmp_path):
+    inside = tmp_path / "set" / "r.records.safetensors"
+    asked = replace(FEW, records=released["top-layer"])
+    invert(lenet_folder, output=tmp_path / "set", synthesis=asked, compute=EAGER)
+    shutil.copy(released["top-layer"], inside)
+    with pytest.raises(BadInput, match="would delete"):
+        invert(
+            lenet_folder, output=tmp_path / "set", synthesis=replace(FEW, records=inside), compute=EAGER, overwrite=True
+        )
+    assert inside.exists()
+
+
+def test_inspect_tells_of_the_record_beside_the_model(released, lenet_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(lenet_folder, model)
+    assert inspect(model).record is None
+    shutil.copy(released["top-layer"], model / "model.records.safetensors")
+    found = inspect(model)
+    assert found.record == "top-layer"
+    assert {ability.verb: ability.possible for ability in found.can}["invert"]
+    (model / "model.records.safetensors").write_bytes(b"damaged")
+    assert inspect(model).record.startswith("unusable")
