@@ -11,8 +11,12 @@ import torch
 from dfcompress.device import Execution
 from dfcompress.errors import BadInput
 from dfcompress.models.checkpoint import load
+from dfcompress.models.recorder import LOGITS
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.recipes import recipe_names
+from dfcompress.synthesis.records.gaussian import GaussianKeeper, GaussianSource
+from dfcompress.synthesis.records.keeping import Keeping
+from dfcompress.synthesis.records.record import Description, Record
 from dfcompress.synthesis.synthesizer import Synthesizer
 
 
@@ -21,6 +25,14 @@ def module_of(name):
 
 
 CASES = [(name, preset) for name in recipe_names() for preset in module_of(name).PRESETS]
+
+
+def a_record(teacher):
+    """Logits of made-up images, made ready to draw from."""
+    keeper = GaussianKeeper({LOGITS: torch.zeros(1, 10)}, Keeping("top-layer"), 10)
+    keeper.update([20 * torch.randn(200, 10)], torch.arange(200) % 10, torch.arange(200))
+    about = Description("top-layer", (LOGITS,), 200, (20,) * 10, "", **keeper.details())
+    return GaussianSource(Record(about, keeper.tensors()), teacher)
 
 
 def test_the_folder_holds_the_recipes_of_this_version():
@@ -53,7 +65,8 @@ def test_a_few_steps_of_every_preset_lower_its_objective(name, preset, resnet20_
     teacher = load(resnet20_file)
     student = load(resnet20_file) if recipe.needs_student else None
     execution = Execution("cpu", "fp32", False, 2, "")
-    batch = Synthesizer(recipe, teacher, execution, student=student).batch(0, torch.arange(8))
+    source = a_record(teacher) if recipe.needs_targets else None
+    batch = Synthesizer(recipe, teacher, execution, student=student, source=source).batch(0, torch.arange(8))
     assert batch.images.shape == (8, 3, 32, 32)
     assert batch.images.isfinite().all()
     if batch.history:

@@ -7,21 +7,23 @@ import math
 import pytest
 import torch
 
-from dfcompress.models.recorder import Moments, Trace, record_of
+from dfcompress.models.recorder import Moments, Target, Trace, record_of
 from dfcompress.synthesis.losses import (
+    activation_distance,
     bn_distance,
     bn_divergence,
     class_cross_entropy,
     competition,
     image_norm,
     inception,
+    pixel_divergence,
     smoothness,
     total_variation,
 )
 
 
-def trace(images=None, logits=None, labels=None, moments=(), student_logits=None):
-    return Trace(images, labels, logits, tuple(moments), student_logits)
+def trace(images=None, logits=None, labels=None, moments=(), outputs=(), targets=(), student_logits=None):
+    return Trace(images, labels, logits, tuple(moments), tuple(outputs), tuple(targets), student_logits)
 
 
 def moments(mean_error, var, running_var):
@@ -119,3 +121,34 @@ def test_moments_are_the_mean_and_the_biased_variance_of_each_channel(shape):
     channels = features.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(measured.mean_error.double(), channels.mean(1) - running_mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(measured.var.double(), channels.var(1, correction=0), rtol=1e-4, atol=1e-4)
+
+
+def test_activation_distance_sums_means_of_squared_differences_behind_the_relu():
+    outputs = [torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([[8.0], [0.0]])]
+    targets = [
+        Target(torch.tensor([[3.0, -1.0], [-1.0, 4.0]]), torch.tensor(1.0)),
+        Target(torch.tensor([[0.0], [4.0]]), torch.tensor(0.25)),
+    ]
+    first, second = (4 + 0 + 9 + 0) / 4, (4 + 1) / 2
+    value = activation_distance().value(trace(outputs=outputs, targets=targets))
+    assert value.item() == pytest.approx(first + second)
+    later = activation_distance(later=0.1).value(trace(outputs=outputs, targets=targets))
+    assert later.item() == pytest.approx(first + 0.1 * second)
+    leaking = activation_distance(1.0).value(trace(outputs=outputs, targets=targets))
+    assert leaking.item() == pytest.approx((4 + 1 + 16 + 0) / 4 + second)
+
+
+def test_a_unit_that_is_off_moves_only_with_a_leak():
+    for leak, moves in ((0.0, False), (0.1, True)):
+        output = torch.tensor([[-1.0]], requires_grad=True)
+        target = Target(torch.tensor([[2.0]]), torch.tensor(1.0))
+        value = activation_distance(leak).value(trace(outputs=[output], targets=[target]))
+        assert bool(torch.autograd.grad(value, output)[0].abs() > 0) == moves
+
+
+def test_pixel_divergence_looks_at_every_image_alone():
+    standard = torch.tensor([-1.0, 1.0, -1.0, 1.0]).view(1, 1, 2, 2)
+    assert pixel_divergence().value(trace(images=standard)).item() == pytest.approx(0.0, abs=1e-6)
+    black_and_white = torch.cat([standard * 0.1 - 1, standard * 0.1 + 1])
+    expected = -math.log(0.1) - 0.5 * (1 - 0.01 - 1)
+    assert pixel_divergence().value(trace(images=black_and_white)).item() == pytest.approx(expected, rel=1e-4)
