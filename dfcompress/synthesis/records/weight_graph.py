@@ -1,7 +1,7 @@
 """The units of a network as one graph, weighted by the network's own weights, and its Fourier basis.
 
-Vertices are the outputs of weighted layers. An edge joins two units where one reaches the other without passing a third
-weighted layer, activation functions taken as the identity and maximum pooling as average pooling; its weight is what a
+Vertices are the outputs of recorded layers. An edge joins two units where one reaches the other without passing a third
+recorded layer, activation functions taken as the identity and maximum pooling as average pooling; its weight is what a
 change of one by 1 changes the other by. Units of the first layer that read the same pixels are joined too, by how much
 they have in common, Σ over pixels of both weights: without that, most of what the first layer does is in the kernel of
 the adjacency matrix and has no frequency at all.
@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -185,6 +184,8 @@ class WeightGraph:
         return LOOPS * norm * torch.linspace(0, 1, len(places), dtype=torch.float64)
 
     def _leading(self, places: Tensor, loops: Tensor) -> Tensor:
+        from scipy.sparse.linalg import LinearOperator, eigsh  # Slow to import, and seldom needed.
+
         units = len(places)
 
         def apply(vector: Any) -> Any:
