@@ -90,6 +90,14 @@ class Peers:
             self._ask("set", f"{key}/{self.rank}", "")
             self._wait_for([f"{key}/{rank}" for rank in range(self.count)])
 
+    def connect(self, backend: str) -> None:
+        """Make torch's collective operations work between the processes, over `nccl` or `gloo`; once is enough."""
+        from torch import distributed
+
+        if not distributed.is_initialized():
+            store = distributed.PrefixStore("dfcompress/collective", self._all)
+            distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.count)
+
     def share(self, units: Sequence[Any]) -> Iterator[Any]:
         """The units this process shall do: each is given to one process, whoever asks first.
 

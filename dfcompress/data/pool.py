@@ -1,7 +1,8 @@
-"""`ImagePool`: all images of a set on the device, drawn and augmented there."""
+"""`ImagePool`: all images of a set, or of several, on the device, drawn and augmented there."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,51 +10,98 @@ import torch
 from torch import Tensor
 
 from dfcompress.data.synthetic_set import as_float
+from dfcompress.errors import BadInput
 from dfcompress.randomness import generator, seed_of
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training does to images: `shift` moves each by up to that many pixels (its edge repeated), `flip` mirrors
-    half of them, `mixup` > 0 blends each with another one by a share from Beta(`mixup`, `mixup`), one share a batch.
+    """What training does to images, each drawn anew for every image and step.
+
+    `shift` moves by up to that many pixels (the edge repeated); `flip` mirrors half of them; `jitter` changes
+    brightness (added) and contrast (multiplied, about the image's mean) by up to ± that share; `cutout` greys a square
+    of that share of the side, centred anywhere; `mixup` > 0 blends each image with another one of its set by a share
+    from Beta(`mixup`, `mixup`), one share a batch.
     """
 
     shift: int = 0
     flip: bool = False
+    jitter: float = 0.0
+    cutout: float = 0.0
     mixup: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise `BadInput` for a share that is none."""
+        if not 0 <= self.jitter < 1 or not 0 <= self.cutout < 1:
+            raise BadInput(
+                f"jitter {self.jitter} or cutout {self.cutout} is no share below 1.", "Use for instance 0.3."
+            )
+        if self.shift < 0 or self.mixup < 0:
+            raise BadInput(f"shift {self.shift} or mixup {self.mixup} is negative.", "Use 0 to leave it out.")
 
 
 class ImagePool:
     """Endless batches out of stored images; the batch of a step is a pure function of (seed, step).
 
-    `images` `(N, C, H, W)` are uint8, or float16 in units of [0, 1], on any device, where the batches come out too.
-    Every image is drawn once an epoch. A batch is never larger than the pool.
+    Each of `sets` `(N, C, H, W)`, all of one image shape, is uint8, or float16 in units of [0, 1], on any device, where
+    the batches come out too. A batch holds equally many images of each set, set after set, and never more than the
+    smallest set has; every image of a set is drawn once before any is drawn again.
     """
 
-    def __init__(self, images: Tensor, augmentation: Augmentation, *, batch_size: int, seed: int = 0) -> None:
-        self.images, self.augmentation, self.seed = images, augmentation, seed
-        self.batch_size = min(batch_size, len(images))
+    def __init__(self, *sets: Tensor, augmentation: Augmentation, batch_size: int, seed: int = 0) -> None:
+        self.sets, self.augmentation, self.seed = sets, augmentation, seed
+        self.share = min(batch_size // len(sets), *map(len, sets))
+        self.batch_size = self.share * len(sets)
+
+    @property
+    def images(self) -> Tensor:
+        """All images as stored, set after set."""
+        return self.sets[0] if len(self.sets) == 1 else torch.cat(self.sets)
+
+    def sources(self, sizes: Sequence[int]) -> Tensor:
+        """The number of the set of each of so many images of every set, set after set."""
+        return torch.arange(len(self.sets), device=self.sets[0].device).repeat_interleave(
+            torch.tensor(sizes, device=self.sets[0].device)
+        )
+
+    def drawn(self, step: int) -> list[Tensor]:
+        """Which images of each set are in the batch of `step`, counted from 0."""
+        return [self._drawn(number, len(images), step) for number, images in enumerate(self.sets)]
 
     def batch(self, step: int) -> Tensor:
-        """Float images `(batch_size, C, H, W)` in units of [0, 1]: those of `step`, counted from 0."""
-        random = generator("augment", self.seed, step)
-        images = as_float(self.images[self._drawn(step).to(self.images.device)])
-        if self.augmentation.shift:
-            images = shifted(images, random_offsets(len(images), self.augmentation.shift, random))
-        if self.augmentation.flip:
+        """Float images `(batch_size, C, H, W)` in units of [0, 1]: those of `step`."""
+        drawn = zip(self.sets, self.drawn(step), strict=True)
+        parts = [
+            self._augmented(as_float(images[chosen.to(images.device)]), number, step)
+            for number, (images, chosen) in enumerate(drawn)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _augmented(self, images: Tensor, number: int, step: int) -> Tensor:
+        random, change = generator("augment", *self._key(number, step)), self.augmentation
+        if change.shift:
+            images = shifted(images, random_offsets(len(images), change.shift, random))
+        if change.flip:
             images = flipped(images, torch.rand(len(images), generator=random) < 0.5)
-        if self.augmentation.mixup:
-            images = mixed(images, self._share(step), torch.randperm(len(images), generator=random))
+        if change.mixup:
+            images = mixed(images, self._blend(number, step), torch.randperm(len(images), generator=random))
+        if change.jitter:
+            images = jittered(images, change.jitter * (2 * torch.rand(len(images), 2, generator=random) - 1))
+        if change.cutout:
+            images = cut_out(images, change.cutout, torch.rand(len(images), 2, generator=random))
         return images
 
-    def _drawn(self, step: int) -> Tensor:
-        epoch, position = divmod(step, len(self.images) // self.batch_size)
-        order = torch.randperm(len(self.images), generator=generator("epoch", self.seed, epoch))
-        return order[position * self.batch_size : (position + 1) * self.batch_size]
+    def _drawn(self, number: int, images: int, step: int) -> Tensor:
+        epoch, position = divmod(step, images // self.share)
+        order = torch.randperm(images, generator=generator("epoch", *self._key(number, epoch)))
+        return order[position * self.share : (position + 1) * self.share]
 
-    def _share(self, step: int) -> float:
+    def _blend(self, number: int, step: int) -> float:
         alpha = self.augmentation.mixup
-        return float(np.random.default_rng(seed_of("mixup", self.seed, step)).beta(alpha, alpha))
+        return float(np.random.default_rng(seed_of("mixup", *self._key(number, step))).beta(alpha, alpha))
+
+    def _key(self, number: int, count: int) -> tuple[int, ...]:
+        return (self.seed, count, number) if number else (self.seed, count)
 
 
 def random_offsets(count: int, shift: int, random: torch.Generator) -> Tensor:
@@ -79,3 +127,28 @@ def flipped(images: Tensor, which: Tensor) -> Tensor:
 def mixed(images: Tensor, share: float, partners: Tensor) -> Tensor:
     """`share` of each image plus the rest of its partner (Zhang et al. 2018), inputs only."""
     return share * images + (1 - share) * images[partners.to(images.device)]
+
+
+def jittered(images: Tensor, changes: Tensor) -> Tensor:
+    """Images `(N, C, H, W)` in [0, 1], by `changes` `(N, 2)` brighter and of more contrast, kept in [0, 1]."""
+    brightness, contrast = changes.to(images.device)[:, :, None, None, None].unbind(1)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return ((images - mean) * (1 + contrast) + mean + brightness).clamp(0, 1)
+
+
+def cut_out(images: Tensor, share: float, centres: Tensor) -> Tensor:
+    """Images `(N, C, H, W)` with a square of `share` of the side set to their own mean (DeVries and Taylor 2017).
+
+    `centres` `(N, 2)` are its places in [0, 1], down and right; it may reach over the edge.
+    """
+    height, width = images.shape[2:]
+    centres = centres.to(images.device)
+    rows = _near(height, centres[:, 0], share)[:, None, :, None]
+    columns = _near(width, centres[:, 1], share)[:, None, None, :]
+    return torch.where(rows & columns, images.mean((1, 2, 3), keepdim=True), images)
+
+
+def _near(pixels: int, centre: Tensor, size: float) -> Tensor:
+    """Where a pixel `(N, pixels)` is within `size` / 2 of `centre`, in shares of the side."""
+    place = (torch.arange(pixels, device=centre.device) + 0.5) / pixels
+    return (place - centre[:, None]).abs() <= size / 2

@@ -26,6 +26,7 @@ from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import ImageSupply
 from dfcompress.training.loop import Trainer, Training
 from dfcompress.training.objectives import kd
+from dfcompress.training.teaching import Distillation
 
 FINETUNING = Training(
     steps=400,
@@ -98,7 +99,7 @@ def quantize(
     calibrate(student.to(target), (batch.to(target) for batch, _ in few))
     trained = None
     if training and training.steps:
-        trainer = Trainer(student, teacher, objectives, training, compute=compute, folder=run.folder)
+        trainer = Trainer(student, Distillation(teacher, objectives), training, compute=compute, folder=run.folder)
         trained = trainer.fit(images.images)
     freeze(student.network)
     return hand_back(run, student, teacher, images, trained=trained, eval_data=eval_data, device=compute.device)

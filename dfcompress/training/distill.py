@@ -24,6 +24,7 @@ from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import ImageSupply
 from dfcompress.training.loop import Trainer, Training
 from dfcompress.training.objectives import kd
+from dfcompress.training.teaching import Distillation
 
 DISTILLATION = Training(
     steps=6000,
@@ -88,7 +89,7 @@ def distill(
     if result := finished_before(run, pupil, teacher, eval_data=eval_data, device=compute.device):
         return result
     images = supply.gather(run.folder)
-    trainer = Trainer(pupil, teacher, objectives, training, compute=compute, folder=run.folder)
+    trainer = Trainer(pupil, Distillation(teacher, objectives), training, compute=compute, folder=run.folder)
     trained = trainer.fit(images.images)
     return hand_back(run, pupil, teacher, images, trained=trained, eval_data=eval_data, device=compute.device)
 

@@ -6,25 +6,44 @@ Nothing here sees a label: the teacher's answers are all there is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfcompress.errors import BadInput
+from dfcompress.models.stages import Stage
+
+OF_FEATURES = ("feature", "attention")
+NAMES = ("kd", "ce", "mse-logits", *OF_FEATURES)
+
+
+class Answer(NamedTuple):
+    """What a network says of a batch: logits `(N, classes)`, and features `(N, C, H, W)` of the stages asked for."""
+
+    logits: Tensor
+    features: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A named, weighted scalar of (student_logits, teacher_logits), each `(N, classes)`."""
+    """A named, weighted scalar of (the student's answer, the teacher's); `adapters` are parameters of its own."""
 
     name: str
-    value: Callable[[Tensor, Tensor], Tensor]
+    value: Callable[[Answer, Answer], Tensor]
     weight: float = 1.0
+    adapters: nn.Module = field(default_factory=nn.Module)
 
     def __rmul__(self, weight: float) -> Objective:
         return replace(self, weight=weight * self.weight)
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether it looks at more than logits."""
+        return self.name in OF_FEATURES
 
 
 def kd(temperature: float) -> Objective:
@@ -36,9 +55,79 @@ def kd(temperature: float) -> Objective:
     if not 0 < temperature < math.inf:
         raise BadInput(f"--temperature {temperature} is not positive.", "4 is usual.")
 
-    def value(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        student = (student_logits / temperature).log_softmax(1)
-        teacher = (teacher_logits / temperature).log_softmax(1)
-        return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
+    def value(student: Answer, teacher: Answer) -> Tensor:
+        own, given = ((answer.logits / temperature).log_softmax(1) for answer in (student, teacher))
+        return F.kl_div(own, given, log_target=True, reduction="batchmean") * temperature**2
 
     return Objective("kd", value)
+
+
+def ce() -> Objective:
+    """Cross-entropy with the teacher's best class, mean over the batch."""
+    return Objective("ce", lambda student, teacher: F.cross_entropy(student.logits, teacher.logits.argmax(1)))
+
+
+def mse_logits() -> Objective:
+    """Mean squared difference of the logits (Ba and Caruana 2014)."""
+    return Objective("mse-logits", lambda student, teacher: F.mse_loss(student.logits, teacher.logits))
+
+
+def feature(pairs: Sequence[tuple[Stage, Stage]]) -> Objective:
+    """Mean squared difference between the student's features, through 1×1 convolutions of their own, and the teacher's.
+
+    Mean over the stages (student's, teacher's) in `pairs` (after Romero et al. 2015, who take one and pretrain on it).
+    """
+    adapters = nn.ModuleList(nn.Conv2d(own.channels, given.channels, 1) for own, given in pairs)
+
+    def value(student: Answer, teacher: Answer) -> Tensor:
+        adapted = [adapter(features) for adapter, features in zip(adapters, student.features, strict=True)]
+        pairs = zip(adapted, teacher.features, strict=True)
+        return torch.stack([F.mse_loss(own.float(), given) for own, given in pairs]).mean()
+
+    return Objective("feature", value, adapters=adapters)
+
+
+def attention() -> Objective:
+    """Squared distance between normalised attention maps, mean over batch and stages (Zagoruyko and Komodakis 2017).
+
+    A stage's map is Σ_c A_c², flattened and divided by its L2 norm.
+    """
+
+    def attended(features: Tensor) -> Tensor:
+        return F.normalize(features.square().mean(1).flatten(1))
+
+    def value(student: Answer, teacher: Answer) -> Tensor:
+        pairs = zip(student.features, teacher.features, strict=True)
+        distances = [(attended(own) - attended(given)).square().sum(1).mean() for own, given in pairs]
+        return torch.stack(distances).mean()
+
+    return Objective("attention", value)
+
+
+def make_objectives(
+    weights: Mapping[str, float], *, temperature: float, pairs: Sequence[tuple[Stage, Stage]], seed: int
+) -> list[Objective]:
+    """The objectives of these names and weights; `pairs` are the stages that those of features compare.
+
+    Raises `BadInput` for a name or a weight that is none.
+    """
+    if not weights:
+        raise BadInput("There is no objective to train with.", f"Known: {', '.join(NAMES)}.")
+    made = []
+    for name, weight in weights.items():
+        if name not in NAMES:
+            raise BadInput(f"There is no objective {name!r}.", f"Known: {', '.join(NAMES)}.")
+        if not 0 < weight < math.inf:
+            raise BadInput(f"The weight {weight} of objective {name} is not positive.", "Leave the objective out.")
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(seed)
+            made.append(weight * _make(name, temperature, pairs))
+    return made
+
+
+def _make(name: str, temperature: float, pairs: Sequence[tuple[Stage, Stage]]) -> Objective:
+    if name == "kd":
+        return kd(temperature)
+    if name == "feature":
+        return feature(pairs)
+    return {"ce": ce, "mse-logits": mse_logits, "attention": attention}[name]()

@@ -11,6 +11,7 @@ from dfcompress.device import Compute
 from dfcompress.models.classifier import Classifier
 from dfcompress.training.loop import Trainer, Training
 from dfcompress.training.objectives import kd
+from dfcompress.training.teaching import Distillation
 
 
 class Pupil:
@@ -36,4 +37,5 @@ class Pupil:
     def learn(self, images: Tensor, *, lesson: int) -> None:
         """One lesson on stored images `(N, C, H, W)`, uint8 or float16 in units of [0, 1]."""
         compute = replace(self.compute, seed=self.compute.seed + lesson)
-        Trainer(self.student, self.teacher, [kd(self.temperature)], self.training, compute=compute).fit(images)
+        teaching = Distillation(self.teacher, [kd(self.temperature)])
+        Trainer(self.student, teaching, self.training, compute=compute).fit(images)

@@ -21,7 +21,8 @@ from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.training.loop import Trainer, Training, training_mode
-from dfcompress.training.objectives import kd
+from dfcompress.training.objectives import Answer, kd
+from dfcompress.training.teaching import Distillation
 
 CARD = ModelCard("tiny", 4, (1, 8, 8), (0.5,), (0.25,))
 EAGER = Compute("cpu", "fp32", "off")
@@ -40,7 +41,7 @@ def images(count=256):
 
 def fitted(training=TRAINING, compute=EAGER, folder=None):
     student = tiny(2)
-    trained = Trainer(student, tiny(1), [kd(2.0)], training, compute=compute, folder=folder).fit(images())
+    trained = Trainer(student, Distillation(tiny(1), [kd(2.0)]), training, compute=compute, folder=folder).fit(images())
     return student, trained
 
 
@@ -61,7 +62,7 @@ def test_one_step_equals_plain_sgd_by_hand():
     student, _ = fitted(Training(steps=1, lr=0.2, batch_size=256, momentum=0.9, weight_decay=0.0, warmup=0.0, clip=1e9))
     expected, teacher = tiny(2).train(), tiny(1).eval()
     shown = images().float() / 255
-    kd(2.0).value(expected(shown), teacher(shown).detach()).backward()
+    kd(2.0).value(Answer(expected(shown)), Answer(teacher(shown).detach())).backward()
     for got, wanted in zip(student.parameters(), expected.parameters(), strict=True):
         # Nesterov's first step is (1 + momentum) times the gradient.
         torch.testing.assert_close(got.detach(), wanted.detach() - 0.2 * 1.9 * wanted.grad, rtol=1e-4, atol=1e-6)
@@ -78,7 +79,7 @@ def test_frozen_batchnorm_keeps_its_statistics_but_trains_its_scale():
     student = tiny(2)
     before = copy.deepcopy(student.state_dict())
     training = replace(TRAINING, steps=3, freeze_batchnorm=True)
-    Trainer(student, tiny(1), [kd(2.0)], training, compute=EAGER).fit(images())
+    Trainer(student, Distillation(tiny(1), [kd(2.0)]), training, compute=EAGER).fit(images())
     after = student.state_dict()
     assert torch.equal(after["network.1.running_mean"], before["network.1.running_mean"])
     assert not torch.equal(after["network.1.weight"], before["network.1.weight"])
@@ -107,7 +108,7 @@ def test_weights_that_overflow_while_no_loss_does_are_reported():
     # A parameter that the forward pass never reads stands for one that the last step spoilt.
     student.register_parameter("unseen", nn.Parameter(torch.tensor([float("inf")])))
     with pytest.raises(DfcompressError, match=r"weights are not finite.*--train-lr"):
-        Trainer(student, tiny(1), [kd(2.0)], replace(TRAINING, steps=1), compute=EAGER).fit(images())
+        Trainer(student, Distillation(tiny(1), [kd(2.0)]), replace(TRAINING, steps=1), compute=EAGER).fit(images())
 
 
 def test_a_seed_may_be_large():
@@ -138,7 +139,7 @@ def test_dropout_depends_on_the_seed_and_not_on_what_ran_before():
         torch.rand(3)
         student = tiny(2)
         student.network.insert(3, nn.Dropout(0.5))
-        Trainer(student, tiny(1), [kd(2.0)], replace(TRAINING, steps=3), compute=EAGER).fit(images())
+        Trainer(student, Distillation(tiny(1), [kd(2.0)]), replace(TRAINING, steps=3), compute=EAGER).fit(images())
         return student.state_dict()
 
     first, second = trained(), trained()
