@@ -32,7 +32,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     Raises `BadInput` where it does not exist on this machine.
     """
     if name == "auto":
-        if not torch.cuda.is_available():
+        if not has_cuda():
             return torch.device("cpu")
         return torch.device("cuda" if peers().count == 1 else f"cuda:{peers().local_rank}")
     try:
@@ -46,6 +46,11 @@ def resolve_device(name: str = "auto") -> torch.device:
             f"--device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices.", "Use --device cpu."
         )
     return device
+
+
+def has_cuda() -> bool:
+    """Whether there is a CUDA device."""
+    return torch.cuda.is_available()
 
 
 def resolve_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> torch.dtype:

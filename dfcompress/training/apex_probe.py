@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from dfcompress.device import has_cuda, processor_name
+
 AGREEMENT = 1e-5
 BUILD = (
     "Build it from NVIDIA's repository with its C++ and CUDA extensions, in this environment "
@@ -59,7 +61,7 @@ def probe(disagreement: Callable[[torch.device], float]) -> Apex:
     if not any((Path(place) / "optimizers").is_dir() for place in places):
         found = f"the installed package apex ({spec.origin}) is not NVIDIA's"
         return Apex(State.WRONG_PACKAGE, found, f"Uninstall it: pip uninstall apex. {BUILD}")
-    if not torch.cuda.is_available():
+    if not has_cuda():
         return Apex(State.NO_GPU, "there is no CUDA device", "Use --optimizer-backend torch.")
     if importlib.util.find_spec("amp_C") is None:
         return Apex(State.PYTHON_ONLY, "apex was built without its CUDA extensions (no amp_C)", BUILD)
@@ -77,7 +79,7 @@ def _tried(disagreement: Callable[[torch.device], float]) -> Apex:
         difference = disagreement(torch.device("cuda"))
     except Exception as error:  # Whatever someone's build does wrong must not end a run that can do without it.
         if "no kernel image" in str(error):
-            name = torch.cuda.get_device_name() if torch.cuda.is_available() else "this GPU"
+            name = processor_name(torch.device("cuda"))
             remedy = "Build it again with TORCH_CUDA_ARCH_LIST naming this GPU's compute capability."
             return Apex(State.WRONG_ARCHITECTURE, f"apex was not built for {name}", remedy)
         return Apex(State.BROKEN, f"apex fails: {type(error).__name__}: {_first_line(error)}", BUILD)

@@ -41,8 +41,8 @@ class Training:
 
     `optimizer` is sgd (Nesterov, `momentum`), adam, adamw, lamb or novograd, computed by `backend`; `weight_decay` is
     for weights alone, not for biases and BatchNorm. The rate is warmed up linearly over `warmup` (a share of the
-    steps), then falls along a cosine to 0, or is multiplied by `gamma` at each of the `milestones` (shares of the steps)
-    of the `multistep` schedule. The gradient's norm is cut at `clip`, 0 leaves it. With `ema` the result is the
+    steps), then falls along a cosine to 0, or is multiplied by `gamma` at each of the `milestones` (shares of the
+    steps) of the `multistep` schedule. The gradient's norm is cut at `clip`, 0 leaves it. With `ema` the result is the
     exponential average of the weights of all steps with that decay. With `freeze_batchnorm` running statistics stay.
     """
 

@@ -63,7 +63,8 @@ class Lamb(Optimizer):
             torch._foreach_div_(updates, roots)
             if decay:
                 torch._foreach_add_(updates, weights, alpha=decay)
-                torch._foreach_mul_(updates, _trust_ratios(weights, updates))
+                ratios = _trust_ratios(weights, updates)
+                updates = tuple(update * ratio for update, ratio in zip(updates, ratios, strict=True))
             torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
@@ -118,7 +119,7 @@ def _state(optimizer: Optimizer, weight: Tensor, name: str) -> Tensor:
     return optimizer.state[weight].setdefault(name, torch.zeros_like(weight, memory_format=torch.preserve_format))
 
 
-def _trust_ratios(weights: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
+def _trust_ratios(weights: list[Tensor], updates: tuple[Tensor, ...]) -> list[Tensor]:
     """‖w‖ / ‖update‖, or 1 where either is 0."""
     pairs = zip(torch._foreach_norm(weights), torch._foreach_norm(updates), strict=True)
     return [torch.where((own > 0) & (other > 0), own / other, 1.0) for own, other in pairs]

@@ -105,8 +105,8 @@ def installed(tmp_path, monkeypatch):
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine that says it has a GPU; what would run on it runs on the CPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Stand-in 9000")
+    monkeypatch.setattr(apex_probe, "has_cuda", lambda: True)
+    monkeypatch.setattr(apex_probe, "processor_name", lambda device: "Stand-in 9000")
 
 
 NVIDIA = {"apex/__init__.py": "", "apex/optimizers/__init__.py": "", "amp_C.py": ""}
@@ -128,7 +128,7 @@ def test_the_web_toolkit_of_the_same_name_is_the_wrong_package_and_is_not_run(in
 
 
 def test_apex_without_a_gpu(installed, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(apex_probe, "has_cuda", lambda: False)
     installed(NVIDIA)
     assert probe(agrees).state is State.NO_GPU
 
