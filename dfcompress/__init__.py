@@ -29,6 +29,7 @@ _HOME = {
     "inspect": "evaluation.inspect",
     "invert": "synthesis.invert",
     "load": "models.checkpoint",
+    "merge": "training.merge",
     "quantize": "quantization.quantize",
     "record": "synthesis.record",
 }

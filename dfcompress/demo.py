@@ -11,6 +11,8 @@ from typing import Any
 
 from dfcompress import console
 from dfcompress.device import Compute
+from dfcompress.distributed import peers
+from dfcompress.errors import BadInput
 from dfcompress.evaluation.evaluate import evaluate
 from dfcompress.evaluation.inspect import Inspection, inspect
 from dfcompress.models.checkpoint import load
@@ -55,6 +57,8 @@ def demo(
 
     Raises `BadInput` where the folder cannot be used.
     """
+    if peers().count > 1:
+        raise BadInput("demo runs in one process.", "Start it without torchrun.")
     run = Run("demo", Path(output), asdict(compute), resume=resume, overwrite=overwrite)
     teacher = load(FILES)
     with run.timed("total"):

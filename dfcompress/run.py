@@ -29,6 +29,7 @@ class Run:
     `options` are the resolved options that the result depends on: a resumed run must have the same.
     `inputs` are paths the run reads, which overwriting must not delete.
     `earlier` are the measurements of a resumed run that was already finished.
+    Of several processes the leading one alone touches the folder.
     """
 
     def __init__(
@@ -41,15 +42,13 @@ class Run:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        if peers().count > 1 and verb != "invert":
-            raise BadInput(
-                f"{verb} runs in one process.", "Make the images with `invert` under torchrun, then use --data."
-            )
         self.verb, self.folder, self.options = verb, folder, json.loads(json.dumps(options, default=str))
         self.inputs = [Path(path) for path in inputs if path is not None]
         self.seconds: dict[str, float] = {}
         self.earlier: Mapping[str, Any] | None = None
-        self._open(resume=resume, overwrite=overwrite)
+        if peers().leads:
+            self._open(resume=resume, overwrite=overwrite)
+        self.earlier = peers().told(self.earlier)
         self._started = time.perf_counter()
 
     def _open(self, *, resume: bool, overwrite: bool) -> None:
@@ -131,6 +130,21 @@ class Run:
         }
         record = {"verb": self.verb, "options": self.options, "versions": versions, **values}
         write_json(self.folder / RECORD, record)
+
+
+@contextmanager
+def running(
+    verb: str,
+    folder: Path,
+    options: Mapping[str, Any],
+    *,
+    inputs: Sequence[str | Path | None] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Iterator[Run]:
+    """A `Run` in all processes of a job: the leading one opens the folder, and where one fails the others end too."""
+    with peers().at_work():
+        yield Run(verb, folder, options, inputs=inputs, resume=resume, overwrite=overwrite)
 
 
 class Clock:

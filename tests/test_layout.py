@@ -20,6 +20,7 @@ VERB_FILES = {
     "synthesis/invert.py",
     "synthesis/record.py",
     "training/distill.py",
+    "training/merge.py",
     "quantization/quantize.py",
     "evaluation/evaluate.py",
     "evaluation/inspect.py",
@@ -27,7 +28,7 @@ VERB_FILES = {
     "evaluation/result.py",
     "demo.py",
 }
-GROUND = {"run", "errors", "console", "device", "distributed", "randomness"}
+GROUND = {"run", "errors", "console", "device", "distributed", "randomness", "settings"}
 ENTRANCE = {"", "__main__", "cli", "commands"}
 
 

@@ -16,6 +16,7 @@ import click
 from dfcompress import console
 from dfcompress.commands import _config
 from dfcompress.errors import BadInput
+from dfcompress.settings import assignments
 from dfcompress.synthesis.recipes import recipe_names
 from dfcompress.synthesis.records import KINDS
 
@@ -59,10 +60,8 @@ def example(line: str) -> str:
     return f"Example:  {line}"
 
 
-def numbers(text: str | None, option: str, kind: type = float, separator: str = ",") -> tuple[Any, ...] | None:
+def numbers(text: str, option: str, kind: type = float, separator: str = ",") -> tuple[Any, ...]:
     """`0.49,0.48,0.45` → (0.49, 0.48, 0.45); raises `BadInput` naming the option."""
-    if text is None:
-        return None
     try:
         return tuple(kind(part) for part in text.split(separator))
     except ValueError:
@@ -85,9 +84,9 @@ def _load(
         model,
         arch=arch,
         match_by_order=match_by_order,
-        input_size=numbers(input_size, "--input-size", int, "x"),
-        mean=numbers(mean, "--mean"),
-        std=numbers(std, "--std"),
+        input_size=numbers(input_size, "--input-size", int, "x") if input_size else None,
+        mean=numbers(mean, "--mean") if mean else None,
+        std=numbers(std, "--std") if std else None,
         classes=class_names,
     )
 
@@ -121,11 +120,7 @@ def _synthesis(
 
     short = {"steps": steps, "lr": lr, "batch_size": batch_size}
     overrides: dict[str, Any] = {name: value for name, value in short.items() if value is not None}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise BadInput(f"--set {setting!r} has no '='.", "Write NAME=VALUE, for instance --set bn=10.")
-        overrides[name.strip()] = value.strip()
+    overrides |= assignments(settings, "--set")
     return Synthesis(
         recipe,
         preset,
@@ -276,15 +271,73 @@ reporting = together(
 
 
 def training(*, steps: int, lr: float, batch_size: int) -> Decorator:
-    """Options of the training loop, with a verb's own defaults, as fields of `Training` in a dict."""
+    """Options of the training loop, with a verb's own defaults, as changes of its `Training` in a dict."""
     return group(
         "training",
-        lambda train_steps, train_lr, train_batch_size: {
-            "steps": train_steps,
-            "lr": train_lr,
-            "batch_size": train_batch_size,
-        },
+        _training,
         click.option("--train-steps", type=click.IntRange(0), default=steps, show_default=True),
         click.option("--train-lr", type=float, default=lr, show_default=True),
         click.option("--train-batch-size", type=click.IntRange(1), default=batch_size, show_default=True),
+        click.option("--optimizer", help="sgd, adam, adamw, lamb or novograd; by default sgd."),
+        click.option("--optimizer-backend", help="auto, torch or apex; by default auto."),
+        click.option(
+            "--train-set",
+            "train_settings",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Change another setting of training.",
+        ),
     )
+
+
+def _training(
+    train_steps: int,
+    train_lr: float,
+    train_batch_size: int,
+    optimizer: str | None,
+    optimizer_backend: str | None,
+    train_settings: tuple[str, ...],
+) -> dict[str, Any]:
+    named = {"optimizer": optimizer, "backend": optimizer_backend}
+    return {
+        "steps": train_steps,
+        "lr": train_lr,
+        "batch_size": train_batch_size,
+        **{name: value for name, value in named.items() if value is not None},
+        **assignments(train_settings, "--train-set"),
+    }
+
+
+def _objectives(objective: tuple[str, ...]) -> dict[str, float]:
+    """`kd`, or `feature=0.1`: weights by name; without any, knowledge distillation alone."""
+    weights = {}
+    for text in objective or ("kd",):
+        name, _, weight = text.partition("=")
+        weights[name.strip()] = numbers(weight or "1", f"--objective {name}")[0]
+    return weights
+
+
+student = click.option(
+    "--student", help="Architecture of the student, fitted to the card; half is the teacher's with half the channels."
+)
+student_init = click.option("--student-init", type=PATH, metavar="CHECKPOINT", help="Weights the student starts from.")
+objectives = group(
+    "objectives",
+    _objectives,
+    click.option(
+        "--objective",
+        multiple=True,
+        metavar="NAME[=WEIGHT]",
+        help="What to minimise: kd, ce, mse-logits, feature, attention; by default kd.",
+    ),
+)
+temperature = click.option(
+    "--temperature", type=float, default=4.0, show_default=True, help="Softens both models' answers."
+)
+unseen = click.option(
+    "--unseen",
+    type=click.IntRange(0),
+    default=128,
+    show_default=True,
+    help="Images of another seed and recipe to make and ask about; 0 for none.",
+)

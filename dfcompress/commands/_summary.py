@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from dfcompress.synthesis.invert import SynthesisPlan
 
 
-def plan(planned: SynthesisPlan | None, *, as_json: bool, training: dict[str, Any] | None = None) -> None:
+def plan(*planned: SynthesisPlan, as_json: bool, training: dict[str, Any] | None = None) -> None:
     """What a dry run found: nothing was touched. Without `planned` the images are there already."""
     if as_json:
-        console.result_json({"synthesis": planned.to_json() if planned else None, "training": training})
+        plans = [each.to_json() for each in planned]
+        console.result_json({"synthesis": plans if len(plans) > 1 else next(iter(plans), None), "training": training})
         return
-    if planned:
-        _synthesis(planned)
+    for each in planned:
+        _synthesis(each)
     if training:
         console.result("training: " + " ".join(f"{name}={value}" for name, value in training.items()))
 
@@ -34,18 +35,24 @@ def _synthesis(planned: SynthesisPlan) -> None:
 
 
 def evaluation(measured: Evaluation) -> None:
-    """Counts and shares of every checkpoint."""
+    """Counts and shares of every checkpoint; which images, where they differ."""
+    which = ["images"] if any("images" in row for row in measured.results) else []
     rows = [
         [
             row["checkpoint"],
+            *(row[name] for name in which),
             f"{row['correct']}/{row['total']}",
             f"{row['top1']:.2%}",
             "" if row["top5"] is None else f"{row['top5']:.2%}",
-            f"{row['agreement']:.2%}",
+            "" if row["agreement"] is None else f"{row['agreement']:.2%}",
         ]
         for row in measured.results
     ]
-    console.table(["checkpoint", "correct", "top-1", "top-5", "agrees with first"], rows)
+    console.table(["checkpoint", *which, "correct", "top-1", "top-5", "agrees with first"], rows)
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
 
 
 def compressed(result: Compressed, *, as_json: bool) -> None:
@@ -54,7 +61,17 @@ def compressed(result: Compressed, *, as_json: bool) -> None:
         console.result_json(result.to_json())
         return
     seconds = ", ".join(f"{part} {value:.0f} s" for part, value in result.seconds.items())
-    console.result(f"{result.checkpoint}: {result.bytes:,} bytes, {result.bytes_ratio:.3f} of the given model in fp32")
-    console.result(f"agrees with the teacher on {result.agreement:.1%} of the synthetic images; {seconds}")
+    console.result(
+        f"{result.checkpoint}: {result.bytes:,} bytes, {result.bytes_ratio:.3f} of what was given in fp32; {seconds}"
+    )
+    several = len(result.teachers) > 1
+    columns = ["agrees with", "its images", "held out", "unseen"]
+    blocks = [f"taken for {number}" for number, _ in enumerate(result.teachers, 1)] if several else []
+    rows = [
+        [teacher["checkpoint"], *(_share(teacher[name]) for name in ("agreement", "held_out", "unseen"))]
+        + ([_share(share) for share in teacher["blocks"]] if several else [])
+        for teacher in result.teachers
+    ]
+    console.table(columns + blocks, rows)
     if result.evaluation:
         evaluation(result.evaluation)

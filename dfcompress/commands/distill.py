@@ -17,23 +17,29 @@ if TYPE_CHECKING:
 
 @click.command(epilog=_options.example("dfcompress distill resnet44.pt --student cifar_resnet20 -o student"))
 @_options.model
-@click.option("--student", required=True, help="Architecture of the student; stem and classes are fitted to the card.")
+@_options.student
+@_options.student_init
 @_options.data
 @_options.eval_data
 @_options.synthesis(images=2048)
 @_options.training(steps=6000, lr=0.1, batch_size=128)
-@click.option("--temperature", type=float, default=4.0, show_default=True, help="Softens both models' answers.")
+@_options.objectives
+@_options.temperature
+@_options.unseen
 @_options.output
 @_options.compute
 @_options.reporting
 def distill(
     model: Classifier,
-    student: str,
+    student: str | None,
+    student_init: Path | None,
     data: Path | None,
     eval_data: Path | None,
     synthesis: Synthesis,
     training: dict[str, Any],
+    objectives: dict[str, float],
     temperature: float,
+    unseen: int,
     compute: Compute,
     output: Path | None,
     resume: bool,
@@ -44,23 +50,26 @@ def distill(
     """Train a smaller student on images made from the model."""
     import dataclasses
 
+    from dfcompress.settings import changed
     from dfcompress.synthesis.invert import plan
     from dfcompress.training.distill import DISTILLATION, distill
 
-    settings = dataclasses.replace(DISTILLATION, **training)
+    settings = changed(DISTILLATION, training, "setting of training called")
     if dry_run:
-        _summary.plan(
-            None if data else plan(model, synthesis, compute), as_json=as_json, training=dataclasses.asdict(settings)
-        )
+        plans = [] if data else [plan(model, synthesis, compute)]
+        _summary.plan(*plans, as_json=as_json, training=dataclasses.asdict(settings))
         return
     result = distill(
         model,
         student=student,
+        student_init=student_init,
         data=data,
         output=output,
         synthesis=synthesis,
         training=settings,
+        objectives=objectives,
         temperature=temperature,
+        unseen=unseen,
         compute=compute,
         eval_data=eval_data,
         resume=resume,

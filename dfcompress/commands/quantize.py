@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @_options.eval_data
 @_options.synthesis(images=1024)
 @_options.training(steps=400, lr=0.01, batch_size=256)
-@click.option("--temperature", type=float, default=4.0, show_default=True, help="Softens both models' answers.")
+@_options.temperature
 @_options.output
 @_options.compute
 @_options.reporting
@@ -47,13 +47,13 @@ def quantize(
     import dataclasses
 
     from dfcompress.quantization.quantize import FINETUNING, quantize
+    from dfcompress.settings import changed
     from dfcompress.synthesis.invert import plan
 
-    settings = dataclasses.replace(FINETUNING, **training)
+    settings = changed(FINETUNING, training, "setting of training called")
     if dry_run:
-        _summary.plan(
-            None if data else plan(model, synthesis, compute), as_json=as_json, training=dataclasses.asdict(settings)
-        )
+        plans = [] if data else [plan(model, synthesis, compute)]
+        _summary.plan(*plans, as_json=as_json, training=dataclasses.asdict(settings))
         return
     result = quantize(
         model,

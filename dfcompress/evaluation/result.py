@@ -1,20 +1,31 @@
-"""What `distill`, `merge` and `quantize` hand back: a saved model, its size, its seconds, and its accuracy if asked."""
+"""What `distill`, `merge` and `quantize` hand back: a saved model, its size, its seconds, how far it follows its
+teachers, and its accuracy if asked.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dfcompress import console
+from dfcompress.data.real import fit
+from dfcompress.distributed import peers
 from dfcompress.evaluation.evaluate import Evaluation, evaluate
 from dfcompress.evaluation.metrics import answers
+from dfcompress.models.architectures import runs_code
 from dfcompress.models.checkpoint import load, save, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.weights import file_bytes
 from dfcompress.run import Run
-from dfcompress.synthesis.supply import TrainingImages
+from dfcompress.synthesis.supply import TrainingImages, in_batches
 from dfcompress.training.loop import PARTIAL, Trained
+
+Measure = Callable[[Classifier], Evaluation | None]
 
 
 @dataclass(frozen=True)
@@ -22,71 +33,151 @@ class Compressed:
     """A finished run.
 
     `checkpoint` is the folder that every command reads; `bytes` the size of its `model.safetensors`;
-    `bytes_ratio` that size against the given model's tensors in fp32; `agreement` the share of synthetic images on
-    which student and teacher answer the same; `evaluation` is there where `eval_data` was given.
+    `bytes_ratio` that size against the given models' tensors in fp32, all together; `agreement` the share of the images
+    trained on where student and teacher answer the same, the mean over the teachers. `teachers` has for each
+    `agreement`, the same on images `held_out` from that set and on `unseen` ones of another seed and recipe (None
+    where there are none), and `blocks`, the share of its held-out images that the student takes for each teacher's
+    classes (one teacher: None). `warnings` say where that looks wrong.
+    `evaluation` is there where real images were given.
     """
 
     output: str
     checkpoint: str
     bytes: int
     bytes_ratio: float
+    parameters: int
     seconds: dict[str, float]
     agreement: float
+    teachers: list[dict[str, Any]]
+    warnings: list[str]
     evaluation: Evaluation | None
 
     def to_json(self) -> dict[str, Any]:
         """The fields as `--json` prints them."""
         return {**asdict(self), "evaluation": self.evaluation.to_json() if self.evaluation else None}
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Compressed:
+        """The result that `to_json` gave."""
+        evaluation = values["evaluation"]
+        return cls(**{**values, "evaluation": Evaluation(evaluation["results"]) if evaluation else None})
 
-def finished_before(
-    run: Run, student: Classifier, teacher: Classifier, *, eval_data: str | Path | None, device: str
-) -> Compressed | None:
-    """The result of a resumed run that was already finished, evaluated anew where `eval_data` is given."""
+
+@dataclass(frozen=True)
+class Taught:
+    """A teacher, the images it taught with, and which of the student's classes each of its own is, `(classes,)`."""
+
+    teacher: Classifier
+    images: TrainingImages
+    outputs: Tensor
+
+
+def same_classes(teacher: Classifier, images: TrainingImages) -> Taught:
+    """A teacher whose classes are the student's."""
+    return Taught(teacher, images, torch.arange(teacher.card.classes))
+
+
+def measured_on(data: str | Path | None, teacher: Classifier, device: str) -> Measure:
+    """Counts teacher and student on real images, where there are some."""
+    return lambda saved: evaluate([teacher, saved], data=data, device=device) if data is not None else None
+
+
+def finished_before(run: Run, student: Classifier, measure: Measure) -> Compressed | None:
+    """The result of a resumed run that was already finished, evaluated anew where real images are given."""
     if run.earlier is None:
         return None
     console.notice(f"{run.folder} is already finished.")
-    earlier = {name: value for name, value in run.earlier.items() if name != "training"}
-    kept = Evaluation(earlier["evaluation"]["results"]) if earlier["evaluation"] else None
-    anew = evaluate([teacher, _load_saved(run, student)], data=eval_data, device=device) if eval_data else kept
-    return Compressed(**{**earlier, "evaluation": anew})
+    values = {name: value for name, value in run.earlier.items() if name != "training"}
+    if peers().leads and (anew := measure(_load_saved(run, student))):
+        values["evaluation"] = anew.to_json()
+    return Compressed.from_json(peers().told(values))
 
 
 def _load_saved(run: Run, student: Classifier) -> Classifier:
     # Naming the architecture again lets a factory of the user's run: it was named for this run.
     name = student.card.architecture
-    return load(run.folder, arch=name if ":" in name else None)
+    return load(run.folder, arch=name if runs_code(name) else None)
 
 
 def hand_back(
-    run: Run,
-    student: Classifier,
-    teacher: Classifier,
-    images: TrainingImages,
-    *,
-    trained: Trained | None,
-    eval_data: str | Path | None,
-    device: str,
+    run: Run, student: Classifier, taught: Sequence[Taught], *, trained: Trained | None, measure: Measure
 ) -> Compressed:
-    """Save `student` in the run's folder, measure what was saved beside the teacher, and close the run."""
+    """Save `student` in the run's folder, measure what was saved beside the teachers, and close the run."""
+    if not peers().leads:
+        return Compressed.from_json(peers().told())
     save(student, run.folder)
     saved = _load_saved(run, student)
-    seconds = trained.seconds if trained else 0.0
-    agreement = answers(saved, images.batches(256)).agreement(answers(teacher.to("cpu"), images.batches(256)))
+    teachers, warnings = _followed(saved, taught)
+    for warning in warnings:
+        console.notice(warning)
+    synthesis = sum(each.images.synthesis_seconds for each in taught)
+    training = trained.seconds if trained else 0.0
     size = file_bytes(run.folder)
     result = Compressed(
         output=str(run.folder),
         checkpoint=str(run.folder),
         bytes=size,
-        bytes_ratio=round(size / state_bytes(teacher.network), 4),
+        bytes_ratio=round(size / sum(state_bytes(each.teacher.network) for each in taught), 4),
+        parameters=sum(parameter.numel() for parameter in saved.network.parameters()),
         seconds={
-            "synthesis": round(images.synthesis_seconds, 2),
-            "training": round(seconds, 2),
-            "total": round(images.synthesis_seconds + seconds, 2),
+            "synthesis": round(synthesis, 2),
+            "training": round(training, 2),
+            "total": round(synthesis + training, 2),
         },
-        agreement=agreement,
-        evaluation=evaluate([teacher, saved], data=eval_data, device=device) if eval_data else None,
+        agreement=sum(teacher["agreement"] for teacher in teachers) / len(teachers),
+        teachers=teachers,
+        warnings=warnings,
+        evaluation=measure(saved),
     )
     run.finish({**result.to_json(), "training": asdict(trained) if trained else None})
     (run.folder / PARTIAL).unlink(missing_ok=True)
-    return result
+    return Compressed.from_json(peers().told(result.to_json()))
+
+
+def _followed(student: Classifier, taught: Sequence[Taught]) -> tuple[list[dict[str, Any]], list[str]]:
+    """How far the student follows each teacher, and what looks wrong."""
+    teachers, warnings = [], []
+    for each in taught:
+        each.teacher.to("cpu")
+        name = each.teacher.name
+        held_out = _answers(student, each, each.images.held_out)
+        agreement = _agreement(_answers(student, each, each.images.train)) or 0.0
+        unseen = _agreement(_answers(student, each, each.images.unseen))
+        blocks = [_share_in(held_out, other.outputs) for other in taught] if len(taught) > 1 else None
+        shares = {"agreement": agreement, "held_out": _agreement(held_out), "unseen": unseen}
+        teachers.append({"checkpoint": name, **shares, "blocks": blocks})
+        if held_out and (warning := _collapse(*held_out)):
+            warnings.append(f"{name}: {warning}")
+        if unseen is not None and unseen < agreement / 2:
+            warnings.append(
+                f"{name}: the student agrees on {agreement:.0%} of the images it learnt from and on {unseen:.0%} of "
+                "others: it needs more, or more varied, images."
+            )
+    return teachers, warnings
+
+
+def _answers(student: Classifier, taught: Taught, images: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The student's classes and the teacher's, as the student counts them; None without images."""
+    if not len(images):
+        return None
+    size = student.card.input_size
+    own = answers(student, ((fit(some, size), labels) for some, labels in in_batches(images)))
+    given = answers(taught.teacher, in_batches(images))
+    return own.classes[:, 0], taught.outputs[given.classes[:, 0]]
+
+
+def _agreement(both: tuple[Tensor, Tensor] | None) -> float | None:
+    return None if both is None else float((both[0] == both[1]).double().mean())
+
+
+def _share_in(both: tuple[Tensor, Tensor] | None, outputs: Tensor) -> float | None:
+    return None if both is None else float(torch.isin(both[0], outputs).double().mean())
+
+
+def _collapse(own: Tensor, given: Tensor) -> str | None:
+    """A student that gives up half of the classes has collapsed, whatever share of the images that is."""
+    known, answered = given.unique(), own.unique()
+    missing = known[~torch.isin(known, answered)].tolist()
+    if 2 * len(missing) < len(known):
+        return None
+    return f"the student has collapsed: it never answers {len(missing)} of the {len(known)} classes its teacher does."

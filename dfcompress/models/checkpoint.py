@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models import packing
-from dfcompress.models.architectures import SMALL_INPUT, Architecture, architectures, named, tensors_of
+from dfcompress.models.architectures import (
+    HALF,
+    SMALL_INPUT,
+    Architecture,
+    architectures,
+    named,
+    runs_code,
+    tensors_of,
+)
 from dfcompress.models.card import (
     CIFAR_MEAN,
     CIFAR_STD,
@@ -161,10 +169,12 @@ def _fit_of(architecture: Architecture, tensors: Mapping[str, Tensor], path: Pat
 
 def _fit_of_stated(name: str, tensors: Mapping[str, Tensor], path: Path) -> Recognised:
     """The architecture that a file states: ours by name, else timm's, else the one its tensors tell; never code."""
-    if ":" in name and not name.startswith("timm:"):
+    if runs_code(name):
         raise BadInput(
             f"{path} was made with --arch {name}.", "Give the same --arch again: code runs only when you name it."
         )
+    if name.startswith(HALF):
+        return _fit_of(named(name), tensors, path)
     if name in architectures() and (fit := fit_to(architectures()[name], tensors)):
         return fit
     timm_name = name.removeprefix("timm:")
@@ -218,9 +228,9 @@ def _fit_of_packed(arch: str | None, card: Mapping[str, Any], stored: StoredMode
     if classes not in {tensor.numel() for tensor in stored.tensors.values() if tensor.dim() == 1}:
         raise BadInput(f"{path} states {classes} classes, which no tensor has.", "The file is damaged; make it again.")
     name = card["architecture"]
-    if name in architectures() or name.startswith("timm:") or name == arch:
+    if name in architectures() or name.startswith(("timm:", HALF)) or name == arch:
         architecture = named(name)
-    elif ":" in name:
+    elif runs_code(name):
         raise BadInput(
             f"{path} was made with --arch {name}.", "Give the same --arch again: code runs only when you name it."
         )

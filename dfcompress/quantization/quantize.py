@@ -14,16 +14,16 @@ from pathlib import Path
 from dfcompress.data.pool import Augmentation
 from dfcompress.data.real import open_images
 from dfcompress.device import Compute, resolve_device
-from dfcompress.evaluation.result import Compressed, finished_before, hand_back
+from dfcompress.evaluation.result import Compressed, finished_before, hand_back, measured_on, same_classes
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, quantize_layers
 from dfcompress.quantization.bits import bits_per_layer, parse_bits
 from dfcompress.quantization.ranges import calibrate
-from dfcompress.run import Run
+from dfcompress.run import running
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.supply import ImageSupply
+from dfcompress.synthesis.supply import ImageSupply, in_batches
 from dfcompress.training.loop import Trainer, Training
 from dfcompress.training.objectives import kd
 from dfcompress.training.teaching import Distillation
@@ -83,23 +83,19 @@ def quantize(
     }
     if eval_data is not None:
         open_images(eval_data, teacher.card)  # A wrong path should not cost an hour of work.
-    run = Run(
-        "quantize",
-        Path(output or f"{teacher.name}-quantize"),
-        options,
-        inputs=[teacher.path, data, eval_data, *supply.inputs],
-        resume=resume,
-        overwrite=overwrite,
-    )
-    if result := finished_before(run, student, teacher, eval_data=eval_data, device=compute.device):
-        return result
-    images = supply.gather(run.folder)
-    target = resolve_device(compute.device)
-    few = islice(images.batches(256), CALIBRATION_IMAGES // 256)
-    calibrate(student.to(target), (batch.to(target) for batch, _ in few))
-    trained = None
-    if training and training.steps:
-        trainer = Trainer(student, Distillation(teacher, objectives), training, compute=compute, folder=run.folder)
-        trained = trainer.fit(images.images)
-    freeze(student.network)
-    return hand_back(run, student, teacher, images, trained=trained, eval_data=eval_data, device=compute.device)
+    measure = measured_on(eval_data, teacher, compute.device)
+    folder = Path(output or f"{teacher.name}-quantize")
+    inputs = [teacher.path, data, eval_data, *supply.inputs]
+    with running("quantize", folder, options, inputs=inputs, resume=resume, overwrite=overwrite) as run:
+        if result := finished_before(run, student, measure):
+            return result
+        images = supply.gather(run.folder)
+        target = resolve_device(compute.device)
+        few = islice(in_batches(images.train), CALIBRATION_IMAGES // 256)
+        calibrate(student.to(target), (batch.to(target) for batch, _ in few))
+        trained = None
+        if training and training.steps:
+            teaching = Distillation(teacher, objectives)
+            trained = Trainer(student, teaching, training, compute=compute, folder=run.folder).fit(images.train)
+        freeze(student.network)
+        return hand_back(run, student, [same_classes(teacher, images)], trained=trained, measure=measure)

@@ -18,11 +18,11 @@ from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute, Execution, peak_memory_bytes, predicted_seconds, resolve_execution
 from dfcompress.distributed import peers
 from dfcompress.evaluation.metrics import bn_divergence, share_correct
-from dfcompress.models.architectures import fit_student
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.statistics import why_no_statistics
-from dfcompress.run import Run
+from dfcompress.models.student import make_student
+from dfcompress.run import running
 from dfcompress.synthesis.job import Job, resolve
 from dfcompress.synthesis.making import macs_of, make_set, seconds_of, warnings_of
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
@@ -85,16 +85,14 @@ def invert(
         "student": student,
     }
     folder = Path(output or f"{teacher.name}-invert")
-    everyone = peers()
-    with everyone.at_work():
-        if everyone.leads:
-            run = Run("invert", folder, options, inputs=[teacher.path, *job.inputs], resume=resume, overwrite=overwrite)
-        everyone.meet()
+    inputs = [teacher.path, *job.inputs]
+    with running("invert", folder, options, inputs=inputs, resume=resume, overwrite=overwrite) as run:
         synthetic = make_set(job, folder, compute, learner=pupil)
-        if everyone.leads:
-            result = _measured(job, synthetic, others)
-            run.finish(result.to_json())
-        return Inversion(**everyone.told(result.to_json() if everyone.leads else None))
+        result = None
+        if peers().leads:
+            result = _measured(job, synthetic, others).to_json()
+            run.finish(result)
+        return Inversion(**peers().told(result))
 
 
 def _measured(job: Job, synthetic: SyntheticSet, others: Sequence[Classifier]) -> Inversion:
@@ -136,7 +134,7 @@ def learner(teacher: Classifier, recipe: Recipe, student: str | None, compute: C
     """
     if recipe.lessons is None:
         return None
-    own, _ = fit_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
+    own, _ = make_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
     lessons = recipe.lessons
     return Pupil(own, teacher, steps=lessons.steps, lr=lessons.lr, batch_size=lessons.batch_size, compute=compute)
 

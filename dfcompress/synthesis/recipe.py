@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
@@ -16,6 +15,7 @@ from dfcompress import console
 from dfcompress.data.views import View
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
+from dfcompress.settings import converted, unknown
 from dfcompress.synthesis import recipes
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.labels import BALANCED
@@ -157,14 +157,14 @@ def choose(
         fits = getattr(module, "default_preset", None)
         preset = fits(card, record) if fits and card else next(iter(module.PRESETS))
     if preset not in module.PRESETS:
-        raise _unknown("preset", preset, list(module.PRESETS))
+        raise unknown("preset", preset, list(module.PRESETS))
     function = getattr(module, module.__name__.rpartition(".")[2])
     defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
     settings = defaults | module.PRESETS[preset]
     for key, value in (overrides or {}).items():
         if key not in defaults:
-            raise _unknown(f"recipe setting of {name} called", key, list(defaults))
-        settings[key] = _converted(key, value, defaults[key])
+            raise unknown(f"recipe setting of {name} called", key, list(defaults))
+        settings[key] = converted(key, value, defaults[key])
     if record and "pooled" in settings:
         settings["pooled"] = record.pooled
     console.notice(f"Recipe {name}, preset {preset}.", level=console.VERBOSE)
@@ -211,26 +211,5 @@ def choose_recipe(synthesis: Synthesis, card: ModelCard, record: Description | N
 
 def _module(name: str) -> ModuleType:
     if name not in recipe_names():
-        raise _unknown("recipe", name, recipe_names())
+        raise unknown("recipe", name, recipe_names())
     return importlib.import_module(f"{recipes.__name__}.{name.replace('-', '_')}")
-
-
-def _unknown(what: str, name: str, known: list[str]) -> BadInput:
-    close = difflib.get_close_matches(name, known, 1)
-    remedy = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
-    return BadInput(f"There is no {what} {name!r}.", remedy)
-
-
-def _converted(name: str, value: Any, default: Any) -> Any:
-    kind = type(default)
-    try:
-        if kind is bool and isinstance(value, str):
-            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-        converted = kind(value)
-    except (KeyError, ValueError, TypeError):
-        raise BadInput(
-            f"{name} = {value!r} is not a value of type {kind.__name__}.", f"Its default is {default!r}."
-        ) from None
-    if isinstance(converted, int | float) and (converted < 0 or not math.isfinite(converted)):
-        raise BadInput(f"{name} = {value!r} is negative or not finite.", "Use a number from 0 up.")
-    return converted

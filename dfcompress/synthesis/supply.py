@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,22 @@ from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import SyntheticSet, as_float, as_stored
 from dfcompress.device import Compute
 from dfcompress.models.classifier import Classifier
-from dfcompress.synthesis.job import resolve
+from dfcompress.models.statistics import why_no_statistics
+from dfcompress.randomness import generator
+from dfcompress.synthesis.job import Job, resolve
 from dfcompress.synthesis.making import Learner, make_set, seconds_of
 from dfcompress.synthesis.recipe import Recipe, Synthesis
+
+HELD_OUT_SHARE = 1 / 16
+UNSEEN_RECIPES = ("bns", "deepinversion")
 
 
 class ImageSupply:
     """Where a verb's training images come from: checked when made, gathered once the run has a folder.
 
     `data` is a synthetic set or real images; None means that a set is made in `<folder>/synthetic`, or finished there.
+    `unseen` more images are made in `<folder>/unseen`, of another seed and recipe, to ask about and never to train on;
+    none where the teacher's statistics are not known.
     `learner` makes the student that a recipe's images compete with, None for recipes that need none.
     Raises `BadInput` where the data cannot be used, or nothing can be made from this teacher.
     """
@@ -34,6 +41,7 @@ class ImageSupply:
         synthesis: Synthesis,
         compute: Compute,
         *,
+        unseen: int = 0,
         learner: Callable[[Recipe], Learner | None] = lambda recipe: None,
     ) -> None:
         self.compute, self.learner = compute, learner
@@ -42,6 +50,16 @@ class ImageSupply:
             self.job = resolve(teacher, synthesis)
         elif isinstance(self.source, SyntheticSet):
             self.source.require_complete()
+        self.unseen = self._unseen(teacher, unseen)
+
+    def _unseen(self, teacher: Classifier, images: int) -> Job | None:
+        """The job of the images that are only asked about."""
+        informed = teacher if self.source else self.job.teacher
+        if not images or why_no_statistics(informed.network):
+            return None
+        trained_on = None if self.source else self.job.choice.name
+        recipe = next(name for name in UNSEEN_RECIPES if name != trained_on)
+        return resolve(informed, Synthesis(recipe, images=images, records=None))
 
     @property
     def inputs(self) -> list[Path]:
@@ -53,32 +71,46 @@ class ImageSupply:
         return None if self.source else self.job.origin()
 
     def __len__(self) -> int:
-        return self.job.synthesis.images if self.source is None else len(self.source)
+        """How many images there are to train on."""
+        images = self.job.synthesis.images if self.source is None else len(self.source)
+        return images - _held_out(images)
 
     def gather(self, folder: Path) -> TrainingImages:
-        """All images and labels as they are stored."""
+        """All images as they are stored; one in sixteen is held out."""
+        seconds = 0.0
         if self.source is None:
             made = make_set(self.job, folder / "synthetic", self.compute, learner=self.learner(self.job.recipe()))
-            return TrainingImages(made.images, made.labels, seconds_of(made))
-        if isinstance(self.source, SyntheticSet):
-            return TrainingImages(self.source.images, self.source.labels, 0.0)
-        batches = [(as_stored(images, in_range=True), labels) for images, labels in self.source.batches(256)]
-        images, labels = zip(*batches, strict=True)
-        return TrainingImages(torch.cat(images), torch.cat(labels), 0.0)
+            images, seconds = made.images, seconds_of(made)
+        elif isinstance(self.source, SyntheticSet):
+            images = self.source.images
+        else:
+            images = torch.cat([as_stored(some, in_range=True) for some, _ in self.source.batches(256)])
+        unseen = images[:0]
+        if self.unseen:
+            other = make_set(self.unseen, folder / "unseen", replace(self.compute, seed=self.compute.seed + 1))
+            unseen, seconds = other.images, seconds + seconds_of(other)
+        order = torch.randperm(len(images), generator=generator("held-out", self.compute.seed))
+        train, held_out = order[_held_out(len(images)) :].sort().values, order[: _held_out(len(images))]
+        return TrainingImages(images[train], images[held_out], unseen, seconds)
+
+
+def _held_out(images: int) -> int:
+    return int(images * HELD_OUT_SHARE)
 
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Images `(N, C, H, W)` as stored (uint8, or float16 in units of [0, 1]), and labels `(N,)`."""
+    """Images `(N, C, H, W)` as stored (uint8, or float16 in units of [0, 1]): to train on, held out from the same set,
+    and of another seed and recipe (none of those where there are no images); the seconds they took to make.
+    """
 
-    images: Tensor
-    labels: Tensor
+    train: Tensor
+    held_out: Tensor
+    unseen: Tensor
     synthesis_seconds: float
 
-    def __len__(self) -> int:
-        return len(self.images)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Float images in units of [0, 1] and their labels, in order."""
-        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
-            yield as_float(images), labels
+def in_batches(images: Tensor, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    """Stored images as float batches `(B, C, H, W)` in units of [0, 1], each with labels that say nothing."""
+    for some in images.split(batch_size):
+        yield as_float(some), torch.zeros(len(some), dtype=torch.long)

@@ -1,11 +1,13 @@
 """`distill`: a checkpoint in, a smaller student out.
 
 dfcompress.distill("resnet44.pt", student="cifar_resnet20")
+dfcompress.distill("resnet44.pt", student="half", objectives={"kd": 1.0, "attention": 100.0})
 dfcompress.distill("resnet44.pt", student="cifar_resnet20", data="images", training=Training(steps=500))
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,16 +16,17 @@ from dfcompress.data.pool import Augmentation
 from dfcompress.data.real import open_images
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput
-from dfcompress.evaluation.result import Compressed, finished_before, hand_back
-from dfcompress.models.architectures import fit_student
+from dfcompress.evaluation.result import Compressed, finished_before, hand_back, measured_on, same_classes
 from dfcompress.models.checkpoint import as_classifier, state_bytes
 from dfcompress.models.classifier import Classifier
-from dfcompress.run import Run
+from dfcompress.models.stages import shared_stages
+from dfcompress.models.student import make_student
+from dfcompress.run import running
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import ImageSupply
 from dfcompress.training.loop import Trainer, Training
-from dfcompress.training.objectives import kd
+from dfcompress.training.objectives import OF_FEATURES, make_objectives
 from dfcompress.training.teaching import Distillation
 
 DISTILLATION = Training(
@@ -33,65 +36,79 @@ DISTILLATION = Training(
     weight_decay=5e-4,
     augmentation=Augmentation(shift=4, flip=True, mixup=1.0),
 )
+KD: Mapping[str, float] = {"kd": 1.0}
+UNSEEN = 128
 
 
 def distill(
     checkpoint: str | Path | Classifier,
     *,
-    student: str,
+    student: str | None = None,
+    student_init: str | Path | Classifier | None = None,
     data: str | Path | None = None,
     output: str | Path | None = None,
     synthesis: Synthesis = Synthesis(images=2048),
     training: Training = DISTILLATION,
+    objectives: Mapping[str, float] = KD,
     temperature: float = 4.0,
+    unseen: int = UNSEEN,
     compute: Compute = Compute(),
     eval_data: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> Compressed:
-    """Train a student to answer as the teacher does (Hinton 2015), on images made from the teacher alone.
+    """Train a student to answer as the teacher does, on images made from the teacher alone.
 
-    `student` names an architecture; its stem and classes are fitted to the teacher's card.
+    `student` names an architecture, whose stem and classes are fitted to the teacher's card, or is `half`: the
+    teacher's own with half the channels. `student_init` is a checkpoint that it starts from (its own architecture,
+    where no `student` is named). `objectives` are weights of kd (Hinton 2015), ce, mse-logits, feature and attention.
     `data` is a synthetic set, or real images; without it a set is made first and kept in `<output>/synthetic`.
+    `unseen` images of another seed and recipe are made to ask both about; they are never trained on.
     The folder `output` (default: `<checkpoint>-distill`) holds the student (`model.safetensors`, `config.json`),
     `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
     Raises `BadInput` where the model, the student or the data cannot be used.
     """
     teacher = as_classifier(checkpoint)
-    pupil, fitted = fit_student(student, teacher.card, seed=compute.seed)
-    objectives = [kd(temperature)]
+    pupil, fitted = make_student(student, teacher.card, init=student_init, seed=compute.seed)
+    pairs = shared_stages(pupil, teacher) if any(name in OF_FEATURES for name in objectives) else []
+    terms = make_objectives(objectives, temperature=temperature, pairs=pairs, seed=compute.seed)
+    architecture = pupil.card.architecture
     supply = ImageSupply(
-        teacher, data, synthesis, compute, learner=lambda recipe: learner(teacher, recipe, student, compute)
+        teacher,
+        data,
+        synthesis,
+        compute,
+        unseen=unseen,
+        learner=lambda recipe: learner(teacher, recipe, architecture, compute),
     )
     if min(len(supply), training.batch_size) < 2:
         raise BadInput("Batches of one image cannot train BatchNorm.", "Use more --images or --train-batch-size.")
     _warn_if_larger(pupil, teacher)
     if eval_data is not None:
         open_images(eval_data, teacher.card)  # A wrong path should not cost an hour of work.
+    measure = measured_on(eval_data, teacher, compute.device)
     options = {
         "teacher": teacher.identity(),
-        "student": student,
+        "student": architecture,
+        "student_init": pupil.sha256,
+        "objectives": dict(objectives),
         "temperature": temperature,
         "data": data,
+        "unseen": unseen,
         "synthesis": supply.origin(),
         "training": asdict(training),
         **asdict(compute),
     }
-    run = Run(
-        "distill",
-        Path(output or f"{teacher.name}-distill"),
-        options,
-        inputs=[teacher.path, data, eval_data, *supply.inputs],
-        resume=resume,
-        overwrite=overwrite,
-    )
-    console.notice(fitted)
-    if result := finished_before(run, pupil, teacher, eval_data=eval_data, device=compute.device):
-        return result
-    images = supply.gather(run.folder)
-    trainer = Trainer(pupil, Distillation(teacher, objectives), training, compute=compute, folder=run.folder)
-    trained = trainer.fit(images.images)
-    return hand_back(run, pupil, teacher, images, trained=trained, eval_data=eval_data, device=compute.device)
+    folder = Path(output or f"{teacher.name}-distill")
+    inputs = [teacher.path, pupil.path, data, eval_data, *supply.inputs]
+    with running("distill", folder, options, inputs=inputs, resume=resume, overwrite=overwrite) as run:
+        console.notice(fitted)
+        if result := finished_before(run, pupil, measure):
+            return result
+        images = supply.gather(run.folder)
+        teaching = Distillation(teacher, terms)
+        trained = Trainer(pupil, teaching, training, compute=compute, folder=run.folder).fit(images.train)
+        return hand_back(run, pupil, [same_classes(teacher, images)], trained=trained, measure=measure)
 
 
 def _warn_if_larger(pupil: Classifier, teacher: Classifier) -> None:

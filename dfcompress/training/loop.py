@@ -171,7 +171,6 @@ class Trainer:
         layout = torch.contiguous_format if execution.precision == "fp32" else torch.channels_last
         self.student.to(target).to(memory_format=layout)
         self.teaching.own.to(target)
-        self.teaching.weights = self.teaching.weights.to(target)
         for teacher in self.teaching.teachers:
             teacher.to(target).frozen()
 

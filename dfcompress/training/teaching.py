@@ -15,15 +15,18 @@ from dfcompress.training.objectives import Answer, Objective
 
 
 class Teaching(Protocol):
-    """`names` and `weights` `(values,)` belong to what `compare` gives; `own` holds parameters that train beside the
-    student's and buffers that must survive a resume. What `teach` gives may be kept for later where `repeatable`.
+    """`names` are those of the values that `compare` gives; `own` holds parameters that train beside the student's, and
+    buffers that must survive a resume. What `teach` gives may be kept for later where `repeatable`.
     """
 
     teachers: Sequence[Classifier]
     names: Sequence[str]
-    weights: Tensor
     own: nn.Module
     repeatable: bool
+
+    @property
+    def weights(self) -> Tensor:
+        """What each value counts in the loss, `(values,)`."""
 
     @contextmanager
     def listening(self, student: Classifier) -> Iterator[None]:
@@ -48,10 +51,15 @@ class Distillation:
         self.teachers: Sequence[Classifier] = [teacher]
         self.objectives = list(objectives)
         self.names: Sequence[str] = [objective.name for objective in objectives]
-        self.weights = torch.tensor([objective.weight for objective in objectives])
         self.own: nn.Module = nn.ModuleList(objective.adapters for objective in objectives)
+        self.own.register_buffer("weights", torch.tensor([objective.weight for objective in objectives]))
         self.repeatable = not any(objective.needs_features for objective in objectives)
         self._heard: tuple[StageOutputs, StageOutputs] | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        """The objectives' own."""
+        return self.own.get_buffer("weights")
 
     @contextmanager
     def listening(self, student: Classifier) -> Iterator[None]:

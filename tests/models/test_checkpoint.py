@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from dfcompress.errors import BadInput
-from dfcompress.models.architectures import find, fit_student
+from dfcompress.models.architectures import find
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save, state_bytes, write_sidecar
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized, quantizable_layers, quantize_layers
+from dfcompress.models.student import make_student
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -317,7 +318,7 @@ CARD = ModelCard("cifar_resnet44", 7, (3, 32, 32), *CIFAR)
     ],
 )
 def test_a_student_fits_the_teachers_card(name, taken):
-    student, what = fit_student(name, CARD, seed=0)
+    student, what = make_student(name, CARD, seed=0)
     assert student(torch.rand(2, 3, 32, 32)).shape == (2, 7)
     assert (student.card.architecture, student.card.classes, student.card.mean) == (taken, 7, CIFAR[0])
     assert taken in what
@@ -325,7 +326,7 @@ def test_a_student_fits_the_teachers_card(name, taken):
 
 
 def test_a_students_first_weights_depend_on_the_seed_alone():
-    weights = [fit_student("cifar_resnet20", CARD, seed=seed)[0].network.conv1.weight for seed in (1, 1, 2)]
+    weights = [make_student("cifar_resnet20", CARD, seed=seed)[0].network.conv1.weight for seed in (1, 1, 2)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
@@ -334,11 +335,11 @@ def test_making_a_student_leaves_the_callers_randomness_alone():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    fit_student("cifar_resnet20", CARD, seed=1)
+    make_student("cifar_resnet20", CARD, seed=1)
     assert torch.equal(torch.rand(1), expected)
 
 
 @pytest.mark.parametrize(("name", "message"), [("alexnet", "cannot take images of 3x32x32"), ("resnet19", "resnet18")])
 def test_a_student_that_does_not_fit_is_refused(name, message):
     with pytest.raises(BadInput, match=message):
-        fit_student(name, CARD, seed=0)
+        make_student(name, CARD, seed=0)

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dfcompress.errors import BadInput
-from dfcompress.models.card import ModelCard
-from dfcompress.models.classifier import Classifier, why_not_run
+from dfcompress.models.width import halved
 
 SMALL_INPUT = 64
+HALF = "half:"
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,15 @@ def find(name: str) -> Architecture:
 
 
 def named(spec: str) -> Architecture:
-    """The architecture that `--arch` names: NAME, timm:NAME, file.py:factory or package.module:factory.
+    """The architecture that `--arch` names: NAME, timm:NAME, file.py:factory, package.module:factory, or half:... of
+    these with half the channels.
 
     Code runs only because the user named it; a factory is called without arguments.
     Raises `BadInput` where there is no such thing.
     """
+    if spec.startswith(HALF):
+        whole = named(spec.removeprefix(HALF))
+        return replace(whole, name=spec, make=partial(_make_half, whole), tensors=None, namings=(Naming(),))
     place, colon, name = spec.rpartition(":")
     if not colon:
         return find(name)
@@ -138,6 +142,17 @@ def named(spec: str) -> Architecture:
     if not callable(factory):
         raise BadInput(f"--arch {spec}: {place} has no function {name!r}.", "Name a function that returns the network.")
     return Architecture(spec, partial(_make_foreign, factory, spec), size=None, foreign=True)
+
+
+def runs_code(spec: str) -> bool:
+    """Whether an architecture's name is one of code that only the user may name."""
+    while spec.startswith(HALF):
+        spec = spec.removeprefix(HALF)
+    return ":" in spec and not spec.startswith("timm:")
+
+
+def _make_half(whole: Architecture, classes: int, channels: int) -> nn.Module:
+    return halved(whole.make(classes, channels))
 
 
 def _make_foreign(factory: Callable[[], object], spec: str, classes: int, channels: int) -> nn.Module:
@@ -185,26 +200,3 @@ def _module_at(place: str) -> ModuleType:
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module
-
-
-def fit_student(name: str, card: ModelCard, *, seed: int) -> tuple[Classifier, str]:
-    """A fresh student for a teacher's card, and a sentence on what was taken.
-
-    Classes, input and normalisation are the teacher's; `seed` decides the first weights.
-    At inputs of up to 64 pixels `resnet18` means its CIFAR form `cifar_resnet18`, and likewise for every name that has
-    one. Raises `BadInput` for unknown names and inputs that the network cannot take.
-    """
-    channels, height, width = card.input_size
-    small = f"cifar_{name}"
-    taken = small if max(height, width) <= SMALL_INPUT and small in architectures() else name
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        network = named(taken).make(card.classes, channels)
-    student = Classifier(network, replace(card, architecture=taken, origin={**card.origin, "architecture": "given"}))
-    if why := why_not_run(student):
-        raise BadInput(f"--student {taken} does not fit the teacher: {why}.", "Name another --student.")
-    stem = f", the form of {name} for small images (3x3 stem, no max-pool)" if taken != name else ""
-    size = f"{channels}x{height}x{width}"
-    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    sentence = f"Student: {taken}{stem}, {card.classes} classes, input {size}, {millions:.2f} M parameters."
-    return student, sentence

@@ -20,14 +20,14 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.padding = stride, (channels - channels_in) // 2
+        self.stride = stride
 
     def forward(self, features: Tensor) -> Tensor:
         """Features `(N, channels, H / stride, W / stride)`."""
         residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(features)))))
         shortcut = features[:, :, :: self.stride, :: self.stride]
-        if self.padding:
-            shortcut = F.pad(shortcut, (0, 0, 0, 0, self.padding, self.padding))
+        if missing := residual.shape[1] - shortcut.shape[1]:
+            shortcut = F.pad(shortcut, (0, 0, 0, 0, missing // 2, missing - missing // 2))
         return F.relu(residual + shortcut)
 
 

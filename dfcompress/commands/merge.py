@@ -1,0 +1,80 @@
+"""`dfcompress merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dfcompress.commands import _options, _summary
+
+if TYPE_CHECKING:
+    from dfcompress.device import Compute
+    from dfcompress.models.classifier import Classifier
+    from dfcompress.synthesis.recipe import Synthesis
+
+
+@click.command(epilog=_options.example("dfcompress merge t1.pt t2.pt --student resnet18 -o merged"))
+@_options.models
+@click.option("--student", required=True, help="Architecture of the student, fitted to all classes and images.")
+@click.option("--method", default="blocks", show_default=True, help="blocks (ours) or paper (Shapira and Sidi 2020).")
+@click.option("--class-map", type=_options.PATH, help="JSON file: a list of class names for each teacher.")
+@click.option("--data", multiple=True, type=_options.PATH, help="Images of a teacher; give it for each, in order.")
+@click.option(
+    "--eval-data", multiple=True, type=_options.PATH, help="Real images to report on: one source, or one a teacher."
+)
+@_options.synthesis(images=1024)
+@_options.training(steps=4000, lr=0.05, batch_size=128)
+@_options.temperature
+@_options.unseen
+@_options.output
+@_options.compute
+@_options.reporting
+def merge(
+    models: list[Classifier],
+    student: str,
+    method: str,
+    class_map: Path | None,
+    data: tuple[Path, ...],
+    eval_data: tuple[Path, ...],
+    synthesis: Synthesis,
+    training: dict[str, Any],
+    temperature: float,
+    unseen: int,
+    compute: Compute,
+    output: Path | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train one student that knows the classes of several models, on images made from each."""
+    import dataclasses
+
+    from dfcompress.settings import changed
+    from dfcompress.synthesis.invert import plan
+    from dfcompress.training.merge import MERGING, merge
+
+    settings = changed(MERGING, training, "setting of training called")
+    if dry_run:
+        plans = [] if data else [plan(model, synthesis, compute) for model in models]
+        _summary.plan(*plans, as_json=as_json, training=dataclasses.asdict(settings))
+        return
+    result = merge(
+        models,
+        student=student,
+        method=method,  # type: ignore[arg-type]
+        class_map=class_map,
+        data=data,
+        output=output,
+        synthesis=synthesis,
+        training=settings,
+        temperature=temperature,
+        unseen=unseen,
+        compute=compute,
+        eval_data=eval_data,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    _summary.compressed(result, as_json=as_json)

@@ -1,0 +1,69 @@
+"""The student: a network for the classes and images of a teacher's card, new or from a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dfcompress.errors import BadInput
+from dfcompress.models.architectures import HALF, SMALL_INPUT, architectures, named
+from dfcompress.models.card import ModelCard
+from dfcompress.models.checkpoint import as_classifier
+from dfcompress.models.classifier import Classifier, why_not_run
+from dfcompress.models.fake_quantizers import is_quantized
+
+
+def make_student(
+    name: str | None, card: ModelCard, *, init: str | Path | Classifier | None = None, seed: int
+) -> tuple[Classifier, str]:
+    """A student for a teacher's card, and a sentence on what was taken.
+
+    Classes, input and normalisation are the card's; `seed` decides the first weights.
+    `half` means the card's own architecture with half the channels. At inputs of up to 64 pixels `resnet18` means its
+    CIFAR form `cifar_resnet18`, and likewise for every name that has one. With `init` the weights are those of that
+    checkpoint, which keeps its own normalisation.
+    Raises `BadInput` for unknown names, inputs that the network cannot take, and a checkpoint that does not fit.
+    """
+    if init is not None:
+        return _from_checkpoint(name, card, as_classifier(init))
+    if name is None:
+        raise BadInput("No student was named.", "Give an architecture with --student, for instance half.")
+    channels = card.input_size[0]
+    taken = _meant(name, card)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        network = named(taken).make(card.classes, channels)
+    student = Classifier(network, replace(card, architecture=taken, origin={**card.origin, "architecture": "given"}))
+    if why := why_not_run(student):
+        raise BadInput(f"--student {taken} does not fit the teacher: {why}.", "Name another --student.")
+    stem = f", the form of {name} for small images (3x3 stem, no max-pool)" if taken == f"cifar_{name}" else ""
+    return student, f"Student: {taken}{stem}, {_described(student)}"
+
+
+def _meant(name: str, card: ModelCard) -> str:
+    if name == "half":
+        return HALF + card.architecture
+    small = f"cifar_{name}"
+    return small if max(card.input_size[1:]) <= SMALL_INPUT and small in architectures() else name
+
+
+def _from_checkpoint(name: str | None, card: ModelCard, start: Classifier) -> tuple[Classifier, str]:
+    own = start.card
+    if name is not None and own.architecture not in (name, _meant(name, card)):
+        raise BadInput(f"--student-init holds {own.architecture}, not {name}.", "Leave --student out.")
+    if is_quantized(start.network):
+        raise BadInput("--student-init is quantized.", "Start from a float model, and quantize the result.")
+    if (own.classes, own.input_size) != (card.classes, card.input_size):
+        theirs, ours = (f"{each.classes} classes of {'x'.join(map(str, each.input_size))}" for each in (own, card))
+        raise BadInput(f"--student-init is for {theirs}, the teacher for {ours}.", "Start from another checkpoint.")
+    kept = replace(own, class_names=card.class_names)
+    student = Classifier(start.network, kept, name=start.name, sha256=start.sha256, path=start.path)
+    return student, f"Student: {own.architecture} from {start.name}, {_described(student)}"
+
+
+def _described(student: Classifier) -> str:
+    size = "x".join(map(str, student.card.input_size))
+    millions = sum(parameter.numel() for parameter in student.network.parameters()) / 1e6
+    return f"{student.card.classes} classes, input {size}, {millions:.2f} M parameters."

@@ -1,0 +1,76 @@
+"""Settings by name, as the command line and the configuration file give them: text to values, and unknown names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from dfcompress.errors import BadInput
+
+Settings = TypeVar("Settings")
+
+
+def unknown(what: str, name: str, known: Sequence[str]) -> BadInput:
+    """The error for a name that is none of the known ones, with the nearest."""
+    close = difflib.get_close_matches(name, known, 1)
+    remedy = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+    return BadInput(f"There is no {what} {name!r}.", remedy)
+
+
+def converted(name: str, value: Any, default: Any) -> Any:
+    """`value` in the type of the setting's default; raises `BadInput` where it is none, negative or not finite."""
+    kind = type(default)
+    try:
+        if kind is bool and isinstance(value, str):
+            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        converted = kind(value)
+    except (KeyError, ValueError, TypeError):
+        raise BadInput(
+            f"{name} = {value!r} is not a value of type {kind.__name__}.", f"Its default is {default!r}."
+        ) from None
+    if isinstance(converted, int | float) and (converted < 0 or not math.isfinite(converted)):
+        raise BadInput(f"{name} = {value!r} is negative or not finite.", "Use a number from 0 up.")
+    return converted
+
+
+def assignments(texts: Sequence[str], option: str) -> dict[str, str]:
+    """`NAME=VALUE` texts by name; raises `BadInput` naming the option for one without a '='."""
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise BadInput(f"{option} {text!r} has no '='.", f"Write NAME=VALUE, for instance {option} lr=0.1.")
+        values[name.strip()] = value.strip()
+    return values
+
+
+def changed(settings: Settings, changes: Mapping[str, Any], what: str) -> Settings:
+    """A frozen dataclass with some fields changed, also those of the dataclasses in it; text is converted.
+
+    Raises `BadInput` for names that are no fields, with a suggestion, and for values of the wrong type.
+    """
+    places = _fields(settings)
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        if name not in places:
+            raise unknown(what, name, sorted(places))
+        place, default = places[name]
+        inner.setdefault(place, {})[name] = converted(name, value, default)
+    own = inner.pop("", {})
+    parts = {place: dataclasses.replace(getattr(settings, place), **values) for place, values in inner.items()}
+    return dataclasses.replace(settings, **own, **parts)  # type: ignore[type-var]
+
+
+def _fields(settings: Any) -> dict[str, tuple[str, Any]]:
+    """Every field by name: the field it is inside of (or nothing), and its value."""
+    places: dict[str, tuple[str, Any]] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            places |= {name: (field.name, inner) for name, (_, inner) in _fields(value).items()}
+        else:
+            places[field.name] = ("", value)
+    return places

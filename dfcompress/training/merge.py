@@ -1,0 +1,168 @@
+"""`merge`: several checkpoints in, one student that knows all their classes out.
+
+dfcompress.merge(["digits-0-4.pt", "digits-5-9.pt"], student="lenet5_bn")
+dfcompress.merge(["t1.pt", "t2.pt"], student="resnet18", class_map="classes.json", eval_data=["test1", "test2"])
+dfcompress.merge(["t1.pt", "t2.pt"], student="resnet18", method="paper", training=PAPER)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dfcompress import console
+from dfcompress.data.pool import Augmentation
+from dfcompress.data.real import fit
+from dfcompress.data.synthetic_set import as_float, as_stored
+from dfcompress.device import Compute
+from dfcompress.errors import BadInput
+from dfcompress.evaluation.evaluate import Evaluation
+from dfcompress.evaluation.merged import evaluate_merged, open_test_images
+from dfcompress.evaluation.result import Compressed, Taught, finished_before, hand_back
+from dfcompress.models.card import ModelCard
+from dfcompress.models.checkpoint import as_classifier
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.student import make_student
+from dfcompress.run import running
+from dfcompress.synthesis.invert import learner
+from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.supply import ImageSupply
+from dfcompress.training.loop import Trainer, Training
+from dfcompress.training.merging import Merging, Method
+from dfcompress.training.outputs import Outputs, join_classes
+
+MERGING = Training(
+    steps=4000,
+    lr=0.05,
+    batch_size=128,
+    weight_decay=5e-4,
+    augmentation=Augmentation(shift=4, flip=True, mixup=1.0),
+)
+GREY, COLOUR = 1, 3
+
+
+def merge(
+    checkpoints: Sequence[str | Path | Classifier],
+    *,
+    student: str,
+    data: Sequence[str | Path] = (),
+    output: str | Path | None = None,
+    synthesis: Synthesis = Synthesis(images=1024),
+    training: Training = MERGING,
+    method: Method = "blocks",
+    class_map: str | Path | None = None,
+    temperature: float = 4.0,
+    unseen: int = 0,
+    compute: Compute = Compute(),
+    eval_data: Sequence[str | Path] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Compressed:
+    """Train one student to answer for several teachers, on images made from each of them alone.
+
+    Classes of one name become one output of the student, taught by every teacher that knows it; `class_map` is a JSON
+    file with a list of names for each teacher, where the cards have none or others. Without names all classes are taken
+    for different ones. The student takes images of the largest size and the most colours among the teachers'.
+    `method` is `blocks` (ours) or `paper` (Shapira and Sidi 2020), see `Merging`.
+    `data` are synthetic sets or real images, one for each teacher; without them sets of `synthesis.images` each are
+    made first and kept in `<output>/teacher-1/synthetic` and so on.
+    The folder `output` (default: `<checkpoint>-merge`) holds the student (`model.safetensors`, `config.json`),
+    `metrics.jsonl` and `run.json`. `eval_data` are real images that only report: one source with the student's classes,
+    or one for each teacher.
+    Raises `BadInput` where the teachers cannot be merged: one checkpoint twice, class names that differ in spelling
+    alone, images that have no common form.
+    """
+    teachers = [as_classifier(checkpoint) for checkpoint in checkpoints]
+    _check_different(teachers)
+    outputs = join_classes(teachers, class_map)
+    pupil, fitted = make_student(student, _common_card(teachers, outputs), seed=compute.seed)
+    architecture = pupil.card.architecture
+    if len(data) not in (0, len(teachers)):
+        raise BadInput(f"--data was given {len(data)} times for {len(teachers)} teachers.", "Give one for each.")
+    supplies = [
+        ImageSupply(
+            teacher,
+            its_data,
+            synthesis,
+            replace(compute, seed=compute.seed + number),
+            unseen=unseen,
+            learner=partial(learner, teacher, student=architecture, compute=compute),
+        )
+        for number, (teacher, its_data) in enumerate(zip_longest(teachers, data))
+    ]
+    if min(training.batch_size // len(teachers), *map(len, supplies)) < 1:
+        raise BadInput("A batch has no image for some teacher.", "Use more --images or --train-batch-size.")
+    tests = open_test_images(eval_data, pupil, teachers)  # A wrong path should not cost an hour of work.
+
+    def measure(saved: Classifier) -> Evaluation | None:
+        return evaluate_merged(saved, teachers, outputs.of, tests, device=compute.device) if tests else None
+
+    options = {
+        "teachers": [teacher.identity() for teacher in teachers],
+        "student": architecture,
+        "method": method,
+        "outputs": [own.tolist() for own in outputs.of],
+        "temperature": temperature,
+        "data": list(map(str, data)),
+        "unseen": unseen,
+        "synthesis": [supply.origin() for supply in supplies],
+        "training": asdict(training),
+        **asdict(compute),
+    }
+    inputs = [*(teacher.path for teacher in teachers), class_map, *data, *eval_data]
+    inputs += [path for supply in supplies for path in supply.inputs]
+    folder = Path(output or f"{teachers[0].name}-merge")
+    with running("merge", folder, options, inputs=inputs, resume=resume, overwrite=overwrite) as run:
+        console.notice(fitted)
+        if result := finished_before(run, pupil, measure):
+            return result
+        images = [supply.gather(run.folder / f"teacher-{number}") for number, supply in enumerate(supplies, 1)]
+        teaching = Merging(teachers, outputs, method=method, temperature=temperature)
+        sets = [_in_form(some.train, pupil.card.input_size) for some in images]
+        trained = Trainer(pupil, teaching, training, compute=compute, folder=run.folder).fit(*sets)
+        taught = [Taught(*each) for each in zip(teachers, images, outputs.of, strict=True)]
+        return hand_back(run, pupil, taught, trained=trained, measure=measure)
+
+
+def _check_different(teachers: Sequence[Classifier]) -> None:
+    if len(teachers) < 2:
+        raise BadInput("Merging takes two checkpoints or more.", "Use distill for one.")
+    seen: dict[str, str] = {}
+    for teacher in teachers:
+        digest = teacher.identity()["sha256"]
+        if digest in seen:
+            raise BadInput(f"{teacher.name} and {seen[digest]} are the same checkpoint.", "Name each teacher once.")
+        seen[digest] = teacher.name
+
+
+def _common_card(teachers: Sequence[Classifier], outputs: Outputs) -> ModelCard:
+    """The student's: all classes, the largest size, colour where a teacher has it, the mean of the normalisations."""
+    sizes = [teacher.card.input_size for teacher in teachers]
+    channels = {size[0] for size in sizes}
+    if len(channels) > 1 and channels != {GREY, COLOUR}:
+        counts = " and ".join(map(str, sorted(channels)))
+        raise BadInput(f"Images of {counts} channels have no common form.", "Merge teachers of one kind of image.")
+    size = (max(channels), max(size[1] for size in sizes), max(size[2] for size in sizes))
+    if len(set(sizes)) > 1:
+        console.notice(f"Teachers of several input sizes: the student takes {'x'.join(map(str, size))}.")
+
+    def middle(name: str) -> tuple[float, ...]:
+        each = [getattr(teacher.card, name) for teacher in teachers]
+        wide = [values * size[0] if len(values) == GREY else values for values in each]
+        return tuple(sum(values) / len(values) for values in zip(*wide, strict=True))
+
+    return ModelCard(teachers[0].card.architecture, outputs.count, size, middle("mean"), middle("std"), outputs.names)
+
+
+def _in_form(images: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Stored images fitted to another size and number of channels."""
+    if images.shape[1:] == torch.Size(size):
+        return images
+    parts = [fit(as_float(some), size) for some in images.split(256)]
+    return torch.cat([as_stored(part, in_range=images.dtype == torch.uint8) for part in parts])
