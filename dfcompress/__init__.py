@@ -25,6 +25,7 @@ _HOME = {
     "bench_step": "evaluation.bench",
     "demo": "demo",
     "distill": "training.distill",
+    "doctor": "evaluation.doctor",
     "evaluate": "evaluation.evaluate",
     "inspect": "evaluation.inspect",
     "invert": "synthesis.invert",

@@ -53,6 +53,14 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def cuda_devices() -> list[dict[str, Any]]:
+    """Name, compute capability and bytes of memory of every CUDA device."""
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_bytes": gpu.total_memory} for gpu in found
+    ]
+
+
 def resolve_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> torch.dtype:
     """The type the convolutions run in for `auto`, `fp32`, `bf16` or `fp16`.
 

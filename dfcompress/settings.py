@@ -26,6 +26,8 @@ def converted(name: str, value: Any, default: Any) -> Any:
     try:
         if kind is bool and isinstance(value, str):
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        if kind is tuple and isinstance(value, str):
+            return tuple(type(default[0])(part) for part in value.split(","))
         converted = kind(value)
     except (KeyError, ValueError, TypeError):
         raise BadInput(

@@ -46,7 +46,8 @@ def answer(capsys, *arguments):
 
 
 def test_the_folder_holds_the_commands_of_this_version():
-    assert COMMANDS == ["bench", "demo", "distill", "evaluate", "inspect", "invert", "quantize", "record"]
+    names = ["bench", "demo", "distill", "doctor", "evaluate", "inspect", "invert", "merge", "quantize", "record"]
+    assert names == COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -10,11 +10,16 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from dfcompress.distributed import Peers, first_host, peers
 from dfcompress.errors import BadInput
+from dfcompress.training import parallel
 
 TINY = ["--images", "28", "--batch-size", "4", "--steps", "9", "--compile", "off", "--precision", "fp32"]
 
@@ -29,9 +34,9 @@ def digests(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("shard-*"))}
 
 
-def start(count, arguments, *, launcher=True):
-    """`dfcompress invert` in `count` processes, by torchrun or with its variables set by hand."""
-    command = ["-m", "dfcompress", "invert", *map(str, arguments)]
+def start(count, arguments, *, launcher=True, verb="invert"):
+    """A command in `count` processes, by torchrun or with its variables set by hand."""
+    command = ["-m", "dfcompress", verb, *map(str, arguments)]
     if launcher:
         run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
         return [subprocess.Popen([*run, "--master-port", free_port(), *command], stderr=subprocess.PIPE, text=True)]
@@ -120,13 +125,61 @@ def test_a_usage_error_is_printed_once(resnet20_file, tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "not to be touched"
 
 
-def test_verbs_that_train_refuse_several_processes(resnet20_file, tmp_path):
-    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "dfcompress", "quantize", resnet20_file, "-o", tmp_path / "q"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "one process" in done.stderr
-    assert not (tmp_path / "q").exists()
+DEMO = Path(__file__).resolve().parents[1] / "dfcompress" / "demo_files"
+TRAINED = ["--train-steps", "12", "--train-batch-size", "16", "--compile", "off", "--precision", "fp32", "-q"]
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """A set of 64 images that cost nothing to make."""
+    folder = tmp_path_factory.mktemp("noise") / "set"
+    asked = [DEMO, "--recipe", "gaussian", "--images", "64", "-o", folder]
+    subprocess.run([sys.executable, "-m", "dfcompress", "invert", *asked], check=True)
+    return folder
+
+
+def losses(folder, name):
+    return [json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(noise, tmp_path):
+    """The same loss curve up to rounding, through BatchNorm, whose statistics are of the whole batch."""
+    asked = [DEMO, "--student", "lenet5_bn_half", "--data", noise, "--unseen", "0", *TRAINED]
+    subprocess.run([sys.executable, "-m", "dfcompress", "distill", *asked, "-o", tmp_path / "one"], check=True)
+    (run,) = start(2, [*asked, "-o", tmp_path / "two"], verb="distill")
+    _, errors = run.communicate(timeout=180)
+    assert run.returncode == 0, errors
+    assert losses(tmp_path / "two", "kd") == pytest.approx(losses(tmp_path / "one", "kd"), rel=1e-3)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_batches_that_cannot_be_shared_out_are_refused(noise, tmp_path):
+    asked = [DEMO, "--student", "lenet5_bn_half", "--data", noise, "--unseen", "0", *TRAINED]
+    (run,) = start(2, [*asked, "--train-batch-size", "15", "-o", tmp_path / "two"], verb="distill")
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "do not divide among 2 processes" in errors
+
+
+def test_statistics_of_a_shared_batch_are_those_of_the_whole(monkeypatch):
+    """Two halves, exchanged by hand: outputs and gradients of torch's BatchNorm over both."""
+    features = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    whole, shared = nn.BatchNorm2d(3).train(), nn.BatchNorm2d(3).train()
+    halves = features.clone().requires_grad_(True)
+    seen = features.clone().requires_grad_(True)
+    (whole(seen) * features.cos()).sum().backward()
+    # Every process holds one half; here both are in one, so that a mean over processes is the mean over halves.
+    monkeypatch.setattr(parallel, "peers", lambda: Peers(0, 2))
+    monkeypatch.setattr(parallel, "mean", lambda values: values)
+    with parallel.synchronised(shared):
+        (shared(halves) * features.cos()).sum().backward()
+    torch.testing.assert_close(halves.grad, seen.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shared.running_mean, whole.running_mean)
+    assert type(shared) is nn.BatchNorm2d
 
 
 def test_alone_everything_is_immediate():

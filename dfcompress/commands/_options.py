@@ -271,15 +271,15 @@ reporting = together(
 
 
 def training(*, steps: int, lr: float, batch_size: int) -> Decorator:
-    """Options of the training loop, with a verb's own defaults, as changes of its `Training` in a dict."""
+    """Options of the training loop, as changes of a verb's usual `Training`, whose numbers are told as defaults."""
     return group(
         "training",
         _training,
-        click.option("--train-steps", type=click.IntRange(0), default=steps, show_default=True),
-        click.option("--train-lr", type=float, default=lr, show_default=True),
-        click.option("--train-batch-size", type=click.IntRange(1), default=batch_size, show_default=True),
-        click.option("--optimizer", help="sgd, adam, adamw, lamb or novograd; by default sgd."),
-        click.option("--optimizer-backend", help="auto, torch or apex; by default auto."),
+        click.option("--train-steps", type=click.IntRange(0), show_default=str(steps), help="Training steps."),
+        click.option("--train-lr", type=float, show_default=str(lr), help="Rate of training."),
+        click.option("--train-batch-size", type=click.IntRange(1), show_default=str(batch_size), help="Images a step."),
+        click.option("--optimizer", show_default="sgd", help="sgd, adam, adamw, lamb or novograd."),
+        click.option("--optimizer-backend", show_default="auto", help="auto, torch or apex."),
         click.option(
             "--train-set",
             "train_settings",
@@ -291,21 +291,22 @@ def training(*, steps: int, lr: float, batch_size: int) -> Decorator:
 
 
 def _training(
-    train_steps: int,
-    train_lr: float,
-    train_batch_size: int,
+    train_steps: int | None,
+    train_lr: float | None,
+    train_batch_size: int | None,
     optimizer: str | None,
     optimizer_backend: str | None,
     train_settings: tuple[str, ...],
 ) -> dict[str, Any]:
-    named = {"optimizer": optimizer, "backend": optimizer_backend}
-    return {
+    named = {
         "steps": train_steps,
         "lr": train_lr,
         "batch_size": train_batch_size,
-        **{name: value for name, value in named.items() if value is not None},
-        **assignments(train_settings, "--train-set"),
+        "optimizer": optimizer,
+        "backend": optimizer_backend,
     }
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    return given | assignments(train_settings, "--train-set")
 
 
 def _objectives(objective: tuple[str, ...]) -> dict[str, float]:
@@ -333,6 +334,13 @@ objectives = group(
 )
 temperature = click.option(
     "--temperature", type=float, default=4.0, show_default=True, help="Softens both models' answers."
+)
+mix = click.option(
+    "--mix",
+    type=click.Choice(["auto", "none", *recipe_names()]),
+    default="auto",
+    show_default=True,
+    help="Make half of the images by this recipe; auto is bns where the model's statistics are known.",
 )
 unseen = click.option(
     "--unseen",

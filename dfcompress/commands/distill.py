@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @_options.training(steps=6000, lr=0.1, batch_size=128)
 @_options.objectives
 @_options.temperature
+@_options.mix
 @_options.unseen
 @_options.output
 @_options.compute
@@ -39,6 +40,7 @@ def distill(
     training: dict[str, Any],
     objectives: dict[str, float],
     temperature: float,
+    mix: str,
     unseen: int,
     compute: Compute,
     output: Path | None,
@@ -69,6 +71,7 @@ def distill(
         training=settings,
         objectives=objectives,
         temperature=temperature,
+        mix=mix,
         unseen=unseen,
         compute=compute,
         eval_data=eval_data,

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @click.command(epilog=_options.example("dfcompress merge t1.pt t2.pt --student resnet18 -o merged"))
 @_options.models
 @click.option("--student", required=True, help="Architecture of the student, fitted to all classes and images.")
-@click.option("--method", default="blocks", show_default=True, help="blocks (ours) or paper (Shapira and Sidi 2020).")
+@click.option(
+    "--method", default="all-logits", show_default=True, help="all-logits (ours) or paper (Shapira and Sidi 2020)."
+)
 @click.option("--class-map", type=_options.PATH, help="JSON file: a list of class names for each teacher.")
 @click.option("--data", multiple=True, type=_options.PATH, help="Images of a teacher; give it for each, in order.")
 @click.option(
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 )
 @_options.synthesis(images=1024)
 @_options.training(steps=4000, lr=0.05, batch_size=128)
-@_options.temperature
+@_options.mix
 @_options.unseen
 @_options.output
 @_options.compute
@@ -40,7 +42,7 @@ def merge(
     eval_data: tuple[Path, ...],
     synthesis: Synthesis,
     training: dict[str, Any],
-    temperature: float,
+    mix: str,
     unseen: int,
     compute: Compute,
     output: Path | None,
@@ -54,11 +56,13 @@ def merge(
 
     from dfcompress.settings import changed
     from dfcompress.synthesis.invert import plan
-    from dfcompress.training.merge import MERGING, merge
+    from dfcompress.training.merge import merge, usual_synthesis, usual_training
 
-    settings = changed(MERGING, training, "setting of training called")
+    usual = usual_training(method, synthesis.images, len(models))  # type: ignore[arg-type]
+    settings = changed(usual, training, "setting of training called")
     if dry_run:
-        plans = [] if data else [plan(model, synthesis, compute) for model in models]
+        own = usual_synthesis(method, synthesis)  # type: ignore[arg-type]
+        plans = [] if data else [plan(model, own, compute) for model in models]
         _summary.plan(*plans, as_json=as_json, training=dataclasses.asdict(settings))
         return
     result = merge(
@@ -70,7 +74,7 @@ def merge(
         output=output,
         synthesis=synthesis,
         training=settings,
-        temperature=temperature,
+        mix=mix,
         unseen=unseen,
         compute=compute,
         eval_data=eval_data,

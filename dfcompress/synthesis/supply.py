@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,24 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.randomness import generator
 from dfcompress.synthesis.job import Job, resolve
+from dfcompress.synthesis.labels import BALANCED
 from dfcompress.synthesis.making import Learner, make_set, seconds_of
 from dfcompress.synthesis.recipe import Recipe, Synthesis
 
 HELD_OUT_SHARE = 1 / 16
-UNSEEN_RECIPES = ("bns", "deepinversion")
+AUTO, NONE = "auto", "none"
+OTHER_RECIPES = ("bns", "deepinversion", "bns-inception")
 
 
 class ImageSupply:
     """Where a verb's training images come from: checked when made, gathered once the run has a folder.
 
-    `data` is a synthetic set or real images; None means that a set is made in `<folder>/synthetic`, or finished there.
-    `unseen` more images are made in `<folder>/unseen`, of another seed and recipe, to ask about and never to train on;
-    none where the teacher's statistics are not known.
+    `data` is a synthetic set or real images; None means that sets are made in the run's folder, or finished there:
+    half of the images by the chosen recipe in `synthetic`, half by the recipe `mix` in `synthetic-<mix>`. Images of one
+    recipe share its artefacts, and a student trained on two follows its teacher further. `auto` takes `bns` where the
+    teacher's statistics are known and no classes were asked for; `none` leaves all to the chosen recipe.
+    `unseen` more images are made in `unseen`, by another seed and a third recipe, to ask about and never to train on;
+    none where the statistics are not known.
     `learner` makes the student that a recipe's images compete with, None for recipes that need none.
     Raises `BadInput` where the data cannot be used, or nothing can be made from this teacher.
     """
@@ -41,46 +46,42 @@ class ImageSupply:
         synthesis: Synthesis,
         compute: Compute,
         *,
+        mix: str = NONE,
         unseen: int = 0,
         learner: Callable[[Recipe], Learner | None] = lambda recipe: None,
     ) -> None:
         self.compute, self.learner = compute, learner
         self.source = open_images(data, teacher.card, part="train") if data is not None else None
-        if self.source is None:
-            self.job = resolve(teacher, synthesis)
-        elif isinstance(self.source, SyntheticSet):
+        self.jobs = _jobs(teacher, synthesis, mix) if self.source is None else {}
+        if isinstance(self.source, SyntheticSet):
             self.source.require_complete()
-        self.unseen = self._unseen(teacher, unseen)
-
-    def _unseen(self, teacher: Classifier, images: int) -> Job | None:
-        """The job of the images that are only asked about."""
-        informed = teacher if self.source else self.job.teacher
-        if not images or why_no_statistics(informed.network):
-            return None
-        trained_on = None if self.source else self.job.choice.name
-        recipe = next(name for name in UNSEEN_RECIPES if name != trained_on)
-        return resolve(informed, Synthesis(recipe, images=images, records=None))
+        informed = next((job.teacher for job in self.jobs.values()), teacher)
+        self.unseen = None
+        if unseen and not why_no_statistics(informed.network):
+            used = {job.choice.name for job in self.jobs.values()}
+            recipe = next(name for name in OTHER_RECIPES if name not in used)
+            self.unseen = resolve(informed, Synthesis(recipe, images=unseen, records=None))
 
     @property
     def inputs(self) -> list[Path]:
         """The files that are read besides the teacher and `data`."""
-        return [] if self.source else self.job.inputs
+        return [path for job in self.jobs.values() for path in job.inputs]
 
     def origin(self) -> dict[str, Any] | None:
         """What images that are made depend on besides the teacher, None where they are there."""
-        return None if self.source else self.job.origin()
+        return {name: job.origin() for name, job in self.jobs.items()} or None
 
     def __len__(self) -> int:
         """How many images there are to train on."""
-        images = self.job.synthesis.images if self.source is None else len(self.source)
+        images = len(self.source) if self.source else sum(job.synthesis.images for job in self.jobs.values())
         return images - _held_out(images)
 
     def gather(self, folder: Path) -> TrainingImages:
         """All images as they are stored; one in sixteen is held out."""
         seconds = 0.0
         if self.source is None:
-            made = make_set(self.job, folder / "synthetic", self.compute, learner=self.learner(self.job.recipe()))
-            images, seconds = made.images, seconds_of(made)
+            made = [self._made(job, folder / name) for name, job in self.jobs.items()]
+            images, seconds = _together([each.images for each in made]), sum(map(seconds_of, made))
         elif isinstance(self.source, SyntheticSet):
             images = self.source.images
         else:
@@ -92,6 +93,33 @@ class ImageSupply:
         order = torch.randperm(len(images), generator=generator("held-out", self.compute.seed))
         train, held_out = order[_held_out(len(images)) :].sort().values, order[: _held_out(len(images))]
         return TrainingImages(images[train], images[held_out], unseen, seconds)
+
+    def _made(self, job: Job, folder: Path) -> SyntheticSet:
+        return make_set(job, folder, self.compute, learner=self.learner(job.recipe()))
+
+
+def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Job]:
+    """What to make, by the folder it is made in."""
+    first = resolve(teacher, synthesis)
+    if mix == AUTO:
+        informed = not why_no_statistics(first.teacher.network) and not first.recipe().needs_targets
+        free = synthesis.labels == BALANCED and not synthesis.classes and synthesis.images > 1
+        mix = OTHER_RECIPES[0] if informed and free and first.choice.name != OTHER_RECIPES[0] else NONE
+    if mix == NONE:
+        return {"synthetic": first}
+    half = synthesis.images // 2
+    other = Synthesis(mix, images=half, groups=synthesis.groups, records=synthesis.records)
+    return {
+        "synthetic": replace(first, synthesis=replace(synthesis, images=synthesis.images - half)),
+        f"synthetic-{mix}": resolve(teacher, other),
+    }
+
+
+def _together(sets: Sequence[Tensor]) -> Tensor:
+    """Stored images of several sets as one: uint8 where all are, else float16 in units of [0, 1]."""
+    if len({images.dtype for images in sets}) == 1:
+        return torch.cat(list(sets))
+    return torch.cat([as_float(images).to(torch.float16) for images in sets])
 
 
 def _held_out(images: int) -> int:

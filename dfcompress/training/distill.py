@@ -24,7 +24,7 @@ from dfcompress.models.student import make_student
 from dfcompress.run import running
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.supply import ImageSupply
+from dfcompress.synthesis.supply import AUTO, ImageSupply
 from dfcompress.training.loop import Trainer, Training
 from dfcompress.training.objectives import OF_FEATURES, make_objectives
 from dfcompress.training.teaching import Distillation
@@ -51,6 +51,7 @@ def distill(
     training: Training = DISTILLATION,
     objectives: Mapping[str, float] = KD,
     temperature: float = 4.0,
+    mix: str = AUTO,
     unseen: int = UNSEEN,
     compute: Compute = Compute(),
     eval_data: str | Path | None = None,
@@ -62,7 +63,8 @@ def distill(
     `student` names an architecture, whose stem and classes are fitted to the teacher's card, or is `half`: the
     teacher's own with half the channels. `student_init` is a checkpoint that it starts from (its own architecture,
     where no `student` is named). `objectives` are weights of kd (Hinton 2015), ce, mse-logits, feature and attention.
-    `data` is a synthetic set, or real images; without it a set is made first and kept in `<output>/synthetic`.
+    `data` is a synthetic set, or real images; without it images are made first, half of them by the recipe `mix` (see
+    `ImageSupply`), and kept in `<output>/synthetic`.
     `unseen` images of another seed and recipe are made to ask both about; they are never trained on.
     The folder `output` (default: `<checkpoint>-distill`) holds the student (`model.safetensors`, `config.json`),
     `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
@@ -78,6 +80,7 @@ def distill(
         data,
         synthesis,
         compute,
+        mix=mix,
         unseen=unseen,
         learner=lambda recipe: learner(teacher, recipe, architecture, compute),
     )

@@ -2,7 +2,7 @@
 
 dfcompress.merge(["digits-0-4.pt", "digits-5-9.pt"], student="lenet5_bn")
 dfcompress.merge(["t1.pt", "t2.pt"], student="resnet18", class_map="classes.json", eval_data=["test1", "test2"])
-dfcompress.merge(["t1.pt", "t2.pt"], student="resnet18", method="paper", training=PAPER)
+dfcompress.merge(["t1.pt", "t2.pt"], student="resnet18", method="paper")
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dfcompress.models.student import make_student
 from dfcompress.run import running
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.supply import ImageSupply
+from dfcompress.synthesis.supply import AUTO, NONE, ImageSupply
 from dfcompress.training.loop import Trainer, Training
 from dfcompress.training.merging import Merging, Method
 from dfcompress.training.outputs import Outputs, join_classes
@@ -44,7 +44,36 @@ MERGING = Training(
     weight_decay=5e-4,
     augmentation=Augmentation(shift=4, flip=True, mixup=1.0),
 )
+PAPER_EPOCHS, PAPER_BATCH = 125, 64
 GREY, COLOUR = 1, 3
+
+
+def usual_training(method: Method, images: int, teachers: int) -> Training:
+    """How a method trains where nothing else is asked for.
+
+    The paper's is SGD 0.05 with decay 2e-4, the rate halved every 25 of 125 epochs, the gradient cut at 0.5 as in the
+    released code, a mini-batch of 64 of the `images` of every teacher; images are not changed in training.
+    """
+    if method != "paper":
+        return MERGING
+    return Training(
+        steps=PAPER_EPOCHS * max(1, images // PAPER_BATCH),
+        lr=0.05,
+        batch_size=PAPER_BATCH * teachers,
+        weight_decay=2e-4,
+        schedule="multistep",
+        warmup=0.0,
+        milestones=(0.2, 0.4, 0.6, 0.8),
+        gamma=0.5,
+        clip=0.5,
+    )
+
+
+def usual_synthesis(method: Method, synthesis: Synthesis) -> Synthesis:
+    """The paper's images for its method, where no recipe was named."""
+    if method == "paper" and synthesis.recipe is None and synthesis.preset is None:
+        return replace(synthesis, recipe="deepinversion", preset="paper-merging")
+    return synthesis
 
 
 def merge(
@@ -54,10 +83,10 @@ def merge(
     data: Sequence[str | Path] = (),
     output: str | Path | None = None,
     synthesis: Synthesis = Synthesis(images=1024),
-    training: Training = MERGING,
-    method: Method = "blocks",
+    training: Training | None = None,
+    method: Method = "all-logits",
     class_map: str | Path | None = None,
-    temperature: float = 4.0,
+    mix: str = AUTO,
     unseen: int = 0,
     compute: Compute = Compute(),
     eval_data: Sequence[str | Path] = (),
@@ -69,9 +98,10 @@ def merge(
     Classes of one name become one output of the student, taught by every teacher that knows it; `class_map` is a JSON
     file with a list of names for each teacher, where the cards have none or others. Without names all classes are taken
     for different ones. The student takes images of the largest size and the most colours among the teachers'.
-    `method` is `blocks` (ours) or `paper` (Shapira and Sidi 2020), see `Merging`.
-    `data` are synthetic sets or real images, one for each teacher; without them sets of `synthesis.images` each are
-    made first and kept in `<output>/teacher-1/synthetic` and so on.
+    `method` is `all-logits` (ours) or `paper` (Shapira and Sidi 2020), see `Merging`; where no `training`, recipe or
+    `mix` is given, they are the method's own.
+    `data` are synthetic sets or real images, one for each teacher; without them `synthesis.images` each are made first,
+    half of them by the recipe `mix`, and kept in `<output>/teacher-1/synthetic` and so on.
     The folder `output` (default: `<checkpoint>-merge`) holds the student (`model.safetensors`, `config.json`),
     `metrics.jsonl` and `run.json`. `eval_data` are real images that only report: one source with the student's classes,
     or one for each teacher.
@@ -83,6 +113,8 @@ def merge(
     outputs = join_classes(teachers, class_map)
     pupil, fitted = make_student(student, _common_card(teachers, outputs), seed=compute.seed)
     architecture = pupil.card.architecture
+    synthesis, mix = usual_synthesis(method, synthesis), NONE if method == "paper" and mix == AUTO else mix
+    training = training or usual_training(method, synthesis.images, len(teachers))
     if len(data) not in (0, len(teachers)):
         raise BadInput(f"--data was given {len(data)} times for {len(teachers)} teachers.", "Give one for each.")
     supplies = [
@@ -91,6 +123,7 @@ def merge(
             its_data,
             synthesis,
             replace(compute, seed=compute.seed + number),
+            mix=mix,
             unseen=unseen,
             learner=partial(learner, teacher, student=architecture, compute=compute),
         )
@@ -108,7 +141,6 @@ def merge(
         "student": architecture,
         "method": method,
         "outputs": [own.tolist() for own in outputs.of],
-        "temperature": temperature,
         "data": list(map(str, data)),
         "unseen": unseen,
         "synthesis": [supply.origin() for supply in supplies],
@@ -123,7 +155,7 @@ def merge(
         if result := finished_before(run, pupil, measure):
             return result
         images = [supply.gather(run.folder / f"teacher-{number}") for number, supply in enumerate(supplies, 1)]
-        teaching = Merging(teachers, outputs, method=method, temperature=temperature)
+        teaching = Merging(teachers, outputs, method=method)
         sets = [_in_form(some.train, pupil.card.input_size) for some in images]
         trained = Trainer(pupil, teaching, training, compute=compute, folder=run.folder).fit(*sets)
         taught = [Taught(*each) for each in zip(teachers, images, outputs.of, strict=True)]

@@ -15,61 +15,50 @@ from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
 from dfcompress.training.outputs import Outputs
 
-Method = Literal["blocks", "paper"]
+Method = Literal["all-logits", "paper"]
 METHODS = get_args(Method)
-PARTS = ("own", "block", "foreign", "agreement")
+PARTS = ("logits", "block", "agreement")
 
+BLOCK = 0.1
+BALANCE = 4.0
 REMEMBERED = 0.99
-BALANCE = 8.0
 
 
 class Merging:
-    """Each teacher's classes are a block of the student's outputs (blocks may share outputs).
+    """Each teacher's classes are a block of the student's outputs; blocks may share outputs.
 
     `paper` (Shapira and Sidi 2020): cross-entropy over all outputs with the best class of the teacher whose image it
-    is, the mean of each teacher's images, summed.
+    is, the mean of each teacher's images, summed. It is `block` here.
 
-    `blocks` (ours) learns the same answer in two parts, p(class) = p(block)·p(class | block), and knows more of both.
-    On a teacher's own images: `own`, τ²·KL of its softened answer to the student's within its block, and `block`,
-    −log of the probability that the student gives to that block. On all other images: `foreign`, the same KL for what
-    the teacher answers to what it does not know. Each teacher's first two terms are weighted so that all are followed
-    equally well: w ∝ exp(−8·agreement), where the agreement is a mean over the last hundred steps or so.
+    `all-logits` (ours): every teacher sees every image, also those of the others, and the student imitates all their
+    logits, each teacher's less their mean over its classes (which says nothing of its classes, and makes teachers
+    comparable). `logits` is the mean squared difference on a teacher's own images and on the others', half and half;
+    the difference within an output that several teachers know counts for each. So the student learns what each teacher
+    answers to what it does not know, which on real images tells its classes from the others' better than the images
+    do: those differ in how they were made. `block`, 0.1 · −log of the probability that the student gives to the classes
+    of the teacher whose image it is, sharpens that. The weights of a teacher's terms grow as it is followed worse:
+    w ∝ exp(−4·agreement), the agreement a mean over the last hundred steps or so.
     """
 
-    def __init__(
-        self,
-        teachers: Sequence[Classifier],
-        outputs: Outputs,
-        *,
-        method: Method = "blocks",
-        temperature: float = 4.0,
-        foreign: float = 0.5,
-    ) -> None:
+    def __init__(self, teachers: Sequence[Classifier], outputs: Outputs, *, method: Method = "all-logits") -> None:
         if method not in METHODS:
             raise BadInput(f"There is no method {method!r}.", f"Known: {', '.join(METHODS)}.")
-        self.teachers, self.outputs, self.method = teachers, outputs, method
-        self.temperature, self.foreign = temperature, foreign
+        self.teachers, self.method, self.repeatable = teachers, method, True
         self.names: Sequence[str] = [f"{part}/{number}" for part in PARTS for number in range(1, len(teachers) + 1)]
+        fixed = torch.tensor([0.0, 1.0, 0.0] if method == "paper" else [1.0 / len(teachers), BLOCK, 0.0])
         self.own: nn.Module = nn.Module()
+        self.own.register_buffer("fixed", fixed.repeat_interleave(len(teachers)))
         self.own.register_buffer("followed", torch.zeros(len(teachers)))
-        self.own.register_buffer("fixed", self._fixed_weights())
         for number, of_it in enumerate(outputs.of):
-            self.own.register_buffer(f"outputs{number}", of_it, persistent=False)
-        self.repeatable = True
-
-    def _fixed_weights(self) -> Tensor:
-        foreign = self.foreign / max(1, len(self.teachers) - 1) if self.method == "blocks" else 0.0
-        return torch.tensor([1.0, float(self.method == "blocks"), foreign, 0.0]).repeat_interleave(len(self.teachers))
+            self.own.register_buffer(f"outputs{number}", of_it)
 
     @property
     def weights(self) -> Tensor:
         """Of every value: more for what belongs to teachers that are followed worse."""
-        fixed = self.own.get_buffer("fixed")
+        fixed, followed = self.own.get_buffer("fixed"), self.own.get_buffer("followed")
         if self.method == "paper":
             return fixed
-        count = len(self.teachers)
-        urgency = count * (-BALANCE * self.own.get_buffer("followed")).softmax(0)
-        return fixed * torch.cat([urgency, urgency, torch.ones(2 * count, device=fixed.device)])
+        return fixed * (len(followed) * (-BALANCE * followed).softmax(0)).repeat(len(PARTS))
 
     @contextmanager
     def listening(self, student: Classifier) -> Iterator[None]:
@@ -82,27 +71,27 @@ class Merging:
         return *(teacher(seen).float() for teacher, seen in zip(self.teachers, shown, strict=True)), sources
 
     def compare(self, student: nn.Module, images: Tensor, taught: tuple[Tensor, ...]) -> Tensor:
-        """The four parts of every teacher, each part's teachers in order."""
+        """The three parts of every teacher, each part's teachers in order."""
         logits, (*given, sources) = student(images).float(), taught
         parts = [self._compare(number, logits, theirs, sources == number) for number, theirs in enumerate(given)]
         return torch.stack(parts).t().flatten()
 
     def _compare(self, number: int, logits: Tensor, given: Tensor, its_own: Tensor) -> Tensor:
         outputs = self.own.get_buffer(f"outputs{number}")
-        in_block, best = logits[:, outputs], outputs[given.argmax(1)]
-        follows = (logits.argmax(1) == best).float()
+        in_block = logits[:, outputs]
+        follows = _mean((in_block.argmax(1) == given.argmax(1)).float(), its_own)
         if self.method == "paper":
-            own = F.cross_entropy(logits, best, reduction="none")
-            return torch.stack([_mean(own, its_own), *logits.new_zeros(2), _mean(follows, its_own)])
-        theirs, ours = ((each / self.temperature).log_softmax(1) for each in (given, in_block))
-        divergence = self.temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+            missed = F.cross_entropy(logits, outputs[given.argmax(1)], reduction="none")
+            return torch.stack([logits.new_zeros(()), _mean(missed, its_own), follows])
+        distance = (in_block - (given - given.mean(1, keepdim=True))).square().mean(1)
         missed = logits.logsumexp(1) - in_block.logsumexp(1)
-        means = [_mean(divergence, its_own), _mean(missed, its_own), _mean(divergence, ~its_own)]
-        return torch.stack([*means, _mean(follows, its_own)])
+        both = (_mean(distance, its_own) + _mean(distance, ~its_own)) / 2
+        return torch.stack([both, _mean(missed, its_own), follows])
 
     def observe(self, values: Tensor) -> None:
         """Remember how well each teacher is followed."""
-        self.own.get_buffer("followed").lerp_(values[-len(self.teachers) :], 1 - REMEMBERED)
+        followed = self.own.get_buffer("followed")
+        followed.lerp_(values[-len(followed) :], 1 - REMEMBERED)
 
 
 def _mean(values: Tensor, which: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from dfcompress.data.pool import Augmentation, ImagePool, flipped, mixed, shifted
+from dfcompress.data.pool import Augmentation, ImagePool, cut_out, flipped, jittered, mixed, shifted
+from dfcompress.errors import BadInput
 
 
 def numbered(count):
@@ -60,3 +62,41 @@ def test_only_the_marked_images_are_flipped():
 def test_mixup_is_a_weighted_mean_with_the_partner():
     images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
     assert mixed(images, 0.75, torch.tensor([1, 0])).flatten().tolist() == [0.25, 0.75]
+
+
+def test_every_set_has_an_equal_share_of_each_batch():
+    pool = ImagePool(numbered(12), 100 + numbered(5), augmentation=Augmentation(), batch_size=9)
+    assert (pool.share, pool.batch_size) == (4, 8)
+    for step in range(6):
+        drawn = numbers(pool.batch(step))
+        assert all(number < 12 for number in drawn[:4])
+        assert all(100 <= number < 105 for number in drawn[4:])
+    assert pool.sources([4, 4]).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_images_are_mixed_within_their_own_set():
+    pool = ImagePool(numbered(4), 200 + numbered(4), augmentation=Augmentation(mixup=1.0), batch_size=8)
+    drawn = numbers(pool.batch(3))
+    assert max(drawn[:4]) <= 3
+    assert min(drawn[4:]) >= 200
+
+
+def test_cutout_sets_a_square_to_the_images_own_mean():
+    image = torch.zeros(1, 1, 8, 8)
+    image[0, 0, 0, 0] = 0.64
+    cut = cut_out(image, 0.5, torch.tensor([[0.75, 0.75]]))
+    assert cut[0, 0, 4:, 4:].unique().item() == pytest.approx(0.01)
+    assert torch.equal(cut[0, 0, :4], image[0, 0, :4])
+
+
+def test_jitter_changes_brightness_and_contrast_about_the_mean():
+    image = torch.tensor([0.25, 0.75]).view(1, 1, 1, 2)
+    assert jittered(image, torch.tensor([[0.1, 0.0]])).flatten().tolist() == pytest.approx([0.35, 0.85])
+    assert jittered(image, torch.tensor([[0.0, 0.4]])).flatten().tolist() == pytest.approx([0.15, 0.85])
+    assert jittered(image, torch.tensor([[0.5, 0.0]])).max().item() == 1.0
+
+
+@pytest.mark.parametrize("wrong", [{"cutout": 1.0}, {"jitter": -0.1}, {"shift": -1}, {"mixup": -1.0}])
+def test_augmentations_that_cannot_be_are_refused(wrong):
+    with pytest.raises(BadInput):
+        Augmentation(**wrong)

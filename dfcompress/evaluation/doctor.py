@@ -1,0 +1,87 @@
+"""`doctor`: what this machine is, and what of dfcompress works on it.
+
+dfcompress.doctor().to_json()
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from dfcompress.device import (
+    can_compile,
+    cuda_devices,
+    precision_name,
+    processor_name,
+    resolve_device,
+    resolve_precision,
+)
+from dfcompress.training.apex_probe import probe
+from dfcompress.training.optimizers import disagreement
+
+PACKAGES = ("dfcompress", "torch", "torchvision", "numpy", "safetensors", "timm", "onnx", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """This machine: `versions` (None where a package is not installed), processor and its cores, CUDA devices, the
+    device and precision that `auto` means, the C++ compiler and whether `torch.compile` can work, the state of NVIDIA
+    apex, and `advice`, a line for everything that would be faster otherwise.
+    """
+
+    versions: dict[str, str | None]
+    processor: str
+    cores: int
+    gpus: list[dict[str, Any]]
+    device: str
+    precision: str
+    compiler: str | None
+    compiles: bool
+    apex: dict[str, str]
+    advice: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as `--json` prints them."""
+        return asdict(self)
+
+
+def doctor() -> Diagnosis:
+    """Look at this machine; nothing is changed, and only apex's probe computes anything."""
+    target = resolve_device("auto")
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
+    apex = probe(disagreement)
+    precision, compiles, gpus = precision_name(resolve_precision("auto", target)), can_compile(target), cuda_devices()
+    advice = []
+    if not gpus:
+        advice.append("No CUDA device: everything runs on the CPU.")
+    if not compiles:
+        advice.append("No compiler for torch.compile: everything runs eagerly, which is slower. Install g++.")
+    if precision == "fp32":
+        advice.append("No bf16 instructions: convolutions run in fp32, which is slower.")
+    if gpus and apex.remedy:
+        advice.append(f"LAMB and NovoGrad run without fused kernels: {apex.found}. {apex.remedy}")
+    return Diagnosis(
+        {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        processor_name(torch.device("cpu")),
+        os.cpu_count() or 1,
+        gpus,
+        str(target),
+        precision,
+        compiler,
+        compiles,
+        {"state": apex.state.value, "found": apex.found, "remedy": apex.remedy},
+        advice,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,92 @@
+"""The tables of "Merging" in docs/results.md, by the installed command.
+
+    python docs/measure_merging.py TEACHERS MNIST FASHION OUTPUT [--seeds N] [--only CASE/ROW ...]
+
+TEACHERS is what docs/train_mnist_teachers.py wrote, under the names in `CASES`. Every row is one `dfcompress merge`,
+which is printed; results are appended to OUTPUT/rows.jsonl, and rows that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from measure_records import run
+
+# Of every case the teachers; FASHION- are those of Fashion-MNIST.
+CASES = {
+    "halves": ("lenet5_bn-01234", "lenet5_bn-56789"),
+    "digits and fashion": ("lenet5_bn", "fashion-lenet5_bn"),
+    "two shared": ("lenet5_bn-012345", "lenet5_bn-456789"),
+    "five pairs": tuple(f"lenet5_bn-{pair}" for pair in ("01", "23", "45", "67", "89")),
+}
+ROWS = {"all-logits": "", "paper": "--method paper"}
+
+
+def measure(given: argparse.Namespace, case: str, row: str, seed: int) -> dict:
+    """One row: counts of the teachers, the largest logit and the student."""
+    teachers = " ".join(str(given.teachers / name) for name in CASES[case])
+    tests = [given.fashion if "fashion" in name else given.mnist for name in CASES[case]]
+    shown = f"--eval-data {tests[0]}" if len(set(tests)) == 1 else " ".join(f"--eval-data {test}" for test in tests)
+    where = given.output / f"{case.replace(' ', '-')}-{row}-{seed}"
+    line = f"merge {teachers} --student lenet5_bn {ROWS[row]} {shown} --seed {seed} -o {where} --overwrite"
+    result = run(line)
+    return {"case": case, "row": row, "seed": seed, "seconds": result["seconds"], **result["evaluation"]}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: a line for each case and row, the student's mean over the seeds beside the teachers' own."""
+    columns = ("teachers", "method", "correct on all", "mean", "spread", "each teacher's images: teacher → student")
+    lines = [f"| {' | '.join((*columns, 'largest logit', 'synthesis + training'))} |", "|---" * 8 + "|"]
+    for case in CASES:
+        for method in ROWS:
+            made = [row for row in rows if (row["case"], row["row"]) == (case, method)]
+            if made:
+                lines.append(_line(case, method, made))
+    return "\n".join(lines)
+
+
+def _line(case: str, method: str, made: list[dict]) -> str:
+    *parts, largest, _ = made[0]["results"]
+    students = [[row["results"][place]["top1"] for row in made] for place in range(1, len(parts), 2)]
+    pairs = [
+        f"{teacher['top1']:.1%} → {statistics.mean(student):.1%}"
+        for teacher, student in zip(parts[::2], students, strict=True)
+    ]
+    whole = [row["results"][-1] for row in made]
+    shares = [each["top1"] for each in whole]
+    seconds = [statistics.mean(row["seconds"][part] for row in made) for part in ("synthesis", "training")]
+    counts = " ".join(f"{each['correct']:,}" for each in whole) + f" of {whole[0]['total']:,}"
+    spread = 100 * (max(shares) - min(shares))
+    cells = [case, method, counts, f"{statistics.mean(shares):.2%}", f"{spread:.2f}", ", ".join(pairs)]
+    cells += [f"{largest['top1']:.2%}", f"{seconds[0]:.0f} + {seconds[1]:.0f} s"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    for name in ("teachers", "mnist", "fashion", "output"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=[], help="for instance halves/paper")
+    given = parser.parse_args()
+    given.output.mkdir(parents=True, exist_ok=True)
+    log = given.output / "rows.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    for seed in range(given.seeds):
+        for case in CASES:
+            for row in ROWS:
+                there = any((each["case"], each["row"], each["seed"]) == (case, row, seed) for each in rows)
+                if not there and (not given.only or f"{case}/{row}" in given.only):
+                    rows.append(measure(given, case, row, seed))
+                    with log.open("a") as file:
+                        file.write(json.dumps(rows[-1]) + "\n")
+    sys.stdout.write(table(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

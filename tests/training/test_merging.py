@@ -1,0 +1,185 @@
+"""Merging: classes joined by name, terms equal to what is worked out by hand, and a student that knows all blocks."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dfcompress.device import Compute
+from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
+from dfcompress.models.classifier import Classifier
+from dfcompress.training import loop
+from dfcompress.training.loop import Trainer, Training
+from dfcompress.training.merging import Merging
+from dfcompress.training.outputs import Outputs, join_classes
+
+EAGER = Compute("cpu", "fp32", "off")
+
+
+def teacher(names=None, classes=2, name="t", size=(1, 4, 4), seed=0):
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(size), classes))
+    card = ModelCard("tiny", classes, size, (0.5,) * size[0], (0.25,) * size[0], names)
+    return Classifier(network, card, name=name).frozen()
+
+
+def lists(outputs):
+    return [own.tolist() for own in outputs.of]
+
+
+def test_equal_names_become_one_output():
+    outputs = join_classes([teacher(("cat", "dog")), teacher(("dog", "ship", "cat"), 3)])
+    assert lists(outputs) == [[0, 1], [1, 2, 0]]
+    assert (outputs.count, outputs.names) == (3, ("cat", "dog", "ship"))
+
+
+def test_without_names_classes_are_different_and_in_order():
+    outputs = join_classes([teacher(classes=2), teacher(("a", "b", "c"), 3)])
+    assert lists(outputs) == [[0, 1], [2, 3, 4]]
+    assert (outputs.count, outputs.names) == (5, None)
+
+
+def test_a_map_names_the_classes(tmp_path):
+    (tmp_path / "map.json").write_text(json.dumps([["cat", "dog"], ["dog", "ship"]]))
+    outputs = join_classes([teacher(("x", "y")), teacher()], tmp_path / "map.json")
+    assert lists(outputs) == [[0, 1], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("{}", "no list for 2 teachers"),
+        ('[["a", "b"]]', "no list for 2 teachers"),
+        ('[["a", "b"], "cd"]', "no list of names"),
+        ('[["a", "b"], ["c"]]', "names 1 classes"),
+        ('[["a", "a"], ["c", "d"]]', "two classes of the name 'a'"),
+    ],
+)
+def test_a_map_that_does_not_fit_is_refused(tmp_path, text, message):
+    (tmp_path / "map.json").write_text(text)
+    with pytest.raises(BadInput, match=message):
+        join_classes([teacher(), teacher()], tmp_path / "map.json")
+
+
+def test_names_that_differ_in_spelling_alone_are_refused():
+    with pytest.raises(BadInput, match=r"'T-shirt' and 't shirt'.*--class-map"):
+        join_classes([teacher(("T-shirt", "dog")), teacher(("t shirt", "cat"))])
+
+
+class Answers(nn.Module):
+    """A student that gives fixed logits."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, images):
+        return self.logits
+
+
+LOGITS = torch.tensor([[1.0, 0.0, 2.0], [0.5, -1.0, 0.0]])
+GIVEN = torch.tensor([[3.0, 1.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [4.0, 0.0]])
+BLOCKS = Outputs((torch.tensor([0, 1]), torch.tensor([1, 2])), 3)
+SOURCES = torch.tensor([0, 1])
+
+
+def values(method):
+    merging = Merging([teacher(), teacher()], BLOCKS, method=method)
+    found = merging.compare(Answers(LOGITS), torch.zeros(2, 1, 4, 4), (*GIVEN, SOURCES))
+    return dict(zip(merging.names, found.tolist(), strict=True))
+
+
+def test_all_logits_by_hand():
+    found = values("all-logits")
+    # Teacher 1's centred logits are (1, −1) and (−1, 1); the student has (1, 0) and (0.5, −1) there.
+    assert found["logits/1"] == pytest.approx(((0 + 1) / 2 + (2.25 + 4) / 2) / 2)
+    # Teacher 2's are (−0.5, 0.5) and (2, −2); the student has (0, 2) and (−1, 0).
+    assert found["logits/2"] == pytest.approx(((0.25 + 2.25) / 2 + (9 + 4) / 2) / 2)
+    share = LOGITS[0].softmax(0)[:2].sum()
+    assert found["block/1"] == pytest.approx(-math.log(share), rel=1e-5)
+    share = LOGITS[1].softmax(0)[1:].sum()
+    assert found["block/2"] == pytest.approx(-math.log(share), rel=1e-5)
+    assert (found["agreement/1"], found["agreement/2"]) == (1.0, 0.0)
+
+
+def test_the_papers_way_is_cross_entropy_with_the_own_teachers_best_class():
+    found = values("paper")
+    assert found["block/1"] == pytest.approx(-LOGITS[0].log_softmax(0)[0].item(), rel=1e-5)
+    assert found["block/2"] == pytest.approx(-LOGITS[1].log_softmax(0)[1].item(), rel=1e-5)
+    assert found["logits/1"] == found["logits/2"] == 0
+    assert Merging([teacher(), teacher()], BLOCKS, method="paper").weights.tolist() == [0, 0, 1, 1, 0, 0]
+
+
+def test_a_teacher_that_is_followed_worse_weighs_more():
+    merging = Merging([teacher(), teacher()], BLOCKS)
+    before = merging.weights
+    for _ in range(50):
+        merging.observe(torch.tensor([0.0, 0.0, 0.0, 0.0, 0.9, 0.2]))
+    after = merging.weights
+    assert torch.equal(before[:2], torch.full((2,), 0.5))
+    assert after[1] > 1.5 * after[0]
+    assert after[:2].sum().item() == pytest.approx(1.0)
+
+
+def test_unknown_methods_are_refused():
+    with pytest.raises(BadInput, match="no method 'blocks'"):
+        Merging([teacher(), teacher()], BLOCKS, method="blocks")
+
+
+def images(seed, size, count=256):
+    shape, random = (count, *size), torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
+
+
+@pytest.mark.parametrize("method", ["all-logits", "paper"])
+def test_a_student_learns_two_teachers_of_different_input_sizes(method):
+    """Teacher 1 knows dark images' halves, teacher 2 bright ones'; the student tells all four."""
+    size = (1, 4, 4)
+    teachers = [teacher(name="a", size=size, seed=1), teacher(name="b", size=(1, 2, 2), seed=2)]
+    sets = [images(1, size) // 2, 127 + images(2, size) // 2]
+    outputs = join_classes(teachers)
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    student = Classifier(network, ModelCard("tiny", 4, size, (0.5,), (0.25,)))
+    merging = Merging(teachers, outputs, method=method)
+    training = Training(steps=600, lr=0.1, batch_size=64)
+    trained = Trainer(student, merging, training, compute=EAGER).fit(*sets)
+    assert trained.steps == 600
+    with torch.no_grad():
+        for number, some in enumerate(sets):
+            shown = some.float() / 255
+            answer = student(shown).argmax(1)
+            (given,) = merging.teach(shown, torch.zeros(len(shown)))[number : number + 1]
+            assert (answer // 2 == number).float().mean() > 0.95
+            assert (answer == outputs.of[number][given.argmax(1)]).float().mean() > 0.85
+
+
+def test_what_is_remembered_of_the_teachers_survives_a_resume(tmp_path, monkeypatch):
+    blocks = Outputs((torch.tensor([0, 1]), torch.tensor([2, 3])), 4)
+    step = loop._Work.update
+
+    def fitted(folder, stop=None):
+        def stopping(work, lesson):
+            if work.step == stop:
+                work.save(folder / loop.PARTIAL)
+                raise KeyboardInterrupt
+            step(work, lesson)
+
+        monkeypatch.setattr(loop._Work, "update", stopping)
+        student, merging = teacher(classes=4, seed=5), Merging([teacher(seed=1), teacher(seed=2)], blocks)
+        training = Training(steps=20, lr=0.1, batch_size=16)
+        trainer = Trainer(student, merging, training, compute=EAGER, folder=folder)
+        trainer.fit(images(1, (1, 4, 4)), images(2, (1, 4, 4)))
+        return student.state_dict()
+
+    whole = fitted(None)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path, stop=7)
+    resumed = fitted(tmp_path)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
