@@ -83,5 +83,5 @@ if __name__ == "__main__":
     parser.add_argument("output", type=Path)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--prefix", default="")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     main(given.mnist, given.output, given.names, given.prefix)

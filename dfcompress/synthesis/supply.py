@@ -30,7 +30,8 @@ class ImageSupply:
     """Where a verb's training images come from: checked when made, gathered once the run has a folder.
 
     `data` is a synthetic set or real images; None means that sets are made in the run's folder, or finished there:
-    half of the images by the chosen recipe in `synthetic`, half by the recipe `mix` in `synthetic-<mix>`. Images of one
+    half of the images by the chosen recipe in `synthetic`, half by the recipe `mix` (as many steps, if some were asked
+    for) in `synthetic-<mix>`. Images of one
     recipe share its artefacts, and a student trained on two follows its teacher further. `auto` takes `bns` where the
     teacher's statistics are known and no classes were asked for; `none` leaves all to the chosen recipe.
     `unseen` more images are made in `unseen`, by another seed and a third recipe, to ask about and never to train on;
@@ -60,7 +61,7 @@ class ImageSupply:
         if unseen and not why_no_statistics(informed.network):
             used = {job.choice.name for job in self.jobs.values()}
             recipe = next(name for name in OTHER_RECIPES if name not in used)
-            self.unseen = resolve(informed, Synthesis(recipe, images=unseen, records=None))
+            self.unseen = resolve(informed, replace(_alike(synthesis, recipe, unseen), records=None))
 
     @property
     def inputs(self) -> list[Path]:
@@ -108,11 +109,16 @@ def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Job]
     if mix == NONE:
         return {"synthetic": first}
     half = synthesis.images // 2
-    other = Synthesis(mix, images=half, groups=synthesis.groups, records=synthesis.records)
     return {
         "synthetic": replace(first, synthesis=replace(synthesis, images=synthesis.images - half)),
-        f"synthetic-{mix}": resolve(teacher, other),
+        f"synthetic-{mix}": resolve(teacher, _alike(synthesis, mix, half)),
     }
+
+
+def _alike(synthesis: Synthesis, recipe: str, images: int) -> Synthesis:
+    """What was asked for, by another recipe: its settings are its own, but for steps and the size of batches."""
+    asked = {name: value for name, value in synthesis.settings.items() if name in ("steps", "batch_size")}
+    return Synthesis(recipe, None, asked, images, groups=synthesis.groups, records=synthesis.records)
 
 
 def _together(sets: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,39 @@
+"""Settings by name: text becomes values of the right type, and what is unknown gets the nearest name."""
+
+from __future__ import annotations
+
+import pytest
+
+from dfcompress.errors import BadInput
+from dfcompress.settings import assignments, changed
+from dfcompress.training.distill import DISTILLATION
+
+
+def test_text_is_converted_and_inner_fields_are_found():
+    new = changed(DISTILLATION, {"lr": "0.5", "mixup": "0", "milestones": "0.2,0.4", "flip": "false"}, "setting")
+    assert (new.lr, new.augmentation.mixup, new.milestones) == (0.5, 0.0, (0.2, 0.4))
+    assert new.augmentation.flip is False
+    assert new.augmentation.shift == DISTILLATION.augmentation.shift
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight_deca": "1"}, "Did you mean 'weight_decay'"),
+        ({"lr": "fast"}, "lr = 'fast'"),
+        ({"milestones": "a,b"}, "milestones"),
+        ({"schedule": "linear"}, "no schedule 'linear'"),
+        ({"optimizer": "sdg"}, "no optimizer 'sdg'"),
+        ({"momentum": "1"}, "momentum 1.0"),
+        ({"cutout": "2"}, "cutout 2.0"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, message):
+    with pytest.raises(BadInput, match=message):
+        changed(DISTILLATION, changes, "setting of training called")
+
+
+def test_assignments_name_their_option():
+    assert assignments(["a=1", "b = x"], "--train-set") == {"a": "1", "b": "x"}
+    with pytest.raises(BadInput, match=r"--train-set 'a' has no '='"):
+        assignments(["a"], "--train-set")

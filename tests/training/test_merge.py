@@ -1,0 +1,168 @@
+"""`merge`, `distill` and what they report, end to end on the teachers the package ships or that are made here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfcompress.cli import run
+from dfcompress.data.synthetic_set import SyntheticSet
+from dfcompress.device import Compute
+from dfcompress.errors import BadInput
+from dfcompress.evaluation.result import _collapse
+from dfcompress.models.card import ModelCard
+from dfcompress.models.checkpoint import load, save
+from dfcompress.models.student import make_student
+from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.training.distill import DISTILLATION, distill
+from dfcompress.training.loop import METRICS
+from dfcompress.training.merge import merge, usual_training
+
+DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
+EAGER = Compute("cpu", "fp32", "off")
+FEW = Synthesis(images=64, settings={"steps": 2, "batch_size": 32})
+SHORT = replace(DISTILLATION, steps=4, batch_size=16)
+
+
+def teacher(folder, names=None, classes=3, size=(1, 32, 32), architecture="lenet5_bn", seed=0):
+    channels = size[0]
+    card = ModelCard(architecture, classes, size, (0.4,) * channels, (0.2,) * channels, names)
+    classifier, _ = make_student(architecture, card, seed=seed)
+    for _ in range(3):  # For BatchNorms that remember something.
+        classifier.train()(torch.rand(16, *size, generator=torch.Generator().manual_seed(seed)))
+    save(classifier.eval(), folder)
+    return folder
+
+
+@pytest.fixture
+def two(tmp_path):
+    return [teacher(tmp_path / "a", ("x", "y", "z"), seed=1), teacher(tmp_path / "b", ("z", "w"), 2, seed=2)]
+
+
+def merged(two, output, **options):
+    return merge(two, student="lenet5_bn_half", output=output, synthesis=FEW, training=SHORT, compute=EAGER, **options)
+
+
+def test_what_a_merge_leaves_behind(two, tmp_path):
+    result = merged(two, tmp_path / "out")
+    student = load(result.checkpoint)
+    assert student.card.class_names == ("x", "y", "z", "w")
+    assert student.card.input_size == (1, 32, 32)
+    assert [teacher["checkpoint"] for teacher in result.teachers] == ["a", "b"]
+    assert all(0 <= share <= 1 for teacher in result.teachers for share in teacher["blocks"])
+    for number in (1, 2):
+        for name, images in (("synthetic", 32), ("synthetic-bns", 32)):
+            made = SyntheticSet(tmp_path / "out" / f"teacher-{number}" / name)
+            made.require_complete()
+            assert len(made) == images
+    lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
+    assert lines[0].keys() >= {"step", "lr", "images_per_second", "logits/1", "block/2", "agreement/1"}
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_the_same_line_resumes_to_the_same_bytes(two, tmp_path):
+    first = merged(two, tmp_path / "one")
+    again = merged(two, tmp_path / "one", resume=True)
+    other = merged(two, tmp_path / "two")
+    assert again == first
+    assert load(other.checkpoint).sha256 == load(first.checkpoint).sha256
+
+
+def test_teachers_of_grey_and_colour_and_of_two_sizes_share_the_larger_form(tmp_path):
+    grey = teacher(tmp_path / "grey", seed=1)
+    colour = teacher(tmp_path / "colour", size=(3, 24, 24), architecture="cifar_resnet20", seed=2)
+    result = merge(
+        [grey, colour], student="cifar_resnet20", output=tmp_path / "out", synthesis=FEW, training=SHORT, compute=EAGER
+    )
+    student = load(result.checkpoint).card
+    assert (student.input_size, student.classes, student.class_names) == ((3, 32, 32), 6, None)
+    assert student.mean == pytest.approx((0.4,) * 3)
+
+
+def test_real_images_report_each_teacher_and_all_together(two, tmp_path):
+    """Labels are the student's classes with one source, each teacher's own with two."""
+    images, labels = torch.randint(0, 256, (40, 1, 32, 32), dtype=torch.uint8), torch.arange(40) % 4
+    one = tmp_path / "all.npz"
+    save_npz(one, images, labels)
+    save_npz(tmp_path / "a.npz", images[labels < 3], labels[labels < 3])
+    save_npz(tmp_path / "b.npz", images[labels >= 2], labels[labels >= 2] - 2)
+    together = merged(two, tmp_path / "out", eval_data=[one]).evaluation.results
+    apart = merged(two, tmp_path / "out2", eval_data=[tmp_path / "a.npz", tmp_path / "b.npz"]).evaluation.results
+    assert [row["images"] for row in together] == ["a", "a", "b", "b", "all", "all"]
+    assert [row["total"] for row in together] == [30, 30, 20, 20, 40, 40]
+    assert [row["correct"] for row in together][:4] == [row["correct"] for row in apart][:4]
+    assert [row["total"] for row in apart][4:] == [50, 50]
+
+
+def save_npz(path, images, labels):
+    import numpy as np
+
+    np.savez(path, images=images.numpy(), labels=labels.numpy())
+
+
+def test_what_cannot_be_merged_is_refused(two, tmp_path):
+    with pytest.raises(BadInput, match="b and b are the same checkpoint"):
+        merged([two[1], two[1]], tmp_path / "out")
+    with pytest.raises(BadInput, match="two checkpoints or more"):
+        merged(two[:1], tmp_path / "out")
+    with pytest.raises(BadInput, match="--data was given 1 times for 2 teachers"):
+        merged(two, tmp_path / "out", data=[DEMO])
+    with pytest.raises(BadInput, match="--eval-data was given 3 times for 2 teachers"):
+        merged(two, tmp_path / "out", eval_data=[DEMO] * 3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_papers_way_has_its_own_settings():
+    training = usual_training("paper", 4096, 2)
+    assert (training.steps, training.batch_size, training.lr) == (125 * 64, 128, 0.05)
+    assert [training.rate(epoch * 64) for epoch in (0, 24, 25, 50)] == [0.05, 0.05, 0.025, 0.0125]
+    assert training.augmentation == type(training.augmentation)()
+
+
+def test_the_command_merges_as_typed(two, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = ["--images", "32", "--steps", "1", "--train-steps", "2", "--precision", "fp32", "--compile", "off"]
+    code = run(["merge", "a", "b", "--student", "lenet5_bn_half", "--json", "-q", *quick])
+    result = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert result["output"] == "a-merge"
+    assert result.keys() >= {"checkpoint", "bytes", "bytes_ratio", "seconds", "teachers", "evaluation"}
+
+
+def test_distill_reports_held_out_and_unseen_images_and_keeps_them_apart(tmp_path):
+    result = distill(
+        DEMO, student="half", output=tmp_path / "out", synthesis=FEW, training=SHORT, unseen=32, compute=EAGER
+    )
+    (followed,) = result.teachers
+    assert 0 <= followed["held_out"] <= 1
+    assert 0 <= followed["unseen"] <= 1
+    unseen = SyntheticSet(tmp_path / "out" / "unseen").manifest
+    assert (unseen["recipe"]["name"], unseen["seed"], unseen["images"]) == ("bns-inception", 1, 32)
+
+
+@pytest.mark.parametrize("name", ["ce", "mse-logits", "feature", "attention"])
+def test_every_objective_trains_a_student(tmp_path, name):
+    made = distill(
+        DEMO,
+        student="lenet5_bn_half",
+        output=tmp_path / "out",
+        synthesis=FEW,
+        training=SHORT,
+        objectives={"kd": 1.0, name: 0.5},
+        unseen=0,
+        mix="none",
+        compute=EAGER,
+    )
+    lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
+    assert made.bytes > 0
+    assert all(line[name] > 0 for line in lines)
+
+
+def test_a_student_that_gives_up_half_of_the_classes_has_collapsed():
+    given = torch.arange(40) % 4
+    assert _collapse(given.clamp(max=2), given) is None
+    assert "never answers 3 of the 4 classes" in _collapse(torch.zeros(40, dtype=torch.long), given)
