@@ -25,7 +25,8 @@ from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.training.distill import DISTILLATION, distill
 
 FILES = Path(__file__).parent / "demo_files"
-SYNTHESIS = Synthesis(images=1536, settings={"steps": 200})
+SHOWN = Synthesis(images=512, settings={"steps": 200})
+TAUGHT = Synthesis(images=1536, settings={"steps": 200})
 STUDENT = "lenet5_bn_half"
 BITS = "4w4a"
 
@@ -64,14 +65,15 @@ def demo(
     with run.timed("total"):
         console.notice("Making images from the teacher.")
         images = _step(run, "images", resume)
-        made = invert(teacher, synthesis=SYNTHESIS, compute=compute, **images)
-        console.notice(f"Training a student of half the width on them ({STUDENT}).")
+        made = invert(teacher, synthesis=SHOWN, compute=compute, **images)
+        console.notice(f"Making more, by two recipes, and training a student of half the width on them ({STUDENT}).")
         training = replace(DISTILLATION, steps=1500)
         student = distill(
             teacher,
             student=STUDENT,
-            data=made.output,
+            synthesis=TAUGHT,
             training=training,
+            unseen=0,
             compute=compute,
             **_step(run, "student", resume),
         )
@@ -82,7 +84,7 @@ def demo(
         )
         measured = evaluate([teacher, student.checkpoint, packed.checkpoint], data=FILES, device=compute.device)
     sizes = [file_bytes(FILES), student.bytes, packed.bytes]
-    seconds = [0.0, made.seconds + student.seconds["training"], made.seconds + packed.seconds["training"]]
+    seconds = [0.0, student.seconds["total"], made.seconds + packed.seconds["training"]]
     rows = [
         {**row, "model": name, "bytes": size, "seconds": round(took, 1)}
         for row, name, size, took in zip(

@@ -32,7 +32,7 @@ def measure(given: argparse.Namespace, case: str, row: str, seed: int) -> dict:
     tests = [given.fashion if "fashion" in name else given.mnist for name in CASES[case]]
     shown = f"--eval-data {tests[0]}" if len(set(tests)) == 1 else " ".join(f"--eval-data {test}" for test in tests)
     where = given.output / f"{case.replace(' ', '-')}-{row}-{seed}"
-    line = f"merge {teachers} --student lenet5_bn {ROWS[row]} {shown} --seed {seed} -o {where} --overwrite"
+    line = f"merge {teachers} --student lenet5_bn {ROWS[row]} {shown} --unseen 0 --seed {seed} -o {where} --overwrite"
     result = run(line)
     return {"case": case, "row": row, "seed": seed, "seconds": result["seconds"], **result["evaluation"]}
 

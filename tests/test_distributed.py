@@ -174,8 +174,8 @@ def test_statistics_of_a_shared_batch_are_those_of_the_whole(monkeypatch):
     (whole(seen) * features.cos()).sum().backward()
     # Every process holds one half; here both are in one, so that a mean over processes is the mean over halves.
     monkeypatch.setattr(parallel, "peers", lambda: Peers(0, 2))
-    monkeypatch.setattr(parallel, "mean", lambda values: values)
-    with parallel.synchronised(shared):
+    monkeypatch.setattr(parallel, "mean", lambda values, everyone: values)
+    with parallel.synchronised(shared, Peers(0, 2)):
         (shared(halves) * features.cos()).sum().backward()
     torch.testing.assert_close(halves.grad, seen.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(shared.running_mean, whole.running_mean)
@@ -221,3 +221,24 @@ def test_variables_that_are_no_numbers_are_refused(monkeypatch):
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(BadInput, match="not all numbers"):
         peers.__wrapped__()
+
+
+@pytest.mark.slow
+def test_an_adaptive_recipe_finishes_in_two_processes(tmp_path):
+    """One process gives the lessons; the other waits for it and not in a collective operation."""
+    asked = [DEMO, "--recipe", "adaptive-deepinversion", "--images", "16", "--batch-size", "8", "--steps", "2"]
+    asked += ["--set", "round_batches=1", "--compile", "off", "--precision", "fp32", "-q", "-o", tmp_path / "set"]
+    (run,) = start(2, asked)
+    _, errors = run.communicate(timeout=240)
+    assert run.returncode == 0, errors
+    assert len(digests(tmp_path / "set")) == 2
+
+
+def test_a_batchnorm_that_does_more_is_refused_in_several_processes():
+    class Activated(nn.BatchNorm2d):
+        def forward(self, input):
+            return super().forward(input).relu()
+
+    with pytest.raises(BadInput, match="Activated cannot be trained by several processes"):
+        parallel.require_plain(nn.Sequential(Activated(3)), Peers(0, 2))
+    parallel.require_plain(nn.Sequential(Activated(3)), Peers())

@@ -48,7 +48,7 @@ def evaluation(measured: Evaluation) -> None:
         ]
         for row in measured.results
     ]
-    console.table(["checkpoint", *which, "correct", "top-1", "top-5", "agrees with first"], rows)
+    console.table(["checkpoint", *which, "correct", "top-1", "top-5", "agreement"], rows)
 
 
 def _share(share: float | None) -> str:

@@ -23,7 +23,8 @@ def doctor(as_json: bool) -> None:
         ["processor", f"{found.processor}, {found.cores} cores"],
         ["GPU", gpus or "none"],
         ["auto means", f"{found.device}, {found.precision}"],
-        ["torch.compile", f"works with {found.compiler}" if found.compiles else "does not work"],
+        ["torch.compile", "works" if found.compiles else "does not work"],
+        ["C++ compiler", found.compiler or "none"],
         ["apex", f"{found.apex['state']}: {found.apex['found']}"],
         *([name, version or "not installed"] for name, version in found.versions.items()),
     ]

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 @_options.models
 @click.option("--student", required=True, help="Architecture of the student, fitted to all classes and images.")
 @click.option(
-    "--method", default="all-logits", show_default=True, help="all-logits (ours) or paper (Shapira and Sidi 2020)."
+    "--method",
+    type=click.Choice(["all-logits", "paper"]),
+    default="all-logits",
+    show_default=True,
+    help="all-logits is ours, paper is Shapira and Sidi 2020.",
 )
 @click.option("--class-map", type=_options.PATH, help="JSON file: a list of class names for each teacher.")
 @click.option("--data", multiple=True, type=_options.PATH, help="Images of a teacher; give it for each, in order.")
@@ -58,9 +62,9 @@ def merge(
     from dfcompress.synthesis.invert import plan
     from dfcompress.training.merge import merge, usual_synthesis, usual_training
 
-    usual = usual_training(method, synthesis.images, len(models))  # type: ignore[arg-type]
-    settings = changed(usual, training, "setting of training called")
     if dry_run:
+        usual = usual_training(method, synthesis.images, len(models))  # type: ignore[arg-type]
+        settings = changed(usual, training, "setting of training called")
         own = usual_synthesis(method, synthesis)  # type: ignore[arg-type]
         plans = [] if data else [plan(model, own, compute) for model in models]
         _summary.plan(*plans, as_json=as_json, training=dataclasses.asdict(settings))
@@ -73,7 +77,7 @@ def merge(
         data=data,
         output=output,
         synthesis=synthesis,
-        training=settings,
+        training_settings=training,
         mix=mix,
         unseen=unseen,
         compute=compute,

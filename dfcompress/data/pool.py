@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,15 +53,9 @@ class ImagePool:
         self.batch_size = self.share * len(sets)
 
     @property
-    def images(self) -> Tensor:
-        """All images as stored, set after set."""
-        return self.sets[0] if len(self.sets) == 1 else torch.cat(self.sets)
-
-    def sources(self, sizes: Sequence[int]) -> Tensor:
-        """The number of the set of each of so many images of every set, set after set."""
-        return torch.arange(len(self.sets), device=self.sets[0].device).repeat_interleave(
-            torch.tensor(sizes, device=self.sets[0].device)
-        )
+    def sources(self) -> Tensor:
+        """The number of the set of each image of a batch, `(batch_size,)`."""
+        return torch.arange(len(self.sets), device=self.sets[0].device).repeat_interleave(self.share)
 
     def drawn(self, step: int) -> list[Tensor]:
         """Which images of each set are in the batch of `step`, counted from 0."""

@@ -222,6 +222,14 @@ def fit(images: Tensor, input_size: Size) -> Tensor:
     return larger[:, :, top : top + height, left : left + width]
 
 
+def reshaped(images: Tensor, input_size: Size) -> Tensor:
+    """Float images `(N, C, H, W)` of one model's form → `(N, *input_size)`, another's: the whole image, bilinear with
+    antialiasing, nothing cut off.
+    """
+    images = _recolour(images, input_size[0])
+    return images if images.shape[2:] == input_size[1:] else _resize(images, *input_size[1:])
+
+
 def _resize(images: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(images, (height, width), mode="bilinear", antialias=True)
 

@@ -61,7 +61,8 @@ def doctor() -> Diagnosis:
     if not gpus:
         advice.append("No CUDA device: everything runs on the CPU.")
     if not compiles:
-        advice.append("No compiler for torch.compile: everything runs eagerly, which is slower. Install g++.")
+        needed = "Triton" if gpus else "g++"
+        advice.append(f"torch.compile lacks {needed}: everything runs eagerly, which is slower. Install it.")
     if precision == "fp32":
         advice.append("No bf16 instructions: convolutions run in fp32, which is slower.")
     if gpus and apex.remedy:

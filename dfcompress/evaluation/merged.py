@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfcompress.data.real import ImageSource, fit, open_images
+from dfcompress.data.real import ImageSource, open_images, reshaped
 from dfcompress.device import exact_fp32, resolve_device
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.evaluate import Evaluation
@@ -110,7 +110,7 @@ def _ask(
 
 def _logits(classifier: Classifier, images: Tensor) -> Tensor:
     with evaluating(classifier):
-        return classifier(fit(images, classifier.card.input_size)).float()
+        return classifier(reshaped(images, classifier.card.input_size)).float()
 
 
 def _best(logits: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dfcompress import console
-from dfcompress.data.real import fit
+from dfcompress.data.real import reshaped
 from dfcompress.distributed import peers
 from dfcompress.evaluation.evaluate import Evaluation, evaluate
 from dfcompress.evaluation.metrics import answers
@@ -161,7 +161,7 @@ def _answers(student: Classifier, taught: Taught, images: Tensor) -> tuple[Tenso
     if not len(images):
         return None
     size = student.card.input_size
-    own = answers(student, ((fit(some, size), labels) for some, labels in in_batches(images)))
+    own = answers(student, ((reshaped(some, size), labels) for some, labels in in_batches(images)))
     given = answers(taught.teacher, in_batches(images))
     return own.classes[:, 0], taught.outputs[given.classes[:, 0]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def _from_checkpoint(name: str | None, card: ModelCard, start: Classifier) -> tu
         theirs, ours = (f"{each.classes} classes of {'x'.join(map(str, each.input_size))}" for each in (own, card))
         raise BadInput(f"--student-init is for {theirs}, the teacher for {ours}.", "Start from another checkpoint.")
     kept = replace(own, class_names=card.class_names)
-    student = Classifier(start.network, kept, name=start.name, sha256=start.sha256, path=start.path)
+    student = Classifier(copy.deepcopy(start.network), kept, name=start.name, sha256=start.sha256, path=start.path)
     return student, f"Student: {own.architecture} from {start.name}, {_described(student)}"
 
 

@@ -24,7 +24,7 @@ from dfcompress.run import running
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import ImageSupply, in_batches
-from dfcompress.training.loop import Trainer, Training
+from dfcompress.training.loop import Trainer, Training, require_trainable
 from dfcompress.training.objectives import kd
 from dfcompress.training.teaching import Distillation
 
@@ -71,6 +71,8 @@ def quantize(
     supply = ImageSupply(
         teacher, data, synthesis, compute, learner=lambda recipe: learner(teacher, recipe, None, compute)
     )
+    if training:
+        require_trainable(student, training, compute, [len(supply)])
     options = {
         "teacher": teacher.identity(),
         "bits": bits,

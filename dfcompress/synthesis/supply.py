@@ -13,13 +13,14 @@ from torch import Tensor
 from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import SyntheticSet, as_float, as_stored
 from dfcompress.device import Compute
+from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.randomness import generator
 from dfcompress.synthesis.job import Job, resolve
 from dfcompress.synthesis.labels import BALANCED
 from dfcompress.synthesis.making import Learner, make_set, seconds_of
-from dfcompress.synthesis.recipe import Recipe, Synthesis
+from dfcompress.synthesis.recipe import Recipe, Synthesis, choose
 
 HELD_OUT_SHARE = 1 / 16
 AUTO, NONE = "auto", "none"
@@ -108,6 +109,10 @@ def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Job]
         mix = OTHER_RECIPES[0] if informed and free and first.choice.name != OTHER_RECIPES[0] else NONE
     if mix == NONE:
         return {"synthetic": first}
+    if mix == first.choice.name:
+        raise BadInput(f"--mix {mix} is the recipe that is mixed.", "Name another one, or --mix none.")
+    if synthesis.classes or synthesis.labels != BALANCED:
+        raise BadInput("--mix makes images of all classes.", "Use --mix none with --classes and --labels.")
     half = synthesis.images // 2
     return {
         "synthetic": replace(first, synthesis=replace(synthesis, images=synthesis.images - half)),
@@ -117,7 +122,9 @@ def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Job]
 
 def _alike(synthesis: Synthesis, recipe: str, images: int) -> Synthesis:
     """What was asked for, by another recipe: its settings are its own, but for steps and the size of batches."""
-    asked = {name: value for name, value in synthesis.settings.items() if name in ("steps", "batch_size")}
+    own = choose(recipe).settings
+    asked = {name: synthesis.settings[name] for name in ("steps", "batch_size") if name in synthesis.settings}
+    asked = {name: value for name, value in asked.items() if name in own}
     return Synthesis(recipe, None, asked, images, groups=synthesis.groups, records=synthesis.records)
 
 

@@ -25,7 +25,7 @@ from dfcompress.run import running
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import AUTO, ImageSupply
-from dfcompress.training.loop import Trainer, Training
+from dfcompress.training.loop import Trainer, Training, require_trainable
 from dfcompress.training.objectives import OF_FEATURES, make_objectives
 from dfcompress.training.teaching import Distillation
 
@@ -84,6 +84,7 @@ def distill(
         unseen=unseen,
         learner=lambda recipe: learner(teacher, recipe, architecture, compute),
     )
+    require_trainable(pupil, training, compute, [len(supply)])
     if min(len(supply), training.batch_size) < 2:
         raise BadInput("Batches of one image cannot train BatchNorm.", "Use more --images or --train-batch-size.")
     _warn_if_larger(pupil, teacher)
@@ -93,7 +94,7 @@ def distill(
     options = {
         "teacher": teacher.identity(),
         "student": architecture,
-        "student_init": pupil.sha256,
+        "student_init": pupil.identity() if student_init is not None else None,
         "objectives": dict(objectives),
         "temperature": temperature,
         "data": data,

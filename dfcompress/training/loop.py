@@ -19,7 +19,7 @@ from dfcompress import console, device
 from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import Compute, Execution, resolve_execution
-from dfcompress.distributed import peers
+from dfcompress.distributed import Peers, peers
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.classifier import Classifier, multiply_accumulates
 from dfcompress.randomness import seed_of
@@ -64,6 +64,10 @@ class Training:
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for settings that cannot be."""
+        if self.steps < 0 or self.batch_size < 1:
+            raise BadInput(
+                f"{self.steps} steps of {self.batch_size} images are no training.", "Use at least one image."
+            )
         if not 0 < self.lr < math.inf:
             raise BadInput(f"--train-lr {self.lr} is not a rate.", "Use a number above 0.")
         choices = (
@@ -112,8 +116,9 @@ class Trainer:
     20 seconds and at the end: a Trainer on a folder with such a file goes on from it, to the same bits.
     Whoever saves the result removes the file.
 
-    Under `torchrun` every process takes its share of each batch; gradients and BatchNorm's statistics are those of the
-    whole batch, so the result is that of one process up to rounding.
+    Under `torchrun` every process takes its share of each batch, unless this one is `alone`; gradients and BatchNorm's
+    statistics are those of the whole batch, so the result is that of one process up to rounding (not with dropout,
+    which each process draws for its own share).
     """
 
     def __init__(
@@ -124,9 +129,11 @@ class Trainer:
         *,
         compute: Compute,
         folder: Path | None = None,
+        alone: bool = False,
     ) -> None:
         self.student, self.teaching, self.training = student, teaching, training
         self.compute, self.folder = compute, folder
+        self.everyone = Peers() if alone else peers()
 
     def fit(self, *sets: Tensor) -> Trained:
         """Train on stored images `(N, C, H, W)`, uint8 or float16 in units of [0, 1]: one set for each teacher.
@@ -134,9 +141,9 @@ class Trainer:
         Raises `DfcompressError` where a loss is not finite, `BadInput` where a batch cannot be shared out.
         """
         state = self._saved_state()
-        execution = Execution(**state["execution"]) if state else self._resolve()
+        execution = self._mine(Execution(**state["execution"]) if state else self._resolve())
         device.prepare(execution)
-        target = device.resolve_device(device.as_mine(execution.device))
+        target = device.resolve_device(execution.device)
         # Grey images are mostly characters, which a flip turns into other ones.
         augmentation = replace(
             self.training.augmentation, flip=self.training.augmentation.flip and sets[0].shape[1] > 1
@@ -147,20 +154,20 @@ class Trainer:
             batch_size=self.training.batch_size,
             seed=self.compute.seed,
         )
-        parallel.require_shares(pool.batch_size, len(sets))
+        parallel.require_shares(pool.share, self.everyone)
         self._place(target, execution)
         backend = (
             state["backend"]
             if state
             else optimizers.choose_backend(self.training.optimizer, self.training.backend, target)
         )
-        work = _Work(self.student, self.teaching, self.training, execution, backend)
+        work = _Work(self.student, self.teaching, self.training, execution, backend, self.everyone)
         if state:
             work.load(state)
         with ExitStack() as stack:
             stack.enter_context(self.teaching.listening(self.student))
             stack.enter_context(_training(self.student, freeze_batchnorm=self.training.freeze_batchnorm))
-            stack.enter_context(parallel.synchronised(self.student))
+            stack.enter_context(parallel.synchronised(self.student, self.everyone))
             stack.enter_context(torch.random.fork_rng())
             self._loop(work, pool, *self._functions(target, execution))
         work.finish(self.student)
@@ -175,15 +182,15 @@ class Trainer:
             teacher.to(target).frozen()
 
     def _loop(self, work: _Work, pool: ImagePool, teach: Callable[..., tuple[Tensor, ...]], learn: Step) -> None:
-        sources = pool.sources([pool.share] * len(pool.sets))
+        sources = pool.sources
         everything = self._taught_once(pool, teach)
-        mine = slice(peers().rank, None, peers().count)
+        mine = slice(self.everyone.rank, None, self.everyone.count)
         self._save(work)  # The automatic choices, which a resume must obey, before the first step.
         with console.progress("training", self.training.steps) as progress:
             while work.step < self.training.steps:
                 # Dropout, too, depends on the step alone, and on the process where there are several.
                 torch.manual_seed(
-                    seed_of("dropout", self.compute.seed, work.step, *[peers().rank] * (peers().count > 1))
+                    seed_of("dropout", self.compute.seed, work.step, *[self.everyone.rank] * (self.everyone.count > 1))
                 )
                 images = pool.batch(work.step)[mine]
                 if work.execution.precision != "fp32":
@@ -200,18 +207,20 @@ class Trainer:
                     self._check_finite(work)
                     progress.update(work.step, **work.last(self.teaching.names))
         self._save(work)
-        if self.folder and peers().leads:
+        if self.folder and self.everyone.leads:
             self._write_metrics(self.folder / METRICS, work, pool.batch_size)
 
     def _taught_once(self, pool: ImagePool, teach: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...] | None:
         """What the teachers say of every image, where that is the same in every step and cheaper to keep."""
         if pool.augmentation != Augmentation() or not self.teaching.repeatable:
             return None
-        images, sources = pool.images, pool.sources([len(images) for images in pool.sets])
-        if self.training.steps * pool.batch_size <= len(images):
+        if self.training.steps * pool.batch_size <= sum(map(len, pool.sets)):
             return None
-        shares = zip(images.split(pool.batch_size), sources.split(pool.batch_size), strict=True)
-        parts = [teach(as_float(some), of_them) for some, of_them in shares]
+        parts = [
+            teach(as_float(some), torch.full((len(some),), number, device=some.device))
+            for number, images in enumerate(pool.sets)
+            for some in images.split(pool.batch_size)
+        ]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     @staticmethod
@@ -236,14 +245,19 @@ class Trainer:
         lesson = _Lesson(self.student, teaching, low)
         if execution.compile:
             return torch.compile(teach, dynamic=False), torch.compile(lesson, dynamic=False)
-        return teach, parallel.replicated(lesson)
+        return teach, parallel.replicated(lesson, self.everyone)
 
     def _resolve(self) -> Execution:
         """Forward passes of all, and the student's backward pass, twice as long."""
         macs = sum(map(multiply_accumulates, self.teaching.teachers)) + 3 * multiply_accumulates(self.student)
-        execution = resolve_execution(self.compute, float(macs) * self.training.batch_size * self.training.steps)
+        return resolve_execution(self.compute, float(macs) * self.training.batch_size * self.training.steps)
+
+    def _mine(self, execution: Execution) -> Execution:
+        """What was resolved, perhaps by another process, as this one has it."""
+        if self.everyone.count == 1:
+            return execution
         # Gradients and statistics are exchanged by hooks, which a compiled network would not run.
-        return replace(execution, compile=execution.compile and peers().count == 1)
+        return replace(execution, device=device.as_mine(execution.device), compile=False, threads=device.threads_here())
 
     def _saved_state(self) -> dict | None:
         path = self.folder / PARTIAL if self.folder else None
@@ -251,7 +265,7 @@ class Trainer:
 
     def _save(self, work: _Work) -> None:
         self._check_finite(work)
-        if self.folder and peers().leads:
+        if self.folder and self.everyone.leads:
             work.save(self.folder / PARTIAL)
 
     def _check_finite(self, work: _Work) -> None:
@@ -283,6 +297,19 @@ class Trainer:
             lines.append({**line, "images_per_second": rate})
         with write_atomically(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def require_trainable(student: Classifier, training: Training, compute: Compute, sets: Sequence[int]) -> None:
+    """Raise `BadInput` where this machine and these processes cannot train a student on sets of so many images.
+
+    Checked before images are made: the same holds for every Trainer of these settings.
+    """
+    optimizers.choose_backend(training.optimizer, training.backend, device.resolve_device(compute.device))
+    share = min(training.batch_size // len(sets), *sets)
+    if share < 1:
+        raise BadInput("A batch has no image of some set.", "Use more --images or --train-batch-size.")
+    parallel.require_shares(share, peers())
+    parallel.require_plain(student, peers())
 
 
 class _Lesson(nn.Module):
@@ -329,8 +356,9 @@ class _Work:
         training: Training,
         execution: Execution,
         backend: Literal["torch", "apex"],
+        everyone: Peers,
     ) -> None:
-        student.requires_grad_(True)
+        self.everyone = everyone
         self.student, self.teaching, self.training, self.execution = student, teaching, training, execution
         self.backend, self.step = backend, 0
         self.seconds: list[float] = []
@@ -369,7 +397,7 @@ class _Work:
         self.optimizer.step()
         if self.average:
             self.average.update_parameters(self.student)
-        self._history.append(parallel.mean(values))
+        self._history.append(parallel.mean(values, self.everyone))
         self.teaching.observe(self._history[-1])
         self.seconds.append(self.clock.seconds)
         self.step += 1

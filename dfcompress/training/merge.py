@@ -7,18 +7,19 @@ dfcompress.merge(["t1.pt", "t2.pt"], student="resnet18", method="paper")
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dfcompress import console
 from dfcompress.data.pool import Augmentation
-from dfcompress.data.real import fit
+from dfcompress.data.real import reshaped
 from dfcompress.data.synthetic_set import as_float, as_stored
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput
@@ -30,11 +31,12 @@ from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.student import make_student
 from dfcompress.run import running
+from dfcompress.settings import changed
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import AUTO, NONE, ImageSupply
-from dfcompress.training.loop import Trainer, Training
-from dfcompress.training.merging import Merging, Method
+from dfcompress.training.loop import Trainer, Training, require_trainable
+from dfcompress.training.merging import Merging, Method, require_method
 from dfcompress.training.outputs import Outputs, join_classes
 
 MERGING = Training(
@@ -52,7 +54,7 @@ def usual_training(method: Method, images: int, teachers: int) -> Training:
     """How a method trains where nothing else is asked for.
 
     The paper's is SGD 0.05 with decay 2e-4, the rate halved every 25 of 125 epochs, the gradient cut at 0.5 as in the
-    released code, a mini-batch of 64 of the `images` of every teacher; images are not changed in training.
+    released code, and a mini-batch of 64 of every teacher, which has `images` to train on; they are not changed.
     """
     if method != "paper":
         return MERGING
@@ -84,10 +86,11 @@ def merge(
     output: str | Path | None = None,
     synthesis: Synthesis = Synthesis(images=1024),
     training: Training | None = None,
+    training_settings: Mapping[str, Any] = {},
     method: Method = "all-logits",
     class_map: str | Path | None = None,
     mix: str = AUTO,
-    unseen: int = 0,
+    unseen: int = 128,
     compute: Compute = Compute(),
     eval_data: Sequence[str | Path] = (),
     resume: bool = False,
@@ -99,7 +102,7 @@ def merge(
     file with a list of names for each teacher, where the cards have none or others. Without names all classes are taken
     for different ones. The student takes images of the largest size and the most colours among the teachers'.
     `method` is `all-logits` (ours) or `paper` (Shapira and Sidi 2020), see `Merging`; where no `training`, recipe or
-    `mix` is given, they are the method's own.
+    `mix` is given, they are the method's own. `training_settings` change some of them.
     `data` are synthetic sets or real images, one for each teacher; without them `synthesis.images` each are made first,
     half of them by the recipe `mix`, and kept in `<output>/teacher-1/synthetic` and so on.
     The folder `output` (default: `<checkpoint>-merge`) holds the student (`model.safetensors`, `config.json`),
@@ -108,13 +111,15 @@ def merge(
     Raises `BadInput` where the teachers cannot be merged: one checkpoint twice, class names that differ in spelling
     alone, images that have no common form.
     """
+    require_method(method)
+    if synthesis.records not in (None, "beside"):
+        raise BadInput(f"--records {synthesis.records} is of one model.", "Put each record beside its model.")
     teachers = [as_classifier(checkpoint) for checkpoint in checkpoints]
     _check_different(teachers)
     outputs = join_classes(teachers, class_map)
     pupil, fitted = make_student(student, _common_card(teachers, outputs), seed=compute.seed)
     architecture = pupil.card.architecture
     synthesis, mix = usual_synthesis(method, synthesis), NONE if method == "paper" and mix == AUTO else mix
-    training = training or usual_training(method, synthesis.images, len(teachers))
     if len(data) not in (0, len(teachers)):
         raise BadInput(f"--data was given {len(data)} times for {len(teachers)} teachers.", "Give one for each.")
     supplies = [
@@ -129,8 +134,9 @@ def merge(
         )
         for number, (teacher, its_data) in enumerate(zip_longest(teachers, data))
     ]
-    if min(training.batch_size // len(teachers), *map(len, supplies)) < 1:
-        raise BadInput("A batch has no image for some teacher.", "Use more --images or --train-batch-size.")
+    training = training or usual_training(method, min(map(len, supplies)), len(teachers))
+    training = changed(training, training_settings, "setting of training called")
+    require_trainable(pupil, training, compute, list(map(len, supplies)))
     tests = open_test_images(eval_data, pupil, teachers)  # A wrong path should not cost an hour of work.
 
     def measure(saved: Classifier) -> Evaluation | None:
@@ -196,5 +202,5 @@ def _in_form(images: Tensor, size: tuple[int, int, int]) -> Tensor:
     """Stored images fitted to another size and number of channels."""
     if images.shape[1:] == torch.Size(size):
         return images
-    parts = [fit(as_float(some), size) for some in images.split(256)]
+    parts = [reshaped(as_float(some), size) for some in images.split(256)]
     return torch.cat([as_stored(part, in_range=images.dtype == torch.uint8) for part in parts])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfcompress.data.real import fit
+from dfcompress.data.real import reshaped
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
 from dfcompress.training.outputs import Outputs
@@ -41,8 +41,7 @@ class Merging:
     """
 
     def __init__(self, teachers: Sequence[Classifier], outputs: Outputs, *, method: Method = "all-logits") -> None:
-        if method not in METHODS:
-            raise BadInput(f"There is no method {method!r}.", f"Known: {', '.join(METHODS)}.")
+        require_method(method)
         self.teachers, self.method, self.repeatable = teachers, method, True
         self.names: Sequence[str] = [f"{part}/{number}" for part in PARTS for number in range(1, len(teachers) + 1)]
         fixed = torch.tensor([0.0, 1.0, 0.0] if method == "paper" else [1.0 / len(teachers), BLOCK, 0.0])
@@ -67,7 +66,7 @@ class Merging:
 
     def teach(self, images: Tensor, sources: Tensor) -> tuple[Tensor, ...]:
         """Every teacher's logits for every image, each in the form that it knows, and `sources`."""
-        shown = (fit(images, teacher.card.input_size) for teacher in self.teachers)
+        shown = (reshaped(images, teacher.card.input_size) for teacher in self.teachers)
         return *(teacher(seen).float() for teacher, seen in zip(self.teachers, shown, strict=True)), sources
 
     def compare(self, student: nn.Module, images: Tensor, taught: tuple[Tensor, ...]) -> Tensor:
@@ -92,6 +91,12 @@ class Merging:
         """Remember how well each teacher is followed."""
         followed = self.own.get_buffer("followed")
         followed.lerp_(values[-len(followed) :], 1 - REMEMBERED)
+
+
+def require_method(method: str) -> None:
+    """Raise `BadInput` where there is no such method."""
+    if method not in METHODS:
+        raise BadInput(f"There is no method {method!r}.", f"Known: {', '.join(METHODS)}.")
 
 
 def _mean(values: Tensor, which: Tensor) -> Tensor:

@@ -111,8 +111,8 @@ def make_objectives(
 
     Raises `BadInput` for a name or a weight that is none.
     """
-    if not weights:
-        raise BadInput("There is no objective to train with.", f"Known: {', '.join(NAMES)}.")
+    if all(name in OF_FEATURES for name in weights):
+        raise BadInput("No objective looks at the student's answers.", "Add kd, ce or mse-logits.")
     made = []
     for name, weight in weights.items():
         if name not in NAMES:

@@ -116,7 +116,10 @@ def _with_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _state(optimizer: Optimizer, weight: Tensor, name: str) -> Tensor:
-    return optimizer.state[weight].setdefault(name, torch.zeros_like(weight, memory_format=torch.preserve_format))
+    state = optimizer.state[weight]
+    if name not in state:
+        state[name] = torch.zeros_like(weight)
+    return state[name]
 
 
 def _trust_ratios(weights: list[Tensor], updates: tuple[Tensor, ...]) -> list[Tensor]:
@@ -125,28 +128,25 @@ def _trust_ratios(weights: list[Tensor], updates: tuple[Tensor, ...]) -> list[Te
     return [torch.where((own > 0) & (other > 0), own / other, 1.0) for own, other in pairs]
 
 
-def choose_backend(
-    name: Name, backend: Backend, device: torch.device, *, bf16: bool = False
-) -> Literal["torch", "apex"]:
+def choose_backend(name: Name, backend: Backend, device: torch.device) -> Literal["torch", "apex"]:
     """Who computes: `auto` takes apex only where it has what torch has not, and is proven to work on this machine.
 
-    That is fused LAMB and NovoGrad, and Adam on bf16 parameters with fp32 moments.
+    That is fused LAMB and NovoGrad; students are trained in fp32 with bf16 products, where torch's own fused kernels
+    serve SGD and Adam.
     Raises `BadInput` where `apex` is asked for and cannot be used, saying what to do in that very case.
     """
-    if backend == "torch" or (backend == "auto" and (device.type != "cuda" or not (_only_apex(name) or bf16))):
+    if backend == "torch" or (backend == "auto" and (device.type != "cuda" or name not in ("lamb", "novograd"))):
         return "torch"
     if backend == "apex" and name == "sgd":
         raise BadInput("--optimizer sgd has no apex form: FusedSGD skips bf16 parameters silently.", "Leave apex out.")
+    if device.type != "cuda":
+        raise BadInput("--optimizer-backend apex computes on CUDA alone.", "Use auto, or a CUDA device.")
     found = probe(disagreement)
     if found.state is State.READY:
         return "apex"
     if backend == "apex":
         raise BadInput(f"--optimizer-backend apex: {found.found}.", found.remedy)
     return "torch"
-
-
-def _only_apex(name: Name) -> bool:
-    return name in ("lamb", "novograd")
 
 
 def make_optimizer(

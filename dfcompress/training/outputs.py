@@ -43,7 +43,9 @@ def join_classes(teachers: Sequence[Classifier], class_map: str | Path | None = 
         unnamed = " and ".join(teacher.name for teacher, names in zip(teachers, lists, strict=True) if not names)
         console.notice(f"No class names in {unnamed}: the teachers' classes are taken for different ones, in order.")
         return _disjoint(teachers)
-    _check_names(teachers, named)
+    _check_unique(teachers, named)
+    if class_map is None:
+        _check_spelling(named)
     places: dict[str, int] = {}
     for name in chain.from_iterable(named):
         places.setdefault(name, len(places))
@@ -59,19 +61,22 @@ def _disjoint(teachers: Sequence[Classifier]) -> Outputs:
     return Outputs(tuple(of), start)
 
 
-def _check_names(teachers: Sequence[Classifier], named: Sequence[Sequence[str]]) -> None:
-    spelt: dict[str, str] = {}
+def _check_unique(teachers: Sequence[Classifier], named: Sequence[Sequence[str]]) -> None:
     for teacher, names in zip(teachers, named, strict=True):
         if len(set(names)) < len(names):
             twice = next(name for name in names if list(names).count(name) > 1)
             raise BadInput(f"{teacher.name} has two classes of the name {twice!r}.", "Name them with --class-map.")
-        for name in names:
-            plain = "".join(letter for letter in name.casefold() if letter.isalnum()) or name
-            if spelt.setdefault(plain, name) != name:
-                raise BadInput(
-                    f"The class names {spelt[plain]!r} and {name!r} differ in spelling alone.",
-                    "Say with --class-map whether they are one class.",
-                )
+
+
+def _check_spelling(named: Sequence[Sequence[str]]) -> None:
+    spelt: dict[str, str] = {}
+    for name in chain.from_iterable(named):
+        plain = "".join(letter for letter in name.casefold() if letter.isalnum()) or name
+        if spelt.setdefault(plain, name) != name:
+            raise BadInput(
+                f"The class names {spelt[plain]!r} and {name!r} differ in spelling alone.",
+                "Say with --class-map whether they are one class.",
+            )
 
 
 def _read(path: Path, teachers: Sequence[Classifier]) -> list[tuple[str, ...]]:

@@ -11,41 +11,59 @@ from torch import Tensor, distributed, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfcompress.distributed import peers
+from dfcompress.distributed import Peers, peers
 from dfcompress.errors import BadInput
 
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-def require_shares(batch_size: int, sets: int) -> None:
-    """Raise `BadInput` where a batch of so many sets cannot be shared out equally."""
-    count = peers().count
-    if batch_size % (sets * count):
+
+def require_shares(share: int, everyone: Peers) -> None:
+    """Raise `BadInput` where so many images of each set cannot be shared out equally."""
+    if share % everyone.count:
         raise BadInput(
-            f"Batches of {batch_size} images do not divide among {count} processes and {sets} sets of images.",
-            f"Use a multiple of {sets * count} for --train-batch-size.",
+            f"{share} images of each set in a batch do not divide among {everyone.count} processes.",
+            f"Use --train-batch-size and --images so that {everyone.count} divides them.",
         )
 
 
-def replicated(module: nn.Module) -> nn.Module:
+def require_plain(network: nn.Module, everyone: Peers) -> None:
+    """Raise `BadInput` for a BatchNorm of another class, which may do more than normalise, in several processes."""
+    for module in network.modules():
+        if everyone.count > 1 and isinstance(module, _BatchNorm) and type(module) not in PLAIN:
+            name = type(module).__name__
+            raise BadInput(f"A {name} cannot be trained by several processes.", "Train this student in one process.")
+
+
+def replicated(module: nn.Module, everyone: Peers) -> nn.Module:
     """The module, whose gradients are averaged over the processes where there are several."""
-    if peers().count == 1:
+    if everyone.count == 1:
         return module
-    peers().connect("nccl" if next(module.parameters()).is_cuda else "gloo")
+    everyone.connect("nccl" if next(module.parameters()).is_cuda else "gloo")
     # Buffers are the same everywhere: statistics are those of the whole batch.
     return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 
 
-def mean(values: Tensor) -> Tensor:
+def mean(values: Tensor, everyone: Peers) -> Tensor:
     """The mean over the processes."""
-    if peers().count == 1:
+    if everyone.count == 1:
         return values
     distributed.all_reduce(values)
-    return values / peers().count
+    return values / everyone.count
 
 
 @contextmanager
-def synchronised(network: nn.Module) -> Iterator[None]:
-    """Let BatchNorms in training mode use the statistics of the whole batch inside, where it is shared out."""
-    layers = [module for module in network.modules() if isinstance(module, _BatchNorm)] if peers().count > 1 else []
+def synchronised(network: nn.Module, everyone: Peers) -> Iterator[None]:
+    """Let BatchNorms in training mode use the statistics of the whole batch inside, where it is shared out.
+
+    Raises `BadInput` for a BatchNorm of a class of its own, which may do more than normalise.
+    """
+    layers = [module for module in network.modules() if isinstance(module, _BatchNorm)] if everyone.count > 1 else []
+    for layer in layers:
+        if type(layer) not in PLAIN:
+            raise BadInput(
+                f"A {type(layer).__name__} cannot be trained by several processes.",
+                "Train this student in one process.",
+            )
     classes = [type(layer) for layer in layers]
     for layer in layers:
         layer.__class__ = _SynchronisedBatchNorm
@@ -93,8 +111,8 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, values: Tensor) -> Tensor:
-        return mean(values.clone())
+        return mean(values.clone(), peers())
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Any) -> Tensor:
-        return mean(gradients[0].clone())
+        return mean(gradients[0].clone(), peers())

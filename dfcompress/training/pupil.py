@@ -38,4 +38,4 @@ class Pupil:
         """One lesson on stored images `(N, C, H, W)`, uint8 or float16 in units of [0, 1]."""
         compute = replace(self.compute, seed=self.compute.seed + lesson)
         teaching = Distillation(self.teacher, [kd(self.temperature)])
-        Trainer(self.student, teaching, self.training, compute=compute).fit(images)
+        Trainer(self.student, teaching, self.training, compute=compute, alone=True).fit(images)

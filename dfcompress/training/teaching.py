@@ -73,8 +73,10 @@ class Distillation:
                     for network, of_it in zip(networks, stages, strict=True)
                 )
                 self._heard = own, given
-            yield
-            self._heard = None
+            try:
+                yield
+            finally:
+                self._heard = None
 
     def teach(self, images: Tensor, sources: Tensor) -> tuple[Tensor, ...]:
         """The teacher's logits, and its features where they are heard."""

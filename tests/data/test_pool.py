@@ -71,7 +71,7 @@ def test_every_set_has_an_equal_share_of_each_batch():
         drawn = numbers(pool.batch(step))
         assert all(number < 12 for number in drawn[:4])
         assert all(100 <= number < 105 for number in drawn[4:])
-    assert pool.sources([4, 4]).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert pool.sources.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_images_are_mixed_within_their_own_set():

@@ -20,6 +20,7 @@ from dfcompress.device import Compute
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
+from dfcompress.training import loop
 from dfcompress.training.loop import Trainer, Training, training_mode
 from dfcompress.training.objectives import Answer, kd
 from dfcompress.training.teaching import Distillation
@@ -186,3 +187,74 @@ def test_a_killed_training_resumes_to_the_same_weights(precision, tmp_path):
         assert process.wait() == 0
         results[name] = load_file(folder / "student.safetensors")
     assert all(torch.equal(results["whole"][key], results["killed"][key]) for key in results["whole"])
+
+
+def test_answers_kept_for_later_are_those_of_every_step():
+    """With nothing that changes images the teacher is asked once, of sets of bytes and of float16 alike."""
+
+    class Asked(Distillation):
+        repeatable = True
+        times = 0
+
+        def teach(self, images, sources):
+            Asked.times += 1
+            return super().teach(images, sources)
+
+    def fitted_on(repeatable):
+        student, teaching = tiny(2), Asked(tiny(1), [kd(2.0)])
+        teaching.repeatable = repeatable
+        Asked.times = 0
+        halves = images()[:100], (images()[100:].float() / 255).half()
+        trained = Trainer(student, teaching, TRAINING, compute=EAGER).fit(*halves)
+        return Asked.times, trained.losses["kd"], student.state_dict()
+
+    times, loss, kept = fitted_on(True)
+    every, wanted, asked = fitted_on(False)
+    assert times < every == TRAINING.steps
+    assert loss == pytest.approx(wanted, rel=1e-4)
+    for name in kept:
+        torch.testing.assert_close(kept[name], asked[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_averaged_weights_are_the_result_and_survive_a_resume(tmp_path, monkeypatch):
+    training, step = replace(TRAINING, ema=0.9, steps=12), loop._Work.update
+    seen = []
+
+    def noting(work, lesson):
+        step(work, lesson)
+        seen.append({name: value.clone() for name, value in work.student.state_dict().items()})
+
+    monkeypatch.setattr(loop._Work, "update", noting)
+    whole, _ = fitted(training)
+    expected = seen[0]["network.0.weight"]
+    for weights in seen[1:12]:
+        expected = 0.9 * expected + 0.1 * weights["network.0.weight"]
+    torch.testing.assert_close(whole.network[0].weight, expected, rtol=1e-5, atol=1e-6)
+
+    def stopping(work, lesson):
+        step(work, lesson)
+        if work.step == 5:
+            work.save(tmp_path / loop.PARTIAL)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Work, "update", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(training, folder=tmp_path)
+    monkeypatch.setattr(loop._Work, "update", step)
+    resumed, _ = fitted(training, folder=tmp_path)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"steps": -1}, {"ema": 1.0}, {"clip": -1.0}])
+def test_settings_that_cannot_be_are_refused(wrong):
+    with pytest.raises(BadInput):
+        replace(TRAINING, **wrong)
+
+
+def test_the_multistep_schedule_falls_at_its_milestones_and_clip_0_leaves_gradients():
+    training = replace(TRAINING, steps=100, lr=1.0, schedule="multistep", warmup=0.0, milestones=(0.5, 0.75), gamma=0.1)
+    assert [training.rate(step) for step in (0, 49, 50, 75)] == pytest.approx([1.0, 1.0, 0.1, 0.01])
+    unclipped, _ = fitted(replace(TRAINING, steps=2, clip=0.0))
+    loose, _ = fitted(replace(TRAINING, steps=2, clip=1e9))
+    assert all(torch.equal(a, b) for a, b in zip(unclipped.parameters(), loose.parameters(), strict=True))

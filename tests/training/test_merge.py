@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dfcompress.cli import run
+from dfcompress.data.real import reshaped
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput
@@ -166,3 +167,38 @@ def test_a_student_that_gives_up_half_of_the_classes_has_collapsed():
     given = torch.arange(40) % 4
     assert _collapse(given.clamp(max=2), given) is None
     assert "never answers 3 of the 4 classes" in _collapse(torch.zeros(40, dtype=torch.long), given)
+
+
+def test_a_recipe_is_not_mixed_with_itself_and_not_with_chosen_classes(tmp_path):
+    with pytest.raises(BadInput, match="is the recipe that is mixed"):
+        distill(DEMO, student="half", output=tmp_path / "out", synthesis=FEW, mix="deepinversion", compute=EAGER)
+    some = replace(FEW, classes=("3",))
+    with pytest.raises(BadInput, match="all classes"):
+        distill(DEMO, student="half", output=tmp_path / "out", synthesis=some, mix="bns", compute=EAGER)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_trained_is_refused_before_an_image_is_made(two, tmp_path):
+    with pytest.raises(BadInput, match="no method 'papr'"):
+        merged(two, tmp_path / "out", method="papr")
+    wrong = replace(SHORT, optimizer="lamb", backend="apex")
+    with pytest.raises(BadInput, match="CUDA alone"):
+        distill(DEMO, student="half", output=tmp_path / "out", synthesis=FEW, training=wrong, compute=EAGER)
+    with pytest.raises(BadInput, match="looks at the student's answers"):
+        distill(DEMO, student="half", output=tmp_path / "out", objectives={"attention": 1.0}, compute=EAGER)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_teacher_is_not_trained_where_the_student_starts_from_it(tmp_path):
+    teacher = load(DEMO)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    distill(
+        teacher, student_init=teacher, output=tmp_path / "out", synthesis=FEW, training=SHORT, unseen=0, compute=EAGER
+    )
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_images_between_models_are_not_cropped():
+    images = torch.zeros(1, 3, 160, 160)
+    images[..., :4] = 1
+    assert reshaped(reshaped(images, (3, 224, 224)), (3, 160, 160))[0, 0, 80, 0] > 0.9

@@ -166,10 +166,10 @@ def test_what_is_remembered_of_the_teachers_survives_a_resume(tmp_path, monkeypa
 
     def fitted(folder, stop=None):
         def stopping(work, lesson):
+            step(work, lesson)
             if work.step == stop:
                 work.save(folder / loop.PARTIAL)
                 raise KeyboardInterrupt
-            step(work, lesson)
 
         monkeypatch.setattr(loop._Work, "update", stopping)
         student, merging = teacher(classes=4, seed=5), Merging([teacher(seed=1), teacher(seed=2)], blocks)

@@ -70,7 +70,7 @@ def test_every_objective_is_made_by_its_name():
     assert {objective.weight for objective in made} == {0.5}
 
 
-@pytest.mark.parametrize("weights", [{}, {"kl": 1.0}, {"kd": 0.0}, {"kd": math.nan}])
+@pytest.mark.parametrize("weights", [{}, {"feature": 1.0}, {"kl": 1.0}, {"kd": 0.0}, {"kd": math.nan}])
 def test_unknown_objectives_and_weights_are_refused(weights):
     with pytest.raises(BadInput, match="objective"):
         make_objectives(weights, temperature=4.0, pairs=[], seed=0)

@@ -236,8 +236,13 @@ def test_auto_takes_apex_only_for_what_torch_has_not(monkeypatch, state):
     fixed_probe(monkeypatch, state)
     ready = "apex" if state is State.READY else "torch"
     assert [choose_backend(name, "auto", CUDA) for name in NAMES] == ["torch", "torch", "torch", ready, ready]
-    assert choose_backend("adam", "auto", CUDA, bf16=True) == ready
     assert choose_backend("lamb", "auto", CPU) == "torch"
+
+
+def test_apex_is_refused_on_a_cpu(monkeypatch):
+    fixed_probe(monkeypatch, State.READY)
+    with pytest.raises(BadInput, match="CUDA alone"):
+        choose_backend("lamb", "apex", CPU)
 
 
 def test_sgd_is_never_given_to_apex():
