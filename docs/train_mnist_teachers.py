@@ -1,15 +1,15 @@
 """How the MNIST teachers of docs/results.md were trained: 10 epochs, Adam 1e-3.
 
-    python docs/train_mnist_teachers.py MNIST_FOLDER OUTPUT_FOLDER [--prefix P] [ARCHITECTURE[-DIGITS] ...]
+    python docs/train_mnist_teachers.py MNIST_FOLDER OUTPUT_FOLDER [[PREFIX:]ARCHITECTURE[-DIGITS] ...]
 
 Lopes et al. 2017, section 4, batches of 64 as in their code. MNIST_FOLDER holds the four IDX files of MNIST, or of
-Fashion-MNIST. `lenet5_bn-01234` is a teacher of five digits alone; `--prefix fashion-` names the classes fashion-0 and
+Fashion-MNIST. `lenet5_bn-01234` is a teacher of five digits alone; `fashion:lenet5_bn` names its classes fashion-0 and
 so on. HINTON (`hinton_mlp`) takes three minutes on two cores, LeNet-5 (`lenet5`, `lenet5_bn`) less than one.
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -60,10 +60,12 @@ def train(classifier: Classifier, images: Tensor, labels: Tensor) -> None:
             progress.update(epoch + 1, loss=loss.item())
 
 
-def main(mnist: Path, output: Path, names: list[str], prefix: str) -> None:
+def main(mnist: Path, output: Path, specs: list[str]) -> None:
     """Train, save, and count the right answers on the test images of these digits."""
     console.configure(console.NORMAL)
-    for name in names or TEACHERS:
+    for spec in specs or TEACHERS:
+        before, colon, name = spec.rpartition(":")
+        prefix = f"{before}-" if colon else ""
         architecture, _, of = name.partition("-")
         digits = [int(digit) for digit in of or "0123456789"]
         images, labels = images_of(mnist, "train", architecture, digits)
@@ -78,10 +80,4 @@ def main(mnist: Path, output: Path, names: list[str], prefix: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("mnist", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--prefix", default="")
-    given = parser.parse_intermixed_args()
-    main(given.mnist, given.output, given.names, given.prefix)
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
