@@ -215,12 +215,14 @@ def test_a_gate_that_is_not_met_prints_the_table_and_exits_3(capsys, tmp_path):
 
 
 def test_a_dry_run_shows_what_would_be_done_and_touches_nothing(capsys, tmp_path):
-    for command in (["invert"], ["quantize"], ["distill", "--student", "lenet5_bn_half"]):
+    distill = ["distill", "--student", "lenet5_bn_half"]
+    for command, images in ((["invert"], [16]), (["quantize"], [16]), (distill, [8, 8, 128])):
         code, out, _ = answer(capsys, command[0], DEMO, *command[1:], *QUICK, "--dry-run", "--json")
         planned = json.loads(out)["synthesis"]
         assert code == 0
-        assert (planned["images"], planned["batches"], planned["steps"]) == (16, 1, 2)
-        assert planned["seconds"] > 0
+        assert [each["images"] for each in planned] == images
+        assert {each["steps"] for each in planned} == {2}
+        assert all(each["seconds"] > 0 for each in planned)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -232,10 +234,10 @@ def test_the_command_line_beats_the_environment_beats_the_file(capsys, tmp_path,
     monkeypatch.setenv("DFCOMPRESS_IMAGES", "24")
     monkeypatch.setenv("DFCOMPRESS_SET", "bn=3 ce=2")
     common = ["--compile", "off", "--precision", "fp32", "--dry-run", "--json"]
-    planned = json.loads(answer(capsys, "invert", *common)[1])["synthesis"]
+    planned = json.loads(answer(capsys, "invert", *common)[1])["synthesis"][0]
     assert (planned["images"], planned["steps"]) == (24, 5)
     assert (planned["recipe"]["settings"]["bn"], planned["recipe"]["settings"]["ce"]) == (3.0, 2.0)
-    planned = json.loads(answer(capsys, "invert", "--images", "16", "--steps", "2", *common)[1])["synthesis"]
+    planned = json.loads(answer(capsys, "invert", "--images", "16", "--steps", "2", *common)[1])["synthesis"][0]
     assert (planned["images"], planned["steps"]) == (16, 2)
 
 
@@ -305,4 +307,4 @@ def test_a_factory_of_the_users_own_is_quantized_and_read_again_when_named(capsy
 def test_a_dry_run_with_data_plans_no_synthesis(capsys):
     code, out, _ = answer(capsys, "quantize", DEMO, "--data", DEMO, "--dry-run", "--json")
     assert code == 0
-    assert json.loads(out)["synthesis"] is None
+    assert json.loads(out)["synthesis"] == []

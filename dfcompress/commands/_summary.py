@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 def plan(*planned: SynthesisPlan, as_json: bool, training: dict[str, Any] | None = None) -> None:
     """What a dry run found: nothing was touched. Without `planned` the images are there already."""
     if as_json:
-        plans = [each.to_json() for each in planned]
-        console.result_json({"synthesis": plans if len(plans) > 1 else next(iter(plans), None), "training": training})
+        console.result_json({"synthesis": [each.to_json() for each in planned], "training": training})
         return
     for each in planned:
         _synthesis(each)

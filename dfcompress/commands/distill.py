@@ -53,13 +53,13 @@ def distill(
     import dataclasses
 
     from dfcompress.settings import changed
-    from dfcompress.synthesis.invert import plan
+    from dfcompress.synthesis.invert import plans
     from dfcompress.training.distill import DISTILLATION, distill
 
     settings = changed(DISTILLATION, training, "setting of training called")
     if dry_run:
-        plans = [] if data else [plan(model, synthesis, compute)]
-        _summary.plan(*plans, as_json=as_json, training=dataclasses.asdict(settings))
+        made = [] if data else plans(model, synthesis, compute, mix=mix, unseen=unseen)
+        _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(settings))
         return
     result = distill(
         model,

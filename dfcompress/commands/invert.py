@@ -37,10 +37,10 @@ def invert(
     as_json: bool,
 ) -> None:
     """Make images from a checkpoint and nothing else."""
-    from dfcompress.synthesis.invert import invert, plan
+    from dfcompress.synthesis.invert import invert, plans
 
     if dry_run:
-        _summary.plan(plan(model, synthesis, compute), as_json=as_json)
+        _summary.plan(*plans(model, synthesis, compute), as_json=as_json)
         return
     made = invert(
         model,

@@ -59,15 +59,15 @@ def merge(
     import dataclasses
 
     from dfcompress.settings import changed
-    from dfcompress.synthesis.invert import plan
-    from dfcompress.training.merge import merge, usual_synthesis, usual_training
+    from dfcompress.synthesis.invert import plans
+    from dfcompress.training.merge import merge, usual_images, usual_training
 
     if dry_run:
         usual = usual_training(method, synthesis.images, len(models))  # type: ignore[arg-type]
         settings = changed(usual, training, "setting of training called")
-        own = usual_synthesis(method, synthesis)  # type: ignore[arg-type]
-        plans = [] if data else [plan(model, own, compute) for model in models]
-        _summary.plan(*plans, as_json=as_json, training=dataclasses.asdict(settings))
+        own, mix = usual_images(method, synthesis, mix)  # type: ignore[arg-type]
+        made = [] if data else [each for model in models for each in plans(model, own, compute, mix=mix, unseen=unseen)]
+        _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(settings))
         return
     result = merge(
         models,

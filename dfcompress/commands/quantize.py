@@ -48,12 +48,12 @@ def quantize(
 
     from dfcompress.quantization.quantize import FINETUNING, quantize
     from dfcompress.settings import changed
-    from dfcompress.synthesis.invert import plan
+    from dfcompress.synthesis.invert import plans
 
     settings = changed(FINETUNING, training, "setting of training called")
     if dry_run:
-        plans = [] if data else [plan(model, synthesis, compute)]
-        _summary.plan(*plans, as_json=as_json, training=dataclasses.asdict(settings))
+        made = [] if data else plans(model, synthesis, compute)
+        _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(settings))
         return
     result = quantize(
         model,

@@ -25,6 +25,7 @@ from dfcompress.run import Run
 from dfcompress.synthesis.supply import TrainingImages, in_batches
 from dfcompress.training.loop import PARTIAL, Trained
 
+FEW_IMAGES = 30
 Measure = Callable[[Classifier], Evaluation | None]
 
 
@@ -175,7 +176,9 @@ def _share_in(both: tuple[Tensor, Tensor] | None, outputs: Tensor) -> float | No
 
 
 def _collapse(own: Tensor, given: Tensor) -> str | None:
-    """A student that gives up half of the classes has collapsed, whatever share of the images that is."""
+    """A student that gives up half of the classes has collapsed, whatever share of images that is; few cannot tell."""
+    if len(given) < FEW_IMAGES:
+        return None
     known, answered = given.unique(), own.unique()
     missing = known[~torch.isin(known, answered)].tolist()
     if 2 * len(missing) < len(known):

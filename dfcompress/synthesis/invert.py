@@ -26,6 +26,7 @@ from dfcompress.run import running
 from dfcompress.synthesis.job import Job, resolve
 from dfcompress.synthesis.making import macs_of, make_set, seconds_of, warnings_of
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
+from dfcompress.synthesis.supply import NONE, ImageSupply
 from dfcompress.synthesis.synthesizer import seconds_per_step
 from dfcompress.training.pupil import Pupil
 
@@ -156,13 +157,20 @@ class SynthesisPlan:
         return asdict(self)
 
 
-def plan(teacher: Classifier, synthesis: Synthesis, compute: Compute) -> SynthesisPlan:
-    """What `invert` would do; times a few eager steps and touches nothing.
+def plans(
+    teacher: Classifier, synthesis: Synthesis, compute: Compute, *, mix: str = NONE, unseen: int = 0
+) -> list[SynthesisPlan]:
+    """What a verb would make: `invert` one set, others also those of `mix` and `unseen`. Times a few eager steps
+    of each and touches nothing.
 
-    Raises `BadInput` as `invert` does.
+    Raises `BadInput` as the verb does.
     """
-    job = resolve(teacher, synthesis)
-    teacher, recipe = job.teacher, job.recipe()
+    supply = ImageSupply(teacher, None, synthesis, compute, mix=mix, unseen=unseen)
+    return [_plan(job, compute) for job in (*supply.jobs.values(), supply.unseen) if job]
+
+
+def _plan(job: Job, compute: Compute) -> SynthesisPlan:
+    teacher, recipe, synthesis = job.teacher, job.recipe(), job.synthesis
     batch_size = min(recipe.batch_size, synthesis.images)
     batches = -(-synthesis.images // batch_size)
     execution = resolve_execution(compute, macs_of(recipe, teacher, batch_size * batches))

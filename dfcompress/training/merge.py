@@ -71,11 +71,13 @@ def usual_training(method: Method, images: int, teachers: int) -> Training:
     )
 
 
-def usual_synthesis(method: Method, synthesis: Synthesis) -> Synthesis:
-    """The paper's images for its method, where no recipe was named."""
-    if method == "paper" and synthesis.recipe is None and synthesis.preset is None:
-        return replace(synthesis, recipe="deepinversion", preset="paper-merging")
-    return synthesis
+def usual_images(method: Method, synthesis: Synthesis, mix: str) -> tuple[Synthesis, str]:
+    """The paper's images for its method, where no recipe was named, and nothing mixed in, unless that was asked for."""
+    if method != "paper":
+        return synthesis, mix
+    if synthesis.recipe is None and synthesis.preset is None:
+        synthesis = replace(synthesis, recipe="deepinversion", preset="paper-merging")
+    return synthesis, NONE if mix == AUTO else mix
 
 
 def merge(
@@ -119,7 +121,7 @@ def merge(
     outputs = join_classes(teachers, class_map)
     pupil, fitted = make_student(student, _common_card(teachers, outputs), seed=compute.seed)
     architecture = pupil.card.architecture
-    synthesis, mix = usual_synthesis(method, synthesis), NONE if method == "paper" and mix == AUTO else mix
+    synthesis, mix = usual_images(method, synthesis, mix)
     if len(data) not in (0, len(teachers)):
         raise BadInput(f"--data was given {len(data)} times for {len(teachers)} teachers.", "Give one for each.")
     supplies = [
