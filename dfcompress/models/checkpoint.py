@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dfcompress import console
@@ -50,6 +49,7 @@ from dfcompress.models.weights import (
     StoredModel,
     read,
     read_json,
+    serialised,
     sha256,
     weights_file,
 )
@@ -138,7 +138,7 @@ def save(classifier: Classifier, folder: Path) -> None:
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state}
     folder.mkdir(parents=True, exist_ok=True)
     with write_atomically(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        temporary.write_bytes(serialised(tensors, metadata))
     write_json(folder / CONFIG, config)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from dfcompress.errors import BadInput
@@ -84,6 +85,17 @@ def weights_file(path: Path) -> Path:
 def file_bytes(path: Path) -> int:
     """Size of a checkpoint's weights file."""
     return weights_file(path).stat().st_size
+
+
+def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file whose bytes depend on its content alone: the library writes metadata in any order."""
+    content = save(dict(tensors), dict(metadata))
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # Tensors begin at a multiple of 8 bytes.
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def sha256(path: Path) -> str:

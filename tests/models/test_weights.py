@@ -8,16 +8,18 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from dfcompress.errors import BadInput
 from dfcompress.models.architectures import find
-from dfcompress.models.weights import read
+from dfcompress.models.weights import read, serialised
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +244,15 @@ def test_a_missing_file_and_a_folder_without_a_model_are_named(tmp_path):
         read(tmp_path / "net.pt")
     with pytest.raises(BadInput, match=r"a folder without model\.safetensors"):
         read(tmp_path)
+
+
+def test_the_bytes_of_a_file_depend_on_its_content_alone(tmp_path):
+    """The library itself writes metadata in any order, so one run in two would end in other bytes."""
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(3)}
+    metadata = {"format": "pt", "dfcompress": '{"name": "Ä \\u007f"}', "quantization": "{}"}
+    written = {serialised(tensors, dict(order)) for order in permutations(metadata.items()) for _ in range(4)}
+    assert len(written) == 1
+    (tmp_path / "file.safetensors").write_bytes(written.pop())
+    with safe_open(tmp_path / "file.safetensors", "pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
