@@ -53,6 +53,16 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def is_cuda(device: torch.device) -> bool:
+    """Whether CUDA kernels run there, torch's fused ones among them."""
+    return device.type == "cuda"
+
+
+def collective_backend(device: torch.device) -> str:
+    """Through what processes on such devices exchange tensors."""
+    return "nccl" if is_cuda(device) else "gloo"
+
+
 def cuda_devices() -> list[dict[str, Any]]:
     """Name, compute capability and bytes of memory of every CUDA device."""
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

@@ -14,6 +14,10 @@ import torch
 from torch import nn
 
 from dfcompress.cli import root, run
+from dfcompress.quantization.quantize import FINETUNING
+from dfcompress.training.distill import DISTILLATION
+from dfcompress.training.merge import MERGING
+from dfcompress.training.merging import METHODS
 
 COMMANDS = root.list_commands(None)
 DEMO = Path(__file__).resolve().parents[1] / "dfcompress" / "demo_files"
@@ -302,6 +306,17 @@ def test_a_factory_of_the_users_own_is_quantized_and_read_again_when_named(capsy
     assert code == 2
     assert "code runs only when you name it" in err
     assert answer(capsys, "evaluate", "packed", "--data", DEMO, "--arch", "net.py:make")[0] == 0
+
+
+def test_what_help_says_of_training_is_what_the_verbs_do():
+    """Help must not import torch, so it repeats names and numbers that belong to the verbs."""
+    usual = {"distill": DISTILLATION, "merge": MERGING, "quantize": FINETUNING}
+    for name, training in usual.items():
+        told = {parameter.name: parameter for parameter in root.get_command(None, name).params}
+        for field in ("steps", "lr", "batch_size"):
+            assert told[f"train_{field}"].show_default == str(getattr(training, field))
+        if name == "merge":
+            assert tuple(told["method"].type.choices) == METHODS
 
 
 def test_a_dry_run_with_data_plans_no_synthesis(capsys):

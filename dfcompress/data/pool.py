@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -60,6 +61,12 @@ class ImagePool:
     def drawn(self, step: int) -> list[Tensor]:
         """Which images of each set are in the batch of `step`, counted from 0."""
         return [self._drawn(number, len(images), step) for number, images in enumerate(self.sets)]
+
+    def places(self, step: int) -> Tensor:
+        """The places of a batch's images among those of all sets, set after set, `(batch_size,)`."""
+        starts = accumulate(map(len, self.sets[:-1]), initial=0)
+        drawn = zip(starts, self.drawn(step), strict=True)
+        return torch.cat([start + chosen for start, chosen in drawn]).to(self.sets[0].device)
 
     def batch(self, step: int) -> Tensor:
         """Float images `(batch_size, C, H, W)` in units of [0, 1]: those of `step`."""

@@ -76,7 +76,7 @@ def evaluate(
         _ask(name, classifier, source, target, batch_size)
         for name, classifier, source in zip(names, classifiers, sources, strict=True)
     ]
-    return Evaluation([_result(name, answer, given[0]) for name, answer in zip(names, given, strict=True)], gate)
+    return Evaluation([counted(name, answer, given[0]) for name, answer in zip(names, given, strict=True)], gate)
 
 
 def _as_share(fail_under: float) -> float:
@@ -104,7 +104,7 @@ def _open_for_each(data: str | Path, classifiers: Sequence[Classifier]) -> list[
 
 
 def _ask(name: str, classifier: Classifier, source: ImageSource, target: torch.device, batch_size: int) -> Answers:
-    with _placed(classifier, target), console.progress(name, len(source)) as progress:
+    with placed(classifier, target), console.progress(name, len(source)) as progress:
         return answers(classifier, _counted(source.batches(batch_size), progress))
 
 
@@ -117,7 +117,7 @@ def _counted(batches: Iterator[tuple[Tensor, Tensor]], progress: console.Progres
 
 
 @contextmanager
-def _placed(classifier: Classifier, target: torch.device) -> Iterator[None]:
+def placed(classifier: Classifier, target: torch.device) -> Iterator[None]:
     """Lend the classifier to a device and bring it home, so that only one model is on it at a time."""
     home = classifier.mean.device
     classifier.to(target)
@@ -127,7 +127,8 @@ def _placed(classifier: Classifier, target: torch.device) -> Iterator[None]:
         classifier.to(home)
 
 
-def _result(name: str, own: Answers, first: Answers) -> dict[str, Any]:
+def counted(name: str, own: Answers, first: Answers | None) -> dict[str, Any]:
+    """One entry of an `Evaluation`; without `first` there is nobody to agree with."""
     correct, total = own.correct(), len(own)
     return {
         "checkpoint": name,
@@ -136,5 +137,5 @@ def _result(name: str, own: Answers, first: Answers) -> dict[str, Any]:
         "top1": correct / total,
         "standard_error": standard_error(correct, total),
         "top5": own.correct(TOP) / total if own.classes.shape[1] == TOP else None,
-        "agreement": own.agreement(first),
+        "agreement": own.agreement(first) if first else None,
     }

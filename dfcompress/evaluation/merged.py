@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from torch import Tensor
 from dfcompress.data.real import ImageSource, open_images, reshaped
 from dfcompress.device import exact_fp32, resolve_device
 from dfcompress.errors import BadInput
-from dfcompress.evaluation.evaluate import Evaluation
-from dfcompress.evaluation.metrics import TOP, Answers, standard_error
+from dfcompress.evaluation.evaluate import Evaluation, counted, placed
+from dfcompress.evaluation.metrics import TOP, Answers
 from dfcompress.models.classifier import Classifier, evaluating
 
 LARGEST_LOGIT = "the teachers' largest logit"
@@ -61,12 +62,13 @@ def evaluate_merged(
     with its own, so a teacher's top-5 is an easier question. `agreement` is with that teacher; on `all`, None.
     """
     target = resolve_device(device)
-    for network in (student, *teachers):
-        network.to(target)
-    asked = [
-        _ask(student, teachers, outputs, source, None if len(sources) == 1 else number, target)
-        for number, source in enumerate(sources)
-    ]
+    with ExitStack() as stack:
+        for network in (student, *teachers):
+            stack.enter_context(placed(network, target))
+        asked = [
+            _ask(student, teachers, outputs, source, None if len(sources) == 1 else number, target)
+            for number, source in enumerate(sources)
+        ]
     name, rows = str(student.path or student.name), []
     for number, (teacher, own) in enumerate(zip(teachers, outputs, strict=True)):
         answer = asked[0] if len(sources) == 1 else asked[number]
@@ -74,13 +76,11 @@ def evaluate_merged(
         if its_own.any():
             given = Answers(answer.teachers[number][its_own], answer.labels[its_own])
             learnt = Answers(answer.student[its_own], answer.labels[its_own])
-            rows += [_row(str(teacher.path or teacher.name), teacher.name, given, 1.0)]
-            rows += [_row(name, teacher.name, learnt, learnt.agreement(given))]
+            rows += [_row(str(teacher.path or teacher.name), teacher.name, given, given)]
+            rows += [_row(name, teacher.name, learnt, given)]
     labels = torch.cat([each.labels for each in asked])
     rows += [_row(LARGEST_LOGIT, "all", Answers(torch.cat([each.largest for each in asked]), labels), None)]
     rows += [_row(name, "all", Answers(torch.cat([each.student for each in asked]), labels), None)]
-    for network in (student, *teachers):
-        network.to("cpu")
     return Evaluation(rows)
 
 
@@ -117,15 +117,5 @@ def _best(logits: Tensor) -> Tensor:
     return logits.topk(min(TOP, logits.shape[1])).indices.cpu()
 
 
-def _row(checkpoint: str, images: str, answers: Answers, agreement: float | None) -> dict[str, Any]:
-    correct, total = answers.correct(), len(answers)
-    return {
-        "checkpoint": checkpoint,
-        "images": images,
-        "correct": correct,
-        "total": total,
-        "top1": correct / total,
-        "standard_error": standard_error(correct, total),
-        "top5": answers.correct(TOP) / total if answers.classes.shape[1] == TOP else None,
-        "agreement": agreement,
-    }
+def _row(checkpoint: str, images: str, answers: Answers, first: Answers | None) -> dict[str, Any]:
+    return {**counted(checkpoint, answers, first), "images": images}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from dfcompress.models.card import ModelCard
 
@@ -74,6 +75,17 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@torch.no_grad()
+def pass_once(classifier: Classifier, hooks: Iterable[RemovableHandle]) -> Tensor:
+    """Logits `(1, classes)` of one black image, for what the hooks see of it; they are removed afterwards."""
+    try:
+        with evaluating(classifier):
+            return classifier(torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

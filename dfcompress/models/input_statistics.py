@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.models.card import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD, MNIST_MEAN, MNIST_STD
-from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.classifier import Classifier, pass_once
 
 CORRELATION = 0.9
 # Of images in [0, 1]; SVHN's std is 0.20, CIFAR's 0.25, ImageNet's 0.28, MNIST's 0.31, and s is good to a third.
@@ -142,12 +142,7 @@ def _first_layers(classifier: Classifier) -> tuple[nn.Conv2d, _BatchNorm] | None
         for module in classifier.network.modules()
         if isinstance(module, (nn.Conv2d, _BatchNorm))
     ]
-    try:
-        with evaluating(classifier):
-            classifier(torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    pass_once(classifier, handles)
     return found[0] if found and _tells(*found[0], channels=classifier.card.input_size[0]) else None
 
 

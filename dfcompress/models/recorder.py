@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from dfcompress import console
-from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.statistics import KnownStatistics, statistics_layers
 
 LOGITS = "logits"
@@ -153,12 +153,7 @@ def outputs_of_one_image(classifier: Classifier) -> dict[str, Tensor]:
         return note
 
     handles = [layer.register_forward_hook(noting(name)) for name, layer in weighted_layers(classifier.network).items()]
-    try:
-        with evaluating(classifier):
-            logits = classifier(torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    logits = pass_once(classifier, handles)
     for name in [name for name, outputs in seen.items() if len(outputs) > 1]:
         del seen[name]
         console.notice(f"Layer {name} is used several times and is left out.")

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dfcompress.errors import BadInput
-from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.classifier import Classifier, pass_once
 
 Resolution = tuple[int, int]
 
@@ -25,7 +24,6 @@ class Stage:
     channels: int
 
 
-@torch.no_grad()
 def stages_of(classifier: Classifier) -> dict[Resolution, Stage]:
     """The stages by resolution, from the first to the last; outputs of one pixel are none."""
     found: dict[Resolution, Stage] = {}
@@ -40,12 +38,7 @@ def stages_of(classifier: Classifier) -> dict[Resolution, Stage]:
     handles = [
         module.register_forward_hook(noting(name)) for name, module in classifier.network.named_modules() if name
     ]
-    try:
-        with evaluating(classifier):
-            classifier(torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    pass_once(classifier, handles)
     return found
 
 

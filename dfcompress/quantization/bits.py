@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dfcompress.errors import BadInput
-from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.fake_quantizers import FLOAT_BITS, WIDTHS, quantizable_layers
 
 _WEIGHTS_FIRST = re.compile(r"(\d+)w(\d+)a")
@@ -73,12 +73,7 @@ def layers_in_execution_order(classifier: Classifier) -> list[str]:
         called[names[module]] = None
 
     hooks = [m.register_forward_pre_hook(note) for m in names if isinstance(m, nn.Conv2d | nn.Linear)]
-    try:
-        with evaluating(classifier):
-            classifier(torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    pass_once(classifier, hooks)
     if not called:
         raise BadInput("The network calls no convolution or linear layer.", "There is nothing to quantize.")
     return list(quantizable_layers(classifier.network, called))

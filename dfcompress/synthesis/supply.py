@@ -32,9 +32,9 @@ class ImageSupply:
 
     `data` is a synthetic set or real images; None means that sets are made in the run's folder, or finished there:
     half of the images by the chosen recipe in `synthetic`, half by the recipe `mix` (as many steps, if some were asked
-    for) in `synthetic-<mix>`. Images of one
-    recipe share its artefacts, and a student trained on two follows its teacher further. `auto` takes `bns` where the
-    teacher's statistics are known and no classes were asked for; `none` leaves all to the chosen recipe.
+    for) in `synthetic-<mix>`. Images of one recipe share its artefacts, and a student trained on two follows its
+    teacher further. `auto` takes `bns` where the teacher's statistics are known and no classes were asked for; `none`
+    leaves all to the chosen recipe.
     `unseen` more images are made in `unseen`, by another seed and a third recipe, to ask about and never to train on;
     none where the statistics are not known.
     `learner` makes the student that a recipe's images compete with, None for recipes that need none.

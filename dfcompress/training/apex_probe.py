@@ -19,6 +19,8 @@ import torch
 from dfcompress.device import has_cuda, processor_name
 
 AGREEMENT = 1e-5
+# What a package that was built for something else fails with.
+FOREIGN_FAILURES = (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError)
 BUILD = (
     "Build it from NVIDIA's repository with its C++ and CUDA extensions, in this environment "
     "(--no-build-isolation), or use --optimizer-backend torch."
@@ -77,7 +79,7 @@ def _tried(disagreement: Callable[[torch.device], float]) -> Apex:
     """Whether its numbers are right, after three steps of each optimiser."""
     try:
         difference = disagreement(torch.device("cuda"))
-    except Exception as error:  # Whatever someone's build does wrong must not end a run that can do without it.
+    except FOREIGN_FAILURES as error:
         if "no kernel image" in str(error):
             name = processor_name(torch.device("cuda"))
             remedy = "Build it again with TORCH_CUDA_ARCH_LIST naming this GPU's compute capability."

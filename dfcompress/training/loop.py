@@ -198,7 +198,7 @@ class Trainer:
                 if everything is None:
                     taught = teach(images, sources[mine])
                 else:
-                    rows = self._rows(pool, work.step)[mine]
+                    rows = pool.places(work.step)[mine]
                     taught = tuple(part[rows] for part in everything)
                 work.update(learn(images, taught))
                 if work.clock.is_time_to_save():
@@ -222,15 +222,6 @@ class Trainer:
             for some in images.split(pool.batch_size)
         ]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-
-    @staticmethod
-    def _rows(pool: ImagePool, step: int) -> Tensor:
-        """The places of a batch's images among all images."""
-        places, start = [], 0
-        for images, drawn in zip(pool.sets, pool.drawn(step), strict=True):
-            places.append(start + drawn)
-            start += len(images)
-        return torch.cat(places).to(pool.sets[0].device)
 
     def _functions(self, target: torch.device, execution: Execution) -> tuple[Callable[..., tuple[Tensor, ...]], Step]:
         """The teachers' side of a step and the student's."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dfcompress import console
+from dfcompress.device import is_cuda
 from dfcompress.errors import BadInput
 from dfcompress.training.apex_probe import State, probe
 
@@ -135,17 +137,19 @@ def choose_backend(name: Name, backend: Backend, device: torch.device) -> Litera
     serve SGD and Adam.
     Raises `BadInput` where `apex` is asked for and cannot be used, saying what to do in that very case.
     """
-    if backend == "torch" or (backend == "auto" and (device.type != "cuda" or name not in ("lamb", "novograd"))):
+    if backend == "torch" or (backend == "auto" and (not is_cuda(device) or name not in ("lamb", "novograd"))):
         return "torch"
     if backend == "apex" and name == "sgd":
         raise BadInput("--optimizer sgd has no apex form: FusedSGD skips bf16 parameters silently.", "Leave apex out.")
-    if device.type != "cuda":
+    if not is_cuda(device):
         raise BadInput("--optimizer-backend apex computes on CUDA alone.", "Use auto, or a CUDA device.")
     found = probe(disagreement)
     if found.state is State.READY:
         return "apex"
     if backend == "apex":
         raise BadInput(f"--optimizer-backend apex: {found.found}.", found.remedy)
+    if found.state is not State.ABSENT:
+        console.notice(f"Not using apex: {found.found}. {found.remedy}")
     return "torch"
 
 
@@ -159,7 +163,7 @@ def make_optimizer(
     groups = list(groups)
     if backend == "apex":
         return _apex(name, groups, lr)
-    fused = all(weight.is_cuda for group in groups for weight in group["params"])
+    fused = all(is_cuda(weight.device) for group in groups for weight in group["params"])
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
     settings: dict[str, Any] = {"lr": lr, "betas": BETAS[name], "eps": EPS[name]}

@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dfcompress.device import collective_backend
 from dfcompress.distributed import Peers, peers
 from dfcompress.errors import BadInput
 
@@ -38,7 +39,7 @@ def replicated(module: nn.Module, everyone: Peers) -> nn.Module:
     """The module, whose gradients are averaged over the processes where there are several."""
     if everyone.count == 1:
         return module
-    everyone.connect("nccl" if next(module.parameters()).is_cuda else "gloo")
+    everyone.connect(collective_backend(next(module.parameters()).device))
     # Buffers are the same everywhere: statistics are those of the whole batch.
     return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dfcompress.errors import BadInput, DfcompressError
-from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.recorder import DROPOUTS, LOGITS, Target, outputs_of_one_image
 from dfcompress.synthesis.records import FIXED_DROPOUT
 from dfcompress.synthesis.records.asking import Asked
@@ -221,12 +221,7 @@ def dropouts(teacher: Classifier) -> list[tuple[tuple[int, ...], float]]:
 
     layers = [module for module in teacher.network.modules() if isinstance(module, DROPOUTS)]
     handles = [layer.register_forward_hook(note) for layer in layers]
-    try:
-        with evaluating(teacher):
-            teacher(torch.zeros(1, *teacher.card.input_size, device=teacher.mean.device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    pass_once(teacher, handles)
     if not seen:
         raise BadInput(f"{teacher.name} has no dropout layer whose filters could be fixed.", "Use --kind all-layers.")
     return seen
