@@ -21,7 +21,7 @@ _HOME = {
     "Keeping": "synthesis.records.keeping",
     "ModelCard": "models.card",
     "Synthesis": "synthesis.recipe",
-    "Training": "training.loop",
+    "Training": "training.settings",
     "bench_step": "evaluation.bench",
     "demo": "demo",
     "distill": "training.distill",

@@ -24,8 +24,9 @@ from dfcompress.run import running
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import ImageSupply, in_batches
-from dfcompress.training.loop import Trainer, Training, require_trainable
+from dfcompress.training.loop import Trainer, require_trainable
 from dfcompress.training.objectives import kd
+from dfcompress.training.settings import Training
 from dfcompress.training.teaching import Distillation
 
 FINETUNING = Training(

@@ -25,8 +25,9 @@ from dfcompress.run import running
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import AUTO, ImageSupply
-from dfcompress.training.loop import Trainer, Training, require_trainable
+from dfcompress.training.loop import Trainer, require_trainable
 from dfcompress.training.objectives import OF_FEATURES, make_objectives
+from dfcompress.training.settings import Training
 from dfcompress.training.teaching import Distillation
 
 DISTILLATION = Training(

@@ -35,9 +35,10 @@ from dfcompress.settings import changed
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import AUTO, NONE, ImageSupply
-from dfcompress.training.loop import Trainer, Training, require_trainable
+from dfcompress.training.loop import Trainer, require_trainable
 from dfcompress.training.merging import Merging, Method, require_method
 from dfcompress.training.outputs import Outputs, join_classes
+from dfcompress.training.settings import Training
 
 MERGING = Training(
     steps=4000,

@@ -9,8 +9,9 @@ from torch import Tensor
 from dfcompress.data.pool import Augmentation
 from dfcompress.device import Compute
 from dfcompress.models.classifier import Classifier
-from dfcompress.training.loop import Trainer, Training
+from dfcompress.training.loop import Trainer
 from dfcompress.training.objectives import kd
+from dfcompress.training.settings import Training
 from dfcompress.training.teaching import Distillation
 
 

@@ -20,9 +20,10 @@ from dfcompress.device import Compute
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.training import loop
-from dfcompress.training.loop import Trainer, Training, training_mode
+from dfcompress.training.loop import PARTIAL, Trainer
 from dfcompress.training.objectives import Answer, kd
+from dfcompress.training.settings import Training
+from dfcompress.training.steps import training_mode
 from dfcompress.training.teaching import Distillation
 
 CARD = ModelCard("tiny", 4, (1, 8, 8), (0.5,), (0.25,))
@@ -40,10 +41,14 @@ def images(count=256):
     return torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(9))
 
 
+def trainer(training=TRAINING, compute=EAGER, folder=None):
+    return Trainer(tiny(2), Distillation(tiny(1), [kd(2.0)]), training, compute=compute, folder=folder)
+
+
 def fitted(training=TRAINING, compute=EAGER, folder=None):
-    student = tiny(2)
-    trained = Trainer(student, Distillation(tiny(1), [kd(2.0)]), training, compute=compute, folder=folder).fit(images())
-    return student, trained
+    made = trainer(training, compute, folder)
+    trained = made.fit(images())
+    return made.student, trained
 
 
 def agreement(student, teacher):
@@ -88,9 +93,10 @@ def test_frozen_batchnorm_keeps_its_statistics_but_trains_its_scale():
 
 def test_training_mode_leaves_frozen_batchnorms_in_evaluation():
     student = tiny(2)
-    training_mode(student, freeze_batchnorm=True)
-    assert student.training
-    assert not student.network[1].training
+    with training_mode(student, freeze_batchnorm=True):
+        assert student.training
+        assert not student.network[1].training
+    assert not student.training
 
 
 def test_grey_images_are_not_flipped():
@@ -216,31 +222,19 @@ def test_answers_kept_for_later_are_those_of_every_step():
         torch.testing.assert_close(kept[name], asked[name], rtol=1e-3, atol=1e-5)
 
 
-def test_the_averaged_weights_are_the_result_and_survive_a_resume(tmp_path, monkeypatch):
-    training, step = replace(TRAINING, ema=0.9, steps=12), loop._Work.update
-    seen = []
-
-    def noting(work, lesson):
-        step(work, lesson)
-        seen.append({name: value.clone() for name, value in work.student.state_dict().items()})
-
-    monkeypatch.setattr(loop._Work, "update", noting)
+def test_the_averaged_weights_are_the_result_and_survive_a_resume(tmp_path):
+    training, weights = replace(TRAINING, ema=0.9, steps=12), []
+    with trainer(training).ready(images()) as steps:
+        for done in range(12):
+            steps.take()
+            weights.append(steps.student.network[0].weight.detach().clone())
+            if done == 4:
+                steps.save(tmp_path / PARTIAL)
+    expected = weights[0]
+    for later in weights[1:]:
+        expected = 0.9 * expected + 0.1 * later
     whole, _ = fitted(training)
-    expected = seen[0]["network.0.weight"]
-    for weights in seen[1:12]:
-        expected = 0.9 * expected + 0.1 * weights["network.0.weight"]
     torch.testing.assert_close(whole.network[0].weight, expected, rtol=1e-5, atol=1e-6)
-
-    def stopping(work, lesson):
-        step(work, lesson)
-        if work.step == 5:
-            work.save(tmp_path / loop.PARTIAL)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop._Work, "update", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        fitted(training, folder=tmp_path)
-    monkeypatch.setattr(loop._Work, "update", step)
     resumed, _ = fitted(training, folder=tmp_path)
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name

@@ -13,10 +13,10 @@ from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.training import loop
-from dfcompress.training.loop import Trainer, Training
+from dfcompress.training.loop import PARTIAL, Trainer
 from dfcompress.training.merging import Merging
 from dfcompress.training.outputs import Outputs, join_classes
+from dfcompress.training.settings import Training
 
 EAGER = Compute("cpu", "fp32", "off")
 
@@ -160,26 +160,23 @@ def test_a_student_learns_two_teachers_of_different_input_sizes(method):
             assert (answer == outputs.of[number][given.argmax(1)]).float().mean() > 0.85
 
 
-def test_what_is_remembered_of_the_teachers_survives_a_resume(tmp_path, monkeypatch):
+def test_what_is_remembered_of_the_teachers_survives_a_resume(tmp_path):
     blocks = Outputs((torch.tensor([0, 1]), torch.tensor([2, 3])), 4)
-    step = loop._Work.update
+    sets = images(1, (1, 4, 4)), images(2, (1, 4, 4))
 
-    def fitted(folder, stop=None):
-        def stopping(work, lesson):
-            step(work, lesson)
-            if work.step == stop:
-                work.save(folder / loop.PARTIAL)
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(loop._Work, "update", stopping)
+    def trainer(folder):
         student, merging = teacher(classes=4, seed=5), Merging([teacher(seed=1), teacher(seed=2)], blocks)
         training = Training(steps=20, lr=0.1, batch_size=16)
-        trainer = Trainer(student, merging, training, compute=EAGER, folder=folder)
-        trainer.fit(images(1, (1, 4, 4)), images(2, (1, 4, 4)))
-        return student.state_dict()
+        return Trainer(student, merging, training, compute=EAGER, folder=folder)
 
-    whole = fitted(None)
-    with pytest.raises(KeyboardInterrupt):
-        fitted(tmp_path, stop=7)
-    resumed = fitted(tmp_path)
+    def fitted(folder):
+        made = trainer(folder)
+        made.fit(*sets)
+        return made.student.state_dict()
+
+    with trainer(tmp_path).ready(*sets) as steps:
+        for _ in range(7):
+            steps.take()
+        steps.save(tmp_path / PARTIAL)
+    whole, resumed = fitted(None), fitted(tmp_path)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -1,0 +1,74 @@
+"""`Training`: the settings of the student loop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from dfcompress.data.pool import Augmentation
+from dfcompress.errors import BadInput
+from dfcompress.training import optimizers
+
+Schedule = Literal["cosine", "multistep", "constant"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of the loop.
+
+    `optimizer` is sgd (Nesterov, `momentum`), adam, adamw, lamb or novograd, computed by `backend`; `weight_decay` is
+    for weights alone, not for biases and BatchNorm. The rate is warmed up linearly over `warmup` (a share of the
+    steps), then falls along a cosine to 0, or is multiplied by `gamma` at each of the `milestones` (shares of the
+    steps) of the `multistep` schedule. The gradient's norm is cut at `clip`, 0 leaves it. With `ema` the result is the
+    exponential average of the weights of all steps with that decay. With `freeze_batchnorm` running statistics stay.
+    """
+
+    steps: int
+    lr: float
+    batch_size: int
+    optimizer: optimizers.Name = "sgd"
+    backend: optimizers.Backend = "auto"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Schedule = "cosine"
+    warmup: float = 0.05
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+    clip: float = 5.0
+    ema: float = 0.0
+    freeze_batchnorm: bool = False
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        """Raise `BadInput` for settings that cannot be."""
+        if self.steps < 0 or self.batch_size < 1:
+            raise BadInput(
+                f"{self.steps} steps of {self.batch_size} images are no training.", "Use at least one image."
+            )
+        if not 0 < self.lr < math.inf:
+            raise BadInput(f"--train-lr {self.lr} is not a rate.", "Use a number above 0.")
+        choices = (
+            ("optimizer", self.optimizer, optimizers.NAMES),
+            ("optimizer-backend", self.backend, optimizers.BACKENDS),
+            ("schedule", self.schedule, get_args(Schedule)),
+        )
+        for what, name, names in choices:
+            if name not in names:
+                raise BadInput(f"There is no {what} {name!r}.", f"Known: {', '.join(names)}.")
+        for what, share in (("momentum", self.momentum), ("warmup", self.warmup), ("ema", self.ema)):
+            if not 0 <= share < 1:
+                raise BadInput(f"{what} {share} is no share below 1.", "Use 0 to leave it out.")
+        if self.clip < 0 or self.weight_decay < 0:
+            raise BadInput("clip or weight_decay is negative.", "Use 0 to leave it out.")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of `step`, counted from 0."""
+        warmup = max(1, round(self.warmup * self.steps)) if self.warmup else 0
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * self.gamma ** sum(step >= milestone * self.steps for milestone in self.milestones)
