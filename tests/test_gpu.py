@@ -9,7 +9,7 @@ import torch
 
 from dfcompress import device
 from dfcompress.device import Compute, Execution
-from dfcompress.evaluation.bench import bench_step
+from dfcompress.evaluation.bench_step import bench_step
 from dfcompress.models.checkpoint import load
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import Synthesizer

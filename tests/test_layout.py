@@ -25,7 +25,8 @@ VERB_FILES = {
     "evaluation/doctor.py",
     "evaluation/evaluate.py",
     "evaluation/inspect.py",
-    "evaluation/bench.py",
+    "evaluation/bench_step.py",
+    "evaluation/bench_train.py",
     "evaluation/result.py",
     "demo.py",
 }

@@ -342,6 +342,11 @@ mix = click.option(
     show_default=True,
     help="Make half of the images by this recipe; auto is bns where the model's statistics are known.",
 )
+live = click.option(
+    "--live",
+    is_flag=True,
+    help="Let an adaptive recipe's images compete with the student itself, which learns while they are made.",
+)
 unseen = click.option(
     "--unseen",
     type=click.IntRange(0),

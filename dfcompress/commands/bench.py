@@ -11,7 +11,13 @@ from dfcompress.commands import _options
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
+    from dfcompress.evaluation.timing import Bench
     from dfcompress.models.classifier import Classifier
+
+
+_rounds = click.option(
+    "--rounds", type=click.IntRange(1), default=7, show_default=True, help="Timed steps of each row."
+)
 
 
 @click.group()
@@ -22,21 +28,39 @@ def bench() -> None:
 @bench.command(epilog=_options.example("dfcompress bench step resnet20.pt --batch-size 256"))
 @_options.model
 @click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Timed steps of each row.")
+@_rounds
 @_options.compute
 @_options.reporting
 def step(model: Classifier, batch_size: int, rounds: int, compute: Compute, as_json: bool) -> None:
     """Time one synthesis step against the published loop and the floor."""
-    from dfcompress.evaluation.bench import bench_step
+    from dfcompress.evaluation.bench_step import bench_step
 
-    measured = bench_step(model, batch_size=batch_size, rounds=rounds, compute=compute)
+    _tell(bench_step(model, batch_size=batch_size, rounds=rounds, compute=compute), to="ours", as_json=as_json)
+
+
+@bench.command(epilog=_options.example("dfcompress bench train resnet44.pt --student cifar_resnet20"))
+@_options.model
+@click.option("--student", default="half", show_default=True, help="Architecture of the student.")
+@click.option("--batch-size", type=click.IntRange(2), default=128, show_default=True)
+@_rounds
+@_options.compute
+@_options.reporting
+def train(model: Classifier, student: str, batch_size: int, rounds: int, compute: Compute, as_json: bool) -> None:
+    """Time one step of distillation against a plain PyTorch loop."""
+    from dfcompress.evaluation.bench_train import bench_train
+
+    measured = bench_train(model, student=student, batch_size=batch_size, rounds=rounds, compute=compute)
+    _tell(measured, to="plain", as_json=as_json)
+
+
+def _tell(measured: Bench, *, to: str, as_json: bool) -> None:
     if as_json:
         console.result_json(measured.to_json())
         return
-    ours = measured.rows[-1]["ms"]
+    one = next(row["ms"] for row in measured.rows if row["name"] == to)
     columns = {"ms": "ms", "images_per_second": "images/s", "tflops": "TFLOP/s"}
     shown = [key for key in columns if key in measured.rows[0]]
-    rows = [[row["name"], *(f"{row[key]:.1f}" for key in shown), f"{row['ms'] / ours:.2f}"] for row in measured.rows]
-    console.table(["one step", *(columns[key] for key in shown), "ours = 1"], rows)
+    rows = [[row["name"], *(f"{row[key]:.1f}" for key in shown), f"{row['ms'] / one:.2f}"] for row in measured.rows]
+    console.table(["one step", *(columns[key] for key in shown), f"{to} = 1"], rows)
     if measured.ceilings:
         console.result("the device reaches {tflops} TFLOP/s, {gb_per_second} GB/s".format(**measured.ceilings))

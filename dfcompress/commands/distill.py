@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @_options.objectives
 @_options.temperature
 @_options.mix
+@_options.live
 @_options.unseen
 @_options.output
 @_options.compute
@@ -41,6 +42,7 @@ def distill(
     objectives: dict[str, float],
     temperature: float,
     mix: str,
+    live: bool,
     unseen: int,
     compute: Compute,
     output: Path | None,
@@ -72,6 +74,7 @@ def distill(
         objectives=objectives,
         temperature=temperature,
         mix=mix,
+        live=live,
         unseen=unseen,
         compute=compute,
         eval_data=eval_data,

@@ -128,16 +128,18 @@ def _divergence(classifier: Classifier, synthetic: SyntheticSet) -> float | None
     return bn_divergence(classifier, synthetic.batches(synthetic.manifest["batch_size"]))
 
 
-def learner(teacher: Classifier, recipe: Recipe, student: str | None, compute: Compute) -> Pupil | None:
+def learner(teacher: Classifier, recipe: Recipe, student: Classifier | str | None, compute: Compute) -> Pupil | None:
     """The student that a recipe's images compete with, None where it needs none.
 
-    `student` names its architecture, by default the teacher's own. Raises `BadInput` where it is not known.
+    `student` names its architecture, by default the teacher's own, or is the network that learns.
+    Raises `BadInput` where there is no such architecture.
     """
     if recipe.lessons is None:
         return None
-    own, _ = make_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
+    if not isinstance(student, Classifier):
+        student, _ = make_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
     lessons = recipe.lessons
-    return Pupil(own, teacher, steps=lessons.steps, lr=lessons.lr, batch_size=lessons.batch_size, compute=compute)
+    return Pupil(student, teacher, steps=lessons.steps, lr=lessons.lr, batch_size=lessons.batch_size, compute=compute)
 
 
 @dataclass(frozen=True)

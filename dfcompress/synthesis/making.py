@@ -48,7 +48,8 @@ class Learner(Protocol):
 def make_set(job: Job, folder: Path, compute: Compute, *, learner: Learner | None = None) -> SyntheticSet:
     """Make the set in `folder`, or finish the one that is there; every process of a job makes some of its shards.
 
-    A recipe whose images compete with a student needs `learner`: after each round of images it learns from all so far.
+    A recipe whose images compete with a student needs `learner`: after each round of images but the last it learns from
+    all so far. Its student is left as the last lesson made it, also where the set was finished before.
     Raises `BadInput` where the folder holds a set of another teacher, recipe, count or seed.
     """
     everyone = peers()
@@ -64,6 +65,8 @@ def make_set(job: Job, folder: Path, compute: Compute, *, learner: Learner | Non
         _merge_metrics(synthetic)
         _write_preview(synthetic.folder, _first_images(synthetic))
     everyone.meet()
+    if learner:
+        makes.teach(learner, len(makes.rounds) - 1)
     return synthetic
 
 
@@ -165,7 +168,7 @@ class _Making:
         if not missing:
             return
         if self.learner:
-            self._teach(self.learner, lesson)
+            self.teach(self.learner, lesson)
         checkup = Checkup(self.recipe, self.teacher)
         synthesizer = self._ready()
         with ThreadPoolExecutor(1) as writer:
@@ -181,7 +184,7 @@ class _Making:
             if written:
                 written.result()
 
-    def _teach(self, learner: Learner, lesson: int) -> None:
+    def teach(self, learner: Learner, lesson: int) -> None:
         """Bring the student to where it is after `lesson` lessons, each on everything made before its round.
 
         A saved student is taken further; one that is further already starts again, so that an early shard that was

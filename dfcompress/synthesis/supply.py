@@ -73,6 +73,11 @@ class ImageSupply:
         """What images that are made depend on besides the teacher, None where they are there."""
         return {name: job.origin() for name, job in self.jobs.items()} or None
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether images are made that compete with a student."""
+        return any(job.recipe().lessons for job in self.jobs.values())
+
     def __len__(self) -> int:
         """How many images there are to train on."""
         images = len(self.source) if self.source else sum(job.synthesis.images for job in self.jobs.values())

@@ -53,6 +53,7 @@ def distill(
     objectives: Mapping[str, float] = KD,
     temperature: float = 4.0,
     mix: str = AUTO,
+    live: bool = False,
     unseen: int = UNSEEN,
     compute: Compute = Compute(),
     eval_data: str | Path | None = None,
@@ -66,6 +67,9 @@ def distill(
     where no `student` is named). `objectives` are weights of kd (Hinton 2015), ce, mse-logits, feature and attention.
     `data` is a synthetic set, or real images; without it images are made first, half of them by the recipe `mix` (see
     `ImageSupply`), and kept in `<output>/synthetic`.
+    With `live`, synthesis and training alternate: the images compete with the student itself, which learns between the
+    rounds of an adaptive recipe (`adaptive-deepinversion`) and is trained on from there; else they compete with a
+    student of its architecture that is left behind.
     `unseen` images of another seed and recipe are made to ask both about; they are never trained on.
     The folder `output` (default: `<checkpoint>-distill`) holds the student (`model.safetensors`, `config.json`),
     `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
@@ -83,8 +87,10 @@ def distill(
         compute,
         mix=mix,
         unseen=unseen,
-        learner=lambda recipe: learner(teacher, recipe, architecture, compute),
+        learner=lambda recipe: learner(teacher, recipe, pupil if live else architecture, compute),
     )
+    if live and not supply.adaptive:
+        raise BadInput("Nothing competes with the student.", "Give --live an adaptive recipe and no --data.")
     require_trainable(pupil, training, compute, [len(supply)])
     if min(len(supply), training.batch_size) < 2:
         raise BadInput("Batches of one image cannot train BatchNorm.", "Use more --images or --train-batch-size.")
@@ -99,6 +105,7 @@ def distill(
         "objectives": dict(objectives),
         "temperature": temperature,
         "data": data,
+        "live": live,
         "unseen": unseen,
         "synthesis": supply.origin(),
         "training": asdict(training),

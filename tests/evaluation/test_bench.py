@@ -1,9 +1,12 @@
-"""`bench step` times what it says, by real steps."""
+"""`bench` times what it says, by real steps."""
 
 from __future__ import annotations
 
+import pytest
+
 from dfcompress.device import Compute
-from dfcompress.evaluation.bench import bench_step
+from dfcompress.evaluation.bench_step import bench_step
+from dfcompress.evaluation.bench_train import bench_train
 
 
 def test_the_rows_are_the_documented_ones_and_positive(resnet20_file):
@@ -19,3 +22,19 @@ def test_the_rows_are_the_documented_ones_and_positive(resnet20_file):
     ]
     assert all(row["ms"] > 0 and row["images_per_second"] > 0 for row in measured.rows)
     assert measured.ceilings is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "rows"), [("fp32", ["plain", "+pool", "+cached"]), ("bf16", ["plain", "+pool", "+bf16", "+cached"])]
+)
+def test_the_rows_of_training_are_the_documented_ones(resnet20_file, precision, rows):
+    compute = Compute("cpu", precision, "off")
+    measured = bench_train(resnet20_file, student="half", batch_size=4, rounds=1, compute=compute)
+    assert [row["name"] for row in measured.rows] == rows
+    assert all(row["ms"] > 0 for row in measured.rows)
+
+
+def test_the_teacher_is_not_asked_where_its_answers_are_kept(resnet20_file):
+    compute = Compute("cpu", "fp32", "off")
+    *_, pool, cached = bench_train(resnet20_file, student="half", batch_size=64, rounds=3, compute=compute).rows
+    assert cached["ms"] < pool["ms"]

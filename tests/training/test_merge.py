@@ -202,3 +202,50 @@ def test_images_between_models_are_not_cropped():
     images = torch.zeros(1, 3, 160, 160)
     images[..., :4] = 1
     assert reshaped(reshaped(images, (3, 224, 224)), (3, 160, 160))[0, 0, 80, 0] > 0.9
+
+
+ADAPTIVE = Synthesis(
+    "adaptive-deepinversion",
+    images=96,
+    settings={"steps": 2, "batch_size": 32, "student_steps": 3, "student_batch_size": 16},
+)
+
+
+def distilled(folder, output, **options):
+    asked = {"synthesis": ADAPTIVE, "training": SHORT, "compute": EAGER, "mix": "none", "unseen": 0} | options
+    return distill(folder, student="lenet5_bn_half", output=output, **asked)
+
+
+def test_a_live_student_goes_on_from_its_last_lesson(tmp_path):
+    """With no training of its own the student is what the lessons made of it; otherwise it is as it was made."""
+    folder, none = teacher(tmp_path / "t"), replace(SHORT, steps=0)
+    live = distilled(folder, tmp_path / "live", training=none, live=True)
+    other = distilled(folder, tmp_path / "other", training=none)
+    lessons = torch.load(tmp_path / "live" / "synthetic" / "lessons.partial", weights_only=True)
+    assert lessons["lesson"] == 2
+    fresh, _ = make_student("lenet5_bn_half", load(folder).card, seed=0)
+    for name, value in load(live.checkpoint).named_parameters():
+        assert torch.equal(value, lessons["student"][name]), name
+        assert torch.equal(load(other.checkpoint).get_parameter(name), fresh.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("lost", ["shard-00001.safetensors", None])
+def test_a_live_student_resumes_to_the_same_weights(tmp_path, lost):
+    """From the middle of the images, whose shard may be an earlier one than the lessons, and from their end."""
+    folder = teacher(tmp_path / "t")
+    whole = load(distilled(folder, tmp_path / "out", live=True).checkpoint).state_dict()
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    del record["measurements"]
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "out" / "model.safetensors").unlink()
+    if lost:
+        (tmp_path / "out" / "synthetic" / lost).unlink()
+    resumed = load(distilled(folder, tmp_path / "out", live=True, resume=True).checkpoint).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_live_without_an_adaptive_recipe_is_refused(tmp_path):
+    folder = teacher(tmp_path / "t")
+    with pytest.raises(BadInput, match="--live"):
+        distilled(folder, tmp_path / "out", live=True, synthesis=FEW)
+    assert not (tmp_path / "out").exists()

@@ -1,50 +1,26 @@
-"""`bench step`: what one step of synthesis costs, against the published loop and against the floor.
-
-The rows run interleaved in one process, because machines drift; a row is the median of its rounds.
-"""
+"""`bench step`: what one step of synthesis costs, against the published loop and against the floor."""
 
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dfcompress import console, device
+from dfcompress import device
 from dfcompress.device import Compute
+from dfcompress.evaluation.timing import Bench, Step, interleaved, row, seconds_of
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.statistics import require_statistics, statistics_layers
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import STEPS_BEFORE_CAPTURE, Execution, Synthesizer
 
-Step = Callable[[], object]
 WARM_UP = STEPS_BEFORE_CAPTURE + 2
-
-
-@dataclass(frozen=True)
-class StepBench:
-    """One step of synthesis: `rows` of {name, ms, images_per_second}, on CUDA with {tflops} too; the batch size, the
-    processor, and on CUDA the `ceilings` {tflops, gb_per_second} it reached in the same run.
-    """
-
-    rows: list[dict[str, Any]]
-    batch_size: int
-    rounds: int
-    processor: str
-    ceilings: dict[str, float] | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as `--json` prints them."""
-        return asdict(self)
 
 
 def bench_step(
@@ -53,7 +29,7 @@ def bench_step(
     batch_size: int = 256,
     rounds: int = 7,
     compute: Compute = Compute(),
-) -> StepBench:
+) -> Bench:
     """Time one step of DeepInversion on `checkpoint`, `rounds` times each, interleaved.
 
     `published`: forward hooks, gradients of the weights too, every loss read back each step, as the released code does.
@@ -80,32 +56,10 @@ def bench_step(
     if compiled and precision != "fp32":
         steps["+compiled"] = _ours(teacher, batch_size, replace(eager, compile=True))
     steps["ours"] = _ours(teacher, batch_size, replace(eager, compile=compiled, precision=precision))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    with console.progress("rounds", rounds) as progress:
-        for step in steps.values():
-            for _ in range(WARM_UP):
-                step()
-        for done in range(rounds):
-            for name, step in steps.items():
-                device.release_freed_memory()  # Another row's holes would spread this one over the heap.
-                step()
-                times[name].append(_seconds(step, target))
-            progress.update(done + 1)
+    times = interleaved(steps, rounds=rounds, warm_up=WARM_UP, target=target)
     flops = _flops(teacher, batch_size, target)
-    rows = [_row(name, statistics.median(seconds), batch_size, flops) for name, seconds in times.items()]
-    return StepBench(rows, batch_size, rounds, device.processor_name(target), _ceilings(target))
-
-
-def _row(name: str, seconds: float, batch_size: int, flops: float | None) -> dict[str, Any]:
-    row = {"name": name, "ms": round(1e3 * seconds, 2), "images_per_second": round(batch_size / seconds, 1)}
-    return row if flops is None else {**row, "tflops": round(flops / seconds / 1e12, 1)}
-
-
-def _seconds(step: Step, target: torch.device) -> float:
-    started = time.perf_counter()
-    step()
-    device.synchronize(target)
-    return time.perf_counter() - started
+    rows = [row(name, seconds, batch_size, flops) for name, seconds in times.items()]
+    return Bench(rows, batch_size, rounds, device.processor_name(target), _ceilings(target))
 
 
 def _flops(teacher: Classifier, batch_size: int, target: torch.device) -> float | None:
@@ -124,8 +78,8 @@ def _ceilings(target: torch.device) -> dict[str, float] | None:
     side = 8192
     matrix = torch.randn(side, side, device=target, dtype=torch.bfloat16)
     copied = torch.empty_like(matrix)
-    product = min(_seconds(lambda: matrix @ matrix, target) for _ in range(5))
-    copy_ = min(_seconds(lambda: copied.copy_(matrix), target) for _ in range(5))
+    product = min(seconds_of(lambda: matrix @ matrix, target) for _ in range(5))
+    copy_ = min(seconds_of(lambda: copied.copy_(matrix), target) for _ in range(5))
     return {
         "tflops": round(2 * side**3 / product / 1e12, 1),
         "gb_per_second": round(2 * matrix.nbytes / copy_ / 1e9, 1),
