@@ -38,6 +38,7 @@ class Peers:
         self._all: Any = None
         self._store: Any = None
         self._calls = self._jobs = 0
+        self._connected = False
         self._over = threading.Event()
 
     @property
@@ -61,6 +62,7 @@ class Peers:
         threading.Thread(target=self._watch, daemon=True).start()
         try:
             yield
+            self._disconnect()
             self._ask("set", f"done/{self.rank}", "")
             if self.leads:  # It may keep the store, so it leaves last.
                 self._wait_for([f"done/{rank}" for rank in range(self.count)])
@@ -91,12 +93,20 @@ class Peers:
             self._wait_for([f"{key}/{rank}" for rank in range(self.count)])
 
     def connect(self, backend: str) -> None:
-        """Make torch's collective operations work between the processes, over `nccl` or `gloo`; once is enough."""
+        """Make torch's collective operations work between the processes, over `nccl` or `gloo`, until work ends."""
         from torch import distributed
 
-        if not distributed.is_initialized():
-            store = distributed.PrefixStore("dfcompress/collective", self._all)
+        if not self._connected:
+            store = distributed.PrefixStore("collective", self._store)
             distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.count)
+            self._connected = True
+
+    def _disconnect(self) -> None:
+        from torch import distributed
+
+        if self._connected:
+            distributed.destroy_process_group()
+            self._connected = False
 
     def share(self, units: Sequence[Any]) -> Iterator[Any]:
         """The units this process shall do: each is given to one process, whoever asks first.

@@ -76,7 +76,7 @@ def _load(
     input_size: str | None,
     mean: str | None,
     std: str | None,
-    class_names: Path | None,
+    class_names: Path | None = None,
 ) -> Classifier:
     from dfcompress.models.checkpoint import load
 
@@ -173,12 +173,14 @@ loading = together(
     click.option("--input-size", metavar="CxHxW", help="Input size, for instance 3x32x32."),
     click.option("--mean", metavar="M,M,M", help="Mean of the training images per channel, in [0, 1]."),
     click.option("--std", metavar="S,S,S", help="Standard deviation of the training images per channel."),
-    click.option("--class-names", type=PATH, help="File with one class name a line."),
 )
+class_names = click.option("--class-names", type=PATH, help="File with one class name a line.")
 
-model = group("model", _load, click.argument("model", type=PATH, envvar="DFCOMPRESS_MODEL"), loading)
+model = group("model", _load, click.argument("model", type=PATH, envvar="DFCOMPRESS_MODEL"), loading, class_names)
 
-models = group("models", _load_all, click.argument("models", nargs=-1, required=True, type=PATH), loading)
+several = click.argument("models", nargs=-1, required=True, type=PATH)
+models = group("models", _load_all, several, loading, class_names)
+models_of_other_classes = group("models", _load_all, several, loading)
 
 output = together(
     click.option("-o", "--output", type=PATH, help="Folder of the result; by default named after the checkpoint."),
@@ -321,7 +323,13 @@ def _objectives(objective: tuple[str, ...]) -> dict[str, float]:
 student = click.option(
     "--student", help="Architecture of the student, fitted to the card; half is the teacher's with half the channels."
 )
-student_init = click.option("--student-init", type=PATH, metavar="CHECKPOINT", help="Weights the student starts from.")
+student_init = click.option(
+    "--student-init",
+    default="auto",
+    show_default=True,
+    metavar="auto|none|CHECKPOINT",
+    help="Weights the student begins with; auto: the teacher's layers, where the student is a shallower form of it.",
+)
 objectives = group(
     "objectives",
     _objectives,

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def distill(
     model: Classifier,
     student: str | None,
-    student_init: Path | None,
+    student_init: str,
     data: Path | None,
     eval_data: Path | None,
     synthesis: Synthesis,
@@ -66,7 +66,7 @@ def distill(
     result = distill(
         model,
         student=student,
-        student_init=student_init,
+        student_init=None if student_init == "none" else student_init,
         data=data,
         output=output,
         synthesis=synthesis,

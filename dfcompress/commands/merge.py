@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog=_options.example("dfcompress merge t1.pt t2.pt --student resnet18 -o merged"))
-@_options.models
+@_options.models_of_other_classes
 @click.option("--student", required=True, help="Architecture of the student, fitted to all classes and images.")
 @click.option(
     "--method",
@@ -77,7 +77,7 @@ def merge(
         data=data,
         output=output,
         synthesis=synthesis,
-        training_settings=training,
+        training=training,
         mix=mix,
         unseen=unseen,
         compute=compute,

@@ -19,6 +19,7 @@ from dfcompress.errors import BadInput
 from dfcompress.evaluation.result import Compressed, finished_before, hand_back, measured_on, same_classes
 from dfcompress.models.checkpoint import as_classifier, state_bytes
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.inheritance import inherited
 from dfcompress.models.stages import shared_stages
 from dfcompress.models.student import make_student
 from dfcompress.run import running
@@ -45,7 +46,7 @@ def distill(
     checkpoint: str | Path | Classifier,
     *,
     student: str | None = None,
-    student_init: str | Path | Classifier | None = None,
+    student_init: str | Path | Classifier | None = AUTO,
     data: str | Path | None = None,
     output: str | Path | None = None,
     synthesis: Synthesis = Synthesis(images=2048),
@@ -64,7 +65,8 @@ def distill(
 
     `student` names an architecture, whose stem and classes are fitted to the teacher's card, or is `half`: the
     teacher's own with half the channels. `student_init` is a checkpoint that it starts from (its own architecture,
-    where no `student` is named). `objectives` are weights of kd (Hinton 2015), ce, mse-logits, feature and attention.
+    where no `student` is named), or None; `auto` takes the teacher's own layers where the student is a shallower form
+    of it (see `inherited`). `objectives` are weights of kd (Hinton 2015), ce, mse-logits, feature and attention.
     `data` is a synthetic set, or real images; without it images are made first, half of them by the recipe `mix` (see
     `ImageSupply`), and kept in `<output>/synthetic`.
     With `live`, synthesis and training alternate: the images compete with the student itself, which learns between the
@@ -76,7 +78,12 @@ def distill(
     Raises `BadInput` where the model, the student or the data cannot be used.
     """
     teacher = as_classifier(checkpoint)
-    pupil, fitted = make_student(student, teacher.card, init=student_init, seed=compute.seed)
+    start = None if student_init == AUTO else student_init
+    pupil, fitted = make_student(student, teacher.card, init=start, seed=compute.seed)
+    begun = inherited(pupil, teacher) if student_init == AUTO else None
+    if begun:
+        pupil.network.load_state_dict(begun)
+        fitted += " It begins with layers of the teacher."
     pairs = shared_stages(pupil, teacher) if any(name in OF_FEATURES for name in objectives) else []
     terms = make_objectives(objectives, temperature=temperature, pairs=pairs, seed=compute.seed)
     architecture = pupil.card.architecture
@@ -101,7 +108,7 @@ def distill(
     options = {
         "teacher": teacher.identity(),
         "student": architecture,
-        "student_init": pupil.identity() if student_init is not None else None,
+        "student_init": pupil.identity() if start is not None else "teacher" if begun else None,
         "objectives": dict(objectives),
         "temperature": temperature,
         "data": data,

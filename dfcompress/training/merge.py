@@ -88,8 +88,7 @@ def merge(
     data: Sequence[str | Path] = (),
     output: str | Path | None = None,
     synthesis: Synthesis = Synthesis(images=1024),
-    training: Training | None = None,
-    training_settings: Mapping[str, Any] = {},
+    training: Training | Mapping[str, Any] | None = None,
     method: Method = "all-logits",
     class_map: str | Path | None = None,
     mix: str = AUTO,
@@ -104,8 +103,8 @@ def merge(
     Classes of one name become one output of the student, taught by every teacher that knows it; `class_map` is a JSON
     file with a list of names for each teacher, where the cards have none or others. Without names all classes are taken
     for different ones. The student takes images of the largest size and the most colours among the teachers'.
-    `method` is `all-logits` (ours) or `paper` (Shapira and Sidi 2020), see `Merging`; where no `training`, recipe or
-    `mix` is given, they are the method's own. `training_settings` change some of them.
+    `method` is `all-logits` (ours) or `paper` (Shapira and Sidi 2020), see `Merging`; where no recipe or `mix` is
+    given, they are the method's own, and so is the training, of which `training` may change single settings.
     `data` are synthetic sets or real images, one for each teacher; without them `synthesis.images` each are made first,
     half of them by the recipe `mix`, and kept in `<output>/teacher-1/synthetic` and so on.
     The folder `output` (default: `<checkpoint>-merge`) holds the student (`model.safetensors`, `config.json`),
@@ -137,8 +136,9 @@ def merge(
         )
         for number, (teacher, its_data) in enumerate(zip_longest(teachers, data))
     ]
-    training = training or usual_training(method, min(map(len, supplies)), len(teachers))
-    training = changed(training, training_settings, "setting of training called")
+    if not isinstance(training, Training):
+        usual = usual_training(method, min(map(len, supplies)), len(teachers))
+        training = changed(usual, training or {}, "setting of training called")
     require_trainable(pupil, training, compute, list(map(len, supplies)))
     tests = open_test_images(eval_data, pupil, teachers)  # A wrong path should not cost an hour of work.
 

@@ -73,18 +73,29 @@ def mse_logits() -> Objective:
 
 
 def feature(pairs: Sequence[tuple[Stage, Stage]]) -> Objective:
-    """Mean squared difference between the student's features, through 1×1 convolutions of their own, and the teacher's.
+    """Mean squared difference between the student's features, through 1×1 convolutions of their own, and the teacher's,
+    as a share of the variance of the teacher's, each image's own.
 
     Mean over the stages (student's, teacher's) in `pairs` (after Romero et al. 2015, who take one and pretrain on it).
+    Where both have equally many channels the convolutions begin as the identity.
     """
     adapters = nn.ModuleList(nn.Conv2d(own.channels, given.channels, 1) for own, given in pairs)
+    for adapter, (own, given) in zip(adapters, pairs, strict=True):
+        if own.channels == given.channels:
+            nn.init.dirac_(adapter.weight)
+            nn.init.zeros_(adapter.bias)
 
     def value(student: Answer, teacher: Answer) -> Tensor:
         adapted = [adapter(features) for adapter, features in zip(adapters, student.features, strict=True)]
         pairs = zip(adapted, teacher.features, strict=True)
-        return torch.stack([F.mse_loss(own.float(), given) for own, given in pairs]).mean()
+        return torch.stack([_share_of_variance(own.float(), given) for own, given in pairs]).mean()
 
     return Objective("feature", value, adapters=adapters)
+
+
+def _share_of_variance(own: Tensor, given: Tensor) -> Tensor:
+    errors = (own - given).square().mean((1, 2, 3))
+    return (errors / given.var((1, 2, 3)).clamp_min(1e-6)).mean()
 
 
 def attention() -> Objective:

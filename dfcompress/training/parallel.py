@@ -40,8 +40,9 @@ def replicated(module: nn.Module, everyone: Peers) -> nn.Module:
     if everyone.count == 1:
         return module
     everyone.connect(collective_backend(next(module.parameters()).device))
-    # Buffers are the same everywhere: statistics are those of the whole batch.
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+    replica = nn.parallel.DistributedDataParallel(module)
+    replica.broadcast_buffers = False  # They are the same everywhere: statistics are those of the whole batch.
+    return replica
 
 
 def mean(values: Tensor, everyone: Peers) -> Tensor:

@@ -44,10 +44,17 @@ def test_features_are_compared_through_adapters_that_train():
     nn.init.constant_(adapter.weight, 1.0)
     nn.init.zeros_(adapter.bias)
     student = Answer(torch.zeros(1, 4), (torch.ones(1, 2, 2, 2),))
-    value = objective.value(student, Answer(torch.zeros(1, 4), (torch.zeros(1, 3, 2, 2),)))
-    assert value.item() == 4.0
+    given = torch.tensor([-1.0, 1.0]).repeat(6).view(1, 3, 2, 2)  # Of mean 0 and variance 12 / 11.
+    value = objective.value(student, Answer(torch.zeros(1, 4), (given,)))
+    assert value.item() == pytest.approx(((2 + 1) ** 2 + (2 - 1) ** 2) / 2 * 11 / 12)
     value.backward()
     assert adapter.weight.grad.abs().sum() > 0
+
+
+def test_adapters_between_equal_widths_begin_as_the_identity():
+    features = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    answer = Answer(torch.zeros(2, 4), (features,))
+    assert feature([(Stage("a", 3), Stage("b", 3))]).value(answer, answer).item() == pytest.approx(0.0, abs=1e-10)
 
 
 def test_attention_sees_where_and_not_how_much():
