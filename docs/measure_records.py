@@ -29,7 +29,7 @@ TEACHERS = {
     "lenet5": ("lenet5_half", ("real", "noise", *GAUSSIAN_AND_SPECTRAL, "bn-equivalent")),
     "lenet5_bn": ("lenet5_half", ("real", "batchnorm")),
 }
-TRAINING = "--temperature 8 --train-steps 2500 --train-lr 0.02 --train-batch-size 128"
+TRAINING = "--objective kd --temperature 8 --train-steps 2500 --train-lr 0.02 --train-batch-size 128"
 IMAGES = 2560
 
 

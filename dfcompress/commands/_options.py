@@ -311,13 +311,13 @@ def _training(
     return given | assignments(train_settings, "--train-set")
 
 
-def _objectives(objective: tuple[str, ...]) -> dict[str, float]:
-    """`kd`, or `feature=0.1`: weights by name; without any, knowledge distillation alone."""
+def _objectives(objective: tuple[str, ...]) -> dict[str, float] | None:
+    """`kd`, or `feature=0.1`: weights by name; None where none was named."""
     weights = {}
-    for text in objective or ("kd",):
+    for text in objective:
         name, _, weight = text.partition("=")
         weights[name.strip()] = numbers(weight or "1", f"--objective {name}")[0]
-    return weights
+    return weights or None
 
 
 student = click.option(
@@ -337,7 +337,7 @@ objectives = group(
         "--objective",
         multiple=True,
         metavar="NAME[=WEIGHT]",
-        help="What to minimise: kd, ce, mse-logits, feature, attention; by default kd.",
+        help="What to minimise: kd, ce, mse-logits, feature, attention; by default kd=1 and feature=10.",
     ),
 )
 temperature = click.option(

@@ -39,7 +39,7 @@ def distill(
     eval_data: Path | None,
     synthesis: Synthesis,
     training: dict[str, Any],
-    objectives: dict[str, float],
+    objectives: dict[str, float] | None,
     temperature: float,
     mix: str,
     live: bool,

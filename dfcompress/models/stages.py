@@ -42,10 +42,15 @@ def stages_of(classifier: Classifier) -> dict[Resolution, Stage]:
     return found
 
 
+def stages_in_common(student: Classifier, teacher: Classifier) -> list[tuple[Stage, Stage]]:
+    """The stages of both at the resolutions that both have."""
+    own, given = stages_of(student), stages_of(teacher)
+    return [(own[size], given[size]) for size in own if size in given]
+
+
 def shared_stages(student: Classifier, teacher: Classifier) -> list[tuple[Stage, Stage]]:
     """The stages of both at the resolutions that both have; raises `BadInput` where there are none."""
-    own, given = stages_of(student), stages_of(teacher)
-    pairs = [(own[size], given[size]) for size in own if size in given]
+    pairs = stages_in_common(student, teacher)
     if not pairs:
         raise BadInput(
             f"{student.card.architecture} and {teacher.card.architecture} have no features of one resolution.",

@@ -20,7 +20,7 @@ from dfcompress.evaluation.result import Compressed, finished_before, hand_back,
 from dfcompress.models.checkpoint import as_classifier, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.inheritance import inherited
-from dfcompress.models.stages import shared_stages
+from dfcompress.models.stages import shared_stages, stages_in_common
 from dfcompress.models.student import make_student
 from dfcompress.run import running
 from dfcompress.synthesis.invert import learner
@@ -39,6 +39,7 @@ DISTILLATION = Training(
     augmentation=Augmentation(shift=4, flip=True, mixup=1.0),
 )
 KD: Mapping[str, float] = {"kd": 1.0}
+KD_AND_FEATURES: Mapping[str, float] = {"kd": 1.0, "feature": 10.0}
 UNSEEN = 128
 
 
@@ -51,7 +52,7 @@ def distill(
     output: str | Path | None = None,
     synthesis: Synthesis = Synthesis(images=2048),
     training: Training = DISTILLATION,
-    objectives: Mapping[str, float] = KD,
+    objectives: Mapping[str, float] | None = None,
     temperature: float = 4.0,
     mix: str = AUTO,
     live: bool = False,
@@ -66,7 +67,8 @@ def distill(
     `student` names an architecture, whose stem and classes are fitted to the teacher's card, or is `half`: the
     teacher's own with half the channels. `student_init` is a checkpoint that it starts from (its own architecture,
     where no `student` is named), or None; `auto` takes the teacher's own layers where the student is a shallower form
-    of it (see `inherited`). `objectives` are weights of kd (Hinton 2015), ce, mse-logits, feature and attention.
+    of it (see `inherited`). `objectives` are weights of kd (Hinton 2015), ce, mse-logits, feature and attention;
+    by default kd, and ten times feature where both networks have features of one resolution.
     `data` is a synthetic set, or real images; without it images are made first, half of them by the recipe `mix` (see
     `ImageSupply`), and kept in `<output>/synthetic`.
     With `live`, synthesis and training alternate: the images compete with the student itself, which learns between the
@@ -84,6 +86,8 @@ def distill(
     if begun:
         pupil.network.load_state_dict(begun)
         fitted += " It begins with layers of the teacher."
+    if objectives is None:
+        objectives = KD_AND_FEATURES if stages_in_common(pupil, teacher) else KD
     pairs = shared_stages(pupil, teacher) if any(name in OF_FEATURES for name in objectives) else []
     terms = make_objectives(objectives, temperature=temperature, pairs=pairs, seed=compute.seed)
     architecture = pupil.card.architecture

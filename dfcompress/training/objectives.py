@@ -79,11 +79,7 @@ def feature(pairs: Sequence[tuple[Stage, Stage]]) -> Objective:
     Mean over the stages (student's, teacher's) in `pairs` (after Romero et al. 2015, who take one and pretrain on it).
     Where both have equally many channels the convolutions begin as the identity.
     """
-    adapters = nn.ModuleList(nn.Conv2d(own.channels, given.channels, 1) for own, given in pairs)
-    for adapter, (own, given) in zip(adapters, pairs, strict=True):
-        if own.channels == given.channels:
-            nn.init.dirac_(adapter.weight)
-            nn.init.zeros_(adapter.bias)
+    adapters = nn.ModuleList(_adapter(own.channels, given.channels) for own, given in pairs)
 
     def value(student: Answer, teacher: Answer) -> Tensor:
         adapted = [adapter(features) for adapter, features in zip(adapters, student.features, strict=True)]
@@ -91,6 +87,13 @@ def feature(pairs: Sequence[tuple[Stage, Stage]]) -> Objective:
         return torch.stack([_share_of_variance(own.float(), given) for own, given in pairs]).mean()
 
     return Objective("feature", value, adapters=adapters)
+
+
+def _adapter(own: int, given: int) -> nn.Conv2d:
+    adapter = nn.Conv2d(own, given, 1, bias=own != given)
+    if own == given:
+        nn.init.dirac_(adapter.weight)
+    return adapter
 
 
 def _share_of_variance(own: Tensor, given: Tensor) -> Tensor:
