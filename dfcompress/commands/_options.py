@@ -328,7 +328,7 @@ student_init = click.option(
     default="auto",
     show_default=True,
     metavar="auto|none|CHECKPOINT",
-    help="Weights the student begins with; auto: the teacher's layers, where the student is a shallower form of it.",
+    help="Weights the student begins with; auto: layers of a teacher whose form it has, or a shallower one.",
 )
 objectives = group(
     "objectives",
@@ -337,7 +337,7 @@ objectives = group(
         "--objective",
         multiple=True,
         metavar="NAME[=WEIGHT]",
-        help="What to minimise: kd, ce, mse-logits, feature, attention; by default kd=1 and feature=10.",
+        help="Of kd, ce, mse-logits, feature, attention; by default kd=1, and feature=10 between equal widths.",
     ),
 )
 temperature = click.option(

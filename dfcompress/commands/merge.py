@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @click.command(epilog=_options.example("dfcompress merge t1.pt t2.pt --student resnet18 -o merged"))
 @_options.models_of_other_classes
-@click.option("--student", required=True, help="Architecture of the student, fitted to all classes and images.")
+@_options.student
+@_options.student_init
 @click.option(
     "--method",
     type=click.Choice(["all-logits", "paper"]),
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 @_options.reporting
 def merge(
     models: list[Classifier],
-    student: str,
+    student: str | None,
+    student_init: str,
     method: str,
     class_map: Path | None,
     data: tuple[Path, ...],
@@ -72,6 +74,7 @@ def merge(
     result = merge(
         models,
         student=student,
+        student_init=None if student_init == "none" else student_init,
         method=method,  # type: ignore[arg-type]
         class_map=class_map,
         data=data,

@@ -1,4 +1,4 @@
-"""A student that is a shallower teacher begins with the teacher's own layers."""
+"""A student of the form of a teacher, or of a shallower one, begins with the teacher's own layers."""
 
 from __future__ import annotations
 
@@ -11,19 +11,29 @@ from dfcompress.models.classifier import Classifier
 Tree = dict[str, "Tree"]
 
 
-def inherited(student: Classifier, teacher: Classifier) -> dict[str, Tensor] | None:
-    """The teacher's tensors under the student's names, None where the student is no shallower form of the teacher.
+def inherit(student: Classifier, teacher: Classifier, outputs: Tensor | None = None) -> bool:
+    """Give the student the teacher's tensors, where it has the teacher's form or a shallower one; whether it has.
 
-    It is where every one of its tensors has a counterpart of the same name and shape. Of a longer row of blocks, which
-    are numbered, the first, the last and evenly spread ones between them are taken: residual networks lose little where
-    single blocks are left out (Veit et al. 2016).
+    It has where every one of its tensors has a counterpart of the same name and shape, but for its outputs: with
+    `outputs` those are the student's for each of the teacher's classes, and the others stay as they are. Of a longer
+    row of blocks, which are numbered, the first, the last and evenly spread ones between them are taken: residual
+    networks lose little where single blocks are left out (Veit et al. 2016).
     """
     own, given = student.network.state_dict(), teacher.network.state_dict()
     partners = dict(_partners(_tree(own), _tree(given)))
-    found = {name: given[partners[name]] for name in own if name in partners}
-    if len(own) >= len(given) or any(name not in found or found[name].shape != own[name].shape for name in own):
-        return None
-    return found
+    classes = (student.card.classes, teacher.card.classes)
+    begun = {}
+    for name, values in own.items():
+        theirs = given.get(partners.get(name, ""))
+        if theirs is None or theirs.dim() != values.dim() or theirs.shape[1:] != values.shape[1:]:
+            return False
+        if outputs is not None and (values.shape[:1], theirs.shape[:1]) == tuple((count,) for count in classes):
+            theirs = values.index_copy(0, outputs, theirs)
+        if theirs.shape != values.shape:
+            return False
+        begun[name] = theirs
+    student.network.load_state_dict(begun)
+    return True
 
 
 def _tree(names: Iterable[str]) -> Tree:

@@ -171,7 +171,8 @@ def channel_axis(layer: nn.Module) -> int:
     return -1 if isinstance(layer, nn.Linear) else 1
 
 
-def _record_input(layer: nn.Module, features: Tensor) -> LayerRecord:
+def input_record(layer: nn.Module, features: Tensor) -> LayerRecord:
+    """The record of what goes into a layer with known statistics."""
     if isinstance(layer, KnownStatistics):
         features = features.movedim(layer.axis, 1)
     return record_of(features, layer.get_buffer("running_mean"), layer.get_buffer("running_var"))
@@ -214,7 +215,7 @@ class _Recorder:
         return output.flatten(1) if self._flat else output
 
     def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._layers.append(_record_input(layer, inputs[0]))
+        self._layers.append(input_record(layer, inputs[0]))
 
     def _hook_outputs(self) -> list[RemovableHandle]:
         def keep(name: str) -> RemovableHandle:

@@ -19,7 +19,7 @@ from dfcompress.errors import BadInput
 from dfcompress.evaluation.result import Compressed, finished_before, hand_back, measured_on, same_classes
 from dfcompress.models.checkpoint import as_classifier, state_bytes
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.inheritance import inherited
+from dfcompress.models.inheritance import inherit
 from dfcompress.models.stages import shared_stages, stages_in_common
 from dfcompress.models.student import make_student
 from dfcompress.run import running
@@ -67,8 +67,8 @@ def distill(
     `student` names an architecture, whose stem and classes are fitted to the teacher's card, or is `half`: the
     teacher's own with half the channels. `student_init` is a checkpoint that it starts from (its own architecture,
     where no `student` is named), or None; `auto` takes the teacher's own layers where the student is a shallower form
-    of it (see `inherited`). `objectives` are weights of kd (Hinton 2015), ce, mse-logits, feature and attention;
-    by default kd, and ten times feature where both networks have features of one resolution.
+    of it (see `inherit`). `objectives` are weights of kd (Hinton 2015), ce, mse-logits, feature and attention;
+    by default kd, and ten times feature where the features of both networks have equally many channels.
     `data` is a synthetic set, or real images; without it images are made first, half of them by the recipe `mix` (see
     `ImageSupply`), and kept in `<output>/synthetic`.
     With `live`, synthesis and training alternate: the images compete with the student itself, which learns between the
@@ -82,12 +82,14 @@ def distill(
     teacher = as_classifier(checkpoint)
     start = None if student_init == AUTO else student_init
     pupil, fitted = make_student(student, teacher.card, init=start, seed=compute.seed)
-    begun = inherited(pupil, teacher) if student_init == AUTO else None
+    smaller = state_bytes(pupil.network) < state_bytes(teacher.network)
+    begun = student_init == AUTO and smaller and inherit(pupil, teacher)
     if begun:
-        pupil.network.load_state_dict(begun)
         fitted += " It begins with layers of the teacher."
     if objectives is None:
-        objectives = KD_AND_FEATURES if stages_in_common(pupil, teacher) else KD
+        pairs = stages_in_common(pupil, teacher)
+        alike = pairs and all(own.channels == given.channels for own, given in pairs)
+        objectives = KD_AND_FEATURES if alike else KD
     pairs = shared_stages(pupil, teacher) if any(name in OF_FEATURES for name in objectives) else []
     terms = make_objectives(objectives, temperature=temperature, pairs=pairs, seed=compute.seed)
     architecture = pupil.card.architecture

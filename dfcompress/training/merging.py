@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from dfcompress.data.real import reshaped
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.unfamiliarity import Unfamiliarity
 from dfcompress.training.outputs import Outputs
 
 Method = Literal["all-logits", "paper"]
@@ -20,6 +21,7 @@ METHODS = get_args(Method)
 PARTS = ("logits", "block", "agreement")
 
 BLOCK = 0.1
+FAMILIARITY, LIMIT = 16.0, 4.0
 BALANCE = 4.0
 REMEMBERED = 0.99
 
@@ -31,13 +33,15 @@ class Merging:
     is, the mean of each teacher's images, summed. It is `block` here.
 
     `all-logits` (ours): every teacher sees every image, also those of the others, and the student imitates all their
-    logits, each teacher's less their mean over its classes (which says nothing of its classes, and makes teachers
-    comparable). `logits` is the mean squared difference on a teacher's own images and on the others', half and half;
-    the difference within an output that several teachers know counts for each. So the student learns what each teacher
-    answers to what it does not know, which on real images tells its classes from the others' better than the images
-    do: those differ in how they were made. `block`, 0.1 · −log of the probability that the student gives to the classes
-    of the teacher whose image it is, sharpens that. The weights of a teacher's terms grow as it is followed worse:
-    w ∝ exp(−4·agreement), the agreement a mean over the last hundred steps or so.
+    logits. In place of a teacher's mean over its classes, which says nothing of them, stands how much more familiar the
+    image is to it than to the others: −16 times the image's `Unfamiliarity` less the mean of all teachers', at most ±4
+    (0 where a teacher remembers nothing). `logits` is the mean squared difference on a teacher's own images and on the
+    others', half and half; the difference within an output that several teachers know counts for each. So the student
+    learns what each teacher answers to what it does not know, and what it remembers of its own, which on real images
+    tell its classes from the others' better than the images do: those differ in how they were made. `block`, 0.1 · −log
+    of the probability that the student gives to the classes of the teacher whose image it is, sharpens that.
+    The weights of a teacher's terms grow as it is followed worse: w ∝ exp(−4·agreement), the agreement a mean over the
+    last hundred steps or so.
     """
 
     def __init__(self, teachers: Sequence[Classifier], outputs: Outputs, *, method: Method = "all-logits") -> None:
@@ -48,6 +52,8 @@ class Merging:
         self.own: nn.Module = nn.Module()
         self.own.register_buffer("fixed", fixed.repeat_interleave(len(teachers)))
         self.own.register_buffer("followed", torch.zeros(len(teachers)))
+        self._unfamiliar = [Unfamiliarity(teacher) for teacher in teachers] if method != "paper" else []
+        self._tells = bool(self._unfamiliar) and all(each.is_known for each in self._unfamiliar)
         for number, of_it in enumerate(outputs.of):
             self.own.register_buffer(f"outputs{number}", of_it)
 
@@ -61,13 +67,28 @@ class Merging:
 
     @contextmanager
     def listening(self, student: Classifier) -> Iterator[None]:
-        """Answers are all that is compared."""
-        yield
+        """Hear how familiar images are to the teachers."""
+        with ExitStack() as stack:
+            for each in self._unfamiliar:
+                stack.enter_context(each)
+            yield
 
     def teach(self, images: Tensor, sources: Tensor) -> tuple[Tensor, ...]:
-        """Every teacher's logits for every image, each in the form that it knows, and `sources`."""
+        """What the student's outputs shall be for every teacher's classes, and `sources`.
+
+        Each teacher sees every image in the form that it knows.
+        """
         shown = (reshaped(images, teacher.card.input_size) for teacher in self.teachers)
-        return *(teacher(seen).float() for teacher, seen in zip(self.teachers, shown, strict=True)), sources
+        logits = [teacher(seen).float() for teacher, seen in zip(self.teachers, shown, strict=True)]
+        if self.method == "paper":
+            return *logits, sources
+        means = self._familiarity() if self._tells else [0.0] * len(logits)
+        return *(own - own.mean(1, keepdim=True) + mean for own, mean in zip(logits, means, strict=True)), sources
+
+    def _familiarity(self) -> Tensor:
+        """How much more familiar the images of the last pass are to each teacher than to all, `(teachers, N, 1)`."""
+        unfamiliar = torch.stack([each.taken() for each in self._unfamiliar])
+        return (FAMILIARITY * (unfamiliar.mean(0) - unfamiliar)).clamp(-LIMIT, LIMIT).unsqueeze(2)
 
     def compare(self, student: nn.Module, images: Tensor, taught: tuple[Tensor, ...]) -> Tensor:
         """The three parts of every teacher, each part's teachers in order."""
@@ -82,7 +103,7 @@ class Merging:
         if self.method == "paper":
             missed = F.cross_entropy(logits, outputs[given.argmax(1)], reduction="none")
             return torch.stack([logits.new_zeros(()), _mean(missed, its_own), follows])
-        distance = (in_block - (given - given.mean(1, keepdim=True))).square().mean(1)
+        distance = (in_block - given).square().mean(1)
         missed = logits.logsumexp(1) - in_block.logsumexp(1)
         both = (_mean(distance, its_own) + _mean(distance, ~its_own)) / 2
         return torch.stack([both, _mean(missed, its_own), follows])

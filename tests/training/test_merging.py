@@ -13,6 +13,7 @@ from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.unfamiliarity import Unfamiliarity
 from dfcompress.training.loop import PARTIAL, Trainer
 from dfcompress.training.merging import Merging
 from dfcompress.training.outputs import Outputs, join_classes
@@ -84,7 +85,7 @@ class Answers(nn.Module):
 
 
 LOGITS = torch.tensor([[1.0, 0.0, 2.0], [0.5, -1.0, 0.0]])
-GIVEN = torch.tensor([[3.0, 1.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [4.0, 0.0]])
+GIVEN = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), torch.tensor([[-0.5, 0.5], [2.0, -2.0]])
 BLOCKS = Outputs((torch.tensor([0, 1]), torch.tensor([1, 2])), 3)
 SOURCES = torch.tensor([0, 1])
 
@@ -97,15 +98,39 @@ def values(method):
 
 def test_all_logits_by_hand():
     found = values("all-logits")
-    # Teacher 1's centred logits are (1, −1) and (−1, 1); the student has (1, 0) and (0.5, −1) there.
+    # For teacher 1's (1, −1) and (−1, 1) the student has (1, 0) and (0.5, −1).
     assert found["logits/1"] == pytest.approx(((0 + 1) / 2 + (2.25 + 4) / 2) / 2)
-    # Teacher 2's are (−0.5, 0.5) and (2, −2); the student has (0, 2) and (−1, 0).
+    # For teacher 2's (−0.5, 0.5) and (2, −2) it has (0, 2) and (−1, 0).
     assert found["logits/2"] == pytest.approx(((0.25 + 2.25) / 2 + (9 + 4) / 2) / 2)
     share = LOGITS[0].softmax(0)[:2].sum()
     assert found["block/1"] == pytest.approx(-math.log(share), rel=1e-5)
     share = LOGITS[1].softmax(0)[1:].sum()
     assert found["block/2"] == pytest.approx(-math.log(share), rel=1e-5)
     assert (found["agreement/1"], found["agreement/2"]) == (1.0, 0.0)
+
+
+def test_a_teachers_mean_is_how_much_more_familiar_an_image_is_to_it():
+    """Logits keep their differences; their means are ±16 times half the difference of unfamiliarity, at most ±4."""
+    teachers, shown = [remembering(0.0), remembering(0.2)], torch.randn(6, 1, 4, 4)
+    merging, alone = Merging(teachers, BLOCKS), [Unfamiliarity(each) for each in teachers]
+    with merging.listening(teachers[0]), alone[0], alone[1], torch.no_grad():
+        *targets, _ = merging.teach(shown, torch.zeros(6))
+        strange = [each.taken() for each in alone]
+        logits = [each(shown) for each in teachers]
+    expected = (8 * (strange[1] - strange[0])).clamp(-4, 4)
+    torch.testing.assert_close(targets[0].mean(1), expected)
+    torch.testing.assert_close(targets[1].mean(1), -expected)
+    assert (expected.abs() < 4).any()
+    for target, own in zip(targets, logits, strict=True):
+        torch.testing.assert_close(target - target.mean(1, keepdim=True), own - own.mean(1, keepdim=True))
+
+
+def remembering(mean):
+    """A teacher of two classes whose BatchNorm remembers that mean."""
+    made = teacher()
+    made.network.insert(0, nn.BatchNorm2d(1))
+    made.network[0].running_mean.fill_(mean)
+    return made.frozen()
 
 
 def test_the_papers_way_is_cross_entropy_with_the_own_teachers_best_class():
