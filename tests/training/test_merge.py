@@ -279,3 +279,26 @@ def test_live_without_an_adaptive_recipe_is_refused(tmp_path):
     with pytest.raises(BadInput, match="--live"):
         distilled(folder, tmp_path / "out", live=True, synthesis=FEW)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("student", "objectives"), [("lenet5_bn", {"kd": 1.0, "feature": 10.0}), ("half", {"kd": 1.0})]
+)
+def test_features_are_followed_by_default_where_they_have_equal_widths(tmp_path, student, objectives):
+    none = replace(SHORT, steps=0)
+    asked = {"synthesis": FEW, "training": none, "compute": EAGER, "mix": "none", "unseen": 0, "student_init": None}
+    distill(teacher(tmp_path / "t"), student=student, output=tmp_path / "out", **asked)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["options"]["objectives"] == objectives
+
+
+def test_a_merged_student_begins_with_the_first_teacher_of_its_form(tmp_path):
+    """With no training the student answers for that teacher's classes as it does."""
+    other = teacher(tmp_path / "a", ("p", "q"), 2, architecture="lenet5_bn_half", seed=1)
+    its = teacher(tmp_path / "b", ("r", "s", "t"), seed=2)
+    asked = {"synthesis": FEW, "training": {"steps": 0}, "compute": EAGER, "mix": "none", "unseen": 0}
+    shown = torch.rand(4, 1, 32, 32)
+    for name, init in (("begun", "auto"), ("fresh", None)):
+        result = merge([other, its], student="lenet5_bn", student_init=init, output=tmp_path / name, **asked)
+        with torch.no_grad():
+            alike = torch.allclose(load(result.checkpoint)(shown)[:, 2:], load(its)(shown), atol=1e-5)
+        assert alike == (name == "begun")
