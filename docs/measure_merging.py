@@ -14,15 +14,21 @@ import statistics
 import sys
 from pathlib import Path
 
+import torch
 from measure_records import run
 
-# Of every case the teachers; FASHION- are those of Fashion-MNIST.
+from dfcompress.data.real import open_images
+from dfcompress.evaluation.metrics import answers
+from dfcompress.models.checkpoint import load
+
+# Of every case the teachers, the one with the hardest classes first; FASHION- are those of Fashion-MNIST.
 CASES = {
     "halves": ("lenet5_bn-01234", "lenet5_bn-56789"),
-    "digits and fashion": ("lenet5_bn", "fashion-lenet5_bn"),
+    "fashion and digits": ("fashion-lenet5_bn", "lenet5_bn"),
     "two shared": ("lenet5_bn-012345", "lenet5_bn-456789"),
     "five pairs": tuple(f"lenet5_bn-{pair}" for pair in ("01", "23", "45", "67", "89")),
 }
+SHARED = (4, 5)
 ROWS = {"all-logits": "", "paper": "--method paper"}
 
 
@@ -34,7 +40,16 @@ def measure(given: argparse.Namespace, case: str, row: str, seed: int) -> dict:
     where = given.output / f"{case.replace(' ', '-')}-{row}-{seed}"
     line = f"merge {teachers} --student lenet5_bn {ROWS[row]} {shown} --unseen 0 --seed {seed} -o {where} --overwrite"
     result = run(line)
-    return {"case": case, "row": row, "seed": seed, "seconds": result["seconds"], **result["evaluation"]}
+    measured = {"case": case, "row": row, "seed": seed, "seconds": result["seconds"], **result["evaluation"]}
+    return {**measured, "shared": shared(where, given.mnist)} if case == "two shared" else measured
+
+
+def shared(student: Path, mnist: Path) -> dict[str, float]:
+    """Top-1 on the digits that both teachers know, and on the others."""
+    classifier = load(student)
+    found = answers(classifier, open_images(mnist, classifier.card).batches(256))
+    right, of_both = found.classes[:, 0] == found.labels, torch.isin(found.labels, torch.tensor(SHARED))
+    return {"both know": right[of_both].double().mean().item(), "one knows": right[~of_both].double().mean().item()}
 
 
 def table(rows: list[dict]) -> str:
@@ -86,6 +101,9 @@ def main() -> None:
                     with log.open("a") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
     sys.stdout.write(table(rows) + "\n")
+    for which in ("both know", "one knows"):
+        shares = [row["shared"][which] for row in rows if "shared" in row]
+        sys.stdout.write(f"two shared, digits that {which}: {', '.join(f'{share:.2%}' for share in shares)}\n")
 
 
 if __name__ == "__main__":
