@@ -1,4 +1,4 @@
-"""A student of the form of a teacher, or of a shallower one, begins with the teacher's own layers."""
+"""A student of a teacher's form, or of a shallower one, begins with the teacher's own layers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ Tree = dict[str, "Tree"]
 def inherit(student: Classifier, teacher: Classifier, outputs: Tensor | None = None) -> bool:
     """Give the student the teacher's tensors, where it has the teacher's form or a shallower one; whether it has.
 
-    It has where every one of its tensors has a counterpart of the same name and shape, but for its outputs: with
-    `outputs` those are the student's for each of the teacher's classes, and the others stay as they are. Of a longer
-    row of blocks, which are numbered, the first, the last and evenly spread ones between them are taken: residual
-    networks lose little where single blocks are left out (Veit et al. 2016).
+    It has where every one of its tensors has a counterpart of the same name and shape. Where `outputs` are given, they
+    are the student's for each of the teacher's classes, and its others stay as they are; without them both know the
+    same classes, and a whole copy of the teacher would be no student. Of a longer row of blocks, which are numbered,
+    the first, the last and evenly spread ones between them are taken: residual networks lose little where single blocks
+    are left out (Veit et al. 2016).
     """
     own, given = student.network.state_dict(), teacher.network.state_dict()
     partners = dict(_partners(_tree(own), _tree(given)))
     classes = (student.card.classes, teacher.card.classes)
+    if outputs is None and len(own) >= len(given):
+        return False
     begun = {}
     for name, values in own.items():
         theirs = given.get(partners.get(name, ""))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dfcompress.errors import BadInput
 from dfcompress.models.architectures import HALF, SMALL_INPUT, architectures, named
@@ -14,6 +17,9 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, why_not_run
 from dfcompress.models.fake_quantizers import is_quantized
+from dfcompress.models.inheritance import inherit
+
+AUTO = "auto"
 
 
 def make_student(
@@ -41,6 +47,39 @@ def make_student(
         raise BadInput(f"--student {taken} does not fit the teacher: {why}.", "Name another --student.")
     stem = f", the form of {name} for small images (3x3 stem, no max-pool)" if taken == f"cifar_{name}" else ""
     return student, f"Student: {taken}{stem}, {_described(student)}"
+
+
+class Begun(NamedTuple):
+    """A student before its training, a sentence on what was taken, and what it begins with: the identity of a
+    checkpoint, the name of a teacher, or None for random weights.
+    """
+
+    student: Classifier
+    sentence: str
+    origin: dict[str, Any] | str | None
+
+
+def begin_student(
+    name: str | None,
+    card: ModelCard,
+    *,
+    init: str | Path | Classifier | None,
+    teachers: Sequence[tuple[Classifier, Tensor | None]],
+    seed: int,
+) -> Begun:
+    """A student as `make_student` makes it, that begins with what `init` says.
+
+    That is a checkpoint, None for random weights, or `auto`: layers of the first of the `teachers` whose form it has
+    (see `inherit`), each with the student's outputs for its classes, or None.
+    """
+    if init != AUTO:
+        student, sentence = make_student(name, card, init=init, seed=seed)
+        return Begun(student, sentence, student.identity() if init is not None else None)
+    student, sentence = make_student(name, card, seed=seed)
+    for teacher, outputs in teachers:
+        if inherit(student, teacher, outputs):
+            return Begun(student, f"{sentence} It begins with layers of {teacher.name}.", teacher.name)
+    return Begun(student, sentence, None)
 
 
 def _meant(name: str, card: ModelCard) -> str:

@@ -19,9 +19,8 @@ from dfcompress.errors import BadInput
 from dfcompress.evaluation.result import Compressed, finished_before, hand_back, measured_on, same_classes
 from dfcompress.models.checkpoint import as_classifier, state_bytes
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.inheritance import inherit
 from dfcompress.models.stages import shared_stages, stages_in_common
-from dfcompress.models.student import make_student
+from dfcompress.models.student import begin_student
 from dfcompress.run import running
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
@@ -80,12 +79,9 @@ def distill(
     Raises `BadInput` where the model, the student or the data cannot be used.
     """
     teacher = as_classifier(checkpoint)
-    start = None if student_init == AUTO else student_init
-    pupil, fitted = make_student(student, teacher.card, init=start, seed=compute.seed)
-    smaller = state_bytes(pupil.network) < state_bytes(teacher.network)
-    begun = student_init == AUTO and smaller and inherit(pupil, teacher)
-    if begun:
-        fitted += " It begins with layers of the teacher."
+    pupil, fitted, begun = begin_student(
+        student, teacher.card, init=student_init, teachers=[(teacher, None)], seed=compute.seed
+    )
     if objectives is None:
         pairs = stages_in_common(pupil, teacher)
         alike = pairs and all(own.channels == given.channels for own, given in pairs)
@@ -114,7 +110,7 @@ def distill(
     options = {
         "teacher": teacher.identity(),
         "student": architecture,
-        "student_init": pupil.identity() if start is not None else "teacher" if begun else None,
+        "student_init": begun,
         "objectives": dict(objectives),
         "temperature": temperature,
         "data": data,

@@ -29,8 +29,7 @@ from dfcompress.evaluation.result import Compressed, Taught, finished_before, ha
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.inheritance import inherit
-from dfcompress.models.student import make_student
+from dfcompress.models.student import begin_student
 from dfcompress.run import running
 from dfcompress.settings import changed
 from dfcompress.synthesis.invert import learner
@@ -105,8 +104,8 @@ def merge(
     Classes of one name become one output of the student, taught by every teacher that knows it; `class_map` is a JSON
     file with a list of names for each teacher, where the cards have none or others. Without names all classes are taken
     for different ones. The student takes images of the largest size and the most colours among the teachers'. It begins
-    with the layers of the first teacher that has its form, or a deeper one (see `inherit`); `student_init` None leaves
-    that out, and a checkpoint is taken as it is. The paper's begins with random weights.
+    with the layers of the first teacher that has its form, or a deeper one (see `inherit`), but in the paper's method;
+    `student_init` is a checkpoint to begin with instead, or None.
     `method` is `all-logits` (ours) or `paper` (Shapira and Sidi 2020), see `Merging`; where no recipe or `mix` is
     given, they are the method's own, and so is the training, of which `training` may change single settings.
     `data` are synthetic sets or real images, one for each teacher; without them `synthesis.images` each are made first,
@@ -123,13 +122,14 @@ def merge(
     teachers = [as_classifier(checkpoint) for checkpoint in checkpoints]
     _check_different(teachers)
     outputs = join_classes(teachers, class_map)
-    start = None if student_init == AUTO else student_init
-    pupil, fitted = make_student(student, _common_card(teachers, outputs), init=start, seed=compute.seed)
+    pupil, fitted, begun = begin_student(
+        student,
+        _common_card(teachers, outputs),
+        init=student_init,
+        teachers=list(zip(teachers, outputs.of, strict=True)) if method != "paper" else [],
+        seed=compute.seed,
+    )
     architecture = pupil.card.architecture
-    begun = None
-    if student_init == AUTO and method != "paper":
-        each = zip(teachers, outputs.of, strict=True)
-        begun = next((teacher.name for teacher, own in each if inherit(pupil, teacher, own)), None)
     synthesis, mix = usual_images(method, synthesis, mix)
     if len(data) not in (0, len(teachers)):
         raise BadInput(f"--data was given {len(data)} times for {len(teachers)} teachers.", "Give one for each.")
@@ -157,7 +157,7 @@ def merge(
     options = {
         "teachers": [teacher.identity() for teacher in teachers],
         "student": architecture,
-        "student_init": pupil.identity() if start is not None else begun,
+        "student_init": begun,
         "method": method,
         "outputs": [own.tolist() for own in outputs.of],
         "data": list(map(str, data)),
@@ -170,7 +170,7 @@ def merge(
     inputs += [path for supply in supplies for path in supply.inputs]
     folder = Path(output or f"{teachers[0].name}-merge")
     with running("merge", folder, options, inputs=inputs, resume=resume, overwrite=overwrite) as run:
-        console.notice(f"{fitted} It begins with layers of {begun}." if begun else fitted)
+        console.notice(fitted)
         if result := finished_before(run, pupil, measure):
             return result
         images = [supply.gather(run.folder / f"teacher-{number}") for number, supply in enumerate(supplies, 1)]
