@@ -22,21 +22,24 @@ def inherit(student: Classifier, teacher: Classifier, outputs: Tensor | None = N
     """
     own, given = student.network.state_dict(), teacher.network.state_dict()
     partners = dict(_partners(_tree(own), _tree(given)))
-    classes = (student.card.classes, teacher.card.classes)
+    classes = student.card.classes, teacher.card.classes
     if outputs is None and len(own) >= len(given):
         return False
     begun = {}
     for name, values in own.items():
         theirs = given.get(partners.get(name, ""))
-        if theirs is None or theirs.dim() != values.dim() or theirs.shape[1:] != values.shape[1:]:
+        if theirs is not None and theirs.shape == values.shape:
+            begun[name] = theirs
+        elif theirs is not None and outputs is not None and _are_outputs(values, theirs, classes):
+            begun[name] = values.index_copy(0, outputs, theirs)
+        else:
             return False
-        if outputs is not None and (values.shape[:1], theirs.shape[:1]) == tuple((count,) for count in classes):
-            theirs = values.index_copy(0, outputs, theirs)
-        if theirs.shape != values.shape:
-            return False
-        begun[name] = theirs
     student.network.load_state_dict(begun)
     return True
+
+
+def _are_outputs(own: Tensor, given: Tensor, classes: tuple[int, int]) -> bool:
+    return own.shape == (classes[0], *own.shape[1:]) and given.shape == (classes[1], *own.shape[1:])
 
 
 def _tree(names: Iterable[str]) -> Tree:
