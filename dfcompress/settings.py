@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from dfcompress.errors import BadInput
 
 Settings = TypeVar("Settings")
+AUTO = "auto"
 
 
 def unknown(what: str, name: str, known: Sequence[str]) -> BadInput:

@@ -22,7 +22,7 @@ IMAGES, STEPS = "--images 51200 --preset paper-cifar10", "--train-steps 80000"
 PAIRS = " ".join(f"cifar_resnet18-{pair}" for pair in ("01", "23", "45", "67", "89"))
 HALVES = "cifar_resnet18-01234 cifar_resnet18-56789"
 EACH = {2: "--images 12800", 5: "--images 5120"}
-# Of every row the verb, the teachers and the student; the published share of the teacher's accuracy where there is one.
+# Of every row the verb, the teachers, and the student with what else is asked for.
 ROWS = {
     "ResNet-34 to ResNet-18": ("distill", "cifar_resnet34", f"--student cifar_resnet18 {IMAGES} {STEPS}"),
     "the same from random weights": (

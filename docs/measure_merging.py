@@ -101,9 +101,10 @@ def main() -> None:
                     with log.open("a") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
     sys.stdout.write(table(rows) + "\n")
-    for which in ("both know", "one knows"):
-        shares = [row["shared"][which] for row in rows if "shared" in row]
-        sys.stdout.write(f"two shared, digits that {which}: {', '.join(f'{share:.2%}' for share in shares)}\n")
+    for method in ROWS:
+        for which in ("both know", "one knows"):
+            shares = [f"{row['shared'][which]:.2%}" for row in rows if "shared" in row and row["row"] == method]
+            sys.stdout.write(f"two shared, {method}, digits that {which}: {', '.join(shares)}\n")
 
 
 if __name__ == "__main__":

@@ -62,12 +62,13 @@ def merge(
 
     from dfcompress.settings import changed
     from dfcompress.synthesis.invert import plans
-    from dfcompress.training.merge import merge, usual_images, usual_training
+    from dfcompress.training.merge import image_supplies, merge, usual_images, usual_training
 
     if dry_run:
-        usual = usual_training(method, synthesis.images, len(models))  # type: ignore[arg-type]
-        settings = changed(usual, training, "setting of training called")
         own, mix = usual_images(method, synthesis, mix)  # type: ignore[arg-type]
+        supplies = image_supplies(models, data, own, compute, mix=mix)
+        usual = usual_training(method, min(map(len, supplies)), len(models))  # type: ignore[arg-type]
+        settings = changed(usual, training, "setting of training called")
         made = [] if data else [each for model in models for each in plans(model, own, compute, mix=mix, unseen=unseen)]
         _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(settings))
         return

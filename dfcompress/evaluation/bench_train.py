@@ -128,7 +128,8 @@ def _files(images: Tensor, folder: Path, batch_size: int) -> Generator[Tensor]:
     for number, image in enumerate(images):
         pixels = image.permute(1, 2, 0).squeeze(2).numpy() if channels == 1 else image.permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
-    changes = [v2.ToImage(), v2.RandomCrop(size, padding=SHIFT), v2.RandomHorizontalFlip()]
+    changes = [v2.ToImage(), v2.RandomCrop(size, padding=SHIFT)]
+    changes += [v2.RandomHorizontalFlip()] if channels > 1 else []  # The Trainer does not mirror grey images either.
     colours = [v2.Grayscale()] if channels == 1 else []
     files = ImageFolder(folder, v2.Compose([*changes, *colours, v2.ToDtype(torch.float32, scale=True)]))
     loader = DataLoader(files, batch_size, shuffle=True, num_workers=WORKERS, drop_last=True, persistent_workers=True)

@@ -15,31 +15,32 @@ def inherit(student: Classifier, teacher: Classifier, outputs: Tensor | None = N
     """Give the student the teacher's tensors, where it has the teacher's form or a shallower one; whether it has.
 
     It has where every one of its tensors has a counterpart of the same name and shape. Where `outputs` are given, they
-    are the student's for each of the teacher's classes, and its others stay as they are; without them both know the
-    same classes, and a whole copy of the teacher would be no student. Of a longer row of blocks, which are numbered,
-    the first, the last and evenly spread ones between them are taken: residual networks lose little where single blocks
-    are left out (Veit et al. 2016).
+    are the student's for each of the teacher's classes in its last layer, and its others stay as they are; without them
+    both know the same classes, and a whole copy of the teacher would be no student. Of a longer row of blocks, which
+    are numbered, the first, the last and evenly spread ones between them are taken: residual networks lose little where
+    single blocks are left out (Veit et al. 2016).
     """
     own, given = student.network.state_dict(), teacher.network.state_dict()
     partners = dict(_partners(_tree(own), _tree(given)))
-    classes = student.card.classes, teacher.card.classes
-    if outputs is None and len(own) >= len(given):
+    if len(own) > len(given) or (outputs is None and len(own) == len(given)):
         return False
-    begun = {}
+    head, begun = list(own)[-1].rpartition(".")[0], {}
     for name, values in own.items():
         theirs = given.get(partners.get(name, ""))
-        if theirs is not None and theirs.shape == values.shape:
-            begun[name] = theirs
-        elif theirs is not None and outputs is not None and _are_outputs(values, theirs, classes):
-            begun[name] = values.index_copy(0, outputs, theirs)
-        else:
+        if theirs is None:
             return False
+        theirs = theirs.to(values.device)
+        if (
+            outputs is not None
+            and name.rpartition(".")[0] == head
+            and theirs.shape == (len(outputs), *values.shape[1:])
+        ):
+            theirs = values.index_copy(0, outputs, theirs)
+        if theirs.shape != values.shape:
+            return False
+        begun[name] = theirs
     student.network.load_state_dict(begun)
     return True
-
-
-def _are_outputs(own: Tensor, given: Tensor, classes: tuple[int, int]) -> bool:
-    return own.shape == (classes[0], *own.shape[1:]) and given.shape == (classes[1], *own.shape[1:])
 
 
 def _tree(names: Iterable[str]) -> Tree:

@@ -173,9 +173,12 @@ def channel_axis(layer: nn.Module) -> int:
 
 def input_record(layer: nn.Module, features: Tensor) -> LayerRecord:
     """The record of what goes into a layer with known statistics."""
-    if isinstance(layer, KnownStatistics):
-        features = features.movedim(layer.axis, 1)
-    return record_of(features, layer.get_buffer("running_mean"), layer.get_buffer("running_var"))
+    return record_of(channels_first(layer, features), layer.get_buffer("running_mean"), layer.get_buffer("running_var"))
+
+
+def channels_first(layer: nn.Module, features: Tensor) -> Tensor:
+    """What goes into a layer with known statistics, as `(N, C, ...)`."""
+    return features.movedim(layer.axis, 1) if isinstance(layer, KnownStatistics) else features
 
 
 def record_of(features: Tensor, running_mean: Tensor, running_var: Tensor) -> LayerRecord:

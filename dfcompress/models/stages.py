@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,13 +26,15 @@ class Stage:
 
 
 def stages_of(classifier: Classifier) -> dict[Resolution, Stage]:
-    """The stages by resolution, from the first to the last; outputs of one pixel are none."""
-    found: dict[Resolution, Stage] = {}
+    """The stages by resolution, from the first to the last; outputs of one pixel are none, nor those of modules that
+    run several times.
+    """
+    outputs: list[tuple[Resolution, Stage]] = []
 
     def noting(name: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1:
-                found[(output.shape[2], output.shape[3])] = Stage(name, output.shape[1])
+                outputs.append(((output.shape[2], output.shape[3]), Stage(name, output.shape[1])))
 
         return note
 
@@ -39,7 +42,8 @@ def stages_of(classifier: Classifier) -> dict[Resolution, Stage]:
         module.register_forward_hook(noting(name)) for name, module in classifier.network.named_modules() if name
     ]
     pass_once(classifier, handles)
-    return found
+    runs = Counter(stage.module for _, stage in outputs)
+    return {resolution: stage for resolution, stage in outputs if runs[stage.module] == 1}
 
 
 def stages_in_common(student: Classifier, teacher: Classifier) -> list[tuple[Stage, Stage]]:

@@ -18,8 +18,7 @@ from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, why_not_run
 from dfcompress.models.fake_quantizers import is_quantized
 from dfcompress.models.inheritance import inherit
-
-AUTO = "auto"
+from dfcompress.settings import AUTO
 
 
 def make_student(
@@ -78,6 +77,9 @@ def begin_student(
     student, sentence = make_student(name, card, seed=seed)
     for teacher, outputs in teachers:
         if inherit(student, teacher, outputs):
+            # Its first layer expects images normalised as the teacher's are.
+            own = replace(student.card, mean=teacher.card.mean, std=teacher.card.std)
+            student = Classifier(student.network, own)
             return Begun(student, f"{sentence} It begins with layers of {teacher.name}.", teacher.name)
     return Begun(student, sentence, None)
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dfcompress.models.classifier import Classifier, pass_once
-from dfcompress.models.recorder import input_record
-from dfcompress.models.statistics import statistics_layers
+from dfcompress.models.recorder import channels_first, input_record
+from dfcompress.models.statistics import statistics_layers, why_no_statistics
 
 FLOOR = 1e-3
 
@@ -53,8 +53,9 @@ class Unfamiliarity:
     def _noting(self, place: int) -> Callable[..., None]:
         def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             record = input_record(layer, inputs[0])
-            var = (record.square_error - record.mean_error**2).clamp_min(0) / record.running_var + FLOOR
-            distance = record.mean_error**2 / record.running_var
+            remembered = record.running_var + getattr(layer, "eps", 0.0)  # A dead channel has no variance.
+            var = (record.square_error - record.mean_error**2).clamp_min(0) / remembered + FLOOR
+            distance = record.mean_error**2 / remembered
             self._seen[place] = 0.5 * (distance + var - 1 - var.log()).mean(1)
 
         return note
@@ -62,10 +63,12 @@ class Unfamiliarity:
 
 def _layers_of_several_positions(classifier: Classifier) -> list[nn.Module]:
     """In fully connected layers, and after pooling, an image has no variance of its own."""
+    if why_no_statistics(classifier.network):
+        return []
     found: list[nn.Module] = []
 
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-        if inputs[0].dim() > 2 and inputs[0].shape[2:].numel() > 1:
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if channels_first(layer, inputs[0]).shape[2:].numel() > 1:
             found.append(layer)
 
     layers = statistics_layers(classifier)

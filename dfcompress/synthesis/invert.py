@@ -131,15 +131,18 @@ def _divergence(classifier: Classifier, synthetic: SyntheticSet) -> float | None
 def learner(teacher: Classifier, recipe: Recipe, student: Classifier | str | None, compute: Compute) -> Pupil | None:
     """The student that a recipe's images compete with, None where it needs none.
 
-    `student` names its architecture, by default the teacher's own, or is the network that learns.
+    `student` names its architecture, by default the teacher's own, or is the network that learns
+    and is used afterwards.
     Raises `BadInput` where there is no such architecture.
     """
     if recipe.lessons is None:
         return None
-    if not isinstance(student, Classifier):
-        student, _ = make_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
-    lessons = recipe.lessons
-    return Pupil(student, teacher, steps=lessons.steps, lr=lessons.lr, batch_size=lessons.batch_size, compute=compute)
+    if is_kept := isinstance(student, Classifier):
+        own = student
+    else:
+        own, _ = make_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
+    steps, lr, batch_size = recipe.lessons.steps, recipe.lessons.lr, recipe.lessons.batch_size
+    return Pupil(own, teacher, steps=steps, lr=lr, batch_size=batch_size, compute=compute, is_kept=is_kept)
 
 
 @dataclass(frozen=True)

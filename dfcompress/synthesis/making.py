@@ -37,9 +37,10 @@ PREVIEW_IMAGES = 80
 
 
 class Learner(Protocol):
-    """The student that images compete with, and how it learns from those made so far."""
+    """The student that images compete with, how it learns from those made so far, and whether it is used afterwards."""
 
     student: Classifier
+    is_kept: bool
 
     def learn(self, images: Tensor, *, lesson: int) -> None:
         """Train the student on all stored images `(N, C, H, W)`; the outcome depends on its arguments alone."""
@@ -49,7 +50,7 @@ def make_set(job: Job, folder: Path, compute: Compute, *, learner: Learner | Non
     """Make the set in `folder`, or finish the one that is there; every process of a job makes some of its shards.
 
     A recipe whose images compete with a student needs `learner`: after each round of images but the last it learns from
-    all so far. Its student is left as the last lesson made it, also where the set was finished before.
+    all so far. A student that is kept is left as its last lesson made it, also where the set was finished before.
     Raises `BadInput` where the folder holds a set of another teacher, recipe, count or seed.
     """
     everyone = peers()
@@ -65,7 +66,7 @@ def make_set(job: Job, folder: Path, compute: Compute, *, learner: Learner | Non
         _merge_metrics(synthetic)
         _write_preview(synthetic.folder, _first_images(synthetic))
     everyone.meet()
-    if learner:
+    if learner and learner.is_kept:
         makes.teach(learner, len(makes.rounds) - 1)
     return synthetic
 

@@ -17,13 +17,14 @@ from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.randomness import generator
+from dfcompress.settings import AUTO
 from dfcompress.synthesis.job import Job, resolve
 from dfcompress.synthesis.labels import BALANCED
 from dfcompress.synthesis.making import Learner, make_set, seconds_of
 from dfcompress.synthesis.recipe import Recipe, Synthesis, choose
 
 HELD_OUT_SHARE = 1 / 16
-AUTO, NONE = "auto", "none"
+NONE = "none"
 OTHER_RECIPES = ("bns", "deepinversion", "bns-inception")
 
 

@@ -22,9 +22,10 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages, stages_in_common
 from dfcompress.models.student import begin_student
 from dfcompress.run import running
+from dfcompress.settings import AUTO
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.supply import AUTO, ImageSupply
+from dfcompress.synthesis.supply import ImageSupply
 from dfcompress.training.loop import Trainer, require_trainable
 from dfcompress.training.objectives import OF_FEATURES, make_objectives
 from dfcompress.training.settings import Training

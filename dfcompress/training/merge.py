@@ -31,10 +31,10 @@ from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.student import begin_student
 from dfcompress.run import running
-from dfcompress.settings import changed
+from dfcompress.settings import AUTO, changed
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.supply import AUTO, NONE, ImageSupply
+from dfcompress.synthesis.supply import NONE, ImageSupply
 from dfcompress.training.loop import Trainer, require_trainable
 from dfcompress.training.merging import Merging, Method, require_method
 from dfcompress.training.outputs import Outputs, join_classes
@@ -79,6 +79,37 @@ def usual_images(method: Method, synthesis: Synthesis, mix: str) -> tuple[Synthe
     if synthesis.recipe is None and synthesis.preset is None:
         synthesis = replace(synthesis, recipe="deepinversion", preset="paper-merging")
     return synthesis, NONE if mix == AUTO else mix
+
+
+def image_supplies(
+    teachers: Sequence[Classifier],
+    data: Sequence[str | Path],
+    synthesis: Synthesis,
+    compute: Compute,
+    *,
+    mix: str,
+    unseen: int = 0,
+    student: str | None = None,
+) -> list[ImageSupply]:
+    """Where the images of each teacher come from; those that are made have seeds of their own.
+
+    `student` is the architecture that adaptive recipes let images compete with. Raises `BadInput` where `data` are
+    neither none nor one for each teacher.
+    """
+    if len(data) not in (0, len(teachers)):
+        raise BadInput(f"--data was given {len(data)} times for {len(teachers)} teachers.", "Give one for each.")
+    return [
+        ImageSupply(
+            teacher,
+            its_data,
+            synthesis,
+            replace(compute, seed=compute.seed + number),
+            mix=mix,
+            unseen=unseen,
+            learner=partial(learner, teacher, student=student, compute=compute),
+        )
+        for number, (teacher, its_data) in enumerate(zip_longest(teachers, data))
+    ]
 
 
 def merge(
@@ -131,20 +162,7 @@ def merge(
     )
     architecture = pupil.card.architecture
     synthesis, mix = usual_images(method, synthesis, mix)
-    if len(data) not in (0, len(teachers)):
-        raise BadInput(f"--data was given {len(data)} times for {len(teachers)} teachers.", "Give one for each.")
-    supplies = [
-        ImageSupply(
-            teacher,
-            its_data,
-            synthesis,
-            replace(compute, seed=compute.seed + number),
-            mix=mix,
-            unseen=unseen,
-            learner=partial(learner, teacher, student=architecture, compute=compute),
-        )
-        for number, (teacher, its_data) in enumerate(zip_longest(teachers, data))
-    ]
+    supplies = image_supplies(teachers, data, synthesis, compute, mix=mix, unseen=unseen, student=architecture)
     if not isinstance(training, Training):
         usual = usual_training(method, min(map(len, supplies)), len(teachers))
         training = changed(usual, training or {}, "setting of training called")

@@ -32,16 +32,16 @@ class Merging:
     `paper` (Shapira and Sidi 2020): cross-entropy over all outputs with the best class of the teacher whose image it
     is, the mean of each teacher's images, summed. It is `block` here.
 
-    `all-logits` (ours): every teacher sees every image, also those of the others, and the student imitates all their
-    logits. In place of a teacher's mean over its classes, which says nothing of them, stands how much more familiar the
-    image is to it than to the others: −16 times the image's `Unfamiliarity` less the mean of all teachers', at most ±4
-    (0 where a teacher remembers nothing). `logits` is the mean squared difference on a teacher's own images and on the
-    others', half and half; the difference within an output that several teachers know counts for each. So the student
-    learns what each teacher answers to what it does not know, and what it remembers of its own, which on real images
-    tell its classes from the others' better than the images do: those differ in how they were made. `block`, 0.1 · −log
-    of the probability that the student gives to the classes of the teacher whose image it is, sharpens that.
-    The weights of a teacher's terms grow as it is followed worse: w ∝ exp(−4·agreement), the agreement a mean over the
-    last hundred steps or so.
+    `all-logits` (ours): every teacher sees every image, also those of the others, and the student imitates all
+    their logits. In place of a teacher's mean over its classes, which says nothing of them, stands how much more
+    familiar the image is to it than to the others: −16 times the image's `Unfamiliarity` less the mean of all
+    teachers', at most ±4 (0 for all where a teacher's BatchNorms remember nothing). `logits` is the mean squared
+    difference on a teacher's own images and on the others', half and half; the difference within an output that
+    several teachers know counts for each. So the student learns what each teacher answers to what it does not know,
+    and what it remembers of its own, which on real images tell its classes from the others' better than the images
+    do: those differ in how they were made. `block`, 0.1 · −log of the probability that the student gives to the
+    classes of the teacher whose image it is, sharpens that. The weights of a teacher's terms grow as it is followed
+    worse: w ∝ exp(−4·agreement), the agreement a mean over the last hundred steps or so.
     """
 
     def __init__(self, teachers: Sequence[Classifier], outputs: Outputs, *, method: Method = "all-logits") -> None:

@@ -28,7 +28,9 @@ class Pupil:
         batch_size: int,
         compute: Compute,
         temperature: float = 4.0,
+        is_kept: bool = False,
     ) -> None:
+        self.is_kept = is_kept
         self.student, self.teacher, self.temperature = student.eval(), teacher, temperature
         augmentation = Augmentation(shift=4, flip=True, mixup=1.0)
         self.training = Training(steps, lr, batch_size, augmentation=augmentation)

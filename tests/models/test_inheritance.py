@@ -47,6 +47,16 @@ def test_only_a_student_of_the_teachers_form_inherits(teacher, student, inherits
     assert inherit(network(student), network(teacher)) == inherits
 
 
+def test_outputs_of_another_order_are_put_in_their_places():
+    teacher, student = network("cifar_resnet20"), network("cifar_resnet20", seed=1)
+    assert inherit(student, teacher, torch.arange(9, -1, -1))
+    assert torch.equal(student.network.fc.weight.flip(0), teacher.network.fc.weight)
+
+
+def test_a_deeper_student_inherits_nothing():
+    assert not inherit(network("cifar_resnet44"), network("cifar_resnet20"), torch.arange(10))
+
+
 def test_a_student_of_more_classes_takes_the_outputs_that_the_teacher_has():
     teacher, student = network("cifar_resnet20"), make_student("cifar_resnet20", replace(CARD, classes=13), seed=1)[0]
     before = student.network.fc.weight.detach().clone()

@@ -13,22 +13,37 @@ from dfcompress.models.unfamiliarity import FLOOR, Unfamiliarity
 CARD = ModelCard("tiny", 2, (1, 4, 4), (0.0,), (1.0,))
 
 
-def network(*layers):
+def network(*layers, mean=0.5, var=4.0):
+    for layer in layers:
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.running_mean.fill_(mean)
+            layer.running_var.fill_(var)
     return Classifier(nn.Sequential(*layers), CARD).eval()
 
 
 def test_it_is_the_divergence_of_one_images_pixels_from_what_is_remembered():
-    layer = nn.BatchNorm2d(1)
-    layer.running_mean.fill_(0.5)
-    layer.running_var.fill_(4.0)
-    shown = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    with Unfamiliarity(made := network(layer, nn.Flatten(), nn.Linear(16, 2))) as strange, torch.no_grad():
-        made(shown)
-        found = strange.taken()
+    shown, found = asked(network(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2)))
     for image, value in zip(shown, found, strict=True):
         var = image.var(correction=0) / 4 + FLOOR
         expected = 0.5 * ((image.mean() - 0.5) ** 2 / 4 + var - 1 - var.log())
         assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def asked(made):
+    shown = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    with Unfamiliarity(made) as strange, torch.no_grad():
+        made(shown)
+        return shown, strange.taken()
+
+
+def test_a_dead_channel_is_no_nan():
+    _, found = asked(network(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2), var=0.0))
+    assert found.isfinite().all()
+
+
+def test_batchnorms_that_were_never_trained_tell_nothing():
+    made = network(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2), mean=0.0, var=1.0)
+    assert not Unfamiliarity(made).is_known
 
 
 def test_layers_of_one_position_tell_nothing():

@@ -20,8 +20,11 @@ from dfcompress.device import Compute
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.stages import shared_stages
 from dfcompress.training.loop import PARTIAL, Trainer
-from dfcompress.training.objectives import Answer, kd
+from dfcompress.training.merging import Merging
+from dfcompress.training.objectives import Answer, feature, kd
+from dfcompress.training.outputs import Outputs
 from dfcompress.training.settings import Training
 from dfcompress.training.steps import training_mode
 from dfcompress.training.teaching import Distillation
@@ -133,10 +136,29 @@ def test_bf16_reaches_nearly_the_loss_of_fp32():
     assert low.losses["kd"] == pytest.approx(exact.losses["kd"], rel=0.25)
 
 
+def taught(kind):
+    """A Teaching of that kind, some of which hear what networks do inside, and the sets it needs."""
+    if kind == "merging":
+        teachers = [tiny(1), tiny(3)]
+        for teacher in teachers:
+            teacher.train()(images().float() / 255)  # For BatchNorms that remember something.
+        return Merging([each.eval() for each in teachers], Outputs((torch.arange(4), torch.arange(4)), 4)), 2
+    pairs = shared_stages(tiny(2), tiny(1))
+    return Distillation(tiny(1), [kd(2.0), *([feature(pairs)] if kind == "feature" else [])]), 1
+
+
 @pytest.mark.slow
-def test_compiled_training_agrees_with_eager_training():
-    eager, _ = fitted(replace(TRAINING, steps=5))
-    compiled, _ = fitted(replace(TRAINING, steps=5), compute=replace(EAGER, compile="on"))
+@pytest.mark.parametrize("kind", ["kd", "feature", "merging"])
+def test_compiled_training_agrees_with_eager_training(kind):
+    students = []
+    for compile in ("off", "on"):
+        torch.manual_seed(0)
+        (teaching, count), student = taught(kind), tiny(2)
+        trainer = Trainer(student, teaching, replace(TRAINING, steps=5), compute=replace(EAGER, compile=compile))
+        trained = trainer.fit(*[images()] * count)
+        students.append((student, trained.losses))
+    (eager, wanted_losses), (compiled, losses) = students
+    assert losses == pytest.approx(wanted_losses, rel=1e-3, abs=1e-4)
     for got, wanted in zip(compiled.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
 

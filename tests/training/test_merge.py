@@ -87,7 +87,7 @@ def test_a_killed_command_resumes_to_the_same_bytes(verb, until, two, tmp_path):
     """SIGKILL a real process at a random moment of its images or of its training, and run the line again."""
     models = two if verb == "merge" else two[:1]
     asked = "--student lenet5_bn_half --images 96 --steps 30 --batch-size 32 --unseen 0 --compile off --precision fp32"
-    line = [verb, *map(str, models), *asked.split(), "--train-steps", "200", "--train-batch-size", "16", "-q"]
+    line = [verb, *map(str, models), *asked.split(), "--train-steps", "400", "--train-batch-size", "16", "-q"]
     command = [sys.executable, "-c", SAVING, *line]
     subprocess.run([*command, "-o", tmp_path / "whole"], check=True)
     folder = tmp_path / "killed"

@@ -130,6 +130,7 @@ def remembering(mean):
     made = teacher()
     made.network.insert(0, nn.BatchNorm2d(1))
     made.network[0].running_mean.fill_(mean)
+    made.network[0].running_var.fill_(0.9)
     return made.frozen()
 
 
