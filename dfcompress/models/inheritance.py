@@ -30,11 +30,8 @@ def inherit(student: Classifier, teacher: Classifier, outputs: Tensor | None = N
         if theirs is None:
             return False
         theirs = theirs.to(values.device)
-        if (
-            outputs is not None
-            and name.rpartition(".")[0] == head
-            and theirs.shape == (len(outputs), *values.shape[1:])
-        ):
+        of_head = name.rpartition(".")[0] == head
+        if outputs is not None and of_head and theirs.shape == (len(outputs), *values.shape[1:]):
             theirs = values.index_copy(0, outputs, theirs)
         if theirs.shape != values.shape:
             return False
