@@ -27,50 +27,72 @@ BETAS = {"adam": (0.9, 0.999), "adamw": (0.9, 0.999), "lamb": (0.9, 0.999), "nov
 EPS = {"adam": 1e-8, "adamw": 1e-8, "lamb": 1e-6, "novograd": 1e-8}
 
 
-class Lamb(Optimizer):
-    """LAMB (You et al. 2020): Adam whose step for each tensor is scaled by φ = ‖w‖ / ‖update‖.
+class _OfMoments(Optimizer):
+    """An optimiser of two moments of the gradient, that steps all tensors of a group at once."""
 
-    m = β₁m + (1 − β₁)g, v = β₂v + (1 − β₂)g², u = m̂ / (√v̂ + ε) + λw, w ← w − lr·φ·u.
-    Tensors without weight decay λ are not scaled (φ = 1), as in the authors' code: those are biases and BatchNorms.
-    """
+    betas: tuple[float, float]
+    eps: float
 
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
         *,
         lr: float,
-        betas: tuple[float, float] = BETAS["lamb"],
-        eps: float = EPS["lamb"],
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
         weight_decay: float = 0.0,
     ) -> None:
+        betas, eps = betas or self.betas, self.eps if eps is None else eps
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step with the gradients that are there; `closure` is not used."""
         for group in self.param_groups:
-            weights, gradients = _with_gradients(group)
-            if not weights:
-                continue
-            group["step"] += 1
-            (beta1, beta2), decay = group["betas"], group["weight_decay"]
-            means = [_state(self, weight, "mean") for weight in weights]
-            squares = [_state(self, weight, "square") for weight in weights]
-            torch._foreach_lerp_(means, gradients, 1 - beta1)
-            torch._foreach_mul_(squares, beta2)
-            torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-            updates = torch._foreach_div(means, 1 - beta1 ** group["step"])
-            roots = torch._foreach_sqrt(torch._foreach_div(squares, 1 - beta2 ** group["step"]))
-            torch._foreach_add_(roots, group["eps"])
-            torch._foreach_div_(updates, roots)
-            if decay:
-                torch._foreach_add_(updates, weights, alpha=decay)
-                ratios = _trust_ratios(weights, updates)
-                updates = tuple(update * ratio for update, ratio in zip(updates, ratios, strict=True))
-            torch._foreach_add_(weights, updates, alpha=-group["lr"])
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if weights:
+                group["step"] += 1
+                self._update(group, weights, [weight.grad for weight in weights])
+
+    def _update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
+        raise NotImplementedError
+
+    def _kept(self, weights: list[Tensor], name: str) -> list[Tensor]:
+        """A moment of every weight, 0 before the first step."""
+        for weight in weights:
+            if name not in self.state[weight]:
+                self.state[weight][name] = torch.zeros_like(weight)
+        return [self.state[weight][name] for weight in weights]
 
 
-class NovoGrad(Optimizer):
+class Lamb(_OfMoments):
+    """LAMB (You et al. 2020): Adam whose step for each tensor is scaled by φ = ‖w‖ / ‖update‖.
+
+    m = β₁m + (1 − β₁)g, v = β₂v + (1 − β₂)g², u = m̂ / (√v̂ + ε) + λw, w ← w − lr·φ·u.
+    Tensors without weight decay λ are not scaled (φ = 1), as in the authors' code: those are biases and BatchNorms.
+    """
+
+    betas, eps = BETAS["lamb"], EPS["lamb"]
+
+    def _update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
+        (beta1, beta2), decay = group["betas"], group["weight_decay"]
+        means = self._kept(weights, "mean")
+        squares = self._kept(weights, "square")
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        updates = torch._foreach_div(means, 1 - beta1 ** group["step"])
+        roots = torch._foreach_sqrt(torch._foreach_div(squares, 1 - beta2 ** group["step"]))
+        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_div_(updates, roots)
+        if decay:
+            torch._foreach_add_(updates, weights, alpha=decay)
+            ratios = _trust_ratios(weights, updates)
+            updates = tuple(update * ratio for update, ratio in zip(updates, ratios, strict=True))
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])
+
+
+class NovoGrad(_OfMoments):
     """NovoGrad (Ginsburg et al. 2019): the second moment is one number a tensor, the norm of its gradient.
 
     v = β₂v + (1 − β₂)‖g‖² (first v = ‖g‖²), m = β₁m + (1 − β₁)g, w ← w − lr·(m̂ / (√v̂ + ε) + λw).
@@ -78,50 +100,22 @@ class NovoGrad(Optimizer):
     normalised, and decay added, after the mean is taken.
     """
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        *,
-        lr: float,
-        betas: tuple[float, float] = BETAS["novograd"],
-        eps: float = EPS["novograd"],
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+    betas, eps = BETAS["novograd"], EPS["novograd"]
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step with the gradients that are there; `closure` is not used."""
-        for group in self.param_groups:
-            weights, gradients = _with_gradients(group)
-            if not weights:
-                continue
-            group["step"] += 1
-            beta1, beta2 = group["betas"]
-            squares = [norm.square() for norm in torch._foreach_norm(gradients)]
-            for weight, square in zip(weights, squares, strict=True):
-                self.state[weight].setdefault("square", square)
-            moments = [self.state[weight]["square"] for weight in weights]
-            torch._foreach_lerp_(moments, squares, 1 - beta2)
-            means = [_state(self, weight, "mean") for weight in weights]
-            torch._foreach_lerp_(means, gradients, 1 - beta1)
-            roots = torch._foreach_sqrt(torch._foreach_div(moments, 1 - beta2 ** group["step"]))
-            torch._foreach_add_(roots, group["eps"])
-            updates = torch._foreach_div(torch._foreach_div(means, 1 - beta1 ** group["step"]), roots)
-            torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
-            torch._foreach_add_(weights, updates, alpha=-group["lr"])
-
-
-def _with_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    weights = [weight for weight in group["params"] if weight.grad is not None]
-    return weights, [weight.grad for weight in weights]
-
-
-def _state(optimizer: Optimizer, weight: Tensor, name: str) -> Tensor:
-    state = optimizer.state[weight]
-    if name not in state:
-        state[name] = torch.zeros_like(weight)
-    return state[name]
+    def _update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        squares = [norm.square() for norm in torch._foreach_norm(gradients)]
+        for weight, square in zip(weights, squares, strict=True):
+            self.state[weight].setdefault("square", square)
+        moments = [self.state[weight]["square"] for weight in weights]
+        torch._foreach_lerp_(moments, squares, 1 - beta2)
+        means = self._kept(weights, "mean")
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        roots = torch._foreach_sqrt(torch._foreach_div(moments, 1 - beta2 ** group["step"]))
+        torch._foreach_add_(roots, group["eps"])
+        updates = torch._foreach_div(torch._foreach_div(means, 1 - beta1 ** group["step"]), roots)
+        torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
 def _trust_ratios(weights: list[Tensor], updates: tuple[Tensor, ...]) -> list[Tensor]:
