@@ -1,18 +1,29 @@
-"""On a CUDA device: bf16 and a CUDA graph against fp32 and single launches."""
+"""On a CUDA device: bf16 and a CUDA graph against fp32 and single launches; training against the CPU's."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
 from dfcompress import device
+from dfcompress.data.pool import Augmentation
 from dfcompress.device import Compute, Execution
 from dfcompress.evaluation.bench_step import bench_step
+from dfcompress.evaluation.bench_train import bench_train
 from dfcompress.models.checkpoint import load
+from dfcompress.models.stages import shared_stages
+from dfcompress.models.student import make_student
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import Synthesizer
+from dfcompress.training.loop import Trainer
+from dfcompress.training.merging import Merging
+from dfcompress.training.objectives import feature, kd
+from dfcompress.training.outputs import Outputs
+from dfcompress.training.settings import Training
+from dfcompress.training.teaching import Distillation
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,3 +98,31 @@ def test_the_bench_knows_the_ceilings_of_the_device(resnet20_file):
     rows = {row["name"]: row for row in measured.rows}
     assert rows["ours"]["ms"] < rows["published"]["ms"]
     assert rows["floor"]["tflops"] < measured.ceilings["tflops"]
+
+
+TRAINING = Training(steps=20, lr=0.05, batch_size=64, augmentation=Augmentation(shift=4, flip=True))
+
+
+def trained(teachers, compute):
+    """Losses of a student of one teacher, or of several."""
+    shown = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    student, _ = make_student("cifar_resnet20", teachers[0].card, seed=0)
+    if len(teachers) == 1:
+        teaching = Distillation(teachers[0], [kd(4.0), 10.0 * feature(shared_stages(student, teachers[0]))])
+    else:
+        teaching = Merging(teachers, Outputs((torch.arange(10),) * len(teachers), 10))
+    return Trainer(student, teaching, TRAINING, compute=compute).fit(*[shown] * len(teachers)).losses
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("compute", [Compute("cuda", "fp32", "off"), Compute("cuda", "bf16", "on")])
+def test_training_ends_near_the_losses_of_the_cpu(count, compute, resnet20_file, resnet44_file):
+    teachers = [load(file) for file in (resnet44_file, resnet20_file)][:count]
+    exact = trained(copy.deepcopy(teachers), Compute("cpu", "fp32", "off"))
+    for name, loss in trained(teachers, compute).items():
+        assert loss == pytest.approx(exact[name], rel=0.2, abs=0.1), name
+
+
+def test_the_bench_of_training_runs(resnet20_file):
+    rows = bench_train(resnet20_file, batch_size=64, rounds=2, compute=Compute("cuda", "bf16")).rows
+    assert [row["name"] for row in rows] == ["plain", "+pool", "+compiled", "+bf16", "+cached"]
