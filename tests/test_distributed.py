@@ -169,9 +169,13 @@ def losses(folder, name):
     ("verb", "asked", "loss"),
     [
         ("distill", ["--student", "lenet5_bn_half"], "kd"),
-        ("distill", ["--student", "lenet5_bn_half", "--objective", "kd", "--objective", "feature=10"], "feature"),
+        (
+            "distill",
+            ["--student", "lenet5_bn_half", "--objective", "kd", "--objective", "feature=10", "--train-lr", "0.01"],
+            "feature",
+        ),
         ("merge", ["--student", "lenet5_bn"], "logits/1"),
-        ("quantize", ["--bits", "4w4a"], "kd"),
+        ("quantize", ["--bits", "8w8a", "--train-lr", "0.001"], "kd"),
     ],
 )
 def test_two_processes_train_as_one_does(verb, asked, loss, noise, tmp_path):
