@@ -17,7 +17,9 @@ from typing import Any
 
 _HOME = {
     "Compute": "device",
+    "Calibration": "quantization.quantize",
     "Classifier": "models.classifier",
+    "Gates": "evaluation.gates",
     "Keeping": "synthesis.records.keeping",
     "ModelCard": "models.card",
     "Synthesis": "synthesis.recipe",
@@ -28,6 +30,7 @@ _HOME = {
     "distill": "training.distill",
     "doctor": "evaluation.doctor",
     "evaluate": "evaluation.evaluate",
+    "export": "quantization.export",
     "inspect": "evaluation.inspect",
     "invert": "synthesis.invert",
     "load": "models.checkpoint",

@@ -17,7 +17,7 @@ from dfcompress.evaluation.evaluate import evaluate
 from dfcompress.evaluation.inspect import Inspection, inspect
 from dfcompress.models.checkpoint import load
 from dfcompress.models.weights import file_bytes
-from dfcompress.quantization.quantize import FINETUNING, quantize
+from dfcompress.quantization.quantize import LSQ, quantize
 from dfcompress.run import Run
 from dfcompress.synthesis.invert import Inversion, invert
 from dfcompress.synthesis.making import PREVIEW
@@ -78,7 +78,7 @@ def demo(
             **_step(run, "student", resume),
         )
         console.notice(f"Quantizing the teacher to {BITS}.")
-        training = replace(FINETUNING, steps=100)
+        training = replace(LSQ, steps=100)
         packed = quantize(
             teacher, bits=BITS, data=made.output, training=training, compute=compute, **_step(run, "quantized", resume)
         )

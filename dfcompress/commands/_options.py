@@ -22,7 +22,9 @@ from dfcompress.synthesis.records import KINDS
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
+    from dfcompress.evaluation.gates import Gates
     from dfcompress.models.classifier import Classifier
+    from dfcompress.quantization.quantize import Calibration
     from dfcompress.synthesis.recipe import Synthesis
     from dfcompress.synthesis.records.keeping import Keeping
 
@@ -146,6 +148,20 @@ def _records(records: Path | None, no_records: bool) -> Path | str | None:
     return None if no_records else records or "beside"
 
 
+def _calibration(
+    calibrate: Any, weight_ranges: Any, calibration_steps: int, signed: bool, no_correction: bool
+) -> Calibration:
+    from dfcompress.quantization.quantize import Calibration
+
+    return Calibration(calibrate, weight_ranges, calibration_steps, signed, not no_correction)
+
+
+def _gates(max_drop: float | None, min_agreement: float | None) -> Gates:
+    from dfcompress.evaluation.gates import Gates
+
+    return Gates(max_drop, min_agreement)
+
+
 def _groups(text: str) -> int | Literal["auto"]:
     if text == "auto":
         return "auto"
@@ -263,6 +279,52 @@ keeping = group(
 
 data = click.option("--data", type=PATH, help="A synthetic set or real images; without it, images are made first.")
 eval_data = click.option("--eval-data", type=PATH, help="Real images to report accuracy on; they choose nothing.")
+
+calibration = group(
+    "calibration",
+    _calibration,
+    click.option(
+        "--calibrate",
+        type=click.Choice(["minmax", "percentile", "mse"]),
+        default="minmax",
+        show_default=True,
+        help="How the ranges of activations are found.",
+    ),
+    click.option(
+        "--weight-ranges",
+        type=click.Choice(["minmax", "mse"]),
+        default="mse",
+        show_default=True,
+        help="How the ranges of weights are found.",
+    ),
+    click.option("--calibration-steps", type=click.IntRange(1), default=16, show_default=True, help="Batches of 256."),
+    click.option("--signed", is_flag=True, help="Activations without a zero point, as TensorRT takes them."),
+    click.option(
+        "--no-correction", is_flag=True, help="Leave means and variances that quantization shifts where they are."
+    ),
+)
+
+target = click.option(
+    "--target",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What shall run the ONNX file; tensorrt takes signed 8 bits alone.",
+)
+
+gates = group(
+    "gates",
+    _gates,
+    click.option(
+        "--max-drop", type=float, metavar="POINTS", help="Exit 3 where --eval-data loses more top-1 than this."
+    ),
+    click.option(
+        "--min-agreement",
+        type=float,
+        metavar="SHARE",
+        help="Exit 3 where held-out images are answered alike less often.",
+    ),
+)
 
 reporting = together(
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else."),

@@ -9,6 +9,7 @@ from dfcompress import console
 if TYPE_CHECKING:
     from dfcompress.evaluation.evaluate import Evaluation
     from dfcompress.evaluation.result import Compressed
+    from dfcompress.quantization.export import Exported
     from dfcompress.synthesis.invert import SynthesisPlan
 
 
@@ -54,6 +55,41 @@ def _share(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
 
 
+def exported(result: Exported) -> None:
+    """What was written, and how it compares with the model."""
+    size = "" if result.bytes_ratio is None else f", {result.bytes_ratio:.3f} of the checkpoint"
+    console.result(f"{result.path}: {result.bytes:,} bytes{size}")
+    rewritten = "does not load" if result.equal_rewritten is None else f"{result.equal_rewritten} equal"
+    console.result(
+        f"onnxruntime, session.disable_quant_qdq=1: {result.equal} of {result.images} answers equal, logits differ by "
+        f"{result.median_difference:.1e} (median), {result.largest_difference:.1e} at most; without: {rewritten}"
+    )
+    console.result(
+        f"{result.milliseconds:.1f} ms for 64 images, {result.milliseconds_fp32:.1f} ms in fp32: "
+        "few bits buy size, not speed"
+        if result.milliseconds > result.milliseconds_fp32
+        else f"{result.milliseconds:.1f} ms for 64 images, {result.milliseconds_fp32:.1f} ms in fp32"
+    )
+
+
+def layers(report: dict[str, Any]) -> None:
+    """A line for each quantized layer."""
+    rows = [
+        [
+            row["layer"],
+            f"{row['weights']:,}",
+            f"{row['weight_bits']}w{row['input_bits']}a",
+            "" if row["input_low"] is None else f"{row['input_low']:.3g} .. {row['input_high']:.3g}",
+            f"{row['sensitivity']:.4f}",
+            f"{row['signal_to_noise']:.1f}",
+        ]
+        for row in report["layers"]
+    ]
+    console.table(["layer", "weights", "bits", "input", "sensitivity", "SNR dB"], rows)
+    for name, kind in report["left_in_float"].items():
+        console.result(f"{name} ({kind}) stays in float")
+
+
 def compressed(result: Compressed, *, as_json: bool) -> None:
     """Where the result is, its size, its seconds, and its accuracy if it was asked for."""
     if as_json:
@@ -74,3 +110,5 @@ def compressed(result: Compressed, *, as_json: bool) -> None:
     console.table(columns + blocks, rows)
     if result.evaluation:
         evaluation(result.evaluation)
+    if result.export:
+        exported(result.export)

@@ -8,34 +8,61 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dfcompress.commands import _options, _summary
+from dfcompress.errors import BadInput
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
+    from dfcompress.evaluation.gates import Gates
     from dfcompress.models.classifier import Classifier
+    from dfcompress.quantization.quantize import Calibration, Finetuning
     from dfcompress.synthesis.recipe import Synthesis
 
 
 @click.command(epilog=_options.example("dfcompress quantize resnet20.pt --bits 4w4a -o resnet20-4w4a"))
 @_options.model
-@click.option("--bits", default="4w4a", show_default=True, help="Bits of weights, then of activations.")
-@click.option("--first-last-bits", type=int, default=8, show_default=True, help="Bits of the first and the last layer.")
+@click.option("--bits", default="4w4a", show_default=True, help="Bits of weights, then of activations; or auto.")
+@click.option(
+    "--first-last-bits", default="8", show_default=True, help="Bits of the first and the last layer, or same."
+)
+@click.option("--layer-bits", multiple=True, metavar="PATTERN=BITS", help="Other bits, or float: 'layer1.*=8w8a'.")
+@click.option("--size-ratio", type=float, help="With --bits auto: the file's size against the model in fp32.")
 @_options.data
 @_options.eval_data
 @_options.synthesis(images=1024)
+@_options.calibration
+@click.option(
+    "--finetune",
+    type=click.Choice(["lsq", "kd", "blocks", "none"]),
+    default="lsq",
+    show_default=True,
+    help="Train weights and steps, weights alone, the rounding block by block, or nothing.",
+)
 @_options.training(steps=400, lr=0.01, batch_size=256)
+@_options.objectives
 @_options.temperature
+@click.option("--export", type=click.Choice(["onnx"]), help="Also write model.onnx and check it in onnxruntime.")
+@_options.target
+@_options.gates
 @_options.output
 @_options.compute
 @_options.reporting
 def quantize(
     model: Classifier,
     bits: str,
-    first_last_bits: int,
+    first_last_bits: str,
+    layer_bits: tuple[str, ...],
+    size_ratio: float | None,
     data: Path | None,
     eval_data: Path | None,
     synthesis: Synthesis,
+    calibration: Calibration,
+    finetune: Finetuning,
     training: dict[str, Any],
+    objectives: dict[str, float] | None,
     temperature: float,
+    export: str | None,
+    target: str,
+    gates: Gates,
     compute: Compute,
     output: Path | None,
     resume: bool,
@@ -43,30 +70,45 @@ def quantize(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Make a few-bit model, calibrated and fine-tuned on images made from it; --train-steps 0 only calibrates."""
+    """Make a few-bit model, calibrated and fine-tuned on images made from it."""
     import dataclasses
+    import json
 
     from dfcompress.quantization.quantize import FINETUNING, quantize
-    from dfcompress.settings import changed
+    from dfcompress.quantization.report import REPORT
+    from dfcompress.settings import assignments, changed
     from dfcompress.synthesis.invert import plans
 
-    settings = changed(FINETUNING, training, "setting of training called")
+    usual = FINETUNING[finetune]
+    if usual is None and training:
+        raise BadInput("--finetune none trains nothing.", "Leave the options of training out.")
+    settings = changed(usual, training, "setting of training called") if usual else None
+    gates.require_images(eval_data)
     if dry_run:
         made = [] if data else plans(model, synthesis, compute)
-        _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(settings))
+        _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(settings) if settings else None)
         return
     result = quantize(
         model,
         bits=bits,
         first_last_bits=first_last_bits,
+        layer_bits=assignments(layer_bits, "--layer-bits"),
+        size_ratio=size_ratio,
         data=data,
         output=output,
         synthesis=synthesis,
+        calibration=calibration,
+        finetune=finetune,
         training=settings,
+        objectives=objectives,
         temperature=temperature,
+        export=target if export else None,  # type: ignore[arg-type]
         compute=compute,
         eval_data=eval_data,
         resume=resume,
         overwrite=overwrite,
     )
     _summary.compressed(result, as_json=as_json)
+    if not as_json:
+        _summary.layers(json.loads((Path(result.output) / REPORT).read_text()))
+    gates.check(result)

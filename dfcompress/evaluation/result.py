@@ -21,6 +21,8 @@ from dfcompress.models.architectures import runs_code
 from dfcompress.models.checkpoint import load, save, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.weights import file_bytes
+from dfcompress.quantization.export import Exported
+from dfcompress.quantization.reconstruction import Reconstructed
 from dfcompress.run import Run
 from dfcompress.synthesis.supply import TrainingImages, in_batches
 from dfcompress.training.loop import PARTIAL, Trained
@@ -39,7 +41,7 @@ class Compressed:
     `agreement`, the same on images `held_out` from that set and on `unseen` ones of another seed and recipe (None
     where there are none), and `blocks`, the share of its held-out images that the student takes for each teacher's
     classes (one teacher: None). `warnings` say where that looks wrong.
-    `evaluation` is there where real images were given.
+    `evaluation` is there where real images were given, `export` where an ONNX file was asked for.
     """
 
     output: str
@@ -52,6 +54,7 @@ class Compressed:
     teachers: list[dict[str, Any]]
     warnings: list[str]
     evaluation: Evaluation | None
+    export: Exported | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields as `--json` prints them."""
@@ -60,8 +63,12 @@ class Compressed:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Compressed:
         """The result that `to_json` gave."""
-        evaluation = values["evaluation"]
-        return cls(**{**values, "evaluation": Evaluation(evaluation["results"]) if evaluation else None})
+        evaluation, export = values["evaluation"], values["export"]
+        read = {
+            "evaluation": Evaluation(evaluation["results"]) if evaluation else None,
+            "export": Exported(**export) if export else None,
+        }
+        return cls(**{**values, **read})
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,13 @@ def _load_saved(run: Run, student: Classifier) -> Classifier:
 
 
 def hand_back(
-    run: Run, student: Classifier, taught: Sequence[Taught], *, trained: Trained | None, measure: Measure
+    run: Run,
+    student: Classifier,
+    taught: Sequence[Taught],
+    *,
+    trained: Trained | Reconstructed | None,
+    measure: Measure,
+    export: Callable[[Classifier], Exported] | None = None,
 ) -> Compressed:
     """Save `student` in the run's folder, measure what was saved beside the teachers, and close the run."""
     if not peers().leads:
@@ -111,8 +124,11 @@ def hand_back(
     teachers, warnings = _followed(saved, taught)
     for warning in warnings:
         console.notice(warning)
-    synthesis = sum(each.images.synthesis_seconds for each in taught)
-    training = trained.seconds if trained else 0.0
+    seconds = {
+        "synthesis": sum(each.images.synthesis_seconds for each in taught),
+        **run.seconds,
+        "training": trained.seconds if trained else 0.0,
+    }
     size = file_bytes(run.folder)
     result = Compressed(
         output=str(run.folder),
@@ -120,15 +136,12 @@ def hand_back(
         bytes=size,
         bytes_ratio=round(size / sum(state_bytes(each.teacher.network) for each in taught), 4),
         parameters=sum(parameter.numel() for parameter in saved.network.parameters()),
-        seconds={
-            "synthesis": round(synthesis, 2),
-            "training": round(training, 2),
-            "total": round(synthesis + training, 2),
-        },
+        seconds={part: round(value, 2) for part, value in {**seconds, "total": sum(seconds.values())}.items()},
         agreement=sum(teacher["agreement"] for teacher in teachers) / len(teachers),
         teachers=teachers,
         warnings=warnings,
         evaluation=measure(saved),
+        export=export(saved) if export else None,
     )
     run.finish({**result.to_json(), "training": asdict(trained) if trained else None})
     (run.folder / PARTIAL).unlink(missing_ok=True)

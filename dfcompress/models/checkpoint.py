@@ -116,6 +116,20 @@ def save(classifier: Classifier, folder: Path) -> None:
 
     The card is in both, so that either alone tells what one must know.
     """
+    content, config = _files(classifier)
+    folder.mkdir(parents=True, exist_ok=True)
+    with write_atomically(folder / WEIGHTS) as temporary:
+        temporary.write_bytes(content)
+    write_json(folder / CONFIG, config)
+
+
+def saved_bytes(classifier: Classifier) -> int:
+    """How large the `model.safetensors` is that `save` writes."""
+    return len(_files(classifier)[0])
+
+
+def _files(classifier: Classifier) -> tuple[bytes, dict[str, Any]]:
+    """The contents of `model.safetensors` and of `config.json`."""
     card = classifier.card.to_json()
     metadata = {"format": "pt", CARD_KEY: json.dumps(card)}
     config: dict[str, Any] = {
@@ -136,10 +150,7 @@ def save(classifier: Classifier, folder: Path) -> None:
         # clone: safetensors refuses tensors that share memory
         state = classifier.network.state_dict().items()
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state}
-    folder.mkdir(parents=True, exist_ok=True)
-    with write_atomically(folder / WEIGHTS) as temporary:
-        temporary.write_bytes(serialised(tensors, metadata))
-    write_json(folder / CONFIG, config)
+    return serialised(tensors, metadata), config
 
 
 def write_sidecar(classifier: Classifier) -> Path:

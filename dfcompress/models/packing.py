@@ -7,7 +7,8 @@ Bits and input grids are plain JSON values beside them, whose numbers are the fp
     {"version": 1, "layers": {
         "conv1": {"weight_bits": 8, "input_bits": 8, "input_scale": 0.02, "input_zero_point": 117}, ...}}
 
-The two `input_` values are absent where the activations stay in float.
+The two `input_` values are absent where the activations stay in float; `"input_signed": true` stands beside them where
+the grid is a signed one.
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ def _described(name: str, layer: QuantizedLayer) -> dict[str, int | float]:
         return values
     if layer.input_grid is None:
         raise ValueError(f"layer {name} was never calibrated")
-    return values | {"input_scale": layer.input_grid.scale, "input_zero_point": layer.input_grid.zero_point}
+    grid = layer.input_grid
+    signed = {"input_signed": True} if grid.signed else {}
+    return values | {"input_scale": grid.scale, "input_zero_point": grid.zero_point} | signed
 
 
 def unpack_network(network: nn.Module, tensors: Mapping[str, Tensor], quantization: object) -> None:
@@ -145,8 +148,11 @@ def _parsed_layer(name: str, values: object) -> _PackedLayer:
     scale = values.get("input_scale")
     if not isinstance(scale, float) or not _FP32.tiny <= scale <= _FP32.max:
         raise _damaged(f"layer {name!r} has input_scale {scale!r}")
-    zero_point = _integer(name, values, "input_zero_point", range(2**input_bits))
-    return _PackedLayer(weight_bits, input_bits, InputGrid(scale, zero_point))
+    signed = values.get("input_signed", False)
+    if type(signed) is not bool:
+        raise _damaged(f"layer {name!r} has input_signed {signed!r}")
+    zero_point = _integer(name, values, "input_zero_point", range(1 if signed else 2**input_bits))
+    return _PackedLayer(weight_bits, input_bits, InputGrid(scale, zero_point, signed))
 
 
 def _integer(layer: str, values: Mapping[str, object], field: str, allowed: Sequence[int]) -> int:

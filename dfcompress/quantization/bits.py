@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, pass_once
-from dfcompress.models.fake_quantizers import FLOAT_BITS, WIDTHS, quantizable_layers
+from dfcompress.models.fake_quantizers import FLOAT_BITS, WIDTHS, can_be_quantized
 
-_WEIGHTS_FIRST = re.compile(r"(\d+)w(\d+)a")
-_LETTERS_FIRST = re.compile(r"w(\d+)a(\d+)")
+AUTO = "auto"
+FLOAT = "float"
+SAME = "same"
+USUAL_ENDS = 8
+
+_WEIGHTS_FIRST = re.compile(r"(\d+|auto)w(\d+)a")
+_LETTERS_FIRST = re.compile(r"w(\d+|auto)a(\d+)")
 
 
 class Bits(NamedTuple):
@@ -26,54 +33,96 @@ class Bits(NamedTuple):
         return f"{self.weights}w{self.activations}a"
 
 
-def parse_bits(text: str) -> Bits:
-    """The bits that `4w4a`, or `w4a4`, names.
+@dataclass(frozen=True)
+class Wanted:
+    """Bits that were asked for: `weights` is None where sensitivity shall decide."""
 
-    Raises `BadInput` where the text is neither, or names widths outside 2 to 8 (and 32 for activations).
+    weights: int | None
+    activations: int
+
+
+def parse_bits(text: str, option: str = "--bits") -> Wanted:
+    """What `4w4a`, `w4a4`, `auto4w` ... asks for: `auto` is `autow8a`.
+
+    Raises `BadInput` where the text is none of these, or names widths outside 2 to 8 (and 32 for activations).
     """
-    match = _WEIGHTS_FIRST.fullmatch(text.lower()) or _LETTERS_FIRST.fullmatch(text.lower())
+    plain = "autow8a" if text.lower() == AUTO else text.lower()
+    match = _WEIGHTS_FIRST.fullmatch(plain) or _LETTERS_FIRST.fullmatch(plain)
     if not match:
-        raise BadInput(f"--bits {text!r} is not understood.", "Write weights, then activations: 4w4a.")
-    bits = Bits(int(match[1]), int(match[2]))
-    if bits.weights not in WIDTHS:
-        raise BadInput(f"--bits {text!r}: {bits.weights}-bit weights are not supported.", "Use 2 to 8 bits: 4w4a.")
-    if bits.activations not in (*WIDTHS, FLOAT_BITS):
+        raise BadInput(f"{option} {text!r} is not understood.", "Write weights, then activations: 4w4a.")
+    weights, activations = None if match[1] == AUTO else int(match[1]), int(match[2])
+    if weights is not None and weights not in WIDTHS:
+        raise BadInput(f"{option} {text!r}: {weights}-bit weights are not supported.", "Use 2 to 8 bits: 4w4a.")
+    if activations not in (*WIDTHS, FLOAT_BITS):
         raise BadInput(
-            f"--bits {text!r}: {bits.activations}-bit activations are not supported.",
+            f"{option} {text!r}: {activations}-bit activations are not supported.",
             f"Use 2 to 8 bits, or {FLOAT_BITS} to leave them in float: 4w4a, 4w{FLOAT_BITS}a.",
         )
-    return bits
+    return Wanted(weights, activations)
 
 
-def bits_per_layer(classifier: Classifier, bits: Bits, *, first_last_bits: int) -> dict[str, Bits]:
-    """The bits of each convolution and linear layer, by its name in the network, in execution order.
+def parse_ends(text: str | int) -> int | None:
+    """The bits of the first and the last layer, None where they are `same` as the others'."""
+    if text == SAME:
+        return None
+    if not str(text).isdecimal() or int(text) not in WIDTHS:
+        raise BadInput(f"--first-last-bits {text} is not supported.", f"Use 2 to 8 ({USUAL_ENDS} is usual), or {SAME}.")
+    return int(text)
 
-    The first and the last layer get `first_last_bits` for weights and activations (the "ends" of Haroush et al. 2020),
-    all others `bits`; activations that `bits` leaves in float stay so at the ends too.
-    Raises `BadInput` where `first_last_bits` is not 2 to 8, or the network has no layer to quantize or one it cannot.
+
+def assign(
+    layers: Sequence[str], wanted: Wanted, *, ends: int | None, layer_bits: Mapping[str, str]
+) -> dict[str, Wanted]:
+    """What is asked of each of the `layers`, which are in execution order; layers left in float are not in it.
+
+    The first and the last get `ends` for weights and activations (the "ends" of Haroush et al. 2020), all others
+    `wanted`; activations that `wanted` leaves in float stay so at the ends too. `layer_bits` says otherwise for layers
+    whose names match a pattern (`layer1.*`): bits, or `float`; the last match counts.
+    Raises `BadInput` for a pattern that matches nothing.
     """
-    if first_last_bits not in WIDTHS:
-        raise BadInput(f"--first-last-bits {first_last_bits} is not supported.", "Use 2 to 8; 8 is usual.")
-    ends = Bits(first_last_bits, FLOAT_BITS if bits.activations == FLOAT_BITS else first_last_bits)
-    layers = layers_in_execution_order(classifier)
-    return {name: ends if name in (layers[0], layers[-1]) else bits for name in layers}
+    asked = dict.fromkeys(layers, wanted)
+    if ends:
+        at_ends = Wanted(ends, FLOAT_BITS if wanted.activations == FLOAT_BITS else ends)
+        asked |= {layers[0]: at_ends, layers[-1]: at_ends}
+    for pattern, text in layer_bits.items():
+        matching = [name for name in layers if fnmatchcase(name, pattern)]
+        if not matching:
+            raise BadInput(
+                f"--layer-bits {pattern!r} matches no layer that can be quantized.", f"Layers: {', '.join(layers)}."
+            )
+        for name in matching:
+            asked.pop(name, None)
+            if text != FLOAT:
+                asked[name] = parse_bits(text, f"--layer-bits {pattern}")
+    if not asked:
+        raise BadInput("--layer-bits leaves every layer in float.", "There is nothing to quantize.")
+    return {name: asked[name] for name in layers if name in asked}
 
 
-@torch.no_grad()
-def layers_in_execution_order(classifier: Classifier) -> list[str]:
-    """Names of the convolution and linear layers of `classifier.network`, in the order one forward pass calls them.
-
-    Layers that evaluation never calls are not in it.
-    Raises `BadInput` where there is none, or where one is of a type whose arithmetic we do not know.
+class Layers(NamedTuple):
+    """The layers of a network with weights: those that can be quantized, in the order one forward pass calls them, and
+    the types of those that cannot, by name.
     """
-    called: dict[str, None] = {}  # a set that keeps the order
+
+    quantizable: list[str]
+    others: dict[str, str]
+
+
+def layers_of(classifier: Classifier) -> Layers:
+    """The layers that evaluation calls; raises `BadInput` where none can be quantized."""
+    called: dict[str, nn.Module] = {}
     names = {module: name for name, module in classifier.network.named_modules()}
 
     def note(module: nn.Module, _: object) -> None:
-        called[names[module]] = None
+        called[names[module]] = module
 
-    hooks = [m.register_forward_pre_hook(note) for m in names if isinstance(m, nn.Conv2d | nn.Linear)]
-    pass_once(classifier, hooks)
-    if not called:
-        raise BadInput("The network calls no convolution or linear layer.", "There is nothing to quantize.")
-    return list(quantizable_layers(classifier.network, called))
+    weighted = [module for module in names if any(each.dim() > 1 for each in module.parameters(recurse=False))]
+    pass_once(classifier, [module.register_forward_pre_hook(note) for module in weighted])
+    quantizable = [name for name, module in called.items() if can_be_quantized(module)]
+    others = {name: type(module).__name__ for name, module in called.items() if not can_be_quantized(module)}
+    if not quantizable:
+        raise BadInput(
+            "The network has no plain convolution or linear layer.",
+            f"There is nothing to quantize{': ' if others else '.'}{', '.join(others)}",
+        )
+    return Layers(quantizable, others)

@@ -1,87 +1,152 @@
 """`quantize`: a checkpoint in, a few-bit model out.
 
 dfcompress.quantize("resnet20.pt", bits="4w4a")
-dfcompress.quantize("resnet20.pt", bits="8w8a", data="images", training=None)
+dfcompress.quantize("resnet20.pt", bits="8w8a", data="images", finetune="none")
+dfcompress.quantize("resnet20.pt", bits="autow8a", size_ratio=0.15, export="onnxruntime")
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
-from dfcompress.data.pool import Augmentation
+from torch import Tensor
+
+from dfcompress import console
+from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.data.real import open_images
+from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import Compute, resolve_device
+from dfcompress.distributed import peers
+from dfcompress.errors import BadInput
 from dfcompress.evaluation.result import Compressed, finished_before, hand_back, measured_on, same_classes
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import freeze, quantize_layers
-from dfcompress.quantization.bits import bits_per_layer, parse_bits
-from dfcompress.quantization.ranges import calibrate
-from dfcompress.run import running
+from dfcompress.models.fake_quantizers import freeze, is_quantized, learn_steps, quantize_layers
+from dfcompress.models.stages import Stage, stages_of
+from dfcompress.quantization.bits import USUAL_ENDS, Wanted, assign, layers_of, parse_bits, parse_ends
+from dfcompress.quantization.correction import correct, images_to_correct_on
+from dfcompress.quantization.export import CHECKED, FILE, Exported, Exporting, Target
+from dfcompress.quantization.ranges import InputRule, WeightRule, calibrate, fit_weights, require_rules
+from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct
+from dfcompress.quantization.report import REPORT, layer_report
+from dfcompress.quantization.sensitivity import IMAGES as SENSITIVITY_IMAGES
+from dfcompress.quantization.sensitivity import choose_bits, require_reachable, sensitivities
+from dfcompress.run import running, write_json
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.supply import ImageSupply, in_batches
-from dfcompress.training.loop import Trainer, require_trainable
-from dfcompress.training.objectives import kd
+from dfcompress.synthesis.supply import ImageSupply
+from dfcompress.training.loop import PARTIAL, Trained, Trainer, require_trainable
+from dfcompress.training.objectives import OF_FEATURES, Objective, make_objectives
 from dfcompress.training.settings import Training
 from dfcompress.training.teaching import Distillation
 
-FINETUNING = Training(
-    steps=400,
-    lr=0.01,
-    batch_size=256,
-    weight_decay=1e-4,
-    freeze_batchnorm=True,
-    augmentation=Augmentation(shift=4, flip=True, mixup=1.0),
-)
-CALIBRATION_IMAGES = 1024
+Finetuning = Literal["lsq", "kd", "blocks", "none"]
+
+AS_THE_PAPER = Augmentation(shift=4, flip=True, mixup=1.0)
+LSQ = KD = Training(400, 0.01, 256, weight_decay=1e-4, freeze_batchnorm=True, augmentation=AS_THE_PAPER)
+FINETUNING: Mapping[Finetuning, Training | Reconstruction | None] = {
+    "lsq": LSQ,
+    "kd": KD,
+    "blocks": Reconstruction(),
+    "none": None,
+}
+OBJECTIVES: Mapping[Finetuning, Mapping[str, float]] = {
+    "lsq": {"kd": 1.0, "feature": 10.0},
+    "kd": {"kd": 1.0, "iq": 0.001},
+}
+CALIBRATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How ranges are found: `inputs` by minmax, percentile or mse; `weights` by minmax or mse; on `steps` batches of
+    256 shifted and flipped images. With `signed` grids of activations have zero point 0. With `correction` BatchNorms
+    and biases take over what quantization shifts.
+    """
+
+    inputs: InputRule = "minmax"
+    weights: WeightRule = "mse"
+    steps: int = 16
+    signed: bool = False
+    correction: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise `BadInput` for settings that cannot be."""
+        require_rules(self.inputs, self.weights)
+        if self.steps < 1:
+            raise BadInput("Calibration takes at least one batch of images.", "Use 16.")
 
 
 def quantize(
     checkpoint: str | Path | Classifier,
     *,
     bits: str = "4w4a",
-    first_last_bits: int = 8,
+    first_last_bits: int | str = USUAL_ENDS,
+    layer_bits: Mapping[str, str] | None = None,
+    size_ratio: float | None = None,
     data: str | Path | None = None,
     output: str | Path | None = None,
     synthesis: Synthesis = Synthesis(),
-    training: Training | None = FINETUNING,
+    calibration: Calibration = Calibration(),
+    finetune: Finetuning = "lsq",
+    training: Training | Reconstruction | None = None,
+    objectives: Mapping[str, float] | None = None,
     temperature: float = 4.0,
+    export: Target | None = None,
     compute: Compute = Compute(),
     eval_data: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> Compressed:
-    """Quantize, calibrate and fine-tune a model on images made from itself (Haroush 2020, section 4).
+    """Quantize, calibrate and fine-tune a model on images made from itself.
 
-    `bits` are those of weights and activations, `first_last_bits` those of the first and the last layer.
-    Ranges are calibrated on up to 1,024 images and then frozen, as BatchNorm's statistics are; fine-tuning distills the
-    float model into the quantized one, or is left out where `training` is None.
+    `bits` are those of weights and activations, `first_last_bits` those of the first and the last layer (`same`: as
+    all others), `layer_bits` those of layers by name pattern, or `float`. With `bits="auto"` weights get 2 to 8 bits
+    each, by what they cost on the images, so that the file is at most `size_ratio` of the model in fp32.
+    `finetune`: `lsq` trains weights and steps to follow the float model (Esser et al. 2020), `kd` the weights with
+    ranges frozen (Haroush et al. 2020, section 4.2), `blocks` learns the rounding block by block, `none` only
+    calibrates. `training` changes its usual settings (`FINETUNING`), `objectives` what is followed (`OBJECTIVES`).
+    BatchNorm's statistics are frozen throughout.
     `data` is a synthetic set, or real images; without it a set is made first and kept in `<output>/synthetic`.
+    `export` also writes `model.onnx` for `onnxruntime` or `tensorrt` and checks it (see `dfcompress.export`).
     The folder `output` (default: `<checkpoint>-quantize`) holds the packed model (`model.safetensors`, `config.json`),
-    `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
+    `quantization.json` (every layer), `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
     Raises `BadInput` where the model, the bits or the data cannot be used.
     """
     teacher = as_classifier(checkpoint)
-    student = copy.deepcopy(teacher)
-    quantize_layers(student.network, bits_per_layer(teacher, parse_bits(bits), first_last_bits=first_last_bits))
-    objectives = [kd(temperature)]
+    if is_quantized(teacher.network):
+        raise BadInput(f"{teacher.name} is quantized already.", "Give the model it was made from.")
+    student, layers = copy.deepcopy(teacher), layers_of(teacher)
+    wanted = assign(layers.quantizable, parse_bits(bits), ends=parse_ends(first_last_bits), layer_bits=layer_bits or {})
+    require_reachable(teacher, wanted, size_ratio)
+    tuning = _tuning(finetune, training)
+    pairs = [(stage, stage) for stage in stages_of(teacher).values()]
+    weights = _objectives(finetune, pairs) if objectives is None else objectives
+    terms = make_objectives(weights, temperature=temperature, pairs=pairs, seed=compute.seed) if weights else []
+    exporting = Exporting(export) if export else None
+    if exporting:
+        exporting.require({name: (each.weights, each.activations) for name, each in wanted.items()}, calibration.signed)
     supply = ImageSupply(
         teacher, data, synthesis, compute, learner=lambda recipe: learner(teacher, recipe, None, compute)
     )
-    if training:
-        require_trainable(student, training, compute, [len(supply)])
+    if isinstance(tuning, Training):
+        require_trainable(student, tuning, compute, [len(supply)])
     options = {
         "teacher": teacher.identity(),
-        "bits": bits,
-        "first_last_bits": first_last_bits,
+        "bits": {name: asdict(each) for name, each in wanted.items()},
+        "size_ratio": size_ratio,
+        "calibration": asdict(calibration),
+        "finetune": finetune,
+        "objectives": dict(weights),
         "temperature": temperature,
+        "export": export,
         "data": data,
         "synthesis": supply.origin(),
-        "training": asdict(training) if training else None,
+        "training": asdict(tuning) if tuning else None,
         **asdict(compute),
     }
     if eval_data is not None:
@@ -92,13 +157,99 @@ def quantize(
     with running("quantize", folder, options, inputs=inputs, resume=resume, overwrite=overwrite) as run:
         if result := finished_before(run, student, measure):
             return result
+        for name, kind in layers.others.items():
+            console.notice(f"Layer {name} is a {kind}, which cannot be quantized: it stays in float.")
         images = supply.gather(run.folder)
-        target = resolve_device(compute.device)
-        few = islice(in_batches(images.train), CALIBRATION_IMAGES // 256)
-        calibrate(student.to(target), (batch.to(target) for batch, _ in few))
-        trained = None
-        if training and training.steps:
-            teaching = Distillation(teacher, objectives)
-            trained = Trainer(student, teaching, training, compute=compute, folder=run.folder).fit(images.train)
+        with run.timed("calibration"):
+            prepared = _prepare(student, teacher, wanted, images.train, calibration, size_ratio, compute)
+        trained = _finetuned(student, teacher, finetune, tuning, terms, images.train, compute, run.folder)
         freeze(student.network)
-        return hand_back(run, student, [same_classes(teacher, images)], trained=trained, measure=measure)
+        if peers().leads:
+            left = layers.others | {name: "float" for name in layers.quantizable if name not in wanted}
+            report = layer_report(student, teacher, prepared.few, sensitivity=prepared.sensitivity, left=left)
+            write_json(run.folder / REPORT, report)
+
+        def write_export(saved: Classifier) -> Exported:
+            assert exporting
+            return exporting.write(saved, run.folder / FILE, as_float(images.train[:CHECKED]))
+
+        taught = [same_classes(teacher, images)]
+        return hand_back(
+            run, student, taught, trained=trained, measure=measure, export=write_export if exporting else None
+        )
+
+
+def _tuning(finetune: Finetuning, given: Training | Reconstruction | None) -> Training | Reconstruction | None:
+    """The settings of fine-tuning; raises `BadInput` where those given are of another kind."""
+    if finetune not in FINETUNING:
+        raise BadInput(f"There is no --finetune {finetune!r}.", f"Known: {', '.join(FINETUNING)}.")
+    usual = FINETUNING[finetune]
+    if given is not None and type(given) is not type(usual):
+        raise BadInput(f"--finetune {finetune} is not set by a {type(given).__name__}.", "See FINETUNING.")
+    chosen = given or usual
+    return chosen if chosen and chosen.steps else None
+
+
+def _objectives(finetune: Finetuning, pairs: Sequence[tuple[Stage, Stage]]) -> dict[str, float]:
+    """What is usually followed; features only where the network has some."""
+    return {name: weight for name, weight in OBJECTIVES.get(finetune, {}).items() if pairs or name not in OF_FEATURES}
+
+
+class _Prepared(NamedTuple):
+    """A few images `(N, C, H, W)` in [0, 1], and what quantizing each layer alone does to the answers to them."""
+
+    few: Tensor
+    sensitivity: dict[str, float]
+
+
+def _prepare(
+    student: Classifier,
+    teacher: Classifier,
+    wanted: Mapping[str, Wanted],
+    images: Tensor,
+    calibration: Calibration,
+    size_ratio: float | None,
+    compute: Compute,
+) -> _Prepared:
+    """Quantize the student's layers, with bits and ranges for each."""
+    target = resolve_device(compute.device)
+    teacher.to(target)
+    pool = ImagePool(
+        images.to(target),
+        augmentation=Augmentation(shift=4, flip=images.shape[1] > 1),
+        batch_size=CALIBRATION_BATCH,
+        seed=compute.seed,
+    )
+    few = as_float(images[:SENSITIVITY_IMAGES].to(target))
+    chosen = choose_bits(teacher, wanted, few, size_ratio=size_ratio)
+    quantize_layers(student.to(target).network, chosen)
+    fit_weights(student, rule=calibration.weights)
+    batches = (pool.batch(step) for step in range(calibration.steps))
+    calibrate(student, batches, rule=calibration.inputs, signed=calibration.signed)
+    sensitivity = sensitivities(student, few, list(chosen))
+    if calibration.correction:
+        count = images_to_correct_on(teacher.card.input_size, len(images))
+        correct(student, teacher, as_float(images[:count].to(target)))
+    return _Prepared(few, sensitivity)
+
+
+def _finetuned(
+    student: Classifier,
+    teacher: Classifier,
+    finetune: Finetuning,
+    tuning: Training | Reconstruction | None,
+    terms: Sequence[Objective],
+    images: Tensor,
+    compute: Compute,
+    folder: Path,
+) -> Trained | Reconstructed | None:
+    """Train the calibrated student as asked."""
+    if isinstance(tuning, Reconstruction):
+        if not peers().leads:  # The others wait for what comes out.
+            return None
+        return reconstruct(student, teacher, images, tuning, seed=compute.seed, state=folder / PARTIAL)
+    if tuning is None:
+        return None
+    if finetune == "lsq":
+        learn_steps(student.network)
+    return Trainer(student, Distillation(teacher, terms), tuning, compute=compute, folder=folder).fit(images)

@@ -1,10 +1,11 @@
-"""The range of every quantized layer's input, measured on images."""
+"""The ranges of quantized layers: of their inputs, measured on images, and of their weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,17 +13,44 @@ from torch import Tensor
 from dfcompress.device import exact_fp32
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, evaluating
-from dfcompress.models.fake_quantizers import FLOAT_BITS, InputGrid, QuantizedLayer, in_float, quantized_layers
+from dfcompress.models.fake_quantizers import (
+    FLOAT_BITS,
+    InputGrid,
+    channel_scales,
+    in_float,
+    integers_within,
+    largest_integer,
+    quantized_layers,
+)
+from dfcompress.models.hooks import hooked_inputs
+
+InputRule = Literal["minmax", "percentile", "mse"]
+WeightRule = Literal["minmax", "mse"]
 
 CHUNK = 16
+PERCENTILE = 0.999
+SAMPLED = 2**14  # Values of a batch that stand for all of them.
+SHARES = torch.linspace(0.02, 1.0, 99)
+
+
+def require_rules(inputs: str, weights: str) -> None:
+    """Raise `BadInput` for a rule that is none."""
+    for option, rule, rules in (("calibrate", inputs, InputRule), ("weight-ranges", weights, WeightRule)):
+        if rule not in get_args(rules):
+            raise BadInput(f"There is no --{option} {rule!r}.", f"Known: {', '.join(get_args(rules))}.")
 
 
 @torch.no_grad()
-def calibrate(classifier: Classifier, batches: Iterable[Tensor]) -> None:
-    """Set each quantized layer's input range: the mean of the minimum and of the maximum over chunks of 16 images.
+def calibrate(
+    classifier: Classifier, batches: Iterable[Tensor], *, rule: InputRule = "minmax", signed: bool = False
+) -> None:
+    """Set each quantized layer's input range as `rule` says; `signed` grids have zero point 0.
 
+    `minmax`: the mean of the minimum and of the maximum over chunks of 16 images (the running mean of Haroush et al.
+    2020, section 4.2, taken as a plain average). `percentile`: the same of the 0.1 and the 99.9 percentile. `mse`: the
+    ends of least squared error, each a share of the outermost value that was seen.
     `batches` are images `(N, C, H, W)` in [0, 1] on the classifier's device; of each batch the last chunk may be
-    smaller. The running mean of Haroush et al. 2020, section 4.2, is taken as a plain average.
+    smaller.
     The network runs in evaluation mode and in float (our choice): fine-tuning with fixed ranges brings it back to its
     float activations. On ResNet-20, ranges seen through freshly quantized weights were no better at 4 bits, and far
     too wide at 2 (KL to the float model on training images 80, against 16).
@@ -30,38 +58,130 @@ def calibrate(classifier: Classifier, batches: Iterable[Tensor]) -> None:
     """
     quantized = quantized_layers(classifier.network).items()
     layers = {name: layer for name, layer in quantized if layer.input_bits < FLOAT_BITS}
-    with exact_fp32(), evaluating(classifier), in_float(classifier), _chunk_extremes(layers) as extremes:
+    observers = {name: _OBSERVERS[rule](layer.input_bits, signed=signed) for name, layer in layers.items()}
+    see = hooked_inputs(classifier.network, layers, lambda name, activations: observers[name].see(activations))
+    with exact_fp32(), evaluating(classifier), in_float(classifier), see:
         for images in batches:
             classifier(images)
     for name, layer in layers.items():
-        layer.input_grid = _grid(name, layer, extremes[name])
+        layer.input_grid = observers[name].grid(name)
 
 
-@contextmanager
-def _chunk_extremes(layers: dict[str, QuantizedLayer]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect, for each layer, the minima and maxima `(2, chunks)` of the inputs that pass through it."""
-    extremes: dict[str, list[Tensor]] = {name: [] for name in layers}
+@torch.no_grad()
+def fit_weights(classifier: Classifier, *, rule: WeightRule) -> None:
+    """Set which share of each output channel's max|w| the integers of a quantized layer span.
 
-    def record(name: str, activations: Tensor) -> None:
+    `minmax`: all of it. `mse`: the share of least squared error.
+    """
+    for layer in quantized_layers(classifier.network).values():
+        if rule == "minmax":
+            layer.weight_share.fill_(1.0)
+        else:
+            layer.weight_share.copy_(_shares_of_least_error(layer.weight, layer.weight_bits))
+
+
+def _shares_of_least_error(weight: Tensor, bits: int) -> Tensor:
+    rows, whole = weight.flatten(1), channel_scales(weight, bits=bits)[:, None]
+    largest = largest_integer(bits)
+    shares = SHARES.to(weight.device)
+    errors = [
+        (integers_within(rows, share * whole, largest) * share * whole - rows).square().sum(1) for share in shares
+    ]
+    return shares[torch.stack(errors).argmin(0)]
+
+
+class _Observer(ABC):
+    """What passes through a layer's input, remembered as far as its range needs it."""
+
+    def __init__(self, bits: int, *, signed: bool) -> None:
+        self.bits, self.signed = bits, signed
+
+    @abstractmethod
+    def see(self, activations: Tensor) -> None:
+        """Remember some of a batch's activations `(N, ...)`."""
+
+    @abstractmethod
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest value of the range."""
+
+    def grid(self, layer: str) -> InputGrid:
+        """The grid of what was seen; raises `BadInput` where that was nothing, or not finite."""
+        low, high = self.ends()
+        if not (isfinite(low) and isfinite(high)):
+            raise BadInput(
+                f"The input of layer {layer} ranges from {low} to {high}.", "Check the weights and the images."
+            )
+        return InputGrid.covering(low, high, bits=self.bits, signed=self.signed)
+
+
+class _Extremes(_Observer):
+    """The mean over chunks of images of the lowest and the highest value."""
+
+    def __init__(self, bits: int, *, signed: bool) -> None:
+        super().__init__(bits, signed=signed)
+        self.pairs: list[Tensor] = []
+
+    def see(self, activations: Tensor) -> None:
         per_image = activations.flatten(1).float().aminmax(dim=1)
         chunks = zip(per_image.min.split(CHUNK), per_image.max.split(CHUNK), strict=True)
-        extremes[name].append(torch.stack([torch.stack([low.min(), high.max()]) for low, high in chunks], dim=1))
+        self.pairs += [torch.stack([low.min(), high.max()]) for low, high in chunks]
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: record(name, inputs[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        yield extremes
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def ends(self) -> tuple[float, float]:
+        _require_images(self.pairs)
+        low, high = torch.stack(self.pairs).double().mean(0).tolist()
+        return low, high
 
 
-def _grid(name: str, layer: QuantizedLayer, extremes: list[Tensor]) -> InputGrid:
-    if not extremes:
+class _Percentiles(_Extremes):
+    """The mean over chunks of images of an outer percentile at both ends."""
+
+    def see(self, activations: Tensor) -> None:
+        for chunk in activations.split(CHUNK):
+            self.pairs.append(_some_of(chunk).quantile(torch.tensor([1 - PERCENTILE, PERCENTILE], device=chunk.device)))
+
+
+class _LeastError(_Observer):
+    """The ends that quantize what was seen with the least squared error."""
+
+    def __init__(self, bits: int, *, signed: bool) -> None:
+        super().__init__(bits, signed=signed)
+        self.seen: list[Tensor] = []
+
+    def see(self, activations: Tensor) -> None:
+        self.seen.append(_some_of(activations))
+
+    def ends(self) -> tuple[float, float]:
+        _require_images(self.seen)
+        values = torch.cat(self.seen)
+        low, high = (end.item() for end in values.aminmax())
+        if not (isfinite(low) and isfinite(high)):
+            return low, high
+        share = self._best(values, [(share * low, share * high) for share in SHARES.tolist()])
+        # Both ends together first, then each on its own.
+        share = self._best(values, [(share[0], each * high) for each in SHARES.tolist()])
+        return self._best(values, [(each * low, share[1]) for each in SHARES.tolist()]) if low < 0 else share
+
+    def _best(self, values: Tensor, ends: list[tuple[float, float]]) -> tuple[float, float]:
+        def error(pair: tuple[float, float]) -> float:
+            grid = InputGrid.covering(*pair, bits=self.bits, signed=self.signed)
+            return (grid.quantized(values, bits=self.bits) - values).square().mean().item()
+
+        return min(ends, key=error)
+
+
+def _require_images(seen: list[Tensor]) -> None:
+    if not seen:
         raise BadInput("There are no images to calibrate on.", "Give at least one batch.")
-    low, high = torch.cat(extremes, dim=1).double().mean(dim=1).tolist()
-    if not (isfinite(low) and isfinite(high)):
-        raise BadInput(f"The input of layer {name} ranges from {low} to {high}.", "Check the weights and the images.")
-    return InputGrid.covering(low, high, bits=layer.input_bits)
+
+
+def _some_of(values: Tensor) -> Tensor:
+    """Evenly spread values, in fp32, `SAMPLED` at most."""
+    flat = values.flatten().float()
+    return flat[:: -(-len(flat) // SAMPLED)]
+
+
+_OBSERVERS: Mapping[str, Callable[..., _Observer]] = {
+    "minmax": _Extremes,
+    "percentile": _Percentiles,
+    "mse": _LeastError,
+}

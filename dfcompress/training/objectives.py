@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dfcompress.errors import BadInput
 from dfcompress.models.stages import Stage
 
-OF_FEATURES = ("feature", "attention")
+OF_FEATURES = ("feature", "attention", "iq")
 NAMES = ("kd", "ce", "mse-logits", *OF_FEATURES)
 
 
@@ -101,6 +101,18 @@ def _share_of_variance(own: Tensor, given: Tensor) -> Tensor:
     return (errors / given.var((1, 2, 3)).clamp_min(1e-6)).mean()
 
 
+def iq() -> Objective:
+    """Smooth-L1 distance of the features as they are, mean over elements and stages: the intermediate quantization loss
+    of Haroush et al. 2020, section 4.2. Student and teacher must have equally many channels.
+    """
+
+    def value(student: Answer, teacher: Answer) -> Tensor:
+        pairs = zip(student.features, teacher.features, strict=True)
+        return torch.stack([F.smooth_l1_loss(own, given) for own, given in pairs]).mean()
+
+    return Objective("iq", value)
+
+
 def attention() -> Objective:
     """Squared distance between normalised attention maps, mean over batch and stages (Zagoruyko and Komodakis 2017).
 
@@ -131,6 +143,8 @@ def make_objectives(
     for name, weight in weights.items():
         if name not in NAMES:
             raise BadInput(f"There is no objective {name!r}.", f"Known: {', '.join(NAMES)}.")
+        if name == "iq" and any(own.channels != given.channels for own, given in pairs):
+            raise BadInput("Objective iq compares equally many channels.", "Use feature, which adapts them.")
         if not 0 < weight < math.inf:
             raise BadInput(f"The weight {weight} of objective {name} is not positive.", "Leave the objective out.")
         with torch.random.fork_rng(devices=[]):
@@ -144,4 +158,4 @@ def _make(name: str, temperature: float, pairs: Sequence[tuple[Stage, Stage]]) -
         return kd(temperature)
     if name == "feature":
         return feature(pairs)
-    return {"ce": ce, "mse-logits": mse_logits, "attention": attention}[name]()
+    return {"ce": ce, "mse-logits": mse_logits, "attention": attention, "iq": iq}[name]()

@@ -1,0 +1,35 @@
+"""`dfcompress export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dfcompress import console
+from dfcompress.commands import _options, _summary
+
+if TYPE_CHECKING:
+    from dfcompress.models.classifier import Classifier
+    from dfcompress.quantization.export import Target
+
+
+@click.command(epilog=_options.example("dfcompress export resnet20-4w4a -o resnet20.onnx"))
+@_options.model
+@click.option("-o", "--output", type=_options.PATH, help="The file; by default model.onnx beside the weights.")
+@click.option("--overwrite", is_flag=True, help="Replace that file.")
+@_options.target
+@click.option("--data", type=_options.PATH, help="Images to compare on; by default those the model was made with.")
+@_options.reporting
+def export(
+    model: Classifier, output: Path | None, overwrite: bool, target: Target, data: Path | None, as_json: bool
+) -> None:
+    """Write a model as ONNX, quantized weights as integers of their true width, and check it in onnxruntime."""
+    from dfcompress.quantization.export import export
+
+    result = export(model, output=output, target=target, data=data, overwrite=overwrite)
+    if as_json:
+        console.result_json(result.to_json())
+    else:
+        _summary.exported(result)

@@ -1,0 +1,174 @@
+"""A classifier as an ONNX file whose weights are integers of their true width.
+
+Of a quantized layer the file holds INT2, INT4 or INT8 integers behind a DequantizeLinear with one scale per output
+channel; its input passes QuantizeLinear and DequantizeLinear. The exporter sees both as operations of our own and is
+told what they become; only the integers' width is narrowed afterwards, because torch has no tensors of 2 and 4 bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.fake_quantizers import (
+    InputGrid,
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    per_channel,
+    quantized_layers,
+)
+from dfcompress.models.folding import fold_batchnorms
+from dfcompress.run import write_atomically
+
+INPUT, OUTPUT = "images", "logits"
+INTEGERS = "integers"
+# ONNX has these widths; others are kept in the next one.
+CONTAINERS = (2, 4, 8)
+OPSETS = {2: 25, 4: 21, 8: 21}  # The first with integers of that width.
+
+
+def write_onnx(classifier: Classifier, path: Path) -> None:
+    """Write `path`: images `(N, C, H, W)` in [0, 1] → logits `(N, classes)`, for any N, BatchNorm folded.
+
+    `classifier` is in float, or quantized and frozen. The opset is 21, or 25 where something has 2 bits.
+    """
+    import onnx_ir
+
+    twin = copy.deepcopy(classifier).to("cpu").frozen()
+    fold_batchnorms(twin)
+    widths = _make_exportable(twin.network)
+    opset = max((OPSETS[width] for width in widths.values()), default=OPSETS[8])
+    images = torch.zeros(2, *classifier.card.input_size)
+    program = torch.onnx.export(
+        twin,
+        (images,),
+        dynamo=True,
+        opset_version=opset,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        custom_translation_table=_translations(),
+        verbose=False,
+    )
+    assert program is not None
+    _narrow(program.model, widths)
+    _strip(program.model)
+    with write_atomically(path) as temporary:
+        onnx_ir.save(program.model, temporary)
+
+
+@torch.library.custom_op("dfcompress::weight_of", mutates_args=())
+def _weight_of(integers: Tensor, scale: Tensor) -> Tensor:
+    return integers * per_channel(scale, integers)
+
+
+@torch.library.custom_op("dfcompress::on_grid", mutates_args=())
+def _on_grid(activations: Tensor, scale: float, zero_point: int, signed: bool, bits: int) -> Tensor:
+    return InputGrid(scale, zero_point, signed).quantized(activations, bits=bits)
+
+
+@_weight_of.register_fake
+def _(integers: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty(integers.shape, dtype=torch.float32)
+
+
+@_on_grid.register_fake
+def _(activations: Tensor, scale: float, zero_point: int, signed: bool, bits: int) -> Tensor:
+    return torch.empty_like(activations)
+
+
+class _Exported(QuantizedLayer):
+    """A frozen layer that computes by the two operations the exporter is told about."""
+
+    integers: Tensor
+
+    def quantized_input(self, activations: Tensor) -> Tensor:
+        """The input on its grid."""
+        grid = self.input_grid
+        if grid is None:
+            return activations
+        return _on_grid(activations, grid.scale, grid.zero_point, grid.signed, self.input_bits)
+
+    def quantized_weight(self) -> Tensor:
+        """Integers times scale."""
+        assert self.weight_scale is not None
+        return _weight_of(self.integers, self.weight_scale)
+
+
+class _ExportedConv2d(_Exported, QuantizedConv2d):
+    """A convolution."""
+
+
+class _ExportedLinear(_Exported, QuantizedLinear):
+    """A linear layer."""
+
+
+def _make_exportable(network: nn.Module) -> dict[str, int]:
+    """Let the quantized layers compute by our operations; widths of the integers by the name of their tensor."""
+    widths = {}
+    for name, layer in quantized_layers(network).items():
+        layer.register_buffer(INTEGERS, layer.integer_weight()[0])
+        layer.__class__ = _ExportedConv2d if isinstance(layer, QuantizedConv2d) else _ExportedLinear
+        widths[f"network.{name}.{INTEGERS}"] = _container(layer.weight_bits)
+    return widths
+
+
+def _container(bits: int) -> int:
+    return next(width for width in CONTAINERS if width >= bits)
+
+
+def _translations() -> dict[Any, Any]:
+    """What our operations become."""
+    import onnx
+    from onnxscript import opset21
+
+    op: Any = opset21  # Its types know nothing of 2-bit integers.
+
+    def weight_of(integers: Any, scale: Any) -> Any:
+        return op.DequantizeLinear(integers, scale, axis=0)
+
+    def on_grid(activations: Any, scale: float, zero_point: int, signed: bool, bits: int) -> Any:
+        width = _container(bits)
+        kind = getattr(onnx.TensorProto, f"{'INT' if signed else 'UINT'}{width}")
+        if width > bits:  # The container has more values than the grid.
+            low, high = ((end - zero_point) * scale for end in InputGrid(scale, zero_point, signed).integers(bits))
+            activations = op.Clip(activations, op.Constant(value_float=low), op.Constant(value_float=high))
+        step = op.Constant(value_float=scale)
+        zero = op.Constant(value=onnx.helper.make_tensor("zero_point", kind, [], [zero_point]))
+        return op.DequantizeLinear(op.QuantizeLinear(activations, step, zero), step, zero)
+
+    operations = torch.ops.dfcompress
+    return {operations.weight_of.default: weight_of, operations.on_grid.default: on_grid}
+
+
+def _narrow(model: Any, widths: dict[str, int]) -> None:
+    """Store integers in as many bits as they need."""
+    import ml_dtypes
+    import onnx_ir
+
+    kinds = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
+    for name, width in widths.items():
+        stored = model.graph.initializers[name]
+        stored.const_value = onnx_ir.tensor(stored.const_value.numpy().astype(kinds[width]), name=name)
+        stored.dtype = stored.const_value.dtype
+
+
+def _strip(model: Any) -> None:
+    """Leave out what the exporter says of where and from which lines it came."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    values += [output for node in model.graph.all_nodes() for output in node.outputs]
+    for value in values:
+        value.metadata_props.clear()
+        value.doc_string = None

@@ -1,0 +1,262 @@
+"""Reconstruction of a quantized network unit by unit: rounding and input steps are learnt so that each unit's output
+stays what the float network has there.
+
+Learnt rounding is AdaRound (Nagel et al. 2020), units are blocks (BRECQ, Li et al. 2021), activations are quantized at
+random while learning (QDrop, Wei et al. 2022), as GENIE (Jeon et al. 2023) does with synthetic images.
+The `Trainer` trains one student by its answers to whole images; here many small problems are solved one after the
+other, on features, so this is a loop of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dfcompress import console
+from dfcompress.data.synthetic_set import as_float
+from dfcompress.device import exact_fp32
+from dfcompress.errors import BadInput
+from dfcompress.models.classifier import Classifier, evaluating, pass_once
+from dfcompress.models.fake_quantizers import (
+    InputGrid,
+    QuantizedLayer,
+    in_float,
+    largest_integer,
+    per_channel,
+    quantized_layers,
+)
+from dfcompress.models.hooks import hooked, hooked_inputs
+from dfcompress.randomness import seed_of
+from dfcompress.run import Clock, save_state
+
+LARGEST_UNIT = 4
+PASSED = 256  # Images of a forward pass.
+STRETCH = (-0.1, 1.1)  # The rectified sigmoid's range, so that 0 and 1 are reached (AdaRound, eq. 23).
+SHARPNESS = (20.0, 2.0)  # β of the regulariser, from first to last.
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Settings: `steps` a unit, in batches of `batch_size`; Adam at `lr` for the rounding, at `input_lr` for the steps
+    of activations; `rounding` weighs the push to whole integers, which begins after the share `warmup` of the steps;
+    `drop` is the share of activations left in float.
+    """
+
+    steps: int = 1000
+    lr: float = 0.01
+    batch_size: int = 32
+    input_lr: float = 1e-4
+    rounding: float = 0.01
+    warmup: float = 0.2
+    drop: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Raise `BadInput` for settings that cannot be."""
+        if self.batch_size < 1 or not 0 < self.lr < math.inf or not 0 <= self.warmup < 1 or not 0 <= self.drop < 1:
+            raise BadInput(
+                f"{self} is no reconstruction.", "Use at least one image, a rate above 0 and shares below 1."
+            )
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """What a finished reconstruction tells: units, steps in all, seconds over all invocations, and the mean squared
+    error of each unit's output as a share of the output's variance.
+    """
+
+    units: int
+    steps: int
+    seconds: float
+    losses: dict[str, float]
+
+
+def reconstruct(
+    student: Classifier, teacher: Classifier, images: Tensor, settings: Reconstruction, *, seed: int, state: Path | None
+) -> Reconstructed:
+    """Learn the rounding of the calibrated `student`'s weights, unit by unit, and freeze it.
+
+    `teacher` is the same network in float, `images` `(N, C, H, W)` as stored, on the networks' device. Finished units
+    are kept in the file `state`; where it is there, work goes on from it, to the same bits.
+    """
+    names = units_of(student)
+    clock, losses = Clock(), {}
+    if state and state.exists():
+        saved = torch.load(state, weights_only=True, map_location="cpu")
+        clock.go_on_from(saved["seconds"])
+        losses = saved["losses"]
+        for name, values in saved["layers"].items():
+            _restore(quantized_layers(student.network)[name], values)
+    with console.progress("reconstruction", len(names)) as progress:
+        for number, name in enumerate(names):
+            if name in losses:
+                continue
+            losses[name] = _reconstruct_unit(
+                student, teacher, name, images, settings, seed=seed_of("reconstruction", seed, number)
+            )
+            progress.update(number + 1, error=losses[name])
+            if state:
+                layers = {
+                    each: _kept(layer) for each, layer in quantized_layers(student.network).items() if layer.is_frozen
+                }
+                save_state(state, {"seconds": clock.seconds, "losses": losses, "layers": layers})
+    return Reconstructed(len(names), settings.steps * len(names), clock.seconds, losses)
+
+
+def units_of(classifier: Classifier) -> list[str]:
+    """The parts that are reconstructed one after the other, in execution order: of every branch of the network the
+    largest module with at most four quantized layers that runs once and has one tensor in and one out (a residual
+    block, say); plain containers are taken apart.
+    """
+    runs: dict[str, int] = {}
+    order: list[str] = []
+
+    def note(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
+        runs[name] = runs.get(name, 0) + isinstance(activations, Tensor) * isinstance(output, Tensor)
+        order.append(name)
+
+    names = [name for name, module in classifier.network.named_modules() if _quantized_in(module)]
+    with hooked(classifier.network, names, note):
+        pass_once(classifier, [])
+    units = set(_units_in("", classifier.network, runs))
+    return [name for name in dict.fromkeys(order) if name in units]
+
+
+def _units_in(name: str, module: nn.Module, runs: dict[str, int]) -> Iterator[str]:
+    layers = _quantized_in(module)
+    container = not name or type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    if isinstance(module, QuantizedLayer) or (
+        layers and not container and layers <= LARGEST_UNIT and runs.get(name) == 1
+    ):
+        yield name
+        return
+    for child_name, child in module.named_children():
+        yield from _units_in(f"{name}.{child_name}" if name else child_name, child, runs)
+
+
+def _quantized_in(module: nn.Module) -> int:
+    return sum(isinstance(each, QuantizedLayer) for each in module.modules())
+
+
+def _reconstruct_unit(
+    student: Classifier, teacher: Classifier, name: str, images: Tensor, settings: Reconstruction, *, seed: int
+) -> float:
+    """Learn one unit's rounding and input steps and freeze them; the error that is left, as a share of the variance."""
+    unit = student.network.get_submodule(name)
+    (own, _), (given, wanted) = (_passing(network, name, images) for network in (student, teacher))
+    learners = {path: _Learner(layer) for path, layer in unit.named_modules() if isinstance(layer, QuantizedLayer)}
+    steps = [learner.step for learner in learners.values() if learner.step is not None]
+    groups = [{"params": [each.rise for each in learners.values()], "lr": settings.lr}]
+    groups += [{"params": steps, "lr": settings.input_lr}] if steps else []
+    optimizer = torch.optim.Adam(groups)
+    random = torch.Generator(device=own.device).manual_seed(seed)
+
+    def partly(whole: Tensor, other: Tensor) -> Tensor:
+        """Some elements of one, the rest of the other."""
+        return torch.where(torch.rand(whole.shape, generator=random, device=own.device) < settings.drop, whole, other)
+
+    def quantize_partly(path: str, activations: Tensor) -> Tensor:
+        return partly(activations, learners[path].quantized_input(activations))
+
+    with exact_fp32(), evaluating(unit), in_float(unit), hooked_inputs(unit, learners, quantize_partly):
+        for step in range(settings.steps):
+            some = torch.randint(len(own), (settings.batch_size,), generator=random, device=own.device)
+            weights = {f"{path}.weight".lstrip("."): learner.weight() for path, learner in learners.items()}
+            output = functional_call(unit, weights, (partly(given[some], own[some]),))
+            # Summed over channels, the mean over images and pixels, as BRECQ has it.
+            loss = (output - wanted[some]).square().sum(1).mean()
+            if step >= settings.warmup * settings.steps:
+                sharpness = _sharpness(step, settings)
+                loss = loss + settings.rounding * sum(each.indecision(sharpness) for each in learners.values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for learner in learners.values():
+        learner.settle()
+    _, output = _passing(student, name, images)
+    return ((output - wanted).square().mean() / wanted.var().clamp_min(1e-12)).item()
+
+
+def _sharpness(step: int, settings: Reconstruction) -> float:
+    """β of a step: it falls along a cosine."""
+    first, last = SHARPNESS
+    done = (step / settings.steps - settings.warmup) / (1 - settings.warmup)
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class _Learner:
+    """What is learnt of one layer: how far each weight rises above the integer below it, and the step of its input."""
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        self.layer, self.largest = layer, largest_integer(layer.weight_bits)
+        self.scale = layer.scale_now()
+        scaled = layer.weight.detach() / per_channel(self.scale, layer.weight)
+        self.below = scaled.floor()
+        low, high = STRETCH
+        # Where the rectified sigmoid gives the weight as it is.
+        self.rise = nn.Parameter(-torch.log((high - low) / (scaled - self.below - low) - 1))
+        self.step = layer.input_grid.as_step(layer.weight.device) if layer.input_grid else None
+
+    def quantized_input(self, activations: Tensor) -> Tensor:
+        """The layer's input on the grid as it is now."""
+        grid = self.layer.input_grid
+        return activations if grid is None else grid.quantized(activations, bits=self.layer.input_bits, step=self.step)
+
+    def weight(self) -> Tensor:
+        """The weight between two integers, times the scale."""
+        risen = (self.below + self._share()).clamp(-self.largest, self.largest)
+        return risen * per_channel(self.scale, risen)
+
+    def indecision(self, sharpness: float) -> Tensor:
+        """How far all weights together are from whole integers (AdaRound, eq. 24)."""
+        return (1 - (2 * self._share() - 1).abs() ** sharpness).sum()
+
+    def _share(self) -> Tensor:
+        low, high = STRETCH
+        return (self.rise.sigmoid() * (high - low) + low).clamp(0, 1)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Freeze the layer at the nearest integers, and its grid."""
+        integers = (self.below + (self.rise > 0)).clamp(-self.largest, self.largest)
+        self.layer.set_integer_weight(integers.to(torch.int8), self.scale)
+        if self.layer.input_grid and self.step is not None:
+            self.layer.input_grid = self.layer.input_grid.with_step(self.step)
+
+
+class _EnoughError(Exception):
+    """The rest of a forward pass is not needed."""
+
+
+@torch.no_grad()
+def _passing(classifier: Classifier, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and outputs of a module, for all `images`, as stored."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def stop(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
+        seen.append((activations, output))
+        raise _EnoughError
+
+    with exact_fp32(), evaluating(classifier), hooked(classifier.network, [name], stop):
+        for some in images.split(PASSED):
+            with suppress(_EnoughError):
+                classifier(as_float(some))
+    inputs, outputs = zip(*seen, strict=True)
+    return torch.cat(inputs), torch.cat(outputs)
+
+
+def _kept(layer: QuantizedLayer) -> dict[str, Any]:
+    integers, scale = layer.integer_weight()
+    return {"integers": integers, "scale": scale, "grid": asdict(layer.input_grid) if layer.input_grid else None}
+
+
+def _restore(layer: QuantizedLayer, values: dict[str, Any]) -> None:
+    layer.set_integer_weight(values["integers"], values["scale"])
+    layer.input_grid = InputGrid(**values["grid"]) if values["grid"] else None

@@ -1,0 +1,79 @@
+"""What was done to each layer, and what it cost: `quantization.json` and the table of `quantize`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfcompress.device import exact_fp32
+from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.fake_quantizers import QuantizedLayer, quantized_layers
+from dfcompress.models.hooks import hooked
+
+REPORT = "quantization.json"
+
+
+def layer_report(
+    student: Classifier,
+    teacher: Classifier,
+    images: Tensor,
+    *,
+    sensitivity: Mapping[str, float],
+    left: Mapping[str, str],
+) -> dict[str, Any]:
+    """The layers in execution order, and the types of those `left` in float.
+
+    Of each: `weights` (how many), the bits of both, the input's `input_low` and `input_high` (None in float),
+    `zero_point`, `sensitivity` in nats, and `signal_to_noise` of its output against the teacher's, all layers
+    quantized, in decibels, on `images` `(N, C, H, W)` in [0, 1].
+    """
+    layers = quantized_layers(student.network)
+    noise = signal_to_noise(student, teacher, images)
+    rows = [
+        {
+            "layer": name,
+            "type": "conv" if isinstance(layers[name], nn.Conv2d) else "linear",
+            "weights": layers[name].weight.numel(),
+            "weight_bits": layers[name].weight_bits,
+            "input_bits": layers[name].input_bits,
+            **_range(layers[name]),
+            "sensitivity": sensitivity[name],
+            "signal_to_noise": noise[name],
+        }
+        for name in sensitivity
+    ]
+    return {"schema": 1, "layers": rows, "left_in_float": dict(left)}
+
+
+def _range(layer: QuantizedLayer) -> dict[str, float | int | None]:
+    grid = layer.input_grid
+    if grid is None:
+        return {"input_low": None, "input_high": None, "zero_point": None}
+    low, high = ((end - grid.zero_point) * grid.scale for end in grid.integers(layer.input_bits))
+    return {"input_low": low, "input_high": high, "zero_point": grid.zero_point}
+
+
+@torch.no_grad()
+def signal_to_noise(student: Classifier, teacher: Classifier, images: Tensor) -> dict[str, float]:
+    """10·log₁₀(Σ t² / Σ (t − s)²) of the output of every quantized layer, t the teacher's and s the student's."""
+    outputs: dict[str, Tensor] = {}
+    decibels: dict[str, float] = {}
+
+    def keep(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
+        outputs[name] = output.float()
+
+    def compare(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
+        signal = outputs.pop(name)
+        noise = (signal - output.float()).square().sum(dtype=torch.float64).item()
+        power = signal.square().sum(dtype=torch.float64).item()
+        decibels[name] = 10 * math.log10(power / noise) if power and noise else math.inf if power else 0.0
+
+    names = list(quantized_layers(student.network))
+    for classifier, hook in ((teacher, keep), (student, compare)):
+        with exact_fp32(), evaluating(classifier), hooked(classifier.network, names, hook):
+            classifier(images)
+    return decibels
