@@ -50,8 +50,9 @@ def answer(capsys, *arguments):
 
 
 def test_the_folder_holds_the_commands_of_this_version():
-    names = ["bench", "demo", "distill", "doctor", "evaluate", "inspect", "invert", "merge", "quantize", "record"]
-    assert names == COMMANDS
+    assert {"bench", "demo", "doctor", "evaluate", "export", "inspect", "record"} < set(COMMANDS)
+    assert {"distill", "invert", "merge", "quantize"} < set(COMMANDS)
+    assert len(COMMANDS) == 11
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -91,6 +92,25 @@ def test_the_module_runs_as_a_program():
         (["quantize", DEMO, "--bits", "4"], "--bits '4'"),
         (["quantize", DEMO, "--bits", "9w4a"], "9-bit weights"),
         (["quantize", DEMO, "--first-last-bits", "1"], "--first-last-bits 1"),
+        (["quantize", DEMO, "--first-last-bits", "all"], "--first-last-bits all"),
+        (["quantize", DEMO, "--layer-bits", "conv1"], "--layer-bits 'conv1' has no '='"),
+        (["quantize", DEMO, "--layer-bits", "conv1=4"], "--layer-bits conv1 '4'"),
+        (["quantize", DEMO, "--layer-bits", "layer9.*=8w8a"], "matches no layer"),
+        (["quantize", DEMO, "--bits", "auto"], "--size-ratio 0.15"),
+        (["quantize", DEMO, "--bits", "auto", "--size-ratio", "0.01"], "cannot be kept: with 2-bit weights"),
+        (["quantize", DEMO, "--size-ratio", "0.1"], "Use --bits auto"),
+        (["quantize", DEMO, "--calibrate", "median"], "'median' is not one of"),
+        (["quantize", DEMO, "--finetune", "none", "--train-steps", "5"], "--finetune none trains nothing"),
+        (["quantize", DEMO, "--finetune", "blocks", "--optimizer", "adam"], "called 'optimizer'"),
+        (["quantize", DEMO, "--finetune", "blocks", "--train-lr", "0"], "no reconstruction"),
+        (["quantize", DEMO, "--max-drop", "1"], "--max-drop needs real images"),
+        (["quantize", DEMO, "--max-drop", "-1", "--eval-data", DEMO], "--max-drop -1"),
+        (["quantize", DEMO, "--min-agreement", "95"], "--min-agreement 95 is no share"),
+        (["quantize", DEMO, "--export", "onnx", "--target", "tensorrt"], "kernels for 8 bits alone"),
+        (["quantize", DEMO, "--bits", "8w8a", "--export", "onnx", "--target", "tensorrt"], "--signed"),
+        (["quantize"], "Missing argument 'MODEL'"),
+        (["export", DEMO, "-o", "absent/model.onnx"], "no file in a folder that exists"),
+        (["export", DEMO, "-o", "model.onnx", "--data", "absent"], "absent does not exist"),
         (["quantize", DEMO, "--data", "absent"], "absent does not exist"),
         (["distill", DEMO, "--student", "resnet19"], "Did you mean"),
         (["distill", DEMO, "--student", "lenet5", "--train-lr", "0"], "--train-lr"),
@@ -137,7 +157,7 @@ def spoiled(kind, path):
 @pytest.mark.parametrize(
     "kind", ["empty", "text", "malicious", "malicious zip", "torchscript", "truncated", "nan", "unknown"]
 )
-@pytest.mark.parametrize("command", ["inspect", "invert", "distill", "quantize", "evaluate"])
+@pytest.mark.parametrize("command", ["inspect", "invert", "distill", "quantize", "evaluate", "export"])
 def test_an_unusable_file_is_refused_by_every_command(kind, command, capsys, tmp_path):
     path = tmp_path / "model.pt"
     spoiled(kind, path)
@@ -310,7 +330,7 @@ def test_a_factory_of_the_users_own_is_quantized_and_read_again_when_named(capsy
 
 def test_what_help_says_of_training_is_what_the_verbs_do():
     """Help must not import torch, so it repeats names and numbers that belong to the verbs."""
-    usual = {"distill": DISTILLATION, "merge": MERGING, "quantize": FINETUNING}
+    usual = {"distill": DISTILLATION, "merge": MERGING, "quantize": FINETUNING["lsq"]}
     for name, training in usual.items():
         told = {parameter.name: parameter for parameter in root.get_command(None, name).params}
         for field in ("steps", "lr", "batch_size"):
@@ -323,3 +343,90 @@ def test_a_dry_run_with_data_plans_no_synthesis(capsys):
     code, out, _ = answer(capsys, "quantize", DEMO, "--data", DEMO, "--dry-run", "--json")
     assert code == 0
     assert json.loads(out)["synthesis"] == []
+
+
+FEW = ["--data", DEMO, "--compile", "off", "--train-steps", "2", "-o", "packed", "--json"]
+
+
+@pytest.mark.parametrize("finetune", ["lsq", "kd", "blocks"])
+def test_every_way_of_fine_tuning_gives_a_model_that_is_read_again(finetune, capsys, tmp_path):
+    code, out, _ = answer(capsys, "quantize", DEMO, "--finetune", finetune, *FEW)
+    result = json.loads(out)
+    assert code == 0
+    assert set(result["seconds"]) == {"synthesis", "calibration", "training", "total"}
+    measured = json.loads(answer(capsys, "evaluate", DEMO, "packed", "--data", DEMO, "--json")[1])["results"]
+    assert measured[1]["correct"] > 9600
+    layers = json.loads((tmp_path / "packed" / "quantization.json").read_text())["layers"]
+    assert [(row["layer"], row["weight_bits"], row["input_bits"]) for row in layers] == [
+        ("conv1", 8, 8),
+        ("conv2", 4, 4),
+        ("fc1", 4, 4),
+        ("fc2", 4, 4),
+        ("fc3", 8, 8),
+    ]
+    assert all(row["input_low"] < row["input_high"] and row["signal_to_noise"] > 3 for row in layers)
+    assert max(layers, key=lambda row: row["sensitivity"])["weight_bits"] == 4
+
+
+def test_the_table_names_every_layer_and_those_left_in_float(capsys):
+    line = ["quantize", DEMO, "--data", DEMO, "--finetune", "none", "--layer-bits", "conv2=float", "-o", "packed"]
+    code, out, _ = answer(capsys, *line, "--layer-bits", "fc1=2w32a")
+    assert code == 0
+    assert "fc1" in out
+    assert "2w32a" in out
+    assert "conv2 (float) stays in float" in out
+
+
+def test_chosen_bits_keep_the_size_in_the_file(capsys, tmp_path):
+    line = ["quantize", DEMO, "--data", DEMO, "--finetune", "none", "--bits", "auto", "--size-ratio", "0.12", "--json"]
+    code, out, _ = answer(capsys, *line, "-o", "packed")
+    assert code == 0
+    assert 0.115 < json.loads(out)["bytes_ratio"] <= 0.12
+
+
+def test_gates_print_the_result_and_exit_3_where_they_are_missed(capsys, tmp_path):
+    line = ["quantize", DEMO, "--data", DEMO, "--bits", "2w2a", "--finetune", "none", "--first-last-bits", "same"]
+    line += ["--eval-data", DEMO, "--overwrite", "-o", "packed"]
+    assert answer(capsys, *line, "--min-agreement", "0.01", "--max-drop", "99")[0] == 0
+    code, out, err = answer(capsys, *line, "--min-agreement", "0.999")
+    assert code == 3
+    assert "below --min-agreement" in err
+    assert "packed" in out
+    code, _, err = answer(capsys, *line, "--max-drop", "0.01")
+    assert code == 3
+    assert "points, more than --max-drop 0.01" in err
+    assert (tmp_path / "packed" / "model.safetensors").exists()
+
+
+def test_export_beside_the_model_and_by_its_own_command_is_the_same_file(capsys, tmp_path):
+    pytest.importorskip("onnxruntime")
+    line = ["quantize", DEMO, "--data", DEMO, "--finetune", "none", "--export", "onnx", "-o", "packed", "--json"]
+    code, out, _ = answer(capsys, *line)
+    exported = json.loads(out)["export"]
+    assert code == 0
+    assert exported["equal"] >= exported["images"] - 1 > 900
+    assert exported["bytes"] == (tmp_path / "packed" / "model.onnx").stat().st_size
+    code, out, _ = answer(capsys, "export", "packed", "-o", "again.onnx", "--data", DEMO)
+    assert code == 0
+    assert "answers equal" in out
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "packed" / "model.onnx").read_bytes()
+    assert answer(capsys, "export", "packed", "-o", "again.onnx")[0] == 2
+
+
+def test_what_is_quantized_already_is_not_quantized_again(capsys):
+    answer(capsys, "quantize", DEMO, "--data", DEMO, "--finetune", "none", "-o", "packed")
+    code, _, err = answer(capsys, "quantize", "packed", "--data", DEMO, "-o", "again")
+    assert code == 2
+    assert "is quantized already" in err
+
+
+def test_the_model_may_be_named_by_the_environment_or_the_configuration(capsys, tmp_path, monkeypatch):
+    line = ["quantize", "--data", DEMO, "--dry-run", "--json"]
+    code, _, err = answer(capsys, *line)
+    assert code == 2
+    assert "DFCOMPRESS_MODEL" in err
+    (tmp_path / "dfcompress.toml").write_text(f'model = "{DEMO}"')
+    assert answer(capsys, *line)[0] == 0
+    (tmp_path / "dfcompress.toml").unlink()
+    monkeypatch.setenv("DFCOMPRESS_MODEL", str(DEMO))
+    assert answer(capsys, *line)[0] == 0

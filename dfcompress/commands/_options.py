@@ -192,7 +192,17 @@ loading = together(
 )
 class_names = click.option("--class-names", type=PATH, help="File with one class name a line.")
 
-model = group("model", _load, click.argument("model", type=PATH, envvar="DFCOMPRESS_MODEL"), loading, class_names)
+
+class _ModelPath(click.Path):
+    """A path that says where else it may be given."""
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """What follows "Missing argument"."""
+        return "Name a checkpoint, or set DFCOMPRESS_MODEL, or `model` in dfcompress.toml."
+
+
+one = click.argument("model", type=_ModelPath(path_type=Path), envvar="DFCOMPRESS_MODEL")
+model = group("model", _load, one, loading, class_names)
 
 several = click.argument("models", nargs=-1, required=True, type=PATH)
 models = group("models", _load_all, several, loading, class_names)

@@ -108,7 +108,9 @@ class Exporting:
         self.target = target
 
     def require(self, bits: Mapping[str, tuple[int | None, int]], signed: bool) -> None:
-        """Raise `BadInput` where the target cannot run layers of such (weight, input) bits."""
+        """Raise `BadInput` where the target cannot run layers of such (weight, input) bits; activations in float are
+        signed.
+        """
         if self.target != "tensorrt":
             return
         for name, (weights, inputs) in bits.items():
@@ -116,19 +118,19 @@ class Exporting:
                 found = f"{weights or 'automatic '}-bit weights and {inputs}-bit inputs"
                 raise BadInput(
                     f"Layer {name} has {found}, and TensorRT has kernels for 8 bits alone: 4 bits buy size.",
-                    "Use --bits 8w8a --first-last-bits 8, or --target onnxruntime.",
+                    "Use --bits 8w8a, or --target onnxruntime.",
                 )
-            if inputs == INT8 and not signed:
-                raise BadInput(
-                    f"The input of layer {name} has a zero point, which TensorRT does not take.",
-                    "Quantize with --signed, or use --target onnxruntime.",
-                )
+        if bits and not signed:
+            raise BadInput(
+                "Activations have zero points, which TensorRT does not take.",
+                "Quantize with --signed, or use --target onnxruntime.",
+            )
 
     def write(self, classifier: Classifier, path: Path, images: Tensor) -> Exported:
         """Write `path` and compare it on `images` `(N, C, H, W)` in [0, 1]; raises `BadInput` as `require` does."""
-        for name, layer in quantized_layers(classifier.network).items():
-            grid = layer.input_grid
-            self.require({name: (layer.weight_bits, layer.input_bits)}, grid is None or grid.signed)
+        layers = quantized_layers(classifier.network)
+        signed = all(layer.input_grid is None or layer.input_grid.signed for layer in layers.values())
+        self.require({name: (layer.weight_bits, layer.input_bits) for name, layer in layers.items()}, signed)
         write_onnx(classifier, path)
         own = _answers(classifier, images)
         exact = _Session(path, rewriting=False)

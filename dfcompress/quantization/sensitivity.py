@@ -31,7 +31,7 @@ from dfcompress.quantization.bits import Bits, Wanted
 from dfcompress.quantization.ranges import fit_weights
 
 IMAGES = 128
-LONGEST_GRID = InputGrid(0.12345678901234567, 127)  # As many digits as a scale of fp32 can have.
+LONGEST_GRID = InputGrid(0.00012345678901234567, 127)  # As many digits as a scale of fp32 can have.
 
 
 @torch.no_grad()
@@ -111,7 +111,8 @@ def _cheapest(costs: NDArray[np.float64], sizes: NDArray[np.int64], room: float)
     layers, widths = costs.shape
     one_each = np.kron(np.eye(layers), np.ones(widths))
     limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(sizes.reshape(1, -1), -np.inf, room)]
-    solution = milp(costs.ravel(), integrality=np.ones(costs.size), bounds=Bounds(0, 1), constraints=limits)
+    worth = costs.ravel() / max(costs.max(), 1e-12)  # The solver's tolerances are absolute.
+    solution = milp(worth, integrality=np.ones(costs.size), bounds=Bounds(0, 1), constraints=limits)
     return [int(place) for place in solution.x.reshape(layers, widths).argmax(1)]
 
 

@@ -19,6 +19,8 @@ from dfcompress.models.fake_quantizers import (
     freeze,
     in_float,
     is_quantized,
+    learn_steps,
+    on_learnt_grid,
     quantize_layers,
     quantized_layers,
 )
@@ -221,3 +223,59 @@ def test_a_refused_layer_leaves_the_others_as_they_were():
         quantize_layers(network, {"0": (4, 4), "1": (4, 4)})
     assert not is_quantized(network)
     assert is_quantized(quantized_network())
+
+
+def test_a_signed_grid_spans_both_sides_alike_and_spends_its_lowest_integer():
+    grid = InputGrid.covering(-1.0, 3.0, bits=3, signed=True)
+    assert grid == InputGrid(1.0, 0, signed=True)
+    assert grid.quantized(torch.tensor([-9.0, -3.4, 0.4, 9.0]), bits=3).tolist() == [-4.0, -3.0, 0.0, 3.0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(WIDTHS, REALS, REALS, st.lists(REALS, min_size=1, max_size=20))
+def test_a_learnt_step_gives_the_values_of_the_grid_it_starts_from(bits, one_end, other_end, activations):
+    grid = InputGrid.covering(min(one_end, other_end), max(one_end, other_end), bits=bits)
+    step = grid.as_step(torch.device("cpu"))
+    values = (torch.arange(2**bits) - grid.zero_point).float() * step
+    assert torch.isin(grid.quantized(torch.tensor(activations), bits=bits, step=step), values).all()
+    assert grid.with_step(step) == grid
+
+
+def test_the_gradient_of_a_step_is_that_of_the_paper():
+    """LSQ, eq. 3: −v/s + round(v/s) inside, the clipped end outside; scaled by 1/√(N·Q)."""
+    values = torch.tensor([0.2, 0.74, 1.9, 9.0, -5.0], requires_grad=True)
+    step = torch.tensor(0.5, requires_grad=True)
+    on_learnt_grid(values, step, 0, 7).sum().backward()
+    inside = [round(v / 0.5) - v / 0.5 for v in (0.2, 0.74, 1.9)]
+    assert step.grad.item() == pytest.approx((sum(inside) + 7 + 0) / (5 * 7) ** 0.5, rel=1e-5)
+    assert values.grad.tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_learnt_steps_begin_where_the_layer_is_and_are_frozen_with_it():
+    network, images = quantized_network(), torch.randn(4, 3, 12, 12)
+    for layer in quantized_layers(network).values():
+        layer.weight_share.fill_(0.8)
+    before = network(images)
+    learn_steps(network)
+    torch.testing.assert_close(network(images), before, rtol=1e-4, atol=1e-3)
+    network(images).square().sum().backward()
+    layer = quantized_layers(network)["3"]
+    assert layer.weight_step.grad.abs().min() > 0
+    assert layer.input_step.grad.abs() > 0
+    assert {"3.weight_step", "3.input_step"} <= network.state_dict().keys()
+    with torch.no_grad():
+        layer.weight_step.mul_(1.5)
+        layer.input_step.mul_(0.5)
+    trained = network(images)
+    freeze(network)
+    torch.testing.assert_close(network(images), trained, rtol=1e-4, atol=1e-3)
+    assert list(network.state_dict()) == list(small_network().state_dict())
+
+
+def test_one_layer_alone_can_be_left_quantized():
+    network, plain, images = quantized_network(), small_network(), torch.randn(2, 3, 12, 12)
+    with in_float(network, but="3"):
+        inner = network[:3](images)
+        assert torch.equal(inner, plain[:3](images))
+        assert torch.equal(network[3](inner), quantized_layers(network)["3"](inner))
+        assert not torch.equal(network[3](inner), plain[3](inner))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.quantization.bits import Bits, bits_per_layer, parse_bits
+from dfcompress.quantization.bits import Bits, Wanted, assign, layers_of, parse_bits, parse_ends
 
 
 class RegisteredBackwards(nn.Module):
@@ -31,18 +31,26 @@ def classifier_of(network: nn.Module) -> Classifier:
     return Classifier(network, ModelCard("test", 2, (1, 5, 5), (0.5,), (0.5,)))
 
 
+LAYERS = ["stem", "layer1.0", "layer1.1", "head"]
+
+
 @pytest.mark.parametrize("text", ["4w8a", "w4a8", "4W8A"])
 def test_both_spellings_mean_the_same(text):
-    assert parse_bits(text) == Bits(weights=4, activations=8)
+    assert parse_bits(text) == Wanted(weights=4, activations=8)
 
 
-@pytest.mark.parametrize("text", ["2w4a", "8w8a", "4w32a"])
-def test_bits_print_as_they_are_written(text):
-    assert str(parse_bits(text)) == text
+@pytest.mark.parametrize(("text", "activations"), [("auto", 8), ("autow4a", 4), ("wautoa4", 4), ("autow32a", 32)])
+def test_auto_leaves_weights_open(text, activations):
+    assert parse_bits(text) == Wanted(None, activations)
+
+
+def test_bits_print_as_they_are_written():
+    assert str(Bits(2, 4)) == "2w4a"
 
 
 @pytest.mark.parametrize(
-    "text", ["", "4", "4w", "4a4w", "4w4a ", "4.5w4a", "-4w4a", "1w4a", "9w4a", "32w4a", "4w1a", "4w16a"]
+    "text",
+    ["", "4", "4w", "4a4w", "4w4a ", "4.5w4a", "-4w4a", "1w4a", "9w4a", "32w4a", "4w1a", "4w16a", "auto4a", "4wautoa"],
 )
 def test_other_bits_are_refused_with_an_example(text):
     with pytest.raises(BadInput, match="4w4a") as refused:
@@ -50,33 +58,73 @@ def test_other_bits_are_refused_with_an_example(text):
     assert repr(text) in refused.value.problem
 
 
-def test_the_first_and_the_last_layer_that_run_get_the_ends_bits():
-    layers = bits_per_layer(classifier_of(RegisteredBackwards()), Bits(2, 4), first_last_bits=8)
-    assert list(layers.items()) == [("stem", Bits(8, 8)), ("middle", Bits(2, 4)), ("head", Bits(8, 8))]
+def test_the_first_and_the_last_layer_get_the_ends_bits():
+    asked = assign(LAYERS, parse_bits("2w4a"), ends=8, layer_bits={})
+    assert asked["stem"] == Wanted(8, 8)
+    assert asked["layer1.0"] == asked["layer1.1"] == Wanted(2, 4)
+    assert asked["head"] == Wanted(8, 8)
+
+
+def test_the_ends_can_be_as_all_others():
+    assert parse_ends("same") is None
+    assert set(assign(LAYERS, parse_bits("2w4a"), ends=None, layer_bits={}).values()) == {Wanted(2, 4)}
 
 
 def test_float_activations_stay_float_at_the_ends():
-    layers = bits_per_layer(classifier_of(RegisteredBackwards()), Bits(4, 32), first_last_bits=8)
-    assert layers == {"stem": Bits(8, 32), "middle": Bits(4, 32), "head": Bits(8, 32)}
+    assert assign(LAYERS, parse_bits("4w32a"), ends=8, layer_bits={})["stem"] == Wanted(8, 32)
+
+
+def test_patterns_beat_the_rest_and_the_last_match_counts():
+    asked = assign(LAYERS, parse_bits("4w4a"), ends=8, layer_bits={"layer1.*": "2w2a", "*.1": "3w5a", "head": "float"})
+    assert asked == {"stem": Wanted(8, 8), "layer1.0": Wanted(2, 2), "layer1.1": Wanted(3, 5)}
+
+
+def test_a_layer_may_come_back_from_float():
+    asked = assign(LAYERS, parse_bits("4w4a"), ends=8, layer_bits={"*": "float", "layer1.0": "4w8a"})
+    assert asked == {"layer1.0": Wanted(4, 8)}
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(BadInput, match=r"'layer9\.\*' matches no layer"):
+        assign(LAYERS, parse_bits("4w4a"), ends=8, layer_bits={"layer9.*": "8w8a"})
+
+
+def test_everything_in_float_is_refused():
+    with pytest.raises(BadInput, match="every layer in float"):
+        assign(LAYERS, parse_bits("4w4a"), ends=8, layer_bits={"*": "float"})
+
+
+@pytest.mark.parametrize("bits", [1, 9, 32, "x", "-8"])
+def test_ends_outside_two_to_eight_bits_are_refused(bits):
+    with pytest.raises(BadInput, match=f"--first-last-bits {bits} "):
+        parse_ends(bits)
+
+
+def test_layers_come_in_the_order_they_run_without_those_that_never_run():
+    assert layers_of(classifier_of(RegisteredBackwards())).quantizable == ["stem", "middle", "head"]
+
+
+def test_layers_whose_arithmetic_is_not_known_are_named():
+    class Standardised(nn.Conv2d):
+        pass
+
+    network = nn.Sequential(Standardised(1, 2, 1), nn.Conv2d(2, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    layers = layers_of(classifier_of(network))
+    assert layers.quantizable == ["1"]
+    assert layers.others == {"0": "Standardised"}
 
 
 def test_looking_at_the_layers_changes_nothing_of_the_network():
     classifier = classifier_of(RegisteredBackwards()).train()
     classifier.network.norm.eval()
     before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
-    bits_per_layer(classifier, Bits(4, 4), first_last_bits=8)
+    layers_of(classifier)
     assert classifier.network.training
     assert not classifier.network.norm.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.state_dict().items())
     assert not any(module._forward_pre_hooks for module in classifier.modules())
 
 
-@pytest.mark.parametrize("bits", [1, 9, 32])
-def test_ends_outside_two_to_eight_bits_are_refused(bits):
-    with pytest.raises(BadInput, match=f"--first-last-bits {bits} "):
-        bits_per_layer(classifier_of(RegisteredBackwards()), Bits(4, 4), first_last_bits=bits)
-
-
 def test_a_network_without_layers_to_quantize_is_refused():
     with pytest.raises(BadInput, match="nothing to quantize"):
-        bits_per_layer(classifier_of(nn.Flatten()), Bits(4, 4), first_last_bits=8)
+        layers_of(classifier_of(nn.Flatten()))

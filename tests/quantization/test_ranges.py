@@ -15,8 +15,8 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import InputGrid, freeze, quantize_layers, quantized_layers
 from dfcompress.models.packing import pack_network, unpack_network
-from dfcompress.quantization.bits import bits_per_layer, parse_bits
-from dfcompress.quantization.ranges import calibrate
+from dfcompress.quantization.bits import layers_of
+from dfcompress.quantization.ranges import SHARES, calibrate, fit_weights
 
 
 def one_layer_classifier(*, mean: float = 0.0, std: float = 1.0) -> Classifier:
@@ -90,6 +90,65 @@ def test_float_activations_get_no_range():
     assert quantized_layers(network)["0"].input_grid is None
 
 
+def test_percentiles_leave_the_rarest_values_out():
+    classifier = one_layer_classifier()
+    spikes = torch.rand(1600, 1, 1, 1)
+    spikes[::800] = 50.0
+    calibrate(classifier, [spikes.view(16, 1, 100, 1)], rule="percentile")
+    grid = quantized_layers(classifier.network)["0"].input_grid
+    plain = calibrated_grid(classifier, spikes.view(16, 1, 100, 1))
+    assert grid.scale * 255 == pytest.approx(50 * 0.4, rel=0.1)  # Between the first 99.9 % and the spikes.
+    assert plain.scale * 255 == pytest.approx(50)
+
+
+def test_least_error_gives_up_a_few_far_values_at_few_bits():
+    network = nn.Sequential(nn.Conv2d(1, 2, 1))
+    quantize_layers(network, {"0": (8, 2)})
+    classifier = Classifier(network, ModelCard("test", 2, (1, 1, 1), (0.0,), (1.0,)))
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(4000, 1, 1, 1, generator=random).abs()
+    calibrate(classifier, [images], rule="mse")
+    grid = quantized_layers(network)["0"].input_grid
+    ends = [InputGrid.covering(0.0, high, bits=2) for high in np.linspace(0.2, 4, 300)]
+    errors = [(each.quantized(images, bits=2) - images).square().mean().item() for each in ends]
+    best = ends[int(np.argmin(errors))]
+    assert (grid.quantized(images, bits=2) - images).square().mean().item() <= min(errors) * 1.02
+    assert grid.scale == pytest.approx(best.scale, rel=0.1)
+    assert grid.zero_point == 0
+
+
+def test_signed_ranges_have_zero_point_zero_and_reach_the_farther_end():
+    classifier = one_layer_classifier(mean=0.5, std=0.25)
+    calibrate(classifier, [pixels(0.0, 0.75)], signed=True)
+    grid = quantized_layers(classifier.network)["0"].input_grid
+    assert grid == InputGrid.covering(-2.0, 1.0, bits=8, signed=True)
+    assert (grid.zero_point, grid.signed) == (0, True)
+    assert grid.scale * 127 == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_of_least_error_have_less_than_those_of_the_whole_range(bits):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(4, 6, 3))
+    weight = network[0].weight.detach().clone()
+    quantize_layers(network, {"0": (bits, 8)})
+    classifier = Classifier(network, ModelCard("test", 2, (4, 5, 5), (0.0,) * 4, (1.0,) * 4))
+
+    def errors() -> Tensor:
+        return (quantized_layers(network)["0"].quantized_weight() - weight).square().flatten(1).sum(1)
+
+    whole = errors()
+    fit_weights(classifier, rule="mse")
+    best = errors()
+    assert (best <= whole).all()
+    assert bits == 8 or best.sum() < 0.9 * whole.sum()
+    for share in SHARES[::7]:
+        quantized_layers(network)["0"].weight_share.fill_(share)
+        assert (best <= errors() + 1e-7).all()
+    fit_weights(classifier, rule="minmax")
+    assert torch.equal(errors(), whole)
+
+
 def test_no_images_are_refused():
     with pytest.raises(BadInput, match="no images to calibrate on"):
         calibrate(one_layer_classifier(), [])
@@ -111,9 +170,10 @@ def images_and_labels(path: Path) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(arrays["images"]).float() / 255, torch.from_numpy(arrays["labels"]).long()
 
 
-def quantized_and_calibrated(float_classifier: Classifier, bits: str, images: Tensor) -> Classifier:
+def quantized_and_calibrated(float_classifier: Classifier, bits: tuple[int, int], images: Tensor) -> Classifier:
     classifier = copy.deepcopy(float_classifier)
-    quantize_layers(classifier.network, bits_per_layer(classifier, parse_bits(bits), first_last_bits=8))
+    first, *inner, last = layers_of(classifier).quantizable
+    quantize_layers(classifier.network, {first: (8, 8), last: (8, 8)} | dict.fromkeys(inner, bits))
     calibrate(classifier, images.split(80))
     freeze(classifier.network)
     return classifier.frozen()
@@ -126,7 +186,7 @@ def correct(classifier: Classifier, images: Tensor, labels: Tensor) -> int:
 
 def test_eight_bits_keep_a_released_resnet20_within_one_point(resnet20_file, cifar10_train_file, cifar10_test_file):
     images, _ = images_and_labels(cifar10_train_file)
-    classifier = quantized_and_calibrated(released_classifier(resnet20_file), "8w8a", images[::6][:160])
+    classifier = quantized_and_calibrated(released_classifier(resnet20_file), (8, 8), images[::6][:160])
     assert correct(classifier, *images_and_labels(cifar10_test_file)) == pytest.approx(776, abs=8)
 
 
@@ -134,7 +194,7 @@ def test_four_bits_without_fine_tuning_cost_a_released_resnet20_a_few_points(
     resnet20_file, cifar10_train_file, cifar10_test_file
 ):
     images, _ = images_and_labels(cifar10_train_file)
-    classifier = quantized_and_calibrated(released_classifier(resnet20_file), "4w4a", images[::6][:160])
+    classifier = quantized_and_calibrated(released_classifier(resnet20_file), (4, 4), images[::6][:160])
     assert 720 <= correct(classifier, *images_and_labels(cifar10_test_file)) < 768
 
 
@@ -142,7 +202,7 @@ def test_four_bits_without_fine_tuning_cost_a_released_resnet20_a_few_points(
 def test_a_packed_resnet20_is_a_seventh_in_bytes_and_the_same_to_the_bit(resnet20_file, cifar10_train_file):
     images, _ = images_and_labels(cifar10_train_file)
     original = released_classifier(resnet20_file)
-    classifier = quantized_and_calibrated(original, "4w4a", images[:160])
+    classifier = quantized_and_calibrated(original, (4, 4), images[:160])
     float_bytes = sum(tensor.nbytes for tensor in original.network.state_dict().values())
     tensors, quantization = pack_network(classifier.network)
     unpack_network(original.network, tensors, quantization)

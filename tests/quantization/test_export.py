@@ -1,0 +1,194 @@
+"""Networks of many kinds go through quantize → pack → load → ONNX → onnxruntime and keep their answers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfcompress.errors import BadInput
+from dfcompress.models.architectures import named
+from dfcompress.models.card import ModelCard
+from dfcompress.models.checkpoint import load, save
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.fake_quantizers import freeze, quantize_layers
+from dfcompress.quantization import export as export_module
+from dfcompress.quantization.bits import assign, layers_of, parse_bits
+from dfcompress.quantization.export import Exporting, export
+from dfcompress.quantization.ranges import calibrate, fit_weights
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(autouse=True)
+def fewer_images(monkeypatch):
+    monkeypatch.setattr(export_module, "CHECKED", 256)
+    monkeypatch.setattr(export_module, "ROUNDS", 1)
+
+
+def with_statistics(classifier: Classifier, images: Tensor) -> Classifier:
+    """Random weights whose BatchNorms have the statistics that the images give."""
+    for module in classifier.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = 0.5
+    with torch.no_grad():
+        classifier.train()
+        for _ in range(8):
+            classifier(images)
+    return classifier.frozen()
+
+
+def classifier_of(architecture: str, size: int, channels: int = 3, classes: int = 10) -> Classifier:
+    torch.manual_seed(0)
+    network = named(architecture).make(classes, channels)
+    card = ModelCard(architecture, classes, (channels, size, size), (0.45,) * channels, (0.25,) * channels)
+    return with_statistics(Classifier(network, card), pictures(channels, size, 32))
+
+
+def pictures(channels: int, size: int, count: int) -> Tensor:
+    """Smooth random images."""
+    coarse = torch.rand(count, channels, 5, 5, generator=torch.Generator().manual_seed(1))
+    return nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
+
+
+def quantized(classifier: Classifier, bits: str, *, ends: int | None = 8, signed: bool = False) -> Classifier:
+    student = copy.deepcopy(classifier)
+    asked = assign(layers_of(classifier).quantizable, parse_bits(bits), ends=ends, layer_bits={})
+    quantize_layers(student.network, {name: (each.weights, each.activations) for name, each in asked.items()})
+    fit_weights(student, rule="mse")
+    channels, size, _ = classifier.card.input_size
+    calibrate(student, [pictures(channels, size, 32)], signed=signed)
+    freeze(student.network)
+    return student
+
+
+def through(classifier: Classifier, folder: Path) -> tuple[Classifier, export_module.Exported]:
+    """Packed, loaded and exported."""
+    save(classifier, folder)
+    loaded = load(folder)
+    return loaded, export(loaded, output=folder / "model.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "size"),
+    [
+        ("mobilenet_v2", 32),
+        ("resnet18", 32),
+        ("timm:efficientnet_lite0", 32),
+        ("squeezenet1_1", 48),
+        ("mobilenet_v3_small", 32),
+    ],
+)
+@torch.no_grad()
+def test_a_network_goes_through_the_whole_chain(architecture, size, tmp_path):
+    classifier = classifier_of(architecture, size)
+    student = quantized(classifier, "4w8a")
+    loaded, exported = through(student, tmp_path)
+    images = pictures(3, size, 8)
+    assert torch.equal(loaded(images), student(images))
+    assert exported.equal >= 0.98 * exported.images
+    assert exported.median_difference < 0.02 * student(images).std()
+    assert exported.bytes < 0.25 * 4 * sum(parameter.numel() for parameter in classifier.network.parameters())
+
+
+@pytest.mark.parametrize("bits", ["2w2a", "2w4a", "3w3a", "4w4a", "5w6a", "8w8a", "4w32a"])
+def test_every_width_is_exported_and_answers_alike(bits, tmp_path):
+    student = quantized(classifier_of("cifar_resnet20", 32), bits, ends=None)
+    _, exported = through(student, tmp_path)
+    assert exported.images == 64
+    assert exported.equal >= 63
+    # Sums are taken in another order, so that a few values fall on the other side of a grid's edge.
+    assert exported.median_difference < 0.02 * student(pictures(3, 32, 32)).std()
+    assert exported.milliseconds > 0 < exported.milliseconds_fp32
+
+
+def test_integers_are_stored_at_their_true_width(tmp_path):
+    classifier = classifier_of("cifar_resnet20", 32)
+    sizes = {}
+    for bits in ("2w8a", "4w8a", "8w8a"):
+        _, exported = through(quantized(classifier, bits, ends=None), tmp_path / bits)
+        sizes[bits] = exported.bytes
+        assert exported.bytes_ratio < 1.1
+        model = onnx.load(exported.path)
+        kinds = {each.data_type for each in model.graph.initializer if each.name.endswith("integers")}
+        assert kinds == {getattr(onnx.TensorProto, f"INT{bits[0]}")}
+        onnx.checker.check_model(model, full_check=True)
+    weights = sum(p.numel() for p in classifier.network.parameters() if p.dim() > 1)
+    assert sizes["8w8a"] - sizes["4w8a"] == pytest.approx(weights / 2, rel=0.01)
+    assert sizes["4w8a"] - sizes["2w8a"] == pytest.approx(weights / 4, rel=0.01)
+
+
+def test_the_file_tells_no_path_folds_batchnorm_and_takes_any_number_of_images(tmp_path):
+    _, exported = through(quantized(classifier_of("cifar_resnet20", 32), "4w4a"), tmp_path)
+    content = Path(exported.path).read_bytes()
+    for part in (str(tmp_path), str(Path(export_module.__file__).parents[2]), "site-packages", ".py"):
+        assert part.encode() not in content
+    model = onnx.load(exported.path)
+    assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
+    assert [each.name for each in model.graph.input] == ["images"]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = onnxruntime.InferenceSession(exported.path, options, providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        assert session.run(None, {"images": pictures(3, 32, count).numpy()})[0].shape == (count, 10)
+
+
+def test_a_float_model_is_exported_too(tmp_path):
+    _, exported = through(classifier_of("lenet5_bn", 32, channels=1), tmp_path)
+    assert exported.equal == exported.equal_rewritten == exported.images
+    assert exported.largest_difference < 1e-3
+
+
+def test_tensorrt_takes_signed_eight_bits(tmp_path):
+    student = quantized(classifier_of("cifar_resnet20", 32), "8w8a", signed=True)
+    save(student, tmp_path)
+    exported = export(tmp_path, target="tensorrt")
+    assert exported.equal >= 63
+    model = onnx.load(exported.path)
+    constants = [attribute.t for node in model.graph.node for attribute in node.attribute if attribute.name == "value"]
+    points = [each for each in [*model.graph.initializer, *constants] if each.data_type in (2, 3) and not each.dims]
+    assert points
+    assert all(each.data_type == onnx.TensorProto.INT8 for each in points)
+    assert all(onnx.numpy_helper.to_array(each) == 0 for each in points)
+
+
+@pytest.mark.parametrize(
+    ("bits", "message"),
+    [("4w8a", "kernels for 8 bits alone: 4 bits buy size"), ("8w8a", "zero points, which TensorRT does not take")],
+)
+def test_tensorrt_refuses_the_rest_with_the_reason(bits, message, tmp_path):
+    save(quantized(classifier_of("cifar_resnet20", 32), bits), tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(BadInput, match=message):
+        export(tmp_path, target="tensorrt")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_file_that_is_there_is_not_replaced_unasked(tmp_path):
+    save(classifier_of("lenet5_bn", 32, channels=1), tmp_path)
+    (tmp_path / "model.onnx").write_text("mine")
+    with pytest.raises(BadInput, match="is there already"):
+        export(tmp_path)
+    assert (tmp_path / "model.onnx").read_text() == "mine"
+    export(tmp_path, overwrite=True)
+    assert (tmp_path / "model.onnx").stat().st_size > 1000
+
+
+def test_without_the_packages_nothing_is_begun(monkeypatch):
+    monkeypatch.setattr(export_module, "PACKAGES", ("onnx", "no_such_package"))
+    with pytest.raises(BadInput, match=r"needs no_such_package\. Install them with: pip install 'dfcompress\[onnx\]'"):
+        Exporting("onnxruntime")
+
+
+def test_an_unknown_target_is_refused():
+    with pytest.raises(BadInput, match="no --target 'tflite'"):
+        Exporting("tflite")
