@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--size-ratio", type=float, help="With --bits auto: the file's size against the model in fp32.")
 @_options.data
 @_options.eval_data
-@_options.synthesis(images=1024)
+@_options.synthesis(images=2048)
 @_options.calibration
 @click.option(
     "--finetune",
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 @_options.temperature
 @click.option("--export", type=click.Choice(["onnx"]), help="Also write model.onnx and check it in onnxruntime.")
 @_options.target
+@_options.mix
 @_options.gates
 @_options.output
 @_options.compute
@@ -62,6 +63,7 @@ def quantize(
     temperature: float,
     export: str | None,
     target: str,
+    mix: str,
     gates: Gates,
     compute: Compute,
     output: Path | None,
@@ -74,7 +76,7 @@ def quantize(
     import dataclasses
     import json
 
-    from dfcompress.quantization.quantize import FINETUNING, quantize
+    from dfcompress.quantization.quantize import FINETUNING, quantize, usual_synthesis
     from dfcompress.quantization.report import REPORT
     from dfcompress.settings import assignments, changed
     from dfcompress.synthesis.invert import plans
@@ -85,7 +87,7 @@ def quantize(
     settings = changed(usual, training, "setting of training called") if usual else None
     gates.require_images(eval_data)
     if dry_run:
-        made = [] if data else plans(model, synthesis, compute)
+        made = [] if data else plans(model, usual_synthesis(model, synthesis), compute, mix=mix)
         _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(settings) if settings else None)
         return
     result = quantize(
@@ -97,6 +99,7 @@ def quantize(
         data=data,
         output=output,
         synthesis=synthesis,
+        mix=mix,
         calibration=calibration,
         finetune=finetune,
         training=settings,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -27,6 +27,7 @@ from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized, learn_steps, quantize_layers
 from dfcompress.models.stages import Stage, stages_of
+from dfcompress.models.statistics import why_no_statistics
 from dfcompress.quantization.bits import USUAL_ENDS, Wanted, assign, layers_of, parse_bits, parse_ends
 from dfcompress.quantization.correction import correct, images_to_correct_on
 from dfcompress.quantization.export import CHECKED, FILE, Exported, Exporting, Target
@@ -36,6 +37,7 @@ from dfcompress.quantization.report import REPORT, layer_report
 from dfcompress.quantization.sensitivity import IMAGES as SENSITIVITY_IMAGES
 from dfcompress.quantization.sensitivity import choose_bits, require_reachable, sensitivities
 from dfcompress.run import running, write_json
+from dfcompress.settings import AUTO
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import ImageSupply
@@ -59,6 +61,7 @@ OBJECTIVES: Mapping[Finetuning, Mapping[str, float]] = {
     "kd": {"kd": 1.0, "iq": 0.001},
 }
 CALIBRATION_BATCH = 256
+RECIPE = "bns-inception"
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def quantize(
     size_ratio: float | None = None,
     data: str | Path | None = None,
     output: str | Path | None = None,
-    synthesis: Synthesis = Synthesis(),
+    synthesis: Synthesis = Synthesis(images=2048),
+    mix: str = AUTO,
     calibration: Calibration = Calibration(),
     finetune: Finetuning = "lsq",
     training: Training | Reconstruction | None = None,
@@ -111,7 +115,9 @@ def quantize(
     ranges frozen (Haroush et al. 2020, section 4.2), `blocks` learns the rounding block by block, `none` only
     calibrates. `training` changes its usual settings (`FINETUNING`), `objectives` what is followed (`OBJECTIVES`).
     BatchNorm's statistics are frozen throughout.
-    `data` is a synthetic set, or real images; without it a set is made first and kept in `<output>/synthetic`.
+    `data` is a synthetic set, the folder of a run that made some, or real images; without it images are made first, by
+    `bns-inception` unless another recipe is named, half of them by the recipe `mix` (see `ImageSupply`), and kept in
+    `<output>/synthetic` and `<output>/synthetic-<mix>`.
     `export` also writes `model.onnx` for `onnxruntime` or `tensorrt` and checks it (see `dfcompress.export`).
     The folder `output` (default: `<checkpoint>-quantize`) holds the packed model (`model.safetensors`, `config.json`),
     `quantization.json` (every layer), `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
@@ -131,7 +137,12 @@ def quantize(
     if exporting:
         exporting.require({name: (each.weights, each.activations) for name, each in wanted.items()}, calibration.signed)
     supply = ImageSupply(
-        teacher, data, synthesis, compute, learner=lambda recipe: learner(teacher, recipe, None, compute)
+        teacher,
+        data,
+        usual_synthesis(teacher, synthesis),
+        compute,
+        mix=mix,
+        learner=lambda recipe: learner(teacher, recipe, None, compute),
     )
     if isinstance(tuning, Training):
         require_trainable(student, tuning, compute, [len(supply)])
@@ -177,6 +188,15 @@ def quantize(
         return hand_back(
             run, student, taught, trained=trained, measure=measure, export=write_export if exporting else None
         )
+
+
+def usual_synthesis(teacher: Classifier, synthesis: Synthesis) -> Synthesis:
+    """What is made unless a recipe is named: images whose statistics are those of the training data, as far as the
+    teacher knows them.
+    """
+    if synthesis.recipe or synthesis.preset or why_no_statistics(teacher.network):
+        return synthesis
+    return replace(synthesis, recipe=RECIPE)
 
 
 def _tuning(finetune: Finetuning, given: Training | Reconstruction | None) -> Training | Reconstruction | None:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfcompress.data.real import open_images
-from dfcompress.data.synthetic_set import SyntheticSet, as_float, as_stored
+from dfcompress.data.real import ImageSource, open_images
+from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_float, as_stored
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
@@ -25,17 +25,18 @@ from dfcompress.synthesis.recipe import Recipe, Synthesis, choose
 
 HELD_OUT_SHARE = 1 / 16
 NONE = "none"
+SYNTHETIC = "synthetic"
 OTHER_RECIPES = ("bns", "deepinversion", "bns-inception")
 
 
 class ImageSupply:
     """Where a verb's training images come from: checked when made, gathered once the run has a folder.
 
-    `data` is a synthetic set or real images; None means that sets are made in the run's folder, or finished there:
-    half of the images by the chosen recipe in `synthetic`, half by the recipe `mix` (as many steps, if some were asked
-    for) in `synthetic-<mix>`. Images of one recipe share its artefacts, and a student trained on two follows its
-    teacher further. `auto` takes `bns` where the teacher's statistics are known and no classes were asked for; `none`
-    leaves all to the chosen recipe.
+    `data` is a synthetic set, the folder of a run that made some, or real images; None means that sets are made in the
+    run's folder, or finished there: half of the images by the chosen recipe in `synthetic`, half by the recipe `mix`
+    (as many steps, if some were asked for) in `synthetic-<mix>`. Images of one recipe share its artefacts, and a
+    student trained on two follows its teacher further. `auto` takes `bns` where the teacher's statistics are known and
+    no classes were asked for; `none` leaves all to the chosen recipe.
     `unseen` more images are made in `unseen`, by another seed and a third recipe, to ask about and never to train on;
     none where the statistics are not known.
     `learner` makes the student that a recipe's images compete with, None for recipes that need none.
@@ -54,10 +55,11 @@ class ImageSupply:
         learner: Callable[[Recipe], Learner | None] = lambda recipe: None,
     ) -> None:
         self.compute, self.learner = compute, learner
-        self.source = open_images(data, teacher.card, part="train") if data is not None else None
-        self.jobs = _jobs(teacher, synthesis, mix) if self.source is None else {}
-        if isinstance(self.source, SyntheticSet):
-            self.source.require_complete()
+        self.sources = [open_images(each, teacher.card, part="train") for each in _parts(data)]
+        self.jobs = {} if self.sources else _jobs(teacher, synthesis, mix)
+        for source in self.sources:
+            if isinstance(source, SyntheticSet):
+                source.require_complete()
         informed = next((job.teacher for job in self.jobs.values()), teacher)
         self.unseen = None
         if unseen and not why_no_statistics(informed.network):
@@ -81,19 +83,14 @@ class ImageSupply:
 
     def __len__(self) -> int:
         """How many images there are to train on."""
-        images = len(self.source) if self.source else sum(job.synthesis.images for job in self.jobs.values())
+        images = sum(map(len, self.sources)) + sum(job.synthesis.images for job in self.jobs.values())
         return images - _held_out(images)
 
     def gather(self, folder: Path) -> TrainingImages:
         """All images as they are stored; one in sixteen is held out."""
-        seconds = 0.0
-        if self.source is None:
-            made = [self._made(job, folder / name) for name, job in self.jobs.items()]
-            images, seconds = _together([each.images for each in made]), sum(map(seconds_of, made))
-        elif isinstance(self.source, SyntheticSet):
-            images = self.source.images
-        else:
-            images = torch.cat([as_stored(some, in_range=True) for some, _ in self.source.batches(256)])
+        made = [self._made(job, folder / name) for name, job in self.jobs.items()]
+        images = _together([_stored(source) for source in [*self.sources, *made]])
+        seconds = sum(map(seconds_of, made))
         unseen = images[:0]
         if self.unseen:
             other = make_set(self.unseen, folder / "unseen", replace(self.compute, seed=self.compute.seed + 1))
@@ -106,6 +103,21 @@ class ImageSupply:
         return make_set(job, folder, self.compute, learner=self.learner(job.recipe()))
 
 
+def _parts(data: str | Path | None) -> list[Path]:
+    """Where the images of `data` lie: the sets that a run made, all in one folder, or one place."""
+    if data is None:
+        return []
+    made = [path.parent for path in Path(data).glob(f"{SYNTHETIC}*/{MANIFEST}")]
+    return sorted(made) if made and not (Path(data) / MANIFEST).exists() else [Path(data)]
+
+
+def _stored(source: ImageSource) -> Tensor:
+    """All images of a source as they are stored."""
+    if isinstance(source, SyntheticSet):
+        return source.images
+    return torch.cat([as_stored(some, in_range=True) for some, _ in source.batches(256)])
+
+
 def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Job]:
     """What to make, by the folder it is made in."""
     first = resolve(teacher, synthesis)
@@ -114,15 +126,15 @@ def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Job]
         free = synthesis.labels == BALANCED and not synthesis.classes and synthesis.images > 1
         mix = OTHER_RECIPES[0] if informed and free and first.choice.name != OTHER_RECIPES[0] else NONE
     if mix == NONE:
-        return {"synthetic": first}
+        return {SYNTHETIC: first}
     if mix == first.choice.name:
         raise BadInput(f"--mix {mix} is the recipe that is mixed.", "Name another one, or --mix none.")
     if synthesis.classes or synthesis.labels != BALANCED:
         raise BadInput("--mix makes images of all classes.", "Use --mix none with --classes and --labels.")
     half = synthesis.images // 2
     return {
-        "synthetic": replace(first, synthesis=replace(synthesis, images=synthesis.images - half)),
-        f"synthetic-{mix}": resolve(teacher, _alike(synthesis, mix, half)),
+        SYNTHETIC: replace(first, synthesis=replace(synthesis, images=synthesis.images - half)),
+        f"{SYNTHETIC}-{mix}": resolve(teacher, _alike(synthesis, mix, half)),
     }
 
 
