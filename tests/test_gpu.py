@@ -14,8 +14,11 @@ from dfcompress.device import Compute, Execution
 from dfcompress.evaluation.bench_step import bench_step
 from dfcompress.evaluation.bench_train import bench_train
 from dfcompress.models.checkpoint import load
+from dfcompress.models.fake_quantizers import quantized_layers
 from dfcompress.models.stages import shared_stages
 from dfcompress.models.student import make_student
+from dfcompress.quantization.quantize import FINETUNING, Calibration, quantize
+from dfcompress.quantization.reconstruction import Reconstruction
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import Synthesizer
 from dfcompress.training.loop import Trainer
@@ -126,3 +129,46 @@ def test_training_ends_near_the_losses_of_the_cpu(count, precision, compiled, re
 def test_the_bench_of_training_runs(resnet20_file):
     rows = bench_train(resnet20_file, batch_size=64, rounds=2, compute=Compute("cuda", "bf16")).rows
     assert [row["name"] for row in rows] == ["plain", "+pool", "+compiled", "+bf16", "+cached"]
+
+
+@pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
+def test_ranges_and_weights_are_those_of_the_cpu(rule, resnet20_file, cifar10_train_file, tmp_path):
+    students = []
+    for place in ("cpu", "cuda"):
+        quantize(
+            resnet20_file,
+            data=cifar10_train_file,
+            output=tmp_path / place,
+            finetune="none",
+            calibration=Calibration(rule, steps=2),
+            compute=Compute(place, "fp32", "off"),
+        )
+        students.append(load(tmp_path / place))
+    exact, fast = (quantized_layers(student.network) for student in students)
+    for name, layer in exact.items():
+        assert fast[name].input_grid.scale == pytest.approx(layer.input_grid.scale, rel=1e-5)
+        assert abs(fast[name].input_grid.zero_point - layer.input_grid.zero_point) <= 1
+        torch.testing.assert_close(fast[name].weight_scale, layer.weight_scale, rtol=1e-5, atol=0)
+        torch.testing.assert_close(fast[name].weight, layer.weight, rtol=1e-5, atol=1e-6)
+    for name, tensor in students[0].network.state_dict().items():
+        if "running" in name:  # Correction sees activations, of which a few round to the other side.
+            torch.testing.assert_close(students[1].network.state_dict()[name], tensor, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("finetune", ["lsq", "kd", "blocks"])
+def test_fine_tuning_on_the_device_helps_as_on_the_cpu(finetune, resnet20_file, cifar10_train_file, tmp_path):
+    settings = Reconstruction(steps=100) if finetune == "blocks" else replace(FINETUNING[finetune], steps=60)
+    agreements = [
+        quantize(
+            resnet20_file,
+            bits="3w4a",
+            data=cifar10_train_file,
+            output=tmp_path / f"{steps}",
+            finetune=finetune if steps else "none",
+            training=settings if steps else None,
+            compute=Compute("cuda"),
+        ).agreement
+        for steps in (0, 1)
+    ]
+    assert agreements[1] > agreements[0]
+    assert agreements[1] > 0.9

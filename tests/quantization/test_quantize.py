@@ -1,0 +1,127 @@
+"""`quantize` end to end: what is killed is finished to the same bits, and what is left on disk serves other runs."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfcompress.data.synthetic_set import SyntheticSet
+from dfcompress.device import Compute
+from dfcompress.errors import BadInput
+from dfcompress.evaluation.gates import Gates
+from dfcompress.models.checkpoint import load
+from dfcompress.models.fake_quantizers import quantized_layers
+from dfcompress.quantization.quantize import Calibration, quantize
+from dfcompress.quantization.reconstruction import Reconstruction
+from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.supply import ImageSupply
+from dfcompress.training.settings import Training
+
+DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
+EAGER = Compute("cpu", "fp32", "off", 0)
+SAVING = "import sys; from dfcompress import cli, run; run.SAVE_EVERY_SECONDS = 0.0; sys.exit(cli.run(sys.argv[1:]))"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("finetune", "steps"), [("lsq", "300"), ("blocks", "150")])
+def test_a_killed_quantization_resumes_to_the_same_bytes(finetune, steps, tmp_path):
+    """SIGKILL a real process at a random moment of its fine-tuning, and run the line again."""
+    asked = (
+        f"--bits 3w3a --finetune {finetune} --train-steps {steps} --train-batch-size 32 --compile off --precision fp32"
+    )
+    made = "--images 64 --steps 10 --batch-size 32 --calibration-steps 2 -q"
+    command = [sys.executable, "-c", SAVING, "quantize", str(DEMO), *asked.split(), *made.split()]
+    subprocess.run([*command, "-o", tmp_path / "whole"], check=True)
+    folder = tmp_path / "killed"
+    process = subprocess.Popen([*command, "-o", folder])
+    while not (folder / "training.partial").exists() and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(delay := random.uniform(0, 0.5))
+    process.kill()
+    process.wait()
+    assert not (folder / "model.safetensors").exists(), delay
+    subprocess.run([*command, "-o", folder, "--resume"], check=True)
+    for name in ("model.safetensors", "quantization.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), delay
+    assert not list(folder.glob("*.partial"))
+
+
+def test_what_was_measured_is_what_is_loaded_to_the_bit(tmp_path, monkeypatch):
+    saved = []
+    from dfcompress.evaluation import result
+
+    writing = result.save
+    monkeypatch.setattr(result, "save", lambda student, folder: (saved.append(student), writing(student, folder)))
+    training = Training(3, 0.01, 32, freeze_batchnorm=True)
+    quantize(DEMO, data=DEMO, output=tmp_path / "out", training=training, compute=EAGER)
+    images = torch.rand(16, 1, 32, 32)
+    assert torch.equal(load(tmp_path / "out")(images), saved[0](images))
+
+
+def test_images_of_one_run_serve_another(tmp_path):
+    few = Synthesis(images=40, settings={"steps": 2, "batch_size": 20})
+    first = quantize(DEMO, output=tmp_path / "first", finetune="none", synthesis=few, compute=EAGER)
+    recipes = {path.name: SyntheticSet(path).manifest["recipe"]["name"] for path in (tmp_path / "first").glob("synth*")}
+    assert recipes == {"synthetic": "bns-inception", "synthetic-bns": "bns"}
+    again = quantize(DEMO, output=tmp_path / "again", data=first.output, finetune="none", compute=EAGER)
+    assert load(again.checkpoint).sha256 == load(first.checkpoint).sha256
+    assert again.seconds["synthesis"] == 0
+    assert len(ImageSupply(load(DEMO), first.output, Synthesis(), EAGER)) == 38
+
+
+def test_correction_and_ranges_are_settings_of_calibration(tmp_path):
+    shas = set()
+    for number, calibration in enumerate(
+        [Calibration(), Calibration(correction=False), Calibration(weights="minmax"), Calibration("mse")]
+    ):
+        done = quantize(
+            DEMO, data=DEMO, output=tmp_path / str(number), finetune="none", calibration=calibration, compute=EAGER
+        )
+        shas.add(load(done.checkpoint).sha256)
+    assert len(shas) == 4
+
+
+def test_signed_activations_have_no_zero_points_in_the_file(tmp_path):
+    quantize(
+        DEMO, bits="8w8a", data=DEMO, output=tmp_path / "out", finetune="none", calibration=Calibration(signed=True)
+    )
+    grids = [layer.input_grid for layer in quantized_layers(load(tmp_path / "out").network).values()]
+    assert all(grid.signed and grid.zero_point == 0 for grid in grids)
+    layers = json.loads((tmp_path / "out" / "quantization.json").read_text())["layers"]
+    assert all(row["input_low"] < 0 < row["input_high"] for row in layers)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"finetune": "qat"}, "no --finetune 'qat'"),
+        ({"finetune": "blocks", "training": Training(3, 0.1, 8)}, "not set by a Training"),
+        ({"finetune": "lsq", "training": Reconstruction()}, "not set by a Reconstruction"),
+        ({"objectives": {"feature": 1.0}}, "No objective looks at"),
+        ({"objectives": {"kd": 1.0, "iqs": 1.0}}, "no objective 'iqs'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(asked, message, tmp_path):
+    with pytest.raises(BadInput, match=message):
+        quantize(DEMO, data=DEMO, output=tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gate_without_what_it_counts_is_bad_input(tmp_path):
+    data = tmp_path / "few.npz"
+    import numpy as np
+
+    np.savez(data, images=np.zeros((8, 1, 32, 32), np.uint8), labels=np.zeros(8, np.int64))
+    done = quantize(DEMO, data=data, output=tmp_path / "out", finetune="none", compute=EAGER)
+    with pytest.raises(BadInput, match="Add --eval-data"):
+        Gates(max_drop=1.0).check(done)
+    with pytest.raises(BadInput, match="too few images"):
+        Gates(min_agreement=0.5).check(done)
+    Gates().check(done)
