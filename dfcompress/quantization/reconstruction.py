@@ -83,8 +83,8 @@ def reconstruct(
 ) -> Reconstructed:
     """Learn the rounding of the calibrated `student`'s weights, unit by unit, and freeze it.
 
-    `teacher` is the same network in float, `images` `(N, C, H, W)` as stored, on the networks' device. Finished units
-    are kept in the file `state`; where it is there, work goes on from it, to the same bits.
+    `teacher` is the same network in float, on the same device; `images` `(N, C, H, W)` as stored. Finished units are
+    kept in the file `state`; where it is there, work goes on from it, to the same bits.
     """
     names = units_of(student)
     clock, losses = Clock(), {}
@@ -247,7 +247,7 @@ def _passing(classifier: Classifier, name: str, images: Tensor) -> tuple[Tensor,
     with exact_fp32(), evaluating(classifier), hooked(classifier.network, [name], stop):
         for some in images.split(PASSED):
             with suppress(_EnoughError):
-                classifier(as_float(some))
+                classifier(as_float(some.to(classifier.mean.device)))
     inputs, outputs = zip(*seen, strict=True)
     return torch.cat(inputs), torch.cat(outputs)
 
