@@ -11,12 +11,12 @@ made again. `--more` adds options to every command, for instance fewer images an
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
-from measure_records import run
+from measuring import Rows, run
 
 IMAGES, STEPS = "--images 51200 --preset paper-cifar10", "--train-steps 80000"
 PAIRS = " ".join(f"cifar_resnet18-{pair}" for pair in ("01", "23", "45", "67", "89"))
@@ -45,7 +45,7 @@ def measure(given: argparse.Namespace, row: str, seed: int) -> dict:
     teachers = " ".join(str(given.teachers / name) for name in names.split())
     where = f"--eval-data {given.cifar10 / 'test'} -o {given.output / row.replace(' ', '-')}-{seed} --overwrite"
     result = run(f"{verb} {teachers} {asked} {given.more} --seed {seed} {where}")
-    return {"row": row, "seed": seed, "seconds": result["seconds"], **result["evaluation"]}
+    return {"seconds": result["seconds"], **result["evaluation"]}
 
 
 def table(rows: list[dict]) -> str:
@@ -75,16 +75,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], choices=list(ROWS))
     parser.add_argument("--more", default="", help="options for every command")
     given = parser.parse_args()
-    given.output.mkdir(parents=True, exist_ok=True)
-    log = given.output / "rows.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = Rows(given.output)
     for seed in range(given.seeds):
         for row in given.only or ROWS:
-            if not any((each["row"], each["seed"]) == (row, seed) for each in rows):
-                rows.append(measure(given, row, seed))
-                with log.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-    sys.stdout.write(table(rows) + "\n")
+            rows.make(partial(measure, given, row, seed), row=row, seed=seed)
+    sys.stdout.write(table(rows.made) + "\n")
 
 
 if __name__ == "__main__":

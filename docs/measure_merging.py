@@ -9,13 +9,13 @@ which is printed; results are appended to OUTPUT/rows.jsonl, and rows that are t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
-from measure_records import run
+from measuring import Rows, run
 
 from dfcompress.data.real import open_images
 from dfcompress.evaluation.metrics import answers
@@ -40,7 +40,7 @@ def measure(given: argparse.Namespace, case: str, row: str, seed: int) -> dict:
     where = given.output / f"{case.replace(' ', '-')}-{row}-{seed}"
     line = f"merge {teachers} --student lenet5_bn {ROWS[row]} {shown} --unseen 0 --seed {seed} -o {where} --overwrite"
     result = run(line)
-    measured = {"case": case, "row": row, "seed": seed, "seconds": result["seconds"], **result["evaluation"]}
+    measured = {"seconds": result["seconds"], **result["evaluation"]}
     return {**measured, "shared": shared(where, given.mnist)} if case == "two shared" else measured
 
 
@@ -89,21 +89,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=[], help="for instance halves/paper")
     given = parser.parse_args()
-    given.output.mkdir(parents=True, exist_ok=True)
-    log = given.output / "rows.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = Rows(given.output)
     for seed in range(given.seeds):
         for case in CASES:
             for row in ROWS:
-                there = any((each["case"], each["row"], each["seed"]) == (case, row, seed) for each in rows)
-                if not there and (not given.only or f"{case}/{row}" in given.only):
-                    rows.append(measure(given, case, row, seed))
-                    with log.open("a") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
-    sys.stdout.write(table(rows) + "\n")
+                if not given.only or f"{case}/{row}" in given.only:
+                    rows.make(partial(measure, given, case, row, seed), case=case, row=row, seed=seed)
+    sys.stdout.write(table(rows.made) + "\n")
     for method in ROWS:
         for which in ("both know", "one knows"):
-            shares = [f"{row['shared'][which]:.2%}" for row in rows if "shared" in row and row["row"] == method]
+            shares = [f"{row['shared'][which]:.2%}" for row in rows.of(row=method) if "shared" in row]
             sys.stdout.write(f"two shared, {method}, digits that {which}: {', '.join(shares)}\n")
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+from measuring import Rows, run
 from PIL import Image
 from torchvision.utils import make_grid
 
@@ -33,13 +34,12 @@ TRAINING = "--objective kd --temperature 8 --train-steps 2500 --train-lr 0.02 --
 IMAGES = 2560
 
 
-class Rows:
+class Students:
     """The rows that are there, and the commands that make the others."""
 
     def __init__(self, teachers: Path, mnist: Path, output: Path) -> None:
         self.teachers, self.mnist, self.output = teachers, mnist, output
-        self.log = output / "rows.jsonl"
-        self.made = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        self.rows = Rows(output)
 
     def record(self, teacher: str, kind: str) -> Path:
         """The record of a kind, made by the owner's command where it is not there."""
@@ -49,10 +49,8 @@ class Rows:
             file.with_suffix(".json").write_text(json.dumps(run(line)))
         return file
 
-    def make(self, teacher: str, name: str, seed: int) -> None:
+    def measure(self, teacher: str, name: str, seed: int) -> dict:
         """One row; the images of every record, and the noise, are as many."""
-        if any((row["teacher"], row["row"], row["seed"]) == (teacher, name, seed) for row in self.made):
-            return
         if name == "real":
             images = f"--data {self.mnist}"
         elif name == "noise":
@@ -65,14 +63,11 @@ class Rows:
         student, _ = TEACHERS[teacher]
         result = run(f"distill {self.teachers / teacher} --student {student} {images} {TRAINING} {where}")
         before, after = (each["correct"] for each in result["evaluation"]["results"])
-        row = {"teacher": teacher, "row": name, "seed": seed, "before": before, "after": after}
-        self.made.append({**row, "seconds": result["seconds"]})
-        with self.log.open("a") as file:
-            file.write(json.dumps(self.made[-1]) + "\n")
+        return {"before": before, "after": after, "seconds": result["seconds"]}
 
     def of(self, teacher: str, name: str) -> list[dict]:
         """The seeds of one row."""
-        return [row for row in self.made if (row["teacher"], row["row"]) == (teacher, name)]
+        return self.rows.of(teacher=teacher, row=name)
 
     def table(self) -> str:
         """Markdown: counts of the seeds, their mean and spread, and the share of the same teacher's ceiling."""
@@ -113,13 +108,6 @@ class Rows:
         return Image.fromarray(pixels.repeat_interleave(2, 0).repeat_interleave(2, 1).numpy())
 
 
-def run(line: str) -> dict:
-    """Print a command and run it with --json; its object."""
-    sys.stderr.write(f"dfcompress {line}\n")
-    done = subprocess.run(["dfcompress", *line.split(), "--json", "-q"], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
@@ -128,16 +116,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=[], help="for instance hinton_mlp/top-layer")
     given = parser.parse_args()
-    given.output.mkdir(parents=True, exist_ok=True)
-    rows = Rows(given.teachers, given.mnist, given.output)
+    students = Students(given.teachers, given.mnist, given.output)
     for seed in range(given.seeds):
         for teacher, (_, names) in TEACHERS.items():
             for name in names:
                 if not given.only or f"{teacher}/{name}" in given.only:
-                    rows.make(teacher, name, seed)
-    sys.stdout.write(rows.table() + "\n")
+                    measure = partial(students.measure, teacher, name, seed)
+                    students.rows.make(measure, teacher=teacher, row=name, seed=seed)
+    sys.stdout.write(students.table() + "\n")
     for teacher in TEACHERS:
-        if picture := rows.picture(teacher):
+        if picture := students.picture(teacher):
             picture.save(given.output / f"images-of-records-{teacher}.png")
 
 

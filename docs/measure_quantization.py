@@ -1,0 +1,116 @@
+"""The tables of "Quantization" in docs/results.md, by the installed command.
+
+    python docs/measure_quantization.py CHECKPOINT TEST LARGER_TEST REAL OUTPUT [--seeds N] [--only ROW ...]
+
+TEST and LARGER_TEST are real images to report on, REAL 1,000 training images for comparison. Images are made once for
+a seed (OUTPUT/images-SEED, as many and by the recipes that `quantize` would take) and serve all its rows. Every command
+is printed; results are appended to OUTPUT/rows.jsonl, and rows that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+
+from measuring import Rows, run
+
+RECIPES = {"synthetic": "bns-inception", "synthetic-bns": "bns"}
+EACH = 1024
+NOISE = "--recipe gaussian --mix none --images 1024"
+
+CALIBRATED = {
+    "8w8a calibrated": "--bits 8w8a --finetune none",
+    "4w8a calibrated": "--bits 4w8a --finetune none",
+    "4w4a calibrated": "--bits 4w4a --finetune none",
+    "4w4a calibrated, ends 4": "--bits 4w4a --first-last-bits 4 --finetune none",
+}
+TUNED = {
+    "2w4a, ends 4": "--bits 2w4a --first-last-bits 4",
+    "4w4a": "--bits 4w4a",
+}
+PLAIN = {
+    f"{row}, min-max alone": f"{asked} --weight-ranges minmax --no-correction" for row, asked in CALIBRATED.items()
+}
+ROWS = {
+    **CALIBRATED,
+    **TUNED,
+    **PLAIN,
+    **{f"{row}, blocks": f"{asked} --finetune blocks" for row, asked in TUNED.items()},
+}
+# Haroush et al. 2020: noise is of use only with frozen BatchNorm and the IQ loss.
+ABLATION = {
+    f"noise, BatchNorm {how}, {'IQ' if iq else 'no IQ'}": f"{NOISE} --bits 4w4a --finetune kd "
+    f"--train-set freeze_batchnorm={how == 'frozen'} --objective kd {'--objective iq=0.001' if iq else ''}"
+    for how in ("frozen", "free")
+    for iq in (True, False)
+}
+
+
+def images(given: argparse.Namespace, seed: int) -> Path:
+    """The images of a seed, made where they are not there."""
+    folder = given.output / f"images-{seed}"
+    for name, recipe in RECIPES.items():
+        if not (folder / name / "run.json").exists():
+            run(f"invert {given.checkpoint} --recipe {recipe} --images {EACH} --seed {seed} -o {folder / name}")
+    return folder
+
+
+def measure(given: argparse.Namespace, row: str, source: str, seed: int) -> dict:
+    """One row: right answers on both sets of test images, seconds and bytes."""
+    asked = {**ROWS, **ABLATION}[row]
+    if row not in ABLATION:
+        asked += f" --data {given.real if source == 'real' else images(given, seed)}"
+    where = given.output / f"{row.replace(' ', '-').replace(',', '')}-{source}-{seed}"
+    result = run(f"quantize {given.checkpoint} {asked} --seed {seed} -o {where} --overwrite --eval-data {given.test}")
+    larger = run(f"evaluate {given.checkpoint} {where} --data {given.larger_test}")["results"]
+    counts = {
+        name: {"float": results[0]["correct"], "correct": results[1]["correct"], "total": results[1]["total"]}
+        for name, results in (("test", result["evaluation"]["results"]), ("larger", larger))
+    }
+    return {**counts, **{name: result[name] for name in ("seconds", "bytes", "bytes_ratio", "agreement")}}
+
+
+def table(rows: Rows) -> str:
+    """Markdown: a line for each row and source of images."""
+    columns = ("row", "images", "correct", "mean", "correct on the larger set", "mean", "lost there, points")
+    lines = [f"| {' | '.join((*columns, 'bytes', 'calibration + fine-tuning'))} |", "|---" * 9 + "|"]
+    for row in {**ROWS, **ABLATION}:
+        for source in ("made", "real"):
+            if made := rows.of(row=row, source=source):
+                lines.append(_line(row, source, made))
+    return "\n".join(lines)
+
+
+def _line(row: str, source: str, made: list[dict]) -> str:
+    cells = [row, "noise" if row in ABLATION else source]
+    for which in ("test", "larger"):
+        counts, total = [each[which]["correct"] for each in made], made[0][which]["total"]
+        cells += [" ".join(f"{count:,}" for count in counts), f"{statistics.mean(counts) / total:.2%}"]
+    lost = statistics.mean(each["larger"]["float"] - each["larger"]["correct"] for each in made)
+    seconds = [statistics.mean(each["seconds"][part] for each in made) for part in ("calibration", "training")]
+    cells += [f"{100 * lost / made[0]['larger']['total']:.2f}", f"{made[0]['bytes_ratio']:.4f}"]
+    return f"| {' | '.join(cells)} | {seconds[0]:.0f} + {seconds[1]:.0f} s |"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    for name in ("checkpoint", "test", "larger_test", "real", "output"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="*", default=[], choices=[*ROWS, *ABLATION])
+    parser.add_argument("--sources", nargs="*", default=["made", "real"], choices=["made", "real"])
+    given = parser.parse_args()
+    rows = Rows(given.output)
+    for seed in given.seeds:
+        for row in given.only or {**ROWS, **ABLATION}:
+            for source in ["made"] if row in ABLATION else given.sources:
+                rows.make(partial(measure, given, row, source, seed), row=row, source=source, seed=seed)
+    sys.stdout.write(table(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
