@@ -125,7 +125,7 @@ class QuantizedLayer(nn.Module):
 
     def learn_steps(self) -> None:
         """Make the scales of weight and input parameters that start where they are (LSQ, Esser et al. 2020)."""
-        self.weight_step = nn.Parameter(self.scale_now())
+        self.weight_step, self.weight_scale = nn.Parameter(self.scale_now()), None
         if self.input_grid is not None:
             self.input_step = self.input_grid.as_step(self.weight.device)
 
