@@ -41,11 +41,12 @@ def converted(name: str, value: Any, default: Any) -> Any:
 
 def assignments(texts: Sequence[str], option: str) -> dict[str, str]:
     """`NAME=VALUE` texts by name; raises `BadInput` naming the option for one without a '='."""
-    values = {}
+    values: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise BadInput(f"{option} {text!r} has no '='.", f"Write NAME=VALUE, for instance {option} lr=0.1.")
+        values.pop(name.strip(), None)  # A name that comes again comes last.
         values[name.strip()] = value.strip()
     return values
 

@@ -103,6 +103,10 @@ def test_the_module_runs_as_a_program():
         (["quantize", DEMO, "--finetune", "none", "--train-steps", "5"], "--finetune none trains nothing"),
         (["quantize", DEMO, "--finetune", "blocks", "--optimizer", "adam"], "called 'optimizer'"),
         (["quantize", DEMO, "--finetune", "blocks", "--train-lr", "0"], "no reconstruction"),
+        (["quantize", DEMO, "--finetune", "blocks", "--objective", "kd"], "follows no --objective"),
+        (["quantize", DEMO, "--target", "tensorrt"], "Add --export onnx"),
+        (["quantize", DEMO, "--bits", "auto", "--size-ratio", "0.1", "--layer-bits", "*=4w4a"], "no layer left"),
+        (["quantize", DEMO, "--bits", "9w9a", "--dry-run"], "9-bit weights"),
         (["quantize", DEMO, "--max-drop", "1"], "--max-drop needs real images"),
         (["quantize", DEMO, "--max-drop", "-1", "--eval-data", DEMO], "--max-drop -1"),
         (["quantize", DEMO, "--min-agreement", "95"], "--min-agreement 95 is no share"),
@@ -430,3 +434,13 @@ def test_the_model_may_be_named_by_the_environment_or_the_configuration(capsys, 
     (tmp_path / "dfcompress.toml").unlink()
     monkeypatch.setenv("DFCOMPRESS_MODEL", str(DEMO))
     assert answer(capsys, *line)[0] == 0
+
+
+def test_a_student_begins_with_the_weights_of_a_quantized_model(capsys, tmp_path):
+    answer(capsys, "quantize", DEMO, "--data", DEMO, "--finetune", "none", "--bits", "8w8a", "-o", "packed")
+    line = ["distill", DEMO, "--student-init", "packed", "--data", DEMO, "--unseen", "0", "--train-steps", "0"]
+    code, out, _ = answer(capsys, *line, "-o", "student", "--json", "--eval-data", DEMO)
+    rows = json.loads(out)["evaluation"]["results"]
+    assert code == 0
+    assert rows[1]["correct"] > 9900
+    assert json.loads(out)["bytes_ratio"] > 0.99

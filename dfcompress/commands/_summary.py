@@ -81,7 +81,7 @@ def layers(report: dict[str, Any]) -> None:
             f"{row['weight_bits']}w{row['input_bits']}a",
             "" if row["input_low"] is None else f"{row['input_low']:.3g} .. {row['input_high']:.3g}",
             f"{row['sensitivity']:.4f}",
-            f"{row['signal_to_noise']:.1f}",
+            "" if row["signal_to_noise"] is None else f"{row['signal_to_noise']:.1f}",
         ]
         for row in report["layers"]
     ]

@@ -76,7 +76,8 @@ def quantize(
     import dataclasses
     import json
 
-    from dfcompress.quantization.quantize import FINETUNING, quantize, usual_synthesis
+    from dfcompress.quantization.bits import layers_of
+    from dfcompress.quantization.quantize import FINETUNING, quantize, usual_synthesis, wanted_bits
     from dfcompress.quantization.report import REPORT
     from dfcompress.settings import assignments, changed
     from dfcompress.synthesis.invert import plans
@@ -86,7 +87,12 @@ def quantize(
         raise BadInput("--finetune none trains nothing.", "Leave the options of training out.")
     settings = changed(usual, training, "setting of training called") if usual else None
     gates.require_images(eval_data)
+    patterns = assignments(layer_bits, "--layer-bits")
+    if target != "onnxruntime" and not export:
+        raise BadInput(f"--target {target} is of the file that --export writes.", "Add --export onnx.")
     if dry_run:
+        layers = layers_of(model).quantizable
+        wanted_bits(model, layers, bits, first_last_bits, patterns, size_ratio, signed=calibration.signed)
         made = [] if data else plans(model, usual_synthesis(model, synthesis), compute, mix=mix)
         _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(settings) if settings else None)
         return
@@ -94,7 +100,7 @@ def quantize(
         model,
         bits=bits,
         first_last_bits=first_last_bits,
-        layer_bits=assignments(layer_bits, "--layer-bits"),
+        layer_bits=patterns,
         size_ratio=size_ratio,
         data=data,
         output=output,

@@ -63,7 +63,7 @@ class Compressed:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Compressed:
         """The result that `to_json` gave."""
-        evaluation, export = values["evaluation"], values["export"]
+        evaluation, export = values["evaluation"], values.get("export")
         read = {
             "evaluation": Evaluation(evaluation["results"]) if evaluation else None,
             "export": Exported(**export) if export else None,

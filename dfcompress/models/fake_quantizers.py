@@ -13,6 +13,7 @@ Both pass the gradient straight through where nothing was clipped. Biases and Ba
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from dfcompress.errors import BadInput
 
 WIDTHS = range(2, 9)
 FLOAT_BITS = 32
+_BUFFERS = ("weight_scale", "weight_share")
+_STEPS = ("weight_step", "input_step")
 
 # The smallest normal fp32 number: the scale of an all-zero channel, whose reciprocal is still finite.
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -120,8 +123,8 @@ class QuantizedLayer(nn.Module):
         if self.weight_scale is not None:
             return self.weight_scale
         if self.weight_step is not None:
-            return self.weight_step.detach().clamp_min(_SMALLEST_SCALE)
-        return (self.weight_share * channel_scales(self.weight, bits=self.weight_bits)).clamp_min(_SMALLEST_SCALE)
+            return as_scales(self.weight_step.detach())
+        return as_scales(self.weight_share * channel_scales(self.weight, bits=self.weight_bits))
 
     def learn_steps(self) -> None:
         """Make the scales of weight and input parameters that start where they are (LSQ, Esser et al. 2020)."""
@@ -221,10 +224,11 @@ def quantize_layers(network: nn.Module, layer_bits: Mapping[str, tuple[int, int]
         layer.weight_bits, layer.input_bits = layer_bits[name]
         layer.input_grid = None
         # Buffers, so that they move with the layer; not persistent ones, so that state-dict keys stay.
-        layer.register_buffer("weight_scale", None, persistent=False)
-        layer.register_buffer("weight_share", torch.ones_like(layer.weight.detach().flatten(1)[:, 0]), persistent=False)
-        layer.register_parameter("weight_step", None)
-        layer.register_parameter("input_step", None)
+        shares = torch.ones_like(layer.weight.detach().flatten(1)[:, 0])
+        for buffer, values in zip(_BUFFERS, (None, shares), strict=True):
+            layer.register_buffer(buffer, values, persistent=False)
+        for step in _STEPS:
+            layer.register_parameter(step, None)
 
 
 def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
@@ -251,6 +255,17 @@ def in_float(network: nn.Module, *, but: str | None = None) -> Iterator[None]:
             layer.__class__ = quantized
 
 
+def dequantized(network: nn.Module) -> nn.Module:
+    """A copy in float, whose layers have the weights that the quantized ones compute with."""
+    twin = copy.deepcopy(network)
+    freeze(twin)
+    for layer in quantized_layers(twin).values():
+        layer.__class__ = _PLAIN[type(layer)]  # type: ignore[assignment]
+        for name in (*_BUFFERS, *_STEPS):
+            delattr(layer, name)
+    return twin
+
+
 def learn_steps(network: nn.Module) -> None:
     """Make the scales of all quantized layers parameters, in place; the state dict has them until they are frozen."""
     for layer in quantized_layers(network).values():
@@ -274,16 +289,16 @@ def largest_integer(bits: int) -> int:
 def channel_scales(weight: Tensor, *, bits: int) -> Tensor:
     """One scale `(out_channels,)` per output channel of `weight`: max|w| / (2^(bits − 1) − 1)."""
     largest_magnitudes = weight.detach().flatten(1).abs().amax(1)
-    return (largest_magnitudes / largest_integer(bits)).clamp_min(_SMALLEST_SCALE)
+    return as_scales(largest_magnitudes / largest_integer(bits))
 
 
 def on_learnt_grid(values: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
     """The nearest of the values lowest·step .. highest·step, differentiable in `values` and in `step`.
 
-    Rounding passes gradients straight through; those of a step are divided by √(values that share it · highest), so
-    that it moves at the pace of the weights (LSQ, Esser et al. 2020, section 2.2).
+    Rounding passes gradients straight through; those of a step are divided by √(values that share it · highest), where
+    values of one image count, so that it moves at the pace of the weights (LSQ, Esser et al. 2020, section 2.2).
     """
-    shared = values.numel() / step.numel()
+    shared = values[0].numel() if step.dim() == 0 else values.numel() / step.numel()
     pace = 1 / math.sqrt(shared * max(highest, 1))
     step = _with_gradient(step, step * pace).clamp_min(_SMALLEST_SCALE)
     scaled = (values / step).clamp(lowest, highest)
@@ -293,6 +308,11 @@ def on_learnt_grid(values: Tensor, step: Tensor, lowest: int, highest: int) -> T
 def _with_gradient(value: Tensor, gradient: Tensor) -> Tensor:
     """`value` to the bit, with the gradient of another tensor."""
     return value.detach() + (gradient - gradient.detach())
+
+
+def as_scales(values: Tensor) -> Tensor:
+    """The values in fp32, none so small that its reciprocal is not finite."""
+    return values.float().clamp_min(_SMALLEST_SCALE)
 
 
 def _as_scale(value: float) -> float:

@@ -12,10 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dfcompress.models.classifier import Classifier, pass_once
-from dfcompress.models.fake_quantizers import QuantizedLayer, per_channel
+from dfcompress.models.fake_quantizers import (
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    as_scales,
+    per_channel,
+)
 from dfcompress.models.hooks import hooked
 
+# Subclasses may compute something else.
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_LAYERS = (nn.Conv2d, nn.Linear, QuantizedConv2d, QuantizedLinear)
 
 
 @torch.no_grad()
@@ -38,7 +46,7 @@ def fold_batchnorms(classifier: Classifier) -> list[str]:
 def _pairs(classifier: Classifier) -> dict[str, str]:
     """The layer before each BatchNorm that can be folded into it."""
     modules = dict(classifier.network.named_modules())
-    layers = [name for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)]
+    layers = [name for name, module in modules.items() if type(module) in _LAYERS]
     norms = [name for name, module in modules.items() if type(module) in _PLAIN and module.running_mean is not None]
     made: dict[int, str] = {}
     taken: dict[str, int] = {}
@@ -93,7 +101,7 @@ def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
     if isinstance(layer, QuantizedLayer):
         integers, scale = layer.integer_weight()
         signs = torch.where(factor < 0, -1, 1).to(torch.int8)
-        layer.set_integer_weight(integers * per_channel(signs, integers), (scale * factor.abs()).float())
+        layer.set_integer_weight(integers * per_channel(signs, integers), as_scales(scale * factor.abs()))
     else:
         layer.weight = nn.Parameter((weight * per_channel(factor, weight)).float(), requires_grad=False)
     layer.bias = nn.Parameter(shift.float(), requires_grad=False)

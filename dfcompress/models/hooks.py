@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from dfcompress.models.classifier import Classifier, pass_once
+
+MANY = 1_000_000
 Hook = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
 InputHook = Callable[[str, Tensor], Tensor | None]
 
@@ -36,3 +40,21 @@ def hooked_inputs(network: nn.Module, names: Iterable[str], hook: InputHook) -> 
 
             stack.callback(network.get_submodule(name).register_forward_pre_hook(run).remove)
         yield
+
+
+def count_runs(classifier: Classifier, names: Iterable[str]) -> Counter[str]:
+    """How often one forward pass runs each named module with one tensor in and one out, in the order of the first runs;
+    other runs count as many.
+    """
+    runs: Counter[str] = Counter()
+
+    def counting(name: str) -> Callable[..., None]:
+        def count(module: nn.Module, given: Any, named: Any, output: Any) -> None:
+            plain = len(given) == 1 and not named and isinstance(given[0], Tensor) and isinstance(output, Tensor)
+            runs[name] += 1 if plain else MANY
+
+        return count
+
+    modules = [(name, classifier.network.get_submodule(name)) for name in names]
+    pass_once(classifier, [module.register_forward_hook(counting(name), with_kwargs=True) for name, module in modules])
+    return runs

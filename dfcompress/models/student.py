@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from dfcompress.models.architectures import HALF, SMALL_INPUT, architectures, na
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, why_not_run
-from dfcompress.models.fake_quantizers import is_quantized
+from dfcompress.models.fake_quantizers import dequantized
 from dfcompress.models.inheritance import inherit
 from dfcompress.settings import AUTO
 
@@ -95,13 +94,11 @@ def _from_checkpoint(name: str | None, card: ModelCard, start: Classifier) -> tu
     own = start.card
     if name is not None and own.architecture not in (name, _meant(name, card)):
         raise BadInput(f"--student-init holds {own.architecture}, not {name}.", "Leave --student out.")
-    if is_quantized(start.network):
-        raise BadInput("--student-init is quantized.", "Start from a float model, and quantize the result.")
     if (own.classes, own.input_size) != (card.classes, card.input_size):
         theirs, ours = (f"{each.classes} classes of {'x'.join(map(str, each.input_size))}" for each in (own, card))
         raise BadInput(f"--student-init is for {theirs}, the teacher for {ours}.", "Start from another checkpoint.")
     kept = replace(own, class_names=card.class_names)
-    student = Classifier(copy.deepcopy(start.network), kept, name=start.name, sha256=start.sha256, path=start.path)
+    student = Classifier(dequantized(start.network), kept, name=start.name, sha256=start.sha256, path=start.path)
     return student, f"Student: {own.architecture} from {start.name}, {_described(student)}"
 
 

@@ -42,7 +42,7 @@ class Wanted:
 
 
 def parse_bits(text: str, option: str = "--bits") -> Wanted:
-    """What `4w4a`, `w4a4`, `auto4w` ... asks for: `auto` is `autow8a`.
+    """What `4w4a`, `w4a4` or `autow4a` asks for; `auto` is `autow8a`.
 
     Raises `BadInput` where the text is none of these, or names widths outside 2 to 8 (and 32 for activations).
     """

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfcompress.device import exact_fp32
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.fake_quantizers import QuantizedLayer
-from dfcompress.models.hooks import hooked
+from dfcompress.models.hooks import count_runs, hooked
 
 PIXELS = 2**20  # Of all images that are seen at once,
 FEWEST = 64  # but never fewer images.
@@ -30,14 +30,15 @@ def images_to_correct_on(card_size: tuple[int, int, int], available: int) -> int
 @torch.no_grad()
 def correct(student: Classifier, teacher: Classifier, images: Tensor) -> None:
     """Change the quantized student's BatchNorms and biases so that every channel has the teacher's mean, and behind a
-    BatchNorm its variance, on `images` `(N, C, H, W)` in [0, 1].
+    BatchNorm its variance, at the places where they are, on `images` `(N, C, H, W)` in [0, 1].
 
     `teacher` is the same network in float. One pass of each: what the student's layer sees is corrected already.
     """
     wanted: dict[str, tuple[Tensor, Tensor]] = {}
 
     def note(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
-        wanted[name] = _moments(activations if isinstance(module, _BatchNorm) else output)
+        passed = activations if isinstance(module, _BatchNorm) else output
+        wanted[name] = _moments(module, passed)
 
     def mend(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> Tensor:
         if isinstance(module, _BatchNorm):
@@ -50,40 +51,46 @@ def correct(student: Classifier, teacher: Classifier, images: Tensor) -> None:
 
 
 def _correctable(student: Classifier) -> list[str]:
-    """BatchNorms with statistics and quantized layers with a bias."""
-    return [
+    """BatchNorms with statistics and quantized layers with a bias, but for those that run several times: what they see
+    differs from time to time.
+    """
+    names = [
         name
         for name, module in student.network.named_modules()
         if (isinstance(module, _BatchNorm) and module.running_mean is not None)
         or (isinstance(module, QuantizedLayer) and module.bias is not None)
     ]
+    runs = count_runs(student, names)
+    return [name for name in names if runs[name] == 1]
 
 
 def _shifted(layer: nn.Module, output: Tensor, wanted: Tensor) -> Tensor:
     """The output of a layer whose bias has been moved so that it has the mean `wanted`."""
-    shift = (wanted - _moments(output)[0]).to(output.dtype)
+    shift = (wanted - _moments(layer, output)[0]).to(output.dtype)
     layer.get_parameter("bias").add_(shift)
-    return output + _per_channel(shift, output)
+    axis = _channels_of(layer)
+    return (output.movedim(axis, -1) + shift).movedim(-1, axis)
 
 
 def _renormalised(norm: _BatchNorm, activations: Tensor, wanted_mean: Tensor, wanted_variance: Tensor) -> Tensor:
     """The output of a BatchNorm that has taken over how its input's statistics differ from those wanted."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    mean, variance = _moments(activations)
+    mean, variance = _moments(norm, activations)
     # A channel that never moves has nothing to be rescaled by.
     widened = torch.where((variance > 0) & (wanted_variance > 0), variance / wanted_variance, 1.0)
     norm.running_mean.copy_(mean + (norm.running_mean - wanted_mean) * widened.sqrt())
-    norm.running_var.mul_(widened)
+    norm.running_var.copy_(((norm.running_var + norm.eps) * widened - norm.eps).clamp_min(0))
     return type(norm).forward(norm, activations)
 
 
-def _moments(activations: Tensor) -> tuple[Tensor, Tensor]:
+def _channels_of(module: nn.Module) -> int:
+    """The dimension of a module's channels: the last of a linear layer, else the second."""
+    return -1 if isinstance(module, nn.Linear) else 1
+
+
+def _moments(module: nn.Module, activations: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel `(C,)`, in float64."""
-    channels = activations.transpose(0, 1).flatten(1) if activations.dim() != 3 else activations.flatten(0, 1).T
+    channels = activations.movedim(_channels_of(module), 0).flatten(1)
     variance, mean = torch.var_mean(channels.double(), dim=1, correction=0)
     return mean, variance
-
-
-def _per_channel(shift: Tensor, output: Tensor) -> Tensor:
-    return shift.view(1, -1, *[1] * (output.dim() - 2)) if output.dim() != 3 else shift

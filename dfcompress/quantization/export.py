@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dfcompress.data.real import open_images
-from dfcompress.data.synthetic_set import MANIFEST
+from dfcompress.data.synthetic_set import MANIFEST, as_float
 from dfcompress.device import exact_fp32
 from dfcompress.errors import BadInput
 from dfcompress.models.checkpoint import as_classifier
@@ -115,16 +115,21 @@ class Exporting:
             return
         for name, (weights, inputs) in bits.items():
             if weights != INT8 or inputs not in (INT8, FLOAT_BITS):
-                found = f"{weights or 'automatic '}-bit weights and {inputs}-bit inputs"
+                found = f"weights of {weights or 'as yet unknown'} and inputs of {inputs} bits"
                 raise BadInput(
                     f"Layer {name} has {found}, and TensorRT has kernels for 8 bits alone: 4 bits buy size.",
                     "Use --bits 8w8a, or --target onnxruntime.",
                 )
-        if bits and not signed:
+        if not signed and any(inputs == INT8 for _, inputs in bits.values()):
             raise BadInput(
                 "Activations have zero points, which TensorRT does not take.",
                 "Quantize with --signed, or use --target onnxruntime.",
             )
+
+    def rehearse(self, teacher: Classifier) -> None:
+        """Raise `DfcompressError` where not even the float network can be exported."""
+        with tempfile.TemporaryDirectory() as folder:
+            write_onnx(teacher, Path(folder) / FILE)
 
     def write(self, classifier: Classifier, path: Path, images: Tensor) -> Exported:
         """Write `path` and compare it on `images` `(N, C, H, W)` in [0, 1]; raises `BadInput` as `require` does."""
@@ -222,5 +227,11 @@ def _images(classifier: Classifier, data: str | Path | None) -> Tensor:
         shape = (CHECKED // 4, *classifier.card.input_size)
         noise = torch.randn(shape, generator=generator("export")).to(classifier.mean.device)
         return classifier.denormalise(noise).clamp(0, 1).cpu()
-    batches = open_images(data, classifier.card).batches(BATCH)
-    return torch.cat([images for images, _ in islice(batches, CHECKED // BATCH)])
+    source = open_images(data, classifier.card)
+    batches = source.batches(BATCH, every=max(1, len(source) // CHECKED))
+    return torch.cat([images for images, _ in islice(batches, max(1, CHECKED // BATCH))])
+
+
+def sampled(images: Tensor) -> Tensor:
+    """Some stored images `(N, C, H, W)`, evenly spread, in [0, 1]."""
+    return as_float(images[:: -(-len(images) // CHECKED)])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import (
     InputGrid,
@@ -44,19 +45,24 @@ def write_onnx(classifier: Classifier, path: Path) -> None:
     twin = copy.deepcopy(classifier).to("cpu").frozen()
     fold_batchnorms(twin)
     widths = _make_exportable(twin.network)
-    opset = max((OPSETS[width] for width in widths.values()), default=OPSETS[8])
+    inputs = [layer.input_bits for layer in quantized_layers(twin.network).values() if layer.input_grid]
+    opset = max(OPSETS[width] for width in (8, *widths.values(), *map(_container, inputs)))
     images = torch.zeros(2, *classifier.card.input_size)
-    program = torch.onnx.export(
-        twin,
-        (images,),
-        dynamo=True,
-        opset_version=opset,
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        custom_translation_table=_translations(),
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            twin,
+            (images,),
+            dynamo=True,
+            opset_version=opset,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            custom_translation_table=_translations(),
+            verbose=False,
+        )
+    except Exception as error:  # The exporter wraps whatever a network's own code raises.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DfcompressError(f"{classifier.name} cannot be exported: {reason}", "Use it without ONNX.") from error
     assert program is not None
     _narrow(program.model, widths)
     _strip(program.model)

@@ -8,11 +8,13 @@ dfcompress.quantize("resnet20.pt", bits="autow8a", size_ratio=0.15, export="onnx
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dfcompress import console
@@ -28,14 +30,15 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized, learn_steps, quantize_layers
 from dfcompress.models.stages import Stage, stages_of
 from dfcompress.models.statistics import why_no_statistics
-from dfcompress.quantization.bits import USUAL_ENDS, Wanted, assign, layers_of, parse_bits, parse_ends
+from dfcompress.quantization.bits import USUAL_ENDS, Bits, Wanted, assign, layers_of, parse_bits, parse_ends
 from dfcompress.quantization.correction import correct, images_to_correct_on
-from dfcompress.quantization.export import CHECKED, FILE, Exported, Exporting, Target
+from dfcompress.quantization.export import FILE, Exported, Exporting, Target, sampled
 from dfcompress.quantization.ranges import InputRule, WeightRule, calibrate, fit_weights, require_rules
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct
 from dfcompress.quantization.report import REPORT, layer_report
 from dfcompress.quantization.sensitivity import IMAGES as SENSITIVITY_IMAGES
 from dfcompress.quantization.sensitivity import choose_bits, require_reachable, sensitivities
+from dfcompress.randomness import generator
 from dfcompress.run import running, write_json
 from dfcompress.settings import AUTO
 from dfcompress.synthesis.invert import learner
@@ -62,6 +65,7 @@ OBJECTIVES: Mapping[Finetuning, Mapping[str, float]] = {
 }
 CALIBRATION_BATCH = 256
 RECIPE = "bns-inception"
+BITS = "bits.partial"
 
 
 @dataclass(frozen=True)
@@ -114,28 +118,35 @@ def quantize(
     `finetune`: `lsq` trains weights and steps to follow the float model (Esser et al. 2020), `kd` the weights with
     ranges frozen (Haroush et al. 2020, section 4.2), `blocks` learns the rounding block by block, `none` only
     calibrates. `training` changes its usual settings (`FINETUNING`), `objectives` what is followed (`OBJECTIVES`).
-    BatchNorm's statistics are frozen throughout.
+    BatchNorm's statistics stay as they are corrected.
     `data` is a synthetic set, the folder of a run that made some, or real images; without it images are made first, by
     `bns-inception` unless another recipe is named, half of them by the recipe `mix` (see `ImageSupply`), and kept in
     `<output>/synthetic` and `<output>/synthetic-<mix>`.
     `export` also writes `model.onnx` for `onnxruntime` or `tensorrt` and checks it (see `dfcompress.export`).
     The folder `output` (default: `<checkpoint>-quantize`) holds the packed model (`model.safetensors`, `config.json`),
-    `quantization.json` (every layer), `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
+    `quantization.json` (every layer), `metrics.jsonl` (of `lsq` and `kd`) and `run.json`. `eval_data` are real images
+    that only report.
     Raises `BadInput` where the model, the bits or the data cannot be used.
     """
     teacher = as_classifier(checkpoint)
     if is_quantized(teacher.network):
         raise BadInput(f"{teacher.name} is quantized already.", "Give the model it was made from.")
     student, layers = copy.deepcopy(teacher), layers_of(teacher)
-    wanted = assign(layers.quantizable, parse_bits(bits), ends=parse_ends(first_last_bits), layer_bits=layer_bits or {})
-    require_reachable(teacher, wanted, size_ratio)
+    wanted = wanted_bits(
+        teacher, layers.quantizable, bits, first_last_bits, layer_bits or {}, size_ratio, signed=calibration.signed
+    )
     tuning = _tuning(finetune, training)
     pairs = [(stage, stage) for stage in stages_of(teacher).values()]
+    if objectives is not None and finetune not in OBJECTIVES:
+        raise BadInput(f"--finetune {finetune} follows no --objective.", "Use lsq or kd.")
     weights = _objectives(finetune, pairs) if objectives is None else objectives
+    if not pairs and any(name in OF_FEATURES for name in weights):
+        raise BadInput(f"{teacher.name} has no stages whose features could be compared.", "Use --objective kd.")
     terms = make_objectives(weights, temperature=temperature, pairs=pairs, seed=compute.seed) if weights else []
     exporting = Exporting(export) if export else None
     if exporting:
         exporting.require({name: (each.weights, each.activations) for name, each in wanted.items()}, calibration.signed)
+        exporting.rehearse(teacher)  # What cannot be exported should not cost an hour of work.
     supply = ImageSupply(
         teacher,
         data,
@@ -172,7 +183,7 @@ def quantize(
             console.notice(f"Layer {name} is a {kind}, which cannot be quantized: it stays in float.")
         images = supply.gather(run.folder)
         with run.timed("calibration"):
-            prepared = _prepare(student, teacher, wanted, images.train, calibration, size_ratio, compute)
+            prepared = _prepare(student, teacher, wanted, images.train, calibration, size_ratio, compute, run.folder)
         trained = _finetuned(student, teacher, finetune, tuning, terms, images.train, compute, run.folder)
         freeze(student.network)
         if peers().leads:
@@ -182,12 +193,34 @@ def quantize(
 
         def write_export(saved: Classifier) -> Exported:
             assert exporting
-            return exporting.write(saved, run.folder / FILE, as_float(images.train[:CHECKED]))
+            return exporting.write(saved, run.folder / FILE, sampled(images.train))
 
         taught = [same_classes(teacher, images)]
-        return hand_back(
+        result = hand_back(
             run, student, taught, trained=trained, measure=measure, export=write_export if exporting else None
         )
+        if peers().leads:
+            (run.folder / BITS).unlink(missing_ok=True)
+        return result
+
+
+def wanted_bits(
+    teacher: Classifier,
+    layers: Sequence[str],
+    bits: str,
+    first_last_bits: int | str,
+    layer_bits: Mapping[str, str],
+    size_ratio: float | None,
+    *,
+    signed: bool,
+) -> dict[str, Wanted]:
+    """What the options ask of each of the `layers`; raises `BadInput` where that cannot be."""
+    asked = parse_bits(bits)
+    wanted = assign(layers, asked, ends=parse_ends(first_last_bits), layer_bits=layer_bits)
+    if asked.weights is None and all(each.weights for each in wanted.values()):
+        raise BadInput("--bits auto has no layer left to choose for.", "Use --first-last-bits same, or fewer patterns.")
+    require_reachable(teacher, wanted, size_ratio, signed=signed)
+    return wanted
 
 
 def usual_synthesis(teacher: Classifier, synthesis: Synthesis) -> Synthesis:
@@ -230,6 +263,7 @@ def _prepare(
     calibration: Calibration,
     size_ratio: float | None,
     compute: Compute,
+    folder: Path,
 ) -> _Prepared:
     """Quantize the student's layers, with bits and ranges for each."""
     target = resolve_device(compute.device)
@@ -240,8 +274,12 @@ def _prepare(
         batch_size=CALIBRATION_BATCH,
         seed=compute.seed,
     )
-    few = as_float(images[:SENSITIVITY_IMAGES].to(target))
-    chosen = choose_bits(teacher, wanted, few, size_ratio=size_ratio)
+    # Images come recipe after recipe, and real ones class after class.
+    mixed = images[torch.randperm(len(images), generator=generator("calibration", compute.seed))]
+    few = as_float(mixed[:SENSITIVITY_IMAGES].to(target))
+    chosen = _chosen_once(
+        folder / BITS, lambda: choose_bits(teacher, wanted, few, size_ratio=size_ratio, signed=calibration.signed)
+    )
     quantize_layers(student.to(target).network, chosen)
     fit_weights(student, rule=calibration.weights)
     batches = (pool.batch(step) for step in range(calibration.steps))
@@ -249,8 +287,16 @@ def _prepare(
     sensitivity = sensitivities(student, few, list(chosen))
     if calibration.correction:
         count = images_to_correct_on(teacher.card.input_size, len(images))
-        correct(student, teacher, as_float(images[:count].to(target)))
+        correct(student, teacher, as_float(mixed[:count].to(target)))
     return _Prepared(few, sensitivity)
+
+
+def _chosen_once(path: Path, choose: Callable[[], dict[str, Bits]]) -> dict[str, Bits]:
+    """What `choose` gives, the same for all processes and resumes: measurements may differ in their last bits."""
+    if peers().leads and not path.exists():
+        write_json(path, choose())
+    told = peers().told(json.loads(path.read_text()) if peers().leads else None)
+    return {name: Bits(*bits) for name, bits in told.items()}
 
 
 def _finetuned(

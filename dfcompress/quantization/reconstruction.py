@@ -10,7 +10,7 @@ other, on features, so this is a loop of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from dfcompress import console
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import exact_fp32
 from dfcompress.errors import BadInput
-from dfcompress.models.classifier import Classifier, evaluating, pass_once
+from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.fake_quantizers import (
     InputGrid,
     QuantizedLayer,
@@ -33,10 +33,11 @@ from dfcompress.models.fake_quantizers import (
     per_channel,
     quantized_layers,
 )
-from dfcompress.models.hooks import hooked, hooked_inputs
-from dfcompress.randomness import seed_of
+from dfcompress.models.hooks import count_runs, hooked, hooked_inputs
+from dfcompress.randomness import generator, seed_of
 from dfcompress.run import Clock, save_state
 
+IMAGES = 1024  # Features of so many are in memory.
 LARGEST_UNIT = 4
 PASSED = 256  # Images of a forward pass.
 STRETCH = (-0.1, 1.1)  # The rectified sigmoid's range, so that 0 and 1 are reached (AdaRound, eq. 23).
@@ -86,6 +87,7 @@ def reconstruct(
     `teacher` is the same network in float, on the same device; `images` `(N, C, H, W)` as stored. Finished units are
     kept in the file `state`; where it is there, work goes on from it, to the same bits.
     """
+    images = images[torch.randperm(len(images), generator=generator("reconstruction", seed))[:IMAGES]]
     names = units_of(student)
     clock, losses = Clock(), {}
     if state and state.exists():
@@ -113,23 +115,16 @@ def reconstruct(
 def units_of(classifier: Classifier) -> list[str]:
     """The parts that are reconstructed one after the other, in execution order: of every branch of the network the
     largest module with at most four quantized layers that runs once and has one tensor in and one out (a residual
-    block, say); plain containers are taken apart.
+    block, say); plain containers are taken apart. Layers that run several times are in none.
     """
-    runs: dict[str, int] = {}
-    order: list[str] = []
-
-    def note(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
-        runs[name] = runs.get(name, 0) + isinstance(activations, Tensor) * isinstance(output, Tensor)
-        order.append(name)
-
-    names = [name for name, module in classifier.network.named_modules() if _quantized_in(module)]
-    with hooked(classifier.network, names, note):
-        pass_once(classifier, [])
+    runs = count_runs(
+        classifier, [name for name, module in classifier.network.named_modules() if _quantized_in(module)]
+    )
     units = set(_units_in("", classifier.network, runs))
-    return [name for name in dict.fromkeys(order) if name in units]
+    return [name for name in runs if name in units and runs[name] == 1]
 
 
-def _units_in(name: str, module: nn.Module, runs: dict[str, int]) -> Iterator[str]:
+def _units_in(name: str, module: nn.Module, runs: Mapping[str, int]) -> Iterator[str]:
     layers = _quantized_in(module)
     container = not name or type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     if isinstance(module, QuantizedLayer) or (
@@ -150,13 +145,15 @@ def _reconstruct_unit(
 ) -> float:
     """Learn one unit's rounding and input steps and freeze them; the error that is left, as a share of the variance."""
     unit = student.network.get_submodule(name)
-    (own, _), (given, wanted) = (_passing(network, name, images) for network in (student, teacher))
+    own, _ = _passing(student, name, images, outputs=False)
+    given, wanted = _passing(teacher, name, images)
     learners = {path: _Learner(layer) for path, layer in unit.named_modules() if isinstance(layer, QuantizedLayer)}
     steps = [learner.step for learner in learners.values() if learner.step is not None]
     groups = [{"params": [each.rise for each in learners.values()], "lr": settings.lr}]
     groups += [{"params": steps, "lr": settings.input_lr}] if steps else []
     optimizer = torch.optim.Adam(groups)
     random = torch.Generator(device=own.device).manual_seed(seed)
+    channels = wanted.shape[1] if wanted.dim() == 4 else wanted.shape[-1]
 
     def partly(whole: Tensor, other: Tensor) -> Tensor:
         """Some elements of one, the rest of the other."""
@@ -171,7 +168,7 @@ def _reconstruct_unit(
             weights = {f"{path}.weight".lstrip("."): learner.weight() for path, learner in learners.items()}
             output = functional_call(unit, weights, (partly(given[some], own[some]),))
             # Summed over channels, the mean over images and pixels, as BRECQ has it.
-            loss = (output - wanted[some]).square().sum(1).mean()
+            loss = (output - wanted[some]).square().mean() * channels
             if step >= settings.warmup * settings.steps:
                 sharpness = _sharpness(step, settings)
                 loss = loss + settings.rounding * sum(each.indecision(sharpness) for each in learners.values())
@@ -236,20 +233,20 @@ class _EnoughError(Exception):
 
 
 @torch.no_grad()
-def _passing(classifier: Classifier, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and outputs of a module, for all `images`, as stored."""
+def _passing(classifier: Classifier, name: str, images: Tensor, *, outputs: bool = True) -> tuple[Tensor, Tensor]:
+    """Inputs and outputs (if asked for) of a module, for all `images`, as stored."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def stop(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
-        seen.append((activations, output))
+        seen.append((activations, output if outputs else output[:0]))
         raise _EnoughError
 
     with exact_fp32(), evaluating(classifier), hooked(classifier.network, [name], stop):
         for some in images.split(PASSED):
             with suppress(_EnoughError):
                 classifier(as_float(some.to(classifier.mean.device)))
-    inputs, outputs = zip(*seen, strict=True)
-    return torch.cat(inputs), torch.cat(outputs)
+    inputs, results = zip(*seen, strict=True)
+    return torch.cat(inputs), torch.cat(results)
 
 
 def _kept(layer: QuantizedLayer) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dfcompress.models.fake_quantizers import QuantizedLayer, quantized_layers
 from dfcompress.models.hooks import hooked
 
 REPORT = "quantization.json"
+CHUNK = 16  # Images whose features are in memory at the same time.
 
 
 def layer_report(
@@ -58,22 +59,24 @@ def _range(layer: QuantizedLayer) -> dict[str, float | int | None]:
 
 
 @torch.no_grad()
-def signal_to_noise(student: Classifier, teacher: Classifier, images: Tensor) -> dict[str, float]:
-    """10·log₁₀(Σ t² / Σ (t − s)²) of the output of every quantized layer, t the teacher's and s the student's."""
-    outputs: dict[str, Tensor] = {}
-    decibels: dict[str, float] = {}
+def signal_to_noise(student: Classifier, teacher: Classifier, images: Tensor) -> dict[str, float | None]:
+    """10·log₁₀(Σ t² / Σ (t − s)²) of the output of every quantized layer, t the teacher's and s the student's; None
+    where either sum is 0.
+    """
+    names = list(quantized_layers(student.network))
+    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    power, noise = (dict.fromkeys(names, 0.0) for _ in range(2))
 
     def keep(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
-        outputs[name] = output.float()
+        outputs[name].append(output.float())
 
     def compare(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
-        signal = outputs.pop(name)
-        noise = (signal - output.float()).square().sum(dtype=torch.float64).item()
-        power = signal.square().sum(dtype=torch.float64).item()
-        decibels[name] = 10 * math.log10(power / noise) if power and noise else math.inf if power else 0.0
+        signal = outputs[name].pop(0)  # Of a layer that runs several times, run by run.
+        power[name] += signal.square().sum(dtype=torch.float64).item()
+        noise[name] += (signal - output.float()).square().sum(dtype=torch.float64).item()
 
-    names = list(quantized_layers(student.network))
-    for classifier, hook in ((teacher, keep), (student, compare)):
-        with exact_fp32(), evaluating(classifier), hooked(classifier.network, names, hook):
-            classifier(images)
-    return decibels
+    for some in images.split(CHUNK):
+        for classifier, hook in ((teacher, keep), (student, compare)):
+            with exact_fp32(), evaluating(classifier), hooked(classifier.network, names, hook):
+                classifier(some)
+    return {name: 10 * math.log10(power[name] / noise[name]) if noise[name] and power[name] else None for name in names}

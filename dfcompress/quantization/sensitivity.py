@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -50,7 +51,9 @@ def sensitivities(quantized: Classifier, images: Tensor, layers: Sequence[str]) 
     return found
 
 
-def require_reachable(teacher: Classifier, wanted: Mapping[str, Wanted], size_ratio: float | None) -> None:
+def require_reachable(
+    teacher: Classifier, wanted: Mapping[str, Wanted], size_ratio: float | None, *, signed: bool
+) -> None:
     """Raise `BadInput` where bits are to be chosen and `size_ratio` is missing or cannot be kept, or is not needed."""
     if not _free(wanted):
         if size_ratio is not None:
@@ -58,7 +61,7 @@ def require_reachable(teacher: Classifier, wanted: Mapping[str, Wanted], size_ra
         return
     if size_ratio is None or not 0 < size_ratio < 1:
         raise BadInput("--bits auto needs a share of the model's size.", "Add for instance --size-ratio 0.15.")
-    least = _file_bytes(teacher, _with_widths(wanted, {})) / state_bytes(teacher.network)
+    least = _file_bytes(teacher, _with_widths(wanted, {}), signed=signed) / state_bytes(teacher.network)
     if least > size_ratio:
         raise BadInput(
             f"--size-ratio {size_ratio:g} cannot be kept: with {WIDTHS[0]}-bit weights the file is {least:.3f} of the "
@@ -68,20 +71,21 @@ def require_reachable(teacher: Classifier, wanted: Mapping[str, Wanted], size_ra
 
 
 def choose_bits(
-    teacher: Classifier, wanted: Mapping[str, Wanted], images: Tensor, *, size_ratio: float | None
+    teacher: Classifier, wanted: Mapping[str, Wanted], images: Tensor, *, size_ratio: float | None, signed: bool
 ) -> dict[str, Bits]:
     """The bits of every layer: those asked for, and where none were, the ones that keep the file within `size_ratio` of
     the teacher's tensors in fp32 at the least sum of sensitivities.
 
     Sensitivities of 2 to 8 bits are measured on `images`; that they add up is an assumption. The choice among them is
-    exact (a knapsack of one width a layer, by `scipy.optimize.milp`).
+    the best there is to the solver's tolerance (a knapsack of one width a layer, by `scipy.optimize.milp`). Grids of
+    inputs are `signed` or not, which tells in the file.
     """
     free = _free(wanted)
     if not free or size_ratio is None:
         return _with_widths(wanted, {})
     counts = [teacher.network.get_parameter(f"{name}.weight").numel() for name in free]
     sizes = np.array([[packing.packed_bytes(count, width) for width in WIDTHS] for count in counts])
-    room = size_ratio * state_bytes(teacher.network) - _file_bytes(teacher, _with_widths(wanted, {}))
+    room = size_ratio * state_bytes(teacher.network) - _file_bytes(teacher, _with_widths(wanted, {}), signed=signed)
     chosen = _cheapest(_costs(teacher, free, images), sizes, room + sizes[:, 0].sum())
     return _with_widths(wanted, {name: WIDTHS[place] for name, place in zip(free, chosen, strict=True)})
 
@@ -96,12 +100,12 @@ def _with_widths(wanted: Mapping[str, Wanted], widths: Mapping[str, int]) -> dic
     return {name: Bits(each.weights or widths.get(name, WIDTHS[0]), each.activations) for name, each in wanted.items()}
 
 
-def _file_bytes(teacher: Classifier, bits: Mapping[str, Bits]) -> int:
+def _file_bytes(teacher: Classifier, bits: Mapping[str, Bits], *, signed: bool) -> int:
     """How large the teacher's file is at these bits, but for the length of a few numbers in its metadata."""
     trial = copy.deepcopy(teacher)
     quantize_layers(trial.network, bits)
     for layer in quantized_layers(trial.network).values():
-        layer.input_grid = LONGEST_GRID
+        layer.input_grid = replace(LONGEST_GRID, signed=signed)
     freeze(trial.network)
     return saved_bytes(trial)
 
@@ -112,7 +116,9 @@ def _cheapest(costs: NDArray[np.float64], sizes: NDArray[np.int64], room: float)
     one_each = np.kron(np.eye(layers), np.ones(widths))
     limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(sizes.reshape(1, -1), -np.inf, room)]
     worth = costs.ravel() / max(costs.max(), 1e-12)  # The solver's tolerances are absolute.
-    solution = milp(worth, integrality=np.ones(costs.size), bounds=Bounds(0, 1), constraints=limits)
+    solution = milp(
+        worth, integrality=np.ones(costs.size), bounds=Bounds(0, 1), constraints=limits, options={"mip_rel_gap": 0}
+    )
     return [int(place) for place in solution.x.reshape(layers, widths).argmax(1)]
 
 

@@ -91,3 +91,30 @@ def test_outputs_with_another_user_and_modules_that_run_twice_are_left_alone(ima
     before = classifier(images)
     assert fold_batchnorms(classifier) == []
     assert torch.equal(classifier(images), before)
+
+
+def test_a_layer_whose_arithmetic_is_not_known_is_left_alone():
+    class Standardised(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return nn.functional.conv2d(input, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+    classifier = classifier_of(nn.Sequential(Standardised(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten()))
+    images = torch.rand(2, 3, 8, 8)
+    before = classifier(images)
+    assert fold_batchnorms(classifier) == []
+    assert torch.equal(classifier(images), before)
+
+
+def test_a_channel_that_batchnorm_switched_off_stays_off():
+    classifier, images = classifier_of(chain()), torch.rand(5, 3, 8, 8)
+    quantize_layers(classifier.network, {"0": (8, 32), "6": (4, 32)})
+    freeze(classifier.network)
+    with torch.no_grad():
+        classifier.network[1].weight[2] = 0.0
+    before = classifier(images)
+    fold_batchnorms(classifier)
+    torch.testing.assert_close(classifier(images), before, rtol=1e-4, atol=1e-4)
+    integers, scale = quantized_layers(classifier.network)["0"].integer_weight()
+    assert integers.abs().max() <= 127
+    assert (scale > 0).all()

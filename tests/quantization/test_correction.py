@@ -97,3 +97,54 @@ def test_no_hook_and_no_training_mode_is_left():
 )
 def test_as_many_images_as_memory_allows_and_never_too_few(size, available, count):
     assert images_to_correct_on(size, available) == count
+
+
+class ChannelsLast(nn.Module):
+    """A linear layer on (N, H, W, C), and a BatchNorm on (N, C, L)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.norm, self.head = nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        mixed = self.mix(images.permute(0, 2, 3, 1))
+        return self.head(self.norm(mixed.flatten(1, 2).transpose(1, 2)).mean(2))
+
+
+class Twice(nn.Module):
+    """The same convolution and BatchNorm, two times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Linear(3, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        once = self.norm(self.conv(images))
+        return self.head(self.norm(self.conv(once)).mean((2, 3)))
+
+
+def test_channels_are_where_the_layer_has_them():
+    torch.manual_seed(0)
+    card = ModelCard("test", 4, (3, 8, 8), (0.4,) * 3, (0.3,) * 3)
+    float_classifier, images = Classifier(ChannelsLast(), card).frozen(), torch.rand(32, 3, 8, 8)
+    student = copy.deepcopy(float_classifier)
+    quantize_layers(student.network, {"mix": (2, 3), "head": (2, 3)})
+    calibrate(student, [images])
+    correct(student, float_classifier, images)
+    names = ["mix", "norm", "head"]
+    wanted, after = outputs(float_classifier, images, names), outputs(student, images, names)
+    for name, dims in (("mix", (0, 1, 2)), ("norm", (0, 2)), ("head", (0,))):
+        torch.testing.assert_close(after[name].mean(dims), wanted[name].mean(dims), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after["norm"].var((0, 2)), wanted["norm"].var((0, 2)), rtol=1e-3, atol=1e-4)
+
+
+def test_modules_that_run_twice_are_left_as_they_are():
+    torch.manual_seed(0)
+    card = ModelCard("test", 4, (3, 8, 8), (0.4,) * 3, (0.3,) * 3)
+    float_classifier, images = Classifier(Twice(), card).frozen(), torch.rand(32, 3, 8, 8)
+    student = copy.deepcopy(float_classifier)
+    quantize_layers(student.network, {"conv": (3, 4), "head": (3, 4)})
+    calibrate(student, [images])
+    correct(student, float_classifier, images)
+    for name, tensor in float_classifier.network.state_dict().items():
+        assert torch.equal(student.network.state_dict()[name], tensor) == (name != "head.bias")

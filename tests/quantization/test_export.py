@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfcompress.errors import BadInput
+from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.architectures import named
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
@@ -97,7 +97,7 @@ def test_a_network_goes_through_the_whole_chain(architecture, size, tmp_path):
     assert exported.bytes < 0.25 * 4 * sum(parameter.numel() for parameter in classifier.network.parameters())
 
 
-@pytest.mark.parametrize("bits", ["2w2a", "2w4a", "3w3a", "4w4a", "5w6a", "8w8a", "4w32a"])
+@pytest.mark.parametrize("bits", ["2w2a", "2w4a", "4w2a", "3w3a", "4w4a", "5w6a", "8w8a", "4w32a"])
 def test_every_width_is_exported_and_answers_alike(bits, tmp_path):
     student = quantized(classifier_of("cifar_resnet20", 32), bits, ends=None)
     _, exported = through(student, tmp_path)
@@ -192,3 +192,21 @@ def test_without_the_packages_nothing_is_begun(monkeypatch):
 def test_an_unknown_target_is_refused():
     with pytest.raises(BadInput, match="no --target 'tflite'"):
         Exporting("tflite")
+
+
+def test_what_the_exporter_cannot_trace_is_one_sentence(tmp_path):
+    class Undecided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(12, 4)
+
+        def forward(self, images):
+            return self.layer(images.flatten(1)) * (2 if images.mean() > 0.123 else 1)
+
+    classifier = Classifier(Undecided(), ModelCard("test", 4, (3, 2, 2), (0.5,) * 3, (0.5,) * 3), name="odd").frozen()
+    with pytest.raises(DfcompressError, match="odd cannot be exported"):
+        Exporting("onnxruntime").rehearse(classifier)
+
+
+def test_float_activations_suit_tensorrt_signed_or_not():
+    Exporting("tensorrt").require({"conv": (8, 32)}, False)

@@ -16,7 +16,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import InputGrid, freeze, quantize_layers, quantized_layers
 from dfcompress.models.packing import pack_network, unpack_network
 from dfcompress.quantization.bits import layers_of
-from dfcompress.quantization.ranges import SHARES, calibrate, fit_weights
+from dfcompress.quantization.ranges import SAMPLED, SHARES, _some_of, calibrate, fit_weights
 
 
 def one_layer_classifier(*, mean: float = 0.0, std: float = 1.0) -> Classifier:
@@ -115,6 +115,17 @@ def test_least_error_gives_up_a_few_far_values_at_few_bits():
     assert (grid.quantized(images, bits=2) - images).square().mean().item() <= min(errors) * 1.02
     assert grid.scale == pytest.approx(best.scale, rel=0.1)
     assert grid.zero_point == 0
+
+
+@pytest.mark.parametrize("shape", [(256, 64, 8, 8), (256, 16, 32, 32), (16, 3, 32, 32)])
+def test_a_sample_meets_every_row_column_and_channel(shape):
+    numbered = torch.arange(int(np.prod(shape)), dtype=torch.float64).view(shape)
+    sample = _some_of(numbered.float()).long()
+    _, channels, height, width = shape
+    assert len(sample) <= SAMPLED
+    assert len((sample % width).unique()) == width
+    assert len((sample // width % height).unique()) == height
+    assert len((sample // width // height % channels).unique()) == channels
 
 
 def test_signed_ranges_have_zero_point_zero_and_reach_the_farther_end():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from dfcompress.quantization import reconstruction
 from dfcompress.quantization.bits import layers_of
 from dfcompress.quantization.ranges import calibrate, fit_weights
 from dfcompress.quantization.reconstruction import Reconstruction, reconstruct, units_of
+from dfcompress.quantization.report import signal_to_noise
 
 QUICK = Reconstruction(steps=60, batch_size=16, lr=0.03)
 
@@ -77,6 +79,96 @@ def test_every_weight_ends_on_one_of_its_two_integers_and_the_answers_come_close
     tested = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(9))
     wanted = float_classifier(tested)
     assert (student(tested) - wanted).square().mean() < (nearest(tested) - wanted).square().mean()
+
+
+class TwoInputs(nn.Module):
+    """A block that takes what went past another one, and a layer that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.again, self.head = (
+            nn.Conv2d(3, 8, 3),
+            _Joined(),
+            nn.Conv2d(8, 8, 1),
+            nn.Linear(8, 4),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images)
+        features = self.again(self.again(self.block(features, features)))
+        return self.head(features.mean((2, 3)))
+
+
+class _Joined(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, features: Tensor, skipped: Tensor) -> Tensor:
+        return self.conv(features) + skipped
+
+
+def test_blocks_of_two_inputs_are_taken_apart_and_layers_that_run_twice_keep_their_rounding():
+    torch.manual_seed(0)
+    card = ModelCard("test", 4, (3, 8, 8), (0.5,) * 3, (0.3,) * 3)
+    float_classifier = Classifier(TwoInputs(), card).frozen()
+    student = calibrated(float_classifier)
+    assert units_of(student) == ["stem", "block.conv", "head"]
+    reconstruct(student, float_classifier, images(), QUICK, seed=0, state=None)
+    assert not quantized_layers(student.network)["again"].is_frozen
+    freeze(student.network)
+    noise = signal_to_noise(student, float_classifier, images().float() / 255)
+    assert all(noise[name] > 3 for name in ("stem", "block.conv", "again", "head"))
+
+
+def test_signal_to_noise_is_ten_decibels_a_factor_of_ten():
+    float_classifier = teacher()
+    student = calibrated(float_classifier, (8, 32))
+    freeze(student.network)
+    layer = quantized_layers(student.network)["5"]
+    layer.weight_bits = 8
+    before = signal_to_noise(student, float_classifier, images().float() / 255)
+    with torch.no_grad():
+        exact = float_classifier.network[5]
+        layer.weight.copy_(exact.weight)
+        layer.bias.copy_(exact.bias + 0.5)
+    features = images().float() / 255
+    for number in range(5):
+        student.network[number] = float_classifier.network[number]
+    wanted = float_classifier(features)
+    expected = 10 * torch.log10(wanted.square().sum() / (0.25 * wanted.numel())).item()
+    assert signal_to_noise(student, float_classifier, features)["5"] == pytest.approx(expected, rel=1e-4)
+    assert before["5"] > 25
+
+
+def test_rounding_is_pushed_to_whole_integers_and_steps_of_inputs_are_learnt(monkeypatch: pytest.MonkeyPatch):
+    shares: list[Tensor] = []
+    settle = reconstruction._Learner.settle
+
+    def watched(learner: reconstruction._Learner) -> None:
+        shares.append(learner._share().detach().flatten())
+        settle(learner)
+
+    monkeypatch.setattr(reconstruction._Learner, "settle", watched)
+    float_classifier = teacher()
+    student = calibrated(float_classifier)
+    before = {name: layer.input_grid for name, layer in quantized_layers(student.network).items()}
+    settings = Reconstruction(steps=250, batch_size=16, lr=0.05, input_lr=1e-3, rounding=0.05)
+    reconstruct(student, float_classifier, images(), settings, seed=0, state=None)
+    undecided = torch.cat(shares)
+    assert ((undecided < 0.05) | (undecided > 0.95)).double().mean() > 0.9
+    for name, layer in quantized_layers(student.network).items():
+        assert layer.input_grid.scale != before[name].scale
+        assert layer.input_grid.scale == pytest.approx(before[name].scale, rel=0.5)
+
+
+def test_dropping_the_quantization_of_activations_changes_what_is_learnt():
+    float_classifier = teacher()
+    students = [calibrated(float_classifier, (3, 2)) for _ in range(2)]
+    for student, drop in zip(students, (0.0, 0.5), strict=True):
+        settings = replace(QUICK, drop=drop)
+        reconstruct(student, float_classifier, images(), settings, seed=0, state=None)
+    assert not torch.equal(students[0].network[5].weight, students[1].network[5].weight)
 
 
 class StoppedError(Exception):
