@@ -80,7 +80,13 @@ def demo(
         console.notice(f"Quantizing the teacher to {BITS}.")
         training = replace(LSQ, steps=100)
         packed = quantize(
-            teacher, bits=BITS, data=made.output, training=training, compute=compute, **_step(run, "quantized", resume)
+            teacher,
+            bits=BITS,
+            data=made.output,
+            finetune="lsq",
+            training=training,
+            compute=compute,
+            **_step(run, "quantized", resume),
         )
         measured = evaluate([teacher, student.checkpoint, packed.checkpoint], data=FILES, device=compute.device)
     sizes = [file_bytes(FILES), student.bytes, packed.bytes]

@@ -38,7 +38,7 @@ ROWS = {
     **CALIBRATED,
     **TUNED,
     **PLAIN,
-    **{f"{row}, blocks": f"{asked} --finetune blocks" for row, asked in TUNED.items()},
+    **{f"{row}, {how} alone": f"{asked} --finetune {how}" for row, asked in TUNED.items() for how in ("blocks", "lsq")},
 }
 # Haroush et al. 2020: noise is of use only with frozen BatchNorm and the IQ loss.
 ABLATION = {

@@ -334,7 +334,7 @@ def test_a_factory_of_the_users_own_is_quantized_and_read_again_when_named(capsy
 
 def test_what_help_says_of_training_is_what_the_verbs_do():
     """Help must not import torch, so it repeats names and numbers that belong to the verbs."""
-    usual = {"distill": DISTILLATION, "merge": MERGING, "quantize": FINETUNING["lsq"]}
+    usual = {"distill": DISTILLATION, "merge": MERGING, "quantize": FINETUNING["blocks+lsq"]}
     for name, training in usual.items():
         told = {parameter.name: parameter for parameter in root.get_command(None, name).params}
         for field in ("steps", "lr", "batch_size"):
@@ -352,7 +352,7 @@ def test_a_dry_run_with_data_plans_no_synthesis(capsys):
 FEW = ["--data", DEMO, "--compile", "off", "--train-steps", "2", "-o", "packed", "--json"]
 
 
-@pytest.mark.parametrize("finetune", ["lsq", "kd", "blocks"])
+@pytest.mark.parametrize("finetune", ["blocks+lsq", "lsq", "kd", "blocks"])
 def test_every_way_of_fine_tuning_gives_a_model_that_is_read_again(finetune, capsys, tmp_path):
     code, out, _ = answer(capsys, "quantize", DEMO, "--finetune", finetune, *FEW)
     result = json.loads(out)

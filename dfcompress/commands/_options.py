@@ -296,7 +296,7 @@ calibration = group(
     click.option(
         "--calibrate",
         type=click.Choice(["minmax", "percentile", "mse"]),
-        default="minmax",
+        default="mse",
         show_default=True,
         help="How the ranges of activations are found.",
     ),

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 @_options.calibration
 @click.option(
     "--finetune",
-    type=click.Choice(["lsq", "kd", "blocks", "none"]),
-    default="lsq",
+    type=click.Choice(["blocks+lsq", "lsq", "blocks", "kd", "none"]),
+    default="blocks+lsq",
     show_default=True,
-    help="Train weights and steps, weights alone, the rounding block by block, or nothing.",
+    help="The rounding block by block, then weights and steps; either alone; weights alone; or nothing.",
 )
-@_options.training(steps=400, lr=0.01, batch_size=256)
+@_options.training(steps=400, lr=0.003, batch_size=256)
 @_options.objectives
 @_options.temperature
 @click.option("--export", type=click.Choice(["onnx"]), help="Also write model.onnx and check it in onnxruntime.")

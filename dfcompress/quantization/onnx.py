@@ -45,8 +45,10 @@ def write_onnx(classifier: Classifier, path: Path) -> None:
     twin = copy.deepcopy(classifier).to("cpu").frozen()
     fold_batchnorms(twin)
     widths = _make_exportable(twin.network)
-    inputs = [layer.input_bits for layer in quantized_layers(twin.network).values() if layer.input_grid]
-    opset = max(OPSETS[width] for width in (8, *widths.values(), *map(_container, inputs)))
+    inputs = [
+        _input_container(layer.input_bits) for layer in quantized_layers(twin.network).values() if layer.input_grid
+    ]
+    opset = max(OPSETS[width] for width in (8, *widths.values(), *inputs))
     images = torch.zeros(2, *classifier.card.input_size)
     try:
         program = torch.onnx.export(
@@ -130,6 +132,11 @@ def _container(bits: int) -> int:
     return next(width for width in CONTAINERS if width >= bits)
 
 
+def _input_container(bits: int) -> int:
+    """Onnxruntime cannot clip what it then quantizes to 4 bits."""
+    return bits if bits in CONTAINERS else CONTAINERS[-1]
+
+
 def _translations() -> dict[Any, Any]:
     """What our operations become."""
     import onnx
@@ -141,7 +148,7 @@ def _translations() -> dict[Any, Any]:
         return op.DequantizeLinear(integers, scale, axis=0)
 
     def on_grid(activations: Any, scale: float, zero_point: int, signed: bool, bits: int) -> Any:
-        width = _container(bits)
+        width = _input_container(bits)
         kind = getattr(onnx.TensorProto, f"{'INT' if signed else 'UINT'}{width}")
         if width > bits:  # The container has more values than the grid.
             low, high = ((end - zero_point) * scale for end in InputGrid(scale, zero_point, signed).integers(bits))

@@ -44,28 +44,31 @@ from dfcompress.settings import AUTO
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import ImageSupply
-from dfcompress.training.loop import PARTIAL, Trained, Trainer, require_trainable
+from dfcompress.training.loop import Trained, Trainer, require_trainable
 from dfcompress.training.objectives import OF_FEATURES, Objective, make_objectives
 from dfcompress.training.settings import Training
 from dfcompress.training.teaching import Distillation
 
-Finetuning = Literal["lsq", "kd", "blocks", "none"]
+Finetuning = Literal["blocks+lsq", "lsq", "blocks", "kd", "none"]
 
 AS_THE_PAPER = Augmentation(shift=4, flip=True, mixup=1.0)
 LSQ = KD = Training(400, 0.01, 256, weight_decay=1e-4, freeze_batchnorm=True, augmentation=AS_THE_PAPER)
 FINETUNING: Mapping[Finetuning, Training | Reconstruction | None] = {
+    "blocks+lsq": replace(LSQ, lr=0.003),
     "lsq": LSQ,
-    "kd": KD,
     "blocks": Reconstruction(),
+    "kd": KD,
     "none": None,
 }
+BEFORE_LSQ = Reconstruction(steps=300, lr=0.03)
 OBJECTIVES: Mapping[Finetuning, Mapping[str, float]] = {
+    "blocks+lsq": {"kd": 1.0, "feature": 10.0},
     "lsq": {"kd": 1.0, "feature": 10.0},
     "kd": {"kd": 1.0, "iq": 0.001},
 }
 CALIBRATION_BATCH = 256
 RECIPE = "bns-inception"
-BITS = "bits.partial"
+BITS, BLOCKS = "bits.partial", "blocks.partial"
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Calibration:
     and biases take over what quantization shifts.
     """
 
-    inputs: InputRule = "minmax"
+    inputs: InputRule = "mse"
     weights: WeightRule = "mse"
     steps: int = 16
     signed: bool = False
@@ -100,7 +103,7 @@ def quantize(
     synthesis: Synthesis = Synthesis(images=2048),
     mix: str = AUTO,
     calibration: Calibration = Calibration(),
-    finetune: Finetuning = "lsq",
+    finetune: Finetuning = "blocks+lsq",
     training: Training | Reconstruction | None = None,
     objectives: Mapping[str, float] | None = None,
     temperature: float = 4.0,
@@ -115,16 +118,17 @@ def quantize(
     `bits` are those of weights and activations, `first_last_bits` those of the first and the last layer (`same`: as
     all others), `layer_bits` those of layers by name pattern, or `float`. With `bits="auto"` weights get 2 to 8 bits
     each, by what they cost on the images, so that the file is at most `size_ratio` of the model in fp32.
-    `finetune`: `lsq` trains weights and steps to follow the float model (Esser et al. 2020), `kd` the weights with
-    ranges frozen (Haroush et al. 2020, section 4.2), `blocks` learns the rounding block by block, `none` only
-    calibrates. `training` changes its usual settings (`FINETUNING`), `objectives` what is followed (`OBJECTIVES`).
+    `finetune`: `blocks` learns the rounding block by block, `lsq` trains weights and steps to follow the float model
+    (Esser et al. 2020), `blocks+lsq` does the one after the other, `kd` trains the weights with ranges frozen (Haroush
+    et al. 2020, section 4.2), `none` only calibrates. `training` changes its usual settings (`FINETUNING`),
+    `objectives` what is followed (`OBJECTIVES`).
     BatchNorm's statistics stay as they are corrected.
     `data` is a synthetic set, the folder of a run that made some, or real images; without it images are made first, by
     `bns-inception` unless another recipe is named, half of them by the recipe `mix` (see `ImageSupply`), and kept in
     `<output>/synthetic` and `<output>/synthetic-<mix>`.
     `export` also writes `model.onnx` for `onnxruntime` or `tensorrt` and checks it (see `dfcompress.export`).
     The folder `output` (default: `<checkpoint>-quantize`) holds the packed model (`model.safetensors`, `config.json`),
-    `quantization.json` (every layer), `metrics.jsonl` (of `lsq` and `kd`) and `run.json`. `eval_data` are real images
+    `quantization.json` (every layer), `metrics.jsonl` (but of `blocks`) and `run.json`. `eval_data` are real images
     that only report.
     Raises `BadInput` where the model, the bits or the data cannot be used.
     """
@@ -200,7 +204,8 @@ def quantize(
             run, student, taught, trained=trained, measure=measure, export=write_export if exporting else None
         )
         if peers().leads:
-            (run.folder / BITS).unlink(missing_ok=True)
+            for name in (BITS, BLOCKS):
+                (run.folder / name).unlink(missing_ok=True)
         return result
 
 
@@ -310,12 +315,15 @@ def _finetuned(
     folder: Path,
 ) -> Trained | Reconstructed | None:
     """Train the calibrated student as asked."""
-    if isinstance(tuning, Reconstruction):
-        if not peers().leads:  # The others wait for what comes out.
-            return None
-        return reconstruct(student, teacher, images, tuning, seed=compute.seed, state=folder / PARTIAL)
     if tuning is None:
         return None
-    if finetune == "lsq":
+    before = tuning if isinstance(tuning, Reconstruction) else BEFORE_LSQ if finetune == "blocks+lsq" else None
+    rounded = None
+    if before:
+        state = folder / BLOCKS if peers().leads else None
+        rounded = reconstruct(student, teacher, images, before, seed=compute.seed, state=state)
+    if isinstance(tuning, Reconstruction):
+        return rounded
+    if finetune != "kd":
         learn_steps(student.network)
     return Trainer(student, Distillation(teacher, terms), tuning, compute=compute, folder=folder).fit(images)

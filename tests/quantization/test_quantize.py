@@ -30,7 +30,7 @@ SAVING = "import sys; from dfcompress import cli, run; run.SAVE_EVERY_SECONDS = 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("finetune", "steps"), [("lsq", "300"), ("blocks", "150")])
+@pytest.mark.parametrize(("finetune", "steps"), [("lsq", "300"), ("blocks", "150"), ("blocks+lsq", "200")])
 def test_a_killed_quantization_resumes_to_the_same_bytes(finetune, steps, tmp_path):
     """SIGKILL a real process at a random moment of its fine-tuning, and run the line again."""
     asked = (
@@ -41,7 +41,8 @@ def test_a_killed_quantization_resumes_to_the_same_bytes(finetune, steps, tmp_pa
     subprocess.run([*command, "-o", tmp_path / "whole"], check=True)
     folder = tmp_path / "killed"
     process = subprocess.Popen([*command, "-o", folder])
-    while not (folder / "training.partial").exists() and process.poll() is None:
+    begun = "blocks.partial" if finetune == "blocks" else "training.partial"
+    while not (folder / begun).exists() and process.poll() is None:
         time.sleep(0.005)
     time.sleep(delay := random.uniform(0, 0.5))
     process.kill()
