@@ -1,19 +1,20 @@
 """A quantized network as few bytes: integers at their true width, and back to the same network, bit for bit.
 
-Of each quantized layer the file holds `<layer>.weight_packed` (uint8, see `pack_integers`) and
-`<layer>.weight_scale` (fp32, one per output channel) in place of `<layer>.weight`; every other tensor stays as it is.
+Of each quantized layer the file holds `<layer>.weight_packed` (uint8, see `pack_integers`) in place of
+`<layer>.weight`; the scales of all (fp32, one per output channel) are one tensor, `quantization.scales`, layer after
+layer: a safetensors file spends a hundred bytes on every tensor. Every other tensor stays as it is.
 Bits and input grids are plain JSON values beside them, whose numbers are the fp32 values exactly:
 
-    {"version": 1, "layers": {
-        "conv1": {"weight_bits": 8, "input_bits": 8, "input_scale": 0.02, "input_zero_point": 117}, ...}}
+    {"version": 2, "layers": {"conv1": {"bits": "8w8a", "scale": 0.02, "zero_point": 117}, ...}}
 
-The two `input_` values are absent where the activations stay in float; `"input_signed": true` stands beside them where
-the grid is a signed one.
+`scale` and `zero_point` are those of the input: both are absent where the activations stay in float, the latter where
+it is 0. `"signed": true` stands beside them where the grid is a signed one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -34,8 +35,11 @@ from dfcompress.models.fake_quantizers import (
     quantized_layers,
 )
 
-VERSION = 1
+VERSION = 2
+SCALES = "quantization.scales"
 
+_BITS = re.compile(r"(\d{1,2})w(\d{1,2})a")
+_USUAL: Mapping[str, Any] = {"scale": None, "zero_point": 0, "signed": False}
 _FP32 = torch.finfo(torch.float32)
 _Layout = dict[str, tuple[torch.dtype, list[int]]]
 
@@ -80,12 +84,13 @@ def pack_network(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
     `network` is quantized, calibrated and frozen; `ValueError` where it is not.
     """
     layers = quantized_layers(network)
-    tensors = _plain_tensors(network)
+    tensors, scales = _plain_tensors(network), []
     for name, layer in layers.items():
         integers, scale = layer.integer_weight()
         del tensors[f"{name}.weight"]
         tensors[f"{name}.weight_packed"] = pack_integers(integers, layer.weight_bits)
-        tensors[f"{name}.weight_scale"] = scale
+        scales.append(scale)
+    tensors[SCALES] = torch.cat(scales)
     described = {name: _described(name, layer) for name, layer in layers.items()}
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return stored, {"version": VERSION, "layers": described}
@@ -97,15 +102,17 @@ def _plain_tensors(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
 
-def _described(name: str, layer: QuantizedLayer) -> dict[str, int | float]:
-    values: dict[str, int | float] = {"weight_bits": layer.weight_bits, "input_bits": layer.input_bits}
+def _described(name: str, layer: QuantizedLayer) -> dict[str, Any]:
+    values: dict[str, Any] = {"bits": f"{layer.weight_bits}w{layer.input_bits}a"}
     if layer.input_bits == FLOAT_BITS:
         return values
-    if layer.input_grid is None:
-        raise ValueError(f"layer {name} was never calibrated")
     grid = layer.input_grid
-    signed = {"input_signed": True} if grid.signed else {}
-    return values | {"input_scale": grid.scale, "input_zero_point": grid.zero_point} | signed
+    if grid is None:
+        raise ValueError(f"layer {name} was never calibrated")
+    values["scale"] = grid.scale
+    if grid.zero_point:
+        values["zero_point"] = grid.zero_point
+    return values | ({"signed": True} if grid.signed else {})
 
 
 def unpack_network(network: nn.Module, tensors: Mapping[str, Tensor], quantization: object) -> None:
@@ -116,7 +123,11 @@ def unpack_network(network: nn.Module, tensors: Mapping[str, Tensor], quantizati
     """
     layers = _parsed(quantization)
     _check_tensors(tensors, _expected_tensors(network, layers))
-    weights = {name: _unpacked_weight(network, name, tensors, layer) for name, layer in layers.items()}
+    integers = {name: _unpacked_integers(network, name, tensors, layer) for name, layer in layers.items()}
+    scales = tensors[SCALES].split([len(each) for each in integers.values()])
+    if not ((tensors[SCALES] >= _FP32.tiny) & tensors[SCALES].isfinite()).all():
+        raise _damaged(f"tensor {SCALES!r} holds values that are no scale")
+    weights = dict(zip(integers, zip(integers.values(), scales, strict=True), strict=True))
     quantize_layers(network, {name: (layer.weight_bits, layer.input_bits) for name, layer in layers.items()})
     for name, quantized in quantized_layers(network).items():
         quantized.set_integer_weight(*weights[name])
@@ -141,35 +152,33 @@ def _parsed(values: object) -> dict[str, _PackedLayer]:
 def _parsed_layer(name: str, values: object) -> _PackedLayer:
     if not isinstance(values, dict):
         raise _damaged(f"layer {name!r} has no settings")
-    weight_bits = _integer(name, values, "weight_bits", WIDTHS)
-    input_bits = _integer(name, values, "input_bits", (*WIDTHS, FLOAT_BITS))
+    bits = values.get("bits")
+    match = _BITS.fullmatch(bits) if isinstance(bits, str) else None
+    weight_bits, input_bits = (int(match[1]), int(match[2])) if match else (0, 0)
+    if weight_bits not in WIDTHS or input_bits not in (*WIDTHS, FLOAT_BITS):
+        raise _damaged(f"layer {name!r} has bits {bits!r}")
     if input_bits == FLOAT_BITS:
         return _PackedLayer(weight_bits, input_bits, None)
-    scale = values.get("input_scale")
+    scale, zero_point, signed = (values.get(field, usual) for field, usual in _USUAL.items())
     if not isinstance(scale, float) or not _FP32.tiny <= scale <= _FP32.max:
-        raise _damaged(f"layer {name!r} has input_scale {scale!r}")
-    signed = values.get("input_signed", False)
+        raise _damaged(f"layer {name!r} has scale {scale!r}")
     if type(signed) is not bool:
-        raise _damaged(f"layer {name!r} has input_signed {signed!r}")
-    zero_point = _integer(name, values, "input_zero_point", range(1 if signed else 2**input_bits))
+        raise _damaged(f"layer {name!r} has signed {signed!r}")
+    # The type: JSON's true is an int to isinstance.
+    if type(zero_point) is not int or zero_point not in range(1 if signed else 2**input_bits):
+        raise _damaged(f"layer {name!r} has zero_point {zero_point!r}")
     return _PackedLayer(weight_bits, input_bits, InputGrid(scale, zero_point, signed))
-
-
-def _integer(layer: str, values: Mapping[str, object], field: str, allowed: Sequence[int]) -> int:
-    value = values.get(field)
-    if type(value) is not int or value not in allowed:  # type: JSON's true is an int to isinstance
-        raise _damaged(f"layer {layer!r} has {field} {value!r}")
-    return value
 
 
 def _expected_tensors(network: nn.Module, layers: Mapping[str, _PackedLayer]) -> _Layout:
     """Type and shape of every tensor that a file of this network and these layers holds."""
     expected = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in _plain_tensors(network).items()}
+    channels = 0
     for name in quantizable_layers(network, layers):
         _, shape = expected.pop(f"{name}.weight")
         expected[f"{name}.weight_packed"] = torch.uint8, [packed_bytes(prod(shape), layers[name].weight_bits)]
-        expected[f"{name}.weight_scale"] = torch.float32, shape[:1]
-    return expected
+        channels += shape[0]
+    return expected | {SCALES: (torch.float32, [channels])}
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], expected: _Layout) -> None:
@@ -183,17 +192,12 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: _Layout) -> None:
             raise _damaged(f"tensor {name!r} is {found.dtype} {list(found.shape)}, not {dtype} {shape}")
 
 
-def _unpacked_weight(
-    network: nn.Module, name: str, tensors: Mapping[str, Tensor], layer: _PackedLayer
-) -> tuple[Tensor, Tensor]:
+def _unpacked_integers(network: nn.Module, name: str, tensors: Mapping[str, Tensor], layer: _PackedLayer) -> Tensor:
     shape = tuple(network.get_parameter(f"{name}.weight").shape)
     integers = unpack_integers(tensors[f"{name}.weight_packed"], layer.weight_bits, shape)
-    scale = tensors[f"{name}.weight_scale"]
     if integers.numel() and integers.min() < -largest_integer(layer.weight_bits):
         raise _damaged(f"tensor '{name}.weight_packed' holds {integers.min()}, which is no weight")
-    if not ((scale >= _FP32.tiny) & scale.isfinite()).all():
-        raise _damaged(f"tensor '{name}.weight_scale' holds values that are no scale")
-    return integers, scale
+    return integers
 
 
 def _damaged(what: str) -> BadInput:

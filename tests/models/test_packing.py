@@ -97,17 +97,16 @@ def test_each_layer_is_stored_in_its_own_bits_and_nothing_twice():
     tensors, quantization = packed_network()
     assert {name: list(tensor.shape) for name, tensor in tensors.items() if not name.startswith("1.")} == {
         "0.weight_packed": [6 * 27],
-        "0.weight_scale": [6],
         "0.bias": [6],
         "3.weight_packed": [41],  # 108 integers of 3 bits
-        "3.weight_scale": [4],
         "3.bias": [4],
         "6.weight_packed": [20],
-        "6.weight_scale": [5],
+        "quantization.scales": [15],
         "6.bias": [5],
     }
     assert "1.num_batches_tracked" not in tensors
-    assert quantization["layers"]["6"] == {"weight_bits": 8, "input_bits": 32}
+    assert quantization["layers"]["6"] == {"bits": "8w32a"}
+    assert list(quantization["layers"]["3"]) == ["bits", "scale", "zero_point"]
 
 
 def test_a_network_that_is_not_frozen_cannot_be_packed():
@@ -128,20 +127,22 @@ def test_a_network_that_is_not_calibrated_cannot_be_packed():
 @pytest.mark.parametrize(
     ("layer", "field", "value"),
     [
-        ("0", "weight_bits", 9),
-        ("0", "weight_bits", 1),
-        ("0", "weight_bits", True),
-        ("0", "weight_bits", "8"),
-        ("0", "weight_bits", None),
-        ("3", "input_bits", 16),
-        ("3", "input_scale", 0.0),
-        ("3", "input_scale", -1.0),
-        ("3", "input_scale", float("nan")),
-        ("3", "input_scale", 1e300),
-        ("3", "input_scale", None),
-        ("3", "input_zero_point", -1),
-        ("3", "input_zero_point", 32),
-        ("3", "input_zero_point", 1.5),
+        ("0", "bits", "9w8a"),
+        ("0", "bits", "1w8a"),
+        ("0", "bits", "8w16a"),
+        ("0", "bits", "w8a8"),
+        ("0", "bits", 8),
+        ("0", "bits", None),
+        ("3", "scale", 0.0),
+        ("3", "scale", -1.0),
+        ("3", "scale", float("nan")),
+        ("3", "scale", 1e300),
+        ("3", "scale", None),
+        ("3", "zero_point", -1),
+        ("3", "zero_point", 32),
+        ("3", "zero_point", 1.5),
+        ("3", "zero_point", True),
+        ("3", "signed", 1),
     ],
 )
 def test_a_damaged_setting_is_refused_by_name(layer, field, value):
@@ -158,9 +159,9 @@ def test_a_damaged_setting_is_refused_by_name(layer, field, value):
         [],
         "4w4a",
         {},
-        {"version": 2, "layers": {}},
-        {"version": 1, "layers": []},
-        {"version": 1, "layers": {"0": 8}},
+        {"version": 1, "layers": {}},
+        {"version": 2, "layers": []},
+        {"version": 2, "layers": {"0": 8}},
     ],
 )
 def test_settings_of_another_shape_are_refused(quantization):
@@ -184,10 +185,11 @@ def test_settings_of_a_layer_that_cannot_be_quantized_are_refused(name):
         ("0.weight_packed", torch.zeros(161, dtype=torch.uint8), r"\[161\], not torch.uint8 \[162\]"),
         ("0.weight_packed", torch.zeros(162), "torch.float32"),
         ("0.weight_packed", torch.full((162,), 128, dtype=torch.uint8), "holds -128, which is no weight"),
-        ("3.weight_scale", torch.ones(5), r"\[5\], not torch.float32 \[4\]"),
-        ("3.weight_scale", torch.tensor([1.0, 1.0, 1.0, float("inf")]), "no scale"),
-        ("3.weight_scale", torch.tensor([1.0, 1.0, float("nan"), 1.0]), "no scale"),
-        ("3.weight_scale", torch.tensor([1.0, 1.0, 1.0, 0.0]), "no scale"),
+        ("quantization.scales", torch.ones(5), r"\[5\], not torch.float32 \[15\]"),
+        ("quantization.scales", None, "is missing"),
+        ("quantization.scales", torch.tensor([1.0] * 14 + [float("inf")]), "no scale"),
+        ("quantization.scales", torch.tensor([1.0] * 14 + [float("nan")]), "no scale"),
+        ("quantization.scales", torch.tensor([1.0] * 14 + [0.0]), "no scale"),
         ("6.bias", torch.zeros(6), r"\[6\], not torch.float32 \[5\]"),
         ("0.weight", torch.zeros(6, 3, 3, 3), "that its architecture does not"),
     ],
