@@ -17,7 +17,7 @@ from typing import Any
 
 _HOME = {
     "Compute": "device",
-    "Calibration": "quantization.quantize",
+    "Calibration": "quantization.calibration",
     "Classifier": "models.classifier",
     "Gates": "evaluation.gates",
     "Keeping": "synthesis.records.keeping",

@@ -17,7 +17,8 @@ from dfcompress.models.checkpoint import load
 from dfcompress.models.fake_quantizers import quantized_layers
 from dfcompress.models.stages import shared_stages
 from dfcompress.models.student import make_student
-from dfcompress.quantization.quantize import FINETUNING, Calibration, quantize
+from dfcompress.quantization.calibration import Calibration
+from dfcompress.quantization.quantize import FINETUNING, quantize
 from dfcompress.quantization.reconstruction import Reconstruction
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import Synthesizer

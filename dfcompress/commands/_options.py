@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.evaluation.gates import Gates
     from dfcompress.models.classifier import Classifier
-    from dfcompress.quantization.quantize import Calibration
+    from dfcompress.quantization.calibration import Calibration
     from dfcompress.synthesis.recipe import Synthesis
     from dfcompress.synthesis.records.keeping import Keeping
 
@@ -151,7 +151,7 @@ def _records(records: Path | None, no_records: bool) -> Path | str | None:
 def _calibration(
     calibrate: Any, weight_ranges: Any, calibration_steps: int, signed: bool, no_correction: bool
 ) -> Calibration:
-    from dfcompress.quantization.quantize import Calibration
+    from dfcompress.quantization.calibration import Calibration
 
     return Calibration(calibrate, weight_ranges, calibration_steps, signed, not no_correction)
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.evaluation.gates import Gates
     from dfcompress.models.classifier import Classifier
-    from dfcompress.quantization.quantize import Calibration, Finetuning
+    from dfcompress.quantization.calibration import Calibration
+    from dfcompress.quantization.quantize import Finetuning
     from dfcompress.synthesis.recipe import Synthesis
 
 

@@ -8,37 +8,31 @@ dfcompress.quantize("resnet20.pt", bits="autow8a", size_ratio=0.15, export="onnx
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from dfcompress import console
-from dfcompress.data.pool import Augmentation, ImagePool
+from dfcompress.data.pool import Augmentation
 from dfcompress.data.real import open_images
-from dfcompress.data.synthetic_set import as_float
-from dfcompress.device import Compute, resolve_device
+from dfcompress.device import Compute
 from dfcompress.distributed import peers
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.result import Compressed, finished_before, hand_back, measured_on, same_classes
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import freeze, is_quantized, learn_steps, quantize_layers
+from dfcompress.models.fake_quantizers import freeze, is_quantized, learn_steps
 from dfcompress.models.stages import Stage, stages_of
 from dfcompress.models.statistics import why_no_statistics
-from dfcompress.quantization.bits import USUAL_ENDS, Bits, Wanted, assign, layers_of, parse_bits, parse_ends
-from dfcompress.quantization.correction import correct, images_to_correct_on
+from dfcompress.quantization.bits import USUAL_ENDS, Wanted, assign, layers_of, parse_bits, parse_ends
+from dfcompress.quantization.calibration import Calibration, calibrated
 from dfcompress.quantization.export import FILE, Exported, Exporting, Target, sampled
-from dfcompress.quantization.ranges import InputRule, WeightRule, calibrate, fit_weights, require_rules
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct
 from dfcompress.quantization.report import REPORT, layer_report
-from dfcompress.quantization.sensitivity import IMAGES as SENSITIVITY_IMAGES
-from dfcompress.quantization.sensitivity import choose_bits, require_reachable, sensitivities
-from dfcompress.randomness import generator
+from dfcompress.quantization.sensitivity import require_reachable
 from dfcompress.run import running, write_json
 from dfcompress.settings import AUTO
 from dfcompress.synthesis.invert import learner
@@ -66,29 +60,8 @@ OBJECTIVES: Mapping[Finetuning, Mapping[str, float]] = {
     "lsq": {"kd": 1.0, "feature": 10.0},
     "kd": {"kd": 1.0, "iq": 0.001},
 }
-CALIBRATION_BATCH = 256
 RECIPE = "bns-inception"
 BITS, BLOCKS = "bits.partial", "blocks.partial"
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """How ranges are found: `inputs` by minmax, percentile or mse; `weights` by minmax or mse; on `steps` batches of
-    256 shifted and flipped images. With `signed` grids of activations have zero point 0. With `correction` BatchNorms
-    and biases take over what quantization shifts.
-    """
-
-    inputs: InputRule = "mse"
-    weights: WeightRule = "mse"
-    steps: int = 16
-    signed: bool = False
-    correction: bool = True
-
-    def __post_init__(self) -> None:
-        """Raise `BadInput` for settings that cannot be."""
-        require_rules(self.inputs, self.weights)
-        if self.steps < 1:
-            raise BadInput("Calibration takes at least one batch of images.", "Use 16.")
 
 
 def quantize(
@@ -187,12 +160,21 @@ def quantize(
             console.notice(f"Layer {name} is a {kind}, which cannot be quantized: it stays in float.")
         images = supply.gather(run.folder)
         with run.timed("calibration"):
-            prepared = _prepare(student, teacher, wanted, images.train, calibration, size_ratio, compute, run.folder)
+            found = calibrated(
+                student,
+                teacher,
+                wanted,
+                images.train,
+                calibration,
+                compute,
+                size_ratio=size_ratio,
+                bits=run.folder / BITS,
+            )
         trained = _finetuned(student, teacher, finetune, tuning, terms, images.train, compute, run.folder)
         freeze(student.network)
         if peers().leads:
             left = layers.others | {name: "float" for name in layers.quantizable if name not in wanted}
-            report = layer_report(student, teacher, prepared.few, sensitivity=prepared.sensitivity, left=left)
+            report = layer_report(student, teacher, found.few, sensitivity=found.sensitivity, left=left)
             write_json(run.folder / REPORT, report)
 
         def write_export(saved: Classifier) -> Exported:
@@ -251,57 +233,6 @@ def _tuning(finetune: Finetuning, given: Training | Reconstruction | None) -> Tr
 def _objectives(finetune: Finetuning, pairs: Sequence[tuple[Stage, Stage]]) -> dict[str, float]:
     """What is usually followed; features only where the network has some."""
     return {name: weight for name, weight in OBJECTIVES.get(finetune, {}).items() if pairs or name not in OF_FEATURES}
-
-
-class _Prepared(NamedTuple):
-    """A few images `(N, C, H, W)` in [0, 1], and what quantizing each layer alone does to the answers to them."""
-
-    few: Tensor
-    sensitivity: dict[str, float]
-
-
-def _prepare(
-    student: Classifier,
-    teacher: Classifier,
-    wanted: Mapping[str, Wanted],
-    images: Tensor,
-    calibration: Calibration,
-    size_ratio: float | None,
-    compute: Compute,
-    folder: Path,
-) -> _Prepared:
-    """Quantize the student's layers, with bits and ranges for each."""
-    target = resolve_device(compute.device)
-    teacher.to(target)
-    pool = ImagePool(
-        images.to(target),
-        augmentation=Augmentation(shift=4, flip=images.shape[1] > 1),
-        batch_size=CALIBRATION_BATCH,
-        seed=compute.seed,
-    )
-    # Images come recipe after recipe, and real ones class after class.
-    mixed = images[torch.randperm(len(images), generator=generator("calibration", compute.seed))]
-    few = as_float(mixed[:SENSITIVITY_IMAGES].to(target))
-    chosen = _chosen_once(
-        folder / BITS, lambda: choose_bits(teacher, wanted, few, size_ratio=size_ratio, signed=calibration.signed)
-    )
-    quantize_layers(student.to(target).network, chosen)
-    fit_weights(student, rule=calibration.weights)
-    batches = (pool.batch(step) for step in range(calibration.steps))
-    calibrate(student, batches, rule=calibration.inputs, signed=calibration.signed)
-    sensitivity = sensitivities(student, few, list(chosen))
-    if calibration.correction:
-        count = images_to_correct_on(teacher.card.input_size, len(images))
-        correct(student, teacher, as_float(mixed[:count].to(target)))
-    return _Prepared(few, sensitivity)
-
-
-def _chosen_once(path: Path, choose: Callable[[], dict[str, Bits]]) -> dict[str, Bits]:
-    """What `choose` gives, the same for all processes and resumes: measurements may differ in their last bits."""
-    if peers().leads and not path.exists():
-        write_json(path, choose())
-    told = peers().told(json.loads(path.read_text()) if peers().leads else None)
-    return {name: Bits(*bits) for name, bits in told.items()}
 
 
 def _finetuned(

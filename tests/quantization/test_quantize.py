@@ -18,7 +18,8 @@ from dfcompress.errors import BadInput
 from dfcompress.evaluation.gates import Gates
 from dfcompress.models.checkpoint import load
 from dfcompress.models.fake_quantizers import quantized_layers
-from dfcompress.quantization.quantize import Calibration, quantize
+from dfcompress.quantization.calibration import Calibration
+from dfcompress.quantization.quantize import quantize
 from dfcompress.quantization.reconstruction import Reconstruction
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import ImageSupply

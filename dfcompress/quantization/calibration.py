@@ -1,0 +1,103 @@
+"""Calibration: a copy of a float network becomes a quantized one, with bits, ranges and corrected statistics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfcompress.data.pool import Augmentation, ImagePool
+from dfcompress.data.synthetic_set import as_float
+from dfcompress.device import Compute, resolve_device
+from dfcompress.distributed import peers
+from dfcompress.errors import BadInput
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.fake_quantizers import quantize_layers
+from dfcompress.quantization.bits import Bits, Wanted
+from dfcompress.quantization.correction import correct, images_to_correct_on
+from dfcompress.quantization.ranges import InputRule, WeightRule, calibrate, fit_weights, require_rules
+from dfcompress.quantization.sensitivity import IMAGES, choose_bits, sensitivities
+from dfcompress.randomness import generator
+from dfcompress.run import write_json
+
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How ranges are found: `inputs` by minmax, percentile or mse; `weights` by minmax or mse; on `steps` batches of
+    256 shifted and flipped images. With `signed` grids of activations have zero point 0. With `correction` BatchNorms
+    and biases take over what quantization shifts.
+    """
+
+    inputs: InputRule = "mse"
+    weights: WeightRule = "mse"
+    steps: int = 16
+    signed: bool = False
+    correction: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise `BadInput` for settings that cannot be."""
+        require_rules(self.inputs, self.weights)
+        if self.steps < 1:
+            raise BadInput("Calibration takes at least one batch of images.", "Use 16.")
+
+
+class Calibrated(NamedTuple):
+    """A few images `(N, C, H, W)` in [0, 1], and what quantizing each layer alone does to the answers to them."""
+
+    few: Tensor
+    sensitivity: dict[str, float]
+
+
+def calibrated(
+    student: Classifier,
+    teacher: Classifier,
+    wanted: Mapping[str, Wanted],
+    images: Tensor,
+    calibration: Calibration,
+    compute: Compute,
+    *,
+    size_ratio: float | None,
+    bits: Path,
+) -> Calibrated:
+    """Quantize the layers of `student`, in place, with bits and ranges for each.
+
+    `images` `(N, C, H, W)` are as stored. Bits that are chosen (see `choose_bits`) are kept in the file `bits`.
+    """
+    target = resolve_device(compute.device)
+    teacher.to(target)
+    pool = ImagePool(
+        images.to(target),
+        augmentation=Augmentation(shift=4, flip=images.shape[1] > 1),
+        batch_size=BATCH,
+        seed=compute.seed,
+    )
+    # Images come recipe after recipe, and real ones class after class.
+    mixed = images[torch.randperm(len(images), generator=generator("calibration", compute.seed))]
+    few = as_float(mixed[:IMAGES].to(target))
+    chosen = _chosen_once(
+        bits, lambda: choose_bits(teacher, wanted, few, size_ratio=size_ratio, signed=calibration.signed)
+    )
+    quantize_layers(student.to(target).network, chosen)
+    fit_weights(student, rule=calibration.weights)
+    batches = (pool.batch(step) for step in range(calibration.steps))
+    calibrate(student, batches, rule=calibration.inputs, signed=calibration.signed)
+    sensitivity = sensitivities(student, few, list(chosen))
+    if calibration.correction:
+        count = images_to_correct_on(teacher.card.input_size, len(images))
+        correct(student, teacher, as_float(mixed[:count].to(target)))
+    return Calibrated(few, sensitivity)
+
+
+def _chosen_once(path: Path, choose: Callable[[], dict[str, Bits]]) -> dict[str, Bits]:
+    """What `choose` gives, the same for all processes and resumes: measurements may differ in their last bits."""
+    if peers().leads and not path.exists():
+        write_json(path, choose())
+    told = peers().told(json.loads(path.read_text()) if peers().leads else None)
+    return {name: Bits(*bits) for name, bits in told.items()}
