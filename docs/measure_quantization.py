@@ -75,7 +75,7 @@ def measure(given: argparse.Namespace, row: str, source: str, seed: int) -> dict
 def table(rows: Rows) -> str:
     """Markdown: a line for each row and source of images."""
     columns = ("row", "images", "correct", "mean", "correct on the larger set", "mean", "lost there, points")
-    lines = [f"| {' | '.join((*columns, 'bytes', 'calibration + fine-tuning'))} |", "|---" * 9 + "|"]
+    lines = [f"| {' | '.join((*columns, 'bytes', 'calibration + rounding + training'))} |", "|---" * 9 + "|"]
     for row in {**ROWS, **ABLATION}:
         for source in ("made", "real"):
             if made := rows.of(row=row, source=source):
@@ -89,9 +89,10 @@ def _line(row: str, source: str, made: list[dict]) -> str:
         counts, total = [each[which]["correct"] for each in made], made[0][which]["total"]
         cells += [" ".join(f"{count:,}" for count in counts), f"{statistics.mean(counts) / total:.2%}"]
     lost = statistics.mean(each["larger"]["float"] - each["larger"]["correct"] for each in made)
-    seconds = [statistics.mean(each["seconds"][part] for each in made) for part in ("calibration", "training")]
+    parts = ("calibration", "rounding", "training")
+    seconds = [statistics.mean(each["seconds"].get(part, 0.0) for each in made) for part in parts]
     cells += [f"{100 * lost / made[0]['larger']['total']:.2f}", f"{made[0]['bytes_ratio']:.4f}"]
-    return f"| {' | '.join(cells)} | {seconds[0]:.0f} + {seconds[1]:.0f} s |"
+    return f"| {' | '.join(cells)} | {' + '.join(f'{each:.0f}' for each in seconds)} s |"
 
 
 def main() -> None:

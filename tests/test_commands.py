@@ -357,7 +357,8 @@ def test_every_way_of_fine_tuning_gives_a_model_that_is_read_again(finetune, cap
     code, out, _ = answer(capsys, "quantize", DEMO, "--finetune", finetune, *FEW)
     result = json.loads(out)
     assert code == 0
-    assert set(result["seconds"]) == {"synthesis", "calibration", "training", "total"}
+    rounding = {"rounding"} if finetune == "blocks+lsq" else set()
+    assert set(result["seconds"]) == {"synthesis", "calibration", "training", "total"} | rounding
     measured = json.loads(answer(capsys, "evaluate", DEMO, "packed", "--data", DEMO, "--json")[1])["results"]
     assert measured[1]["correct"] > 9600
     layers = json.loads((tmp_path / "packed" / "quantization.json").read_text())["layers"]

@@ -33,7 +33,7 @@ from dfcompress.quantization.export import FILE, Exported, Exporting, Target, sa
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct
 from dfcompress.quantization.report import REPORT, layer_report
 from dfcompress.quantization.sensitivity import require_reachable
-from dfcompress.run import running, write_json
+from dfcompress.run import Run, running, write_json
 from dfcompress.settings import AUTO
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
@@ -170,7 +170,7 @@ def quantize(
                 size_ratio=size_ratio,
                 bits=run.folder / BITS,
             )
-        trained = _finetuned(student, teacher, finetune, tuning, terms, images.train, compute, run.folder)
+        trained = _finetuned(student, teacher, finetune, tuning, terms, images.train, compute, run)
         freeze(student.network)
         if peers().leads:
             left = layers.others | {name: "float" for name in layers.quantizable if name not in wanted}
@@ -243,18 +243,19 @@ def _finetuned(
     terms: Sequence[Objective],
     images: Tensor,
     compute: Compute,
-    folder: Path,
+    run: Run,
 ) -> Trained | Reconstructed | None:
     """Train the calibrated student as asked."""
     if tuning is None:
         return None
     before = tuning if isinstance(tuning, Reconstruction) else BEFORE_LSQ if finetune == "blocks+lsq" else None
-    rounded = None
     if before:
-        state = folder / BLOCKS if peers().leads else None
+        state = run.folder / BLOCKS if peers().leads else None
         rounded = reconstruct(student, teacher, images, before, seed=compute.seed, state=state)
-    if isinstance(tuning, Reconstruction):
-        return rounded
+        if isinstance(tuning, Reconstruction):
+            return rounded
+        run.seconds["rounding"] = rounded.seconds
+    assert isinstance(tuning, Training)
     if finetune != "kd":
         learn_steps(student.network)
-    return Trainer(student, Distillation(teacher, terms), tuning, compute=compute, folder=folder).fit(images)
+    return Trainer(student, Distillation(teacher, terms), tuning, compute=compute, folder=run.folder).fit(images)
