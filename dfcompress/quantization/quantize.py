@@ -46,9 +46,10 @@ from dfcompress.training.teaching import Distillation
 Finetuning = Literal["blocks+lsq", "lsq", "blocks", "kd", "none"]
 
 AS_THE_PAPER = Augmentation(shift=4, flip=True, mixup=1.0)
-LSQ = KD = Training(400, 0.01, 256, weight_decay=1e-4, freeze_batchnorm=True, augmentation=AS_THE_PAPER)
+KD = Training(400, 0.01, 256, weight_decay=1e-4, freeze_batchnorm=True, augmentation=AS_THE_PAPER)
+LSQ = replace(KD, lr=0.003)  # Steps are small numbers: a clipped gradient at 0.01 moves some too far.
 FINETUNING: Mapping[Finetuning, Training | Reconstruction | None] = {
-    "blocks+lsq": replace(LSQ, lr=0.003),
+    "blocks+lsq": LSQ,
     "lsq": LSQ,
     "blocks": Reconstruction(),
     "kd": KD,

