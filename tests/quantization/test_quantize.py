@@ -81,7 +81,7 @@ def test_images_of_one_run_serve_another(tmp_path):
 def test_correction_and_ranges_are_settings_of_calibration(tmp_path):
     shas = set()
     for number, calibration in enumerate(
-        [Calibration(), Calibration(correction=False), Calibration(weights="minmax"), Calibration("mse")]
+        [Calibration(), Calibration(correction=False), Calibration(weights="minmax"), Calibration("minmax")]
     ):
         done = quantize(
             DEMO, data=DEMO, output=tmp_path / str(number), finetune="none", calibration=calibration, compute=EAGER
