@@ -176,7 +176,7 @@ def losses(folder, name):
         ),
         ("merge", ["--student", "lenet5_bn"], "logits/1"),
         ("quantize", ["--bits", "8w8a", "--train-lr", "0.001", "--finetune", "kd"], "kd"),
-        ("quantize", ["--bits", "8w8a", "--train-lr", "0.001"], "feature"),
+        ("quantize", ["--bits", "8w8a", "--train-lr", "0.0003", "--finetune", "lsq"], "feature"),
     ],
 )
 def test_two_processes_train_as_one_does(verb, asked, loss, noise, tmp_path):

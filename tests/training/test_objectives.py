@@ -71,10 +71,16 @@ def test_a_weight_multiplies_and_keeps_the_name():
 
 
 def test_every_objective_is_made_by_its_name():
-    pairs = [(Stage("a", 2), Stage("b", 3))]
+    pairs = [(Stage("a", 3), Stage("b", 3))]
     made = make_objectives(dict.fromkeys(NAMES, 0.5), temperature=4.0, pairs=pairs, seed=0)
     assert tuple(objective.name for objective in made) == NAMES
     assert {objective.weight for objective in made} == {0.5}
+
+
+def test_iq_takes_equally_many_channels_alone():
+    pairs = [(Stage("a", 2), Stage("b", 3))]
+    with pytest.raises(BadInput, match="Use feature, which adapts them"):
+        make_objectives({"kd": 1.0, "iq": 0.001}, temperature=4.0, pairs=pairs, seed=0)
 
 
 @pytest.mark.parametrize("weights", [{}, {"feature": 1.0}, {"kl": 1.0}, {"kd": 0.0}, {"kd": math.nan}])
