@@ -50,9 +50,8 @@ def answer(capsys, *arguments):
 
 
 def test_the_folder_holds_the_commands_of_this_version():
-    assert {"bench", "demo", "doctor", "evaluate", "export", "inspect", "record"} < set(COMMANDS)
-    assert {"distill", "invert", "merge", "quantize"} < set(COMMANDS)
-    assert len(COMMANDS) == 11
+    others = ["bench", "demo", "doctor", "evaluate", "export", "inspect", "record"]
+    assert sorted([*others, "distill", "invert", "merge", "quantize"]) == COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)

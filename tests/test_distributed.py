@@ -164,6 +164,9 @@ def losses(folder, name):
     return [json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+PUBLISHED = ["--calibrate", "minmax", "--weight-ranges", "minmax", "--no-correction"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("verb", "asked", "loss"),
@@ -175,8 +178,14 @@ def losses(folder, name):
             "feature",
         ),
         ("merge", ["--student", "lenet5_bn"], "logits/1"),
-        ("quantize", ["--bits", "8w8a", "--train-lr", "0.001", "--finetune", "kd"], "kd"),
-        ("quantize", ["--bits", "8w8a", "--train-lr", "0.0003", "--finetune", "lsq"], "feature"),
+        (
+            "quantize",
+            ["--bits", "8w8a", "--train-lr", "0.001", "--finetune", "kd", "--objective", "kd", *PUBLISHED],
+            "kd",
+        ),
+        ("quantize", ["--bits", "8w8a", "--train-lr", "0.001", "--finetune", "kd", *PUBLISHED], "kd"),
+        ("quantize", ["--bits", "3w32a", "--train-lr", "0.001", "--finetune", "kd"], "kd"),
+        ("quantize", ["--bits", "3w32a", "--train-lr", "0.0003", "--finetune", "lsq"], "kd"),
     ],
 )
 def test_two_processes_train_as_one_does(verb, asked, loss, noise, tmp_path):
@@ -191,12 +200,12 @@ def test_two_processes_train_as_one_does(verb, asked, loss, noise, tmp_path):
     _, errors = run.communicate(timeout=180)
     assert run.returncode == 0, errors
     assert "Warning" not in errors
-    alone, shared = (losses(tmp_path / name, loss) for name in ("one", "two"))
-    if verb == "quantize":  # A rounding apart may be a level of the grid apart, and steps add up.
-        assert shared[:4] == pytest.approx(alone[:4], rel=1e-2)
-        assert shared == pytest.approx(alone, rel=0.25)
-        return
+    # With quantized activations a rounding apart becomes a level apart after some steps; without, it does not.
+    compared = slice(6 if "8w8a" in asked else None)
+    alone, shared = (losses(tmp_path / name, loss)[compared] for name in ("one", "two"))
     assert shared == pytest.approx(alone, rel=1e-3)
+    if verb == "quantize":  # So may a weight be.
+        return
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-3)

@@ -20,10 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dfcompress import console
 from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import MANIFEST, as_float
 from dfcompress.device import exact_fp32
-from dfcompress.errors import BadInput
+from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.fake_quantizers import FLOAT_BITS, in_float, quantized_layers
@@ -141,11 +142,7 @@ class Exporting:
         exact = _Session(path, rewriting=False)
         given = exact(images)
         different = (given - own).abs()
-        try:
-            usual = _Session(path, rewriting=True)
-            equal_rewritten = _equal(usual(images), own)
-        except RuntimeError:  # Onnxruntime cannot rewrite 2 bits.
-            usual, equal_rewritten = exact, None
+        usual = _rewriting(path)
         whole = file_bytes(classifier.path) if classifier.path else None
         return Exported(
             path=str(path),
@@ -154,12 +151,21 @@ class Exporting:
             bytes_ratio=round(path.stat().st_size / whole, 4) if whole else None,
             images=len(images),
             equal=_equal(given, own),
-            equal_rewritten=equal_rewritten,
+            equal_rewritten=_equal(usual(images), own) if usual else None,
             median_difference=different.median().item(),
             largest_difference=different.max().item(),
-            milliseconds=usual.milliseconds(images),
+            milliseconds=(usual or exact).milliseconds(images),
             milliseconds_fp32=_milliseconds_fp32(classifier, images),
         )
+
+
+def _rewriting(path: Path) -> _Session | None:
+    """The file as onnxruntime rewrites it by default; None where it cannot, as with 2 bits."""
+    try:
+        return _Session(path, rewriting=True)
+    except DfcompressError as error:
+        console.notice(f"Only with session.disable_quant_qdq=1: {error.problem}")
+        return None
 
 
 class _Session:
@@ -174,7 +180,7 @@ class _Session:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # Onnxruntime's own exceptions have no common class but this.
-            raise RuntimeError(str(error)) from None
+            raise DfcompressError(f"onnxruntime cannot load {path}: {error}", "Use the model without ONNX.") from error
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of images."""

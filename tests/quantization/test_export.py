@@ -102,7 +102,7 @@ def test_every_width_is_exported_and_answers_alike(bits, tmp_path):
     student = quantized(classifier_of("cifar_resnet20", 32), bits, ends=None)
     _, exported = through(student, tmp_path)
     assert exported.images == 64
-    assert exported.equal >= 62
+    assert exported.equal >= 63
     # Sums are taken in another order, so that a few values fall on the other side of a grid's edge.
     assert exported.median_difference < 0.02 * student(pictures(3, 32, 32)).std()
     assert exported.milliseconds > 0 < exported.milliseconds_fp32
