@@ -37,7 +37,8 @@ from dfcompress.models.hooks import count_runs, hooked, hooked_inputs
 from dfcompress.randomness import generator, seed_of
 from dfcompress.run import Clock, save_state
 
-IMAGES = 1024  # Features of so many are in memory.
+IMAGES = 1024  # Features of so many are in memory,
+FEATURES = 2**32  # or of fewer, so that they take no more bytes.
 LARGEST_UNIT = 4
 PASSED = 256  # Images of a forward pass.
 STRETCH = (-0.1, 1.1)  # The rectified sigmoid's range, so that 0 and 1 are reached (AdaRound, eq. 23).
@@ -145,6 +146,7 @@ def _reconstruct_unit(
 ) -> float:
     """Learn one unit's rounding and input steps and freeze them; the error that is left, as a share of the variance."""
     unit = student.network.get_submodule(name)
+    images = images[: images_that_fit(teacher, name)]
     own, _ = _passing(student, name, images, outputs=False)
     given, wanted = _passing(teacher, name, images)
     learners = {path: _Learner(layer) for path, layer in unit.named_modules() if isinstance(layer, QuantizedLayer)}
@@ -226,6 +228,16 @@ class _Learner:
         self.layer.set_integer_weight(integers.to(torch.int8), self.scale)
         if self.layer.input_grid and self.step is not None:
             self.layer.input_grid = self.layer.input_grid.with_step(self.step)
+
+
+def images_that_fit(classifier: Classifier, name: str) -> int:
+    """Of how many images the features around a unit may be in memory: its input in float and quantized, and its output.
+
+    As many as one forward pass takes are always allowed.
+    """
+    image = torch.zeros(1, *classifier.card.input_size, dtype=torch.uint8)
+    given, wanted = _passing(classifier, name, image)
+    return max(PASSED, FEATURES // (2 * given.nbytes + wanted.nbytes))
 
 
 class _EnoughError(Exception):

@@ -85,6 +85,17 @@ def test_integers_keep_their_magnitude_and_their_grid_of_inputs():
     assert (twin(images) - before).abs().median() < 1e-4
 
 
+def test_quantizing_after_folding_gives_the_same_integers():
+    before, after = classifier_of(chain()), classifier_of(chain())
+    fold_batchnorms(after)
+    for classifier in (before, after):
+        quantize_layers(classifier.network, {"0": (8, 32), "3": (4, 32), "6": (2, 32)})
+        freeze(classifier.network)
+    fold_batchnorms(before)
+    for name, layer in quantized_layers(before.network).items():
+        assert torch.equal(layer.integer_weight()[0], quantized_layers(after.network)[name].integer_weight()[0])
+
+
 @pytest.mark.parametrize("images", [torch.rand(3, 3, 8, 8)])
 def test_outputs_with_another_user_and_modules_that_run_twice_are_left_alone(images):
     classifier = classifier_of(TwoUsers())

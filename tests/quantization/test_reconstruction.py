@@ -18,7 +18,7 @@ from dfcompress.models.fake_quantizers import freeze, quantize_layers, quantized
 from dfcompress.quantization import reconstruction
 from dfcompress.quantization.bits import layers_of
 from dfcompress.quantization.ranges import calibrate, fit_weights
-from dfcompress.quantization.reconstruction import Reconstruction, reconstruct, units_of
+from dfcompress.quantization.reconstruction import Reconstruction, images_that_fit, reconstruct, units_of
 from dfcompress.quantization.report import signal_to_noise
 
 QUICK = Reconstruction(steps=60, batch_size=16, lr=0.03)
@@ -169,6 +169,25 @@ def test_dropping_the_quantization_of_activations_changes_what_is_learnt():
         settings = replace(QUICK, drop=drop)
         reconstruct(student, float_classifier, images(), settings, seed=0, state=None)
     assert not torch.equal(students[0].network[5].weight, students[1].network[5].weight)
+
+
+def test_features_of_large_images_take_no_more_memory_than_allowed(monkeypatch: pytest.MonkeyPatch):
+    float_classifier, passed = teacher(), []
+    convolution = 4 * (2 * 3 * 8 * 8 + 8 * 6 * 6)
+    monkeypatch.setattr(reconstruction, "PASSED", 2)
+    monkeypatch.setattr(reconstruction, "FEATURES", 10 * convolution)
+    assert images_that_fit(float_classifier, "0") == 10
+    assert images_that_fit(float_classifier, "5") == 10 * convolution // (4 * (2 * 32 + 4))
+    passing = reconstruction._passing
+
+    def watched(classifier: Classifier, name: str, some: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
+        passed.append((name, len(some)))
+        return passing(classifier, name, some, **options)
+
+    monkeypatch.setattr(reconstruction, "_passing", watched)
+    reconstruct(calibrated(float_classifier), float_classifier, images(), QUICK, seed=0, state=None)
+    assert max(count for name, count in passed if name == "0") == 10
+    assert max(count for name, count in passed if name == "5") == 48
 
 
 class StoppedError(Exception):
