@@ -18,6 +18,7 @@ from dfcompress.distributed import peers
 from dfcompress.errors import BadInput, DfcompressError
 
 RECORD = "run.json"
+STATE = ".partial"  # The suffix of files that unfinished work is resumed from.
 SAVE_EVERY_SECONDS = 20.0
 
 
@@ -106,7 +107,7 @@ class Run:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
     def finish(self, measurements: Mapping[str, Any]) -> None:
-        """Write the record: options, measurements, seconds, versions and machine."""
+        """Write the record: options, measurements, seconds, versions and machine; states to resume from go."""
         from dfcompress.device import peak_memory_bytes, processor_name, resolve_device
 
         device = resolve_device(self.options.get("device", "cpu"))
@@ -123,6 +124,8 @@ class Run:
                 "processor": processor_name(device),
             }
         )
+        for state in self.folder.glob(f"*{STATE}"):
+            state.unlink()
 
     def _write(self, values: Mapping[str, Any]) -> None:
         versions = {name: metadata.version(name) for name in ("dfcompress", "torch")} | {

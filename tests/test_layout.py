@@ -22,6 +22,7 @@ VERB_FILES = {
     "training/distill.py",
     "training/merge.py",
     "quantization/quantize.py",
+    "quantization/export.py",
     "evaluation/doctor.py",
     "evaluation/evaluate.py",
     "evaluation/inspect.py",

@@ -8,8 +8,8 @@ from dfcompress import console
 
 if TYPE_CHECKING:
     from dfcompress.evaluation.evaluate import Evaluation
+    from dfcompress.evaluation.exported import Exported
     from dfcompress.evaluation.result import Compressed
-    from dfcompress.quantization.export import Exported
     from dfcompress.synthesis.invert import SynthesisPlan
 
 

@@ -4,7 +4,7 @@ teachers, and its accuracy if asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,14 @@ from dfcompress import console
 from dfcompress.data.real import reshaped
 from dfcompress.distributed import peers
 from dfcompress.evaluation.evaluate import Evaluation, evaluate
+from dfcompress.evaluation.exported import Exported
 from dfcompress.evaluation.metrics import answers
 from dfcompress.models.architectures import runs_code
 from dfcompress.models.checkpoint import load, save, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.weights import file_bytes
-from dfcompress.quantization.export import Exported
-from dfcompress.quantization.reconstruction import Reconstructed
 from dfcompress.run import Run
 from dfcompress.synthesis.supply import TrainingImages, in_batches
-from dfcompress.training.loop import PARTIAL, Trained
 
 FEW_IMAGES = 30
 Measure = Callable[[Classifier], Evaluation | None]
@@ -112,11 +110,14 @@ def hand_back(
     student: Classifier,
     taught: Sequence[Taught],
     *,
-    trained: Trained | Reconstructed | None,
+    trained: Mapping[str, Any] | None,
     measure: Measure,
     export: Callable[[Classifier], Exported] | None = None,
 ) -> Compressed:
-    """Save `student` in the run's folder, measure what was saved beside the teachers, and close the run."""
+    """Save `student` in the run's folder, measure what was saved beside the teachers, and close the run.
+
+    `trained` is what the record tells of the training, its `seconds` among it.
+    """
     if not peers().leads:
         return Compressed.from_json(peers().told())
     save(student, run.folder)
@@ -127,7 +128,7 @@ def hand_back(
     seconds = {
         "synthesis": sum(each.images.synthesis_seconds for each in taught),
         **run.seconds,
-        "training": trained.seconds if trained else 0.0,
+        "training": trained["seconds"] if trained else 0.0,
     }
     size = file_bytes(run.folder)
     result = Compressed(
@@ -143,8 +144,7 @@ def hand_back(
         evaluation=measure(saved),
         export=export(saved) if export else None,
     )
-    run.finish({**result.to_json(), "training": asdict(trained) if trained else None})
-    (run.folder / PARTIAL).unlink(missing_ok=True)
+    run.finish({**result.to_json(), "training": trained})
     return Compressed.from_json(peers().told(result.to_json()))
 
 

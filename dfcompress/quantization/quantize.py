@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,15 @@ from dfcompress.models.stages import Stage, stages_of
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.quantization.bits import USUAL_ENDS, Wanted, assign, layers_of, parse_bits, parse_ends
 from dfcompress.quantization.calibration import Calibration, calibrated
-from dfcompress.quantization.export import FILE, Exported, Exporting, Target, sampled
+from dfcompress.quantization.export import (
+    FILE,
+    Target,
+    rehearse,
+    require_kernels,
+    require_packages,
+    sampled,
+    write_compared,
+)
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct
 from dfcompress.quantization.report import REPORT, layer_report
 from dfcompress.quantization.sensitivity import require_reachable
@@ -121,10 +130,11 @@ def quantize(
     if not pairs and any(name in OF_FEATURES for name in weights):
         raise BadInput(f"{teacher.name} has no stages whose features could be compared.", "Use --objective kd.")
     terms = make_objectives(weights, temperature=temperature, pairs=pairs, seed=compute.seed) if weights else []
-    exporting = Exporting(export) if export else None
-    if exporting:
-        exporting.require({name: (each.weights, each.activations) for name, each in wanted.items()}, calibration.signed)
-        exporting.rehearse(teacher)  # What cannot be exported should not cost an hour of work.
+    if export:
+        require_packages(export)
+        asked = {name: (each.weights, each.activations) for name, each in wanted.items()}
+        require_kernels(export, asked, signed=calibration.signed)
+        rehearse(teacher)  # What cannot be exported should not cost an hour of work.
     supply = ImageSupply(
         teacher,
         data,
@@ -177,19 +187,19 @@ def quantize(
             left = layers.others | {name: "float" for name in layers.quantizable if name not in wanted}
             report = layer_report(student, teacher, found.few, sensitivity=found.sensitivity, left=left)
             write_json(run.folder / REPORT, report)
-
-        def write_export(saved: Classifier) -> Exported:
-            assert exporting
-            return exporting.write(saved, run.folder / FILE, sampled(images.train))
-
-        taught = [same_classes(teacher, images)]
-        result = hand_back(
-            run, student, taught, trained=trained, measure=measure, export=write_export if exporting else None
+        written = (
+            partial(write_compared, path=run.folder / FILE, images=sampled(images.train), target=export)
+            if export
+            else None
         )
-        if peers().leads:
-            for name in (BITS, BLOCKS):
-                (run.folder / name).unlink(missing_ok=True)
-        return result
+        return hand_back(
+            run,
+            student,
+            [same_classes(teacher, images)],
+            trained=asdict(trained) if trained else None,
+            measure=measure,
+            export=written,
+        )
 
 
 def wanted_bits(

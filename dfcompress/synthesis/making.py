@@ -32,7 +32,7 @@ from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch
 
 METRICS = "metrics.jsonl"
 PREVIEW = "preview.png"
-LESSONS = "lessons.partial"
+LESSONS = "lessons.pt"
 PREVIEW_IMAGES = 80
 
 

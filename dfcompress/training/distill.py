@@ -130,7 +130,7 @@ def distill(
         images = supply.gather(run.folder)
         teaching = Distillation(teacher, terms)
         trained = Trainer(pupil, teaching, training, compute=compute, folder=run.folder).fit(images.train)
-        return hand_back(run, pupil, [same_classes(teacher, images)], trained=trained, measure=measure)
+        return hand_back(run, pupil, [same_classes(teacher, images)], trained=asdict(trained), measure=measure)
 
 
 def _warn_if_larger(pupil: Classifier, teacher: Classifier) -> None:

@@ -196,7 +196,7 @@ def merge(
         sets = [_in_form(some.train, pupil.card.input_size) for some in images]
         trained = Trainer(pupil, teaching, training, compute=compute, folder=run.folder).fit(*sets)
         taught = [Taught(*each) for each in zip(teachers, images, outputs.of, strict=True)]
-        return hand_back(run, pupil, taught, trained=trained, measure=measure)
+        return hand_back(run, pupil, taught, trained=asdict(trained), measure=measure)
 
 
 def _check_different(teachers: Sequence[Classifier]) -> None:

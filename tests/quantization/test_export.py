@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.errors import BadInput, DfcompressError
+from dfcompress.evaluation import exported as comparison
+from dfcompress.evaluation.exported import Exported
 from dfcompress.models.architectures import named
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
@@ -18,7 +20,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, quantize_layers
 from dfcompress.quantization import export as export_module
 from dfcompress.quantization.bits import assign, layers_of, parse_bits
-from dfcompress.quantization.export import Exporting, export
+from dfcompress.quantization.export import export, rehearse, require_kernels, require_packages
 from dfcompress.quantization.ranges import calibrate, fit_weights
 
 onnx = pytest.importorskip("onnx")
@@ -28,7 +30,7 @@ pytest.importorskip("onnxruntime")
 @pytest.fixture(autouse=True)
 def fewer_images(monkeypatch):
     monkeypatch.setattr(export_module, "CHECKED", 256)
-    monkeypatch.setattr(export_module, "ROUNDS", 1)
+    monkeypatch.setattr(comparison, "ROUNDS", 1)
 
 
 def with_statistics(classifier: Classifier, images: Tensor) -> Classifier:
@@ -67,7 +69,7 @@ def quantized(classifier: Classifier, bits: str, *, ends: int | None = 8, signed
     return student
 
 
-def through(classifier: Classifier, folder: Path) -> tuple[Classifier, export_module.Exported]:
+def through(classifier: Classifier, folder: Path) -> tuple[Classifier, Exported]:
     """Packed, loaded and exported."""
     save(classifier, folder)
     loaded = load(folder)
@@ -186,12 +188,12 @@ def test_a_file_that_is_there_is_not_replaced_unasked(tmp_path):
 def test_without_the_packages_nothing_is_begun(monkeypatch):
     monkeypatch.setattr(export_module, "PACKAGES", ("onnx", "no_such_package"))
     with pytest.raises(BadInput, match=r"needs no_such_package\. Install them with: pip install 'dfcompress\[onnx\]'"):
-        Exporting("onnxruntime")
+        require_packages("onnxruntime")
 
 
 def test_an_unknown_target_is_refused():
     with pytest.raises(BadInput, match="no --target 'tflite'"):
-        Exporting("tflite")
+        require_packages("tflite")
 
 
 def test_what_the_exporter_cannot_trace_is_one_sentence(tmp_path):
@@ -205,8 +207,8 @@ def test_what_the_exporter_cannot_trace_is_one_sentence(tmp_path):
 
     classifier = Classifier(Undecided(), ModelCard("test", 4, (3, 2, 2), (0.5,) * 3, (0.5,) * 3), name="odd").frozen()
     with pytest.raises(DfcompressError, match="odd cannot be exported"):
-        Exporting("onnxruntime").rehearse(classifier)
+        rehearse(classifier)
 
 
 def test_float_activations_suit_tensorrt_signed_or_not():
-    Exporting("tensorrt").require({"conv": (8, 32)}, False)
+    require_kernels("tensorrt", {"conv": (8, 32)}, signed=False)

@@ -206,7 +206,7 @@ def adaptive(resnet20_file, tmp_path_factory):
 
 
 def test_an_adaptive_student_learns_between_rounds(adaptive):
-    saved = torch.load(adaptive[1] / "lessons.partial", weights_only=True)
+    saved = torch.load(adaptive[1] / "lessons.pt", weights_only=True)
     assert saved["lesson"] == 2
     assert saved["seconds"] > 0
     assert adaptive[0].images == 24

@@ -251,7 +251,7 @@ def test_a_live_student_goes_on_from_its_last_lesson(tmp_path):
     folder, none = teacher(tmp_path / "t"), replace(SHORT, steps=0)
     live = distilled(folder, tmp_path / "live", training=none, live=True)
     other = distilled(folder, tmp_path / "other", training=none)
-    lessons = torch.load(tmp_path / "live" / "synthetic" / "lessons.partial", weights_only=True)
+    lessons = torch.load(tmp_path / "live" / "synthetic" / "lessons.pt", weights_only=True)
     assert lessons["lesson"] == 2
     fresh, _ = make_student("lenet5_bn_half", load(folder).card, seed=0)
     for name, value in load(live.checkpoint).named_parameters():
