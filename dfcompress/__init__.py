@@ -16,12 +16,14 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "Augmentation": "data.pool",
     "Compute": "device",
     "Calibration": "quantization.calibration",
     "Classifier": "models.classifier",
     "Gates": "evaluation.gates",
     "Keeping": "synthesis.records.keeping",
     "ModelCard": "models.card",
+    "Reconstruction": "quantization.reconstruction",
     "Synthesis": "synthesis.recipe",
     "Training": "training.settings",
     "bench_step": "evaluation.bench_step",

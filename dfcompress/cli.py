@@ -84,6 +84,6 @@ def run(args: list[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         if console.speaks():
-            click.echo("dfcompress: interrupted; the same line with --resume goes on.", err=True)
+            click.echo("dfcompress: interrupted; the same line goes on with --resume, where there is that.", err=True)
         return INTERRUPTED
     return 0

@@ -90,7 +90,7 @@ def demo(
         )
         measured = evaluate([teacher, student.checkpoint, packed.checkpoint], data=FILES, device=compute.device)
     sizes = [file_bytes(FILES), student.bytes, packed.bytes]
-    seconds = [0.0, student.seconds["total"], made.seconds + packed.seconds["training"]]
+    seconds = [0.0, student.seconds["total"], made.seconds + packed.seconds["total"]]
     rows = [
         {**row, "model": name, "bytes": size, "seconds": round(took, 1)}
         for row, name, size, took in zip(

@@ -106,9 +106,11 @@ def can_compile(device: torch.device) -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` through `torch.compile`, whole and for fixed shapes; eagerly, with a notice, where that fails."""
-    fast: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False)
+def compiled(function: Callable[..., Any], *, whole: bool = True) -> Callable[..., Any]:
+    """`function` through `torch.compile`, for fixed shapes and as one graph where it must be `whole`; eagerly, with a
+    notice, where that fails.
+    """
+    fast: Callable[..., Any] = torch.compile(function, fullgraph=whole, dynamic=False)
 
     def call(*args: Any) -> Any:
         nonlocal fast
@@ -304,7 +306,8 @@ def resolve_execution(compute: Compute, macs: float) -> Execution:
     if compute.compile == "off":
         return eager
     if not can_compile(device):
-        console.notice("No C++ compiler found: running eagerly, several times slower.")
+        missing = "Triton" if device.type == "cuda" else "C++ compiler"
+        console.notice(f"No {missing} found: running eagerly, several times slower.")
         return eager
     console.notice(f"Computing on {device} in {precision} with {eager.threads} threads.", level=console.VERBOSE)
     gain = (1 - COMPILED_SHARE) * macs / EAGER_MACS_PER_SECOND[device.type]

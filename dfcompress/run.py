@@ -71,13 +71,26 @@ class Run:
                 self.earlier = before.get("measurements")
                 return
             self._refuse_to_delete_inputs()
-            shutil.rmtree(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._empty()
             self._write({"finished": False})
         except (OSError, DfcompressError) as error:
             reason = error.strerror if isinstance(error, OSError) else error.problem
             raise BadInput(f"--output {self.folder} cannot be written: {reason}", "Name another folder.") from None
+
+    def _empty(self) -> None:
+        """Delete what is there but a record that nothing can be resumed from: killed meanwhile, the folder is still
+        known as one of ours.
+        """
+        left = list(self.folder.iterdir())
+        if left:
+            write_json(self.folder / RECORD, {"verb": self.verb, "options": {}})
+        for path in left:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != RECORD:
+                path.unlink()
 
     def _refuse_to_delete_inputs(self) -> None:
         for path in self.inputs:
@@ -194,7 +207,8 @@ def write_atomically(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise DfcompressError(
-            f"{path} cannot be written: {error.strerror}.", "Make room, then run the same line with --resume."
+            f"{path} cannot be written: {error.strerror}.",
+            "Make room and run it again, with --resume where there is that.",
         ) from None
     finally:
         temporary.unlink(missing_ok=True)

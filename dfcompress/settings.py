@@ -68,6 +68,13 @@ def changed(settings: Settings, changes: Mapping[str, Any], what: str) -> Settin
     return dataclasses.replace(settings, **own, **parts)  # type: ignore[type-var]
 
 
+def settled(usual: Settings, given: Settings | Mapping[str, Any] | None) -> Settings:
+    """The settings of a training as they are given, or the usual ones with single changes; raises as `changed` does."""
+    if given is None or isinstance(given, Mapping):
+        return changed(usual, given or {}, "setting of training called")
+    return given
+
+
 def _fields(settings: Any) -> dict[str, tuple[str, Any]]:
     """Every field by name: the field it is inside of (or nothing), and its value."""
     places: dict[str, tuple[str, Any]] = {}

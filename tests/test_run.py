@@ -58,6 +58,24 @@ def test_overwriting_starts_anew_but_only_what_dfcompress_made(tmp_path):
         Run("invert", tmp_path / "run", {"seed": 4}, overwrite=True)
 
 
+def test_a_folder_whose_overwriting_was_killed_is_ours_and_is_not_resumed(tmp_path, monkeypatch):
+    Run("invert", tmp_path / "run", {"seed": 3}).finish({"images": 5})
+    for name in ("a", "b"):
+        (tmp_path / "run" / name).mkdir()
+
+    def killed(path: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Run("invert", tmp_path / "run", {"seed": 3}, overwrite=True)
+    monkeypatch.undo()
+    with pytest.raises(BadInput, match="was started with seed = None"):
+        Run("invert", tmp_path / "run", {"seed": 3}, resume=True)
+    Run("invert", tmp_path / "run", {"seed": 3}, overwrite=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match="is a file"):

@@ -54,14 +54,13 @@ def distill(
     """Train a smaller student on images made from the model."""
     import dataclasses
 
-    from dfcompress.settings import changed
+    from dfcompress.settings import settled
     from dfcompress.synthesis.invert import plans
     from dfcompress.training.distill import DISTILLATION, distill
 
-    settings = changed(DISTILLATION, training, "setting of training called")
     if dry_run:
         made = [] if data else plans(model, synthesis, compute, mix=mix, unseen=unseen)
-        _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(settings))
+        _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(settled(DISTILLATION, training)))
         return
     result = distill(
         model,
@@ -70,7 +69,7 @@ def distill(
         data=data,
         output=output,
         synthesis=synthesis,
-        training=settings,
+        training=training,
         objectives=objectives,
         temperature=temperature,
         mix=mix,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command(epilog=_options.example("dfcompress export resnet20-4w4a -o resnet20.onnx"))
 @_options.model
-@click.option("-o", "--output", type=_options.PATH, help="The file; by default model.onnx beside the weights.")
+@click.option("-o", "--output", type=_options.PATH, help="The file; by default model.onnx in the folder, or NAME.onnx.")
 @click.option("--overwrite", is_flag=True, help="Replace that file.")
 @_options.target
 @click.option("--data", type=_options.PATH, help="Images to compare on; by default those the model was made with.")

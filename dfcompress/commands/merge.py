@@ -60,7 +60,7 @@ def merge(
     """Train one student that knows the classes of several models, on images made from each."""
     import dataclasses
 
-    from dfcompress.settings import changed
+    from dfcompress.settings import settled
     from dfcompress.synthesis.invert import plans
     from dfcompress.training.merge import image_supplies, merge, usual_images, usual_training
 
@@ -68,9 +68,8 @@ def merge(
         own, mix = usual_images(method, synthesis, mix)  # type: ignore[arg-type]
         supplies = image_supplies(models, data, own, compute, mix=mix)
         usual = usual_training(method, min(map(len, supplies)), len(models))  # type: ignore[arg-type]
-        settings = changed(usual, training, "setting of training called")
         made = [] if data else [each for model in models for each in plans(model, own, compute, mix=mix, unseen=unseen)]
-        _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(settings))
+        _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(settled(usual, training)))
         return
     result = merge(
         models,

@@ -78,15 +78,11 @@ def quantize(
     import json
 
     from dfcompress.quantization.bits import layers_of
-    from dfcompress.quantization.quantize import FINETUNING, quantize, usual_synthesis, wanted_bits
+    from dfcompress.quantization.quantize import quantize, usual_synthesis, usual_tuning, wanted_bits
     from dfcompress.quantization.report import REPORT
-    from dfcompress.settings import assignments, changed
+    from dfcompress.settings import assignments
     from dfcompress.synthesis.invert import plans
 
-    usual = FINETUNING[finetune]
-    if usual is None and training:
-        raise BadInput("--finetune none trains nothing.", "Leave the options of training out.")
-    settings = changed(usual, training, "setting of training called") if usual else None
     gates.require_images(eval_data)
     patterns = assignments(layer_bits, "--layer-bits")
     if target != "onnxruntime" and not export:
@@ -95,7 +91,8 @@ def quantize(
         layers = layers_of(model).quantizable
         wanted_bits(model, layers, bits, first_last_bits, patterns, size_ratio, signed=calibration.signed)
         made = [] if data else plans(model, usual_synthesis(model, synthesis), compute, mix=mix)
-        _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(settings) if settings else None)
+        tuning = usual_tuning(finetune, training)
+        _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(tuning) if tuning else None)
         return
     result = quantize(
         model,
@@ -109,7 +106,7 @@ def quantize(
         mix=mix,
         calibration=calibration,
         finetune=finetune,
-        training=settings,
+        training=training,
         objectives=objectives,
         temperature=temperature,
         export=target if export else None,  # type: ignore[arg-type]

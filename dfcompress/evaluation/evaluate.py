@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def evaluate(
     `Evaluation.check_gate` raises, so that the counts are there either way.
     Raises `BadInput` for a checkpoint, data or number that cannot be used, and for unequal numbers of classes.
     """
-    gate = None if fail_under is None else _as_share(fail_under)
+    gate = None if fail_under is None else as_share(fail_under)
     if not checkpoints:
         raise BadInput("No checkpoint was given.", "Name at least one.")
     target = resolve_device(device)
@@ -79,12 +80,14 @@ def evaluate(
     return Evaluation([counted(name, answer, given[0]) for name, answer in zip(names, given, strict=True)], gate)
 
 
-def _as_share(fail_under: float) -> float:
+def as_share(fail_under: float) -> float:
+    """An accuracy in [0, 1] from a share, or from percent where it is above 1; raises `BadInput` for others."""
     if not 0 <= fail_under <= 100:
         raise BadInput(
             f"--fail-under {fail_under:g} is no accuracy.", "Give a share such as 0.9, or percent such as 90."
         )
-    return fail_under if fail_under <= 1 else fail_under / 100
+    # Decimal: 99.9 percent is to be the same number as 999 of 1,000.
+    return fail_under if fail_under <= 1 else float(Decimal(str(fail_under)) / 100)
 
 
 def _check_same_classes(names: Sequence[str], classifiers: Sequence[Classifier]) -> None:

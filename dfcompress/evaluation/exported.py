@@ -57,7 +57,7 @@ def compare(classifier: Classifier, path: Path, fp32: Path, images: Tensor, *, t
     Raises `DfcompressError` where onnxruntime does not load a file.
     """
     own = _answers(classifier, images)
-    exact, usual = _Session(path, rewriting=False), _rewriting(path)
+    exact, usual = Session(path, rewriting=False), _rewriting(path)
     given = exact(images)
     different = (given - own).abs()
     whole = file_bytes(classifier.path) if classifier.path else None
@@ -72,20 +72,20 @@ def compare(classifier: Classifier, path: Path, fp32: Path, images: Tensor, *, t
         median_difference=different.median().item(),
         largest_difference=different.max().item(),
         milliseconds=(usual or exact).milliseconds(images),
-        milliseconds_fp32=_Session(fp32, rewriting=True).milliseconds(images),
+        milliseconds_fp32=Session(fp32, rewriting=True).milliseconds(images),
     )
 
 
-def _rewriting(path: Path) -> _Session | None:
+def _rewriting(path: Path) -> Session | None:
     """The file as onnxruntime rewrites it by default; None where it cannot, as with 2 bits."""
     try:
-        return _Session(path, rewriting=True)
+        return Session(path, rewriting=True)
     except DfcompressError as error:
         console.notice(f"Only with session.disable_quant_qdq=1: {error.problem}")
         return None
 
 
-class _Session:
+class Session:
     """An ONNX file in onnxruntime on the CPU, with or without its own rewriting of quantized operations."""
 
     def __init__(self, path: Path, *, rewriting: bool) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dfcompress import console
 from dfcompress.data.real import reshaped
+from dfcompress.device import resolve_device
 from dfcompress.distributed import peers
-from dfcompress.evaluation.evaluate import Evaluation, evaluate
+from dfcompress.evaluation.evaluate import Evaluation, evaluate, placed
 from dfcompress.evaluation.exported import Exported
 from dfcompress.evaluation.metrics import answers
 from dfcompress.models.architectures import runs_code
@@ -111,6 +112,7 @@ def hand_back(
     taught: Sequence[Taught],
     *,
     trained: Mapping[str, Any] | None,
+    device: str,
     measure: Measure,
     export: Callable[[Classifier], Exported] | None = None,
 ) -> Compressed:
@@ -122,7 +124,8 @@ def hand_back(
         return Compressed.from_json(peers().told())
     save(student, run.folder)
     saved = _load_saved(run, student)
-    teachers, warnings = _followed(saved, taught)
+    with run.timed("comparison"):
+        teachers, warnings = _followed(saved, taught, resolve_device(device))
     for warning in warnings:
         console.notice(warning)
     seconds = {
@@ -148,15 +151,17 @@ def hand_back(
     return Compressed.from_json(peers().told(result.to_json()))
 
 
-def _followed(student: Classifier, taught: Sequence[Taught]) -> tuple[list[dict[str, Any]], list[str]]:
-    """How far the student follows each teacher, and what looks wrong."""
+def _followed(
+    student: Classifier, taught: Sequence[Taught], target: torch.device
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """How far the student follows each teacher, and what looks wrong; computed on `target`."""
     teachers, warnings = [], []
     for each in taught:
-        each.teacher.to("cpu")
         name = each.teacher.name
-        held_out = _answers(student, each, each.images.held_out)
-        agreement = _agreement(_answers(student, each, each.images.train)) or 0.0
-        unseen = _agreement(_answers(student, each, each.images.unseen))
+        with placed(student, target), placed(each.teacher, target):
+            held_out = _answers(student, each, each.images.held_out)
+            agreement = _agreement(_answers(student, each, each.images.train)) or 0.0
+            unseen = _agreement(_answers(student, each, each.images.unseen))
         blocks = [_share_in(held_out, other.outputs) for other in taught] if len(taught) > 1 else None
         shares = {"agreement": agreement, "held_out": _agreement(held_out), "unseen": unseen}
         teachers.append({"checkpoint": name, **shares, "blocks": blocks})

@@ -180,10 +180,7 @@ def _fit_of(architecture: Architecture, tensors: Mapping[str, Tensor], path: Pat
 
 def _fit_of_stated(name: str, tensors: Mapping[str, Tensor], path: Path) -> Recognised:
     """The architecture that a file states: ours by name, else timm's, else the one its tensors tell; never code."""
-    if runs_code(name):
-        raise BadInput(
-            f"{path} was made with --arch {name}.", "Give the same --arch again: code runs only when you name it."
-        )
+    _refuse_code(name, None, path)
     if name.startswith(HALF):
         return _fit_of(named(name), tensors, path)
     if name in architectures() and (fit := fit_to(architectures()[name], tensors)):
@@ -239,15 +236,19 @@ def _fit_of_packed(arch: str | None, card: Mapping[str, Any], stored: StoredMode
     if classes not in {tensor.numel() for tensor in stored.tensors.values() if tensor.dim() == 1}:
         raise BadInput(f"{path} states {classes} classes, which no tensor has.", "The file is damaged; make it again.")
     name = card["architecture"]
-    if name in architectures() or name.startswith(("timm:", HALF)) or name == arch:
-        architecture = named(name)
-    elif runs_code(name):
-        raise BadInput(
-            f"{path} was made with --arch {name}.", "Give the same --arch again: code runs only when you name it."
-        )
-    else:
+    _refuse_code(name, arch, path)
+    if name != arch and name not in architectures() and not name.startswith(("timm:", HALF)):
         raise BadInput(f"{path} states the architecture {name!r}, which is not known.", "Update dfcompress.")
+    architecture = named(name)
     return Recognised(architecture, architecture.namings[0], classes, card["input_size"][0], {})
+
+
+def _refuse_code(stated: str, arch: str | None, path: Path) -> None:
+    """Raise `BadInput` where a file states an architecture that is code, and the user did not name the same."""
+    if runs_code(stated) and stated != arch:
+        raise BadInput(
+            f"{path} was made with --arch {stated}.", "Give the same --arch again: code runs only when you name it."
+        )
 
 
 def _packed(fit: Recognised, stored: StoredModel) -> nn.Module:

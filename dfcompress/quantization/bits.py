@@ -116,7 +116,7 @@ def layers_of(classifier: Classifier) -> Layers:
     def note(module: nn.Module, _: object) -> None:
         called[names[module]] = module
 
-    weighted = [module for module in names if any(each.dim() > 1 for each in module.parameters(recurse=False))]
+    weighted = [module for module in names if _has_weights(module) and not _holds_layers(module)]
     pass_once(classifier, [module.register_forward_pre_hook(note) for module in weighted])
     quantizable = [name for name, module in called.items() if can_be_quantized(module)]
     others = {name: type(module).__name__ for name, module in called.items() if not can_be_quantized(module)}
@@ -126,3 +126,12 @@ def layers_of(classifier: Classifier) -> Layers:
             f"There is nothing to quantize{': ' if others else '.'}{', '.join(others)}",
         )
     return Layers(quantizable, others)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(each.dim() > 1 for each in module.parameters(recurse=False))
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    """Whether quantizable layers are inside: what it has of its own is a scale or a position, say, and no layer."""
+    return any(can_be_quantized(each) for each in module.modules() if each is not module)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,12 +20,15 @@ from torch import Tensor
 from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import MANIFEST, as_float
 from dfcompress.errors import BadInput
-from dfcompress.evaluation.exported import BATCH, Exported, compare
+from dfcompress.evaluation.exported import BATCH, Exported, Session, compare
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import FLOAT_BITS, in_float, quantized_layers
+from dfcompress.quantization.bits import Bits
 from dfcompress.quantization.onnx import write_onnx
+from dfcompress.quantization.sensitivity import uncalibrated
 from dfcompress.randomness import generator
+from dfcompress.run import write_atomically
 
 Target = Literal["onnxruntime", "tensorrt"]
 
@@ -44,9 +48,9 @@ def export(
 ) -> Exported:
     """Write a quantized or float model as ONNX: images `(N, C, H, W)` in [0, 1] → logits, any N; and check it.
 
-    `output` is a file, by default `model.onnx` in the checkpoint's folder, or beside the file. Both models are asked
-    about up to 1,024 images: those at `data`, or of the synthetic set that `quantize` left in the checkpoint's folder,
-    or noise of the mean and standard deviation on the card.
+    `output` is a file, by default `model.onnx` in the checkpoint's folder, NAME.onnx beside the file NAME.pt.
+    Both models are asked about up to 1,024 images: those at `data`, or of the synthetic set that `quantize` left in the
+    checkpoint's folder, or noise of the mean and standard deviation on the card.
     `tensorrt` takes 8-bit weights and signed 8-bit activations (`quantize --bits 8w8a --signed`) and float layers.
     Raises `BadInput` where a package is missing, the target cannot run the model, or `output` is there already.
     """
@@ -89,25 +93,29 @@ def require_kernels(target: Target, bits: Mapping[str, tuple[int | None, int]], 
         )
 
 
-def rehearse(classifier: Classifier) -> None:
-    """Raise `DfcompressError` where a network cannot be exported, and leave nothing behind."""
+def rehearse(teacher: Classifier, bits: Mapping[str, Bits], *, signed: bool) -> None:
+    """Raise `DfcompressError` where the network cannot be exported at these bits, or onnxruntime does not load it."""
     with tempfile.TemporaryDirectory() as folder:
-        write_onnx(classifier, Path(folder) / FILE)
+        path = Path(folder) / FILE
+        write_onnx(uncalibrated(teacher, bits, signed=signed), path)
+        Session(path, rewriting=False)
 
 
 def write_compared(classifier: Classifier, path: Path, images: Tensor, *, target: Target) -> Exported:
-    """Write `path` and compare it on `images` `(N, C, H, W)` in [0, 1]; raises `BadInput` as `require_kernels` does."""
+    """Write `path`, once it has been compared on `images` `(N, C, H, W)` in [0, 1]; raises `BadInput` as
+    `require_kernels` does, and `DfcompressError` where onnxruntime does not load it.
+    """
     layers = quantized_layers(classifier.network)
     signed = all(layer.input_grid is None or layer.input_grid.signed for layer in layers.values())
     require_kernels(
         target, {name: (layer.weight_bits, layer.input_bits) for name, layer in layers.items()}, signed=signed
     )
-    write_onnx(classifier, path)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, write_atomically(path) as written:
         fp32 = Path(folder) / FILE
         with in_float(classifier.network):
             write_onnx(classifier, fp32)
-        return compare(classifier, path, fp32, images, target=target)
+        write_onnx(classifier, written)
+        return replace(compare(classifier, written, fp32, images, target=target), path=str(path))
 
 
 def _beside(classifier: Classifier) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -41,9 +41,9 @@ from dfcompress.quantization.export import (
 )
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct
 from dfcompress.quantization.report import REPORT, layer_report
-from dfcompress.quantization.sensitivity import require_reachable
+from dfcompress.quantization.sensitivity import require_reachable, with_widths
 from dfcompress.run import Run, running, write_json
-from dfcompress.settings import AUTO
+from dfcompress.settings import AUTO, settled
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import ImageSupply
@@ -87,7 +87,7 @@ def quantize(
     mix: str = AUTO,
     calibration: Calibration = Calibration(),
     finetune: Finetuning = "blocks+lsq",
-    training: Training | Reconstruction | None = None,
+    training: Training | Reconstruction | Mapping[str, Any] | None = None,
     objectives: Mapping[str, float] | None = None,
     temperature: float = 4.0,
     export: Target | None = None,
@@ -103,8 +103,8 @@ def quantize(
     each, by what they cost on the images, so that the file is at most `size_ratio` of the model in fp32.
     `finetune`: `blocks` learns the rounding block by block, `lsq` trains weights and steps to follow the float model
     (Esser et al. 2020), `blocks+lsq` does the one after the other, `kd` trains the weights with ranges frozen (Haroush
-    et al. 2020, section 4.2), `none` only calibrates. `training` changes its usual settings (`FINETUNING`),
-    `objectives` what is followed (`OBJECTIVES`).
+    et al. 2020, section 4.2), `none` only calibrates. `training` changes single ones of its usual settings
+    (`FINETUNING`), or replaces them, `objectives` what is followed (`OBJECTIVES`).
     BatchNorm's statistics stay as they are corrected.
     `data` is a synthetic set, the folder of a run that made some, or real images; without it images are made first, by
     `bns-inception` unless another recipe is named, half of them by the recipe `mix` (see `ImageSupply`), and kept in
@@ -122,23 +122,28 @@ def quantize(
     wanted = wanted_bits(
         teacher, layers.quantizable, bits, first_last_bits, layer_bits or {}, size_ratio, signed=calibration.signed
     )
-    tuning = _tuning(finetune, training)
+    tuning = usual_tuning(finetune, training)
     pairs = [(stage, stage) for stage in stages_of(teacher).values()]
     if objectives is not None and finetune not in OBJECTIVES:
         raise BadInput(f"--finetune {finetune} follows no --objective.", "Use lsq or kd.")
     weights = _objectives(finetune, pairs) if objectives is None else objectives
     if not pairs and any(name in OF_FEATURES for name in weights):
         raise BadInput(f"{teacher.name} has no stages whose features could be compared.", "Use --objective kd.")
-    terms = make_objectives(weights, temperature=temperature, pairs=pairs, seed=compute.seed) if weights else []
+    terms = (
+        make_objectives(weights, temperature=temperature, pairs=pairs, seed=compute.seed)
+        if finetune in OBJECTIVES
+        else []
+    )
     if export:
         require_packages(export)
         asked = {name: (each.weights, each.activations) for name, each in wanted.items()}
         require_kernels(export, asked, signed=calibration.signed)
-        rehearse(teacher)  # What cannot be exported should not cost an hour of work.
+        # What cannot be exported should not cost an hour of work.
+        rehearse(teacher, with_widths(wanted, {}), signed=calibration.signed)
     supply = ImageSupply(
         teacher,
         data,
-        usual_synthesis(teacher, synthesis),
+        synthesis if data else usual_synthesis(teacher, synthesis),
         compute,
         mix=mix,
         learner=lambda recipe: learner(teacher, recipe, None, compute),
@@ -156,6 +161,7 @@ def quantize(
         "export": export,
         "data": data,
         "synthesis": supply.origin(),
+        "rounding": asdict(BEFORE_LSQ) if tuning and finetune == "blocks+lsq" else None,
         "training": asdict(tuning) if tuning else None,
         **asdict(compute),
     }
@@ -197,6 +203,7 @@ def quantize(
             student,
             [same_classes(teacher, images)],
             trained=asdict(trained) if trained else None,
+            device=compute.device,
             measure=measure,
             export=written,
         )
@@ -230,15 +237,25 @@ def usual_synthesis(teacher: Classifier, synthesis: Synthesis) -> Synthesis:
     return replace(synthesis, recipe=RECIPE)
 
 
-def _tuning(finetune: Finetuning, given: Training | Reconstruction | None) -> Training | Reconstruction | None:
-    """The settings of fine-tuning; raises `BadInput` where those given are of another kind."""
+def usual_tuning(
+    finetune: Finetuning, given: Training | Reconstruction | Mapping[str, Any] | None
+) -> Training | Reconstruction | None:
+    """The settings of fine-tuning, the usual ones or with changes; raises `BadInput` where those given are of another
+    kind.
+    """
     if finetune not in FINETUNING:
         raise BadInput(f"There is no --finetune {finetune!r}.", f"Known: {', '.join(FINETUNING)}.")
     usual = FINETUNING[finetune]
-    if given is not None and type(given) is not type(usual):
-        raise BadInput(f"--finetune {finetune} is not set by a {type(given).__name__}.", "See FINETUNING.")
-    chosen = given or usual
-    return chosen if chosen and chosen.steps else None
+    if usual is None:
+        if given:
+            raise BadInput("--finetune none trains nothing.", "Leave the settings of training out.")
+        return None
+    if isinstance(given, Training | Reconstruction) and type(given) is not type(usual):
+        raise BadInput(
+            f"--finetune {finetune} is not set by a {type(given).__name__}.", f"Give a {type(usual).__name__}."
+        )
+    chosen = settled(usual, given)
+    return chosen if chosen.steps else None
 
 
 def _objectives(finetune: Finetuning, pairs: Sequence[tuple[Stage, Stage]]) -> dict[str, float]:
@@ -261,8 +278,7 @@ def _finetuned(
         return None
     before = tuning if isinstance(tuning, Reconstruction) else BEFORE_LSQ if finetune == "blocks+lsq" else None
     if before:
-        state = run.folder / BLOCKS if peers().leads else None
-        rounded = reconstruct(student, teacher, images, before, seed=compute.seed, state=state)
+        rounded = reconstruct(student, teacher, images, before, seed=compute.seed, state=run.folder / BLOCKS)
         if isinstance(tuning, Reconstruction):
             return rounded
         run.seconds["rounding"] = rounded.seconds

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.func import functional_call
 from dfcompress import console
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import exact_fp32
+from dfcompress.distributed import peers
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.fake_quantizers import (
@@ -41,6 +42,7 @@ IMAGES = 1024  # Features of so many are in memory,
 FEATURES = 2**32  # or of fewer, so that they take no more bytes.
 LARGEST_UNIT = 4
 PASSED = 256  # Images of a forward pass.
+Side = Literal["input", "output"]
 STRETCH = (-0.1, 1.1)  # The rectified sigmoid's range, so that 0 and 1 are reached (AdaRound, eq. 23).
 SHARPNESS = (20.0, 2.0)  # β of the regulariser, from first to last.
 
@@ -86,7 +88,7 @@ def reconstruct(
     """Learn the rounding of the calibrated `student`'s weights, unit by unit, and freeze it.
 
     `teacher` is the same network in float, on the same device; `images` `(N, C, H, W)` as stored. Finished units are
-    kept in the file `state`; where it is there, work goes on from it, to the same bits.
+    kept in the file `state`; where it is there, work goes on from it, to the same bits. Every process does all units.
     """
     images = images[torch.randperm(len(images), generator=generator("reconstruction", seed))[:IMAGES]]
     names = units_of(student)
@@ -105,7 +107,7 @@ def reconstruct(
                 student, teacher, name, images, settings, seed=seed_of("reconstruction", seed, number)
             )
             progress.update(number + 1, error=losses[name])
-            if state:
+            if state and peers().leads:
                 layers = {
                     each: _kept(layer) for each, layer in quantized_layers(student.network).items() if layer.is_frozen
                 }
@@ -147,8 +149,8 @@ def _reconstruct_unit(
     """Learn one unit's rounding and input steps and freeze them; the error that is left, as a share of the variance."""
     unit = student.network.get_submodule(name)
     images = images[: images_that_fit(teacher, name)]
-    own, _ = _passing(student, name, images, outputs=False)
-    given, wanted = _passing(teacher, name, images)
+    (own,) = _features(student, name, images, "input")
+    given, wanted = _features(teacher, name, images, "input", "output")
     learners = {path: _Learner(layer) for path, layer in unit.named_modules() if isinstance(layer, QuantizedLayer)}
     steps = [learner.step for learner in learners.values() if learner.step is not None]
     groups = [{"params": [each.rise for each in learners.values()], "lr": settings.lr}]
@@ -159,14 +161,16 @@ def _reconstruct_unit(
 
     def partly(whole: Tensor, other: Tensor) -> Tensor:
         """Some elements of one, the rest of the other."""
-        return torch.where(torch.rand(whole.shape, generator=random, device=own.device) < settings.drop, whole, other)
+        return torch.where(
+            torch.rand(whole.shape, generator=random, device=random.device) < settings.drop, whole, other
+        )
 
     def quantize_partly(path: str, activations: Tensor) -> Tensor:
         return partly(activations, learners[path].quantized_input(activations))
 
     with exact_fp32(), evaluating(unit), in_float(unit), hooked_inputs(unit, learners, quantize_partly):
         for step in range(settings.steps):
-            some = torch.randint(len(own), (settings.batch_size,), generator=random, device=own.device)
+            some = torch.randint(len(own), (settings.batch_size,), generator=random, device=random.device)
             weights = {f"{path}.weight".lstrip("."): learner.weight() for path, learner in learners.items()}
             output = functional_call(unit, weights, (partly(given[some], own[some]),))
             # Summed over channels, the mean over images and pixels, as BRECQ has it.
@@ -179,8 +183,10 @@ def _reconstruct_unit(
             optimizer.step()
     for learner in learners.values():
         learner.settle()
-    _, output = _passing(student, name, images)
-    return ((output - wanted).square().mean() / wanted.var().clamp_min(1e-12)).item()
+    del own, given
+    (output,) = _features(student, name, images, "output")
+    missed = output.sub_(wanted).square_().mean()
+    return (missed / wanted.var().clamp_min(1e-12)).item()
 
 
 def _sharpness(step: int, settings: Reconstruction) -> float:
@@ -236,7 +242,7 @@ def images_that_fit(classifier: Classifier, name: str) -> int:
     As many as one forward pass takes are always allowed.
     """
     image = torch.zeros(1, *classifier.card.input_size, dtype=torch.uint8)
-    given, wanted = _passing(classifier, name, image)
+    given, wanted = _features(classifier, name, image, "input", "output")
     return max(PASSED, FEATURES // (2 * given.nbytes + wanted.nbytes))
 
 
@@ -245,20 +251,25 @@ class _EnoughError(Exception):
 
 
 @torch.no_grad()
-def _passing(classifier: Classifier, name: str, images: Tensor, *, outputs: bool = True) -> tuple[Tensor, Tensor]:
-    """Inputs and outputs (if asked for) of a module, for all `images`, as stored."""
-    seen: list[tuple[Tensor, Tensor]] = []
+def _features(classifier: Classifier, name: str, images: Tensor, *sides: Side) -> list[Tensor]:
+    """What goes into a module and what comes out of it, as asked, for all `images`, as stored; none is there twice."""
+    found: list[Tensor] = []
+    done = 0
 
-    def stop(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
-        seen.append((activations, output if outputs else output[:0]))
+    def keep(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
+        passed = [activations if side == "input" else output for side in sides]
+        if not found:
+            found.extend(some.new_empty(len(images), *some.shape[1:]) for some in passed)
+        for whole, some in zip(found, passed, strict=True):
+            whole[done : done + len(some)] = some
         raise _EnoughError
 
-    with exact_fp32(), evaluating(classifier), hooked(classifier.network, [name], stop):
+    with exact_fp32(), evaluating(classifier), hooked(classifier.network, [name], keep):
         for some in images.split(PASSED):
             with suppress(_EnoughError):
                 classifier(as_float(some.to(classifier.mean.device)))
-    inputs, results = zip(*seen, strict=True)
-    return torch.cat(inputs), torch.cat(results)
+            done += len(some)
+    return found
 
 
 def _kept(layer: QuantizedLayer) -> dict[str, Any]:

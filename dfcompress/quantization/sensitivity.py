@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from dfcompress.quantization.bits import Bits, Wanted
 from dfcompress.quantization.ranges import fit_weights
 
 IMAGES = 128
-LONGEST_GRID = InputGrid(0.00012345678901234567, 127)  # As many digits as a scale of fp32 can have.
+LONGEST_SCALE = 0.00012345678901234567  # As many digits as one of fp32 can have.
 
 
 @torch.no_grad()
@@ -61,7 +60,7 @@ def require_reachable(
         return
     if size_ratio is None or not 0 < size_ratio < 1:
         raise BadInput("--bits auto needs a share of the model's size.", "Add for instance --size-ratio 0.15.")
-    least = _file_bytes(teacher, _with_widths(wanted, {}), signed=signed) / state_bytes(teacher.network)
+    least = _file_bytes(teacher, with_widths(wanted, {}), signed=signed) / state_bytes(teacher.network)
     if least > size_ratio:
         raise BadInput(
             f"--size-ratio {size_ratio:g} cannot be kept: with {WIDTHS[0]}-bit weights the file is {least:.3f} of the "
@@ -82,12 +81,12 @@ def choose_bits(
     """
     free = _free(wanted)
     if not free or size_ratio is None:
-        return _with_widths(wanted, {})
+        return with_widths(wanted, {})
     counts = [teacher.network.get_parameter(f"{name}.weight").numel() for name in free]
     sizes = np.array([[packing.packed_bytes(count, width) for width in WIDTHS] for count in counts])
-    room = size_ratio * state_bytes(teacher.network) - _file_bytes(teacher, _with_widths(wanted, {}), signed=signed)
+    room = size_ratio * state_bytes(teacher.network) - _file_bytes(teacher, with_widths(wanted, {}), signed=signed)
     chosen = _cheapest(_costs(teacher, free, images), sizes, room + sizes[:, 0].sum())
-    return _with_widths(wanted, {name: WIDTHS[place] for name, place in zip(free, chosen, strict=True)})
+    return with_widths(wanted, {name: WIDTHS[place] for name, place in zip(free, chosen, strict=True)})
 
 
 def _free(wanted: Mapping[str, Wanted]) -> list[str]:
@@ -95,19 +94,25 @@ def _free(wanted: Mapping[str, Wanted]) -> list[str]:
     return [name for name, each in wanted.items() if each.weights is None]
 
 
-def _with_widths(wanted: Mapping[str, Wanted], widths: Mapping[str, int]) -> dict[str, Bits]:
+def with_widths(wanted: Mapping[str, Wanted], widths: Mapping[str, int]) -> dict[str, Bits]:
     """Bits of all layers, the fewest where none were asked for or chosen."""
     return {name: Bits(each.weights or widths.get(name, WIDTHS[0]), each.activations) for name, each in wanted.items()}
 
 
 def _file_bytes(teacher: Classifier, bits: Mapping[str, Bits], *, signed: bool) -> int:
     """How large the teacher's file is at these bits, but for the length of a few numbers in its metadata."""
+    return saved_bytes(uncalibrated(teacher, bits, signed=signed))
+
+
+def uncalibrated(teacher: Classifier, bits: Mapping[str, Bits], *, signed: bool) -> Classifier:
+    """A copy of the teacher at these bits, frozen, with any grids: what it looks like, not what it answers."""
     trial = copy.deepcopy(teacher)
     quantize_layers(trial.network, bits)
     for layer in quantized_layers(trial.network).values():
-        layer.input_grid = replace(LONGEST_GRID, signed=signed)
+        if layer.input_bits != FLOAT_BITS:
+            layer.input_grid = InputGrid(LONGEST_SCALE, 0 if signed else 2**layer.input_bits - 1, signed)
     freeze(trial.network)
-    return saved_bytes(trial)
+    return trial
 
 
 def _cheapest(costs: NDArray[np.float64], sizes: NDArray[np.int64], room: float) -> list[int]:

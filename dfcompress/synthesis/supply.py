@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfcompress import console
 from dfcompress.data.real import ImageSource, open_images
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_float, as_stored
 from dfcompress.device import Compute
@@ -57,14 +58,17 @@ class ImageSupply:
         self.compute, self.learner = compute, learner
         self.sources = [open_images(each, teacher.card, part="train") for each in _parts(data)]
         self.jobs = {} if self.sources else _jobs(teacher, synthesis, mix)
-        for source in self.sources:
-            if isinstance(source, SyntheticSet):
-                source.require_complete()
+        given = [source for source in self.sources if isinstance(source, SyntheticSet)]
+        for synthetic in given:
+            synthetic.require_complete()
+        if self.sources and (mix not in (AUTO, NONE) or replace(synthesis, images=1) != Synthesis(images=1)):
+            console.notice("The images are those of --data: options of synthesis make no others to train on.")
         informed = next((job.teacher for job in self.jobs.values()), teacher)
         self.unseen = None
         if unseen and not why_no_statistics(informed.network):
             used = {job.choice.name for job in self.jobs.values()}
-            recipe = next(name for name in OTHER_RECIPES if name not in used)
+            used |= {synthetic.manifest["recipe"]["name"] for synthetic in given}
+            recipe = next((name for name in OTHER_RECIPES if name not in used), OTHER_RECIPES[-1])
             self.unseen = resolve(informed, replace(_alike(synthesis, recipe, unseen), records=None))
 
     @property

@@ -2,7 +2,7 @@
 
 dfcompress.distill("resnet44.pt", student="cifar_resnet20")
 dfcompress.distill("resnet44.pt", student="half", objectives={"kd": 1.0, "attention": 100.0})
-dfcompress.distill("resnet44.pt", student="cifar_resnet20", data="images", training=Training(steps=500))
+dfcompress.distill("resnet44.pt", student="cifar_resnet20", data="images", training={"steps": 500})
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dfcompress import console
 from dfcompress.data.pool import Augmentation
@@ -22,7 +23,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages, stages_in_common
 from dfcompress.models.student import begin_student
 from dfcompress.run import running
-from dfcompress.settings import AUTO
+from dfcompress.settings import AUTO, settled
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import ImageSupply
@@ -51,7 +52,7 @@ def distill(
     data: str | Path | None = None,
     output: str | Path | None = None,
     synthesis: Synthesis = Synthesis(images=2048),
-    training: Training = DISTILLATION,
+    training: Training | Mapping[str, Any] | None = None,
     objectives: Mapping[str, float] | None = None,
     temperature: float = 4.0,
     mix: str = AUTO,
@@ -69,6 +70,7 @@ def distill(
     where no `student` is named), or None; `auto` takes the teacher's own layers where the student is a shallower form
     of it (see `inherit`). `objectives` are weights of kd (Hinton 2015), ce, mse-logits, feature and attention;
     by default kd, and ten times feature where the features of both networks have equally many channels.
+    `training` changes single settings of the usual ones (`DISTILLATION`), or replaces them.
     `data` is a synthetic set, or real images; without it images are made first, half of them by the recipe `mix` (see
     `ImageSupply`), and kept in `<output>/synthetic`.
     With `live`, synthesis and training alternate: the images compete with the student itself, which learns between the
@@ -79,6 +81,7 @@ def distill(
     `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
     Raises `BadInput` where the model, the student or the data cannot be used.
     """
+    training = settled(DISTILLATION, training)
     teacher = as_classifier(checkpoint)
     pupil, fitted, begun = begin_student(
         student, teacher.card, init=student_init, teachers=[(teacher, None)], seed=compute.seed
@@ -130,7 +133,9 @@ def distill(
         images = supply.gather(run.folder)
         teaching = Distillation(teacher, terms)
         trained = Trainer(pupil, teaching, training, compute=compute, folder=run.folder).fit(images.train)
-        return hand_back(run, pupil, [same_classes(teacher, images)], trained=asdict(trained), measure=measure)
+        return hand_back(
+            run, pupil, [same_classes(teacher, images)], trained=asdict(trained), device=compute.device, measure=measure
+        )
 
 
 def _warn_if_larger(pupil: Classifier, teacher: Classifier) -> None:

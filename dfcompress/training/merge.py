@@ -31,7 +31,7 @@ from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.student import begin_student
 from dfcompress.run import running
-from dfcompress.settings import AUTO, changed
+from dfcompress.settings import AUTO, settled
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import NONE, ImageSupply
@@ -163,9 +163,7 @@ def merge(
     architecture = pupil.card.architecture
     synthesis, mix = usual_images(method, synthesis, mix)
     supplies = image_supplies(teachers, data, synthesis, compute, mix=mix, unseen=unseen, student=architecture)
-    if not isinstance(training, Training):
-        usual = usual_training(method, min(map(len, supplies)), len(teachers))
-        training = changed(usual, training or {}, "setting of training called")
+    training = settled(usual_training(method, min(map(len, supplies)), len(teachers)), training)
     require_trainable(pupil, training, compute, list(map(len, supplies)))
     tests = open_test_images(eval_data, pupil, teachers)  # A wrong path should not cost an hour of work.
 
@@ -196,7 +194,7 @@ def merge(
         sets = [_in_form(some.train, pupil.card.input_size) for some in images]
         trained = Trainer(pupil, teaching, training, compute=compute, folder=run.folder).fit(*sets)
         taught = [Taught(*each) for each in zip(teachers, images, outputs.of, strict=True)]
-        return hand_back(run, pupil, taught, trained=asdict(trained), measure=measure)
+        return hand_back(run, pupil, taught, trained=asdict(trained), device=compute.device, measure=measure)
 
 
 def _check_different(teachers: Sequence[Classifier]) -> None:

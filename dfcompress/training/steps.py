@@ -168,7 +168,7 @@ class Steps:
 
         lesson = _Lesson(self.student, teaching, low)
         if self.execution.compile:
-            return torch.compile(teach, dynamic=False), torch.compile(lesson, dynamic=False)
+            return device.compiled(teach, whole=False), device.compiled(lesson, whole=False)
         return teach, parallel.replicated(lesson, self.everyone)
 
 

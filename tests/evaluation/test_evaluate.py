@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dfcompress.errors import BadInput, GateNotMet
-from dfcompress.evaluation.evaluate import Evaluation, evaluate
+from dfcompress.evaluation.evaluate import Evaluation, as_share, evaluate
 from dfcompress.models.checkpoint import load
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -98,6 +98,14 @@ def test_a_gate_holds_for_every_checkpoint(both):
     Evaluation(both.results, fail_under=0.917).check_gate()
     with pytest.raises(GateNotMet, match="resnet20"):
         Evaluation(both.results, fail_under=0.93).check_gate()
+
+
+def test_a_percentage_that_is_just_reached_passes():
+    for correct in range(501, 1000):
+        just = Evaluation([{"checkpoint": "a", "top1": correct / 1000}], fail_under=as_share(correct / 10))
+        just.check_gate()
+        with pytest.raises(GateNotMet):
+            dataclasses.replace(just, fail_under=as_share((correct + 1) / 10)).check_gate()
 
 
 @pytest.mark.parametrize("fail_under", [-0.1, 100.5, float("nan")])

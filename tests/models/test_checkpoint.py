@@ -17,6 +17,7 @@ from dfcompress.models.checkpoint import load, save, state_bytes, write_sidecar
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized, quantizable_layers, quantize_layers
 from dfcompress.models.student import make_student
+from dfcompress.models.weights import CARD_KEY, QUANTIZATION_KEY
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -229,13 +230,19 @@ def test_a_network_of_the_users_own_is_built_by_the_factory_named(tmp_path):
     assert classifier.card.classes == 7
 
 
-def test_code_that_a_file_names_is_not_run_until_the_user_names_it(tmp_path):
-    (tmp_path / "net.py").write_text(FACTORY)
-    spec = f"{tmp_path / 'net.py'}:make"
-    card = ModelCard(spec, 7, (1, 20, 20), (0.0,), (1.0,)).to_json()
-    save_file({"0.weight": torch.zeros(4, 1, 3, 3)}, tmp_path / "a.safetensors", {"dfcompress": json.dumps(card)})
+@pytest.mark.parametrize("before", ["", "half:", "half:half:", "timm:"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_code_that_a_file_names_is_not_run_until_the_user_names_it(before, packed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("net.py", "timm:net.py"):
+        (tmp_path / name).write_text(FACTORY)
+    card = ModelCard(f"{before}net.py:make", 7, (1, 20, 20), (0.0,), (1.0,)).to_json()
+    metadata = {CARD_KEY: json.dumps(card)}
+    if packed:
+        metadata[QUANTIZATION_KEY] = json.dumps({"version": 2, "layers": {}})
+    save_file({"0.weight": torch.zeros(4, 1, 3, 3), "3.bias": torch.zeros(7)}, "a.safetensors", metadata)
     with pytest.raises(BadInput, match="was made with --arch"):
-        load(tmp_path / "a.safetensors")
+        load("a.safetensors")
     assert not (tmp_path / "ran").exists()
 
 

@@ -114,6 +114,21 @@ def test_layers_whose_arithmetic_is_not_known_are_named():
     assert layers.others == {"0": "Standardised"}
 
 
+class Scaled(nn.Module):
+    """A block with a scale of its own around a layer, as ConvNeXt has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.conv = nn.Parameter(torch.ones(4, 1, 1)), nn.Conv2d(1, 4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.scale * self.conv(images)).mean((2, 3))
+
+
+def test_what_holds_layers_is_none():
+    assert layers_of(classifier_of(Scaled())) == (["conv"], {})
+
+
 def test_looking_at_the_layers_changes_nothing_of_the_network():
     classifier = classifier_of(RegisteredBackwards()).train()
     classifier.network.norm.eval()

@@ -19,7 +19,7 @@ from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, quantize_layers
 from dfcompress.quantization import export as export_module
-from dfcompress.quantization.bits import assign, layers_of, parse_bits
+from dfcompress.quantization.bits import Bits, assign, layers_of, parse_bits
 from dfcompress.quantization.export import export, rehearse, require_kernels, require_packages
 from dfcompress.quantization.ranges import calibrate, fit_weights
 
@@ -185,6 +185,19 @@ def test_a_file_that_is_there_is_not_replaced_unasked(tmp_path):
     assert (tmp_path / "model.onnx").stat().st_size > 1000
 
 
+def test_a_file_that_onnxruntime_refuses_is_not_left(tmp_path, monkeypatch):
+    save(classifier_of("lenet5_bn", 32, channels=1), tmp_path)
+    before = sorted(tmp_path.iterdir())
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise DfcompressError("onnxruntime cannot load it", "Use the model without ONNX.")
+
+    monkeypatch.setattr(comparison, "Session", refuse)
+    with pytest.raises(DfcompressError, match="cannot load"):
+        export(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_without_the_packages_nothing_is_begun(monkeypatch):
     monkeypatch.setattr(export_module, "PACKAGES", ("onnx", "no_such_package"))
     with pytest.raises(BadInput, match=r"needs no_such_package\. Install them with: pip install 'dfcompress\[onnx\]'"):
@@ -207,7 +220,7 @@ def test_what_the_exporter_cannot_trace_is_one_sentence(tmp_path):
 
     classifier = Classifier(Undecided(), ModelCard("test", 4, (3, 2, 2), (0.5,) * 3, (0.5,) * 3), name="odd").frozen()
     with pytest.raises(DfcompressError, match="odd cannot be exported"):
-        rehearse(classifier)
+        rehearse(classifier, {"layer": Bits(4, 8)}, signed=False)
 
 
 def test_float_activations_suit_tensorrt_signed_or_not():

@@ -14,12 +14,15 @@ import torch
 
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute
-from dfcompress.errors import BadInput
+from dfcompress.errors import BadInput, DfcompressError, GateNotMet
+from dfcompress.evaluation.evaluate import Evaluation
 from dfcompress.evaluation.gates import Gates
+from dfcompress.evaluation.result import Compressed
 from dfcompress.models.checkpoint import load
 from dfcompress.models.fake_quantizers import quantized_layers
+from dfcompress.quantization import export
 from dfcompress.quantization.calibration import Calibration
-from dfcompress.quantization.quantize import quantize
+from dfcompress.quantization.quantize import LSQ, quantize
 from dfcompress.quantization.reconstruction import Reconstruction
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import ImageSupply
@@ -124,6 +127,41 @@ def test_a_gate_without_what_it_counts_is_bad_input(tmp_path):
     done = quantize(DEMO, data=data, output=tmp_path / "out", finetune="none", compute=EAGER)
     with pytest.raises(BadInput, match="Add --eval-data"):
         Gates(max_drop=1.0).check(done)
-    with pytest.raises(BadInput, match="too few images"):
+    with pytest.raises(GateNotMet, match="too few images"):
         Gates(min_agreement=0.5).check(done)
     Gates().check(done)
+
+
+def test_a_loss_of_just_so_many_points_is_allowed():
+    """In floating point 100 · (0.93 − 0.92) is more than 1."""
+    for correct in range(100, 1001):
+        rows = [{"checkpoint": "teacher", "correct": correct, "total": 1000, "top1": correct / 1000}]
+        rows += [{"checkpoint": "own", "correct": correct - 10, "total": 1000, "top1": (correct - 10) / 1000}]
+        result = Compressed("", "", 1, 1.0, 1, {}, 1.0, [], [], Evaluation(rows))
+        Gates(max_drop=1.0).check(result)
+        with pytest.raises(GateNotMet, match=r"loses 1\.00 points"):
+            Gates(max_drop=0.99).check(result)
+
+
+def test_single_settings_are_changed_by_name(tmp_path):
+    asked = {"data": DEMO, "finetune": "lsq", "compute": EAGER, "eval_data": None}
+    with pytest.raises(BadInput, match="no setting of training called 'step'"):
+        quantize(DEMO, output=tmp_path / "out", training={"step": 3}, **asked)
+    with pytest.raises(BadInput, match="none trains nothing"):
+        quantize(DEMO, output=tmp_path / "out", training={"steps": 3}, **asked | {"finetune": "none"})
+    assert not (tmp_path / "out").exists()
+    quantize(DEMO, output=tmp_path / "out", training={"steps": 2, "batch_size": 8}, **asked)
+    options = json.loads((tmp_path / "out" / "run.json").read_text())["options"]
+    assert (options["training"]["steps"], options["training"]["batch_size"]) == (2, 8)
+    assert options["training"]["lr"] == LSQ.lr
+    assert options["rounding"] is None
+
+
+def test_what_cannot_be_exported_is_told_before_anything_is_made(tmp_path, monkeypatch):
+    def refuse(*arguments: object, **options: object) -> None:
+        raise DfcompressError("onnxruntime cannot load it", "Use the model without ONNX.")
+
+    monkeypatch.setattr(export, "Session", refuse)
+    with pytest.raises(DfcompressError, match="cannot load"):
+        quantize(DEMO, output=tmp_path / "out", export="onnxruntime", compute=EAGER)
+    assert not (tmp_path / "out").exists()

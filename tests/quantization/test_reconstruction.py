@@ -178,13 +178,13 @@ def test_features_of_large_images_take_no_more_memory_than_allowed(monkeypatch: 
     monkeypatch.setattr(reconstruction, "FEATURES", 10 * convolution)
     assert images_that_fit(float_classifier, "0") == 10
     assert images_that_fit(float_classifier, "5") == 10 * convolution // (4 * (2 * 32 + 4))
-    passing = reconstruction._passing
+    features = reconstruction._features
 
-    def watched(classifier: Classifier, name: str, some: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
+    def watched(classifier: Classifier, name: str, some: Tensor, *sides: str) -> list[Tensor]:
         passed.append((name, len(some)))
-        return passing(classifier, name, some, **options)
+        return features(classifier, name, some, *sides)
 
-    monkeypatch.setattr(reconstruction, "_passing", watched)
+    monkeypatch.setattr(reconstruction, "_features", watched)
     reconstruct(calibrated(float_classifier), float_classifier, images(), QUICK, seed=0, state=None)
     assert max(count for name, count in passed if name == "0") == 10
     assert max(count for name, count in passed if name == "5") == 48

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dfcompress import console
 from dfcompress.cli import run
 from dfcompress.data.real import reshaped
 from dfcompress.data.synthetic_set import SyntheticSet
@@ -173,6 +174,17 @@ def test_distill_reports_held_out_and_unseen_images_and_keeps_them_apart(tmp_pat
     assert 0 <= followed["unseen"] <= 1
     unseen = SyntheticSet(tmp_path / "out" / "unseen").manifest
     assert (unseen["recipe"]["name"], unseen["seed"], unseen["images"]) == ("bns-inception", 1, 32)
+
+
+def test_unseen_images_are_of_no_recipe_that_was_learnt_from(tmp_path, capsys):
+    first = distill(DEMO, student="half", output=tmp_path / "a", synthesis=FEW, training=SHORT, compute=EAGER, unseen=0)
+    few = replace(FEW, preset="fast-mnist")
+    asked = {"synthesis": few, "training": {"steps": 2, "batch_size": 8}, "compute": EAGER, "unseen": 32}
+    console.configure(console.NORMAL)
+    distill(DEMO, student="half", output=tmp_path / "b", data=first.output, **asked)
+    console.configure(console.QUIET)
+    assert "options of synthesis make no others" in capsys.readouterr().err
+    assert SyntheticSet(tmp_path / "b" / "unseen").manifest["recipe"]["name"] == "bns-inception"
 
 
 @pytest.mark.parametrize("name", ["ce", "mse-logits", "feature", "attention"])

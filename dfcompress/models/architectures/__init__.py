@@ -148,7 +148,7 @@ def runs_code(spec: str) -> bool:
     """Whether an architecture's name is one of code that only the user may name."""
     while spec.startswith(HALF):
         spec = spec.removeprefix(HALF)
-    return ":" in spec and not spec.startswith("timm:")
+    return ":" in spec.removeprefix("timm:")
 
 
 def _make_half(whole: Architecture, classes: int, channels: int) -> nn.Module:
