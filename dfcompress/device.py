@@ -103,7 +103,12 @@ def can_compile(device: torch.device) -> bool:
     """Whether `torch.compile` can work here: it needs a C++ compiler for the CPU, Triton for CUDA."""
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    return compiler() is not None
+
+
+def compiler() -> str | None:
+    """The C++ compiler that `torch.compile` would find."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
 
 
 def compiled(function: Callable[..., Any], *, whole: bool = True) -> Callable[..., Any]:

@@ -344,7 +344,7 @@ reporting = together(
 )
 
 
-def training(*, steps: int, lr: float, batch_size: int) -> Decorator:
+def training(*, steps: int | str, lr: float | str, batch_size: int | str) -> Decorator:
     """Options of the training loop, as changes of a verb's usual `Training`, whose numbers are told as defaults."""
     return group(
         "training",

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="The rounding block by block, then weights and steps; either alone; weights alone; or nothing.",
 )
-@_options.training(steps=400, lr=0.003, batch_size=256)
+@_options.training(steps="400; 1000 of blocks", lr="0.003; 0.01 of blocks, kd", batch_size="256; 32 of blocks")
 @_options.objectives
 @_options.temperature
 @click.option("--export", type=click.Choice(["onnx"]), help="Also write model.onnx and check it in onnxruntime.")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from dfcompress.device import (
     can_compile,
+    compiler,
     cuda_devices,
     precision_name,
     processor_name,
@@ -54,7 +54,6 @@ class Diagnosis:
 def doctor() -> Diagnosis:
     """Look at this machine; nothing is changed, and only apex's probe computes anything."""
     target = resolve_device("auto")
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
     apex = probe(disagreement)
     precision, compiles, gpus = precision_name(resolve_precision("auto", target)), can_compile(target), cuda_devices()
     advice = []
@@ -74,7 +73,7 @@ def doctor() -> Diagnosis:
         gpus,
         str(target),
         precision,
-        compiler,
+        compiler(),
         compiles,
         {"state": apex.state.value, "found": apex.found, "remedy": apex.remedy},
         advice,

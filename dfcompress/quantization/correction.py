@@ -21,9 +21,9 @@ PIXELS = 2**20  # Of all images that are seen at once,
 FEWEST = 64  # but never fewer images.
 
 
-def images_to_correct_on(card_size: tuple[int, int, int], available: int) -> int:
+def images_to_correct_on(input_size: tuple[int, int, int], available: int) -> int:
     """How many images are enough for stable statistics and few enough to be seen at once."""
-    _, height, width = card_size
+    _, height, width = input_size
     return min(available, max(FEWEST, PIXELS // (height * width)))
 
 

@@ -59,13 +59,8 @@ def synchronised(network: nn.Module, everyone: Peers) -> Iterator[None]:
 
     Raises `BadInput` for a BatchNorm of a class of its own, which may do more than normalise.
     """
+    require_plain(network, everyone)
     layers = [module for module in network.modules() if isinstance(module, _BatchNorm)] if everyone.count > 1 else []
-    for layer in layers:
-        if type(layer) not in PLAIN:
-            raise BadInput(
-                f"A {type(layer).__name__} cannot be trained by several processes.",
-                "Train this student in one process.",
-            )
     classes = [type(layer) for layer in layers]
     for layer in layers:
         layer.__class__ = _SynchronisedBatchNorm
