@@ -26,7 +26,7 @@ from dfcompress.evaluation.result import Compressed, finished_before, hand_back,
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized, learn_steps
-from dfcompress.models.stages import Stage, stages_of
+from dfcompress.models.stages import stages_of
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.quantization.bits import USUAL_ENDS, Wanted, assign, layers_of, parse_bits, parse_ends
 from dfcompress.quantization.calibration import Calibration, calibrated
@@ -123,23 +123,10 @@ def quantize(
         teacher, layers.quantizable, bits, first_last_bits, layer_bits or {}, size_ratio, signed=calibration.signed
     )
     tuning = usual_tuning(finetune, training)
-    pairs = [(stage, stage) for stage in stages_of(teacher).values()]
-    if objectives is not None and finetune not in OBJECTIVES:
-        raise BadInput(f"--finetune {finetune} follows no --objective.", "Use lsq or kd.")
-    weights = _objectives(finetune, pairs) if objectives is None else objectives
-    if not pairs and any(name in OF_FEATURES for name in weights):
-        raise BadInput(f"{teacher.name} has no stages whose features could be compared.", "Use --objective kd.")
-    terms = (
-        make_objectives(weights, temperature=temperature, pairs=pairs, seed=compute.seed)
-        if finetune in OBJECTIVES
-        else []
-    )
+    terms = _objectives(teacher, finetune, objectives, temperature=temperature, seed=compute.seed)
     if export:
-        require_packages(export)
-        asked = {name: (each.weights, each.activations) for name, each in wanted.items()}
-        require_kernels(export, asked, signed=calibration.signed)
         # What cannot be exported should not cost an hour of work.
-        rehearse(teacher, with_widths(wanted, {}), signed=calibration.signed)
+        _require_exportable(export, teacher, wanted, signed=calibration.signed)
     supply = ImageSupply(
         teacher,
         data,
@@ -156,7 +143,7 @@ def quantize(
         "size_ratio": size_ratio,
         "calibration": asdict(calibration),
         "finetune": finetune,
-        "objectives": dict(weights),
+        "objectives": {term.name: term.weight for term in terms},
         "temperature": temperature,
         "export": export,
         "data": data,
@@ -193,11 +180,7 @@ def quantize(
             left = layers.others | {name: "float" for name in layers.quantizable if name not in wanted}
             report = layer_report(student, teacher, found.few, sensitivity=found.sensitivity, left=left)
             write_json(run.folder / REPORT, report)
-        written = (
-            partial(write_compared, path=run.folder / FILE, images=sampled(images.train), target=export)
-            if export
-            else None
-        )
+        written = partial(write_compared, path=run.folder / FILE, images=sampled(images.train))
         return hand_back(
             run,
             student,
@@ -205,7 +188,7 @@ def quantize(
             trained=asdict(trained) if trained else None,
             device=compute.device,
             measure=measure,
-            export=written,
+            export=partial(written, target=export) if export else None,
         )
 
 
@@ -258,9 +241,31 @@ def usual_tuning(
     return chosen if chosen.steps else None
 
 
-def _objectives(finetune: Finetuning, pairs: Sequence[tuple[Stage, Stage]]) -> dict[str, float]:
-    """What is usually followed; features only where the network has some."""
-    return {name: weight for name, weight in OBJECTIVES.get(finetune, {}).items() if pairs or name not in OF_FEATURES}
+def _objectives(
+    teacher: Classifier, finetune: Finetuning, asked: Mapping[str, float] | None, *, temperature: float, seed: int
+) -> list[Objective]:
+    """What is followed: as asked, or as usual; features usually only where the network has some.
+
+    Raises `BadInput` for objectives that this way of fine-tuning, or this network, has not.
+    """
+    if finetune not in OBJECTIVES:
+        if asked is not None:
+            raise BadInput(f"--finetune {finetune} follows no --objective.", "Use lsq or kd.")
+        return []
+    pairs = [(stage, stage) for stage in stages_of(teacher).values()]
+    usual = {name: weight for name, weight in OBJECTIVES[finetune].items() if pairs or name not in OF_FEATURES}
+    weights = usual if asked is None else asked
+    if not pairs and any(name in OF_FEATURES for name in weights):
+        raise BadInput(f"{teacher.name} has no stages whose features could be compared.", "Use --objective kd.")
+    return make_objectives(weights, temperature=temperature, pairs=pairs, seed=seed)
+
+
+def _require_exportable(target: Target, teacher: Classifier, wanted: Mapping[str, Wanted], *, signed: bool) -> None:
+    """Raise `BadInput` or `DfcompressError` where the model could not be exported at the bits wanted."""
+    require_packages(target)
+    asked = {name: (each.weights, each.activations) for name, each in wanted.items()}
+    require_kernels(target, asked, signed=signed)
+    rehearse(teacher, with_widths(wanted, {}), signed=signed)
 
 
 def _finetuned(
