@@ -27,7 +27,6 @@ from dfcompress.errors import BadInput
 
 WIDTHS = range(2, 9)
 FLOAT_BITS = 32
-BATCH = 256
 _BUFFERS = ("weight_scale", "weight_share")
 _STEPS = ("weight_step", "input_step")
 
@@ -297,10 +296,10 @@ def on_learnt_grid(values: Tensor, step: Tensor, lowest: int, highest: int) -> T
     """The nearest of the values lowest·step .. highest·step, differentiable in `values` and in `step`.
 
     Rounding passes gradients straight through; those of a step are divided by √(values that share it · highest), so
-    that it moves at the pace of the weights (LSQ, Esser et al. 2020, section 2.2). Of activations a batch of 256 images
-    counts, however many there are: processes that share a batch must not move faster.
+    that it moves at the pace of the weights (LSQ, Esser et al. 2020, section 2.2). Of activations those of one image
+    count, so that the pace does not depend on the batch, nor on how it is shared out.
     """
-    shared = BATCH * values[0].numel() if step.dim() == 0 else values.numel() / step.numel()
+    shared = values[0].numel() if step.dim() == 0 else values.numel() / step.numel()
     pace = 1 / math.sqrt(shared * max(highest, 1))
     step = _with_gradient(step, step * pace).clamp_min(_SMALLEST_SCALE)
     scaled = (values / step).clamp(lowest, highest)

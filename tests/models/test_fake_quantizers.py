@@ -242,12 +242,12 @@ def test_a_learnt_step_gives_the_values_of_the_grid_it_starts_from(bits, one_end
 
 
 def test_the_gradient_of_a_step_is_that_of_the_paper():
-    """LSQ, eq. 3: −v/s + round(v/s) inside, the clipped end outside; scaled by 1/√(N·Q), N of 256 images."""
+    """LSQ, eq. 3: −v/s + round(v/s) inside, the clipped end outside; scaled by 1/√(N·Q), N of one image."""
     values = torch.tensor([[0.2, 0.74, 1.9, 9.0, -5.0]], requires_grad=True)
     step = torch.tensor(0.5, requires_grad=True)
     on_learnt_grid(values, step, 0, 7).sum().backward()
     inside = [round(v / 0.5) - v / 0.5 for v in (0.2, 0.74, 1.9)]
-    assert step.grad.item() == pytest.approx((sum(inside) + 7 + 0) / (256 * 5 * 7) ** 0.5, rel=1e-5)
+    assert step.grad.item() == pytest.approx((sum(inside) + 7 + 0) / (5 * 7) ** 0.5, rel=1e-5)
     assert values.grad.tolist() == [[1.0, 1.0, 1.0, 0.0, 0.0]]
 
 
