@@ -214,7 +214,7 @@ def test_the_main_job_runs_on_a_checkpoint_and_nothing_else(capsys, tmp_path):
     student = json.loads(out)
     assert code == 0
     assert {"output", "checkpoint", "bytes", "bytes_ratio", "seconds"} <= student.keys()
-    assert set(student["seconds"]) == {"synthesis", "training", "total"}
+    assert set(student["seconds"]) == {"synthesis", "training", "comparison", "total"}
 
     code, out, _ = answer(capsys, "quantize", DEMO, "--bits", "w4a4", *common, "-o", "packed", "--eval-data", "images")
     packed = json.loads(out)
@@ -337,7 +337,10 @@ def test_what_help_says_of_training_is_what_the_verbs_do():
     for name, training in usual.items():
         told = {parameter.name: parameter for parameter in root.get_command(None, name).params}
         for field in ("steps", "lr", "batch_size"):
-            assert told[f"train_{field}"].show_default == str(getattr(training, field))
+            first, _, others = told[f"train_{field}"].show_default.partition("; ")
+            assert first == str(getattr(training, field))
+            if name == "quantize":
+                assert others.startswith(f"{getattr(FINETUNING['blocks'], field)} of blocks")
         if name == "merge":
             assert tuple(told["method"].type.choices) == METHODS
 
@@ -357,7 +360,7 @@ def test_every_way_of_fine_tuning_gives_a_model_that_is_read_again(finetune, cap
     result = json.loads(out)
     assert code == 0
     rounding = {"rounding"} if finetune == "blocks+lsq" else set()
-    assert set(result["seconds"]) == {"synthesis", "calibration", "training", "total"} | rounding
+    assert set(result["seconds"]) == {"synthesis", "calibration", "training", "comparison", "total"} | rounding
     measured = json.loads(answer(capsys, "evaluate", DEMO, "packed", "--data", DEMO, "--json")[1])["results"]
     assert measured[1]["correct"] > 9600
     layers = json.loads((tmp_path / "packed" / "quantization.json").read_text())["layers"]
