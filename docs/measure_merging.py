@@ -14,13 +14,16 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from measuring import Rows, run
+from train_mnist_teachers import images_of
 
 from dfcompress.data.real import open_images
 from dfcompress.evaluation.metrics import answers
 from dfcompress.models.checkpoint import load
 
+ARCHITECTURE = "lenet5_bn"
 # Of every case the teachers, the one with the hardest classes first; FASHION- are those of Fashion-MNIST.
 CASES = {
     "halves": ("lenet5_bn-01234", "lenet5_bn-56789"),
@@ -29,7 +32,8 @@ CASES = {
     "five pairs": tuple(f"lenet5_bn-{pair}" for pair in ("01", "23", "45", "67", "89")),
 }
 SHARED = (4, 5)
-ROWS = {"all-logits": "", "paper": "--method paper"}
+# `real` is the ceiling: the same method on each teacher's own training images.
+ROWS = {"all-logits": "", "paper": "--method paper", "real": "--data"}
 
 
 def measure(given: argparse.Namespace, case: str, row: str, seed: int) -> dict:
@@ -37,11 +41,24 @@ def measure(given: argparse.Namespace, case: str, row: str, seed: int) -> dict:
     teachers = " ".join(str(given.teachers / name) for name in CASES[case])
     tests = [given.fashion if "fashion" in name else given.mnist for name in CASES[case]]
     shown = f"--eval-data {tests[0]}" if len(set(tests)) == 1 else " ".join(f"--eval-data {test}" for test in tests)
+    how = ROWS[row]
+    if row == "real":
+        how = " ".join(f"{how} {learnt_from(given, *each)}" for each in zip(CASES[case], tests, strict=True))
     where = given.output / f"{case.replace(' ', '-')}-{row}-{seed}"
-    line = f"merge {teachers} --student lenet5_bn {ROWS[row]} {shown} --unseen 0 --seed {seed} -o {where} --overwrite"
+    line = f"merge {teachers} --student {ARCHITECTURE} {how} {shown} --unseen 0 --seed {seed} -o {where} --overwrite"
     result = run(line)
     measured = {"seconds": result["seconds"], **result["evaluation"]}
     return {**measured, "shared": shared(where, given.mnist)} if case == "two shared" else measured
+
+
+def learnt_from(given: argparse.Namespace, teacher: str, images: Path) -> Path:
+    """The training images of a teacher's classes, as an .npz."""
+    file = given.output / f"{teacher}.npz"
+    if not file.exists():
+        digits = teacher.partition(ARCHITECTURE)[2].strip("-") or "0123456789"
+        own, labels = images_of(images, "train", ARCHITECTURE, [int(digit) for digit in digits])
+        np.savez(file, images=(255 * own).round().byte().numpy(), labels=labels.numpy())
+    return file
 
 
 def shared(student: Path, mnist: Path) -> dict[str, float]:
