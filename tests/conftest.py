@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 SHARED_DATA = Path(os.environ.get("DFCOMPRESS_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -49,3 +50,17 @@ def mnist_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for packed in shared_file("mnist").glob("*.gz"):
         (folder / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
     return folder
+
+
+@pytest.fixture
+def broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that seems able to compile, and whose compiler fails when something is run."""
+
+    def broken(*arguments, **options):
+        def fail(*values):
+            raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no compiler here"), None)
+
+        return fail
+
+    monkeypatch.setattr("dfcompress.device.can_compile", lambda device: True)
+    monkeypatch.setattr(torch, "compile", broken)

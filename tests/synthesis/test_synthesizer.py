@@ -281,14 +281,8 @@ def test_batches_that_do_not_fit_side_by_side_are_made_one_after_the_other(teach
     assert all(torch.equal(own.images, one.images) for own, one in zip(batches, alone, strict=True))
 
 
-def test_no_compiler_means_eager_with_one_line(teacher, monkeypatch, capsys):
-    def broken(*arguments, **options):
-        def fail(*values):
-            raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no compiler here"), None)
-
-        return fail
-
-    monkeypatch.setattr(torch, "compile", broken)
+@pytest.mark.usefixtures("broken_compiler")
+def test_no_compiler_means_eager_with_one_line(teacher, capsys):
     console.configure(console.NORMAL)
     try:
         batch = synthesizer(teacher, 2, execution=replace(EAGER, compile=True)).batch(0, LABELS)

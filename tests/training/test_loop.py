@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from dfcompress import console
 from dfcompress.data.pool import Augmentation
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput, DfcompressError
@@ -161,6 +162,18 @@ def test_compiled_training_agrees_with_eager_training(kind):
     assert losses == pytest.approx(wanted_losses, rel=1e-3, abs=1e-4)
     for got, wanted in zip(compiled.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("broken_compiler")
+def test_training_goes_on_eagerly_where_compiling_fails(capsys):
+    console.configure(console.NORMAL)
+    try:
+        student, _ = fitted(compute=replace(EAGER, compile="on"))
+    finally:
+        console.configure(console.QUIET)
+    assert "runs eagerly" in capsys.readouterr().err
+    wanted = fitted()[0].state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in student.state_dict().items())
 
 
 def test_dropout_depends_on_the_seed_and_not_on_what_ran_before():
