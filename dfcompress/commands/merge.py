@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     "--eval-data", multiple=True, type=_options.PATH, help="Real images to report on: one source, or one a teacher."
 )
 @_options.synthesis(images=1024)
-@_options.training(steps="6000; of paper 125 epochs", lr=0.05, batch_size="128; of paper 64 a model")
+@_options.training(steps="12000; of paper 125 epochs", lr=0.05, batch_size="128; of paper 64 a model")
 @_options.mix
 @_options.unseen
 @_options.output

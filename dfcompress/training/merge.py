@@ -41,7 +41,7 @@ from dfcompress.training.outputs import Outputs, join_classes
 from dfcompress.training.settings import Training
 
 MERGING = Training(
-    steps=6000,
+    steps=12000,
     lr=0.05,
     batch_size=128,
     weight_decay=5e-4,
