@@ -49,7 +49,7 @@ TARGETS = {
     "4w4a": ("92.8 / 93.5", ""),
 }
 # Haroush et al. 2020: noise is of use only with frozen BatchNorm and the IQ loss.
-ABLATION = {
+ABLATION = {"noise, calibrated": f"{NOISE} --bits 4w4a --finetune none"} | {
     f"noise, BatchNorm {how}, {'IQ' if iq else 'no IQ'}": f"{NOISE} --bits 4w4a --finetune kd "
     f"--train-set freeze_batchnorm={how == 'frozen'} --objective kd {'--objective iq=0.001' if iq else ''}"
     for how in ("frozen", "free")
