@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @_options.compute
 @_options.reporting
 def demo(output: Path, resume: bool, overwrite: bool, compute: Compute, as_json: bool) -> None:
-    """Compress a small MNIST classifier that the package ships, and test it on real images (about a minute)."""
+    """Compress a small MNIST classifier that the package ships, and test it on real images (a minute or two)."""
     from dfcompress.demo import demo
 
     shown = demo(output=output, compute=compute, resume=resume, overwrite=overwrite)
