@@ -225,7 +225,11 @@ def test_a_batch_that_overflows_is_made_again_with_a_smaller_rate(teacher, monke
     batch = made.batch(0, LABELS)
     assert batch.attempts == 2
     assert batch.images.isfinite().all()
-    assert rates == pytest.approx([0.05] * 3 + [0.05 * SMALLER] * 3)
+    # How soon it is found out depends on the clock: values are looked at now and then, and when a batch ends.
+    before, after = rates[:-3], rates[-3:]
+    assert len(before) in (1, 2, 3)
+    assert before == pytest.approx([0.05] * len(before))
+    assert after == pytest.approx([0.05 * SMALLER] * 3)
 
 
 @pytest.mark.parametrize("recipe", ["deepinversion", "bns"])
