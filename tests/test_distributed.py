@@ -171,13 +171,13 @@ PUBLISHED = ["--calibrate", "minmax", "--weight-ranges", "minmax", "--no-correct
 @pytest.mark.parametrize(
     ("verb", "asked", "loss"),
     [
-        ("distill", ["--student", "lenet5_bn_half"], "kd"),
+        ("distill", ["--student", "lenet5_bn_half", "--train-lr", "0.01"], "kd"),
         (
             "distill",
             ["--student", "lenet5_bn_half", "--objective", "kd", "--objective", "feature=10", "--train-lr", "0.01"],
             "feature",
         ),
-        ("merge", ["--student", "lenet5_bn"], "logits/1"),
+        ("merge", ["--student", "lenet5_bn", "--train-lr", "0.01"], "logits/1"),
         (
             "quantize",
             ["--bits", "8w8a", "--train-lr", "0.001", "--finetune", "kd", "--objective", "kd", *PUBLISHED],
@@ -189,7 +189,11 @@ PUBLISHED = ["--calibrate", "minmax", "--weight-ranges", "minmax", "--no-correct
     ],
 )
 def test_two_processes_train_as_one_does(verb, asked, loss, noise, tmp_path):
-    """The same loss curve up to rounding, through BatchNorm, whose statistics are of the whole batch."""
+    """The same loss curve up to rounding, through BatchNorm, whose statistics are of the whole batch.
+
+    Rates are small: at the usual 0.1 a unit at the kink of its ReLU goes the other way on some processors, and the
+    curves part from there.
+    """
     teachers, data = [DEMO], ["--data", noise]
     if verb == "merge":
         teachers, data = [DEMO, another_teacher(tmp_path / "another")], 2 * data
