@@ -291,18 +291,18 @@ class Execution:
     groups: int = 1
 
 
-# Measured on two cores, ResNet-20 and ResNet-44: 60 G multiply-accumulates a second eagerly; compiling takes 20 to 35 s
-# and leaves 0.2 to 0.6 of the eager time. The rate of CUDA devices is a guess.
-EAGER_MACS_PER_SECOND = {"cpu": 60e9, "cuda": 10e12}
+# Measured on one and two cores: 150 G units of work a second eagerly; compiling takes 20 to 35 s and leaves 0.2 to 0.7
+# of the eager time. The rate of CUDA devices is a guess.
+EAGER_WORK_PER_SECOND = {"cpu": 150e9, "cuda": 10e12}
 COMPILING_SECONDS = 30.0
 COMPILED_SHARE = 0.6
 
 
-def resolve_execution(compute: Compute, macs: float) -> Execution:
+def resolve_execution(compute: Compute, work: float) -> Execution:
     """Make every automatic choice once, from the whole job.
 
-    `macs` are the job's multiply-accumulates; `auto` compiles where they predict a gain. Nothing is timed, so the same
-    job is computed in the same way, and to the same bits, however busy the machine is.
+    `work` is the job's, in the unit of `models.classifier.work_of`; `auto` compiles where it predicts a gain. Nothing
+    is timed, so the same job is computed in the same way, and to the same bits, however busy the machine is.
     Raises `BadInput` where the device or the precision is not to be had, or `compile="on"` finds no compiler.
     """
     device = resolve_device(compute.device)
@@ -315,7 +315,7 @@ def resolve_execution(compute: Compute, macs: float) -> Execution:
         console.notice(f"No {missing} found: running eagerly, several times slower.")
         return eager
     console.notice(f"Computing on {device} in {precision} with {eager.threads} threads.", level=console.VERBOSE)
-    gain = (1 - COMPILED_SHARE) * macs / EAGER_MACS_PER_SECOND[device.type]
+    gain = (1 - COMPILED_SHARE) * work / EAGER_WORK_PER_SECOND[device.type]
     if compute.compile == "auto" and gain < COMPILING_SECONDS:
         console.notice(f"Not compiling: it would win about {gain:.0f} s and take half a minute.", level=console.VERBOSE)
         return eager

@@ -24,7 +24,7 @@ from dfcompress.models.statistics import why_no_statistics
 from dfcompress.models.student import make_student
 from dfcompress.run import running
 from dfcompress.synthesis.job import Job, resolve
-from dfcompress.synthesis.making import macs_of, make_set, seconds_of, warnings_of
+from dfcompress.synthesis.making import make_set, seconds_of, warnings_of, work_in
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
 from dfcompress.synthesis.supply import NONE, ImageSupply
 from dfcompress.synthesis.synthesizer import seconds_per_step
@@ -178,7 +178,7 @@ def _plan(job: Job, compute: Compute) -> SynthesisPlan:
     teacher, recipe, synthesis = job.teacher, job.recipe(), job.synthesis
     batch_size = min(recipe.batch_size, synthesis.images)
     batches = -(-synthesis.images // batch_size)
-    execution = resolve_execution(compute, macs_of(recipe, teacher, batch_size * batches))
+    execution = resolve_execution(compute, work_in(recipe, teacher, batch_size * batches))
     one = _eager_seconds(job, execution, batch_size)
     seconds = predicted_seconds(execution, one * recipe.steps * batches)
     memory = peak_memory_bytes(torch.device(execution.device))

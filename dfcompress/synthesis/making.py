@@ -22,7 +22,7 @@ from dfcompress.device import Compute, Execution, as_mine, can_capture, processo
 from dfcompress.distributed import peers
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
-from dfcompress.models.classifier import Classifier, multiply_accumulates
+from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.run import save_state, write_atomically
 from dfcompress.synthesis.health import Checkup, Health
 from dfcompress.synthesis.job import Job
@@ -88,7 +88,7 @@ def _open(job: Job, folder: Path, compute: Compute) -> None:
         _check_same_job(SyntheticSet(folder), described)
         return
     sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
-    execution = resolve_execution(compute, macs_of(recipe, teacher, batch_size * len(sizes)))
+    execution = resolve_execution(compute, work_in(recipe, teacher, batch_size * len(sizes)))
     execution = replace(execution, groups=_groups(job.synthesis, batch_size, teacher.card, execution))
     SyntheticSet.create(
         folder, {**described, "batch_size": batch_size, "shards": sizes, "execution": asdict(execution)}
@@ -110,9 +110,9 @@ def _groups(synthesis: Synthesis, batch_size: int, card: ModelCard, execution: E
     return max(1, min(PIXELS_A_STEP // (batch_size * height * width), batches))
 
 
-def macs_of(recipe: Recipe, teacher: Classifier, images: int) -> float:
-    """Multiply-accumulates of a synthesis: forward and backward to the input, each step."""
-    return 2.0 * multiply_accumulates(teacher) * images * recipe.steps
+def work_in(recipe: Recipe, teacher: Classifier, images: int) -> float:
+    """The work of a synthesis: forward and backward to the input, each step."""
+    return 2.0 * work_of(teacher) * images * recipe.steps
 
 
 def seconds_of(synthetic: SyntheticSet) -> float:

@@ -16,7 +16,7 @@ from dfcompress.data.pool import ImagePool
 from dfcompress.device import Compute, Execution, resolve_execution
 from dfcompress.distributed import Peers, peers
 from dfcompress.errors import BadInput, DfcompressError
-from dfcompress.models.classifier import Classifier, multiply_accumulates
+from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.run import write_atomically
 from dfcompress.training import optimizers, parallel
 from dfcompress.training.settings import Training
@@ -136,8 +136,8 @@ class Trainer:
 
     def _resolve(self) -> Execution:
         """Forward passes of all, and the student's backward pass, twice as long."""
-        macs = sum(map(multiply_accumulates, self.teaching.teachers)) + 3 * multiply_accumulates(self.student)
-        return resolve_execution(self.compute, float(macs) * self.training.batch_size * self.training.steps)
+        work = sum(map(work_of, self.teaching.teachers)) + 3 * work_of(self.student)
+        return resolve_execution(self.compute, float(work) * self.training.batch_size * self.training.steps)
 
     def _mine(self, execution: Execution) -> Execution:
         """What was resolved, perhaps by another process, as this one has it."""

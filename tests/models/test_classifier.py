@@ -1,0 +1,28 @@
+"""What a forward pass is taken to cost."""
+
+from __future__ import annotations
+
+from dfcompress.device import Compute, resolve_execution
+from dfcompress.models.architectures import find
+from dfcompress.models.card import MNIST_MEAN, MNIST_STD, ModelCard
+from dfcompress.models.classifier import Classifier, multiply_accumulates, work_of
+
+
+def net(name: str) -> Classifier:
+    """An untrained one for MNIST."""
+    return Classifier(find(name).make(10, 1), ModelCard(name, 10, (1, 32, 32), MNIST_MEAN, MNIST_STD))
+
+
+def test_work_is_multiply_accumulates_and_the_elements_of_every_layer():
+    lenet = net("lenet5")
+    layers = 2 * 4704 + 1176 + 2 * 1600 + 2 * 400 + 2 * 120 + 2 * 84 + 10
+    assert multiply_accumulates(lenet) == 416_520
+    assert work_of(lenet) == 416_520 + 150 * layers
+
+
+def test_a_small_network_is_compiled_where_it_is_trained_long():
+    """LeNet-5 has so few multiply-accumulates that by them alone it never would be."""
+    a_pass = work_of(net("lenet5_bn")) * 128
+    compute = Compute("cpu", "fp32")
+    assert resolve_execution(compute, 12_000 * 5 * a_pass).compile
+    assert not resolve_execution(compute, 1_000 * 5 * a_pass).compile
