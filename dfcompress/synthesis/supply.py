@@ -27,6 +27,7 @@ from dfcompress.synthesis.recipe import Recipe, Synthesis, choose
 HELD_OUT_SHARE = 1 / 16
 NONE = "none"
 SYNTHETIC = "synthetic"
+OF_TEACHER = "teacher-"
 OTHER_RECIPES = ("bns", "deepinversion", "bns-inception")
 
 
@@ -108,10 +109,11 @@ class ImageSupply:
 
 
 def _parts(data: str | Path | None) -> list[Path]:
-    """Where the images of `data` lie: the sets that a run made, all in one folder, or one place."""
+    """Where the images of `data` lie: the sets that a run made, in one folder or one for each teacher, or one place."""
     if data is None:
         return []
-    made = [path.parent for path in Path(data).glob(f"{SYNTHETIC}*/{MANIFEST}")]
+    sets = f"{SYNTHETIC}*/{MANIFEST}"
+    made = [path.parent for pattern in (sets, f"{OF_TEACHER}*/{sets}") for path in Path(data).glob(pattern)]
     return sorted(made) if made and not (Path(data) / MANIFEST).exists() else [Path(data)]
 
 

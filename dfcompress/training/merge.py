@@ -34,7 +34,7 @@ from dfcompress.run import running
 from dfcompress.settings import AUTO, settled
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.supply import NONE, ImageSupply
+from dfcompress.synthesis.supply import NONE, OF_TEACHER, ImageSupply
 from dfcompress.training.loop import Trainer, require_trainable
 from dfcompress.training.merging import Merging, Method, require_method
 from dfcompress.training.outputs import Outputs, join_classes
@@ -189,7 +189,7 @@ def merge(
         console.notice(fitted)
         if result := finished_before(run, pupil, measure):
             return result
-        images = [supply.gather(run.folder / f"teacher-{number}") for number, supply in enumerate(supplies, 1)]
+        images = [supply.gather(run.folder / f"{OF_TEACHER}{number}") for number, supply in enumerate(supplies, 1)]
         teaching = Merging(teachers, outputs, method=method)
         sets = [_in_form(some.train, pupil.card.input_size) for some in images]
         trained = Trainer(pupil, teaching, training, compute=compute, folder=run.folder).fit(*sets)

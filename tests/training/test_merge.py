@@ -24,6 +24,7 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.student import make_student
 from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.supply import ImageSupply
 from dfcompress.training.distill import DISTILLATION, distill
 from dfcompress.training.loop import METRICS
 from dfcompress.training.merge import merge, usual_training
@@ -68,6 +69,8 @@ def test_what_a_merge_leaves_behind(two, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
     assert lines[0].keys() >= {"step", "lr", "images_per_second", "logits/1", "block/2", "agreement/1"}
     assert not list((tmp_path / "out").glob("*.partial"))
+    supply = ImageSupply(student, tmp_path / "out", FEW, EAGER)
+    assert sum(map(len, supply.sources)) == 2 * FEW.images, "the merged student is compressed on all of them"
 
 
 def test_the_same_line_resumes_to_the_same_bytes(two, tmp_path):
