@@ -291,7 +291,7 @@ class Execution:
     groups: int = 1
 
 
-# Measured on one and two cores: 150 G units of work a second eagerly; compiling takes 20 to 35 s and leaves 0.2 to 0.7
+# Measured on one and two cores: 150 G units of work a second eagerly; compiling takes 20 to 35 s and leaves 0.2 to 0.8
 # of the eager time. The rate of CUDA devices is a guess.
 EAGER_WORK_PER_SECOND = {"cpu": 150e9, "cuda": 10e12}
 COMPILING_SECONDS = 30.0

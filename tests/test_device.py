@@ -19,7 +19,7 @@ def no_compiler(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
 
 
-LONG, SHORT = 1e15, 1e9
+LONG, SHORT = 1e15, 1e9  # Work.
 
 
 def test_a_long_job_is_compiled_and_a_short_one_is_not():

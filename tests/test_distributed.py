@@ -207,7 +207,7 @@ def test_two_processes_train_as_one_does(verb, asked, loss, noise, tmp_path):
     # With quantized activations a rounding apart becomes a level apart after some steps; without, it does not.
     compared = slice(6 if "8w8a" in asked else None)
     alone, shared = (losses(tmp_path / name, loss)[compared] for name in ("one", "two"))
-    assert shared == pytest.approx(alone, rel=1e-3)
+    assert shared == pytest.approx(alone, rel=1e-3 if verb == "quantize" else 1e-5)
     if verb == "quantize":  # So may a weight be.
         return
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))

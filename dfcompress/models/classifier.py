@@ -89,22 +89,20 @@ def pass_once(classifier: Classifier, hooks: Iterable[RemovableHandle]) -> Tenso
             hook.remove()
 
 
-@torch.no_grad()
 def multiply_accumulates(classifier: Classifier) -> int:
     """Multiply-accumulates of one image in convolutions, linear layers and attention."""
-    image = torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device)
-    with evaluating(classifier), FlopCounterMode(display=False) as counter:
-        classifier(image)
+    with FlopCounterMode(display=False) as counter:
+        pass_once(classifier, hooks=[])
     # The counter takes a multiplication and an addition as two.
     return counter.get_total_flops() // 2
 
 
-# Networks of few channels are bound by memory. In this unit a second on one core with bf16 is 65 to 245 G for LeNet-5,
-# ResNet-20, ResNet-44, ResNet-18, MobileNet-V2 and VGG-11; in multiply-accumulates alone it is 12 to 107 G.
+# Networks of few channels are bound by memory. Measured once, eagerly, on one core with bf16: in this unit a second is
+# 103 to 245 G for LeNet-5, ResNet-20, ResNet-44, ResNet-18, MobileNet-V2 and VGG-11, in multiply-accumulates alone 12
+# to 107 G.
 WRITING = 150
 
 
-@torch.no_grad()
 def work_of(classifier: Classifier) -> int:
     """What a forward pass of one image takes, in multiply-accumulates: its own, and 150 for each element that a layer
     gives.

@@ -57,11 +57,12 @@ class ImageSupply:
         learner: Callable[[Recipe], Learner | None] = lambda recipe: None,
     ) -> None:
         self.compute, self.learner = compute, learner
-        self.sources = [open_images(each, teacher.card, part="train") for each in _parts(data)]
-        self.jobs = {} if self.sources else _jobs(teacher, synthesis, mix)
-        given = [source for source in self.sources if isinstance(source, SyntheticSet)]
+        places = _parts(data)
+        given = [SyntheticSet(place) for place in places if (place / MANIFEST).exists()]
         for synthetic in given:
             synthetic.require_complete()
+        self.sources = [open_images(place, teacher.card, part="train") for place in places]
+        self.jobs = {} if self.sources else _jobs(teacher, synthesis, mix)
         if self.sources and (mix not in (AUTO, NONE) or replace(synthesis, images=1) != Synthesis(images=1)):
             console.notice("The images are those of --data: options of synthesis make no others to train on.")
         informed = next((job.teacher for job in self.jobs.values()), teacher)

@@ -118,6 +118,23 @@ def test_teachers_of_grey_and_colour_and_of_two_sizes_share_the_larger_form(tmp_
     assert student.mean == pytest.approx((0.4,) * 3)
 
 
+def test_sets_that_are_fitted_to_the_student_are_still_known_as_sets(tmp_path):
+    """What they were made by, and whether they are whole, is looked at before anything is begun."""
+    grey = teacher(tmp_path / "grey", seed=1)
+    colour = teacher(tmp_path / "colour", size=(3, 24, 24), architecture="cifar_resnet20", seed=2)
+    made = tmp_path / "out"
+    for number, each in enumerate((grey, colour), 1):
+        ImageSupply(load(each), None, FEW, EAGER, mix="bns").gather(made / f"teacher-{number}")
+    classifier = load(teacher(tmp_path / "student", size=(3, 32, 32), architecture="cifar_resnet20"))
+    supply = ImageSupply(classifier, made, FEW, EAGER, unseen=4)
+    assert sum(map(len, supply.sources)) == 2 * FEW.images
+    assert supply.unseen is not None
+    assert supply.unseen.choice.name == "bns-inception"
+    (made / "teacher-2" / "synthetic" / "shard-00000.safetensors").unlink()
+    with pytest.raises(BadInput, match="not complete"):
+        ImageSupply(classifier, made, FEW, EAGER)
+
+
 def test_real_images_report_each_teacher_and_all_together(two, tmp_path):
     """Labels are the student's classes with one source, each teacher's own with two."""
     images, labels = torch.randint(0, 256, (40, 1, 32, 32), dtype=torch.uint8), torch.arange(40) % 4
