@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import gzip
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+# Small tensors on two threads wait for each other: with the second core busy, the suite takes several times as long.
+os.environ["OMP_NUM_THREADS"] = "1"  # Of the processes that tests start; `one_thread_a_test` is for this one.
 SHARED_DATA = Path(os.environ.get("DFCOMPRESS_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread_a_test() -> Iterator[None]:
+    """Whatever number of threads a test computed with, the next begins with one."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
 
 
 def shared_file(name: str) -> Path:
