@@ -19,7 +19,7 @@ from dfcompress.models.fake_quantizers import (
     as_scales,
     per_channel,
 )
-from dfcompress.models.hooks import hooked
+from dfcompress.models.hooks import hooked_inputs, hooked_outputs
 
 # Subclasses may compute something else.
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -52,16 +52,18 @@ def _pairs(classifier: Classifier) -> dict[str, str]:
     taken: dict[str, int] = {}
     runs: Counter[str] = Counter()
 
-    def note(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
-        runs[name] += 1
-        if type(module) in _PLAIN:
-            taken[name] = _place(activations)
-        else:
-            made[_place(output)] = name
+    def note_input(norm: str, features: Tensor) -> None:
+        runs[norm] += 1
+        taken[norm] = _place(features)
 
-    uses = _Uses()
-    with hooked(classifier.network, [*layers, *norms], note), uses:
-        pass_once(classifier, [])
+    def note_output(layer: str, features: Tensor) -> None:
+        runs[layer] += 1
+        made[_place(features)] = layer
+
+    # Only where tensors lie is noted, and `uses` keeps them all alive: nothing needs a copy.
+    network, uses = classifier.network, _Uses()
+    with hooked_inputs(network, norms, note_input), hooked_outputs(network, layers, note_output), uses:
+        pass_once(classifier)
     return {
         norm: made[place]
         for norm, place in taken.items()

@@ -13,6 +13,7 @@ from torch import nn
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.fake_quantizers import FLOAT_BITS, WIDTHS, can_be_quantized
+from dfcompress.models.hooks import hooked_inputs
 
 AUTO = "auto"
 FLOAT = "float"
@@ -110,14 +111,18 @@ class Layers(NamedTuple):
 
 def layers_of(classifier: Classifier) -> Layers:
     """The layers that evaluation calls; raises `BadInput` where none can be quantized."""
+    weighted = {
+        name: module
+        for name, module in classifier.network.named_modules()
+        if _has_weights(module) and not _holds_layers(module)
+    }
     called: dict[str, nn.Module] = {}
-    names = {module: name for name, module in classifier.network.named_modules()}
 
-    def note(module: nn.Module, _: object) -> None:
-        called[names[module]] = module
+    def note(name: str, _: object) -> None:
+        called[name] = weighted[name]
 
-    weighted = [module for module in names if _has_weights(module) and not _holds_layers(module)]
-    pass_once(classifier, [module.register_forward_pre_hook(note) for module in weighted])
+    with hooked_inputs(classifier.network, weighted, note):
+        pass_once(classifier)
     quantizable = [name for name, module in called.items() if can_be_quantized(module)]
     others = {name: type(module).__name__ for name, module in called.items() if not can_be_quantized(module)}
     if not quantizable:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfcompress.device import exact_fp32
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.fake_quantizers import QuantizedLayer, quantized_layers
-from dfcompress.models.hooks import hooked
+from dfcompress.models.hooks import hooked_outputs, kept_outputs
 
 REPORT = "quantization.json"
 CHUNK = 16  # Images whose features are in memory at the same time.
@@ -67,16 +67,17 @@ def signal_to_noise(student: Classifier, teacher: Classifier, images: Tensor) ->
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}
     power, noise = (dict.fromkeys(names, 0.0) for _ in range(2))
 
-    def keep(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
-        outputs[name].append(output.float())
+    def keep(name: str, output: Tensor) -> None:
+        outputs[name].append(output)
 
-    def compare(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
+    def compare(name: str, output: Tensor) -> None:
         signal = outputs[name].pop(0)  # Of a layer that runs several times, run by run.
         power[name] += signal.square().sum(dtype=torch.float64).item()
         noise[name] += (signal - output.float()).square().sum(dtype=torch.float64).item()
 
     for some in images.split(CHUNK):
-        for classifier, hook in ((teacher, keep), (student, compare)):
-            with exact_fp32(), evaluating(classifier), hooked(classifier.network, names, hook):
-                classifier(some)
+        with exact_fp32(), evaluating(teacher), kept_outputs(teacher.network, names, keep, dtype=torch.float32):
+            teacher(some)
+        with exact_fp32(), evaluating(student), hooked_outputs(student.network, names, compare):
+            student(some)
     return {name: 10 * math.log10(power[name] / noise[name]) if noise[name] and power[name] else None for name in names}
