@@ -25,8 +25,9 @@ def layer_report(
     *,
     sensitivity: Mapping[str, float],
     left: Mapping[str, str],
+    unused: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The layers in execution order, and the types of those `left` in float.
+    """The layers in execution order, the types of those `left` in float, and the bytes of modules that are `unused`.
 
     Of each: `weights` (how many), the bits of both, the input's `input_low` and `input_high` (None in float),
     `zero_point`, `sensitivity` in nats, and `signal_to_noise` of its output against the teacher's, all layers
@@ -47,7 +48,12 @@ def layer_report(
         }
         for name in sensitivity
     ]
-    return {"schema": 1, "layers": rows, "left_in_float": dict(left)}
+    return {"schema": 1, "layers": rows, "left_in_float": dict(left), "unused_bytes": dict(unused)}
+
+
+def named_bytes(modules: Mapping[str, int]) -> str:
+    """Modules with their bytes, for a sentence."""
+    return ", ".join(f"{name} ({count:,} bytes)" for name, count in modules.items())
 
 
 def _range(layer: QuantizedLayer) -> dict[str, float | int | None]:
