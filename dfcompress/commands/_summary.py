@@ -88,6 +88,8 @@ def layers(report: dict[str, Any]) -> None:
     console.table(["layer", "weights", "bits", "input", "sensitivity", "SNR dB"], rows)
     for name, kind in report["left_in_float"].items():
         console.result(f"{name} ({kind}) stays in float")
+    for name, count in report.get("unused_bytes", {}).items():  # Earlier runs did not name them.
+        console.result(f"{name} ({count:,} bytes) is not used by evaluation and stays in float")
 
 
 def compressed(result: Compressed, *, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from dfcompress.models.card import ModelCard
+from dfcompress.models.hooks import counted_runs, hooked_outputs
 
 
 class Classifier(nn.Module):
@@ -79,7 +81,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def pass_once(classifier: Classifier, hooks: Iterable[RemovableHandle]) -> Tensor:
+def pass_once(classifier: Classifier, hooks: Iterable[RemovableHandle] = ()) -> Tensor:
     """Logits `(1, classes)` of one black image, for what the hooks see of it; they are removed afterwards."""
     try:
         with evaluating(classifier):
@@ -92,7 +94,7 @@ def pass_once(classifier: Classifier, hooks: Iterable[RemovableHandle]) -> Tenso
 def multiply_accumulates(classifier: Classifier) -> int:
     """Multiply-accumulates of one image in convolutions, linear layers and attention."""
     with FlopCounterMode(display=False) as counter:
-        pass_once(classifier, hooks=[])
+        pass_once(classifier)
     # The counter takes a multiplication and an addition as two.
     return counter.get_total_flops() // 2
 
@@ -109,13 +111,21 @@ def work_of(classifier: Classifier) -> int:
     """
     written = 0
 
-    def note(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def note(name: str, output: Any) -> None:
         nonlocal written
         written += sum(given.numel() for given in tree_leaves(output) if isinstance(given, Tensor))
 
-    leaves = [layer for layer in classifier.modules() if not [*layer.children()]]
-    pass_once(classifier, [layer.register_forward_hook(note) for layer in leaves])
+    leaves = [name for name, layer in classifier.named_modules() if not [*layer.children()]]
+    with hooked_outputs(classifier, leaves, note):
+        pass_once(classifier)
     return multiply_accumulates(classifier) + WRITING * written
+
+
+def count_runs(classifier: Classifier, names: Iterable[str]) -> Counter[str]:
+    """How often one forward pass runs each named module of the network, as `hooks.counted_runs` counts."""
+    with counted_runs(classifier.network, names) as runs:
+        pass_once(classifier)
+    return runs
 
 
 @torch.no_grad()

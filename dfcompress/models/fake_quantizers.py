@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfcompress.errors import BadInput
+from dfcompress.models.plain import plain_kind
 
 WIDTHS = range(2, 9)
 FLOAT_BITS = 32
@@ -188,14 +189,14 @@ _PLAIN: Mapping[type[nn.Module], type[nn.Module]] = {quantized: plain for plain,
 
 
 def can_be_quantized(module: nn.Module) -> bool:
-    """Whether a module is a plain convolution or linear layer, whose arithmetic we know."""
-    return type(module) in _QUANTIZED
+    """Whether a module computes what a convolution or linear layer of torch does, whatever its class."""
+    return not isinstance(module, QuantizedLayer) and plain_kind(module) is not None
 
 
 def quantizable_layers(network: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """The layers of these names.
 
-    Raises `BadInput` where a name is not that of a plain convolution or linear layer: a subclass of one may compute
+    Raises `BadInput` where a name is not that of a convolution or linear layer: a subclass of one may compute
     something else in its forward, which we would silently replace.
     """
     modules = dict(network.named_modules())
@@ -206,7 +207,8 @@ def quantizable_layers(network: nn.Module, names: Iterable[str]) -> dict[str, nn
         if not can_be_quantized(modules[name]):
             found = type(modules[name]).__name__
             raise BadInput(
-                f"Layer {name!r} is a {found} and cannot be quantized.", "Only Conv2d and Linear layers can."
+                f"Layer {name!r} is a {found} and cannot be quantized.",
+                "Name a layer that computes what Conv2d or Linear does.",
             )
         layers[name] = modules[name]
     return layers
@@ -216,10 +218,12 @@ def quantize_layers(network: nn.Module, layer_bits: Mapping[str, tuple[int, int]
     """Turn the named layers into quantized ones, in place; `layer_bits` gives the bits of (weights, input) of each.
 
     State-dict keys stay as they are. Input bits of 32 leave the activations in float.
-    Raises `BadInput` where a name is not that of a plain convolution or linear layer.
+    Raises `BadInput` where a name is not that of a layer that can be quantized.
     """
     for name, layer in quantizable_layers(network, layer_bits).items():
-        layer.__class__ = _QUANTIZED[type(layer)]
+        kind = plain_kind(layer)
+        assert kind is not None
+        layer.__class__ = _QUANTIZED[kind]
         assert isinstance(layer, QuantizedLayer)
         layer.weight_bits, layer.input_bits = layer_bits[name]
         layer.input_grid = None

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.fake_quantizers import (
-    QuantizedConv2d,
     QuantizedLayer,
-    QuantizedLinear,
     as_scales,
     per_channel,
 )
-from dfcompress.models.hooks import hooked
-
-# Subclasses may compute something else.
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_LAYERS = (nn.Conv2d, nn.Linear, QuantizedConv2d, QuantizedLinear)
+from dfcompress.models.hooks import hooked_inputs, hooked_outputs
+from dfcompress.models.plain import after_normalising, plain_kind
+from dfcompress.models.uses import Uses, place
 
 
 @torch.no_grad()
 def fold_batchnorms(classifier: Classifier) -> list[str]:
-    """Fold every BatchNorm that alone uses the output of a convolution or linear layer into that layer, in place.
+    """Fold every BatchNorm that alone uses the output of a convolution or linear layer into that layer, in place; what
+    it does behind the normalisation stays where it was.
 
     The names of those folded. A frozen quantized layer keeps its integers, but for their sign: the factor goes into its
     scales, so nothing is rounded anew.
@@ -36,58 +30,41 @@ def fold_batchnorms(classifier: Classifier) -> list[str]:
     pairs = _pairs(classifier)
     for norm_name, layer_name in pairs.items():
         norm = classifier.network.get_submodule(norm_name)
+        after = after_normalising(norm)
         assert isinstance(norm, _BatchNorm)
+        assert after is not None
         _fold(classifier.network.get_submodule(layer_name), norm)
         parent, _, own = norm_name.rpartition(".")
-        setattr(classifier.network.get_submodule(parent), own, nn.Identity())
+        setattr(classifier.network.get_submodule(parent), own, after)
     return list(pairs)
 
 
 def _pairs(classifier: Classifier) -> dict[str, str]:
     """The layer before each BatchNorm that can be folded into it."""
     modules = dict(classifier.network.named_modules())
-    layers = [name for name, module in modules.items() if type(module) in _LAYERS]
-    norms = [name for name, module in modules.items() if type(module) in _PLAIN and module.running_mean is not None]
+    layers = [name for name, module in modules.items() if isinstance(module, QuantizedLayer) or plain_kind(module)]
+    norms = [name for name, module in modules.items() if after_normalising(module) is not None]
     made: dict[int, str] = {}
     taken: dict[str, int] = {}
     runs: Counter[str] = Counter()
 
-    def note(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
-        runs[name] += 1
-        if type(module) in _PLAIN:
-            taken[name] = _place(activations)
-        else:
-            made[_place(output)] = name
+    def note_input(norm: str, features: Tensor) -> None:
+        runs[norm] += 1
+        taken[norm] = place(features)
 
-    uses = _Uses()
-    with hooked(classifier.network, [*layers, *norms], note), uses:
-        pass_once(classifier, [])
+    def note_output(layer: str, features: Tensor) -> None:
+        runs[layer] += 1
+        made[place(features)] = layer
+
+    # Only where tensors lie is noted, and `uses` keeps them all alive: nothing needs a copy.
+    network, uses = classifier.network, Uses()
+    with hooked_inputs(network, norms, note_input), hooked_outputs(network, layers, note_output), uses:
+        pass_once(classifier)
     return {
-        norm: made[place]
-        for norm, place in taken.items()
-        if place in made and uses.count[place] == 1 and runs[norm] == runs[made[place]] == 1
+        norm: made[where]
+        for norm, where in taken.items()
+        if where in made and uses.count[where] == 1 and runs[norm] == runs[made[where]] == 1
     }
-
-
-def _place(tensor: Tensor) -> int:
-    """Tells tensors apart that are alive at the same time."""
-    return tensor.untyped_storage()._cdata
-
-
-class _Uses(TorchDispatchMode):
-    """Counts how many operations take each tensor, and keeps all of them alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[int] = Counter()
-        self._alive: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [each for each in tree_leaves((args, kwargs or {})) if isinstance(each, Tensor)]
-        self.count.update({_place(each) for each in given})
-        result = func(*args, **(kwargs or {}))
-        self._alive += [given, result]
-        return result
 
 
 def _fold(layer: nn.Module, norm: _BatchNorm) -> None:

@@ -1,60 +1,119 @@
-"""Functions that see what passes through some modules of a network, for the time of a context."""
+"""Functions that see what passes through some modules of a network: the one place that registers hooks.
+
+    with hooked_inputs(network, ["layer1.0"], lambda name, features: print(name, features.mean())):
+        network(images)
+    with kept_outputs(network, ["conv1", "fc"], outputs.__setitem__):
+        network(images)                                       # outputs["conv1"] stays what it was
+
+A hook is shown the network's own tensor. An in-place layer behind the hooked module, or the module itself where it
+works on its input, writes into that tensor later: what a hook computes at once is right, and what shall outlast the
+hook must be a copy. So an input is always seen before its module runs, and `kept_outputs` hands out copies.
+Hooks are called by name, because names survive a copy of the network; they must be there before it is compiled.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-
-from dfcompress.models.classifier import Classifier, pass_once
+from torch.utils.hooks import RemovableHandle
 
 MANY = 1_000_000
-Hook = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
-InputHook = Callable[[str, Tensor], Tensor | None]
+Hook = Callable[[str, Any], Any]
+
+
+def hook_inputs(network: nn.Module, names: Iterable[str], hook: Hook) -> list[RemovableHandle]:
+    """Call `hook(name, input)` before a named module runs; a value that it returns takes the input's place.
+
+    The input is the module's first argument, by position or by keyword. For the life of the network, or until the
+    handles are removed.
+    """
+
+    def before(name: str) -> Callable[..., tuple[Any, Any] | None]:
+        def run(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any] | None:
+            if given:
+                put = hook(name, given[0])
+                return None if put is None else ((put, *given[1:]), named)
+            key = next(iter(named))
+            put = hook(name, named[key])
+            return None if put is None else ((), {**named, key: put})
+
+        return run
+
+    modules = [(name, network.get_submodule(name)) for name in names]
+    return [module.register_forward_pre_hook(before(name), with_kwargs=True) for name, module in modules]
+
+
+def hook_outputs(network: nn.Module, names: Iterable[str], hook: Hook) -> list[RemovableHandle]:
+    """Call `hook(name, output)` after a named module has run; a value that it returns takes the output's place.
+
+    For the life of the network, or until the handles are removed.
+    """
+
+    def after(name: str) -> Callable[..., Any]:
+        return lambda module, given, output: hook(name, output)
+
+    modules = [(name, network.get_submodule(name)) for name in names]
+    return [module.register_forward_hook(after(name)) for name, module in modules]
 
 
 @contextmanager
-def hooked(network: nn.Module, names: Iterable[str], hook: Hook) -> Iterator[None]:
-    """Call `hook(name, module, input, output)` whenever a named module has run; what it returns becomes the output."""
-    with ExitStack() as stack:
-        for name in names:
-
-            def run(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> Tensor | None:
-                return hook(name, module, inputs[0], output)
-
-            stack.callback(network.get_submodule(name).register_forward_hook(run).remove)
+def hooked_inputs(network: nn.Module, names: Iterable[str], hook: Hook) -> Iterator[None]:
+    """`hook_inputs` for the time of a context."""
+    with _removed(hook_inputs(network, names, hook)):
         yield
 
 
 @contextmanager
-def hooked_inputs(network: nn.Module, names: Iterable[str], hook: InputHook) -> Iterator[None]:
-    """Call `hook(name, input)` whenever a named module is about to run; what it returns becomes the input."""
-    with ExitStack() as stack:
-        for name in names:
-
-            def run(module: nn.Module, inputs: Any, name: str = name) -> Tensor | None:
-                return hook(name, inputs[0])
-
-            stack.callback(network.get_submodule(name).register_forward_pre_hook(run).remove)
+def hooked_outputs(network: nn.Module, names: Iterable[str], hook: Hook) -> Iterator[None]:
+    """`hook_outputs` for the time of a context."""
+    with _removed(hook_outputs(network, names, hook)):
         yield
 
 
-def count_runs(classifier: Classifier, names: Iterable[str]) -> Counter[str]:
-    """How often one forward pass runs each named module with one tensor in and one out, in the order of the first runs;
-    other runs count as many.
+@contextmanager
+def kept_outputs(
+    network: nn.Module, names: Iterable[str], keep: Callable[[str, Tensor], object], *, dtype: torch.dtype | None = None
+) -> Iterator[None]:
+    """Call `keep(name, copy)` after a named module has run, with a copy of its output that nothing changes later.
+
+    The copy has the type `dtype`, by default the output's, and carries gradients.
+    """
+
+    def copied(name: str, output: Tensor) -> None:
+        keep(name, output.to(dtype or output.dtype, copy=True))
+
+    with hooked_outputs(network, names, copied):
+        yield
+
+
+@contextmanager
+def counted_runs(network: nn.Module, names: Iterable[str]) -> Iterator[Counter[str]]:
+    """How often each named module runs inside with one tensor in and one out, in the order of the first runs; other
+    runs count as many.
     """
     runs: Counter[str] = Counter()
 
-    def counting(name: str) -> Callable[..., None]:
-        def count(module: nn.Module, given: Any, named: Any, output: Any) -> None:
+    def count(name: str) -> Callable[..., None]:
+        def run(module: nn.Module, given: Any, named: Any, output: Any) -> None:
             plain = len(given) == 1 and not named and isinstance(given[0], Tensor) and isinstance(output, Tensor)
             runs[name] += 1 if plain else MANY
 
-        return count
+        return run
 
-    modules = [(name, classifier.network.get_submodule(name)) for name in names]
-    pass_once(classifier, [module.register_forward_hook(counting(name), with_kwargs=True) for name, module in modules])
-    return runs
+    modules = [(name, network.get_submodule(name)) for name in names]
+    with _removed([module.register_forward_hook(count(name), with_kwargs=True) for name, module in modules]):
+        yield runs
+
+
+@contextmanager
+def _removed(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, pass_once
+from dfcompress.models.hooks import hooked_outputs, kept_outputs
 
 Resolution = tuple[int, int]
 
@@ -31,17 +32,13 @@ def stages_of(classifier: Classifier) -> dict[Resolution, Stage]:
     """
     outputs: list[tuple[Resolution, Stage]] = []
 
-    def noting(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1:
-                outputs.append(((output.shape[2], output.shape[3]), Stage(name, output.shape[1])))
+    def note(name: str, output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1:
+            outputs.append(((output.shape[2], output.shape[3]), Stage(name, output.shape[1])))
 
-        return note
-
-    handles = [
-        module.register_forward_hook(noting(name)) for name, module in classifier.network.named_modules() if name
-    ]
-    pass_once(classifier, handles)
+    names = [name for name, _ in classifier.network.named_modules() if name]
+    with hooked_outputs(classifier.network, names, note):
+        pass_once(classifier)
     runs = Counter(stage.module for _, stage in outputs)
     return {resolution: stage for resolution, stage in outputs if runs[stage.module] == 1}
 
@@ -63,34 +60,28 @@ def shared_stages(student: Classifier, teacher: Classifier) -> list[tuple[Stage,
     return pairs
 
 
+@dataclass
 class StageOutputs:
-    """Inside this context every forward pass of `network` leaves the outputs of the named modules here.
+    """Copies of what the named `modules` gave in the last forward pass, in fp32, as long as it is listened to."""
+
+    modules: list[str]
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def taken(self) -> tuple[Tensor, ...]:
+        """The outputs in the order of the names."""
+        return tuple(self.outputs[name] for name in self.modules)
+
+
+@contextmanager
+def stage_outputs(network: nn.Module, modules: Sequence[str]) -> Iterator[StageOutputs]:
+    """Inside, every forward pass of `network` leaves the outputs of the named modules in the `StageOutputs`.
 
     It must be entered before the network is compiled: a compiled network does not see hooks that come later.
     """
-
-    def __init__(self, network: nn.Module, modules: Sequence[str]) -> None:
-        self.network, self.modules = network, list(modules)
-        self.outputs: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
-
-    def __enter__(self) -> Self:
-        for name in self.modules:
-            self._handles.append(self.network.get_submodule(name).register_forward_hook(self._keeping(name)))
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.outputs.clear()
-
-    def _keeping(self, name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self.outputs[name] = output
-
-        return keep
-
-    def taken(self) -> tuple[Tensor, ...]:
-        """The outputs of the last pass in fp32, in the order of the names."""
-        return tuple(self.outputs[name].float() for name in self.modules)
+    heard = StageOutputs(list(modules))
+    # Behind the last module of a stage the network's own code may still work in place, as `x.relu_()` does.
+    with kept_outputs(network, heard.modules, heard.outputs.__setitem__, dtype=torch.float32):
+        try:
+            yield heard
+        finally:
+            heard.outputs.clear()

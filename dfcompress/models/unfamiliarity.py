@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import TracebackType
-from typing import Self
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from dfcompress.models.classifier import Classifier, pass_once
+from dfcompress.models.hooks import hooked_inputs
 from dfcompress.models.recorder import channels_first, input_record
 from dfcompress.models.statistics import statistics_layers, why_no_statistics
 
@@ -18,59 +17,56 @@ FLOOR = 1e-3
 
 
 class Unfamiliarity:
-    """Inside this context every forward pass of `classifier` leaves here how foreign its images are to it.
+    """How foreign the images of a forward pass of `classifier` are to it, as long as it is listened to.
 
     That is KL(N(μ̂, σ̂²) ‖ N(μ, σ²)) between an image's own features (hats) and what a layer remembers, the mean over its
     channels, and over the layers that see several positions of an image; a thousandth of σ² is added to σ̂².
-    It must be entered before the network is compiled.
     """
 
     def __init__(self, classifier: Classifier) -> None:
+        self._network = classifier.network
         self._layers = _layers_of_several_positions(classifier)
-        self._seen: dict[int, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._seen: dict[str, Tensor] = {}
 
     @property
     def is_known(self) -> bool:
         """Whether there is a layer that tells."""
         return bool(self._layers)
 
-    def __enter__(self) -> Self:
-        for place, layer in enumerate(self._layers):
-            self._handles.append(layer.register_forward_pre_hook(self._noting(place)))
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._seen.clear()
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, every forward pass leaves here what `taken` tells; enter it before the network is compiled."""
+        with hooked_inputs(self._network, self._layers, self._note):
+            try:
+                yield
+            finally:
+                self._seen.clear()
 
     def taken(self) -> Tensor:
         """Of the images of the last pass, `(N,)`, 0 for what is just as the layers remember it."""
-        return torch.stack([self._seen[place] for place in range(len(self._layers))]).mean(0)
+        return torch.stack([self._seen[name] for name in self._layers]).mean(0)
 
-    def _noting(self, place: int) -> Callable[..., None]:
-        def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            record = input_record(layer, inputs[0])
-            remembered = record.running_var + getattr(layer, "eps", 0.0)  # A dead channel has no variance.
-            var = (record.square_error - record.mean_error**2).clamp_min(0) / remembered + FLOOR
-            distance = record.mean_error**2 / remembered
-            self._seen[place] = 0.5 * (distance + var - 1 - var.log()).mean(1)
-
-        return note
+    def _note(self, name: str, features: Tensor) -> None:
+        layer = self._layers[name]
+        record = input_record(layer, features)
+        remembered = record.running_var + getattr(layer, "eps", 0.0)  # A dead channel has no variance.
+        var = (record.square_error - record.mean_error**2).clamp_min(0) / remembered + FLOOR
+        distance = record.mean_error**2 / remembered
+        self._seen[name] = 0.5 * (distance + var - 1 - var.log()).mean(1)
 
 
-def _layers_of_several_positions(classifier: Classifier) -> list[nn.Module]:
+def _layers_of_several_positions(classifier: Classifier) -> dict[str, nn.Module]:
     """In fully connected layers, and after pooling, an image has no variance of its own."""
     if why_no_statistics(classifier.network):
-        return []
-    found: list[nn.Module] = []
+        return {}
+    found: set[str] = set()
+    known = statistics_layers(classifier.network)
+    layers = {name: module for name, module in classifier.network.named_modules() if module in known}
 
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if channels_first(layer, inputs[0]).shape[2:].numel() > 1:
-            found.append(layer)
+    def note(name: str, features: Tensor) -> None:
+        if channels_first(layers[name], features).shape[2:].numel() > 1:
+            found.add(name)
 
-    layers = statistics_layers(classifier)
-    pass_once(classifier, [layer.register_forward_pre_hook(note) for layer in layers])
-    return [layer for layer in layers if layer in found]
+    with hooked_inputs(classifier.network, layers, note):
+        pass_once(classifier)
+    return {name: layer for name, layer in layers.items() if name in found}

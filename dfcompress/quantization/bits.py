@@ -13,6 +13,8 @@ from torch import nn
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.fake_quantizers import FLOAT_BITS, WIDTHS, can_be_quantized
+from dfcompress.models.hooks import hooked_inputs
+from dfcompress.models.uses import unused_weights
 
 AUTO = "auto"
 FLOAT = "float"
@@ -100,32 +102,42 @@ def assign(
 
 
 class Layers(NamedTuple):
-    """The layers of a network with weights: those that can be quantized, in the order one forward pass calls them, and
-    the types of those that cannot, by name.
+    """The layers of a network with weights: those that can be quantized, in the order one forward pass calls them, the
+    types of those that cannot, by name, and the bytes of those that evaluation does not use, by module.
     """
 
     quantizable: list[str]
     others: dict[str, str]
+    unused: dict[str, int]
 
 
 def layers_of(classifier: Classifier) -> Layers:
-    """The layers that evaluation calls; raises `BadInput` where none can be quantized."""
+    """The layers of a network; raises `BadInput` where evaluation calls none that can be quantized."""
+    weighted = {
+        name: module
+        for name, module in classifier.network.named_modules()
+        if _has_weights(module) and not _holds_layers(module)
+    }
     called: dict[str, nn.Module] = {}
-    names = {module: name for name, module in classifier.network.named_modules()}
 
-    def note(module: nn.Module, _: object) -> None:
-        called[names[module]] = module
+    def note(name: str, _: object) -> None:
+        called[name] = weighted[name]
 
-    weighted = [module for module in names if _has_weights(module) and not _holds_layers(module)]
-    pass_once(classifier, [module.register_forward_pre_hook(note) for module in weighted])
+    with hooked_inputs(classifier.network, weighted, note):
+        pass_once(classifier)
     quantizable = [name for name, module in called.items() if can_be_quantized(module)]
     others = {name: type(module).__name__ for name, module in called.items() if not can_be_quantized(module)}
     if not quantizable:
         raise BadInput(
-            "The network has no plain convolution or linear layer.",
-            f"There is nothing to quantize{': ' if others else '.'}{', '.join(others)}",
+            "Evaluation calls no layer that computes what Conv2d or Linear does"
+            + (f", but {_with_types(others)}." if others else "."),
+            "Give a network with such layers: there is nothing to quantize.",
         )
-    return Layers(quantizable, others)
+    return Layers(quantizable, others, unused_weights(classifier))
+
+
+def _with_types(layers: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in layers.items())
 
 
 def _has_weights(module: nn.Module) -> bool:

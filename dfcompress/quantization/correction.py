@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.device import exact_fp32
-from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.classifier import Classifier, count_runs, evaluating
 from dfcompress.models.fake_quantizers import QuantizedLayer
-from dfcompress.models.hooks import count_runs, hooked
+from dfcompress.models.hooks import hooked_inputs, hooked_outputs
 
 PIXELS = 2**20  # Of all images that are seen at once,
 FEWEST = 64  # but never fewer images.
@@ -34,34 +34,36 @@ def correct(student: Classifier, teacher: Classifier, images: Tensor) -> None:
 
     `teacher` is the same network in float. One pass of each: what the student's layer sees is corrected already.
     """
+    norms, biased = _correctable(student)
     wanted: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def note(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
-        passed = activations if isinstance(module, _BatchNorm) else output
-        wanted[name] = _moments(module, passed)
+    def note(name: str, features: Tensor) -> None:
+        wanted[name] = _moments(student.network.get_submodule(name), features)
 
-    def mend(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> Tensor:
-        if isinstance(module, _BatchNorm):
-            return _renormalised(module, activations, *wanted[name])
-        return _shifted(module, output, wanted[name][0])
+    def renormalise(name: str, features: Tensor) -> None:
+        _renormalise(norms[name], features, *wanted[name])
 
-    for classifier, names, hook in ((teacher, _correctable(student), note), (student, wanted, mend)):
-        with exact_fp32(), evaluating(classifier), hooked(classifier.network, names, hook):
+    def shift(name: str, output: Tensor) -> Tensor:
+        return _shifted(biased[name], output, wanted[name][0])
+
+    for classifier, of_norms, of_biased in ((teacher, note, note), (student, renormalise, shift)):
+        inputs = hooked_inputs(classifier.network, norms, of_norms)
+        outputs = hooked_outputs(classifier.network, biased, of_biased)
+        with exact_fp32(), evaluating(classifier), inputs, outputs:
             classifier(images)
 
 
-def _correctable(student: Classifier) -> list[str]:
-    """BatchNorms with statistics and quantized layers with a bias, but for those that run several times: what they see
-    differs from time to time.
+def _correctable(student: Classifier) -> tuple[dict[str, _BatchNorm], dict[str, QuantizedLayer]]:
+    """BatchNorms with statistics and quantized layers with a bias by name, but for those that run several times: what
+    they see differs from time to time.
     """
-    names = [
-        name
-        for name, module in student.network.named_modules()
-        if (isinstance(module, _BatchNorm) and module.running_mean is not None)
-        or (isinstance(module, QuantizedLayer) and module.bias is not None)
-    ]
-    runs = count_runs(student, names)
-    return [name for name in names if runs[name] == 1]
+    modules = dict(student.network.named_modules())
+    runs = count_runs(student, modules)
+    once = {name: module for name, module in modules.items() if runs[name] == 1}
+    return (
+        {n: each for n, each in once.items() if isinstance(each, _BatchNorm) and each.running_mean is not None},
+        {n: each for n, each in once.items() if isinstance(each, QuantizedLayer) and each.bias is not None},
+    )
 
 
 def _shifted(layer: nn.Module, output: Tensor, wanted: Tensor) -> Tensor:
@@ -72,16 +74,15 @@ def _shifted(layer: nn.Module, output: Tensor, wanted: Tensor) -> Tensor:
     return (output.movedim(axis, -1) + shift).movedim(-1, axis)
 
 
-def _renormalised(norm: _BatchNorm, activations: Tensor, wanted_mean: Tensor, wanted_variance: Tensor) -> Tensor:
-    """The output of a BatchNorm that has taken over how its input's statistics differ from those wanted."""
+def _renormalise(norm: _BatchNorm, features: Tensor, wanted_mean: Tensor, wanted_variance: Tensor) -> None:
+    """Let a BatchNorm that is about to run take over how its input's statistics differ from those wanted."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    mean, variance = _moments(norm, activations)
+    mean, variance = _moments(norm, features)
     # A channel that never moves has nothing to be rescaled by.
     widened = torch.where((variance > 0) & (wanted_variance > 0), variance / wanted_variance, 1.0)
     norm.running_mean.copy_(mean + (norm.running_mean - wanted_mean) * widened.sqrt())
     norm.running_var.copy_(((norm.running_var + norm.eps) * widened - norm.eps).clamp_min(0))
-    return type(norm).forward(norm, activations)
 
 
 def _channels_of(module: nn.Module) -> int:

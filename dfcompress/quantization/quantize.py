@@ -40,7 +40,7 @@ from dfcompress.quantization.export import (
     write_compared,
 )
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct
-from dfcompress.quantization.report import REPORT, layer_report
+from dfcompress.quantization.report import REPORT, layer_report, named_bytes
 from dfcompress.quantization.sensitivity import require_reachable, with_widths
 from dfcompress.run import Run, running, write_json
 from dfcompress.settings import AUTO, settled
@@ -162,6 +162,8 @@ def quantize(
             return result
         for name, kind in layers.others.items():
             console.notice(f"Layer {name} is a {kind}, which cannot be quantized: it stays in float.")
+        if layers.unused:
+            console.notice(f"Evaluation does not use {named_bytes(layers.unused)}: the file holds them in float.")
         images = supply.gather(run.folder)
         with run.timed("calibration"):
             found = calibrated(
@@ -178,7 +180,9 @@ def quantize(
         freeze(student.network)
         if peers().leads:
             left = layers.others | {name: "float" for name in layers.quantizable if name not in wanted}
-            report = layer_report(student, teacher, found.few, sensitivity=found.sensitivity, left=left)
+            report = layer_report(
+                student, teacher, found.few, sensitivity=found.sensitivity, left=left, unused=layers.unused
+            )
             write_json(run.folder / REPORT, report)
         written = partial(write_compared, path=run.folder / FILE, images=sampled(images.train))
         return hand_back(

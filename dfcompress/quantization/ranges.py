@@ -175,9 +175,12 @@ def _require_images(seen: list[Tensor]) -> None:
 
 
 def _some_of(values: Tensor) -> Tensor:
-    """Evenly spread values, in fp32, `SAMPLED` at most; the odd stride meets every row and column of features."""
-    flat = values.flatten().float()
-    return flat[:: -(-len(flat) // SAMPLED) | 1]
+    """Evenly spread values, in fp32, `SAMPLED` at most; the odd stride meets every row and column of features.
+
+    A copy: a view would change with activations that a later layer overwrites, and keep all of them in memory.
+    """
+    flat = values.flatten()
+    return flat[:: -(-len(flat) // SAMPLED) | 1].to(torch.float32, copy=True)
 
 
 _OBSERVERS: Mapping[str, Callable[..., _Observer]] = {

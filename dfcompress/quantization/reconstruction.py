@@ -25,7 +25,7 @@ from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import exact_fp32
 from dfcompress.distributed import peers
 from dfcompress.errors import BadInput
-from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.classifier import Classifier, count_runs, evaluating
 from dfcompress.models.fake_quantizers import (
     InputGrid,
     QuantizedLayer,
@@ -34,7 +34,7 @@ from dfcompress.models.fake_quantizers import (
     per_channel,
     quantized_layers,
 )
-from dfcompress.models.hooks import count_runs, hooked, hooked_inputs
+from dfcompress.models.hooks import hooked_inputs, hooked_outputs
 from dfcompress.randomness import generator, seed_of
 from dfcompress.run import Clock, save_state
 
@@ -253,23 +253,26 @@ class _EnoughError(Exception):
 @torch.no_grad()
 def _features(classifier: Classifier, name: str, images: Tensor, *sides: Side) -> list[Tensor]:
     """What goes into a module and what comes out of it, as asked, for all `images`, as stored; none is there twice."""
-    found: list[Tensor] = []
+    found: dict[Side, Tensor] = {}
     done = 0
 
-    def keep(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
-        passed = [activations if side == "input" else output for side in sides]
-        if not found:
-            found.extend(some.new_empty(len(images), *some.shape[1:]) for some in passed)
-        for whole, some in zip(found, passed, strict=True):
+    def keep(side: Side, some: Tensor) -> None:
+        # Copied as soon as it is there: a block that begins with an in-place layer writes into its own input.
+        if side in sides:
+            whole = found.setdefault(side, some.new_empty(len(images), *some.shape[1:]))
             whole[done : done + len(some)] = some
-        raise _EnoughError
+        if side == sides[-1]:
+            raise _EnoughError
 
-    with exact_fp32(), evaluating(classifier), hooked(classifier.network, [name], keep):
+    network = classifier.network
+    before = hooked_inputs(network, [name], lambda _, some: keep("input", some))
+    after = hooked_outputs(network, [name], lambda _, some: keep("output", some))
+    with exact_fp32(), evaluating(classifier), before, after:
         for some in images.split(PASSED):
             with suppress(_EnoughError):
                 classifier(as_float(some.to(classifier.mean.device)))
             done += len(some)
-    return found
+    return [found[side] for side in sides]
 
 
 def _kept(layer: QuantizedLayer) -> dict[str, Any]:

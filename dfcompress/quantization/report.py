@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfcompress.device import exact_fp32
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.fake_quantizers import QuantizedLayer, quantized_layers
-from dfcompress.models.hooks import hooked
+from dfcompress.models.hooks import hooked_outputs, kept_outputs
 
 REPORT = "quantization.json"
 CHUNK = 16  # Images whose features are in memory at the same time.
@@ -25,8 +25,9 @@ def layer_report(
     *,
     sensitivity: Mapping[str, float],
     left: Mapping[str, str],
+    unused: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The layers in execution order, and the types of those `left` in float.
+    """The layers in execution order, the types of those `left` in float, and the bytes of modules that are `unused`.
 
     Of each: `weights` (how many), the bits of both, the input's `input_low` and `input_high` (None in float),
     `zero_point`, `sensitivity` in nats, and `signal_to_noise` of its output against the teacher's, all layers
@@ -47,7 +48,12 @@ def layer_report(
         }
         for name in sensitivity
     ]
-    return {"schema": 1, "layers": rows, "left_in_float": dict(left)}
+    return {"schema": 1, "layers": rows, "left_in_float": dict(left), "unused_bytes": dict(unused)}
+
+
+def named_bytes(modules: Mapping[str, int]) -> str:
+    """Modules with their bytes, for a sentence."""
+    return ", ".join(f"{name} ({count:,} bytes)" for name, count in modules.items())
 
 
 def _range(layer: QuantizedLayer) -> dict[str, float | int | None]:
@@ -67,16 +73,17 @@ def signal_to_noise(student: Classifier, teacher: Classifier, images: Tensor) ->
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}
     power, noise = (dict.fromkeys(names, 0.0) for _ in range(2))
 
-    def keep(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
-        outputs[name].append(output.float())
+    def keep(name: str, output: Tensor) -> None:
+        outputs[name].append(output)
 
-    def compare(name: str, module: nn.Module, activations: Tensor, output: Tensor) -> None:
+    def compare(name: str, output: Tensor) -> None:
         signal = outputs[name].pop(0)  # Of a layer that runs several times, run by run.
         power[name] += signal.square().sum(dtype=torch.float64).item()
         noise[name] += (signal - output.float()).square().sum(dtype=torch.float64).item()
 
     for some in images.split(CHUNK):
-        for classifier, hook in ((teacher, keep), (student, compare)):
-            with exact_fp32(), evaluating(classifier), hooked(classifier.network, names, hook):
-                classifier(some)
+        with exact_fp32(), evaluating(teacher), kept_outputs(teacher.network, names, keep, dtype=torch.float32):
+            teacher(some)
+        with exact_fp32(), evaluating(student), hooked_outputs(student.network, names, compare):
+            student(some)
     return {name: 10 * math.log10(power[name] / noise[name]) if noise[name] and power[name] else None for name in names}

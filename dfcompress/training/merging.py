@@ -70,7 +70,7 @@ class Merging:
         """Hear how familiar images are to the teachers."""
         with ExitStack() as stack:
             for each in self._unfamiliar:
-                stack.enter_context(each)
+                stack.enter_context(each.listening())
             yield
 
     def teach(self, images: Tensor, sources: Tensor) -> tuple[Tensor, ...]:

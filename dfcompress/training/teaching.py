@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.stages import StageOutputs, shared_stages
+from dfcompress.models.stages import StageOutputs, shared_stages, stage_outputs
 from dfcompress.training.objectives import Answer, Objective
 
 
@@ -69,7 +69,7 @@ class Distillation:
                 pairs = shared_stages(student, self.teachers[0])
                 networks, stages = (student.network, self.teachers[0].network), zip(*pairs, strict=True)
                 own, given = (
-                    stack.enter_context(StageOutputs(network, [stage.module for stage in of_it]))
+                    stack.enter_context(stage_outputs(network, [stage.module for stage in of_it]))
                     for network, of_it in zip(networks, stages, strict=True)
                 )
                 self._heard = own, given

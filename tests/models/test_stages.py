@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from dfcompress.models.card import ModelCard
-from dfcompress.models.stages import StageOutputs, stages_of
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.stages import stage_outputs, stages_of
 from dfcompress.models.student import make_student
 
 CARD = ModelCard("cifar_resnet50", 10, (3, 32, 32), (0.5,) * 3, (0.25,) * 3)
@@ -17,8 +19,28 @@ def test_what_is_heard_of_a_bottleneck_is_of_the_stages_size():
     stages = stages_of(classifier)
     assert [size[0] for size in stages] == [32, 16, 8, 4]
     modules = [stage.module for stage in stages.values()]
-    with StageOutputs(classifier.network, modules) as heard, torch.no_grad():
+    with stage_outputs(classifier.network, modules) as heard, torch.no_grad():
         classifier(torch.rand(1, *CARD.input_size))
         outputs = heard.taken()
     for (size, stage), output in zip(stages.items(), outputs, strict=True):
         assert output.shape[1:] == (stage.channels, *size)
+
+
+class Rectified(nn.Module):
+    """The network's own code works in place behind the last module of a stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.conv(images).relu_().mean((2, 3)))
+
+
+def test_features_are_what_the_module_gave_and_not_what_was_made_of_it():
+    classifier = Classifier(Rectified(), ModelCard("tiny", 2, (3, 8, 8), (0.5,) * 3, (0.25,) * 3))
+    images = torch.rand(2, 3, 8, 8)
+    with stage_outputs(classifier.network, ["conv"]) as heard, torch.no_grad():
+        classifier(images)
+        (features,) = heard.taken()
+        assert torch.equal(features, classifier.network.conv(classifier.normalise(images)))

@@ -11,7 +11,7 @@ from dfcompress.models.architectures import find, named, runs_code
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.stages import StageOutputs, shared_stages, stages_of
+from dfcompress.models.stages import shared_stages, stage_outputs, stages_of
 from dfcompress.models.student import make_student
 
 HALVED = ["cifar_resnet20", "cifar_resnet18", "wrn16_2", "cifar_vgg11_bn", "mobilenet_v2", "lenet5", "hinton_mlp"]
@@ -104,7 +104,7 @@ def test_stages_of_two_networks_are_paired_by_resolution():
 def test_outputs_are_taken_inside_the_context_alone():
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
     classifier = Classifier(network, ModelCard("tiny", 2, (1, 8, 8), (0.5,), (0.25,)))
-    with StageOutputs(classifier.network, ["0"]) as outputs:
+    with stage_outputs(classifier.network, ["0"]) as outputs:
         network(torch.ones(1, 1, 8, 8))
         (features,) = outputs.taken()
         assert features.shape == (1, 2, 6, 6)

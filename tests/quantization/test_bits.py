@@ -101,12 +101,15 @@ def test_ends_outside_two_to_eight_bits_are_refused(bits):
 
 
 def test_layers_come_in_the_order_they_run_without_those_that_never_run():
-    assert layers_of(classifier_of(RegisteredBackwards())).quantizable == ["stem", "middle", "head"]
+    layers = layers_of(classifier_of(RegisteredBackwards()))
+    assert layers.quantizable == ["stem", "middle", "head"]
+    assert layers.unused == {"unused": 4 * (16 + 4)}
 
 
 def test_layers_whose_arithmetic_is_not_known_are_named():
     class Standardised(nn.Conv2d):
-        pass
+        def forward(self, input: Tensor) -> Tensor:
+            return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
 
     network = nn.Sequential(Standardised(1, 2, 1), nn.Conv2d(2, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     layers = layers_of(classifier_of(network))
@@ -126,7 +129,13 @@ class Scaled(nn.Module):
 
 
 def test_what_holds_layers_is_none():
-    assert layers_of(classifier_of(Scaled())) == (["conv"], {})
+    assert layers_of(classifier_of(Scaled())) == (["conv"], {}, {})
+
+
+def test_a_network_without_a_layer_to_quantize_is_refused_naming_those_it_has():
+    network = nn.Sequential(nn.ConvTranspose2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(BadInput, match=r"calls no layer .* but 0 \(ConvTranspose2d\)"):
+        layers_of(classifier_of(network))
 
 
 def test_looking_at_the_layers_changes_nothing_of_the_network():

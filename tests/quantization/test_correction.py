@@ -11,7 +11,7 @@ from torch import nn
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import in_float, quantize_layers
-from dfcompress.models.hooks import hooked
+from dfcompress.models.hooks import kept_outputs
 from dfcompress.quantization.correction import correct, images_to_correct_on
 from dfcompress.quantization.ranges import calibrate
 
@@ -45,7 +45,7 @@ def quantized(float_classifier: Classifier, images: torch.Tensor, bits: int) -> 
 
 def outputs(classifier: Classifier, images: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
     found = {}
-    with hooked(classifier.network, names, lambda name, module, given, output: found.update({name: output})):
+    with kept_outputs(classifier.network, names, found.__setitem__):
         classifier(images)
     return found
 

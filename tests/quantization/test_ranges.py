@@ -82,6 +82,33 @@ def test_ranges_are_those_of_the_float_network():
     assert quantized_layers(network)["2"].input_grid == InputGrid.covering(0.0, 1 - 0.25 * 0.75, bits=8)
 
 
+class Overwritten(nn.Module):
+    """After a layer has taken them, its input's activations grow tenfold, in place or not."""
+
+    def __init__(self, *, inplace: bool) -> None:
+        super().__init__()
+        self.layer, self.inplace = nn.Conv2d(1, 1, 1), inplace
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = images * 1.0
+        answers = self.layer(features)
+        return (answers + (features.mul_(10) if self.inplace else features * 10)).flatten(1)
+
+
+@pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
+def test_an_input_that_is_overwritten_later_has_the_range_it_had(rule):
+    grids = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        card = ModelCard("test", 4, (1, 2, 2), (0.0,), (1.0,))
+        classifier = Classifier(Overwritten(inplace=inplace), card)
+        quantize_layers(classifier.network, {"layer": (4, 4)})
+        calibrate(classifier, [torch.rand(32, 1, 2, 2)], rule=rule)
+        grids.append(quantized_layers(classifier.network)["layer"].input_grid)
+    assert grids[0] == grids[1]
+    assert grids[0].scale < 0.1
+
+
 def test_float_activations_get_no_range():
     network = nn.Sequential(nn.Conv2d(1, 2, 1))
     quantize_layers(network, {"0": (4, 32)})

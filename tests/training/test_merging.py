@@ -113,7 +113,7 @@ def test_a_teachers_mean_is_how_much_more_familiar_an_image_is_to_it():
     """Logits keep their differences; their means are ±16 times half the difference of unfamiliarity, at most ±4."""
     teachers, shown = [remembering(0.0), remembering(0.2)], torch.randn(6, 1, 4, 4)
     merging, alone = Merging(teachers, BLOCKS), [Unfamiliarity(each) for each in teachers]
-    with merging.listening(teachers[0]), alone[0], alone[1], torch.no_grad():
+    with merging.listening(teachers[0]), alone[0].listening(), alone[1].listening(), torch.no_grad():
         *targets, _ = merging.teach(shown, torch.zeros(6))
         strange = [each.taken() for each in alone]
         logits = [each(shown) for each in teachers]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.classifier import Classifier, pass_once
+from dfcompress.models.hooks import hooked_outputs
 from dfcompress.models.recorder import DROPOUTS, LOGITS, Target, outputs_of_one_image
 from dfcompress.synthesis.records import FIXED_DROPOUT
 from dfcompress.synthesis.records.asking import Asked
@@ -214,14 +215,14 @@ def dropouts(teacher: Classifier) -> list[tuple[tuple[int, ...], float]]:
     """
     seen: list[tuple[tuple[int, ...], float]] = []
 
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(layer, DROPOUTS)
-        shape = tuple(output.shape[1:])
+    layers = {name: module for name, module in teacher.network.named_modules() if isinstance(module, DROPOUTS)}
+
+    def note(name: str, output: Tensor) -> None:
+        layer, shape = layers[name], tuple(output.shape[1:])
         seen.append((shape if type(layer) is nn.Dropout else (shape[0], *[1] * (len(shape) - 1)), layer.p))
 
-    layers = [module for module in teacher.network.modules() if isinstance(module, DROPOUTS)]
-    handles = [layer.register_forward_hook(note) for layer in layers]
-    pass_once(teacher, handles)
+    with hooked_outputs(teacher.network, layers, note):
+        pass_once(teacher)
     if not seen:
         raise BadInput(f"{teacher.name} has no dropout layer whose filters could be fixed.", "Use --kind all-layers.")
     return seen

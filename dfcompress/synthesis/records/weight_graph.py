@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.hooks import hook_outputs
 from dfcompress.models.recorder import LOGITS, outputs_of_one_image
 
 FULL_BASIS_UNITS = 8000
@@ -93,9 +94,7 @@ class WeightGraph:
         self._layers = list(layers)
         self._injected: dict[str, Tensor] = {}
         self._computed: dict[str, Tensor] = {}
-        for name in self._layers:
-            if name != LOGITS:
-                self.network.get_submodule(name).register_forward_hook(self._replace(name))
+        hook_outputs(self.network, [name for name in self._layers if name != LOGITS], self._replace)
         self._offset = self._forward({}, self._dark(1))
         self.sizes = [output.shape[1] for output in self._offset]
         self.units = sum(self.sizes)
@@ -106,13 +105,11 @@ class WeightGraph:
     def _dark(self, count: int) -> Tensor:
         return torch.zeros(count, *self._shape, dtype=torch.float64)
 
-    def _replace(self, name: str) -> Any:
-        def hook(layer: Any, inputs: Any, output: Tensor) -> Tensor:
-            self._computed[name] = output.flatten(1)
-            injected = self._injected.get(name)
-            return output * 0 if injected is None else injected.view(-1, *output.shape[1:]).clone()
-
-        return hook
+    def _replace(self, name: str, output: Tensor) -> Tensor:
+        """What goes on in place of a layer's output: a tensor of its own, so that the output needs no copy."""
+        self._computed[name] = output.flatten(1)
+        injected = self._injected.get(name)
+        return output * 0 if injected is None else injected.view(-1, *output.shape[1:]).clone()
 
     def _forward(self, injected: dict[str, Tensor], images: Tensor) -> list[Tensor]:
         """What every layer computes from `images` and the outputs that earlier layers are made to have."""
