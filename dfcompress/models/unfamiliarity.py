@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.recorder import channels_first, input_record
-from dfcompress.models.statistics import statistics_layers, why_no_statistics
+from dfcompress.models.statistics import eps_of, statistics_layers, why_no_statistics
 
 FLOOR = 1e-3
 
@@ -53,7 +53,7 @@ class Unfamiliarity:
     def _noting(self, place: int) -> Callable[..., None]:
         def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             record = input_record(layer, inputs[0])
-            remembered = record.running_var + getattr(layer, "eps", 0.0)  # A dead channel has no variance.
+            remembered = record.running_var + eps_of(layer)  # A dead channel has no variance.
             var = (record.square_error - record.mean_error**2).clamp_min(0) / remembered + FLOOR
             distance = record.mean_error**2 / remembered
             self._seen[place] = 0.5 * (distance + var - 1 - var.log()).mean(1)
