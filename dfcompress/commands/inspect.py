@@ -44,6 +44,7 @@ def _print(found: Inspection) -> None:
         ("MACs", f"{found.macs:,}", ""),
         ("bytes", f"{found.bytes:,}", ""),
         ("BatchNorm layers", str(found.batchnorm_layers), ""),
+        ("dead channels", f"{found.dead_channels:,}", ""),
         ("record beside it", found.record or "none", ""),
     ]
     for name, value, known in facts:

@@ -16,7 +16,7 @@ from dfcompress.models.checkpoint import as_classifier, state_bytes, write_sidec
 from dfcompress.models.classifier import Classifier, multiply_accumulates
 from dfcompress.models.fake_quantizers import is_quantized
 from dfcompress.models.input_statistics import NormalisationCheck, check_normalisation
-from dfcompress.models.statistics import statistics_layers, why_no_statistics
+from dfcompress.models.statistics import dead_channels, statistics_layers, why_no_statistics
 from dfcompress.models.weights import file_bytes
 from dfcompress.synthesis.job import find_record
 
@@ -35,7 +35,8 @@ class Inspection:
     """What a checkpoint is.
 
     `macs` are multiply-accumulates of one image; `bytes` and `sha256` are those of the weights' file (the tensors where
-    there is none); `batchnorm_layers` counts those that keep running statistics. `normalisation` compares the card's
+    there is none); `batchnorm_layers` counts those that keep running statistics, `dead_channels` their channels whose
+    variance is lost in eps. `normalisation` compares the card's
     mean and std with what the first BatchNorm expects, None where that cannot be told. `record` is the kind of the
     activation record beside the checkpoint, or why it cannot be used; None where there is none. `card_file` is the
     sidecar that was written.
@@ -48,6 +49,7 @@ class Inspection:
     parameters: int
     macs: int
     batchnorm_layers: int
+    dead_channels: int
     bytes: int
     sha256: str
     card: ModelCard
@@ -83,6 +85,7 @@ def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) ->
         parameters=sum(parameter.numel() for parameter in classifier.network.parameters()),
         macs=multiply_accumulates(classifier),
         batchnorm_layers=len(statistics_layers(classifier.network)),
+        dead_channels=dead_channels(classifier.network),
         bytes=file_bytes(file) if file else state_bytes(classifier.network),
         sha256=classifier.sha256,
         card=card,

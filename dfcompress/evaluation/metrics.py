@@ -74,18 +74,19 @@ def bn_divergence(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor
     with evaluating(classifier), exact_fp32(), HookRecorder(classifier.network, moments=True) as recorder:
         for images, _ in batches:
             layers = recorder(classifier.normalise(images.to(device))).layers
-            new = [LayerRecord(mean.sum(0), square.sum(0), var) for mean, square, var in layers]
-            sums = [
-                LayerRecord(a.mean_error + b.mean_error, a.square_error + b.square_error, b.running_var)
-                for a, b in zip(sums or [_nothing(layer) for layer in new], new, strict=True)
-            ]
+            new = [_with_errors(layer, layer.mean_error.sum(0), layer.square_error.sum(0)) for layer in layers]
+            sums = [_plus(one, other) for one, other in zip(sums, new, strict=True)] if sums else new
             seen += len(images)
-    pooled = [LayerRecord(mean[None] / seen, square[None] / seen, var) for mean, square, var in sums]
+    pooled = [_with_errors(layer, layer.mean_error[None] / seen, layer.square_error[None] / seen) for layer in sums]
     return float(torch.stack([Moments.of(record).divergence() for record in pooled]).mean())
 
 
-def _nothing(layer: LayerRecord) -> LayerRecord:
-    return LayerRecord(torch.zeros_like(layer.mean_error), torch.zeros_like(layer.square_error), layer.running_var)
+def _plus(one: LayerRecord, other: LayerRecord) -> LayerRecord:
+    return _with_errors(one, one.mean_error + other.mean_error, one.square_error + other.square_error)
+
+
+def _with_errors(layer: LayerRecord, mean_error: Tensor, square_error: Tensor) -> LayerRecord:
+    return layer._replace(mean_error=mean_error, square_error=square_error)
 
 
 def standard_error(correct: int, total: int) -> float:

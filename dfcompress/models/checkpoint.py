@@ -40,6 +40,7 @@ from dfcompress.models.card import (
 from dfcompress.models.classifier import Classifier, why_not_run
 from dfcompress.models.fake_quantizers import is_quantized
 from dfcompress.models.recognition import Recognised, describe, fit_to, recognise
+from dfcompress.models.statistics import require_variances
 from dfcompress.models.weights import (
     CARD_KEY,
     CONFIG,
@@ -100,6 +101,7 @@ def load(
         fit = recognise(stored.tensors, str(path))
     card = _card(fit, stated, given)
     network = _packed(fit, stored) if stored.quantization is not None else _with_weights(fit)
+    require_variances(network, str(path))
     classifier = Classifier(network, card, name=_name(path), sha256=sha256(path), path=path).frozen()
     if why := why_not_run(classifier):
         raise BadInput(f"{path}: {why}.", "Give another --input-size or --arch.")

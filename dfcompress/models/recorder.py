@@ -25,14 +25,15 @@ from torch.utils.hooks import RemovableHandle
 
 from dfcompress import console
 from dfcompress.models.classifier import Classifier, pass_once
-from dfcompress.models.statistics import KnownStatistics, statistics_layers
+from dfcompress.models.statistics import EPS, KnownStatistics, eps_of, statistics_layers
 
 LOGITS = "logits"
 
 
 class LayerRecord(NamedTuple):
     """What went into one BatchNorm, image by image, with d = input − running mean: the mean of d and of d² over an
-    image's positions, each `(N, C)` in fp32; and the layer's running variance `(C,)`.
+    image's positions, each `(N, C)` in fp32; the layer's running variance, and what that lacks to the layer's eps, 0
+    where it is larger, each `(C,)`.
 
     Summing each image on its own first makes the result independent of the number of threads.
     """
@@ -40,6 +41,7 @@ class LayerRecord(NamedTuple):
     mean_error: Tensor
     square_error: Tensor
     running_var: Tensor
+    lack: Tensor
 
 
 class Recording(NamedTuple):
@@ -56,24 +58,30 @@ class Recording(NamedTuple):
 class Moments:
     """Moments over all but the channel axis of what went into one BatchNorm, and the variance it expects; each `(C,)`.
 
-    `mean_error` is E[x] − running mean; `var` is the biased variance.
+    `mean_error` is E[x] − running mean; `var` is the biased variance; `lack` is what the running variance lacks to eps.
     """
 
     mean_error: Tensor
     var: Tensor
     running_var: Tensor
+    lack: Tensor
 
     @classmethod
     def of(cls, record: LayerRecord, images: slice = slice(None)) -> Moments:
         """The moments over some images: var = E[d²] − E[d]² loses no digits, because d is around the running mean."""
         mean_error = record.mean_error[images].mean(0)
-        return cls(mean_error, record.square_error[images].mean(0) - mean_error**2, record.running_var)
+        return cls(mean_error, record.square_error[images].mean(0) - mean_error**2, record.running_var, record.lack)
 
     def divergence(self, eps: float = 1e-8) -> Tensor:
-        """Mean over channels of KL(N(μ̂, σ̂²) ‖ N(μ, σ²)), hats measured, `eps` added to σ̂² (Haroush 2020, eq. 3)."""
-        measured = self.var.clamp_min(0) + eps  # E[d²] − E[d]² may round to just below 0.
-        ratio = (measured + self.mean_error**2) / self.running_var
-        return (0.5 * (self.running_var.log() - measured.log()) - 0.5 * (1 - ratio)).mean()
+        """Mean over channels of KL(N(μ̂, σ̂²) ‖ N(μ, σ²)), hats measured, `eps` added to σ̂² (Haroush 2020, eq. 3).
+
+        Where σ² is below the layer's eps, which BatchNorm adds before it divides, both variances grow by what is
+        lacking: a dead channel (σ² = 0) counts as KL(N(μ̂, σ̂² + eps) ‖ N(μ, eps)), and all others as in the paper.
+        """
+        measured = self.var.clamp_min(0) + eps + self.lack  # E[d²] − E[d]² may round to just below 0.
+        expected = self.running_var + self.lack
+        ratio = (measured + self.mean_error**2) / expected
+        return (0.5 * (expected.log() - measured.log()) - 0.5 * (1 - ratio)).mean()
 
 
 class Target(NamedTuple):
@@ -173,7 +181,8 @@ def channel_axis(layer: nn.Module) -> int:
 
 def input_record(layer: nn.Module, features: Tensor) -> LayerRecord:
     """The record of what goes into a layer with known statistics."""
-    return record_of(channels_first(layer, features), layer.get_buffer("running_mean"), layer.get_buffer("running_var"))
+    mean, var = layer.get_buffer("running_mean"), layer.get_buffer("running_var")
+    return record_of(channels_first(layer, features), mean, var, eps_of(layer))
 
 
 def channels_first(layer: nn.Module, features: Tensor) -> Tensor:
@@ -181,10 +190,18 @@ def channels_first(layer: nn.Module, features: Tensor) -> Tensor:
     return features.movedim(layer.axis, 1) if isinstance(layer, KnownStatistics) else features
 
 
-def record_of(features: Tensor, running_mean: Tensor, running_var: Tensor) -> LayerRecord:
+def record_of(features: Tensor, running_mean: Tensor, running_var: Tensor, eps: float = EPS) -> LayerRecord:
     """The record of `features` `(N, C, ...)`, by plain autograd."""
+    return LayerRecord(*_errors(features, running_mean), running_var, _lack(running_var, eps))
+
+
+def _errors(features: Tensor, running_mean: Tensor) -> tuple[Tensor, Tensor]:
     error = features.float() - _per_channel(running_mean, features)
-    return LayerRecord(_mean_of_image(error), _mean_of_image(error * error), running_var)
+    return _mean_of_image(error), _mean_of_image(error * error)
+
+
+def _lack(running_var: Tensor, eps: float) -> Tensor:
+    return (eps - running_var).clamp_min(0)
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
@@ -309,6 +326,7 @@ class _RecordingBatchNorm(_BatchNorm):
     seen: list[LayerRecord] | None
     scale: Tensor
     shift: Tensor
+    lack: Tensor
 
     def prepare(self, seen: list[LayerRecord] | None) -> None:
         """Fold statistics and affine parameters into one multiplication and one addition a channel."""
@@ -323,6 +341,7 @@ class _RecordingBatchNorm(_BatchNorm):
             shift = shift + self.bias.detach()
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
+        self.register_buffer("lack", _lack(self.running_var, self.eps), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         if self.seen is None:
@@ -332,7 +351,7 @@ class _RecordingBatchNorm(_BatchNorm):
         normalised, mean_error, square_error = _NormaliseAndRecord.apply(
             features, self.running_mean, self.scale, self.shift
         )
-        self.seen.append(LayerRecord(mean_error, square_error, self.running_var))
+        self.seen.append(LayerRecord(mean_error, square_error, self.running_var, self.lack))
         return normalised
 
 
@@ -354,8 +373,7 @@ class _NormaliseAndRecord(torch.autograd.Function):
         ctx: FunctionCtx, features: Tensor, running_mean: Tensor, scale: Tensor, shift: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(features, running_mean, scale)
-        record = record_of(features, running_mean, scale)
-        return _normalised(features, scale, shift), record.mean_error, record.square_error
+        return _normalised(features, scale, shift), *_errors(features, running_mean)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None, None]:

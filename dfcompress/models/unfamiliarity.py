@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import hooked_inputs
 from dfcompress.models.recorder import channels_first, input_record
-from dfcompress.models.statistics import statistics_layers, why_no_statistics
+from dfcompress.models.statistics import eps_of, statistics_layers, why_no_statistics
 
 FLOOR = 1e-3
 
@@ -49,7 +49,7 @@ class Unfamiliarity:
     def _note(self, name: str, features: Tensor) -> None:
         layer = self._layers[name]
         record = input_record(layer, features)
-        remembered = record.running_var + getattr(layer, "eps", 0.0)  # A dead channel has no variance.
+        remembered = record.running_var + eps_of(layer)  # A dead channel has no variance.
         var = (record.square_error - record.mean_error**2).clamp_min(0) / remembered + FLOOR
         distance = record.mean_error**2 / remembered
         self._seen[name] = 0.5 * (distance + var - 1 - var.log()).mean(1)

@@ -19,6 +19,8 @@ from dfcompress.models.hooks import hooked_inputs, hooked_outputs
 
 PIXELS = 2**20  # Of all images that are seen at once,
 FEWEST = 64  # but never fewer images.
+# A channel whose deviation behind BatchNorm is below a millionth of its scale has nothing to be rescaled by.
+STILL = 1e-12
 
 
 def images_to_correct_on(input_size: tuple[int, int, int], available: int) -> int:
@@ -79,10 +81,12 @@ def _renormalise(norm: _BatchNorm, features: Tensor, wanted_mean: Tensor, wanted
     assert norm.running_mean is not None
     assert norm.running_var is not None
     mean, variance = _moments(norm, features)
-    # A channel that never moves has nothing to be rescaled by.
-    widened = torch.where((variance > 0) & (wanted_variance > 0), variance / wanted_variance, 1.0)
-    norm.running_mean.copy_(mean + (norm.running_mean - wanted_mean) * widened.sqrt())
-    norm.running_var.copy_(((norm.running_var + norm.eps) * widened - norm.eps).clamp_min(0))
+    divisor = norm.running_var.double() + norm.eps
+    moves = torch.minimum(variance, wanted_variance) > STILL * divisor
+    # BatchNorm adds eps whatever the variance, so it cannot divide by less.
+    new_divisor = (divisor * torch.where(moves, variance / wanted_variance, 1.0)).clamp_min(norm.eps)
+    norm.running_mean.copy_(mean + (norm.running_mean - wanted_mean) * (new_divisor / divisor).sqrt())
+    norm.running_var.copy_(new_divisor - norm.eps)
 
 
 def _channels_of(module: nn.Module) -> int:

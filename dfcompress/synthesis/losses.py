@@ -116,6 +116,7 @@ def pixel_divergence() -> Loss:
             alone.mean_error.reshape(1, -1),
             alone.square_error.reshape(1, -1),
             alone.running_var.expand(images, colours).reshape(-1),
+            alone.lack.expand(images, colours).reshape(-1),
         )
         return Moments.of(record).divergence()
 

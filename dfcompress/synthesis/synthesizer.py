@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,7 +53,11 @@ class Batch:
 
 
 class NotFinite(DfcompressError):
-    """A loss or a pixel overflowed."""
+    """A loss or a pixel overflowed, after `step` steps."""
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(what, "Lower the rate with --lr.")
+        self.step = step
 
 
 class Synthesizer:
@@ -76,6 +80,7 @@ class Synthesizer:
         pixels: PixelStatistics | None = None,
     ) -> None:
         self.recipe, self.seed, self.execution = recipe, seed, execution
+        self.student = student
         self.device = device.resolve_device(execution.device)
         self.teacher = teacher.frozen().to(self.device)
         device.prepare(execution)
@@ -117,7 +122,8 @@ class Synthesizer:
         With `partial` the state is kept in that file every 20 seconds, and taken up from there if it exists.
         `watch` is called after every step with its number and a way to get the first shard's images in [0, 1].
         A batch whose loss is not finite is made again with a smaller rate, twice at most;
-        raises `DfcompressError` where that does not help, and where the memory does not suffice, naming what fits.
+        raises `DfcompressError` where that does not help, where a loss is not finite before the first step, and where
+        the memory does not suffice, naming what fits.
         """
         try:
             return self._attempts(labels, partial, watch)
@@ -158,11 +164,41 @@ class Synthesizer:
             try:
                 return self._finish(work, partial, watch)
             except NotFinite as error:
+                if error.step == 0 and (remedy := self._what_helps_at_the_start(labels)):
+                    raise DfcompressError(error.problem, remedy) from None
                 if work.attempt + 1 == ATTEMPTS:
                     raise
                 seconds, work = work.clock.seconds, self.begin(labels, attempt=work.attempt + 1)
                 work.clock.go_on_from(seconds)
                 console.notice(f"{error.problem} Making it again with {SMALLER**work.attempt:.2g} of the rate.")
+
+    @torch.no_grad()
+    def _what_helps_at_the_start(self, labels: Mapping[int, Tensor]) -> str | None:
+        """What to change where a loss is not finite for images that no step has moved yet, whatever the rate; None
+        where another look finds it finite.
+        """
+        shard, own = next(iter(labels.items()))
+        exact = Synthesizer(
+            self.recipe,
+            self.teacher,
+            replace(self.execution, precision="fp32", compile=False),
+            seed=self.seed,
+            student=self.student,
+            source=self.source,
+            pixels=self.pixels,
+        )
+        work = exact.begin({shard: own})
+        started = work.images[0].render()
+        if not started.isfinite().all():
+            return "It is what the images start from: change it with --set."
+        if not self.teacher.network(started).isfinite().all():
+            return "The network answers noise with NaN or infinity: use another checkpoint."
+        stage, _ = _stage_at(self.recipe, 0)
+        work.put_drawn(exact._drawn(work, stage))
+        _, values = exact.objective([started], work.labels, stage, work.drawn, work.asked)
+        if values.isfinite().all():
+            return None if self.execution.precision == "fp32" else "Use --precision fp32."
+        return "Take another --recipe, or change what it is made of with --set."
 
     def _finish(self, work: Work, partial: Path | None, watch: Watch | None) -> list[Batch]:
         with console.progress(f"shard {', '.join(map(str, work.shards))}", self.recipe.steps) as progress:
@@ -175,7 +211,7 @@ class Synthesizer:
                     work.save(partial)
                 if work.clock.is_time_to_tell() or work.step == self.recipe.steps:
                     progress.update(work.step, **self._named(work.history[-1][0]))
-                    self._check_finite(work.history[-1][None])
+                    self._check_finite(work.losses)
         return self._finished(work)
 
     def begin(self, labels: Mapping[int, Tensor], *, attempt: int = 0) -> Work:
@@ -267,7 +303,7 @@ class Synthesizer:
         for i, labels in enumerate(work.labels.chunk(len(work.shards))):
             images = self._rendered(work.images[i])
             if not images.isfinite().all():
-                raise NotFinite("Pixels of the finished images are not finite.", "Lower the rate with --lr.")
+                raise NotFinite("Pixels of the finished images are not finite.", work.step)
             if self.recipe.label_free:
                 with torch.no_grad():
                     labels = self.teacher(images).argmax(1)  # noqa: PLW2901
@@ -283,7 +319,12 @@ class Synthesizer:
         finite = history.isfinite().flatten(1).all(1)
         if not finite.all():
             step = int((~finite).nonzero()[0])
-            raise NotFinite(f"A loss was not finite at step {step}.", "Lower the rate with --lr.")
+            names = [
+                loss.name
+                for loss, own in zip(self.recipe.losses, history[step].flatten(0, -2).T, strict=True)
+                if not own.isfinite().all()
+            ]
+            raise NotFinite(f"A loss was not finite at step {step}: {', '.join(names)}.", step)
 
     def _named(self, values: Tensor) -> dict[str, float]:
         return dict(zip((loss.name for loss in self.recipe.losses), values.tolist(), strict=True))

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from dfcompress.errors import BadInput
 from dfcompress.evaluation.inspect import inspect
 from dfcompress.models.architectures import find
 from dfcompress.models.checkpoint import load
@@ -73,3 +74,15 @@ def test_the_card_is_written_only_when_asked_for(tmp_path):
     found = inspect(path, write_card=True)
     assert found.card_file == str(tmp_path / "net.card.json")
     assert load(path).card.origin["mean"] == "read"
+
+
+def test_dead_channels_are_counted_and_negative_variances_are_refused(tmp_path):
+    network = find("cifar_resnet20").make(10, 3)
+    network.bn1.running_var[:3] = torch.tensor([0.0, 5.6e-45, 1e-6])
+    network.layer2[1].bn2.running_var[4] = 0.0
+    torch.save(network.state_dict(), tmp_path / "dead.pt")
+    assert inspect(tmp_path / "dead.pt").dead_channels == 3
+    network.layer2[1].bn2.running_var[4] = -0.5
+    torch.save(network.state_dict(), tmp_path / "negative.pt")
+    with pytest.raises(BadInput, match=r"layer2\.1\.bn2 has a running variance of -0\.5"):
+        inspect(tmp_path / "negative.pt")

@@ -148,3 +148,21 @@ def test_modules_that_run_twice_are_left_as_they_are():
     correct(student, float_classifier, images)
     for name, tensor in float_classifier.network.state_dict().items():
         assert torch.equal(student.network.state_dict()[name], tensor) == (name != "head.bias")
+
+
+@pytest.mark.parametrize("louder", [0.1, 10.0, 1e-9])
+def test_means_of_dead_channels_are_corrected_as_those_of_others(louder):
+    """Of a dead channel BatchNorm divides by its eps alone, and never by less."""
+    float_classifier, images = teacher(), torch.rand(64, 3, 8, 8)
+    float_classifier.network[1].running_var[:4] = 0.0
+    student = copy.deepcopy(float_classifier)
+    for parameter in student.network[0].parameters():
+        parameter.mul_(louder)
+    quantize_layers(student.network, {"0": (8, 8)})
+    calibrate(student, [images])
+    correct(student, float_classifier, images)
+    wanted, after = (outputs(each, images, ["1"])["1"] for each in (float_classifier, student))
+    scale = wanted.std((0, 2, 3))
+    assert ((after.mean((0, 2, 3)) - wanted.mean((0, 2, 3))) / scale).abs().max() < 1e-3
+    assert student.network[1].running_var.isfinite().all()
+    assert (student.network[1].running_var >= 0).all()

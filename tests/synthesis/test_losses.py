@@ -27,7 +27,7 @@ def trace(images=None, logits=None, labels=None, moments=(), outputs=(), targets
 
 
 def moments(mean_error, var, running_var):
-    return Moments(torch.tensor(mean_error), torch.tensor(var), torch.tensor(running_var))
+    return Moments(torch.tensor(mean_error), torch.tensor(var), torch.tensor(running_var), torch.zeros(len(var)))
 
 
 def test_cross_entropy_of_even_logits_is_the_logarithm_of_the_classes():
@@ -152,3 +152,18 @@ def test_pixel_divergence_looks_at_every_image_alone():
     black_and_white = torch.cat([standard * 0.1 - 1, standard * 0.1 + 1])
     expected = -math.log(0.1) - 0.5 * (1 - 0.01 - 1)
     assert pixel_divergence().value(trace(images=black_and_white)).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+def test_a_dead_channel_counts_as_the_kl_of_variances_with_batchnorms_eps(eps):
+    """KL(N(0.01, 1e-4 + eps) ‖ N(0, eps)), beside a live channel, which is the paper's."""
+    features = torch.tensor([[0.0, 3.0], [0.02, 1.0]])
+    record = record_of(features, torch.zeros(2), torch.tensor([0.0, 2.0]), eps)
+    dead = 0.5 * (math.log(eps / (1e-4 + eps)) + (1e-4 + eps + 1e-4) / eps - 1)
+    live = 0.5 * (math.log(2.0 / 1.0) + (1 + 4) / 2.0 - 1)
+    assert Moments.of(record).divergence().item() == pytest.approx((dead + live) / 2, rel=1e-3)
+
+
+def test_what_a_dead_channel_always_was_is_no_distance_from_it():
+    record = record_of(torch.full((4, 1), 7.0), torch.full((1,), 7.0), torch.zeros(1))
+    assert Moments.of(record).divergence().item() == pytest.approx(0.0, abs=1e-5)

@@ -293,3 +293,45 @@ def test_no_compiler_means_eager_with_one_line(teacher, capsys):
         console.configure(console.QUIET)
     assert torch.equal(batch.images, synthesizer(teacher, 2).batch(0, LABELS).images)
     assert "runs eagerly" in capsys.readouterr().err
+
+
+def test_the_step_that_overflowed_is_named(teacher):
+    """At a rate of 1e30 the first step's losses are finite and the second's are not."""
+    with pytest.raises(DfcompressError, match=r"not finite at step 1: bn_distance.*Lower the rate with --lr"):
+        synthesizer(teacher, 4, lr=1e30).batch(0, LABELS)
+
+
+def loud(factor):
+    """A network whose first layer answers `factor` times as loud, and whose last takes it back."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 10)).eval()
+    with torch.no_grad():
+        network[0].weight.mul_(factor)
+        network[3].weight.div_(factor)
+    return Classifier(network, ModelCard("loud", 10, (1, 8, 8), (0.5,), (0.5,)))
+
+
+def of_inception(teacher, *, precision="fp32", **settings):
+    recipe = choose("inception", "fast-cifar10", {"steps": 2, "batch_size": 4, **settings}).build()
+    return Synthesizer(recipe, teacher, replace(EAGER, precision=precision)).batch(0, torch.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("trouble", "mended", "remedy"),
+    [
+        ({"teacher": loud(1e6), "precision": "fp16"}, {"precision": "fp32"}, "Use --precision fp32"),
+        ({"teacher": loud(1), "scale": 1e-3}, {"scale": 100.0}, "change what it is made of with --set"),
+        ({"teacher": loud(1e39)}, {"teacher": loud(1)}, "use another checkpoint"),
+    ],
+)
+def test_a_loss_that_is_not_finite_before_the_first_step_blames_no_rate(trouble, mended, remedy):
+    with pytest.raises(DfcompressError, match=rf"not finite at step 0: inception\. .*{remedy}") as caught:
+        of_inception(**trouble)
+    assert "--lr" not in str(caught.value)
+    assert of_inception(**(trouble | mended)).attempts == 1
+
+
+def test_noise_that_is_not_finite_blames_what_it_is_drawn_from(teacher):
+    recipe = choose("gaussian", None, {"std": 1e39, "mean": 0.5}).build()
+    with pytest.raises(DfcompressError, match="what the images start from: change it with --set"):
+        Synthesizer(recipe, teacher, EAGER).batch(0, LABELS)

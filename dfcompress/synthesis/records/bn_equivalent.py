@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import channel_axis, channels_of, weighted_layers
-from dfcompress.models.statistics import KnownStatistics
+from dfcompress.models.statistics import KnownStatistics, require_variances
 from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
 from dfcompress.synthesis.records.record import Record
-
-SMALLEST_VARIANCE = 1e-5
 
 
 class StatisticsKeeper:
@@ -65,7 +63,7 @@ def with_statistics(teacher: Classifier, record: Record) -> Classifier:
     """A copy of the teacher that knows the recorded statistics as it knows those of its BatchNorms.
 
     A channel that is always the same counts as one of a small variance, as BatchNorm counts it.
-    Raises `BadInput` where the record does not fit the network.
+    Raises `BadInput` where the record does not fit the network or holds a negative variance.
     """
     network = copy.deepcopy(teacher.network)
     found = weighted_layers(network)
@@ -76,9 +74,10 @@ def with_statistics(teacher: Classifier, record: Record) -> Classifier:
         channels = (channels_of(module),)
         record.require({f"{kept}.{layer}": (torch.float32, channels) for kept in ("mean", "var")})
         mean, var = (record.tensors[f"{kept}.{layer}"] for kept in ("mean", "var"))
-        known = KnownStatistics(mean, var.clamp_min(SMALLEST_VARIANCE), axis=channel_axis(module))
+        known = KnownStatistics(mean, var, axis=channel_axis(module))
         parent, _, name = layer.rpartition(".")
         setattr(network.get_submodule(parent), name, nn.Sequential(module, known))
+    require_variances(network, f"{record.path}")
     sha256 = teacher.identity()["sha256"]
     knowing = Classifier(network, teacher.card, name=teacher.name, sha256=sha256, path=teacher.path)
     return knowing.to(teacher.mean.device).frozen()
