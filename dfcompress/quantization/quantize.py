@@ -294,4 +294,5 @@ def _finetuned(
     assert isinstance(tuning, Training)
     if finetune != "kd":
         learn_steps(student.network)
-    return Trainer(student, Distillation(teacher, terms), tuning, compute=compute, folder=run.folder).fit(images)
+    teaching = Distillation(teacher, terms)
+    return Trainer(student, teaching, tuning, compute=compute, folder=run.folder, repair=True).fit(images)

@@ -93,7 +93,7 @@ class Synthesizer:
             precision=device.PRECISIONS[execution.precision],
         )
         self._network = self._fast(recorder)
-        self._student: Callable[[Tensor], Recording] | None = None
+        self._student: Callable[[Tensor], Tensor] | None = None
         if recipe.needs_student:
             assert student is not None, "a recipe that competes with a student needs one"
             self.learned(student)
@@ -101,10 +101,17 @@ class Synthesizer:
         self._views = {id(stage): views_of(stage) for stage in recipe.stages}
 
     def learned(self, student: Classifier) -> None:
-        """Compete with `student` as it is now."""
-        network = copy.deepcopy(student.network).to(self.device)
+        """Compete with `student` as it is now, on images normalised as it knows them."""
+        own = copy.deepcopy(student).to(self.device)
         precision = device.PRECISIONS[self.execution.precision]
-        self._student = self._fast(FusedRecorder(network, moments=False, precision=precision))
+        network = self._fast(FusedRecorder(own.network, moments=False, precision=precision))
+        alike = torch.equal(own.mean, self.teacher.mean) and torch.equal(own.std, self.teacher.std)
+
+        def logits(seen: Tensor) -> Tensor:
+            recording: Recording = network(seen if alike else own.normalise(self.teacher.denormalise(seen)))
+            return recording.logits
+
+        self._student = logits
 
     def _fast(self, function: Callable) -> Callable:
         return device.compiled(function) if self.execution.compile else function
@@ -288,7 +295,7 @@ class Synthesizer:
         views, count = self._views[id(stage)], len(drawn) // len(rendered)
         seen = torch.cat([views(own, *drawn[i * count : (i + 1) * count]) for i, own in enumerate(rendered)])
         recording = self._network(seen, asked.filters) if asked.filters else self._network(seen)
-        student = self._student(seen).logits if self._student else None
+        student = self._student(seen) if self._student else None
         weighted: tuple[Tensor, Tensor] = self._losses(seen, labels, recording, asked.targets, student, len(rendered))
         return weighted
 

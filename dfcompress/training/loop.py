@@ -44,6 +44,8 @@ class Trained:
 class Trainer:
     """Trains `student` by a `Teaching`.
 
+    It learns from scratch, with the dropout that its architecture has, or is a trained network under `repair`, which
+    learns without (see `training_mode`).
     With `folder`, values and throughput go to `metrics.jsonl` there, and the state is kept in `training.partial` every
     20 seconds and at the end: a Trainer on a folder with such a file goes on from it, to the same bits.
     Whoever saves the result removes the file.
@@ -62,9 +64,10 @@ class Trainer:
         compute: Compute,
         folder: Path | None = None,
         alone: bool = False,
+        repair: bool = False,
     ) -> None:
         self.student, self.teaching, self.training = student, teaching, training
-        self.compute, self.folder = compute, folder
+        self.compute, self.folder, self.repair = compute, folder, repair
         self.everyone = Peers() if alone else peers()
 
     def fit(self, *sets: Tensor) -> Trained:
@@ -117,7 +120,8 @@ class Trainer:
         )
         with ExitStack() as stack:
             stack.enter_context(self.teaching.listening(self.student))
-            stack.enter_context(training_mode(self.student, freeze_batchnorm=self.training.freeze_batchnorm))
+            mode = training_mode(self.student, repair=self.repair, freeze_batchnorm=self.training.freeze_batchnorm)
+            stack.enter_context(mode)
             stack.enter_context(parallel.synchronised(self.student, self.everyone))
             stack.enter_context(torch.random.fork_rng())
             steps = Steps(

@@ -187,16 +187,19 @@ class _Lesson(nn.Module):
 
 
 @contextmanager
-def training_mode(student: nn.Module, *, freeze_batchnorm: bool) -> Iterator[None]:
-    """Training mode and gradients inside, evaluation mode and the usual layout afterwards.
+def training_mode(student: nn.Module, *, repair: bool, freeze_batchnorm: bool) -> Iterator[None]:
+    """Gradients inside; evaluation mode and the usual layout afterwards.
 
-    Frozen BatchNorms keep their running statistics, their scale and shift train.
+    A student that learns from scratch is in training mode. A trained network under `repair` stays in evaluation mode,
+    so that nothing random (dropout, stochastic depth) and nothing extra (auxiliary heads) takes part: it is to keep a
+    function that it has, and few weights have nothing to spare for noise. Only its BatchNorms (torch's and their
+    subclasses) take the batch's statistics.
+    Frozen BatchNorms keep their running statistics; their scale and shift train.
     """
-    student.train().requires_grad_(True)
-    if freeze_batchnorm:
-        for module in student.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
+    student.train(not repair).requires_grad_(True)
+    for module in student.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = not freeze_batchnorm  # Not `train()`: timm's BatchNormAct2d has a dropout inside.
     try:
         yield
     finally:

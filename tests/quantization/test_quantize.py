@@ -70,6 +70,40 @@ def test_what_was_measured_is_what_is_loaded_to_the_bit(tmp_path, monkeypatch):
     assert torch.equal(load(tmp_path / "out")(images), saved[0](images))
 
 
+FACTORIES = """
+from torch import nn
+
+def make(*dropout):
+    stem = nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), *dropout
+    return nn.Sequential(*stem, nn.Conv2d(8, 8, 3, 2), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
+
+def without():
+    return make(nn.Identity())
+
+def with_dropout():
+    return make(nn.Dropout2d(0.5))
+"""
+
+
+@pytest.mark.parametrize("finetune", ["lsq", "kd"])
+def test_dropout_in_the_definition_changes_nothing(finetune, tmp_path):
+    """A quantized network is repaired, and has no weights to spare for noise."""
+    (tmp_path / "net.py").write_text(FACTORIES)
+    torch.manual_seed(0)
+    namespace: dict = {}
+    exec(FACTORIES, namespace)
+    torch.save(namespace["without"]().state_dict(), tmp_path / "net.pt")
+    states = []
+    for name in ("without", "with_dropout"):
+        arch = f"{tmp_path / 'net.py'}:{name}"
+        teacher = load(tmp_path / "net.pt", arch=arch, input_size=(1, 32, 32))
+        settings = {"steps": 3, "batch_size": 32}
+        asked = {"data": DEMO, "finetune": finetune, "training": settings, "compute": EAGER}
+        quantize(teacher, output=tmp_path / name, **asked)
+        states.append(load(tmp_path / name, arch=arch).state_dict())
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+
+
 def test_images_of_one_run_serve_another(tmp_path):
     few = Synthesis(images=40, settings={"steps": 2, "batch_size": 20})
     first = quantize(DEMO, output=tmp_path / "first", finetune="none", synthesis=few, compute=EAGER)

@@ -154,6 +154,28 @@ def test_every_trick_gives_the_gradients_of_plain_autograd(depth, request):
         assert (ours - expected).norm() < 2e-3 * expected.norm()
 
 
+@pytest.mark.parametrize("normalisation", ["teacher's", "none", "halves"])
+def test_images_compete_with_the_students_own_answer(teacher, normalisation):
+    """1 − JS of both models' answers to the same images in [0, 1], each normalised by the model's own card."""
+    known = {
+        "teacher's": (teacher.card.mean, teacher.card.std),
+        "none": ((0.0,) * 3, (1.0,) * 3),
+        "halves": ((0.5,) * 3, (0.25,) * 3),
+    }
+    mean, std = known[normalisation]
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 5, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(392, 10))
+    student = Classifier(network, replace(teacher.card, mean=mean, std=std)).frozen()
+    recipe = choose("adaptive-deepinversion", "paper-cifar10", {"batch_size": 16}).build()
+    _, values = gradient(Synthesizer(recipe, teacher, EAGER, student=student), noise())
+    images = teacher.denormalise(noise())
+    given, own = ((model(images) / 3).softmax(1) for model in (teacher, student))
+    middle = (given + own) / 2
+    divergence = sum((p * (p / middle).log()).sum(1).mean() for p in (given, own)) / 2
+    named = dict(zip((loss.name for loss in recipe.losses), values[0].tolist(), strict=True))
+    assert named["competition"] == pytest.approx(1 - divergence.item(), abs=1e-5)
+
+
 def test_groups_have_the_gradients_of_single_batches(teacher):
     images, labels = noise(32), torch.cat([LABELS, LABELS.flip(0)])
     together, values = gradient(synthesizer(teacher, 1), images, labels, groups=2)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.ops import DropBlock2d, StochasticDepth
 
 from dfcompress import console
 from dfcompress.data.pool import Augmentation
@@ -97,10 +98,66 @@ def test_frozen_batchnorm_keeps_its_statistics_but_trains_its_scale():
 
 def test_training_mode_leaves_frozen_batchnorms_in_evaluation():
     student = tiny(2)
-    with training_mode(student, freeze_batchnorm=True):
+    with training_mode(student, repair=False, freeze_batchnorm=True):
         assert student.training
         assert not student.network[1].training
     assert not student.training
+
+
+class OwnDropout(nn.Module):
+    """A layer that is no dropout by its class."""
+
+    def forward(self, features):
+        return nn.functional.dropout(features, 0.5, training=self.training)
+
+
+RANDOM = {
+    "Dropout": lambda: nn.Dropout(0.5),
+    "Dropout2d": lambda: nn.Dropout2d(0.5),
+    "AlphaDropout": lambda: nn.AlphaDropout(0.5),
+    "FeatureAlphaDropout": lambda: nn.FeatureAlphaDropout(0.5),
+    "StochasticDepth": lambda: StochasticDepth(0.5, "row"),
+    "DropBlock": lambda: DropBlock2d(0.5, 3),
+    "RReLU": lambda: nn.RReLU(-3.0, 5.0),  # In evaluation its slope is their mean, 1: the identity.
+    "functional": OwnDropout,
+    "timm's DropPath": lambda: pytest.importorskip("timm").layers.DropPath(0.5),
+    "in timm's BatchNorm": lambda: pytest.importorskip("timm").layers.BatchNormAct2d(
+        8, apply_act=False, drop_layer=OwnDropout
+    ),
+}
+
+
+@pytest.mark.parametrize("freeze_batchnorm", [True, False])
+@pytest.mark.parametrize("kind", RANDOM)
+def test_a_network_under_repair_trains_as_if_it_had_no_random_layer(kind, freeze_batchnorm):
+    """A student that learns from scratch keeps its own."""
+
+    def trained(layer, repair):
+        student, training = tiny(2), replace(TRAINING, steps=3, freeze_batchnorm=freeze_batchnorm)
+        student.network.insert(2, layer)
+        teaching = Distillation(tiny(1), [kd(2.0)])
+        Trainer(student, teaching, training, compute=EAGER, repair=repair).fit(images())
+        return list(student.parameters())
+
+    def without():
+        layer = RANDOM[kind]()
+        layer.drop = nn.Identity()
+        return layer if isinstance(layer, nn.BatchNorm2d) else nn.Identity()
+
+    repaired, wanted = trained(RANDOM[kind](), True), trained(without(), True)
+    assert all(torch.equal(a, b) for a, b in zip(repaired, wanted, strict=True))
+    learnt, plain = trained(RANDOM[kind](), False), trained(without(), False)
+    assert not all(torch.equal(a, b) for a, b in zip(learnt, plain, strict=True))
+
+
+def test_batchnorms_of_a_network_under_repair_learn_the_statistics_of_the_images():
+    changed = []
+    for freeze_batchnorm in (True, False):
+        student, training = tiny(2), replace(TRAINING, steps=3, freeze_batchnorm=freeze_batchnorm)
+        before = student.network[1].running_mean.clone()
+        Trainer(student, Distillation(tiny(1), [kd(2.0)]), training, compute=EAGER, repair=True).fit(images())
+        changed.append(not torch.equal(student.network[1].running_mean, before))
+    assert changed == [False, True]
 
 
 def test_grey_images_are_not_flipped():
