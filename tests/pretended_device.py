@@ -2,9 +2,9 @@
 
     python pretended_device.py COUNT < COMMANDS
 
-COMMANDS is a JSON list of command lines of dfcompress, run one after the other in this process with COUNT devices, named
-`gpu`, `gpu:0` ..., until one fails; each ends in one JSON line {code, replays, waits}: its exit code, how often a captured graph was
-replayed, and every wait for the device inside a step.
+COMMANDS is a JSON list of command lines of dfcompress, run one after the other in this process, which has COUNT devices
+named `gpu:0`, `gpu:1` ..., until one fails. Each ends in one JSON line {code, replays, waits}: its exit code, how often
+a captured graph was replayed, and every wait for the device inside a step.
 
 A tensor of the device holds a CPU tensor that computes for it. Refused is what a GPU refuses: tensors of two devices in
 one operation, a generator of another device, and, while a graph is captured, whatever waits for the device or copies
@@ -289,9 +289,14 @@ class Cuda(backend_registration._DummyBackendModule):
     synchronize = staticmethod(lambda device=None: GPU.wait("synchronize"))
     current_stream = set_stream = staticmethod(lambda stream=None: None)
     graph_pool_handle = staticmethod(lambda: (0, 1))
-    manual_seed = manual_seed_all = staticmethod(lambda seed: GPU.default.manual_seed(seed))
     get_rng_state = staticmethod(lambda device=None: GPU.default.get_state())
     set_rng_state = staticmethod(lambda state, device=None: GPU.default.set_state(state))
+
+    @staticmethod
+    def manual_seed(seed):
+        GPU.default.manual_seed(seed)
+
+    manual_seed_all = manual_seed
 
     @staticmethod
     def get_device_properties(device):
@@ -366,7 +371,9 @@ def main():
         GPU.replays, GPU.waits = 0, Counter()
         with contextlib.redirect_stdout(sys.stderr), GPU:
             code = cli.run(command)
-        print(json.dumps({"code": code, "replays": GPU.replays, "waits": GPU.waits}), flush=True)
+        json.dump({"code": code, "replays": GPU.replays, "waits": GPU.waits}, sys.stdout)
+        sys.stdout.write("\n")
+        sys.stdout.flush()
         if code:
             break
 

@@ -92,6 +92,7 @@ def test_every_verb_runs(digits, another, tmp_path):
     distilled = ["distill", DEMO, "--student", "half", "--unseen", 0, *given, *TRAINED]
     unchanged = ["--train-set", "shift=0", "--train-set", "flip=false", "--train-set", "mixup=0"]
     quantized = ["quantize", DEMO, *given, "--train-steps", 3, "--device", "gpu"]
+    twice = ["--data", images, "--data", images]
     measured = ["--batch-size", 4, "--rounds", 1, "--device", "gpu"]
     commands = {
         "invert": ["invert", DEMO, *MADE, "--images", 16, "--steps", 1, "--verify", another, "-o", images],
@@ -99,8 +100,7 @@ def test_every_verb_runs(digits, another, tmp_path):
         "distill": [*distilled, *OBJECTIVES, "-o"],
         "distill, asked once": [*distilled, *unchanged, "-o"],
         "distill by lamb": [*distilled, "--optimizer", "lamb", "--train-set", "ema=0.9", "-o"],
-        "merge": ["merge", DEMO, another, "--student", "half", "--data", images, "--data", images, *TRAINED]
-        + ["--unseen", 0, "-o"],
+        "merge": ["merge", DEMO, another, "--student", "half", *twice, *TRAINED, "--unseen", 0, "-o"],
         "lsq": [*quantized, "--finetune", "lsq", "-o"],
         "kd": [*quantized, "--finetune", "kd", "-o"],
         "blocks": [*quantized, "--finetune", "blocks", "-o"],
