@@ -421,10 +421,14 @@ class Work:
     def start_stage(self, stage: Stage) -> None:
         """A fresh optimiser for `stage`."""
         capturable = device.can_capture(self.labels.device)
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=self._rate, betas=stage.betas, fused=True, capturable=capturable
-        )
+        self.optimizer = torch.optim.Adam(self.parameters, betas=stage.betas, fused=True, capturable=capturable)
+        self._follow_rate()
         self.drawn, self.captured, self.uncaptured = [], None, 0
+
+    def _follow_rate(self) -> None:
+        """Let the optimiser read the rate from memory of the device, where a captured step finds it too."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate
 
     def set_rate(self, rate: float) -> None:
         """The rate of the next step, smaller after an attempt that overflowed."""
@@ -458,8 +462,7 @@ class Work:
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate
+        self._follow_rate()
         self.step = state["step"]
         self.clock.go_on_from(state["seconds"])
         self.history = list(state["history"].to(self.labels.device))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dfcompress.device import Compute
-from dfcompress.evaluation.bench_step import bench_step
+from dfcompress.evaluation.bench_step import _flops, bench_step
 from dfcompress.evaluation.bench_train import bench_train
+from dfcompress.models.checkpoint import load
+
+DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
 
 
 def test_the_rows_are_the_documented_ones_and_positive(resnet20_file):
@@ -32,3 +37,11 @@ def test_the_rows_of_training_are_the_documented_ones(resnet20_file, precision, 
     measured = bench_train(resnet20_file, student="half", batch_size=4, rounds=1, compute=compute)
     assert [row["name"] for row in measured.rows] == rows
     assert all(row["ms"] > 0 for row in measured.rows)
+
+
+def test_the_operations_of_a_step_are_those_of_both_passes():
+    """The forward pass by hand, layer by layer; the gradient to the input takes as many."""
+    in_place_of_each_weight = {"conv1": 28 * 28, "conv2": 10 * 10, "fc1": 1, "fc2": 1, "fc3": 1}
+    weights = {"conv1": 6 * 25, "conv2": 16 * 6 * 25, "fc1": 400 * 120, "fc2": 120 * 84, "fc3": 84 * 10}
+    forward = 2 * sum(weights[name] * times for name, times in in_place_of_each_weight.items())
+    assert _flops(load(DEMO), batch_size=3) == 2 * 3 * forward

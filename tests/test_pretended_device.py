@@ -1,0 +1,114 @@
+"""Every verb on a device that pretends to be a GPU: it exits 0, replays its graph, and waits for nothing in a step."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dfcompress.models.checkpoint import load, save
+from dfcompress.synthesis.recipes import recipe_names
+
+DEMO = Path(__file__).resolve().parents[1] / "dfcompress" / "demo_files"
+DEVICE = Path(__file__).with_name("pretended_device.py")
+STEPS = 7  # Three before the capture, and some replays.
+MADE = ["--images", "8", "--batch-size", "4", "--seed", "1", "--device", "gpu"]
+TRAINED = ["--train-steps", "3", "--train-batch-size", "8", "--device", "gpu"]
+OBJECTIVES = ["--objective", "kd", "--objective", "feature=1", "--objective", "attention=1"]
+
+
+def pretend(commands, *, devices=1):
+    """Run the commands, by name, in one process with so many devices: how each ended."""
+    lines = [[*map(str, command), "-q"] for command in commands.values()]
+    run = subprocess.run(
+        [sys.executable, DEVICE, str(devices)], input=json.dumps(lines), capture_output=True, text=True, check=False
+    )
+    ended = dict(zip(commands, map(json.loads, run.stdout.splitlines()), strict=False))
+    wrong = [name for name in commands if name not in ended or ended[name]["code"]]
+    assert not wrong, f"{wrong[0]}: {run.stderr[-3000:]}"
+    assert not {name: end["waits"] for name, end in ended.items() if end["waits"]}
+    return ended
+
+
+def shards(folder):
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("shard-*"))]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The first 120 test images of MNIST."""
+    file = tmp_path_factory.mktemp("digits") / "digits.npz"
+    images = gzip.decompress((DEMO / "t10k-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((DEMO / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    np.savez(
+        file,
+        images=np.frombuffer(images, np.uint8, 120 * 784, 16).reshape(120, 1, 28, 28),
+        labels=np.frombuffer(labels, np.uint8, 120, 8),
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def another(tmp_path_factory):
+    """A teacher of other classes."""
+    folder = tmp_path_factory.mktemp("another") / "model"
+    teacher = load(DEMO)
+    for parameter in teacher.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    teacher.card = replace(teacher.card, class_names=tuple(f"other {number}" for number in range(10)))
+    save(teacher, folder)
+    return folder
+
+
+def test_every_recipe_replays_its_graph_and_ends_in_the_bytes_of_launched_steps(digits, tmp_path):
+    records = tmp_path / "records.safetensors"
+    commands = {"record": ["record", DEMO, "--data", digits, "--min-images", 2, "-o", records, "--device", "gpu"]}
+    recipes = {name: name != "gaussian" for name in recipe_names()}
+    for name, has_steps in recipes.items():
+        asked = ["invert", DEMO, "--recipe", name, *MADE, *(["--steps", STEPS] if has_steps else [])]
+        asked += ["--set", "round_batches=1"] if name.startswith("adaptive") else []
+        asked += ["--records", records] if name == "activation-records" else []
+        for way in ("on", "off"):
+            commands[f"{name} {way}"] = [*asked, "--compile", way, "-o", tmp_path / f"{name}-{way}"]
+    ended = pretend(commands)
+    for name, has_steps in recipes.items():
+        assert (ended[f"{name} on"]["replays"] > 0) == has_steps, name
+        assert ended[f"{name} off"]["replays"] == 0
+        assert shards(tmp_path / f"{name}-on") == shards(tmp_path / f"{name}-off") != []
+
+
+def test_every_verb_runs(digits, another, tmp_path):
+    images = tmp_path / "images"
+    given = ["--data", images, "--eval-data", digits]
+    distilled = ["distill", DEMO, "--student", "half", "--unseen", 0, *given, *TRAINED]
+    unchanged = ["--train-set", "shift=0", "--train-set", "flip=false", "--train-set", "mixup=0"]
+    quantized = ["quantize", DEMO, *given, "--train-steps", 3, "--device", "gpu"]
+    twice = ["--data", images, "--data", images]
+    measured = ["--batch-size", 4, "--rounds", 1, "--device", "gpu"]
+    commands = {
+        "invert": ["invert", DEMO, *MADE, "--images", 16, "--steps", 1, "--verify", another, "-o", images],
+        "record": ["record", DEMO, "--data", digits, "--kind", "bn-equivalent", "--device", "gpu", "-o"],
+        "distill": [*distilled, *OBJECTIVES, "-o"],
+        "distill, asked once": [*distilled, *unchanged, "-o"],
+        "distill by lamb": [*distilled, "--optimizer", "lamb", "--train-set", "ema=0.9", "-o"],
+        "merge": ["merge", DEMO, another, "--student", "half", *twice, *TRAINED, "--unseen", 0, "-o"],
+        "lsq": [*quantized, "--finetune", "lsq", "-o"],
+        "kd": [*quantized, "--finetune", "kd", "-o"],
+        "blocks": [*quantized, "--finetune", "blocks", "-o"],
+        "evaluate": ["evaluate", DEMO, tmp_path / "distill", "--data", digits, "--device", "gpu"],
+        "export": ["export", tmp_path / "lsq", "-o"],
+        "inspect": ["inspect", DEMO],
+        "doctor": ["doctor"],
+        "bench step": ["bench", "step", DEMO, *measured],
+        "bench train": ["bench", "train", DEMO, *measured],
+    }
+    pretend({name: [*line, tmp_path / name] if line[-1] == "-o" else line for name, line in commands.items()})
