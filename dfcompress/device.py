@@ -323,6 +323,31 @@ def resolve_execution(compute: Compute, work: float) -> Execution:
     return replace(eager, compile=True)
 
 
+def tried(execution: Execution, compute: Compute, attempt: Callable[[], object], *, what: str) -> Execution:
+    """`execution` where `attempt`, a short pass in its precision, works; in fp32, with a notice, where it does not and
+    the precision was chosen here. `what` names the networks.
+
+    Raises `BadInput` where the user chose the precision.
+    """
+    if execution.precision == "fp32":
+        return execution
+    try:
+        attempt()
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            return execution  # The work itself looks for what fits.
+        problem = f"{what} cannot be computed in {execution.precision}: {_first_line(error)}"
+        if compute.precision != "auto":
+            raise BadInput(problem, "Use --precision auto, which takes fp32 for such networks.") from error
+        console.notice(f"{problem} It runs in fp32.")
+        return replace(execution, precision="fp32")
+    return execution
+
+
+def _first_line(error: Exception) -> str:
+    return f"{(str(error) or type(error).__name__).splitlines()[0].rstrip('.')}."
+
+
 def predicted_seconds(execution: Execution, eager_seconds: float) -> float:
     """Estimate of a job's seconds, compiling included, from those it would take eagerly."""
     return COMPILING_SECONDS + COMPILED_SHARE * eager_seconds if execution.compile else eager_seconds

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dfcompress import console
-from dfcompress.device import Compute, can_compile, resolve_device, resolve_execution, resolve_precision
+from dfcompress.device import Compute, can_compile, resolve_device, resolve_execution, resolve_precision, tried
 from dfcompress.errors import BadInput
 
 CPU = torch.device("cpu")
@@ -55,3 +57,43 @@ def test_auto_precision_is_bf16_only_where_the_processor_has_it(monkeypatch):
     assert resolve_precision("auto", CPU) == torch.float32
     monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda: True)
     assert resolve_precision("auto", CPU) == torch.bfloat16
+
+
+def in_bf16(compute: Compute):
+    return replace(resolve_execution(compute, SHORT), precision="bf16")
+
+
+def mixed() -> None:
+    raise RuntimeError("index_add_(): self (Float) and source (BFloat16) must have the same scalar type.\nmore")
+
+
+def test_a_precision_that_was_chosen_here_and_fails_becomes_fp32_with_one_notice(capsys):
+    compute = Compute("cpu", "auto", "off")
+    console.configure(console.NORMAL)
+    assert tried(in_bf16(compute), compute, mixed, what="net").precision == "fp32"
+    console.configure(console.QUIET)
+    said = capsys.readouterr().err
+    assert "net cannot be computed in bf16: index_add_(): self (Float) and source (BFloat16)" in said
+    assert "It runs in fp32." in said
+    assert "more" not in said
+
+
+def test_a_precision_that_works_is_kept_and_fp32_is_not_tried():
+    compute = Compute("cpu", "auto", "off")
+    assert tried(in_bf16(compute), compute, lambda: None, what="net").precision == "bf16"
+    assert tried(replace(in_bf16(compute), precision="fp32"), compute, mixed, what="net").precision == "fp32"
+
+
+def test_a_precision_that_the_user_chose_and_that_fails_is_refused():
+    compute = Compute("cpu", "bf16", "off")
+    with pytest.raises(BadInput, match="net cannot be computed in bf16") as refused:
+        tried(in_bf16(compute), compute, mixed, what="net")
+    assert "--precision auto" in refused.value.remedy
+
+
+def test_too_little_memory_is_no_reason_for_another_precision():
+    def full() -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+
+    compute = Compute("cpu", "auto", "off")
+    assert tried(in_bf16(compute), compute, full, what="net").precision == "bf16"

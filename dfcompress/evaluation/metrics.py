@@ -71,7 +71,8 @@ def bn_divergence(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor
     device = classifier.mean.device
     sums: list[LayerRecord] = []
     seen = 0
-    with evaluating(classifier), exact_fp32(), HookRecorder(classifier.network, moments=True) as recorder:
+    recorder = HookRecorder(classifier.network, moments=True)
+    with evaluating(classifier), exact_fp32():
         for images, _ in batches:
             layers = recorder(classifier.normalise(images.to(device))).layers
             new = [_with_errors(layer, layer.mean_error.sum(0), layer.square_error.sum(0)) for layer in layers]

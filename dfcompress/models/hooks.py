@@ -61,6 +61,21 @@ def hook_outputs(network: nn.Module, names: Iterable[str], hook: Hook) -> list[R
     return [module.register_forward_hook(after(name)) for name, module in modules]
 
 
+def keep_outputs(
+    network: nn.Module, names: Iterable[str], keep: Callable[[str, Tensor], object], *, dtype: torch.dtype | None = None
+) -> list[RemovableHandle]:
+    """Call `keep(name, copy)` after a named module has run, with a copy of its output that nothing changes later.
+
+    The copy has the type `dtype`, by default the output's, and carries gradients.
+    For the life of the network, or until the handles are removed.
+    """
+
+    def copied(name: str, output: Tensor) -> None:
+        keep(name, output.to(dtype or output.dtype, copy=True))
+
+    return hook_outputs(network, names, copied)
+
+
 @contextmanager
 def hooked_inputs(network: nn.Module, names: Iterable[str], hook: Hook) -> Iterator[None]:
     """`hook_inputs` for the time of a context."""
@@ -79,15 +94,8 @@ def hooked_outputs(network: nn.Module, names: Iterable[str], hook: Hook) -> Iter
 def kept_outputs(
     network: nn.Module, names: Iterable[str], keep: Callable[[str, Tensor], object], *, dtype: torch.dtype | None = None
 ) -> Iterator[None]:
-    """Call `keep(name, copy)` after a named module has run, with a copy of its output that nothing changes later.
-
-    The copy has the type `dtype`, by default the output's, and carries gradients.
-    """
-
-    def copied(name: str, output: Tensor) -> None:
-        keep(name, output.to(dtype or output.dtype, copy=True))
-
-    with hooked_outputs(network, names, copied):
+    """`keep_outputs` for the time of a context."""
+    with _removed(keep_outputs(network, names, keep, dtype=dtype)):
         yield
 
 

@@ -2,7 +2,7 @@
 
 `HookRecorder` is the reference: hooks on the untouched network, plain autograd.
 `FusedRecorder` is the fast one: a private copy whose BatchNorms record their own input with an analytic backward and
-whose convolutions may run in bf16; nothing in it stops `torch.compile(fullgraph=True)`.
+which may run in bf16; nothing in it stops `torch.compile(fullgraph=True)`.
 Both make the same `Recording` of each image, and `traces` turns a recording into what losses are values of.
 
 Statistics are known of what goes into a BatchNorm, and of what passes a `KnownStatistics`.
@@ -12,19 +12,28 @@ Outputs are those of weighted layers, before their activation function; `LOGITS`
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.hooks import RemovableHandle
 
 from dfcompress import console
 from dfcompress.models.classifier import Classifier, pass_once
+from dfcompress.models.hooks import (
+    Hook,
+    hook_inputs,
+    hook_outputs,
+    hooked_inputs,
+    hooked_outputs,
+    keep_outputs,
+    kept_outputs,
+)
+from dfcompress.models.plain import after_normalising, plain_kind
 from dfcompress.models.statistics import EPS, KnownStatistics, eps_of, statistics_layers
 
 LOGITS = "logits"
@@ -140,6 +149,12 @@ def traces(
     return result
 
 
+def named_statistics_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers whose input has known statistics, by name, in order of definition."""
+    known = set(statistics_layers(network))
+    return {name: module for name, module in network.named_modules() if module in known}
+
+
 def weighted_layers(network: nn.Module) -> dict[str, nn.Module]:
     """Convolutions and linear layers by name, in order of definition."""
     return {name: module for name, module in network.named_modules() if isinstance(module, _ConvNd | nn.Linear)}
@@ -147,21 +162,18 @@ def weighted_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def outputs_of_one_image(classifier: Classifier) -> dict[str, Tensor]:
-    """What every weighted layer gives for one image, `(1, ...)`, in the order of the forward pass; the layer whose
-    output is the network's answer goes by the name of `LOGITS`.
+    """Tensors of the shapes that every weighted layer gives for one image, `(1, ...)`, in the order of the forward
+    pass; the layer whose output is the network's answer goes by the name of `LOGITS`.
 
     Layers that are used several times are left out, with a notice: their outputs are not of one kind.
     """
     seen: dict[str, list[Tensor]] = {}
 
-    def noting(name: str) -> Callable[..., None]:
-        def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.setdefault(name, []).append(output)
+    def note(name: str, output: Tensor) -> None:
+        seen.setdefault(name, []).append(output)  # No copy: what counts is the shape, and the memory it lies in.
 
-        return note
-
-    handles = [layer.register_forward_hook(noting(name)) for name, layer in weighted_layers(classifier.network).items()]
-    logits = pass_once(classifier, handles)
+    with hooked_outputs(classifier.network, weighted_layers(classifier.network), note):
+        logits = pass_once(classifier)
     for name in [name for name, outputs in seen.items() if len(outputs) > 1]:
         del seen[name]
         console.notice(f"Layer {name} is used several times and is left out.")
@@ -217,6 +229,7 @@ class _Recorder:
 
     def __init__(self, network: nn.Module, outputs: Sequence[str], *, flat: bool = True) -> None:
         self.network, self._wanted, self._flat = network, outputs, flat
+        self._hidden = [name for name in outputs if name != LOGITS]
         self._layers: list[LayerRecord] = []
         self._outputs: dict[str, Tensor] = {}
 
@@ -231,24 +244,19 @@ class _Recorder:
         return Recording(logits, layers, outputs)
 
     def _output(self, name: str) -> Tensor:
-        output = self._outputs[name].float()
+        output = self._outputs[name]
         return output.flatten(1) if self._flat else output
 
-    def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._layers.append(input_record(layer, inputs[0]))
+    def _keep(self, name: str, output: Tensor) -> None:
+        self._outputs[name] = output
 
-    def _hook_outputs(self) -> list[RemovableHandle]:
-        def keep(name: str) -> RemovableHandle:
-            def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                self._outputs[name] = output.clone()  # An activation function may work in place.
-
-            return self.network.get_submodule(name).register_forward_hook(hook)
-
-        return [keep(name) for name in self._wanted if name != LOGITS]
+    def _recording(self, layers: Mapping[str, nn.Module]) -> Hook:
+        """The hook that records what goes into these layers. The sums are taken at once, so they need no copy."""
+        return lambda name, features: self._layers.append(input_record(layers[name], features))
 
 
 class HookRecorder(_Recorder):
-    """Records through forward hooks; the network itself is not changed and the hooks are always removed.
+    """Records through forward hooks, which are there while a pass runs; the network itself is not changed.
 
     Outputs keep their shape where they shall not be `flat`.
     """
@@ -257,28 +265,20 @@ class HookRecorder(_Recorder):
         self, network: nn.Module, *, moments: bool = False, outputs: Sequence[str] = (), flat: bool = True
     ) -> None:
         super().__init__(network, outputs, flat=flat)
-        self._with_statistics = statistics_layers(network) if moments else []
-        self._handles: list[RemovableHandle] = []
-
-    def __enter__(self) -> Self:
-        self._handles = [layer.register_forward_pre_hook(self._record) for layer in self._with_statistics]
-        self._handles += self._hook_outputs()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._with_statistics = named_statistics_layers(network) if moments else {}
 
     def __call__(self, images: Tensor) -> Recording:
         """One forward pass of normalised images `(N, C, H, W)`."""
-        return self._pass(images)
+        recording = hooked_inputs(self.network, self._with_statistics, self._recording(self._with_statistics))
+        with recording, kept_outputs(self.network, self._hidden, self._keep, dtype=torch.float32):
+            return self._pass(images)
 
 
 class FusedRecorder(_Recorder):
     """Records inside a private copy of the network, made to be compiled.
 
-    The copy is channels_last; its convolutions and linear layers run in `precision`;
-    images, BatchNorm arithmetic, records and logits stay fp32.
+    The copy is channels_last; its convolutions and linear layers, and whatever else `torch.autocast` runs so, run in
+    `precision`; images, BatchNorm arithmetic, records and logits stay fp32.
     With `dropout` its dropout layers multiply by the filters that each pass is given.
     """
 
@@ -293,46 +293,45 @@ class FusedRecorder(_Recorder):
     ) -> None:
         super().__init__(copy.deepcopy(network).eval().requires_grad_(False), outputs)
         self._filters: list[Tensor] = []
-        low = precision != torch.float32
-        with_statistics = statistics_layers(self.network) if moments else []
-        for module in list(self.network.modules()):
-            if type(module) in _PLAIN_BATCHNORMS and module.running_var is not None:
+        self._precision = precision
+        with_statistics = named_statistics_layers(self.network) if moments else {}
+        for name, module in [*self.network.named_modules()]:
+            after = after_normalising(module)
+            if after is not None:
                 module.__class__ = _RecordingBatchNorm
-                _RecordingBatchNorm.prepare(module, self._layers if moments else None)  # type: ignore[arg-type]
-            elif module in with_statistics:
-                # A subclass of BatchNorm may do more than normalise (timm's BatchNormAct2d): it keeps its forward.
-                module.register_forward_pre_hook(self._record)
-            elif low and type(module) in _IN_PRECISION:
-                module.to(precision).__class__ = _IN_PRECISION[type(module)]
-            elif low and isinstance(module, nn.Conv2d | nn.Linear):
-                module.to(precision).register_forward_pre_hook(_to_own_precision)
-            elif dropout and isinstance(module, DROPOUTS):
-                module.register_forward_hook(self._filter)
-        self._hook_outputs()
+                _RecordingBatchNorm.prepare(module, self._layers if name in with_statistics else None, after)  # type: ignore[arg-type]
+                with_statistics.pop(name, None)
+            elif precision != torch.float32 and plain_kind(module):
+                module.to(precision)  # Once, instead of in every pass.
+        hook_inputs(self.network, with_statistics, self._recording(with_statistics))
+        dropouts = [name for name, module in self.network.named_modules() if dropout and isinstance(module, DROPOUTS)]
+        hook_outputs(self.network, dropouts, lambda _, output: output * self._filters.pop(0))
+        keep_outputs(self.network, self._hidden, self._keep, dtype=torch.float32)
         self.network.to(memory_format=torch.channels_last)
-
-    def _filter(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output * self._filters.pop(0)
 
     def __call__(self, images: Tensor, filters: Sequence[Tensor] = ()) -> Recording:
         """One forward pass of normalised images `(N, C, H, W)`; `filters` multiply what passes the dropout layers."""
         self._filters[:] = filters
-        return self._pass(images)
+        with torch.autocast(images.device.type, self._precision, enabled=self._precision != torch.float32):
+            return self._pass(images)
 
 
 class _RecordingBatchNorm(_BatchNorm):
-    """A BatchNorm in evaluation mode that appends the record of its input to `seen`; arithmetic in fp32."""
+    """A BatchNorm in evaluation mode that appends the record of its input to `seen`, and hands what it has normalised
+    to the module `after`; arithmetic in fp32.
+    """
 
     seen: list[LayerRecord] | None
+    after: nn.Module
     scale: Tensor
     shift: Tensor
     lack: Tensor
 
-    def prepare(self, seen: list[LayerRecord] | None) -> None:
+    def prepare(self, seen: list[LayerRecord] | None, after: nn.Module) -> None:
         """Fold statistics and affine parameters into one multiplication and one addition a channel."""
         assert self.running_mean is not None
         assert self.running_var is not None
-        self.seen = seen
+        self.seen, self.after = seen, after
         scale = (self.running_var + self.eps).rsqrt()
         if self.affine:
             scale = scale * self.weight.detach()
@@ -345,14 +344,14 @@ class _RecordingBatchNorm(_BatchNorm):
 
     def forward(self, features: Tensor) -> Tensor:
         if self.seen is None:
-            return _normalised(features, self.scale, self.shift)
+            return self.after(_normalised(features, self.scale, self.shift))
         assert self.running_mean is not None
         assert self.running_var is not None
         normalised, mean_error, square_error = _NormaliseAndRecord.apply(
             features, self.running_mean, self.scale, self.shift
         )
         self.seen.append(LayerRecord(mean_error, square_error, self.running_var, self.lack))
-        return normalised
+        return self.after(normalised)
 
 
 def _normalised(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -391,21 +390,4 @@ def _per_image(values: Tensor, like: Tensor) -> Tensor:
     return values.view(*values.shape, *[1] * (like.dim() - 2))
 
 
-def _to_own_precision(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    weight = layer.get_parameter("weight")
-    return (inputs[0].to(weight.dtype), *inputs[1:])
-
-
-class _Conv2dInPrecision(nn.Conv2d):
-    def forward(self, features: Tensor) -> Tensor:
-        return super().forward(features.to(self.weight.dtype))
-
-
-class _LinearInPrecision(nn.Linear):
-    def forward(self, features: Tensor) -> Tensor:
-        return super().forward(features.to(self.weight.dtype))
-
-
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_PLAIN_BATCHNORMS: Sequence[type[nn.Module]] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_IN_PRECISION: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _Conv2dInPrecision, nn.Linear: _LinearInPrecision}

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import hooked_inputs
-from dfcompress.models.recorder import channels_first, input_record
-from dfcompress.models.statistics import eps_of, statistics_layers, why_no_statistics
+from dfcompress.models.recorder import channels_first, input_record, named_statistics_layers
+from dfcompress.models.statistics import eps_of, why_no_statistics
 
 FLOOR = 1e-3
 
@@ -60,8 +60,7 @@ def _layers_of_several_positions(classifier: Classifier) -> dict[str, nn.Module]
     if why_no_statistics(classifier.network):
         return {}
     found: set[str] = set()
-    known = statistics_layers(classifier.network)
-    layers = {name: module for name, module in classifier.network.named_modules() if module in known}
+    layers = named_statistics_layers(classifier.network)
 
     def note(name: str, features: Tensor) -> None:
         if channels_first(layers[name], features).shape[2:].numel() > 1:

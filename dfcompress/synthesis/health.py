@@ -79,8 +79,8 @@ class Checkup:
         )
 
     def _divergence(self, images: Tensor) -> tuple[float | None, Tensor]:
-        with exact_fp32(), HookRecorder(self.teacher.network, moments=self._statistics) as recorder:
-            recording = recorder(images)
+        with exact_fp32():
+            recording = HookRecorder(self.teacher.network, moments=self._statistics)(images)
         if not self._statistics:
             return None, recording.logits
         values = [Moments.of(layer).divergence() for layer in recording.layers]

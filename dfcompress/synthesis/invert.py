@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import Compute, Execution, peak_memory_bytes, predicted_seconds, resolve_execution
+from dfcompress.device import Compute, Execution, peak_memory_bytes, predicted_seconds
 from dfcompress.distributed import peers
 from dfcompress.evaluation.metrics import bn_divergence, share_correct
 from dfcompress.models.checkpoint import as_classifier
@@ -24,7 +24,7 @@ from dfcompress.models.statistics import why_no_statistics
 from dfcompress.models.student import make_student
 from dfcompress.run import running
 from dfcompress.synthesis.job import Job, resolve
-from dfcompress.synthesis.making import make_set, seconds_of, warnings_of, work_in
+from dfcompress.synthesis.making import execution_of, make_set, seconds_of, warnings_of
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
 from dfcompress.synthesis.supply import NONE, ImageSupply
 from dfcompress.synthesis.synthesizer import seconds_per_step
@@ -175,10 +175,10 @@ def plans(
 
 
 def _plan(job: Job, compute: Compute) -> SynthesisPlan:
-    teacher, recipe, synthesis = job.teacher, job.recipe(), job.synthesis
+    recipe, synthesis = job.recipe(), job.synthesis
     batch_size = min(recipe.batch_size, synthesis.images)
     batches = -(-synthesis.images // batch_size)
-    execution = resolve_execution(compute, work_in(recipe, teacher, batch_size * batches))
+    execution = execution_of(job, compute)
     one = _eager_seconds(job, execution, batch_size)
     seconds = predicted_seconds(execution, one * recipe.steps * batches)
     memory = peak_memory_bytes(torch.device(execution.device))

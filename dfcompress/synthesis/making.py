@@ -18,7 +18,16 @@ from torchvision.utils import make_grid
 
 from dfcompress import console
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_stored
-from dfcompress.device import Compute, Execution, as_mine, can_capture, processor_name, resolve_execution, threads_here
+from dfcompress.device import (
+    Compute,
+    Execution,
+    as_mine,
+    can_capture,
+    processor_name,
+    resolve_execution,
+    threads_here,
+    tried,
+)
 from dfcompress.distributed import peers
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
@@ -28,7 +37,7 @@ from dfcompress.synthesis.health import Checkup, Health
 from dfcompress.synthesis.job import Job
 from dfcompress.synthesis.labels import Labels
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
-from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch
+from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch, try_step
 
 METRICS = "metrics.jsonl"
 PREVIEW = "preview.png"
@@ -55,7 +64,7 @@ def make_set(job: Job, folder: Path, compute: Compute, *, learner: Learner | Non
     """
     everyone = peers()
     if everyone.leads:
-        _open(job, folder, compute)
+        _open(job, folder, compute, learner.student if learner else None)
     everyone.meet()
     synthetic = SyntheticSet(folder)
     makes = _Making(synthetic, job, learner)
@@ -71,7 +80,7 @@ def make_set(job: Job, folder: Path, compute: Compute, *, learner: Learner | Non
     return synthetic
 
 
-def _open(job: Job, folder: Path, compute: Compute) -> None:
+def _open(job: Job, folder: Path, compute: Compute, student: Classifier | None) -> None:
     """Begin a set, or check that the one in `folder` is of the same job."""
     teacher, recipe, images = job.teacher, job.recipe(), job.synthesis.images
     batch_size = min(recipe.batch_size, images)
@@ -88,7 +97,7 @@ def _open(job: Job, folder: Path, compute: Compute) -> None:
         _check_same_job(SyntheticSet(folder), described)
         return
     sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
-    execution = resolve_execution(compute, work_in(recipe, teacher, batch_size * len(sizes)))
+    execution = execution_of(job, compute, student)
     execution = replace(execution, groups=_groups(job.synthesis, batch_size, teacher.card, execution))
     SyntheticSet.create(
         folder, {**described, "batch_size": batch_size, "shards": sizes, "execution": asdict(execution)}
@@ -108,6 +117,22 @@ def _groups(synthesis: Synthesis, batch_size: int, card: ModelCard, execution: E
         return 1
     height, width = card.input_size[1:]
     return max(1, min(PIXELS_A_STEP // (batch_size * height * width), batches))
+
+
+def execution_of(job: Job, compute: Compute, student: Classifier | None = None) -> Execution:
+    """How a set is made, all automatic choices made; `student` is what its images compete with, if anything.
+
+    The precision is tried in one step. Raises `BadInput` where the one that was asked for does not work.
+    """
+    teacher, recipe, images = job.teacher, job.recipe(), job.synthesis.images
+    batch_size = min(recipe.batch_size, images)
+    execution = resolve_execution(compute, work_in(recipe, teacher, -(-images // batch_size) * batch_size))
+    student = (student or teacher) if recipe.needs_student else None
+
+    def step() -> None:
+        try_step(recipe, teacher, execution, student=student, source=job.source())
+
+    return tried(execution, compute, step, what=f"{teacher.name}{' or its student' if student else ''}")
 
 
 def work_in(recipe: Recipe, teacher: Classifier, images: int) -> float:

@@ -201,12 +201,8 @@ def _see(
     size = max(1, min(BATCH_SIZE, NUMBERS_A_BATCH // sum(output[0].numel() for output in layers.values())))
     batches = source.batches(size, first=everyone.rank, every=everyone.count)
     total = -(-len(source) // size)
-    with (
-        evaluating(teacher),
-        exact_fp32(),
-        HookRecorder(teacher.network, outputs=list(layers), flat=keeper.flat) as recorder,
-        console.progress("batch", total) as progress,
-    ):
+    recorder = HookRecorder(teacher.network, outputs=list(layers), flat=keeper.flat)
+    with evaluating(teacher), exact_fp32(), console.progress("batch", total) as progress:
         for number, (images, labels) in enumerate(batches):
             outputs = recorder(teacher.normalise(images.to(teacher.mean.device))).outputs
             if not all(output.isfinite().all() for output in outputs):

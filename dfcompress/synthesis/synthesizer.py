@@ -373,6 +373,18 @@ def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor]]:
     return values_and_sum
 
 
+def try_step(
+    recipe: Recipe, teacher: Classifier, execution: Execution, *, student: Classifier | None, source: Source | None
+) -> None:
+    """One eager step of the recipe's last stage with two images; raises what a network raises that cannot do it."""
+    if not recipe.steps:
+        return
+    synthesizer = Synthesizer(recipe, teacher, replace(execution, compile=False), student=student, source=source)
+    work = synthesizer.begin({0: torch.arange(2) % teacher.card.classes})
+    work.step = recipe.steps - recipe.stages[-1].steps
+    synthesizer.step(work)
+
+
 def seconds_per_step(
     recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int, source: Source | None = None
 ) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from dfcompress.device import Compute, Execution, resolve_execution
 from dfcompress.distributed import Peers, peers
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.classifier import Classifier, work_of
+from dfcompress.randomness import generator
 from dfcompress.run import write_atomically
 from dfcompress.training import optimizers, parallel
 from dfcompress.training.settings import Training
@@ -139,9 +141,23 @@ class Trainer:
             teacher.to(target).frozen()
 
     def _resolve(self) -> Execution:
-        """Forward passes of all, and the student's backward pass, twice as long."""
+        """Forward passes of all, and the student's backward pass, twice as long; the precision is tried."""
         work = sum(map(work_of, self.teaching.teachers)) + 3 * work_of(self.student)
-        return resolve_execution(self.compute, float(work) * self.training.batch_size * self.training.steps)
+        execution = resolve_execution(self.compute, float(work) * self.training.batch_size * self.training.steps)
+        names = ", ".join(dict.fromkeys(each.card.architecture for each in (self.student, *self.teaching.teachers)))
+        execution = device.tried(execution, self.compute, lambda: self._try_pass(execution), what=names)
+        return replace(execution, precision=self.everyone.told(execution.precision))
+
+    def _try_pass(self, execution: Execution) -> None:
+        """A pass forward and backward of a copy of each network; raises what they raise."""
+        target, precision = device.resolve_device(execution.device), device.PRECISIONS[execution.precision]
+        for network in (self.student, *self.teaching.teachers):
+            # Training mode would need a batch for its BatchNorms, and computes with the same operations.
+            twin = copy.deepcopy(network).to(target).eval().requires_grad_(True)
+            images = torch.rand(1, *network.card.input_size, generator=generator("trial"))
+            with torch.autocast(target.type, precision):
+                logits = twin(images.to(target))
+            logits.float().sum().backward()
 
     def _mine(self, execution: Execution) -> Execution:
         """What was resolved, perhaps by another process, as this one has it."""

@@ -78,8 +78,7 @@ def test_runs_with_several_tensors_are_no_plain_runs():
     assert runs == Counter({"0": 2, "1": 1_000_000})
 
 
-# Synthesis and the benchmark write into private copies of networks.
-ELSEWHERE = {"models/hooks.py", "models/recorder.py", "models/input_statistics.py", "evaluation/bench_step.py"}
+ELSEWHERE = {"models/hooks.py", "models/input_statistics.py", "evaluation/bench_step.py"}
 
 
 def test_hooks_are_registered_in_one_place():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
+import odd_networks
 import pytest
 import torch
 from torch import nn
@@ -29,19 +28,18 @@ def batch():
 def losses_and_gradient(recorder, batch):
     images, labels = batch[0].clone().requires_grad_(True), batch[1]
     losses = losses_of(choose("deepinversion", "paper-cifar10").build())
-    with recorder if isinstance(recorder, HookRecorder) else nullcontext():
-        total, values = losses(images, labels, recorder(images))
-        return values[0], torch.autograd.grad(total, images)[0]
+    total, values = losses(images, labels, recorder(images))
+    return values[0], torch.autograd.grad(total, images)[0]
 
 
 def test_hooks_see_every_batchnorm_of_resnet20(teacher, batch):
-    with HookRecorder(teacher.network, moments=True) as recorder:
-        assert len(recorder(batch[0]).layers) == 19
+    recorder = HookRecorder(teacher.network, moments=True)
+    assert len(recorder(batch[0]).layers) == 19
 
 
 def test_hooks_are_removed_even_after_an_error(teacher, batch):
-    with pytest.raises(RuntimeError), HookRecorder(teacher.network, moments=True) as recorder:
-        recorder(batch[0][:, :1])
+    with pytest.raises(RuntimeError):
+        HookRecorder(teacher.network, moments=True)(batch[0][:, :1])
     assert not any(layer._forward_pre_hooks for layer in statistics_layers(teacher.network))
 
 
@@ -79,13 +77,43 @@ def test_batchnorms_that_do_more_than_normalise_keep_doing_it(precision):
     torch.manual_seed(0)
     network = timm.create_model("tf_efficientnet_lite0", num_classes=5).eval()
     images = torch.randn(2, 3, 64, 64)
-    with HookRecorder(network, moments=True) as recorder:
-        expected = recorder(images)
+    recorder = HookRecorder(network, moments=True)
+    expected = recorder(images)
     recording = FusedRecorder(network, moments=True, precision=precision)(images)
     assert len(recording.layers) == len(expected.layers) > 40
     exact = {"rtol": 1e-4, "atol": 1e-5}
     loose = {"rtol": 0.1, "atol": 0.05 * expected.logits.abs().max().item()}
     torch.testing.assert_close(recording.logits, expected.logits, **(exact if precision == torch.float32 else loose))
+
+
+def test_batchnorms_that_do_more_than_normalise_record_with_the_analytic_backward():
+    network = odd_networks.trained("timm_subclasses")
+    classes = {type(module).__name__ for module in FusedRecorder(network, moments=True).network.modules()}
+    assert "_RecordingBatchNorm" in classes
+    assert "BatchNormAct2d" not in classes
+    found = []
+    for make in (HookRecorder, FusedRecorder):
+        images = torch.randn(4, *odd_networks.SIZE, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+        recording = make(network, moments=True)(images)
+        value = recording.logits.square().sum() + sum(
+            layer.mean_error.square().sum() + layer.square_error.sum() for layer in recording.layers
+        )
+        found.append((value, *torch.autograd.grad(value, images)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+MIXED = ("attention", "transformer", "conv1d", "deconv", "prelu", "root_buffer", "relu6", "scaled_weights")
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_layers_that_take_no_mixture_of_types_run_in_bf16(name):
+    """PReLU, transposed convolutions and attention have fp32 weights and get what a bf16 convolution gives."""
+    network = odd_networks.trained(name)
+    images = torch.randn(4, *odd_networks.SIZE, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+    expected = network(images)
+    logits = FusedRecorder(network, precision=torch.bfloat16)(images).logits
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+    assert torch.autograd.grad(logits.sum(), images)[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("make", [HookRecorder, FusedRecorder])
@@ -94,11 +122,7 @@ def test_outputs_are_those_before_an_activation_that_works_in_place(make):
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)).eval()
     images = torch.randn(4, 3, 2, 2)
     recorder = make(network, outputs=["1", "logits"])
-    if make is HookRecorder:
-        with recorder:
-            recording = recorder(images)
-    else:
-        recording = recorder(images)
+    recording = recorder(images)
     hidden = network[1](images.flatten(1))
     assert (hidden < 0).any()
     torch.testing.assert_close(recording.outputs[0], hidden)

@@ -11,16 +11,20 @@ import sys
 import time
 from dataclasses import replace
 
+import odd_networks
 import pytest
 import torch
 from PIL import Image
 
+from dfcompress import console
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import bn_divergence
+from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
-from dfcompress.synthesis.invert import invert
+from dfcompress.models.classifier import Classifier
+from dfcompress.synthesis.invert import invert, plans
 from dfcompress.synthesis.recipe import Synthesis
 
 EAGER = Compute("cpu", "fp32", "off")
@@ -250,3 +254,34 @@ def test_memory_does_not_grow_with_the_number_of_images(resnet20_file, tmp_path)
         for count in (1024, 8192)
     ]
     assert peaks[1] - peaks[0] < 16 * 1024
+
+
+@pytest.fixture
+def native_bf16(monkeypatch):
+    """A processor for which auto is bf16."""
+    monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda: True)
+
+
+def odd(name):
+    card = ModelCard(name, odd_networks.CLASSES, odd_networks.SIZE, (0.5,) * 3, (0.25,) * 3)
+    return Classifier(odd_networks.trained(name), card, name=name)
+
+
+@pytest.mark.usefixtures("native_bf16")
+@pytest.mark.parametrize(("name", "precision"), [("prelu", "bf16"), ("scattered", "fp32")])
+def test_the_precision_is_tried_before_images_are_made_and_stored_with_them(name, precision, tmp_path, capsys):
+    auto, made = Compute("cpu", "auto", "off"), Synthesis(images=8, settings={"steps": 2, "batch_size": 4})
+    assert [plan.execution.precision for plan in plans(odd(name), made, auto)] == [precision]
+    capsys.readouterr()
+    console.configure(console.NORMAL)
+    invert(odd(name), output=tmp_path / "set", synthesis=made, compute=auto)
+    console.configure(console.QUIET)
+    assert SyntheticSet(tmp_path / "set").manifest["execution"]["precision"] == precision
+    assert capsys.readouterr().err.count("It runs in fp32.") == (precision == "fp32")
+
+
+def test_a_precision_that_a_network_cannot_compute_in_is_refused_where_it_was_asked_for(tmp_path):
+    bf16 = Compute("cpu", "bf16", "off")
+    with pytest.raises(BadInput, match=r"scattered cannot be computed in bf16: .*--precision auto"):
+        invert(odd("scattered"), output=tmp_path / "set", synthesis=SMALL, compute=bf16)
+    assert not list(tmp_path.rglob("*.safetensors"))

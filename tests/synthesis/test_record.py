@@ -60,7 +60,8 @@ def activations(lenet_folder, images_file):
     images, labels = (
         torch.cat(parts) for parts in zip(*open_images(images_file, lenet.card).batches(100), strict=True)
     )
-    with torch.no_grad(), HookRecorder(lenet.network, outputs=names) as recorder:
+    recorder = HookRecorder(lenet.network, outputs=names)
+    with torch.no_grad():
         return dict(zip(names, recorder(lenet.normalise(images)).outputs, strict=True)), labels, images
 
 

@@ -143,9 +143,9 @@ def test_every_trick_gives_the_gradients_of_plain_autograd(depth, request):
     teacher = load(request.getfixturevalue(depth)).frozen()
     recipe = choose("deepinversion", "paper-cifar10", {"batch_size": 16}).build()
     images = noise().requires_grad_(True)
-    with HookRecorder(teacher.network, moments=True) as recorder:
-        total, expected_values = losses_of(recipe)(images, LABELS, recorder(images))
-        expected = torch.autograd.grad(total, images)[0]
+    recorder = HookRecorder(teacher.network, moments=True)
+    total, expected_values = losses_of(recipe)(images, LABELS, recorder(images))
+    expected = torch.autograd.grad(total, images)[0]
     for execution in (EAGER, replace(EAGER, compile=True)):
         ours, values = gradient(Synthesizer(recipe, teacher, execution), images.detach())
         torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-5)

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import odd_networks
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -344,3 +345,17 @@ def test_the_multistep_schedule_falls_at_its_milestones_and_clip_0_leaves_gradie
     unclipped, _ = fitted(replace(TRAINING, steps=2, clip=0.0))
     loose, _ = fitted(replace(TRAINING, steps=2, clip=1e9))
     assert all(torch.equal(a, b) for a, b in zip(unclipped.parameters(), loose.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("names", "precision"), [(("prelu", "plain"), "bf16"), (("plain", "scattered"), "fp32")])
+def test_the_precision_is_tried_with_student_and_teacher_and_stored(names, precision, tmp_path, monkeypatch):
+    monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda: True)
+    card = ModelCard("odd", odd_networks.CLASSES, odd_networks.SIZE, (0.5,) * 3, (0.25,) * 3)
+    student, teacher = (Classifier(odd_networks.trained(name), card) for name in names)
+    training = Training(steps=2, lr=0.1, batch_size=4)
+    auto = Compute("cpu", "auto", "off")
+    shown = torch.randint(0, 256, (8, *odd_networks.SIZE), dtype=torch.uint8)
+    trained = Trainer(student, Distillation(teacher, [kd(2.0)]), training, compute=auto, folder=tmp_path).fit(shown)
+    assert trained.execution.precision == precision
+    state = torch.load(tmp_path / PARTIAL, weights_only=True)
+    assert state["execution"]["precision"] == precision

@@ -53,12 +53,7 @@ def test_losses_and_gradients_are_those_of_the_twin_with_batchnorm(twins, loss, 
     for teacher in twins:
         images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
         recorder = (FusedRecorder if fused else HookRecorder)(teacher.network, moments=True)
-        if fused:
-            recording = recorder(images)
-        else:
-            with recorder:
-                recording = recorder(images)
-        (trace,) = traces(images, torch.zeros(8, dtype=torch.long), recording)
+        (trace,) = traces(images, torch.zeros(8, dtype=torch.long), recorder(images))
         value = loss.value(trace)
         found.append((value, *torch.autograd.grad(value, images)))
     (value, gradient), (other_value, other_gradient) = found
@@ -100,8 +95,8 @@ def test_channels_of_token_networks_are_last():
     tensors = keeper.tensors()
     torch.testing.assert_close(tensors["mean.1"], outputs.mean((0, 1)))
     knowing = with_statistics(teacher, described(["1"], tensors))
-    with HookRecorder(knowing.network, moments=True) as recorder:
-        (layer,) = recorder(torch.randn(6, 3, 4, 4)).layers
+    recorder = HookRecorder(knowing.network, moments=True)
+    (layer,) = recorder(torch.randn(6, 3, 4, 4)).layers
     assert layer.mean_error.shape == (6, 5)
 
 
@@ -109,8 +104,8 @@ def test_a_channel_that_is_always_the_same_breaks_nothing(lenet):
     tensors = {"mean.conv1": torch.zeros(6), "var.conv1": torch.zeros(6)}
     knowing = with_statistics(lenet, described(["conv1"], tensors))
     images = torch.randn(4, 1, 32, 32, requires_grad=True)
-    with HookRecorder(knowing.network, moments=True) as recorder:
-        (trace,) = traces(images, torch.zeros(4, dtype=torch.long), recorder(images))
+    recorder = HookRecorder(knowing.network, moments=True)
+    (trace,) = traces(images, torch.zeros(4, dtype=torch.long), recorder(images))
     (gradient,) = torch.autograd.grad(bn_divergence().value(trace), images)
     assert gradient.isfinite().all()
 
