@@ -78,7 +78,7 @@ def bn_divergence(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor
             sums = [_plus(one, other) for one, other in zip(sums, new, strict=True)] if sums else new
             seen += len(images)
     pooled = [_with_errors(layer, layer.mean_error[None] / seen, layer.square_error[None] / seen) for layer in sums]
-    return float(torch.stack([Moments.of(record).divergence() for record in pooled]).mean())
+    return float(Moments.of(pooled).divergences().mean())
 
 
 def _plus(one: LayerRecord, other: LayerRecord) -> LayerRecord:

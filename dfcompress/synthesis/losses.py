@@ -80,11 +80,9 @@ def bn_distance(first: float = 1.0) -> Loss:
     """
 
     def value(trace: Trace) -> Tensor:
-        terms = [
-            torch.linalg.vector_norm(moments.mean_error) + torch.linalg.vector_norm(moments.var - moments.running_var)
-            for moments in trace.moments
-        ]
-        return torch.stack([first * terms[0], *terms[1:]]).sum()
+        assert trace.moments is not None
+        distances = trace.moments.distances()
+        return first * distances[0] + distances[1:].sum()
 
     return Loss("bn_distance", value, needs_moments=True)
 
@@ -95,8 +93,9 @@ def bn_divergence() -> Loss:
     """
 
     def value(trace: Trace) -> Tensor:
-        at_input = Moments.of(_pixels(trace))
-        return torch.stack([moments.divergence() for moments in (at_input, *trace.moments)]).mean()
+        assert trace.moments is not None
+        at_input = Moments.of([_pixels(trace)])
+        return torch.cat([at_input.divergences(), trace.moments.divergences()]).mean()
 
     return Loss("bn_divergence", value, needs_moments=True)
 
@@ -118,7 +117,7 @@ def pixel_divergence() -> Loss:
             alone.running_var.expand(images, colours).reshape(-1),
             alone.lack.expand(images, colours).reshape(-1),
         )
-        return Moments.of(record).divergence()
+        return Moments.of([record]).divergences().mean()
 
     return Loss("pixel_divergence", value)
 
