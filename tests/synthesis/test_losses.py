@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from dfcompress.models.recorder import LayerRecord, Moments, Target, Trace, record_of
 from dfcompress.synthesis.losses import (
@@ -216,3 +217,32 @@ def test_a_layer_that_fits_exactly_has_a_gradient_of_zero():
     layer = LayerRecord(error, error**2 + 1, torch.ones(3), torch.zeros(3))
     value = bn_distance().value(trace(moments=Moments.of([layer, layer])))
     assert torch.autograd.grad(value, error)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize(("kernel", "size"), [(1, (4, 5)), (3, (2, 7)), (5, (9, 6)), (7, (4, 4))])
+def test_borders_are_reflected_as_pad_does_and_so_is_the_gradient(kernel, size):
+    """Of a gradient that differs from pixel to pixel; `F.pad`'s own backward is atomic on CUDA."""
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images.requires_grad_(True)
+    offsets = torch.arange(kernel) - kernel // 2
+    line = (-(offsets**2) / 2).exp()
+    filters = torch.outer(line, line).div(line.sum() ** 2).expand(3, 1, kernel, kernel).double()
+    padded = F.pad(images, (kernel // 2,) * 4, mode="reflect")
+    expected = (images - F.conv2d(padded, filters, groups=3)).square().mean()
+    single = images.float().detach().requires_grad_(True)
+    value = smoothness(kernel).value(trace(images=single))
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-12)
+    (gradient,), (right,) = torch.autograd.grad(value, single), torch.autograd.grad(expected, images)
+    torch.testing.assert_close(gradient.double(), right, rtol=1e-4, atol=1e-7)
+
+
+def test_no_operation_of_a_loss_on_images_has_an_atomic_gradient():
+    """Reflecting and gathering are summed in any order on CUDA."""
+    images = torch.randn(2, 3, 8, 8, requires_grad=True)
+    found, waiting = set(), [smoothness().value(trace(images=images)).grad_fn]
+    while waiting:
+        node = waiting.pop()
+        found.add(type(node).__name__)
+        waiting += [before for before, _ in node.next_functions if before is not None]
+    assert "ConvolutionBackward0" in found
+    assert not [name for name in found if "Pad" in name or "Gather" in name or "Index" in name]
