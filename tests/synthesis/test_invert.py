@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dfcompress import console
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput
@@ -250,3 +251,33 @@ def test_memory_does_not_grow_with_the_number_of_images(resnet20_file, tmp_path)
         for count in (1024, 8192)
     ]
     assert peaks[1] - peaks[0] < 16 * 1024
+
+
+@pytest.mark.parametrize(
+    ("images", "settings", "remedy"),
+    [
+        (8, {"batch_size": 8}, {"batch_size": 4}),
+        (8, {"batch_size": 8}, {"images": 16}),
+        (12, {"batch_size": 8, "round_batches": 2}, {"round_batches": 1}),
+        (12, {"batch_size": 8, "round_batches": 2}, {"batch_size": 4}),
+    ],
+)
+def test_images_of_one_round_say_that_no_lesson_takes_place(images, settings, remedy, resnet20_file, tmp_path, capsys):
+    def notices(images, **settings):
+        folder, usual = tmp_path / str(images), {"steps": 1, "student_steps": 1, "student_batch_size": 4}
+        asked = Synthesis("adaptive-deepinversion", "fast-cifar10", {**usual, **settings}, images=images)
+        invert(resnet20_file, output=folder, synthesis=asked, compute=EAGER, overwrite=True)
+        return capsys.readouterr().err
+
+    console.configure(console.NORMAL)
+    try:
+        before = notices(**{"images": images, **settings})
+        after = notices(**{"images": images, **settings, **remedy})
+    finally:
+        console.configure(console.QUIET)
+    assert "No lesson takes place" in before
+    ((name, value),) = remedy.items()
+    named = {"batch_size": f"--batch-size {value}", "images": "more --images", "round_batches": "--set round_batches=1"}
+    assert named[name] in before
+    assert "No lesson takes place" not in after
+    assert "Lesson 1:" in after
