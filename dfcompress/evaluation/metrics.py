@@ -66,7 +66,10 @@ def bn_divergence(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor
 
     `batches` are float images `(N, C, H, W)` in [0, 1] with labels. Mean over channels, then over BatchNorm layers, of
     KL(N(μ̂, σ̂²) ‖ N(μ, σ²)), where the hats are taken over all images at once and σ̂² is biased.
-    The value falls with the number of images, so it is only comparable between sets of one size.
+
+    Compare it between sets of the same classes and of about one size. The classes count most: of 128 real images of two
+    of CIFAR-10's ten classes it is 0.041 on ResNet-44 (0.037 on ResNet-20), of 128 of all ten 0.023 (0.017). The size
+    adds 6 to 8 % at 128 images to what 1,000 have, and 47 to 89 % at 16.
     """
     device = classifier.mean.device
     sums: list[LayerRecord] = []
@@ -79,7 +82,7 @@ def bn_divergence(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor
             sums = [_plus(one, other) for one, other in zip(sums, new, strict=True)] if sums else new
             seen += len(images)
     pooled = [_with_errors(layer, layer.mean_error[None] / seen, layer.square_error[None] / seen) for layer in sums]
-    return float(torch.stack([Moments.of(record).divergence() for record in pooled]).mean())
+    return float(Moments.of(pooled).divergences().mean())
 
 
 def _plus(one: LayerRecord, other: LayerRecord) -> LayerRecord:

@@ -27,6 +27,7 @@ from dfcompress.models.architectures import (
     runs_code,
     tensors_of,
 )
+from dfcompress.models.batchnorms import plain_batchnorms
 from dfcompress.models.card import (
     CIFAR_MEAN,
     CIFAR_STD,
@@ -105,6 +106,7 @@ def load(
     classifier = Classifier(network, card, name=_name(path), sha256=sha256(path), path=path).frozen()
     if why := why_not_run(classifier):
         raise BadInput(f"{path}: {why}.", "Give another --input-size or --arch.")
+    plain_batchnorms(classifier)
     return classifier
 
 

@@ -1,6 +1,7 @@
 """What a network remembers of its training data: statistics of what goes into a layer.
 
-BatchNorms remember them by themselves; a `KnownStatistics` is put where the model's owner recorded them.
+BatchNorms remember them by themselves, and so do foreign layers that normalise their input by running statistics; a
+`KnownStatistics` is put where the model's owner recorded them.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dfcompress import console
 from dfcompress.errors import BadInput
+from dfcompress.models.batchnorms import EPS, normalises_its_input
 from dfcompress.models.classifier import Classifier
 
-EPS = 1e-5  # torch's BatchNorm, for layers that state none.
 # At a thousandth of eps a channel's deviation behind BatchNorm is 3 % of what it would be without. The released
 # EfficientNet-Lite0 has 130 variances of exactly 0, and its next is 0.09 of eps.
 DEAD = 1e-3
@@ -40,10 +42,22 @@ class KnownStatistics(nn.Module):
 
 def statistics_layers(network: nn.Module) -> list[nn.Module]:
     """The layers whose input has known statistics, in order of definition."""
+    return [module for module in network.modules() if _knows_its_input(module)]
+
+
+def _knows_its_input(module: nn.Module) -> bool:
+    if isinstance(module, _BatchNorm):
+        return module.running_var is not None
+    return isinstance(module, KnownStatistics) or normalises_its_input(module)
+
+
+def unused_statistics(network: nn.Module) -> list[str]:
+    """The modules that keep running statistics of something that is not their input, by name."""
+    used = statistics_layers(network)
     return [
-        module
-        for module in network.modules()
-        if isinstance(module, KnownStatistics) or (isinstance(module, _BatchNorm) and module.running_var is not None)
+        name or "the network"
+        for name, module in network.named_modules()
+        if "running_var" in dict(module.named_buffers(recurse=False)) and module not in used
     ]
 
 
@@ -73,11 +87,13 @@ def require_variances(network: nn.Module, where: str) -> None:
 
 def why_no_statistics(network: nn.Module) -> str | None:
     """Why nothing can be made from the statistics a network knows, or None where it can."""
-    layers = [module for module in network.modules() if isinstance(module, _BatchNorm | KnownStatistics)]
-    if not layers:
-        return "it has no BatchNorm layer, so it carries no statistics of its training data"
     known = statistics_layers(network)
-    if len(known) < len(layers):
+    if not known and (unused := unused_statistics(network)):
+        return f"the running statistics of {', '.join(unused)} are not those of a BatchNorm's input"
+    batchnorms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    if not known and not batchnorms:
+        return "it has no BatchNorm layer, so it carries no statistics of its training data"
+    if not all(module.running_var is not None for module in batchnorms):
         return "its BatchNorm layers keep no running statistics"
     if not any(_was_trained(layer) for layer in known):
         return "its BatchNorm layers were never trained: running means are all 0 and variances all 1"
@@ -89,10 +105,15 @@ def _was_trained(layer: nn.Module) -> bool:
 
 
 def require_statistics(classifier: Classifier) -> None:
-    """Raise `BadInput`, saying why, where a classifier knows no statistics to make images from."""
+    """Raise `BadInput`, saying why, where a classifier knows no statistics to make images from.
+
+    A notice names modules whose statistics are left out.
+    """
     why = why_no_statistics(classifier.network)
     if why:
         raise BadInput(
             f"No images can be made from {classifier.name}: {why}.",
             "Use a trained model with BatchNorm, or one whose owner released a record: --records FILE.",
         )
+    if unused := unused_statistics(classifier.network):
+        console.notice(f"The running statistics of {', '.join(unused)} are not those of a BatchNorm's input: not used.")

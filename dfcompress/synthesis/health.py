@@ -83,8 +83,7 @@ class Checkup:
             recording = HookRecorder(self.teacher.network, moments=self._statistics)(images)
         if not self._statistics:
             return None, recording.logits
-        values = [Moments.of(layer).divergence() for layer in recording.layers]
-        return float(torch.stack(values).mean()), recording.logits
+        return float(Moments.of(recording.layers).divergences().mean()), recording.logits
 
     def _noise(self, count: int) -> float | None:
         if self._statistics and count not in self._of_noise:

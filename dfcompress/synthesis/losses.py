@@ -80,11 +80,9 @@ def bn_distance(first: float = 1.0) -> Loss:
     """
 
     def value(trace: Trace) -> Tensor:
-        terms = [
-            torch.linalg.vector_norm(moments.mean_error) + torch.linalg.vector_norm(moments.var - moments.running_var)
-            for moments in trace.moments
-        ]
-        return torch.stack([first * terms[0], *terms[1:]]).sum()
+        assert trace.moments is not None
+        distances = trace.moments.distances()
+        return first * distances[0] + distances[1:].sum()
 
     return Loss("bn_distance", value, needs_moments=True)
 
@@ -95,8 +93,9 @@ def bn_divergence() -> Loss:
     """
 
     def value(trace: Trace) -> Tensor:
-        at_input = Moments.of(_pixels(trace))
-        return torch.stack([moments.divergence() for moments in (at_input, *trace.moments)]).mean()
+        assert trace.moments is not None
+        at_input = Moments.of([_pixels(trace)])
+        return torch.cat([at_input.divergences(), trace.moments.divergences()]).mean()
 
     return Loss("bn_divergence", value, needs_moments=True)
 
@@ -118,7 +117,7 @@ def pixel_divergence() -> Loss:
             alone.running_var.expand(images, colours).reshape(-1),
             alone.lack.expand(images, colours).reshape(-1),
         )
-        return Moments.of(record).divergence()
+        return Moments.of([record]).divergences().mean()
 
     return Loss("pixel_divergence", value)
 
@@ -179,10 +178,21 @@ def smoothness(kernel: int = 5, sigma: float = 1.0) -> Loss:
         line = (-(offsets**2) / (2 * sigma**2)).exp()
         line = line / line.sum()
         filters = torch.outer(line, line).expand(channels, 1, kernel, kernel)
-        padded = F.pad(trace.images, (border,) * 4, mode="reflect")
+        padded = _reflected(_reflected(trace.images, border, 2), border, 3)
         return (trace.images - F.conv2d(padded, filters, groups=channels)).square().mean((1, 2, 3)).mean()
 
     return Loss("smoothness", value)
+
+
+def _reflected(images: Tensor, border: int, axis: int) -> Tensor:
+    """`border` more pixels at both ends of an axis, mirrored at the outermost one.
+
+    In slices, because the gradient of `F.pad`'s reflection is summed in no fixed order on CUDA.
+    """
+    size = images.shape[axis]
+    before = images.narrow(axis, 1, border).flip(axis)
+    behind = images.narrow(axis, size - 1 - border, border).flip(axis)
+    return torch.cat([before, images, behind], axis)
 
 
 def image_norm(*, each: bool = False) -> Loss:

@@ -97,10 +97,25 @@ def _open(job: Job, folder: Path, compute: Compute, student: Classifier | None) 
         _check_same_job(SyntheticSet(folder), described)
         return
     sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
+    if recipe.lessons and len(sizes) <= recipe.lessons.every:
+        console.notice(_no_lesson(images, len(sizes), recipe.lessons.every))
     execution = execution_of(job, compute, student)
     execution = replace(execution, groups=_groups(job.synthesis, batch_size, teacher.card, execution))
     SyntheticSet.create(
         folder, {**described, "batch_size": batch_size, "shards": sizes, "execution": asdict(execution)}
+    )
+
+
+def _no_lesson(images: int, batches: int, every: int) -> str:
+    """That the student learns between rounds of batches, of which there is one, and what makes it two."""
+    remedies = ["more --images"]
+    if images > every:
+        remedies.append(f"--batch-size {max(1, images // (every + 1))}")
+    if batches > 1:
+        remedies.append("--set round_batches=1")
+    return (
+        f"No lesson takes place: the {images} images are one round, which competes with a student that has learnt "
+        f"nothing. Use {' or '.join(remedies)}."
     )
 
 

@@ -285,3 +285,33 @@ def test_a_precision_that_a_network_cannot_compute_in_is_refused_where_it_was_as
     with pytest.raises(BadInput, match=r"scattered cannot be computed in bf16: .*--precision auto"):
         invert(odd("scattered"), output=tmp_path / "set", synthesis=SMALL, compute=bf16)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("images", "settings", "remedy"),
+    [
+        (8, {"batch_size": 8}, {"batch_size": 4}),
+        (8, {"batch_size": 8}, {"images": 16}),
+        (12, {"batch_size": 8, "round_batches": 2}, {"round_batches": 1}),
+        (12, {"batch_size": 8, "round_batches": 2}, {"batch_size": 4}),
+    ],
+)
+def test_images_of_one_round_say_that_no_lesson_takes_place(images, settings, remedy, resnet20_file, tmp_path, capsys):
+    def notices(images, **settings):
+        folder, usual = tmp_path / str(images), {"steps": 1, "student_steps": 1, "student_batch_size": 4}
+        asked = Synthesis("adaptive-deepinversion", "fast-cifar10", {**usual, **settings}, images=images)
+        invert(resnet20_file, output=folder, synthesis=asked, compute=EAGER, overwrite=True)
+        return capsys.readouterr().err
+
+    console.configure(console.NORMAL)
+    try:
+        before = notices(**{"images": images, **settings})
+        after = notices(**{"images": images, **settings, **remedy})
+    finally:
+        console.configure(console.QUIET)
+    assert "No lesson takes place" in before
+    ((name, value),) = remedy.items()
+    named = {"batch_size": f"--batch-size {value}", "images": "more --images", "round_batches": "--set round_batches=1"}
+    assert named[name] in before
+    assert "No lesson takes place" not in after
+    assert "Lesson 1:" in after

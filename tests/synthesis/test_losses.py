@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from dfcompress.models.recorder import Moments, Target, Trace, record_of
+from dfcompress.models.recorder import LayerRecord, Moments, Target, Trace, record_of
 from dfcompress.synthesis.losses import (
     activation_distance,
     bn_distance,
@@ -22,12 +23,20 @@ from dfcompress.synthesis.losses import (
 )
 
 
-def trace(images=None, logits=None, labels=None, moments=(), outputs=(), targets=(), student_logits=None):
-    return Trace(images, labels, logits, tuple(moments), tuple(outputs), tuple(targets), student_logits)
+def trace(images=None, logits=None, labels=None, moments=None, outputs=(), targets=(), student_logits=None):
+    return Trace(images, labels, logits, moments, tuple(outputs), tuple(targets), student_logits)
 
 
-def moments(mean_error, var, running_var):
-    return Moments(torch.tensor(mean_error), torch.tensor(var), torch.tensor(running_var), torch.zeros(len(var)))
+def moments(*layers):
+    """Of layers that each give their mean errors, variances and running variances."""
+    mean_error, var, running_var = (
+        torch.tensor([value for layer in kind for value in layer]) for kind in zip(*layers, strict=True)
+    )
+    sizes = tuple(len(layer[0]) for layer in layers)
+    return Moments(mean_error, var, running_var, torch.zeros(sum(sizes)), sizes)
+
+
+TWO_LAYERS = moments(([3.0, 4.0], [1.0, 1.0], [1.0, 1.0]), ([0.0], [3.0], [1.0]))
 
 
 def test_cross_entropy_of_even_logits_is_the_logarithm_of_the_classes():
@@ -36,19 +45,17 @@ def test_cross_entropy_of_even_logits_is_the_logarithm_of_the_classes():
 
 
 def test_bn_distance_sums_unsquared_norms_over_layers():
-    first, second = moments([3.0, 4.0], [1.0, 1.0], [1.0, 1.0]), moments([0.0], [3.0], [1.0])
-    assert bn_distance().value(trace(moments=[first, second])).item() == pytest.approx(5.0 + 0.0 + 0.0 + 2.0)
+    assert bn_distance().value(trace(moments=TWO_LAYERS)).item() == pytest.approx(5.0 + 0.0 + 0.0 + 2.0)
 
 
 def test_the_first_layer_of_bn_distance_can_weigh_more():
-    first, second = moments([3.0, 4.0], [1.0, 1.0], [1.0, 1.0]), moments([0.0], [3.0], [1.0])
-    assert bn_distance(first=10.0).value(trace(moments=[first, second])).item() == pytest.approx(50.0 + 2.0)
+    assert bn_distance(first=10.0).value(trace(moments=TWO_LAYERS)).item() == pytest.approx(50.0 + 2.0)
 
 
 def test_bn_divergence_is_the_mean_over_layers_and_the_input():
     """KL(N(1, 4) ‖ N(0, 1)) = ½(1 + 4 − 1 − ln 4) at the layer, KL(N(0, 1) ‖ N(0, 1)) = 0 at the input."""
     images = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)
-    value = bn_divergence().value(trace(images=images, moments=[moments([1.0], [4.0], [1.0])]))
+    value = bn_divergence().value(trace(images=images, moments=moments(([1.0], [4.0], [1.0]))))
     assert value.item() == pytest.approx((0.5 * (4 - math.log(4)) + 0.0) / 2, abs=1e-6)
 
 
@@ -106,18 +113,18 @@ def test_a_weight_multiplies_and_keeps_the_name():
 
 def test_divergence_is_the_kl_between_gaussians():
     """KL(N(1, 4) ‖ N(0, 1)) = ½(4 + 1 − 1 − ln 4)."""
-    assert moments([1.0], [4.0], [1.0]).divergence().item() == pytest.approx(0.5 * (4 + 1 - 1 - math.log(4)))
+    assert moments(([1.0], [4.0], [1.0])).divergences().item() == pytest.approx(0.5 * (4 + 1 - 1 - math.log(4)))
 
 
 def test_divergence_of_equal_moments_is_zero():
-    assert moments([0.0] * 3, [2.0] * 3, [2.0] * 3).divergence().item() == pytest.approx(0.0, abs=1e-6)
+    assert moments(([0.0] * 3, [2.0] * 3, [2.0] * 3)).divergences().item() == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 4, 5), (6, 3)])
 def test_moments_are_the_mean_and_the_biased_variance_of_each_channel(shape):
     features = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 100
     running_mean = torch.tensor([90.0, 100.0, 110.0])
-    measured = Moments.of(record_of(features, running_mean, torch.ones(3)))
+    measured = Moments.of([record_of(features, running_mean, torch.ones(3))])
     channels = features.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(measured.mean_error.double(), channels.mean(1) - running_mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(measured.var.double(), channels.var(1, correction=0), rtol=1e-4, atol=1e-4)
@@ -161,9 +168,81 @@ def test_a_dead_channel_counts_as_the_kl_of_variances_with_batchnorms_eps(eps):
     record = record_of(features, torch.zeros(2), torch.tensor([0.0, 2.0]), eps)
     dead = 0.5 * (math.log(eps / (1e-4 + eps)) + (1e-4 + eps + 1e-4) / eps - 1)
     live = 0.5 * (math.log(2.0 / 1.0) + (1 + 4) / 2.0 - 1)
-    assert Moments.of(record).divergence().item() == pytest.approx((dead + live) / 2, rel=1e-3)
+    assert Moments.of([record]).divergences().item() == pytest.approx((dead + live) / 2, rel=1e-3)
 
 
 def test_what_a_dead_channel_always_was_is_no_distance_from_it():
     record = record_of(torch.full((4, 1), 7.0), torch.full((1,), 7.0), torch.zeros(1))
-    assert Moments.of(record).divergence().item() == pytest.approx(0.0, abs=1e-5)
+    assert Moments.of([record]).divergences().item() == pytest.approx(0.0, abs=1e-5)
+
+
+def layer_by_layer(images, layers, first):
+    """BN distance and J_KL of layers' records, each layer on its own, from the formulas."""
+    distances, divergences = [], []
+    at_input = record_of(images, torch.zeros(3), torch.ones(3))
+    for layer in (at_input, *layers):
+        mean_error = layer.mean_error.mean(0)
+        var = layer.square_error.mean(0) - mean_error**2
+        distances.append(mean_error.norm() + (var - layer.running_var).norm())
+        measured, expected = var.clamp_min(0) + 1e-8 + layer.lack, layer.running_var + layer.lack
+        kl = 0.5 * (expected.log() - measured.log()) - 0.5 * (1 - (measured + mean_error**2) / expected)
+        divergences.append(kl.mean())
+    return first * distances[1] + sum(distances[2:]), torch.stack(divergences).mean()
+
+
+@pytest.mark.parametrize("sizes", [(5,), (16, 16), (3, 64, 1, 17)])
+def test_all_layers_in_one_pass_are_each_layer_on_its_own(sizes):
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 3, 4, 4, generator=random, dtype=torch.float64).requires_grad_(True)
+    errors = [torch.randn(6, size, generator=random, dtype=torch.float64).requires_grad_(True) for size in sizes]
+    layers = []
+    for number, error in enumerate(errors):
+        running_var = torch.rand(error.shape[1], generator=random, dtype=torch.float64)
+        running_var[0] *= number % 2  # A dead channel in every other layer.
+        layers.append(LayerRecord(error, error**2 + 0.1, running_var, (1e-3 - running_var).clamp_min(0)))
+    batch = Trace(images, torch.zeros(6), torch.zeros(6, 2), Moments.of(layers))
+    expected = layer_by_layer(images, layers, first=10.0)
+    for loss, wanted in zip((bn_distance(first=10.0), bn_divergence()), expected, strict=True):
+        value = loss.value(batch)
+        torch.testing.assert_close(value, wanted, rtol=1e-6, atol=0)
+        leaves = errors if loss.name == "bn_distance" else [images, *errors]
+        gradients, right = (torch.autograd.grad(each, leaves, retain_graph=True) for each in (value, wanted))
+        for gradient, own in zip(gradients, right, strict=True):
+            torch.testing.assert_close(gradient, own, rtol=1e-6, atol=1e-9)
+
+
+def test_a_layer_that_fits_exactly_has_a_gradient_of_zero():
+    """The norm of nothing has no slope, and not a slope of 0/0."""
+    error = torch.zeros(2, 3, requires_grad=True)
+    layer = LayerRecord(error, error**2 + 1, torch.ones(3), torch.zeros(3))
+    value = bn_distance().value(trace(moments=Moments.of([layer, layer])))
+    assert torch.autograd.grad(value, error)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize(("kernel", "size"), [(1, (4, 5)), (3, (2, 7)), (5, (9, 6)), (7, (4, 4))])
+def test_borders_are_reflected_as_pad_does_and_so_is_the_gradient(kernel, size):
+    """Of a gradient that differs from pixel to pixel; `F.pad`'s own backward is atomic on CUDA."""
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images.requires_grad_(True)
+    offsets = torch.arange(kernel) - kernel // 2
+    line = (-(offsets**2) / 2).exp()
+    filters = torch.outer(line, line).div(line.sum() ** 2).expand(3, 1, kernel, kernel).double()
+    padded = F.pad(images, (kernel // 2,) * 4, mode="reflect")
+    expected = (images - F.conv2d(padded, filters, groups=3)).square().mean()
+    single = images.float().detach().requires_grad_(True)
+    value = smoothness(kernel).value(trace(images=single))
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-12)
+    (gradient,), (right,) = torch.autograd.grad(value, single), torch.autograd.grad(expected, images)
+    torch.testing.assert_close(gradient.double(), right, rtol=1e-4, atol=1e-7)
+
+
+def test_no_operation_of_a_loss_on_images_has_an_atomic_gradient():
+    """Reflecting and gathering are summed in any order on CUDA."""
+    images = torch.randn(2, 3, 8, 8, requires_grad=True)
+    found, waiting = set(), [smoothness().value(trace(images=images)).grad_fn]
+    while waiting:
+        node = waiting.pop()
+        found.add(type(node).__name__)
+        waiting += [before for before, _ in node.next_functions if before is not None]
+    assert "ConvolutionBackward0" in found
+    assert not [name for name in found if "Pad" in name or "Gather" in name or "Index" in name]

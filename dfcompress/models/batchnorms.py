@@ -1,0 +1,135 @@
+"""Layers that are BatchNorms in all but their class: what they answer decides, not what they are called.
+
+Among them are torch's SyncBatchNorm, torchvision's FrozenBatchNorm2d, and modules that call `F.batch_norm` on buffers
+of their own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from dfcompress.models.classifier import Classifier, evaluating, pass_once
+
+PLAIN: dict[int, type[_BatchNorm]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+EPS = 1e-5  # torch's, for layers that state none.
+_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+_CLOSE = 1e-4  # Of a channel's largest output. Rounding is 1e-6 of it, an eps of 1e-3 for 1e-5 is 5e-4, at variance 1.
+
+
+@torch.no_grad()
+def plain_batchnorms(classifier: Classifier) -> None:
+    """Put an ordinary BatchNorm with the same tensors under the same names in the place of every layer that answers
+    just as one does, in evaluation mode; so all that is done to BatchNorms is done to them.
+
+    One pass of `classifier` tells over how many dimensions each of them works.
+    """
+    named = dict(classifier.network.named_modules(remove_duplicate=False))
+    candidates = [module for module in named.values() if _has_only_batchnorms_tensors(module)]
+    ranks = _ranks(classifier, candidates)
+    plain = {module: made for module, rank in ranks.items() if (made := _as_plain(module, rank)) is not None}
+    for name, module in named.items():
+        if module in plain and name:
+            classifier.network.set_submodule(name, plain[module])
+
+
+def normalises_its_input(module: nn.Module) -> bool:
+    """Whether a module's running statistics are those of its own input, whatever it does afterwards: then an input and
+    a running mean that are both moved by as much give the same output, and one of them alone does not.
+
+    InstanceNorms keep averages over images, which are not the variance over all of them.
+    """
+    mean, var = _running_statistics(module)
+    if mean is None or var is None or isinstance(module, _InstanceNorm):
+        return False
+    moved = (var.clamp_min(0) + 1).sqrt()
+    for rank in (4, 3, 2):
+        features = _sample(mean, var, rank)
+        still = _answer(module, features)
+        both = _answer(module, features + _per_channel(moved, rank), running_mean=mean + moved)
+        alone = _answer(module, features, running_mean=mean + moved)
+        if still is not None and _alike(still, both):
+            return not _alike(still, alone)
+    return False
+
+
+def _running_statistics(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Running mean and variance `(C,)` where a module itself keeps both."""
+    buffers = dict(module.named_buffers(recurse=False))
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
+    if mean is None or var is None or mean.dim() != 1 or mean.shape != var.shape:
+        return None, None
+    return mean, var
+
+
+def _has_only_batchnorms_tensors(module: nn.Module) -> bool:
+    names = module.state_dict().keys()
+    return (
+        type(module) not in PLAIN.values()
+        and not isinstance(module, _InstanceNorm)
+        and not [*module.children()]
+        and {"running_mean", "running_var"} <= names <= _TENSORS
+        and ("weight" in names) == ("bias" in names)
+        and _running_statistics(module)[0] is not None
+    )
+
+
+def _ranks(classifier: Classifier, modules: list[nn.Module]) -> dict[nn.Module, int]:
+    """How many dimensions the input of each module has that runs."""
+    found: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found[module] = inputs[0].dim()
+
+    if modules:
+        pass_once(classifier, [module.register_forward_pre_hook(note) for module in set(modules)])
+    return found
+
+
+def _as_plain(module: nn.Module, rank: int) -> nn.Module | None:
+    """The BatchNorm that answers as `module` does, or None where there is none."""
+    if rank not in PLAIN:
+        return None
+    tensors = dict(module.state_dict())
+    momentum, eps = getattr(module, "momentum", 0.1), getattr(module, "eps", EPS)
+    plain = PLAIN[rank](len(tensors["running_mean"]), eps=eps, momentum=momentum, affine="weight" in tensors)
+    plain.load_state_dict({**plain.state_dict(), **tensors})
+    plain.to(tensors["running_mean"].device).train(module.training)
+    plain.requires_grad_(any(parameter.requires_grad for parameter in module.parameters()))
+    features = _sample(tensors["running_mean"], tensors["running_var"], rank)
+    answer, wanted = _answer(plain, features), _answer(module, features)
+    return plain if answer is not None and _alike(answer, wanted) else None
+
+
+def _sample(mean: Tensor, var: Tensor, rank: int) -> Tensor:
+    """Features `(2, C, 3, ...)` of all sizes around the running mean, the same each time."""
+    shape = (2, len(mean), *[3] * (rank - 2))
+    places = torch.arange(torch.Size(shape).numel(), device=mean.device).view(shape)
+    spread = (places * 0.618034) % 1 * 4 - 2  # Multiples of the golden ratio are spread evenly.
+    return _per_channel(mean, rank) + spread * _per_channel((var.clamp_min(0) + 1).sqrt(), rank)
+
+
+def _per_channel(values: Tensor, rank: int) -> Tensor:
+    return values.view(1, -1, *[1] * (rank - 2))
+
+
+@torch.no_grad()
+def _answer(module: nn.Module, features: Tensor, **instead: Tensor) -> Tensor | None:
+    """What a stranger's module makes of features, with some buffers replaced; None where it does not take them."""
+    with evaluating(module):
+        try:
+            answer = functional_call(module, instead, (features.clone(),))
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+            return None
+    return answer if isinstance(answer, Tensor) else None
+
+
+def _alike(one: Tensor, other: Tensor | None) -> bool:
+    """Whether every channel is the same to rounding: a dead one is much louder than its neighbours."""
+    if other is None or one.shape != other.shape or one.dim() < 2:
+        return False
+    loudest = [0, *range(2, one.dim())]
+    return bool(((one - other).abs().amax(loudest) <= _CLOSE * one.abs().amax(loudest)).all())
