@@ -136,7 +136,7 @@ def quantize(
         learner=lambda recipe: learner(teacher, recipe, None, compute),
     )
     if isinstance(tuning, Training):
-        require_trainable(student, tuning, compute, [len(supply)])
+        require_trainable(student, tuning, compute, [len(supply)], repair=True)
     options = {
         "teacher": teacher.identity(),
         "bits": {name: asdict(each) for name, each in wanted.items()},

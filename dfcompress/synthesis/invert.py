@@ -28,6 +28,7 @@ from dfcompress.synthesis.making import make_set, seconds_of, warnings_of, work_
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
 from dfcompress.synthesis.supply import NONE, ImageSupply
 from dfcompress.synthesis.synthesizer import seconds_per_step
+from dfcompress.training.loop import require_passes
 from dfcompress.training.pupil import Pupil
 
 
@@ -142,7 +143,9 @@ def learner(teacher: Classifier, recipe: Recipe, student: Classifier | str | Non
     else:
         own, _ = make_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
     steps, lr, batch_size = recipe.lessons.steps, recipe.lessons.lr, recipe.lessons.batch_size
-    return Pupil(own, teacher, steps=steps, lr=lr, batch_size=batch_size, compute=compute, is_kept=is_kept)
+    pupil = Pupil(own, teacher, steps=steps, lr=lr, batch_size=batch_size, compute=compute, is_kept=is_kept)
+    require_passes(own, pupil.training)
+    return pupil
 
 
 @dataclass(frozen=True)

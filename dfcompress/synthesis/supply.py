@@ -56,7 +56,7 @@ class ImageSupply:
         unseen: int = 0,
         learner: Callable[[Recipe], Learner | None] = lambda recipe: None,
     ) -> None:
-        self.compute, self.learner = compute, learner
+        self.compute = compute
         places = _parts(data)
         given = [SyntheticSet(place) for place in places if (place / MANIFEST).exists()]
         for synthetic in given:
@@ -65,6 +65,7 @@ class ImageSupply:
         self.jobs = {} if self.sources else _jobs(teacher, synthesis, mix)
         if self.sources and (mix not in (AUTO, NONE) or replace(synthesis, images=1) != Synthesis(images=1)):
             console.notice("The images are those of --data: options of synthesis make no others to train on.")
+        self.learners = {name: learner(job.recipe()) for name, job in self.jobs.items()}
         informed = next((job.teacher for job in self.jobs.values()), teacher)
         self.unseen = None
         if unseen and not why_no_statistics(informed.network):
@@ -94,7 +95,9 @@ class ImageSupply:
 
     def gather(self, folder: Path) -> TrainingImages:
         """All images as they are stored; one in sixteen is held out."""
-        made = [self._made(job, folder / name) for name, job in self.jobs.items()]
+        made = [
+            make_set(job, folder / name, self.compute, learner=self.learners[name]) for name, job in self.jobs.items()
+        ]
         images = _together([_stored(source) for source in [*self.sources, *made]])
         seconds = sum(map(seconds_of, made))
         unseen = images[:0]
@@ -104,9 +107,6 @@ class ImageSupply:
         order = torch.randperm(len(images), generator=generator("held-out", self.compute.seed))
         train, held_out = order[_held_out(len(images)) :].sort().values, order[: _held_out(len(images))]
         return TrainingImages(images[train], images[held_out], unseen, seconds)
-
-    def _made(self, job: Job, folder: Path) -> SyntheticSet:
-        return make_set(job, folder, self.compute, learner=self.learner(job.recipe()))
 
 
 def _parts(data: str | Path | None) -> list[Path]:

@@ -9,9 +9,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file
 from torch import nn
 from torchvision.ops import DropBlock2d, StochasticDepth
@@ -23,7 +25,7 @@ from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages
-from dfcompress.training.loop import PARTIAL, Trainer
+from dfcompress.training.loop import PARTIAL, Trainer, require_passes, require_trainable
 from dfcompress.training.merging import Merging
 from dfcompress.training.objectives import Answer, feature, kd
 from dfcompress.training.outputs import Outputs
@@ -158,6 +160,80 @@ def test_batchnorms_of_a_network_under_repair_learn_the_statistics_of_the_images
         Trainer(student, Distillation(tiny(1), [kd(2.0)]), training, compute=EAGER, repair=True).fit(images())
         changed.append(not torch.equal(student.network[1].running_mean, before))
     assert changed == [False, True]
+
+
+class WithHead(nn.Module):
+    """`tiny` with an auxiliary head, which answers in training mode in a form of its own."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.body, self.form, self.head = tiny(2).network, form, nn.Linear(8, 4)
+
+    def forward(self, features):
+        early = self.body[:3](features)
+        late = self.body[3:](early)
+        return self.form(late, self.head(early.mean((2, 3)))) if self.training else late
+
+
+class Answered(NamedTuple):
+    logits: torch.Tensor
+    auxiliary: torch.Tensor
+
+
+FORMS = {
+    "tuple": lambda late, early: (late, early),
+    "named tuple": lambda late, early: Answered(auxiliary=early, logits=late),
+    "dict": lambda late, early: {"aux": early, "logits": late},
+    "no more": lambda late, early: late,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_of_all_that_a_student_answers_while_it_trains_the_main_logits_are_learnt(form):
+    def trained(network):
+        student = Classifier(network, CARD)
+        require_passes(student, TRAINING)
+        Trainer(student, Distillation(tiny(1), [kd(2.0)]), replace(TRAINING, steps=3), compute=EAGER).fit(images())
+        return student.network.state_dict()
+
+    wanted, found = trained(tiny(2).network), trained(WithHead(FORMS[form]))
+    assert all(torch.equal(found[f"body.{name}"], value) for name, value in wanted.items())
+
+
+def fails(late, early):
+    raise AttributeError("'tuple' object has no attribute 'mean'")
+
+
+def cut(late, early):
+    return late.detach()
+
+
+@pytest.mark.parametrize(
+    ("form", "why"),
+    [
+        (lambda late, early: (early, late), r"the first logits of the tuple .* are not its answer"),
+        (lambda late, early: late[:, :2], r"it answers with \(2, 2\), not with \(2, 4\)"),
+        (lambda late, early: None, "it answers with NoneType"),
+        (fails, "'tuple' object has no attribute 'mean'"),
+        (cut, "does not require grad"),
+    ],
+)
+def test_a_student_that_cannot_learn_is_found_by_one_pass_that_leaves_it_alone(form, why):
+    """In evaluation mode, in which a network is repaired, it has no such surprises."""
+    student = Classifier(WithHead(form), CARD)
+    before, mode = copy.deepcopy(student.state_dict()), student.training
+    with pytest.raises(BadInput, match=why + r".*--student"):
+        require_trainable(student, TRAINING, EAGER, [256])
+    require_trainable(student, TRAINING, EAGER, [256], repair=True)
+    assert student.training == mode
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_torchvisions_networks_with_auxiliary_heads_can_be_trained():
+    for make, size in ((torchvision.models.googlenet, 64), (torchvision.models.inception_v3, 299)):
+        network = make(num_classes=4, aux_logits=True, init_weights=False)
+        card = ModelCard("own", 4, (3, size, size), (0.5,) * 3, (0.25,) * 3)
+        require_passes(Classifier(network, card), TRAINING)
 
 
 def test_grey_images_are_not_flipped():
