@@ -21,13 +21,12 @@ from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_stored
 from dfcompress.device import Compute, Execution, as_mine, can_capture, processor_name, resolve_execution, threads_here
 from dfcompress.distributed import peers
 from dfcompress.errors import BadInput
-from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.run import save_state, write_atomically
 from dfcompress.synthesis.health import Checkup, Health
 from dfcompress.synthesis.job import Job
 from dfcompress.synthesis.labels import Labels
-from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
+from dfcompress.synthesis.recipe import Recipe, RecipeChoice
 from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch
 
 METRICS = "metrics.jsonl"
@@ -73,7 +72,7 @@ def make_set(job: Job, folder: Path, compute: Compute, *, learner: Learner | Non
 
 def _open(job: Job, folder: Path, compute: Compute) -> None:
     """Begin a set, or check that the one in `folder` is of the same job."""
-    teacher, recipe, images = job.teacher, job.recipe(), job.synthesis.images
+    teacher, recipe, images = job.teacher, job.recipe(), job.images
     batch_size = min(recipe.batch_size, images)
     described = {
         "recipe": asdict(job.choice),
@@ -89,7 +88,7 @@ def _open(job: Job, folder: Path, compute: Compute) -> None:
         return
     sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
     execution = resolve_execution(compute, work_in(recipe, teacher, batch_size * len(sizes)))
-    execution = replace(execution, groups=_groups(job.synthesis, batch_size, teacher.card, execution))
+    execution = replace(execution, groups=_groups(job, batch_size, execution))
     SyntheticSet.create(
         folder, {**described, "batch_size": batch_size, "shards": sizes, "execution": asdict(execution)}
     )
@@ -100,13 +99,13 @@ def _open(job: Job, folder: Path, compute: Compute) -> None:
 PIXELS_A_STEP = 128 * 32 * 32
 
 
-def _groups(synthesis: Synthesis, batch_size: int, card: ModelCard, execution: Execution) -> int:
-    batches = -(-synthesis.images // batch_size)
-    if synthesis.groups != "auto":
-        return min(synthesis.groups, batches)
+def _groups(job: Job, batch_size: int, execution: Execution) -> int:
+    batches = -(-job.images // batch_size)
+    if job.synthesis.groups != "auto":
+        return min(job.synthesis.groups, batches)
     if not can_capture(torch.device(execution.device)):
         return 1
-    height, width = card.input_size[1:]
+    height, width = job.teacher.card.input_size[1:]
     return max(1, min(PIXELS_A_STEP // (batch_size * height * width), batches))
 
 

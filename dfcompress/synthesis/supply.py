@@ -84,13 +84,18 @@ class ImageSupply:
         return {name: job.origin() for name, job in self.jobs.items()} or None
 
     @property
+    def made(self) -> list[Job]:
+        """The sets that `gather` makes, those that no student learns from last."""
+        return [*self.jobs.values(), *([self.unseen] if self.unseen else [])]
+
+    @property
     def adaptive(self) -> bool:
         """Whether images are made that compete with a student."""
         return any(job.recipe().lessons for job in self.jobs.values())
 
     def __len__(self) -> int:
         """How many images there are to train on."""
-        images = sum(map(len, self.sources)) + sum(job.synthesis.images for job in self.jobs.values())
+        images = sum(map(len, self.sources)) + sum(job.images for job in self.jobs.values())
         return images - _held_out(images)
 
     def gather(self, folder: Path) -> TrainingImages:
@@ -130,7 +135,7 @@ def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Job]
     first = resolve(teacher, synthesis)
     if mix == AUTO:
         informed = not why_no_statistics(first.teacher.network) and not first.recipe().needs_targets
-        free = synthesis.labels == BALANCED and not synthesis.classes and synthesis.images > 1
+        free = synthesis.labels == BALANCED and not synthesis.classes and first.images > 1
         mix = OTHER_RECIPES[0] if informed and free and first.choice.name != OTHER_RECIPES[0] else NONE
     if mix == NONE:
         return {SYNTHETIC: first}
@@ -138,9 +143,9 @@ def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Job]
         raise BadInput(f"--mix {mix} is the recipe that is mixed.", "Name another one, or --mix none.")
     if synthesis.classes or synthesis.labels != BALANCED:
         raise BadInput("--mix makes images of all classes.", "Use --mix none with --classes and --labels.")
-    half = synthesis.images // 2
+    half = first.images // 2
     return {
-        SYNTHETIC: replace(first, synthesis=replace(synthesis, images=synthesis.images - half)),
+        SYNTHETIC: replace(first, synthesis=replace(synthesis, images=first.images - half)),
         f"{SYNTHETIC}-{mix}": resolve(teacher, _alike(synthesis, mix, half)),
     }
 

@@ -47,7 +47,8 @@ MERGING = Training(
     weight_decay=5e-4,
     augmentation=Augmentation(shift=4, flip=True, mixup=1.0),
 )
-PAPER_EPOCHS, PAPER_BATCH = 125, 64
+IMAGES = 1024
+PAPER_EPOCHS, PAPER_BATCH, PAPER_IMAGES = 125, 64, 4096
 GREY, COLOUR = 1, 3
 
 
@@ -73,9 +74,12 @@ def usual_training(method: Method, images: int, teachers: int) -> Training:
 
 
 def usual_images(method: Method, synthesis: Synthesis, mix: str) -> tuple[Synthesis, str]:
-    """The paper's images for its method, where no recipe was named, and nothing mixed in, unless that was asked for."""
+    """What is made of each teacher: for the paper's method as many images as its released code makes, of its preset
+    where no recipe was named, and nothing mixed in, unless any of it was asked for.
+    """
     if method != "paper":
-        return synthesis, mix
+        return synthesis.counted(IMAGES), mix
+    synthesis = synthesis.counted(PAPER_IMAGES)
     if synthesis.recipe is None and synthesis.preset is None:
         synthesis = replace(synthesis, recipe="deepinversion", preset="paper-merging")
     return synthesis, NONE if mix == AUTO else mix
@@ -119,7 +123,7 @@ def merge(
     student_init: str | Path | Classifier | None = AUTO,
     data: Sequence[str | Path] = (),
     output: str | Path | None = None,
-    synthesis: Synthesis = Synthesis(images=1024),
+    synthesis: Synthesis = Synthesis(),
     training: Training | Mapping[str, Any] | None = None,
     method: Method = "all-logits",
     class_map: str | Path | None = None,
