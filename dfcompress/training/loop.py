@@ -22,7 +22,7 @@ from dfcompress.randomness import generator
 from dfcompress.run import write_atomically
 from dfcompress.training import optimizers, parallel
 from dfcompress.training.settings import Training
-from dfcompress.training.steps import Steps, training_mode
+from dfcompress.training.steps import Steps, dropping, training_mode
 from dfcompress.training.teaching import Teaching
 
 METRICS = "metrics.jsonl"
@@ -125,6 +125,7 @@ class Trainer:
             stack.enter_context(self.teaching.listening(self.student))
             mode = training_mode(self.student, repair=self.repair, freeze_batchnorm=self.training.freeze_batchnorm)
             stack.enter_context(mode)
+            stack.enter_context(dropping(self.student, self.training.dropout))
             stack.enter_context(parallel.synchronised(self.student, self.everyone))
             stack.enter_context(torch.random.fork_rng())
             steps = Steps(

@@ -81,6 +81,39 @@ def test_one_step_equals_plain_sgd_by_hand():
         torch.testing.assert_close(got.detach(), wanted.detach() - 0.2 * 1.9 * wanted.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_momentum_may_be_plain_and_decay_may_be_of_all():
+    """Two steps by torch's own SGD; Nesterov's differ from the first step on."""
+    asked = Training(steps=2, lr=0.2, batch_size=256, weight_decay=0.01, schedule="constant", warmup=0.0, clip=0.0)
+    student, _ = fitted(replace(asked, nesterov=False, decay_all=True))
+    expected, teacher, shown = tiny(2).train(), tiny(1).eval(), images().float() / 255
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        kd(2.0).value(Answer(expected(shown)), Answer(teacher(shown).detach())).backward()
+        optimizer.step()
+    for got, wanted in zip(student.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    usual, _ = fitted(asked)
+    assert not torch.allclose(usual.network[-1].weight, expected.network[-1].weight, rtol=1e-3)
+
+
+def test_what_the_last_layer_takes_is_dropped_while_a_student_trains_and_not_afterwards():
+    def trained(dropout, layer=None):
+        student = tiny(2)
+        if layer:
+            student.network.insert(5, layer)
+        training = replace(TRAINING, steps=3, dropout=dropout)
+        Trainer(student, Distillation(tiny(1), [kd(2.0)]), training, compute=EAGER).fit(images())
+        return student
+
+    dropped, plain = trained(0.4), trained(0.0)
+    wanted = trained(0.0, nn.Dropout(0.4))
+    assert all(torch.equal(a, b) for a, b in zip(dropped.parameters(), wanted.parameters(), strict=True))
+    assert not torch.equal(dropped.network[-1].weight, plain.network[-1].weight)
+    assert dropped.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(dropped(images()[:8].float()), dropped(images()[:8].float()))
+
+
 def test_the_rate_warms_up_linearly_and_falls_to_zero():
     training = Training(steps=100, lr=1.0, batch_size=1, warmup=0.1)
     assert [training.rate(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
