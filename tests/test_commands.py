@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import pickle
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +16,29 @@ import pytest
 import torch
 from torch import nn
 
+import dfcompress
 from dfcompress.cli import root, run
-from dfcompress.quantization.quantize import FINETUNING
-from dfcompress.training.distill import DISTILLATION
-from dfcompress.training.merge import MERGING
+from dfcompress.device import Compute
+from dfcompress.models.checkpoint import load, save
+from dfcompress.models.classifier import Classifier
+from dfcompress.quantization.quantize import BEFORE_LSQ, FINETUNING, quantize
+from dfcompress.synthesis.invert import invert
+from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.training.distill import DISTILLATION, distill
+from dfcompress.training.merge import MERGING, merge
 from dfcompress.training.merging import METHODS
 
 COMMANDS = root.list_commands(None)
+
+
+def _module(name):
+    return importlib.import_module(f"dfcompress.{dfcompress._HOME[name]}")
+
+
+def _parameters(name):
+    return {parameter.name: parameter for parameter in root.get_command(None, name).params}
+
+
 DEMO = Path(__file__).resolve().parents[1] / "dfcompress" / "demo_files"
 QUICK = [
     "--images",
@@ -345,10 +364,85 @@ def test_what_help_says_of_training_is_what_the_verbs_do():
             assert tuple(told["method"].type.choices) == METHODS
 
 
-def test_a_dry_run_with_data_plans_no_synthesis(capsys):
-    code, out, _ = answer(capsys, "quantize", DEMO, "--data", DEMO, "--dry-run", "--json")
-    assert code == 0
-    assert json.loads(out)["synthesis"] == []
+TINY = {"compute": Compute("cpu", "fp32", "off"), "training": {"steps": 1, "batch_size": 8}}
+OTHER = {"class_names": tuple(f"other {number}" for number in range(10))}
+LINES = {
+    "invert": ([], lambda out, few: invert(DEMO, output=out, synthesis=few, compute=TINY["compute"])),
+    "distill": (
+        ["--student", "half"],
+        lambda out, few: distill(DEMO, student="half", output=out, synthesis=few, **TINY),
+    ),
+    "distill with data": (
+        ["--student", "half", "--data", DEMO],
+        lambda out, few: distill(DEMO, student="half", data=DEMO, output=out, synthesis=few, **TINY),
+    ),
+    "merge": (
+        ["other", "--student", "lenet5_bn"],
+        lambda out, few: merge([DEMO, "other"], student="lenet5_bn", output=out, synthesis=few, **TINY),
+    ),
+    "merge with data": (
+        ["other", "--student", "lenet5_bn", "--data", DEMO, "--data", DEMO],
+        lambda out, few: merge([DEMO, "other"], student="half", data=[DEMO] * 2, output=out, synthesis=few, **TINY),
+    ),
+    "merge as the paper": (
+        ["other", "--student", "lenet5_bn", "--method", "paper"],
+        lambda out, few: merge([DEMO, "other"], student="lenet5_bn", method="paper", output=out, synthesis=few, **TINY),
+    ),
+    "quantize": (
+        ["--finetune", "lsq"],
+        lambda out, few: quantize(DEMO, finetune="lsq", output=out, synthesis=few, **TINY),
+    ),
+    "quantize with data": (
+        ["--finetune", "lsq", "--data", DEMO],
+        lambda out, few: quantize(DEMO, finetune="lsq", data=DEMO, output=out, **TINY),
+    ),
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_dry_run_on_the_command_line_plans_the_sets_that_the_verb_makes_in_python(line, capsys, tmp_path):
+    """As many images, of the same recipes, and the same training, where no number was asked for in either."""
+    other = load(DEMO)
+    save(Classifier(other.network, replace(other.card, **OTHER), sha256="other"), tmp_path / "other")
+    asked, verb = LINES[line]
+    large = ["--steps", "1", "--batch-size", "512", "--device", "cpu", "--precision", "fp32", "--compile", "off"]
+    trained = ["--train-steps", "1", "--train-batch-size", "8"] if line != "invert" else []
+    code, out, err = answer(capsys, line.split()[0], DEMO, *asked, *large, *trained, "--dry-run", "--json")
+    assert code == 0, err
+    planned = json.loads(out)
+    verb(tmp_path / "out", Synthesis(settings={"steps": 1, "batch_size": 512}))
+    manifests = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("dataset.json")]
+    made = [(each["recipe"], each["images"], len(each["shards"])) for each in manifests]
+    told = [(each["recipe"], each["images"], each["batches"]) for each in planned["synthesis"]]
+    assert sorted(told, key=str) == sorted(made, key=str)
+    assert bool(made) == (line != "quantize with data")
+    if line != "invert":
+        assert planned["training"] == json.loads((tmp_path / "out" / "run.json").read_text())["options"]["training"]
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if "images" in _parameters(name)])
+def test_help_tells_how_many_images_a_verb_makes(name):
+    """The verb's own number stands in its module; help must not import torch, so it repeats it."""
+    module = _module(name)
+    usual, _, paper = _parameters(name)["images"].show_default.partition("; of paper ")
+    assert usual == str(module.IMAGES)
+    assert paper == (str(module.PAPER_IMAGES) if name == "merge" else "")
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name in dfcompress.__all__])
+def test_a_verb_has_the_same_defaults_on_the_command_line_and_in_python(name):
+    told, verb = _parameters(name), getattr(_module(name), name)
+    for own in inspect.signature(verb).parameters.values():
+        if own.name in told and own.default is not inspect.Parameter.empty:
+            default = told[own.name].default
+            given = None if str(default).endswith("UNSET") else default  # So newer versions of click say it.
+            assert str(given or None) == str(own.default or None), own.name
+
+
+def test_a_dry_run_tells_of_the_rounding_before_lsq(capsys):
+    for asked, rounding in ([], BEFORE_LSQ), (["--finetune", "lsq"], None), (["--train-steps", "0"], None):
+        _, out, _ = answer(capsys, "quantize", DEMO, "--data", DEMO, *asked, "--dry-run", "--json")
+        assert json.loads(out)["rounding"] == (asdict(rounding) if rounding else None)
 
 
 FEW = ["--data", DEMO, "--compile", "off", "--train-steps", "2", "-o", "packed", "--json"]

@@ -178,6 +178,7 @@ PUBLISHED = ["--calibrate", "minmax", "--weight-ranges", "minmax", "--no-correct
             "feature",
         ),
         ("merge", ["--student", "lenet5_bn", "--train-lr", "0.01"], "logits/1"),
+        ("merge", ["--student", "lenet5_bn", "--method", "paper", "--train-lr", "0.01"], "block/1"),
         (
             "quantize",
             ["--bits", "8w8a", "--train-lr", "0.001", "--finetune", "kd", "--objective", "kd", *PUBLISHED],
@@ -213,6 +214,36 @@ def test_two_processes_train_as_one_does(verb, asked, loss, noise, tmp_path):
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-3)
+
+
+NEVER_CALLED = """
+from torch import nn
+
+class Network(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(900, 10))
+        self.spare = nn.Linear(4, 10)
+
+    def forward(self, images):
+        return nn.Sequential(*list(self)[:5])(images)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_network_with_weights_that_it_never_calls(noise, tmp_path):
+    """Auxiliary heads of a network under repair, for one; torch waits for gradients of all parameters unless told."""
+    (tmp_path / "net.py").write_text(NEVER_CALLED)
+    namespace: dict = {"__name__": "net"}
+    exec(NEVER_CALLED, namespace)
+    torch.save(namespace["Network"]().state_dict(), tmp_path / "net.pt")
+    of_it = ["--arch", f"{tmp_path / 'net.py'}:Network", "--input-size", "1x32x32", "--bits", "3w32a"]
+    asked = [tmp_path / "net.pt", *of_it, "--finetune", "kd", "--data", noise, *TRAINED]
+    subprocess.run([sys.executable, "-m", "dfcompress", "quantize", *asked, "-o", tmp_path / "one"], check=True)
+    (run,) = start(2, [*asked, "-o", tmp_path / "two"], verb="quantize")
+    _, errors = run.communicate(timeout=180)
+    assert run.returncode == 0, errors
+    alone, shared = (losses(tmp_path / name, "kd") for name in ("one", "two"))
+    assert shared == pytest.approx(alone, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def _synthesis(
     recipe: str | None,
     preset: str | None,
     settings: tuple[str, ...],
-    images: int,
+    images: int | None,
     steps: int | None,
     lr: float | None,
     batch_size: int | None,
@@ -239,13 +239,10 @@ compute = group(
 )
 
 
-def synthesis(*, images: int) -> Decorator:
-    """Options of synthesis, with a verb's own number of images."""
-    return group("synthesis", _synthesis, *_SYNTHESIS, _images(images))
-
-
-def _images(count: int) -> Decorator:
-    return click.option("--images", type=click.IntRange(1), default=count, show_default=True, help="Images to make.")
+def synthesis(*, images: int | str) -> Decorator:
+    """Options of synthesis; `images` is what a verb makes by default, as help tells it."""
+    number = click.option("--images", type=click.IntRange(1), show_default=str(images), help="Images to make.")
+    return group("synthesis", _synthesis, *_SYNTHESIS, number)
 
 
 _SYNTHESIS = (

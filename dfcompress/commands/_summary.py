@@ -13,15 +13,22 @@ if TYPE_CHECKING:
     from dfcompress.synthesis.invert import SynthesisPlan
 
 
-def plan(*planned: SynthesisPlan, as_json: bool, training: dict[str, Any] | None = None) -> None:
+def plan(
+    *planned: SynthesisPlan,
+    as_json: bool,
+    rounding: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+) -> None:
     """What a dry run found: nothing was touched. Without `planned` the images are there already."""
+    parts = {"rounding": rounding, "training": training}
     if as_json:
-        console.result_json({"synthesis": [each.to_json() for each in planned], "training": training})
+        console.result_json({"synthesis": [each.to_json() for each in planned], **parts})
         return
     for each in planned:
         _synthesis(each)
-    if training:
-        console.result("training: " + " ".join(f"{name}={value}" for name, value in training.items()))
+    for part, settings in parts.items():
+        if settings:
+            console.result(f"{part}: " + " ".join(f"{name}={value}" for name, value in settings.items()))
 
 
 def _synthesis(planned: SynthesisPlan) -> None:

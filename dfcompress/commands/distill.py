@@ -56,11 +56,13 @@ def distill(
 
     from dfcompress.settings import settled
     from dfcompress.synthesis.invert import plans
-    from dfcompress.training.distill import DISTILLATION, distill
+    from dfcompress.synthesis.supply import ImageSupply
+    from dfcompress.training.distill import DISTILLATION, IMAGES, distill
 
     if dry_run:
-        made = [] if data else plans(model, synthesis, compute, mix=mix, unseen=unseen)
-        _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(settled(DISTILLATION, training)))
+        supply = ImageSupply(model, data, synthesis.counted(IMAGES), compute, mix=mix, unseen=unseen)
+        usual = settled(DISTILLATION, training)
+        _summary.plan(*plans(supply), as_json=as_json, training=dataclasses.asdict(usual))
         return
     result = distill(
         model,

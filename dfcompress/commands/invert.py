@@ -37,10 +37,12 @@ def invert(
     as_json: bool,
 ) -> None:
     """Make images from a checkpoint and nothing else."""
-    from dfcompress.synthesis.invert import invert, plans
+    from dfcompress.synthesis.invert import IMAGES, invert, plans
+    from dfcompress.synthesis.supply import ImageSupply
 
     if dry_run:
-        _summary.plan(*plans(model, synthesis, compute), as_json=as_json)
+        supply = ImageSupply(model, None, synthesis.counted(IMAGES), compute)
+        _summary.plan(*plans(supply), as_json=as_json)
         return
     made = invert(
         model,

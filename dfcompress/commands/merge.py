@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--eval-data", multiple=True, type=_options.PATH, help="Real images to report on: one source, or one a teacher."
 )
-@_options.synthesis(images=1024)
+@_options.synthesis(images="1024; of paper 4096")
 @_options.training(steps="12000; of paper 125 epochs", lr=0.05, batch_size="128; of paper 64 a model")
 @_options.mix
 @_options.unseen
@@ -66,10 +66,9 @@ def merge(
 
     if dry_run:
         own, mix = usual_images(method, synthesis, mix)  # type: ignore[arg-type]
-        supplies = image_supplies(models, data, own, compute, mix=mix)
+        supplies = image_supplies(models, data, own, compute, mix=mix, unseen=unseen)
         usual = usual_training(method, min(map(len, supplies)), len(models))  # type: ignore[arg-type]
-        made = [] if data else [each for model in models for each in plans(model, own, compute, mix=mix, unseen=unseen)]
-        _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(settled(usual, training)))
+        _summary.plan(*plans(*supplies), as_json=as_json, training=dataclasses.asdict(settled(usual, training)))
         return
     result = merge(
         models,

@@ -78,10 +78,11 @@ def quantize(
     import json
 
     from dfcompress.quantization.bits import layers_of
-    from dfcompress.quantization.quantize import quantize, usual_synthesis, usual_tuning, wanted_bits
+    from dfcompress.quantization.quantize import BEFORE_LSQ, quantize, usual_synthesis, usual_tuning, wanted_bits
     from dfcompress.quantization.report import REPORT
     from dfcompress.settings import assignments
     from dfcompress.synthesis.invert import plans
+    from dfcompress.synthesis.supply import ImageSupply
 
     gates.require_images(eval_data)
     patterns = assignments(layer_bits, "--layer-bits")
@@ -90,9 +91,16 @@ def quantize(
     if dry_run:
         layers = layers_of(model).quantizable
         wanted_bits(model, layers, bits, first_last_bits, patterns, size_ratio, signed=calibration.signed)
-        made = [] if data else plans(model, usual_synthesis(model, synthesis), compute, mix=mix)
+        own = synthesis if data else usual_synthesis(model, synthesis)
         tuning = usual_tuning(finetune, training)
-        _summary.plan(*made, as_json=as_json, training=dataclasses.asdict(tuning) if tuning else None)
+        supply = ImageSupply(model, data, own, compute, mix=mix)
+        rounding = BEFORE_LSQ if tuning and finetune == "blocks+lsq" else None
+        _summary.plan(
+            *plans(supply),
+            as_json=as_json,
+            rounding=dataclasses.asdict(rounding) if rounding else None,
+            training=dataclasses.asdict(tuning) if tuning else None,
+        )
         return
     result = quantize(
         model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from dfcompress.models.hooks import counted_runs, hooked_outputs
 class Classifier(nn.Module):
     """A network that takes images in [0, 1] because it owns the normalisation its weights expect.
 
-    `network` takes normalised images `(N, C, H, W)` and returns logits `(N, classes)`.
+    `network` takes normalised images `(N, C, H, W)` and returns logits `(N, classes)`, in training mode perhaps others
+    beside them (see `main_logits`).
     `name`, `sha256` and `path` say which file the weights came from, if any; sets and records of one teacher are
     refused to another.
     """
@@ -41,7 +42,8 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(N, classes)` of images `(N, C, H, W)` in [0, 1]."""
-        return self.network(self.normalise(images))
+        answer = self.network(self.normalise(images))
+        return main_logits(answer) if self.training else answer
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images in [0, 1] → the space the network works in."""
@@ -66,6 +68,18 @@ class Classifier(nn.Module):
     def frozen(self) -> Classifier:
         """Itself in evaluation mode, no parameter asking for a gradient."""
         return self.eval().requires_grad_(False)
+
+
+def main_logits(answer: Any) -> Any:
+    """The logits of a network that answers with more while it trains: those named `logits`, or the first.
+
+    So torchvision's GoogLeNet and Inception, and networks written after them, give the logits of auxiliary heads.
+    """
+    if isinstance(answer, Mapping):
+        return answer.get("logits", next(iter(answer.values()), None))
+    if isinstance(answer, tuple | list):
+        return getattr(answer, "logits", next(iter(answer), None))
+    return answer
 
 
 @contextmanager

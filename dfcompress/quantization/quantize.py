@@ -70,7 +70,7 @@ OBJECTIVES: Mapping[Finetuning, Mapping[str, float]] = {
     "lsq": {"kd": 1.0, "feature": 10.0},
     "kd": {"kd": 1.0, "iq": 0.001},
 }
-RECIPE = "bns-inception"
+RECIPE, IMAGES = "bns-inception", 2048
 BITS, BLOCKS = "bits.partial", "blocks.partial"
 
 
@@ -83,7 +83,7 @@ def quantize(
     size_ratio: float | None = None,
     data: str | Path | None = None,
     output: str | Path | None = None,
-    synthesis: Synthesis = Synthesis(images=2048),
+    synthesis: Synthesis = Synthesis(),
     mix: str = AUTO,
     calibration: Calibration = Calibration(),
     finetune: Finetuning = "blocks+lsq",
@@ -136,7 +136,7 @@ def quantize(
         learner=lambda recipe: learner(teacher, recipe, None, compute),
     )
     if isinstance(tuning, Training):
-        require_trainable(student, tuning, compute, [len(supply)])
+        require_trainable(student, tuning, compute, [len(supply)], repair=True)
     options = {
         "teacher": teacher.identity(),
         "bits": {name: asdict(each) for name, each in wanted.items()},
@@ -219,6 +219,7 @@ def usual_synthesis(teacher: Classifier, synthesis: Synthesis) -> Synthesis:
     """What is made unless a recipe is named: images whose statistics are those of the training data, as far as the
     teacher knows them.
     """
+    synthesis = synthesis.counted(IMAGES)
     if synthesis.recipe or synthesis.preset or why_no_statistics(teacher.network):
         return synthesis
     return replace(synthesis, recipe=RECIPE)

@@ -26,9 +26,12 @@ from dfcompress.run import running
 from dfcompress.synthesis.job import Job, resolve
 from dfcompress.synthesis.making import execution_of, make_set, seconds_of, warnings_of
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
-from dfcompress.synthesis.supply import NONE, ImageSupply
+from dfcompress.synthesis.supply import ImageSupply
 from dfcompress.synthesis.synthesizer import seconds_per_step
+from dfcompress.training.loop import require_passes
 from dfcompress.training.pupil import Pupil
+
+IMAGES = 1024
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def invert(
     """
     teacher = as_classifier(checkpoint)
     others = [as_classifier(other) for other in verify]
-    job = resolve(teacher, synthesis)
+    job = resolve(teacher, synthesis.counted(IMAGES))
     pupil = learner(teacher, job.recipe(), student, compute)
     options = {
         **job.origin(),
@@ -142,7 +145,9 @@ def learner(teacher: Classifier, recipe: Recipe, student: Classifier | str | Non
     else:
         own, _ = make_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
     steps, lr, batch_size = recipe.lessons.steps, recipe.lessons.lr, recipe.lessons.batch_size
-    return Pupil(own, teacher, steps=steps, lr=lr, batch_size=batch_size, compute=compute, is_kept=is_kept)
+    pupil = Pupil(own, teacher, steps=steps, lr=lr, batch_size=batch_size, compute=compute, is_kept=is_kept)
+    require_passes(own, pupil.training)
+    return pupil
 
 
 @dataclass(frozen=True)
@@ -162,27 +167,20 @@ class SynthesisPlan:
         return asdict(self)
 
 
-def plans(
-    teacher: Classifier, synthesis: Synthesis, compute: Compute, *, mix: str = NONE, unseen: int = 0
-) -> list[SynthesisPlan]:
-    """What a verb would make: `invert` one set, others also those of `mix` and `unseen`. Times a few eager steps
-    of each and touches nothing.
-
-    Raises `BadInput` as the verb does.
-    """
-    supply = ImageSupply(teacher, None, synthesis, compute, mix=mix, unseen=unseen)
-    return [_plan(job, compute) for job in (*supply.jobs.values(), supply.unseen) if job]
+def plans(*supplies: ImageSupply) -> list[SynthesisPlan]:
+    """The sets that a verb of these supplies would make. Times a few eager steps of each and touches nothing."""
+    return [_plan(job, supply.compute) for supply in supplies for job in supply.made]
 
 
 def _plan(job: Job, compute: Compute) -> SynthesisPlan:
-    recipe, synthesis = job.recipe(), job.synthesis
-    batch_size = min(recipe.batch_size, synthesis.images)
-    batches = -(-synthesis.images // batch_size)
+    recipe = job.recipe()
+    batch_size = min(recipe.batch_size, job.images)
+    batches = -(-job.images // batch_size)
     execution = execution_of(job, compute)
     one = _eager_seconds(job, execution, batch_size)
     seconds = predicted_seconds(execution, one * recipe.steps * batches)
     memory = peak_memory_bytes(torch.device(execution.device))
-    return SynthesisPlan(job.choice, synthesis.images, batches, recipe.steps, execution, round(seconds, 2), memory)
+    return SynthesisPlan(job.choice, job.images, batches, recipe.steps, execution, round(seconds, 2), memory)
 
 
 def _eager_seconds(job: Job, execution: Execution, batch_size: int) -> float:

@@ -32,6 +32,12 @@ class Job:
     choice: RecipeChoice
     labels: Labels
 
+    @property
+    def images(self) -> int:
+        """How many images to make."""
+        assert self.synthesis.images is not None, "a verb says how many it makes by default"
+        return self.synthesis.images
+
     def recipe(self) -> Recipe:
         """A fresh recipe."""
         return self.choice.build()

@@ -30,13 +30,12 @@ from dfcompress.device import (
 )
 from dfcompress.distributed import peers
 from dfcompress.errors import BadInput
-from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.run import save_state, write_atomically
 from dfcompress.synthesis.health import Checkup, Health
 from dfcompress.synthesis.job import Job
 from dfcompress.synthesis.labels import Labels
-from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
+from dfcompress.synthesis.recipe import Recipe, RecipeChoice
 from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch, try_step
 
 METRICS = "metrics.jsonl"
@@ -82,7 +81,7 @@ def make_set(job: Job, folder: Path, compute: Compute, *, learner: Learner | Non
 
 def _open(job: Job, folder: Path, compute: Compute, student: Classifier | None) -> None:
     """Begin a set, or check that the one in `folder` is of the same job."""
-    teacher, recipe, images = job.teacher, job.recipe(), job.synthesis.images
+    teacher, recipe, images = job.teacher, job.recipe(), job.images
     batch_size = min(recipe.batch_size, images)
     described = {
         "recipe": asdict(job.choice),
@@ -100,7 +99,7 @@ def _open(job: Job, folder: Path, compute: Compute, student: Classifier | None) 
     if recipe.lessons and len(sizes) <= recipe.lessons.every:
         console.notice(_no_lesson(images, len(sizes), recipe.lessons.every))
     execution = execution_of(job, compute, student)
-    execution = replace(execution, groups=_groups(job.synthesis, batch_size, teacher.card, execution))
+    execution = replace(execution, groups=_groups(job, batch_size, execution))
     SyntheticSet.create(
         folder, {**described, "batch_size": batch_size, "shards": sizes, "execution": asdict(execution)}
     )
@@ -124,13 +123,13 @@ def _no_lesson(images: int, batches: int, every: int) -> str:
 PIXELS_A_STEP = 128 * 32 * 32
 
 
-def _groups(synthesis: Synthesis, batch_size: int, card: ModelCard, execution: Execution) -> int:
-    batches = -(-synthesis.images // batch_size)
-    if synthesis.groups != "auto":
-        return min(synthesis.groups, batches)
+def _groups(job: Job, batch_size: int, execution: Execution) -> int:
+    batches = -(-job.images // batch_size)
+    if job.synthesis.groups != "auto":
+        return min(job.synthesis.groups, batches)
     if not can_capture(torch.device(execution.device)):
         return 1
-    height, width = card.input_size[1:]
+    height, width = job.teacher.card.input_size[1:]
     return max(1, min(PIXELS_A_STEP // (batch_size * height * width), batches))
 
 
@@ -139,7 +138,7 @@ def execution_of(job: Job, compute: Compute, student: Classifier | None = None) 
 
     The precision is tried in one step. Raises `BadInput` where the one that was asked for does not work.
     """
-    teacher, recipe, images = job.teacher, job.recipe(), job.synthesis.images
+    teacher, recipe, images = job.teacher, job.recipe(), job.images
     batch_size = min(recipe.batch_size, images)
     execution = resolve_execution(compute, work_in(recipe, teacher, -(-images // batch_size) * batch_size))
     student = (student or teacher) if recipe.needs_student else None

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -175,7 +175,8 @@ def choose(
 
 @dataclass(frozen=True)
 class Synthesis:
-    """Which images to make: the recipe, its preset, settings that override the preset's, how many, and of what.
+    """Which images to make: the recipe, its preset, settings that override the preset's, how many (None: as many as the
+    verb makes by default), and of what.
 
     Without a `recipe` it is the one of the record's kind, and without a record `deepinversion`. `records` is the file
     that the model's owner released, `beside` the one beside the checkpoint if there is one, None none.
@@ -187,17 +188,21 @@ class Synthesis:
     recipe: str | None = None
     preset: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    images: int = 1024
+    images: int | None = None
     labels: str = BALANCED
     classes: Sequence[str] = ()
     groups: int | Literal["auto"] = "auto"
     preview_every: int = 0
     records: str | Path | None = "beside"
 
+    def counted(self, usual: int) -> Synthesis:
+        """Itself with a number of images: the one asked for, else `usual`."""
+        return self if self.images is not None else replace(self, images=usual)
+
 
 def choose_recipe(synthesis: Synthesis, card: ModelCard, record: Description | None) -> RecipeChoice:
     """The recipe with every setting resolved for a model; raises `BadInput` for unknown names and values."""
-    if synthesis.images < 1:
+    if synthesis.images is not None and synthesis.images < 1:
         raise BadInput(f"--images {synthesis.images} is not a number of images.", "Ask for at least 1.")
     usual = WITH_ACTIVATIONS if record and record.kind != BN_EQUIVALENT else WITHOUT
     choice = choose(synthesis.recipe or usual, synthesis.preset, synthesis.settings, card=card, record=record)

@@ -56,7 +56,7 @@ class ImageSupply:
         unseen: int = 0,
         learner: Callable[[Recipe], Learner | None] = lambda recipe: None,
     ) -> None:
-        self.compute, self.learner = compute, learner
+        self.compute = compute
         places = _parts(data)
         given = [SyntheticSet(place) for place in places if (place / MANIFEST).exists()]
         for synthetic in given:
@@ -65,6 +65,7 @@ class ImageSupply:
         self.jobs = {} if self.sources else _jobs(teacher, synthesis, mix)
         if self.sources and (mix not in (AUTO, NONE) or replace(synthesis, images=1) != Synthesis(images=1)):
             console.notice("The images are those of --data: options of synthesis make no others to train on.")
+        self.learners = {name: learner(job.recipe()) for name, job in self.jobs.items()}
         informed = next((job.teacher for job in self.jobs.values()), teacher)
         self.unseen = None
         if unseen and not why_no_statistics(informed.network):
@@ -83,18 +84,25 @@ class ImageSupply:
         return {name: job.origin() for name, job in self.jobs.items()} or None
 
     @property
+    def made(self) -> list[Job]:
+        """The sets that `gather` makes, those that no student learns from last."""
+        return [*self.jobs.values(), *([self.unseen] if self.unseen else [])]
+
+    @property
     def adaptive(self) -> bool:
         """Whether images are made that compete with a student."""
         return any(job.recipe().lessons for job in self.jobs.values())
 
     def __len__(self) -> int:
         """How many images there are to train on."""
-        images = sum(map(len, self.sources)) + sum(job.synthesis.images for job in self.jobs.values())
+        images = sum(map(len, self.sources)) + sum(job.images for job in self.jobs.values())
         return images - _held_out(images)
 
     def gather(self, folder: Path) -> TrainingImages:
         """All images as they are stored; one in sixteen is held out."""
-        made = [self._made(job, folder / name) for name, job in self.jobs.items()]
+        made = [
+            make_set(job, folder / name, self.compute, learner=self.learners[name]) for name, job in self.jobs.items()
+        ]
         images = _together([_stored(source) for source in [*self.sources, *made]])
         seconds = sum(map(seconds_of, made))
         unseen = images[:0]
@@ -104,9 +112,6 @@ class ImageSupply:
         order = torch.randperm(len(images), generator=generator("held-out", self.compute.seed))
         train, held_out = order[_held_out(len(images)) :].sort().values, order[: _held_out(len(images))]
         return TrainingImages(images[train], images[held_out], unseen, seconds)
-
-    def _made(self, job: Job, folder: Path) -> SyntheticSet:
-        return make_set(job, folder, self.compute, learner=self.learner(job.recipe()))
 
 
 def _parts(data: str | Path | None) -> list[Path]:
@@ -130,7 +135,7 @@ def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Job]
     first = resolve(teacher, synthesis)
     if mix == AUTO:
         informed = not why_no_statistics(first.teacher.network) and not first.recipe().needs_targets
-        free = synthesis.labels == BALANCED and not synthesis.classes and synthesis.images > 1
+        free = synthesis.labels == BALANCED and not synthesis.classes and first.images > 1
         mix = OTHER_RECIPES[0] if informed and free and first.choice.name != OTHER_RECIPES[0] else NONE
     if mix == NONE:
         return {SYNTHETIC: first}
@@ -138,9 +143,9 @@ def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Job]
         raise BadInput(f"--mix {mix} is the recipe that is mixed.", "Name another one, or --mix none.")
     if synthesis.classes or synthesis.labels != BALANCED:
         raise BadInput("--mix makes images of all classes.", "Use --mix none with --classes and --labels.")
-    half = synthesis.images // 2
+    half = first.images // 2
     return {
-        SYNTHETIC: replace(first, synthesis=replace(synthesis, images=synthesis.images - half)),
+        SYNTHETIC: replace(first, synthesis=replace(synthesis, images=first.images - half)),
         f"{SYNTHETIC}-{mix}": resolve(teacher, _alike(synthesis, mix, half)),
     }
 

@@ -41,7 +41,7 @@ DISTILLATION = Training(
 )
 KD: Mapping[str, float] = {"kd": 1.0}
 KD_AND_FEATURES: Mapping[str, float] = {"kd": 1.0, "feature": 10.0}
-UNSEEN = 128
+IMAGES, UNSEEN = 2048, 128
 
 
 def distill(
@@ -51,7 +51,7 @@ def distill(
     student_init: str | Path | Classifier | None = AUTO,
     data: str | Path | None = None,
     output: str | Path | None = None,
-    synthesis: Synthesis = Synthesis(images=2048),
+    synthesis: Synthesis = Synthesis(),
     training: Training | Mapping[str, Any] | None = None,
     objectives: Mapping[str, float] | None = None,
     temperature: float = 4.0,
@@ -96,7 +96,7 @@ def distill(
     supply = ImageSupply(
         teacher,
         data,
-        synthesis,
+        synthesis.counted(IMAGES),
         compute,
         mix=mix,
         unseen=unseen,

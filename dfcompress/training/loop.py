@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,17 +17,18 @@ from dfcompress.data.pool import ImagePool
 from dfcompress.device import Compute, Execution, resolve_execution
 from dfcompress.distributed import Peers, peers
 from dfcompress.errors import BadInput, DfcompressError
-from dfcompress.models.classifier import Classifier, work_of
+from dfcompress.models.classifier import Classifier, main_logits, work_of
 from dfcompress.randomness import generator
 from dfcompress.run import write_atomically
 from dfcompress.training import optimizers, parallel
 from dfcompress.training.settings import Training
-from dfcompress.training.steps import Steps, training_mode
+from dfcompress.training.steps import Steps, dropping, training_mode
 from dfcompress.training.teaching import Teaching
 
 METRICS = "metrics.jsonl"
 PARTIAL = "training.partial"
 METRICS_POINTS = 100
+TRIED = 2  # Images of a trial: BatchNorm cannot normalise a single one whose features are 1x1.
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Trainer:
             stack.enter_context(self.teaching.listening(self.student))
             mode = training_mode(self.student, repair=self.repair, freeze_batchnorm=self.training.freeze_batchnorm)
             stack.enter_context(mode)
+            stack.enter_context(dropping(self.student, self.training.dropout))
             stack.enter_context(parallel.synchronised(self.student, self.everyone))
             stack.enter_context(torch.random.fork_rng())
             steps = Steps(
@@ -206,7 +208,9 @@ class Trainer:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def require_trainable(student: Classifier, training: Training, compute: Compute, sets: Sequence[int]) -> None:
+def require_trainable(
+    student: Classifier, training: Training, compute: Compute, sets: Sequence[int], *, repair: bool = False
+) -> None:
     """Raise `BadInput` where this machine and these processes cannot train a student on sets of so many images.
 
     Checked before images are made: the same holds for every Trainer of these settings.
@@ -217,3 +221,47 @@ def require_trainable(student: Classifier, training: Training, compute: Compute,
         raise BadInput("A batch has no image of some set.", "Use more --images or --train-batch-size.")
     parallel.require_shares(share, peers())
     parallel.require_plain(student, peers())
+    if training.steps:
+        require_passes(student, training, images=min(TRIED, share * len(sets)), repair=repair)
+
+
+def require_passes(student: Classifier, training: Training, *, images: int = TRIED, repair: bool = False) -> None:
+    """Raise `BadInput` where a student cannot go forward and backward in the mode in which it will train; a copy is
+    tried.
+    """
+    twin, size = copy.deepcopy(student), (images, *student.card.input_size)
+    shown = torch.rand(size, generator=generator("noise", 0)).to(student.mean.device)
+    mode = training_mode(twin, repair=repair, freeze_batchnorm=training.freeze_batchnorm)
+    with torch.random.fork_rng(devices=[]):
+        why = _why_not_learnt(twin, shown, mode)
+    if why:
+        remedy = "Use --finetune none, which trains nothing." if repair else "Name another --student."
+        raise BadInput(f"{student.card.architecture} cannot be trained: {why}.", remedy)
+
+
+def _why_not_learnt(student: Classifier, images: Tensor, mode: AbstractContextManager[None]) -> str | None:
+    """Why a student in this mode cannot learn from images `(N, C, H, W)`, or None where it can.
+
+    The logits among all that it answers while it trains must depend on the parameters that its answer in evaluation
+    mode depends on: those of an auxiliary head do not, and would train what is never used.
+    """
+    expected = (len(images), student.card.classes)
+    try:
+        with mode:
+            answer = student.network(student.normalise(images))
+            logits = main_logits(answer)
+            if not isinstance(logits, Tensor) or logits.shape != expected:
+                found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                return f"while it trains it answers with {found}, not with {expected}"
+            learnt = _reached(logits, student)
+        if not isinstance(answer, Tensor) and learnt != _reached(student(images), student):
+            return f"the first logits of the {type(answer).__name__} that it gives while it trains are not its answer"
+    except Exception as error:  # Whatever a stranger's network may raise.
+        return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return None
+
+
+def _reached(logits: Tensor, student: Classifier) -> list[bool]:
+    """Which parameters the logits depend on."""
+    gradients = torch.autograd.grad(logits.float().sum(), list(student.parameters()), allow_unused=True)
+    return [gradient is not None for gradient in gradients]

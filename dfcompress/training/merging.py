@@ -30,7 +30,8 @@ class Merging:
     """Each teacher's classes are a block of the student's outputs; blocks may share outputs.
 
     `paper` (Shapira and Sidi 2020): cross-entropy over all outputs with the best class of the teacher whose image it
-    is, the mean of each teacher's images, summed. It is `block` here.
+    is, the mean of each teacher's images, summed. It is `block` here. As in the released code each teacher's images go
+    through the student in a pass of their own, so its BatchNorms see one teacher's images at a time.
 
     `all-logits` (ours): every teacher sees every image, also those of the others, and the student imitates all
     their logits. In place of a teacher's mean over its classes, which says nothing of them, stands how much more
@@ -91,8 +92,13 @@ class Merging:
         return (FAMILIARITY * (unfamiliar.mean(0) - unfamiliar)).clamp(-LIMIT, LIMIT).unsqueeze(2)
 
     def compare(self, student: nn.Module, images: Tensor, taught: tuple[Tensor, ...]) -> Tensor:
-        """The three parts of every teacher, each part's teachers in order."""
-        logits, (*given, sources) = student(images).float(), taught
+        """The three parts of every teacher, each part's teachers in order.
+
+        The paper's way takes equally many images of each teacher, one teacher's after the other's.
+        """
+        *given, sources = taught
+        passes = images.chunk(len(self.teachers)) if self.method == "paper" else [images]
+        logits = torch.cat([student(some).float() for some in passes])
         parts = [self._compare(number, logits, theirs, sources == number) for number, theirs in enumerate(given)]
         return torch.stack(parts).t().flatten()
 

@@ -148,9 +148,15 @@ def choose_backend(name: Name, backend: Backend, device: torch.device) -> Litera
 
 
 def make_optimizer(
-    name: Name, groups: Iterable[dict[str, Any]], *, backend: Literal["torch", "apex"], lr: float, momentum: float
+    name: Name,
+    groups: Iterable[dict[str, Any]],
+    *,
+    backend: Literal["torch", "apex"],
+    lr: float,
+    momentum: float,
+    nesterov: bool = True,
 ) -> Optimizer:
-    """The optimiser over parameter groups, each with its own `weight_decay`; `momentum` is SGD's, with Nesterov's form.
+    """The optimiser over parameter groups, each with its own `weight_decay`; `momentum` is SGD's, `nesterov` its form.
 
     fp32 parameters on CUDA are updated by torch's fused kernels.
     """
@@ -159,7 +165,7 @@ def make_optimizer(
         return _apex(name, groups, lr)
     fused = all(is_cuda(weight.device) for group in groups for weight in group["params"])
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=fused)
     settings: dict[str, Any] = {"lr": lr, "betas": BETAS[name], "eps": EPS[name]}
     if name in ("adam", "adamw"):
         family = torch.optim.Adam if name == "adam" else torch.optim.AdamW

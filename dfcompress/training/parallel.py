@@ -40,7 +40,8 @@ def replicated(module: nn.Module, everyone: Peers) -> nn.Module:
     if everyone.count == 1:
         return module
     everyone.connect(collective_backend(next(module.parameters()).device))
-    replica = nn.parallel.DistributedDataParallel(module)
+    # Every step uses the same parameters, and none waits for those that are in no step (an auxiliary head's).
+    replica = nn.parallel.DistributedDataParallel(module, static_graph=True)
     replica.broadcast_buffers = False  # They are the same everywhere: statistics are those of the whole batch.
     return replica
 

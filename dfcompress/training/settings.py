@@ -17,11 +17,13 @@ Schedule = Literal["cosine", "multistep", "constant"]
 class Training:
     """Settings of the loop.
 
-    `optimizer` is sgd (Nesterov, `momentum`), adam, adamw, lamb or novograd, computed by `backend`; `weight_decay` is
-    for weights alone, not for biases and BatchNorm. The rate is warmed up linearly over `warmup` (a share of the
-    steps), then falls along a cosine to 0, or is multiplied by `gamma` at each of the `milestones` (shares of the
-    steps) of the `multistep` schedule. The gradient's norm is cut at `clip`, 0 leaves it. With `ema` the result is the
-    exponential average of the weights of all steps with that decay. With `freeze_batchnorm` running statistics stay.
+    `optimizer` is sgd (`momentum`, by default in the form of `nesterov`), adam, adamw, lamb or novograd, computed by
+    `backend`; `weight_decay` is for weights alone, with `decay_all` also for biases and BatchNorm. The rate is warmed
+    up linearly over `warmup` (a share of the steps), then falls along a cosine to 0, is multiplied by `gamma` at each
+    of the `milestones` (shares of the steps) of the `multistep` schedule, or stays `constant`. The gradient's norm is
+    cut at `clip`, 0 leaves it. With `ema` the result is the exponential average of the weights of all steps with that
+    decay. With `freeze_batchnorm` running statistics stay. `dropout` is the share of the last layer's input that is
+    dropped while the student trains, beside what its architecture drops; the result has no such layer.
     """
 
     steps: int
@@ -30,7 +32,9 @@ class Training:
     optimizer: optimizers.Name = "sgd"
     backend: optimizers.Backend = "auto"
     momentum: float = 0.9
+    nesterov: bool = True
     weight_decay: float = 5e-4
+    decay_all: bool = False
     schedule: Schedule = "cosine"
     warmup: float = 0.05
     milestones: tuple[float, ...] = (0.5, 0.75)
@@ -38,6 +42,7 @@ class Training:
     clip: float = 5.0
     ema: float = 0.0
     freeze_batchnorm: bool = False
+    dropout: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
@@ -56,8 +61,8 @@ class Training:
         for what, name, names in choices:
             if name not in names:
                 raise BadInput(f"There is no {what} {name!r}.", f"Known: {', '.join(names)}.")
-        for what, share in (("momentum", self.momentum), ("warmup", self.warmup), ("ema", self.ema)):
-            if not 0 <= share < 1:
+        for what in ("momentum", "warmup", "ema", "dropout"):
+            if not 0 <= (share := getattr(self, what)) < 1:
                 raise BadInput(f"{what} {share} is no share below 1.", "Use 0 to leave it out.")
         if self.clip < 0 or self.weight_decay < 0:
             raise BadInput("clip or weight_decay is negative.", "Use 0 to leave it out.")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -18,7 +19,9 @@ from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import Execution
 from dfcompress.distributed import Peers
-from dfcompress.models.classifier import Classifier
+from dfcompress.models.classifier import Classifier, pass_once
+from dfcompress.models.hooks import hooked_inputs
+from dfcompress.models.recorder import weighted_layers
 from dfcompress.randomness import seed_of
 from dfcompress.run import Clock, save_state
 from dfcompress.training import optimizers, parallel
@@ -53,12 +56,19 @@ class Steps:
         self._history: list[Tensor] = []
         self._parameters = [*student.parameters(), *teaching.own.parameters()]
         # Weight decay belongs on weights: pulling BatchNorm's scale and the biases to 0 costs accuracy.
+        weights = [each for each in self._parameters if each.dim() > 1]
+        others = [each for each in self._parameters if each.dim() <= 1]
         groups: list[dict[str, Any]] = [
-            {"params": [each for each in self._parameters if each.dim() > 1], "weight_decay": training.weight_decay},
-            {"params": [each for each in self._parameters if each.dim() <= 1], "weight_decay": 0.0},
+            {"params": weights, "weight_decay": training.weight_decay},
+            {"params": others, "weight_decay": training.weight_decay if training.decay_all else 0.0},
         ]
         self._optimizer = optimizers.make_optimizer(
-            training.optimizer, groups, backend=backend, lr=training.lr, momentum=training.momentum
+            training.optimizer,
+            groups,
+            backend=backend,
+            lr=training.lr,
+            momentum=training.momentum,
+            nesterov=training.nesterov,
         )
         average = get_ema_multi_avg_fn(training.ema)
         self._average = AveragedModel(student, multi_avg_fn=average, use_buffers=True) if training.ema else None
@@ -184,6 +194,23 @@ class _Lesson(nn.Module):
         with self._low:
             values = self._teaching.compare(self.student, images, taught)
         return (self._teaching.weights * values).sum(), values.detach()
+
+
+@contextmanager
+def dropping(student: Classifier, share: float) -> Iterator[None]:
+    """Drop that share of what the student's last layer takes, at random in every pass; 0 drops nothing."""
+    names = [_last_layer(student)] if share else []
+    with hooked_inputs(student.network, names, lambda name, features: F.dropout(features, share)):
+        yield
+
+
+def _last_layer(student: Classifier) -> str:
+    """The name of the layer with weights that evaluation calls last."""
+    called: list[str] = []
+    layers = weighted_layers(student.network)
+    with hooked_inputs(student.network, layers, lambda name, features: called.append(name)):
+        pass_once(student, hooks=[])
+    return called[-1]
 
 
 @contextmanager

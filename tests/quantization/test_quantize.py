@@ -77,31 +77,62 @@ def make(*dropout):
     stem = nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), *dropout
     return nn.Sequential(*stem, nn.Conv2d(8, 8, 3, 2), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
 
-def without():
+def plain():
     return make(nn.Identity())
 
 def with_dropout():
     return make(nn.Dropout2d(0.5))
+
+class WithHead(nn.Sequential):
+    def __init__(self):
+        super().__init__(*plain())
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, images):
+        *body, head = self
+        early = nn.Sequential(*body[:4])(images)
+        late = nn.Sequential(*body[4:])(early)
+        return (late, head(early.mean((2, 3)))) if self.training else late
+
+with_head = WithHead
+
+class Cut(WithHead):
+    def forward(self, images):
+        return super().forward(images).detach()
+
+cut = Cut
 """
 
 
-@pytest.mark.parametrize("finetune", ["lsq", "kd"])
-def test_dropout_in_the_definition_changes_nothing(finetune, tmp_path):
-    """A quantized network is repaired, and has no weights to spare for noise."""
-    (tmp_path / "net.py").write_text(FACTORIES)
+def defined(folder, name):
+    """A teacher of the factory of that name, from a file; all of them have the same weights."""
+    (folder / "net.py").write_text(FACTORIES)
     torch.manual_seed(0)
-    namespace: dict = {}
+    namespace: dict = {"__name__": "net"}
     exec(FACTORIES, namespace)
-    torch.save(namespace["without"]().state_dict(), tmp_path / "net.pt")
+    torch.save(namespace[name]().state_dict(), folder / f"{name}.pt")
+    return load(folder / f"{name}.pt", arch=f"{folder / 'net.py'}:{name}", input_size=(1, 32, 32))
+
+
+@pytest.mark.parametrize("finetune", ["lsq", "kd"])
+def test_dropout_and_heads_in_the_definition_change_nothing(finetune, tmp_path):
+    """A quantized network is repaired, and has no weights to spare for noise."""
     states = []
-    for name in ("without", "with_dropout"):
-        arch = f"{tmp_path / 'net.py'}:{name}"
-        teacher = load(tmp_path / "net.pt", arch=arch, input_size=(1, 32, 32))
-        settings = {"steps": 3, "batch_size": 32}
+    for name in ("plain", "with_dropout", "with_head"):
+        teacher, settings = defined(tmp_path, name), {"steps": 3, "batch_size": 32}
         asked = {"data": DEMO, "finetune": finetune, "training": settings, "compute": EAGER}
-        quantize(teacher, output=tmp_path / name, **asked)
-        states.append(load(tmp_path / name, arch=arch).state_dict())
-    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+        quantize(teacher, output=tmp_path / name, calibration=Calibration(steps=1), **asked)
+        states.append(load(tmp_path / name, arch=teacher.card.architecture).state_dict())
+    assert all(torch.equal(other[name], value) for other in states[1:] for name, value in states[0].items())
+
+
+def test_a_network_that_no_gradient_reaches_is_quantized_without_fine_tuning(tmp_path):
+    asked = {"data": DEMO, "compute": EAGER, "calibration": Calibration(steps=1), "output": tmp_path / "out"}
+    with pytest.raises(BadInput, match=r"cannot be trained: .*does not require grad.*--finetune none"):
+        quantize(defined(tmp_path, "cut"), **asked)
+    assert not (tmp_path / "out").exists()
+    quantize(defined(tmp_path, "cut"), finetune="none", **asked)
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_images_of_one_run_serve_another(tmp_path):

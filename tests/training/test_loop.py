@@ -9,10 +9,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import odd_networks
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file
 from torch import nn
 from torchvision.ops import DropBlock2d, StochasticDepth
@@ -24,7 +26,7 @@ from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages
-from dfcompress.training.loop import PARTIAL, Trainer
+from dfcompress.training.loop import PARTIAL, Trainer, require_passes, require_trainable
 from dfcompress.training.merging import Merging
 from dfcompress.training.objectives import Answer, feature, kd
 from dfcompress.training.outputs import Outputs
@@ -78,6 +80,39 @@ def test_one_step_equals_plain_sgd_by_hand():
     for got, wanted in zip(student.parameters(), expected.parameters(), strict=True):
         # Nesterov's first step is (1 + momentum) times the gradient.
         torch.testing.assert_close(got.detach(), wanted.detach() - 0.2 * 1.9 * wanted.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_momentum_may_be_plain_and_decay_may_be_of_all():
+    """Two steps by torch's own SGD; Nesterov's differ from the first step on."""
+    asked = Training(steps=2, lr=0.2, batch_size=256, weight_decay=0.01, schedule="constant", warmup=0.0, clip=0.0)
+    student, _ = fitted(replace(asked, nesterov=False, decay_all=True))
+    expected, teacher, shown = tiny(2).train(), tiny(1).eval(), images().float() / 255
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        kd(2.0).value(Answer(expected(shown)), Answer(teacher(shown).detach())).backward()
+        optimizer.step()
+    for got, wanted in zip(student.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    usual, _ = fitted(asked)
+    assert not torch.allclose(usual.network[-1].weight, expected.network[-1].weight, rtol=1e-3)
+
+
+def test_what_the_last_layer_takes_is_dropped_while_a_student_trains_and_not_afterwards():
+    def trained(dropout, layer=None):
+        student = tiny(2)
+        if layer:
+            student.network.insert(5, layer)
+        training = replace(TRAINING, steps=3, dropout=dropout)
+        Trainer(student, Distillation(tiny(1), [kd(2.0)]), training, compute=EAGER).fit(images())
+        return student
+
+    dropped, plain = trained(0.4), trained(0.0)
+    wanted = trained(0.0, nn.Dropout(0.4))
+    assert all(torch.equal(a, b) for a, b in zip(dropped.parameters(), wanted.parameters(), strict=True))
+    assert not torch.equal(dropped.network[-1].weight, plain.network[-1].weight)
+    assert dropped.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(dropped(images()[:8].float()), dropped(images()[:8].float()))
 
 
 def test_the_rate_warms_up_linearly_and_falls_to_zero():
@@ -159,6 +194,80 @@ def test_batchnorms_of_a_network_under_repair_learn_the_statistics_of_the_images
         Trainer(student, Distillation(tiny(1), [kd(2.0)]), training, compute=EAGER, repair=True).fit(images())
         changed.append(not torch.equal(student.network[1].running_mean, before))
     assert changed == [False, True]
+
+
+class WithHead(nn.Module):
+    """`tiny` with an auxiliary head, which answers in training mode in a form of its own."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.body, self.form, self.head = tiny(2).network, form, nn.Linear(8, 4)
+
+    def forward(self, features):
+        early = self.body[:3](features)
+        late = self.body[3:](early)
+        return self.form(late, self.head(early.mean((2, 3)))) if self.training else late
+
+
+class Answered(NamedTuple):
+    logits: torch.Tensor
+    auxiliary: torch.Tensor
+
+
+FORMS = {
+    "tuple": lambda late, early: (late, early),
+    "named tuple": lambda late, early: Answered(auxiliary=early, logits=late),
+    "dict": lambda late, early: {"aux": early, "logits": late},
+    "no more": lambda late, early: late,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_of_all_that_a_student_answers_while_it_trains_the_main_logits_are_learnt(form):
+    def trained(network):
+        student = Classifier(network, CARD)
+        require_passes(student, TRAINING)
+        Trainer(student, Distillation(tiny(1), [kd(2.0)]), replace(TRAINING, steps=3), compute=EAGER).fit(images())
+        return student.network.state_dict()
+
+    wanted, found = trained(tiny(2).network), trained(WithHead(FORMS[form]))
+    assert all(torch.equal(found[f"body.{name}"], value) for name, value in wanted.items())
+
+
+def fails(late, early):
+    raise AttributeError("'tuple' object has no attribute 'mean'")
+
+
+def cut(late, early):
+    return late.detach()
+
+
+@pytest.mark.parametrize(
+    ("form", "why"),
+    [
+        (lambda late, early: (early, late), r"the first logits of the tuple .* are not its answer"),
+        (lambda late, early: late[:, :2], r"it answers with \(2, 2\), not with \(2, 4\)"),
+        (lambda late, early: None, "it answers with NoneType"),
+        (fails, "'tuple' object has no attribute 'mean'"),
+        (cut, "does not require grad"),
+    ],
+)
+def test_a_student_that_cannot_learn_is_found_by_one_pass_that_leaves_it_alone(form, why):
+    """In evaluation mode, in which a network is repaired, it has no such surprises."""
+    student = Classifier(WithHead(form), CARD)
+    before, mode = copy.deepcopy(student.state_dict()), student.training
+    with pytest.raises(BadInput, match=why + r".*--student"):
+        require_trainable(student, TRAINING, EAGER, [256])
+    require_trainable(student, TRAINING, EAGER, [256], repair=True)
+    assert student.training == mode
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_torchvisions_networks_with_auxiliary_heads_can_be_trained():
+    for make, size in ((torchvision.models.googlenet, 64), (torchvision.models.inception_v3, 299)):
+        network = make(num_classes=4, aux_logits=True, init_weights=False)
+        card = ModelCard("own", 4, (3, size, size), (0.5,) * 3, (0.25,) * 3)
+        require_passes(Classifier(network, card), TRAINING)
 
 
 def test_grey_images_are_not_flipped():

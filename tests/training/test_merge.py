@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from dfcompress import console
 from dfcompress.cli import run
@@ -22,6 +23,7 @@ from dfcompress.errors import BadInput
 from dfcompress.evaluation.result import _collapse
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
+from dfcompress.models.classifier import Classifier
 from dfcompress.models.student import make_student
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import ImageSupply
@@ -248,6 +250,30 @@ def test_what_cannot_be_trained_is_refused_before_an_image_is_made(two, tmp_path
         distill(DEMO, student="half", output=tmp_path / "out", synthesis=FEW, training=wrong, compute=EAGER)
     with pytest.raises(BadInput, match="looks at the student's answers"):
         distill(DEMO, student="half", output=tmp_path / "out", objectives={"attention": 1.0}, compute=EAGER)
+    assert not (tmp_path / "out").exists()
+
+
+class Surprise(nn.Module):
+    """A student's network that fails in training mode alone."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network(images).mean((2, 3)) if self.training else self.network(images)
+
+
+def test_a_student_that_fails_in_training_mode_is_refused_before_an_image_is_made(two, tmp_path):
+    student = Classifier(Surprise(load(two[0]).network), load(two[0]).card)
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps([["x", "y", "z"], ["z", "x"]]))
+    asked = {"student_init": student, "output": tmp_path / "out", "synthesis": FEW, "compute": EAGER}
+    why = r"lenet5_bn cannot be trained: Dimension out of range.*--student"
+    with pytest.raises(BadInput, match=why):
+        distill(two[0], **asked)
+    with pytest.raises(BadInput, match=why):
+        merge(two, class_map=names, **asked)
     assert not (tmp_path / "out").exists()
 
 

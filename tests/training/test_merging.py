@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from dfcompress.data.pool import ImagePool
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.unfamiliarity import Unfamiliarity
 from dfcompress.training.loop import PARTIAL, Trainer
+from dfcompress.training.merge import usual_training
 from dfcompress.training.merging import Merging
 from dfcompress.training.outputs import Outputs, join_classes
 from dfcompress.training.settings import Training
@@ -74,14 +77,14 @@ def test_names_that_differ_in_spelling_alone_are_refused():
 
 
 class Answers(nn.Module):
-    """A student that gives fixed logits."""
+    """A student that gives fixed logits: those of the row that an image's pixels name."""
 
     def __init__(self, logits):
         super().__init__()
         self.logits = logits
 
     def forward(self, images):
-        return self.logits
+        return self.logits[images[:, 0, 0, 0].long()]
 
 
 LOGITS = torch.tensor([[1.0, 0.0, 2.0], [0.5, -1.0, 0.0]])
@@ -92,7 +95,8 @@ SOURCES = torch.tensor([0, 1])
 
 def values(method):
     merging = Merging([teacher(), teacher()], BLOCKS, method=method)
-    found = merging.compare(Answers(LOGITS), torch.zeros(2, 1, 4, 4), (*GIVEN, SOURCES))
+    rows = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 4, 4)
+    found = merging.compare(Answers(LOGITS), rows, (*GIVEN, SOURCES))
     return dict(zip(merging.names, found.tolist(), strict=True))
 
 
@@ -140,6 +144,35 @@ def test_the_papers_way_is_cross_entropy_with_the_own_teachers_best_class():
     assert found["block/2"] == pytest.approx(-LOGITS[1].log_softmax(0)[1].item(), rel=1e-5)
     assert found["logits/1"] == found["logits/2"] == 0
     assert Merging([teacher(), teacher()], BLOCKS, method="paper").weights.tolist() == [0, 0, 1, 1, 0, 0]
+
+
+def test_the_papers_training_is_plain_sgd_on_a_pass_of_each_teachers_images():
+    """Momentum 0.9 without Nesterov, decay of all parameters, one BatchNorm pass a mini-batch, the norm cut at 0.5."""
+    size, teachers = (1, 4, 4), [teacher(name=str(number), seed=number) for number in range(3)]
+    sets = [images(number, size, 24) for number in range(3)]
+    training = replace(usual_training("paper", 24, 3), batch_size=24, steps=10)
+
+    def fresh():
+        torch.manual_seed(9)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6))
+        return Classifier(network, ModelCard("tiny", 6, size, (0.5,), (0.25,)))
+
+    student, plain = fresh(), fresh().train()
+    merging = Merging(teachers, join_classes(teachers), method="paper")
+    Trainer(student, merging, training, compute=EAGER).fit(*sets)
+    pool = ImagePool(*sets, augmentation=training.augmentation, batch_size=24, seed=EAGER.seed)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=2e-4)
+    for step in range(10):
+        optimizer.param_groups[0]["lr"] = 0.05 * 0.5 ** (step // 2)
+        loss = torch.zeros(())
+        for number, shown in enumerate(pool.batch(step).split(8)):
+            loss += nn.functional.cross_entropy(plain(shown), teachers[number](shown).argmax(1) + 2 * number)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+    for (name, got), wanted in zip(student.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert (got - wanted).abs().max() < 1e-6, name
 
 
 def test_a_teacher_that_is_followed_worse_weighs_more():
