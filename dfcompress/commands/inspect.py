@@ -63,5 +63,14 @@ def _normalisation(check: NormalisationCheck) -> str:
     implied = f"the first BatchNorm then expects images of mean {mean} and std {check.image_std:.2f}"
     if check.consistent:
         return f"consistent: {implied}"
-    likely = f"; {check.likely} would explain them" if check.likely else ""
+    likely = ""
+    if check.likely_mean and check.likely_std:
+        options = f"--mean {_values(check.likely_mean)} --std {_values(check.likely_std)}"
+        likely = f"; with {check.likely} ({options}) they would be ordinary images"
+    if check.consistent is None:
+        return f"cannot be told: {implied}, which is unusual but possible{likely}"
     return f"NOT consistent: {implied}{likely}. Set --mean and --std."
+
+
+def _values(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:.4g}" for value in values)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import pickle
 import warnings
@@ -19,7 +21,7 @@ from torch import nn
 
 from dfcompress.errors import BadInput
 from dfcompress.models.architectures import find
-from dfcompress.models.weights import read, serialised
+from dfcompress.models.weights import file_bytes, read, serialised, sha256, weights_file
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +258,69 @@ def test_the_bytes_of_a_file_depend_on_its_content_alone(tmp_path):
     with safe_open(tmp_path / "file.safetensors", "pt") as file:
         assert file.metadata() == metadata
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+
+
+def _sharded(tensors: dict[str, torch.Tensor], folder: Path, *, pickled: bool = False) -> dict[str, str]:
+    """Write a folder of two shards as `save_pretrained` does; returns the map of its index."""
+    name, suffix = ("pytorch_model.bin", "bin") if pickled else ("model.safetensors", "safetensors")
+    stem, names = name.removesuffix(f".{suffix}"), list(tensors)
+    parts = [names[: len(names) // 2], names[len(names) // 2 :]]
+    shards = {part: f"{stem}-0000{number}-of-00002.{suffix}" for number, part in enumerate(map(tuple, parts), 1)}
+    for part, shard in shards.items():
+        content = {name: tensors[name] for name in part}
+        torch.save(content, folder / shard) if pickled else save_file(content, folder / shard)
+    weight_map = {name: shard for part, shard in shards.items() for name in part}
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return weight_map
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_folder_of_shards_is_read_as_one_model(pickled, network, tmp_path):
+    shards = set(_sharded(network.state_dict(), tmp_path, pickled=pickled).values())
+    assert _same(read(tmp_path).tensors, network)
+    content = b"".join((tmp_path / shard).read_bytes() for shard in sorted(shards))
+    assert file_bytes(tmp_path) == len(content)
+    assert sha256(tmp_path) == hashlib.sha256(content).hexdigest()
+    assert weights_file(tmp_path).suffix == (".bin" if pickled else ".safetensors")
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [
+        ("model-00003-of-00002.safetensors", r"the shard model-00003-of-00002\.safetensors, which is missing"),
+        ("../outside.safetensors", "no file beside it"),
+        ("/etc/passwd", "no file beside it"),
+        ("..", "no file beside it"),
+        ("a\\b", "no file beside it"),
+        (3, "no file beside it"),
+    ],
+)
+def test_shards_elsewhere_and_missing_ones_are_refused(shard, message, network, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(network.state_dict(), tmp_path / "outside.safetensors")
+    weight_map = _sharded(network.state_dict(), folder)
+    weight_map["fc1.weight"] = shard
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(BadInput, match=message):
+        read(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "[" * 100_000])
+def test_an_index_without_shards_is_refused(content, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(BadInput, match=r"index\.json"):
+        read(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(network, tmp_path):
+    shards = sorted(set(_sharded(network.state_dict(), tmp_path).values()))
+    save_file(network.state_dict(), tmp_path / shards[1])
+    with pytest.raises(BadInput, match=r"holds .* in two shards"):
+        read(tmp_path)
+
+
+def test_what_becomes_infinite_in_fp32_is_named(tmp_path):
+    torch.save({"w": torch.full((2, 2), 1e300, dtype=torch.float64)}, tmp_path / "net.pt")
+    with pytest.raises(BadInput, match="w holds NaN or infinity"):
+        read(tmp_path / "net.pt")
