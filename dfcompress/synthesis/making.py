@@ -18,7 +18,16 @@ from torchvision.utils import make_grid
 
 from dfcompress import console
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_stored
-from dfcompress.device import Compute, Execution, as_mine, can_capture, processor_name, resolve_execution, threads_here
+from dfcompress.device import (
+    Compute,
+    Execution,
+    as_mine,
+    can_capture,
+    computing,
+    processor_name,
+    resolve_execution,
+    threads_here,
+)
 from dfcompress.distributed import peers
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
@@ -107,7 +116,8 @@ def _groups(synthesis: Synthesis, batch_size: int, card: ModelCard, execution: E
     if not can_capture(torch.device(execution.device)):
         return 1
     height, width = card.input_size[1:]
-    return max(1, min(PIXELS_A_STEP // (batch_size * height * width), batches))
+    fit, for_everybody = PIXELS_A_STEP // (batch_size * height * width), batches // peers().count
+    return max(1, min(fit, for_everybody))
 
 
 def work_in(recipe: Recipe, teacher: Classifier, images: int) -> float:
@@ -170,9 +180,9 @@ class _Making:
             return
         if self.learner:
             self.teach(self.learner, lesson)
-        checkup = Checkup(self.recipe, self.teacher)
-        synthesizer = self._ready()
-        with ThreadPoolExecutor(1) as writer:
+        with computing(self.execution), ThreadPoolExecutor(1) as writer:
+            checkup = Checkup(self.recipe, self.teacher)
+            synthesizer = self._ready()
             written: Future | None = None
             for unit in peers().share(missing):
                 labels = {shard: self.labels.of_batch(shard, self.batch_size, seed=self.seed) for shard in unit}
