@@ -6,10 +6,13 @@ import ctypes
 import importlib.util
 import os
 import platform
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +37,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     if name == "auto":
         if not has_cuda():
             return torch.device("cpu")
-        return torch.device("cuda" if peers().count == 1 else f"cuda:{peers().local_rank}")
+        return torch.device("cuda" if peers().count == 1 else _own_cuda())
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -43,9 +46,21 @@ def resolve_device(name: str = "auto") -> torch.device:
         raise BadInput(f"--device {name!r} is not supported.", "Use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadInput(
-            f"--device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices.", "Use --device cpu."
+            f"--device {name!r}: this process sees {torch.cuda.device_count()} CUDA devices.",
+            "Use --device auto, or the number of one of them." if has_cuda() else "Use --device cpu.",
         )
     return device
+
+
+def _own_cuda() -> str:
+    """The GPU of this process among those it sees; several processes share one where they are more than the GPUs."""
+    seen = torch.cuda.device_count()
+    if not seen:
+        raise BadInput(
+            f"This job computes on CUDA, and process {peers().rank} sees no CUDA device.",
+            "Give every process a GPU, or use --device cpu.",
+        )
+    return f"cuda:{peers().local_rank % seen}"
 
 
 def has_cuda() -> bool:
@@ -58,9 +73,17 @@ def is_cuda(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def collective_backend(device: torch.device) -> str:
-    """Through what processes on such devices exchange tensors."""
-    return "nccl" if is_cuda(device) else "gloo"
+def identity(device: torch.device) -> str:
+    """Which processor it is, the same in all processes that compute on it: `cpu`, or machine and GPU."""
+    if device.type == "cpu":
+        return "cpu"
+    return f"{platform.node()}/{torch.cuda.get_device_properties(device).uuid}"
+
+
+def collective_backend(identities: Sequence[str]) -> str:
+    """Through what processes on these processors exchange tensors: NCCL refuses two on one GPU, gloo does not."""
+    has_own = "cpu" not in identities and len(set(identities)) == len(identities)
+    return "nccl" if has_own else "gloo"
 
 
 def cuda_devices() -> list[dict[str, Any]]:
@@ -99,23 +122,49 @@ def _cpu_multiplies_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether `torch.compile` can work here: it needs a C++ compiler for the CPU, Triton for CUDA."""
+# What `torch.compile` needs, and what to install where it is not there.
+NEEDED_TO_COMPILE = {
+    "Triton": "triton",
+    "C compiler": "gcc",
+    "C++ compiler": "g++",
+    "Python header": "python3-dev, or what this system calls it",
+}
+
+
+def missing_to_compile(device: torch.device) -> str | None:
+    """Which of `NEEDED_TO_COMPILE` is not here, None where `torch.compile` can work.
+
+    For CUDA Triton builds its launcher with a C compiler; for a CPU kernels are C++. Both include Python.h.
+    """
     if device.type == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return compiler() is not None
+        if importlib.util.find_spec("triton") is None:
+            return "Triton"
+        if not _first_of(os.environ.get("CC", "gcc"), "gcc", "clang"):
+            return "C compiler"
+    elif compiler() is None:
+        return "C++ compiler"
+    return None if (Path(sysconfig.get_path("include")) / "Python.h").exists() else "Python header"
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether `torch.compile` can work here."""
+    return missing_to_compile(device) is None
 
 
 def compiler() -> str | None:
     """The C++ compiler that `torch.compile` would find."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
+    return _first_of(os.environ.get("CXX", "g++"), "g++", "clang++")
+
+
+def _first_of(*programs: str) -> str | None:
+    return next(filter(None, map(shutil.which, programs)), None)
 
 
 def compiled(function: Callable[..., Any], *, whole: bool = True) -> Callable[..., Any]:
     """`function` through `torch.compile`, for fixed shapes and as one graph where it must be `whole`; eagerly, with a
     notice, where that fails.
     """
-    fast: Callable[..., Any] = torch.compile(function, fullgraph=whole, dynamic=False)
+    fast: Callable[..., Any] = torch.compile(function, backend=_inductor, fullgraph=whole, dynamic=False)
 
     def call(*args: Any) -> Any:
         nonlocal fast
@@ -132,22 +181,41 @@ def compiled(function: Callable[..., Any], *, whole: bool = True) -> Callable[..
     return call
 
 
+def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """torch's own compiler, which by itself compiles the backward graph at the first backward pass: outside of any
+    `try` around the call. Here it does so together with the forward graph.
+
+    On CUDA it picks no kernel by timing, because the order of sums, and so the bits, would depend on the moment.
+    """
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    on_cuda = any(isinstance(each, torch.Tensor) and is_cuda(each.device) for each in inputs)
+    with config.patch(force_non_lazy_backward_lowering=True):
+        made: Any = compile_fx(graph, inputs, config_patches={"deterministic": True} if on_cuda else None)
+    return made  # type: ignore[no-any-return]
+
+
 def can_capture(device: torch.device) -> bool:
     """Whether a step can be captured and replayed as one graph there."""
     return device.type == "cuda"
 
 
 def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """`step` as one CUDA graph: replaying it costs one launch. It must have run before, and use the same memory
-    every time. Where capturing fails, `step` itself, with a notice.
+    """`step` on the current device as one CUDA graph: replaying it costs one launch. It must have run before, and use
+    the same memory every time. Where capturing fails, `step` itself, with a notice.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    current = torch.cuda.current_device()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool, stream=_capture_stream(current)):
             values = step()
     except RuntimeError as error:
         torch.cuda.set_stream(stream)
-        console.notice(f"No CUDA graph, so every kernel is launched on its own: {str(error).splitlines()[0]}")
+        _leave_pool(current, pool)
+        # The end of a failed capture fails too; the reason is the error before.
+        reason = str(error.__context__ or error).splitlines()[0]
+        console.notice(f"No CUDA graph, so every kernel is launched on its own: {reason}")
         return step
 
     def replay() -> torch.Tensor:
@@ -157,21 +225,45 @@ def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     return replay
 
 
+@cache
+def _capture_stream(index: int) -> Any:
+    """The stream on which steps of a device are captured.
+
+    torch keeps one for the whole process, on which kernels of another device are not captured; and a new one for every
+    capture would leave a workspace of cuBLAS each.
+    """
+    return torch.cuda.Stream(index)
+
+
+def _leave_pool(index: int, pool: Any) -> None:
+    """Let the allocator out of the memory of a failed capture: inside, it gives no cached memory back to the device."""
+    with suppress(RuntimeError):  # The allocator was out of it: only the graph's instantiation failed.
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+
+
+# A CPU has no exception class of its own for that, nor have the driver, cuBLAS and cuDNN.
+OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC\w*_FAILED")
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device's memory did not suffice; a CPU has no exception class of its own for that."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether a device's memory did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def as_mine(stored: str) -> str:
-    """The device that another process of the job, or an earlier one, computed on, as this process has it."""
-    return f"cuda:{peers().local_rank}" if can_capture(torch.device(stored)) and peers().count > 1 else stored
+    """The device that another process of the job, or an earlier one, computed on, as this process has it.
+
+    Raises `BadInput` where this process has none.
+    """
+    return _own_cuda() if can_capture(torch.device(stored)) and peers().count > 1 else stored
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute in one thread inside, so that sums come out the same whatever the number of threads outside."""
+def threads(count: int) -> Iterator[None]:
+    """Compute in so many threads inside."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -188,22 +280,26 @@ def threads_here() -> int:
     return max(1, min(bound, cores // everyone.local_count))
 
 
-def prepare(execution: Execution) -> None:
-    """Set this process up to compute as `execution` says."""
-    torch.set_num_threads(execution.threads)
+@contextmanager
+def computing(execution: Execution) -> Iterator[None]:
+    """Compute as `execution` says inside: in its threads, on its device, on CUDA by kernels that give the same bits
+    every time, and fp32 not in TF32. Afterwards everything is as before, but for the memory that a CPU's process keeps.
+    """
     device = torch.device(execution.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-        return
-    if device.index is not None:
-        torch.cuda.set_device(device)  # CUDA graphs are captured on the current device.
-    if execution.precision == "fp32":
-        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]  # Not TF32.
+    with ExitStack() as stack:
+        stack.enter_context(threads(execution.threads))
+        if device.type == "cpu":
+            keep_freed_memory()
+        else:
+            stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(exact_fp32() if execution.precision == "fp32" else _deterministic())
+        yield
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
+@cache
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors of up to 32 MiB for the next ones instead of giving it back.
 
@@ -237,14 +333,60 @@ def processor_name(device: torch.device) -> str:
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Convolve fp32 as fp32: cuDNN's default, TF32, keeps 10 of the 23 bits of the operands' mantissas."""
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
+    """Convolve fp32 as fp32, and to the same bits every time: cuDNN's default, TF32, keeps 10 of the 23 bits of the
+    operands' mantissas.
+    """
+    cudnn: Any = torch.backends.cudnn
+    kinds = (cudnn.conv, cudnn.rnn)  # Set apart from each other, `allow_tf32` of both can no longer be read.
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        allowed = cudnn.allow_tf32
+    except RuntimeError:  # Somebody has set them apart.
+        allowed = True
+    _set_tf32(False, ["ieee", "ieee"])
+    try:
+        with _deterministic():
+            yield
+    finally:
+        _set_tf32(allowed, before)
+
+
+def _set_tf32(allowed: bool, precisions: Sequence[str]) -> None:
+    """Set the switch that cuDNN's convolutions and recurrent layers share, and then the one of each."""
+    cudnn: Any = torch.backends.cudnn
+    cudnn.allow_tf32 = allowed
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = precisions
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Let cuDNN take no kernel whose sums depend on the order in which threads arrive."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
     try:
         yield
     finally:
-        convolutions.fp32_precision = before
+        torch.backends.cudnn.deterministic = before
+
+
+@contextmanager
+def forked_randomness(device: torch.device) -> Iterator[None]:
+    """Give the generators of the CPU and of `device` back as they were; those of other devices are left alone."""
+    devices = [_index(device)] if is_cuda(device) else []
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        yield
+
+
+def seed(device: torch.device, number: int) -> None:
+    """Seed the generators of the CPU and of `device`."""
+    torch.default_generator.manual_seed(number)
+    if is_cuda(device):
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(number)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def synchronize(device: torch.device) -> None:
@@ -275,13 +417,19 @@ class Compute:
         """Raise `BadInput` for a device, a precision or a compiler that is not to be had here."""
         device = resolve_device(self.device)
         resolve_precision(self.precision, device)
-        if self.compile == "on" and not can_compile(device):
-            raise BadInput("--compile on: this machine has no compiler for it.", "Install g++, or use --compile off.")
+        if self.compile == "on" and (missing := missing_to_compile(device)):
+            raise BadInput(
+                f"--compile on: this machine has no {missing}.",
+                f"Install {NEEDED_TO_COMPILE[missing]}, or use --compile off.",
+            )
 
 
 @dataclass(frozen=True)
 class Execution:
-    """Everything about the machine that the bits of a result depend on; resolved once, stored, and obeyed on resume."""
+    """Everything about the machine that the bits of a result depend on; resolved once, stored, and obeyed on resume.
+
+    `capture` says whether a step of synthesis is replayed as one CUDA graph.
+    """
 
     device: str
     precision: Literal["fp32", "bf16", "fp16"]
@@ -289,11 +437,13 @@ class Execution:
     threads: int
     processor: str
     groups: int = 1
+    capture: bool = False
 
 
 # Measured on one and two cores: 150 G units of work a second eagerly; compiling takes 20 to 35 s and leaves 0.2 to 0.8
-# of the eager time. The rate of CUDA devices is a guess.
-EAGER_WORK_PER_SECOND = {"cpu": 150e9, "cuda": 10e12}
+# of the eager time. The rate of CUDA devices is not measured: by their kernels and bytes, captured eager steps of 256
+# images should take 2.5 ms for ResNet-20 and 15 ms for ResNet-34 on an H200, which are 31 and 51 T.
+EAGER_WORK_PER_SECOND = {"cpu": 150e9, "cuda": 40e12}
 COMPILING_SECONDS = 30.0
 COMPILED_SHARE = 0.6
 
@@ -310,8 +460,8 @@ def resolve_execution(compute: Compute, work: float) -> Execution:
     eager = Execution(str(device), precision, False, threads_here(), processor_name(device))
     if compute.compile == "off":
         return eager
-    if not can_compile(device):
-        missing = "Triton" if device.type == "cuda" else "C++ compiler"
+    eager = replace(eager, capture=can_capture(device))
+    if missing := missing_to_compile(device):
         console.notice(f"No {missing} found: running eagerly, several times slower.")
         return eager
     console.notice(f"Computing on {device} in {precision} with {eager.threads} threads.", level=console.VERBOSE)

@@ -56,24 +56,38 @@ class Peers:
             yield
             return
         self._join()
-        self._over.clear()
         # torchrun terminates the rest where one process dies.
         before = signal.signal(signal.SIGTERM, lambda *_: self._end("terminated", code=TERMINATED))
-        threading.Thread(target=self._watch, daemon=True).start()
         try:
-            yield
-            self._disconnect()
-            self._ask("set", f"done/{self.rank}", "")
-            if self.leads:  # It may keep the store, so it leaves last.
-                self._wait_for([f"done/{rank}" for rank in range(self.count)])
+            with self._watching():
+                yield
+                self._disconnect()
+                self._ask("set", f"done/{self.rank}", "")
+                if self.leads:  # It may keep the store, so it leaves last.
+                    self._wait_for([f"done/{rank}" for rank in range(self.count)])
         except BaseException as error:
             with suppress(RuntimeError):
                 self._store.set("failed", "" if self.leads else f"process {self.rank}: {error}")
                 time.sleep(4 * BEAT_SECONDS if not self.leads else 0)  # For the leading process to say it.
             raise
         finally:
-            self._over.set()
             signal.signal(signal.SIGTERM, before)
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Watch over the others inside, in a thread that has ended afterwards.
+
+        The interpreter kills threads that are left at its end; one that is inside the store then takes the process
+        along: "terminate called without an active exception".
+        """
+        self._over.clear()
+        watcher = threading.Thread(target=self._watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            watcher.join(LOST_AFTER_SECONDS)  # A store whose keeper is gone may not answer.
 
     def told(self, value: Any = None) -> Any:
         """What the leading process passes here, on every process; a JSON value."""
@@ -84,6 +98,16 @@ class Peers:
             self._ask("set", key, json.dumps(value))
         self._wait_for([key])
         return json.loads(self._ask("get", key))
+
+    def told_by_all(self, value: Any) -> list[Any]:
+        """What every process passes here, by rank; JSON values."""
+        if self.count == 1:
+            return [value]
+        key = self._next("told_by_all")
+        keys = [f"{key}/{rank}" for rank in range(self.count)]
+        self._ask("set", keys[self.rank], json.dumps(value))
+        self._wait_for(keys)
+        return [json.loads(self._ask("get", each)) for each in keys]
 
     def meet(self) -> None:
         """Wait until every process is here."""
@@ -157,7 +181,7 @@ class Peers:
             beat += 1
             try:
                 self._store.set(f"beat/{self.rank}", str(beat))
-                if self._store.check(["failed"]):
+                if self._store.check(["failed"]) and not self._over.is_set():
                     self._end(self._store.get("failed").decode())
                 lost = next((rank for rank in range(self.count) if self._is_lost(rank, heard)), None)
             except RuntimeError:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 # Small tensors on two threads wait for each other: with the second core busy, the suite takes several times as long.
 os.environ["OMP_NUM_THREADS"] = "1"  # Of the processes that tests start; `one_thread_a_test` is for this one.
@@ -63,15 +65,17 @@ def mnist_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that seems able to compile, and whose compiler fails when something is run."""
+@pytest.fixture(params=["forward", "backward"])
+def broken_compiler(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """A machine that seems able to compile, and whose compiler fails at every graph, or at backward graphs alone."""
 
-    def broken(*arguments, **options):
-        def fail(*values):
-            raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no compiler here"), None)
+    def fail(graph, inputs):
+        raise RuntimeError("no compiler here")
 
-        return fail
+    def broken(graph, inputs, **options):
+        forward = fail if request.param == "forward" else lambda graph, inputs: make_boxed_func(graph.forward)
+        return aot_autograd(fw_compiler=forward, bw_compiler=fail)(graph, inputs)
 
-    monkeypatch.setattr("dfcompress.device.can_compile", lambda device: True)
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr("dfcompress.device.missing_to_compile", lambda device: None)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
+    torch._dynamo.reset()

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import sysconfig
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dfcompress import console
-from dfcompress.device import Compute, can_compile, resolve_device, resolve_execution, resolve_precision, tried
+from dfcompress import console, device
+from dfcompress.device import (
+    Compute,
+    Execution,
+    can_compile,
+    computing,
+    exact_fp32,
+    missing_to_compile,
+    resolve_device,
+    resolve_execution,
+    resolve_precision,
+    tried,
+)
+from dfcompress.distributed import Peers
 from dfcompress.errors import BadInput
 
 CPU = torch.device("cpu")
@@ -97,3 +111,130 @@ def test_too_little_memory_is_no_reason_for_another_precision():
 
     compute = Compute("cpu", "auto", "off")
     assert tried(in_bf16(compute), compute, full, what="net").precision == "bf16"
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A function that makes this process see so many GPUs, as the given one of several."""
+
+    def see(count, rank=0, processes=1):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(device, "peers", lambda: Peers(rank, processes, rank, processes))
+
+    return see
+
+
+@pytest.mark.parametrize(("seen", "expected"), [(1, "cuda:0"), (2, "cuda:1"), (3, "cuda:0"), (8, "cuda:3")])
+def test_processes_take_the_gpus_they_see_in_turn(gpus, seen, expected):
+    """Under `srun --gpus-per-task=1` every process sees one; a machine may have fewer than processes."""
+    gpus(seen, rank=3, processes=4)
+    assert str(resolve_device("auto")) == expected
+    assert device.as_mine("cuda:0") == expected
+    assert device.as_mine("cpu") == "cpu"
+
+
+def test_a_process_without_a_gpu_in_a_job_on_gpus_says_so(gpus):
+    gpus(0, rank=1, processes=2)
+    with pytest.raises(BadInput, match="process 1 sees no CUDA device"):
+        device.as_mine("cuda:0")
+
+
+@pytest.mark.parametrize(("seen", "remedy"), [(0, "--device cpu"), (1, "--device auto")])
+def test_the_remedy_for_a_gpu_that_is_not_there_can_be_followed(gpus, seen, remedy):
+    gpus(seen)
+    with pytest.raises(BadInput, match=f"sees {seen} CUDA devices.*{remedy}"):
+        resolve_device("cuda:5")
+
+
+def test_processes_that_share_a_gpu_do_not_take_nccl():
+    assert device.collective_backend(["a/0", "a/1", "b/0"]) == "nccl"
+    assert device.collective_backend(["a/0", "a/1", "a/0"]) == "gloo"
+    assert device.collective_backend(["cpu", "cpu"]) == "gloo"
+
+
+def test_on_cuda_short_jobs_are_captured_without_being_compiled(gpus, monkeypatch):
+    gpus(1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Stand-in 9000")
+    monkeypatch.setattr(device, "missing_to_compile", lambda device: None)
+    short, off = (resolve_execution(Compute("cuda", "bf16", way), SHORT) for way in ("auto", "off"))
+    assert (short.capture, short.compile) == (True, False)
+    assert (off.capture, off.compile) == (False, False)
+
+
+def cudnn_settings():
+    cudnn = torch.backends.cudnn
+    try:
+        allowed = cudnn.allow_tf32
+    except RuntimeError:
+        allowed = "apart"
+    return cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, allowed, cudnn.deterministic
+
+
+@pytest.fixture(params=["untouched", "forbidden", "everywhere", "apart", "both"])
+def users_settings(request):
+    """What a user of the library may have set, and what is left of it."""
+    cudnn = torch.backends.cudnn
+    if request.param == "forbidden":
+        cudnn.allow_tf32 = False
+    elif request.param == "everywhere":
+        torch.backends.fp32_precision = "tf32"
+    elif request.param == "apart":
+        cudnn.conv.fp32_precision = "ieee"
+    elif request.param == "both":
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+    yield cudnn_settings()
+    torch.backends.fp32_precision = "none"
+    cudnn.allow_tf32 = True
+
+
+def test_exact_arithmetic_gives_the_users_settings_back(users_settings):
+    with exact_fp32():
+        assert cudnn_settings() == ("ieee", "ieee", False, True)
+        with torch.backends.cudnn.flags(enabled=True):  # Reads them all, and raises where they contradict each other.
+            pass
+    assert cudnn_settings() == users_settings
+
+
+@pytest.mark.parametrize(("precision", "inside"), [("fp32", ("ieee", "ieee", False, True)), ("bf16", None)])
+def test_computing_gives_back_what_it_borrows(gpus, precision, inside):
+    gpus(1)
+    before, threads = cudnn_settings(), torch.get_num_threads()
+    with computing(Execution("cuda", precision, False, threads + 1, "")):
+        assert torch.get_num_threads() == threads + 1
+        assert cudnn_settings() == (inside or (*before[:3], True))
+    assert cudnn_settings() == before
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory", True),
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_allocations_that_fail_inside_cuda_count_as_out_of_memory(message, is_memory):
+    assert device.is_out_of_memory(RuntimeError(message)) == is_memory
+
+
+@pytest.mark.parametrize(("place", "missing"), [(CUDA, "C compiler"), (CPU, "C++ compiler")])
+def test_compiling_needs_a_compiler_on_every_device(place, missing, no_compiler, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name)
+    assert missing_to_compile(place) == missing
+
+
+def test_compiling_needs_the_headers_of_python(monkeypatch, tmp_path):
+    monkeypatch.setattr(device, "compiler", lambda: "g++")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert missing_to_compile(CPU) == "Python header"

@@ -77,13 +77,24 @@ def test_every_recipe_replays_its_graph_and_ends_in_the_bytes_of_launched_steps(
         asked = ["invert", DEMO, "--recipe", name, *MADE, *(["--steps", STEPS] if has_steps else [])]
         asked += ["--set", "round_batches=1"] if name.startswith("adaptive") else []
         asked += ["--records", records] if name == "activation-records" else []
-        for way in ("on", "off"):
+        for way in ("auto", "off"):
             commands[f"{name} {way}"] = [*asked, "--compile", way, "-o", tmp_path / f"{name}-{way}"]
     ended = pretend(commands)
     for name, has_steps in recipes.items():
-        assert (ended[f"{name} on"]["replays"] > 0) == has_steps, name
+        assert (ended[f"{name} auto"]["replays"] > 0) == has_steps, name
         assert ended[f"{name} off"]["replays"] == 0
-        assert shards(tmp_path / f"{name}-on") == shards(tmp_path / f"{name}-off") != []
+        assert shards(tmp_path / f"{name}-auto") == shards(tmp_path / f"{name}-off") != []
+
+
+def test_two_devices_of_one_process_each_capture_their_own_steps(tmp_path):
+    """torch's own capture stream belongs to the device that was current first."""
+    commands = {
+        place: ["invert", DEMO, *MADE[:-1], place, "--steps", STEPS, "-o", tmp_path / place]
+        for place in ("gpu:0", "gpu:1")
+    }
+    ended = pretend(commands, devices=2)
+    assert ended["gpu:0"]["replays"] == ended["gpu:1"]["replays"] > 0
+    assert shards(tmp_path / "gpu:0") == shards(tmp_path / "gpu:1") != []
 
 
 def test_every_verb_runs(digits, another, tmp_path):

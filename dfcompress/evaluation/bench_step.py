@@ -45,6 +45,7 @@ def bench_step(
     precision = device.precision_name(device.resolve_precision(compute.precision, target))
     compiled = compute.compile != "off" and device.can_compile(target)
     eager = Execution(str(target), "fp32", False, torch.get_num_threads(), "")
+    fast = replace(eager, compile=compiled, capture=compute.compile != "off" and device.can_capture(target))
     fp32, bf16 = torch.float32, torch.bfloat16
     steps = {
         "published": _published(teacher, batch_size, target, fp32),
@@ -55,8 +56,8 @@ def bench_step(
         "+records": _ours(teacher, batch_size, eager),
     }
     if compiled and precision != "fp32":
-        steps["+compiled"] = _ours(teacher, batch_size, replace(eager, compile=True))
-    steps["ours"] = _ours(teacher, batch_size, replace(eager, compile=compiled, precision=precision))
+        steps["+compiled"] = _ours(teacher, batch_size, fast)
+    steps["ours"] = _ours(teacher, batch_size, replace(fast, precision=precision))
     times = interleaved(steps, rounds=rounds, warm_up=WARM_UP, target=target)
     flops = _flops(teacher, batch_size) if device.can_capture(target) else None
     rows = [row(name, seconds, batch_size, flops) for name, seconds in times.items()]

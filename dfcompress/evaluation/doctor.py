@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from dfcompress.device import (
-    can_compile,
+    NEEDED_TO_COMPILE,
     compiler,
     cuda_devices,
+    missing_to_compile,
     precision_name,
     processor_name,
     resolve_device,
@@ -54,14 +55,18 @@ class Diagnosis:
 def doctor() -> Diagnosis:
     """Look at this machine; nothing is changed, and only apex's probe computes anything."""
     target = resolve_device("auto")
-    apex = probe(disagreement)
-    precision, compiles, gpus = precision_name(resolve_precision("auto", target)), can_compile(target), cuda_devices()
+    apex = probe(disagreement, target)
+    precision, missing, gpus = (
+        precision_name(resolve_precision("auto", target)),
+        missing_to_compile(target),
+        cuda_devices(),
+    )
     advice = []
     if not gpus:
         advice.append("No CUDA device: everything runs on the CPU.")
-    if not compiles:
-        needed = "Triton" if gpus else "g++"
-        advice.append(f"torch.compile lacks {needed}: everything runs eagerly, which is slower. Install it.")
+    if missing:
+        remedy = f"Install {NEEDED_TO_COMPILE[missing]}."
+        advice.append(f"torch.compile finds no {missing}: everything runs eagerly, which is slower. {remedy}")
     if precision == "fp32":
         advice.append("No bf16 instructions: convolutions run in fp32, which is slower.")
     if gpus and apex.remedy:
@@ -74,7 +79,7 @@ def doctor() -> Diagnosis:
         str(target),
         precision,
         compiler(),
-        compiles,
+        missing is None,
         {"state": apex.state.value, "found": apex.found, "remedy": apex.remedy},
         advice,
     )

@@ -10,8 +10,8 @@ What the network itself does to a pixel before the convolution (dividing by 255,
 and undone, so that μ and s are those of the network's own input.
 
 Measured on 26 small networks trained on MNIST and CIFAR-10, ordinary and at a fifth of the contrast, normalised in six
-ways: the deviation is right to 12 %, the mean to 0.02. On the released CIFAR-10 ResNets s comes out as 1.26 and 1.33 where 1.1 is
-right (the black borders of random crops, which the mean shows too, make it larger).
+ways: the deviation is right to 12 %, the mean to 0.02. On the released CIFAR-10 ResNets s comes out as 1.26 and 1.33
+where 1.1 is right (the black borders of random crops, which the mean shows too, make it larger).
 
 So the weights tell what the images in [0, 1] were like if the card is right, and that can be impossible; they cannot
 tell images of low contrast from ordinary images that the network saw with another normalisation.
@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.models.card import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD, MNIST_MEAN, MNIST_STD
 from dfcompress.models.classifier import Classifier, evaluating
-from dfcompress.models.hooks import hooked
+from dfcompress.models.hooks import hooked_inputs, hooked_outputs
 
 CORRELATION = 0.9
 # Of images in [0, 1]; SVHN's std is 0.20, CIFAR's 0.25, ImageNet's 0.28, MNIST's 0.31, and s is good to a third.
@@ -168,25 +168,32 @@ def _first_layers(classifier: Classifier) -> FirstLayers | None:
     weights alone.
     """
     network, channels = classifier.network, classifier.card.input_size[0]
-    convs: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
+    modules = {name: each for name, each in network.named_modules() if isinstance(each, (nn.Conv2d, _BatchNorm))}
+    given: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     found: list[_BatchNorm] = []
 
-    def see(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
-        if isinstance(module, nn.Conv2d) and not convs:
-            convs.append((module, given.clone(), output))
-        elif isinstance(module, _BatchNorm) and convs and given is convs[0][2]:
+    def see_input(name: str, features: Tensor) -> None:
+        module = modules[name]
+        if isinstance(module, nn.Conv2d) and not given:
+            given[name] = features.clone()
+        elif isinstance(module, _BatchNorm) and any(features is output for output in outputs.values()):
             found.append(module)
 
-    names = [name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, _BatchNorm))]
+    def see_output(name: str, features: Tensor) -> None:
+        if name in given:
+            outputs.setdefault(name, features)
+
     images = _probes(classifier)
-    with evaluating(network), hooked(network, names, see):
+    with evaluating(network), hooked_inputs(network, modules, see_input), hooked_outputs(network, modules, see_output):
         network(images)
-    if not found or not _tells(convs[0][0], found[0], channels=channels):
+    conv = next((modules[name] for name in given), None)
+    if not found or not isinstance(conv, nn.Conv2d) or not _tells(conv, found[0], channels=channels):
         return None
-    conv, given, output = convs[0]
-    before = _affine(images, given)
+    before = _affine(images, *given.values())
     if before is None:
         return None
+    (output,) = outputs.values()
     row, column = output.shape[2] // 2, output.shape[3] // 2
     response = output[1 : 1 + channels, :, row, column] - output[0, :, row, column]
     expected = (conv.weight.sum((2, 3)) * before[0]).T

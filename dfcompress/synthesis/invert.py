@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import Compute, Execution, peak_memory_bytes, predicted_seconds
+from dfcompress.device import Compute, Execution, peak_memory_bytes, predicted_seconds, resolve_device
 from dfcompress.distributed import peers
+from dfcompress.evaluation.evaluate import placed
 from dfcompress.evaluation.metrics import bn_divergence, share_correct
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
@@ -94,35 +95,39 @@ def invert(
         synthetic = make_set(job, folder, compute, learner=pupil)
         result = None
         if peers().leads:
-            result = _measured(job, synthetic, others).to_json()
+            result = _measured(job, synthetic, others, resolve_device(compute.device)).to_json()
             run.finish(result)
         return Inversion(**peers().told(result))
 
 
-def _measured(job: Job, synthetic: SyntheticSet, others: Sequence[Classifier]) -> Inversion:
+def _measured(job: Job, synthetic: SyntheticSet, others: Sequence[Classifier], target: torch.device) -> Inversion:
     teacher = job.teacher
     counts = torch.zeros(teacher.card.classes, dtype=torch.long)
     for shard in synthetic.shards:
         counts += synthetic.read_shard(shard)[1].bincount(minlength=teacher.card.classes)
+    with placed(teacher, target):
+        top1 = None if job.recipe().label_free else share_correct(teacher, synthetic)
+        divergence = _divergence(teacher, synthetic)
     return Inversion(
         output=str(synthetic.folder),
         images=len(synthetic),
         seconds=seconds_of(synthetic),
-        teacher_top1=None if job.recipe().label_free else share_correct(teacher, synthetic),
-        bn_divergence=_divergence(teacher, synthetic),
-        verify=[_verified(other, synthetic) for other in others],
+        teacher_top1=top1,
+        bn_divergence=divergence,
+        verify=[_verified(other, synthetic, target) for other in others],
         classes=counts.tolist(),
         warnings=warnings_of(synthetic),
     )
 
 
-def _verified(other: Classifier, synthetic: SyntheticSet) -> dict[str, Any]:
+def _verified(other: Classifier, synthetic: SyntheticSet, target: torch.device) -> dict[str, Any]:
     """How another network takes the images; its J_KL is None where it remembers no statistics."""
-    return {
-        "checkpoint": other.name,
-        "top1": share_correct(other, synthetic),
-        "bn_divergence": _divergence(other, synthetic),
-    }
+    with placed(other, target):
+        return {
+            "checkpoint": other.name,
+            "top1": share_correct(other, synthetic),
+            "bn_divergence": _divergence(other, synthetic),
+        }
 
 
 def _divergence(classifier: Classifier, synthetic: SyntheticSet) -> float | None:

@@ -23,6 +23,7 @@ from dfcompress.device import (
     Execution,
     as_mine,
     can_capture,
+    computing,
     processor_name,
     resolve_execution,
     threads_here,
@@ -130,7 +131,8 @@ def _groups(job: Job, batch_size: int, execution: Execution) -> int:
     if not can_capture(torch.device(execution.device)):
         return 1
     height, width = job.teacher.card.input_size[1:]
-    return max(1, min(PIXELS_A_STEP // (batch_size * height * width), batches))
+    fit, for_everybody = PIXELS_A_STEP // (batch_size * height * width), batches // peers().count
+    return max(1, min(fit, for_everybody))
 
 
 def execution_of(job: Job, compute: Compute, student: Classifier | None = None) -> Execution:
@@ -209,9 +211,9 @@ class _Making:
             return
         if self.learner:
             self.teach(self.learner, lesson)
-        checkup = Checkup(self.recipe, self.teacher)
-        synthesizer = self._ready()
-        with ThreadPoolExecutor(1) as writer:
+        with computing(self.execution), ThreadPoolExecutor(1) as writer:
+            checkup = Checkup(self.recipe, self.teacher)
+            synthesizer = self._ready()
             written: Future | None = None
             for unit in peers().share(missing):
                 labels = {shard: self.labels.of_batch(shard, self.batch_size, seed=self.seed) for shard in unit}

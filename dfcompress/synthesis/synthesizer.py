@@ -83,7 +83,6 @@ class Synthesizer:
         self.student = student
         self.device = device.resolve_device(execution.device)
         self.teacher = teacher.frozen().to(self.device)
-        device.prepare(execution)
         self.source, self.pixels = source, pixels
         recorder = FusedRecorder(
             self.teacher.network,
@@ -246,13 +245,13 @@ class Synthesizer:
             work.start_stage(stage)
         work.set_rate(stage.rate(step_in_stage))
         work.put_drawn(self._drawn(work, stage))
-        captures = self.execution.compile and device.can_capture(self.device)
-        if captures and work.uncaptured >= STEPS_BEFORE_CAPTURE:
-            work.captured = work.captured or device.captured(lambda: self._update(work, stage))
-            values = work.captured()
-        else:
-            values = self._update(work, stage)
-            work.uncaptured += 1
+        with device.computing(self.execution):
+            if self.execution.capture and work.uncaptured >= STEPS_BEFORE_CAPTURE:
+                work.captured = work.captured or device.captured(lambda: self._update(work, stage))
+                values = work.captured()
+            else:
+                values = self._update(work, stage)
+                work.uncaptured += 1
         work.history.append(values)
         work.step += 1
 
@@ -388,18 +387,18 @@ def try_step(
 def seconds_per_step(
     recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int, source: Source | None = None
 ) -> float:
-    """Seconds one step takes in the recipe's last stage, the better of two after a first one."""
+    """Seconds one step takes in the recipe's last stage, the best of those after the first, or after its capture."""
     student = copy.deepcopy(teacher) if recipe.needs_student else None
     synthesizer = Synthesizer(recipe, teacher, execution, student=student, source=source)
     work = synthesizer.begin({0: torch.arange(batch_size) % teacher.card.classes})
-    times = []
-    for _ in range(3):
-        work.step = recipe.steps - recipe.stages[-1].steps
+    last, times = recipe.stages[-1], []
+    work.step = recipe.steps - last.steps
+    for _ in range(min(last.steps, 3 + STEPS_BEFORE_CAPTURE * execution.capture)):
         started = time.perf_counter()
         synthesizer.step(work)
         device.synchronize(synthesizer.device)
         times.append(time.perf_counter() - started)
-    return min(times[1:])
+    return min(times[1:] or times)
 
 
 class Work:

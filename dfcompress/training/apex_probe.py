@@ -50,11 +50,11 @@ class Apex:
 
 
 @cache
-def probe(disagreement: Callable[[torch.device], float]) -> Apex:
+def probe(disagreement: Callable[[torch.device], float], device: torch.device) -> Apex:
     """Find out, in the order in which things go wrong; nothing of a wrong package is executed.
 
-    `disagreement` runs three steps of every optimiser on a device with apex and with torch and gives the largest
-    relative difference; up to 1e-5 is rounding.
+    `disagreement` runs three steps of every optimiser on `device`, this process's, with apex and with torch and gives
+    the largest relative difference; up to 1e-5 is rounding.
     """
     spec = importlib.util.find_spec("apex")
     if spec is None:
@@ -72,16 +72,16 @@ def probe(disagreement: Callable[[torch.device], float]) -> Apex:
     except ImportError as error:
         found = f"apex was built for another torch than {torch.__version__} ({_first_line(error)})"
         return Apex(State.ABI_MISMATCH, found, f"Build it again. {BUILD}")
-    return _tried(disagreement)
+    return _tried(disagreement, device)
 
 
-def _tried(disagreement: Callable[[torch.device], float]) -> Apex:
+def _tried(disagreement: Callable[[torch.device], float], device: torch.device) -> Apex:
     """Whether its numbers are right, after three steps of each optimiser."""
     try:
-        difference = disagreement(torch.device("cuda"))
+        difference = disagreement(device)
     except FOREIGN_FAILURES as error:
         if "no kernel image" in str(error):
-            name = processor_name(torch.device("cuda"))
+            name = processor_name(device)
             remedy = "Build it again with TORCH_CUDA_ARCH_LIST naming this GPU's compute capability."
             return Apex(State.WRONG_ARCHITECTURE, f"apex was not built for {name}", remedy)
         return Apex(State.BROKEN, f"apex fails: {type(error).__name__}: {_first_line(error)}", BUILD)

@@ -22,7 +22,7 @@ from dfcompress.randomness import generator
 from dfcompress.run import write_atomically
 from dfcompress.training import optimizers, parallel
 from dfcompress.training.settings import Training
-from dfcompress.training.steps import Steps, dropping, training_mode
+from dfcompress.training.steps import Steps, dropping, layout_of, training_mode
 from dfcompress.training.teaching import Teaching
 
 METRICS = "metrics.jsonl"
@@ -102,7 +102,6 @@ class Trainer:
         """What `fit` takes, step by step, from where a saved state left off; inside, the networks are set up for it."""
         state = self._saved_state()
         execution = self._mine(Execution(**state["execution"]) if state else self._resolve())
-        device.prepare(execution)
         target = device.resolve_device(execution.device)
         # Grey images are mostly characters, which a flip turns into other ones.
         augmentation = replace(
@@ -127,20 +126,21 @@ class Trainer:
             stack.enter_context(mode)
             stack.enter_context(dropping(self.student, self.training.dropout))
             stack.enter_context(parallel.synchronised(self.student, self.everyone))
-            stack.enter_context(torch.random.fork_rng())
-            steps = Steps(
-                self.student, self.teaching, self.training, pool, execution, backend=backend, everyone=self.everyone
-            )
+            stack.enter_context(device.forked_randomness(target))
+            with device.computing(execution):
+                steps = Steps(
+                    self.student, self.teaching, self.training, pool, execution, backend=backend, everyone=self.everyone
+                )
             if state:
                 steps.load(state)
             yield steps
 
     def _place(self, target: torch.device, execution: Execution) -> None:
-        layout = torch.contiguous_format if execution.precision == "fp32" else torch.channels_last
+        layout = layout_of(execution)
         self.student.to(target).to(memory_format=layout)
         self.teaching.own.to(target)
         for teacher in self.teaching.teachers:
-            teacher.to(target).frozen()
+            teacher.to(target).to(memory_format=layout).frozen()
 
     def _resolve(self) -> Execution:
         """Forward passes of all, and the student's backward pass, twice as long; the precision is tried."""

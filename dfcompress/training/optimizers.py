@@ -137,7 +137,7 @@ def choose_backend(name: Name, backend: Backend, device: torch.device) -> Litera
         raise BadInput("--optimizer sgd has no apex form: FusedSGD skips bf16 parameters silently.", "Leave apex out.")
     if not is_cuda(device):
         raise BadInput("--optimizer-backend apex computes on CUDA alone.", "Use auto, or a CUDA device.")
-    found = probe(disagreement)
+    found = probe(disagreement, device)
     if found.state is State.READY:
         return "apex"
     if backend == "apex":

@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfcompress.device import collective_backend
+from dfcompress.device import collective_backend, identity
 from dfcompress.distributed import Peers, peers
 from dfcompress.errors import BadInput
 
@@ -39,7 +39,8 @@ def replicated(module: nn.Module, everyone: Peers) -> nn.Module:
     """The module, whose gradients are averaged over the processes where there are several."""
     if everyone.count == 1:
         return module
-    everyone.connect(collective_backend(next(module.parameters()).device))
+    own = identity(next(module.parameters()).device)
+    everyone.connect(collective_backend(everyone.told_by_all(own)))
     # Every step uses the same parameters, and none waits for those that are in no step (an auxiliary head's).
     replica = nn.parallel.DistributedDataParallel(module, static_graph=True)
     replica.broadcast_buffers = False  # They are the same everywhere: statistics are those of the whole batch.

@@ -88,12 +88,15 @@ class Steps:
 
     def take(self) -> None:
         """One step."""
+        with device.computing(self.execution):
+            self._take()
+
+    def _take(self) -> None:
         # Dropout, too, depends on the step alone, and on the process where there are several.
         process = [self.everyone.rank] * (self.everyone.count > 1)
-        torch.manual_seed(seed_of("dropout", self.pool.seed, self.done, *process))
+        device.seed(torch.device(self.execution.device), seed_of("dropout", self.pool.seed, self.done, *process))
         images = self.pool.batch(self.done)[self._mine]
-        if self.execution.precision != "fp32":
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=layout_of(self.execution))
         loss, values = self._learn(images, self._taught(images))
         for group in self._optimizer.param_groups:
             group["lr"] = self.training.rate(self.done)
@@ -136,7 +139,8 @@ class Steps:
         self.teaching.own.load_state_dict(state["own"])
         if self._average:
             self._average.load_state_dict(state["average"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        if state["step"]:  # Before, there is none, and apex's NovoGrad refuses to take it.
+            self._optimizer.load_state_dict(state["optimizer"])
         self.done = state["step"]
         self.clock.go_on_from(state["clock"])
         self.seconds = state["seconds"]
@@ -194,6 +198,11 @@ class _Lesson(nn.Module):
         with self._low:
             values = self._teaching.compare(self.student, images, taught)
         return (self._teaching.weights * values).sum(), values.detach()
+
+
+def layout_of(execution: Execution) -> torch.memory_format:
+    """How weights and images lie in memory: bf16 convolutions are faster where the channels are next to each other."""
+    return torch.contiguous_format if execution.precision == "fp32" else torch.channels_last
 
 
 @contextmanager

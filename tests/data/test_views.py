@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dfcompress.data.views import downscale, random_crops, random_flip, random_roll
+from dfcompress.data.views import downscale, jitters, random_crops, random_flip, random_roll
 from dfcompress.randomness import generator
 
 
@@ -78,3 +78,9 @@ def test_a_square_is_cut_out_of_every_copy():
     holes = (shown == 0).flatten(1).sum(1)
     assert holes.max() == 8 * 8
     assert holes.min() >= 4 * 4
+
+
+def test_a_roll_and_a_flip_hand_over_a_few_bytes_whatever_the_size():
+    """Each step copies them to the device, and a copy of more than 64 KB waits for it."""
+    drawn = [each for view in jitters(30, flip=True) for each in view.draw((152, 3, 224, 224), generator("test"))]
+    assert sum(each.nbytes for each in drawn) < 100

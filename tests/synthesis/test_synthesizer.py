@@ -127,8 +127,8 @@ def gradient(made, images, labels=LABELS, groups=1):
     """Gradient and unweighted losses of normalised images, through the synthesizer's own objective, without views."""
     seen = images.clone().requires_grad_(True)
     stage = made.recipe.stages[0]
-    still = [torch.arange(32 * 32)] * 2 * sum(view.shrinks == 1 for view in stage.views) * groups
-    total, values = made.objective(list(seen.chunk(groups)), labels, stage, still)
+    still = [torch.zeros_like(drawn) for view in stage.views for drawn in view.draw(images.shape, torch.Generator())]
+    total, values = made.objective(list(seen.chunk(groups)), labels, stage, still * groups)
     return torch.autograd.grad(total, seen)[0], values
 
 

@@ -117,12 +117,12 @@ def agrees(device):
 
 
 def test_no_apex_is_absent(installed):
-    assert probe(agrees).state is State.ABSENT
+    assert probe(agrees, CPU).state is State.ABSENT
 
 
 def test_the_web_toolkit_of_the_same_name_is_the_wrong_package_and_is_not_run(installed):
     installed({"apex/__init__.py": "raise SystemExit('executed')"})
-    found = probe(agrees)
+    found = probe(agrees, CPU)
     assert found.state is State.WRONG_PACKAGE
     assert "pip uninstall apex" in found.remedy
 
@@ -130,17 +130,17 @@ def test_the_web_toolkit_of_the_same_name_is_the_wrong_package_and_is_not_run(in
 def test_apex_without_a_gpu(installed, monkeypatch):
     monkeypatch.setattr(apex_probe, "has_cuda", lambda: False)
     installed(NVIDIA)
-    assert probe(agrees).state is State.NO_GPU
+    assert probe(agrees, CPU).state is State.NO_GPU
 
 
 def test_a_build_without_extensions_is_python_only(installed, gpu):
     installed({name: text for name, text in NVIDIA.items() if name != "amp_C.py"})
-    assert probe(agrees).state is State.PYTHON_ONLY
+    assert probe(agrees, CPU).state is State.PYTHON_ONLY
 
 
 def test_extensions_of_another_torch_are_an_abi_mismatch(installed, gpu):
     installed(NVIDIA | {"amp_C.py": "raise ImportError('amp_C.so: undefined symbol: _ZN3c10')"})
-    found = probe(agrees)
+    found = probe(agrees, CPU)
     assert found.state is State.ABI_MISMATCH
     assert "undefined symbol" in found.found
 
@@ -150,7 +150,7 @@ def test_kernels_for_other_gpus_are_the_wrong_architecture(installed, gpu):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
     installed(NVIDIA)
-    found = probe(fails)
+    found = probe(fails, CPU)
     assert found.state is State.WRONG_ARCHITECTURE
     assert "TORCH_CUDA_ARCH_LIST" in found.remedy
 
@@ -158,14 +158,14 @@ def test_kernels_for_other_gpus_are_the_wrong_architecture(installed, gpu):
 @pytest.mark.parametrize("difference", [1e-3, math.nan])
 def test_wrong_numbers_are_broken(installed, gpu, difference):
     installed(NVIDIA)
-    found = probe(lambda device: difference)
+    found = probe(lambda device: difference, CPU)
     assert found.state is State.BROKEN
     assert "differ" in found.found
 
 
 def test_a_failing_import_is_broken(installed, gpu):
     installed(NVIDIA | {"apex/optimizers/__init__.py": "raise ValueError('no such op')"})
-    found = probe(lambda device: optimizers._difference("lamb", CPU))
+    found = probe(lambda device: optimizers._difference("lamb", CPU), CPU)
     assert found.state is State.BROKEN
     assert "no such op" in found.found
 
@@ -196,12 +196,12 @@ STAND_IN = """
 
 def test_apex_is_ready_once_three_steps_agree_with_torch(installed, gpu):
     installed(NVIDIA | {"apex/optimizers/__init__.py": STAND_IN})
-    assert probe(lambda device: optimizers.disagreement(CPU)).state is State.READY
+    assert probe(optimizers.disagreement, CPU).state is State.READY
 
 
 def test_a_stand_in_that_decays_otherwise_is_found_out(installed, gpu):
     installed(NVIDIA | {"apex/optimizers/__init__.py": STAND_IN.replace("if adam_w_mode", "if True")})
-    assert probe(lambda device: optimizers.disagreement(CPU)).state is State.BROKEN
+    assert probe(optimizers.disagreement, CPU).state is State.BROKEN
 
 
 def test_gradients_of_another_layout_are_matched_before_apex_sees_them(installed):
@@ -218,7 +218,7 @@ def test_gradients_of_another_layout_are_matched_before_apex_sees_them(installed
 
 
 def fixed_probe(monkeypatch, state):
-    monkeypatch.setattr(optimizers, "probe", lambda _: Apex(state, "it was found so", "do that"))
+    monkeypatch.setattr(optimizers, "probe", lambda *_: Apex(state, "it was found so", "do that"))
 
 
 @pytest.mark.parametrize("state", list(State))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfcompress.device import one_thread
+from dfcompress.device import threads
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import Target
@@ -114,7 +114,7 @@ class SpectralKeeper:
         means = self._sums.mean.float()
         kept = {MEAN: means, LABEL: labels}
         for number, places in enumerate(self.parts):
-            with one_thread():
+            with threads(1):
                 basis = self.graph.basis(places)
                 coefficients = (activations - means[labels])[:, places] @ basis.T
             chosen, values = largest(coefficients, kept_of(len(places), self.keeping.keep))
@@ -205,7 +205,7 @@ class SpectralSource:
     def __init__(self, record: Record, teacher: Classifier) -> None:
         self.layers = record.about.layers
         graph = WeightGraph(teacher, self.layers)
-        with one_thread():
+        with threads(1):
             self._examples = decoded(graph, record).split(graph.sizes, 1)
         self._labels = record.tensors[LABEL]
 
