@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from dfcompress.errors import BadInput
@@ -27,14 +28,18 @@ class Stage:
 
 def stages_of(classifier: Classifier) -> dict[Resolution, Stage]:
     """The stages by resolution, from the first to the last; outputs of one pixel are none, nor those of modules that
-    run several times.
+    run several times, nor those of a stem: a first resolution at which one convolution works, before others at which
+    several do (ResNet-18 at 224 pixels has the four stages conv2 to conv5).
     """
     outputs: list[tuple[Resolution, Stage]] = []
+    convolutions: Counter[Resolution] = Counter()
 
     def noting(name: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1:
-                outputs.append(((output.shape[2], output.shape[3]), Stage(name, output.shape[1])))
+                resolution = (output.shape[2], output.shape[3])
+                outputs.append((resolution, Stage(name, output.shape[1])))
+                convolutions[resolution] += isinstance(module, _ConvNd)
 
         return note
 
@@ -43,7 +48,11 @@ def stages_of(classifier: Classifier) -> dict[Resolution, Stage]:
     ]
     pass_once(classifier, handles)
     runs = Counter(stage.module for _, stage in outputs)
-    return {resolution: stage for resolution, stage in outputs if runs[stage.module] == 1}
+    stages = {resolution: stage for resolution, stage in outputs if runs[stage.module] == 1}
+    first, *others = (convolutions[resolution] for resolution in stages) if stages else [0]
+    if first == 1 and others and min(others) > 1:
+        del stages[next(iter(stages))]
+    return stages
 
 
 def stages_in_common(student: Classifier, teacher: Classifier) -> list[tuple[Stage, Stage]]:
