@@ -20,6 +20,7 @@ from measuring import Rows, run
 RECIPES = {"synthetic": "bns-inception", "synthetic-bns": "bns"}
 EACH = 1024
 NOISE = "--recipe gaussian --mix none --images 1024"
+SHORT = "--finetune kd --train-steps 100 --train-batch-size 128"
 
 CALIBRATED = {
     "8w8a calibrated": "--bits 8w8a --finetune none",
@@ -31,12 +32,14 @@ TUNED = {
     "2w4a, ends 4": "--bits 2w4a --first-last-bits 4",
     "4w4a": "--bits 4w4a",
 }
-PUBLISHED = "--calibrate minmax --weight-ranges minmax --no-correction"
-PLAIN = {f"{row}, as published": f"{asked} {PUBLISHED}" for row, asked in CALIBRATED.items()}
+AT_TWO_BITS = {"2w4a calibrated, ends 4": "--bits 2w4a --first-last-bits 4 --finetune none"}
+MINMAX = "--calibrate minmax --weight-ranges minmax --weight-grid symmetric --no-correction"
 ROWS = {
     **CALIBRATED,
+    **AT_TWO_BITS,
     **TUNED,
-    **PLAIN,
+    **{f"{row}, as published": f"{asked} --method paper" for row, asked in (CALIBRATED | AT_TWO_BITS).items()},
+    **{f"{row}, min-max, symmetric": f"{asked} {MINMAX}" for row, asked in CALIBRATED.items()},
     **{f"{row}, {how} alone": f"{asked} --finetune {how}" for row, asked in TUNED.items() for how in ("blocks", "lsq")},
 }
 # Of ResNet-44 on the first 846 test images, must / aim; and what Haroush et al. 2020 have for theirs (float 93.23 % of
@@ -49,9 +52,10 @@ TARGETS = {
     "4w4a": ("92.8 / 93.5", ""),
 }
 # Haroush et al. 2020: noise is of use only with frozen BatchNorm and the IQ loss.
-ABLATION = {"noise, calibrated": f"{NOISE} --bits 4w4a --finetune none"} | {
-    f"noise, BatchNorm {how}, {'IQ' if iq else 'no IQ'}": f"{NOISE} --bits 4w4a --finetune kd "
+ABLATION = {f"noise, {bits}, calibrated": f"{NOISE} --bits {bits} --finetune none" for bits in ("4w4a", "2w4a")} | {
+    f"noise, {bits}, BatchNorm {how}, {'IQ' if iq else 'no IQ'}": f"{NOISE} --bits {bits} {SHORT} "
     f"--train-set freeze_batchnorm={how == 'frozen'} --objective kd {'--objective iq=0.001' if iq else ''}"
+    for bits in ("4w4a", "2w4a")
     for how in ("frozen", "free")
     for iq in (True, False)
 }

@@ -130,6 +130,10 @@ def test_the_module_runs_as_a_program():
         (["quantize", DEMO, "--min-agreement", "95"], "--min-agreement 95 is no share"),
         (["quantize", DEMO, "--export", "onnx", "--target", "tensorrt"], "kernels for 8 bits alone"),
         (["quantize", DEMO, "--bits", "8w8a", "--export", "onnx", "--target", "tensorrt"], "--signed"),
+        (
+            ["quantize", DEMO, "--bits", "8w8a", "--method", "paper", "--export", "onnx", "--target", "tensorrt"],
+            "--weight-grid symmetric",
+        ),
         (["quantize"], "Missing argument 'MODEL'"),
         (["export", DEMO, "-o", "absent/model.onnx"], "no file in a folder that exists"),
         (["export", DEMO, "-o", "model.onnx", "--data", "absent"], "absent does not exist"),
@@ -270,6 +274,31 @@ def test_a_dry_run_shows_what_would_be_done_and_touches_nothing(capsys, tmp_path
         assert {each["steps"] for each in planned} == {2}
         assert all(each["seconds"] > 0 for each in planned)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_papers_quantization_is_planned_with_its_own_values_and_those_that_were_given(capsys):
+    line = ["quantize", DEMO, "--method", "paper", "--data", DEMO, "--dry-run", "--json"]
+    planned = json.loads(answer(capsys, *line)[1])["training"]
+    assert (planned["steps"], planned["batch_size"]) == (16_000, 512)
+    planned = json.loads(answer(capsys, *line, "--train-steps", "50")[1])["training"]
+    assert (planned["steps"], planned["batch_size"]) == (50, 512)
+    assert json.loads(answer(capsys, *line, "--finetune", "none")[1])["training"] is None
+
+
+def test_options_of_calibration_reach_it_by_name(capsys):
+    asked = "--calibrate minmax --weight-ranges minmax --weight-grid asymmetric --calibration-steps 1 --replacement"
+    line = ["quantize", DEMO, "--data", DEMO, "--finetune", "none", "--compile", "off", "-o", "packed"]
+    assert answer(capsys, *line, *asked.split(), "--no-correction", "--signed")[0] == 0
+    found = json.loads(Path("packed/run.json").read_text())["options"]["calibration"]
+    assert found == {
+        "inputs": "minmax",
+        "weights": "minmax",
+        "steps": 1,
+        "signed": True,
+        "correction": False,
+        "weight_grid": "asymmetric",
+        "replacement": True,
+    }
 
 
 def test_the_command_line_beats_the_environment_beats_the_file(capsys, tmp_path, monkeypatch):

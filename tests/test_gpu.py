@@ -150,7 +150,7 @@ def test_ranges_and_weights_are_those_of_the_cpu(rule, resnet20_file, cifar10_tr
     for name, layer in exact.items():
         assert fast[name].input_grid.scale == pytest.approx(layer.input_grid.scale, rel=1e-5)
         assert abs(fast[name].input_grid.zero_point - layer.input_grid.zero_point) <= 1
-        torch.testing.assert_close(fast[name].weight_scale, layer.weight_scale, rtol=1e-5, atol=0)
+        torch.testing.assert_close(fast[name].weight_grid.scale, layer.weight_grid.scale, rtol=1e-5, atol=0)
         torch.testing.assert_close(fast[name].weight, layer.weight, rtol=1e-5, atol=1e-6)
     for name, tensor in students[0].network.state_dict().items():
         if "running" in name:  # Correction sees activations, of which a few round to the other side.

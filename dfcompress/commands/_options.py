@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.evaluation.gates import Gates
     from dfcompress.models.classifier import Classifier
-    from dfcompress.quantization.calibration import Calibration
     from dfcompress.synthesis.recipe import Synthesis
     from dfcompress.synthesis.records.keeping import Keeping
 
@@ -149,11 +148,25 @@ def _records(records: Path | None, no_records: bool) -> Path | str | None:
 
 
 def _calibration(
-    calibrate: Any, weight_ranges: Any, calibration_steps: int, signed: bool, no_correction: bool
-) -> Calibration:
-    from dfcompress.quantization.calibration import Calibration
-
-    return Calibration(calibrate, weight_ranges, calibration_steps, signed, not no_correction)
+    calibrate: str | None,
+    weight_ranges: str | None,
+    weight_grid: str | None,
+    calibration_steps: int | None,
+    replacement: bool | None,
+    signed: bool | None,
+    correction: bool | None,
+) -> dict[str, Any]:
+    """The settings of calibration that were given, by the names of their fields."""
+    named = {
+        "inputs": calibrate,
+        "weights": weight_ranges,
+        "weight_grid": weight_grid,
+        "steps": calibration_steps,
+        "replacement": replacement,
+        "signed": signed,
+        "correction": correction,
+    }
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _gates(max_drop: float | None, min_agreement: float | None) -> Gates:
@@ -293,21 +306,41 @@ calibration = group(
     click.option(
         "--calibrate",
         type=click.Choice(["minmax", "percentile", "mse"]),
-        default="mse",
-        show_default=True,
+        show_default="mse; minmax of paper",
         help="How the ranges of activations are found.",
     ),
     click.option(
         "--weight-ranges",
         type=click.Choice(["minmax", "mse"]),
-        default="mse",
-        show_default=True,
+        show_default="mse; minmax of paper",
         help="How the ranges of weights are found.",
     ),
-    click.option("--calibration-steps", type=click.IntRange(1), default=16, show_default=True, help="Batches of 256."),
-    click.option("--signed", is_flag=True, help="Activations without a zero point, as TensorRT takes them."),
     click.option(
-        "--no-correction", is_flag=True, help="Leave means and variances that quantization shifts where they are."
+        "--weight-grid",
+        type=click.Choice(["auto", "symmetric", "asymmetric"]),
+        show_default="auto; asymmetric of paper",
+        help="Give weights a zero point per output channel (asymmetric), or none (symmetric).",
+    ),
+    click.option(
+        "--calibration-steps",
+        type=click.IntRange(1),
+        show_default="16; 200 of paper",
+        help="Number of calibration batches of 256 images.",
+    ),
+    click.option(
+        "--replacement/--no-replacement",
+        default=None,
+        show_default="no-replacement; replacement of paper",
+        help="Draw the images of calibration with replacement.",
+    ),
+    click.option(
+        "--signed", is_flag=True, default=None, help="Activations without a zero point, as TensorRT takes them."
+    ),
+    click.option(
+        "--correction/--no-correction",
+        default=None,
+        show_default="correction; no-correction of paper",
+        help="Correct the biases and the BatchNorm statistics that quantization shifts.",
     ),
 )
 

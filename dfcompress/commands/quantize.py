@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.evaluation.gates import Gates
     from dfcompress.models.classifier import Classifier
-    from dfcompress.quantization.calibration import Calibration
-    from dfcompress.quantization.quantize import Finetuning
+    from dfcompress.quantization.quantize import Finetuning, Method
     from dfcompress.synthesis.recipe import Synthesis
 
 
@@ -30,15 +29,25 @@ if TYPE_CHECKING:
 @_options.data
 @_options.eval_data
 @_options.synthesis(images=2048)
+@click.option(
+    "--method",
+    type=click.Choice(["default", "paper"]),
+    default="default",
+    show_default=True,
+    help="Where nothing else is asked for, quantize as we do, or as Haroush et al. 2020 do (paper).",
+)
 @_options.calibration
 @click.option(
     "--finetune",
     type=click.Choice(["blocks+lsq", "lsq", "blocks", "kd", "none"]),
-    default="blocks+lsq",
-    show_default=True,
+    show_default="blocks+lsq; kd of paper",
     help="The rounding block by block, then weights and steps; either alone; weights alone; or nothing.",
 )
-@_options.training(steps="400; 1000 of blocks", lr="0.003; 0.01 of blocks, kd", batch_size="256; 32 of blocks")
+@_options.training(
+    steps="400; 1000 of blocks; 16000 of paper",
+    lr="0.003; 0.01 of blocks, kd",
+    batch_size="256; 32 of blocks; 512 of paper",
+)
 @_options.objectives
 @_options.temperature
 @click.option("--export", type=click.Choice(["onnx"]), help="Also write model.onnx and check it in onnxruntime.")
@@ -57,8 +66,9 @@ def quantize(
     data: Path | None,
     eval_data: Path | None,
     synthesis: Synthesis,
-    calibration: Calibration,
-    finetune: Finetuning,
+    method: Method,
+    calibration: dict[str, Any],
+    finetune: Finetuning | None,
     training: dict[str, Any],
     objectives: dict[str, float] | None,
     temperature: float,
@@ -78,7 +88,15 @@ def quantize(
     import json
 
     from dfcompress.quantization.bits import layers_of
-    from dfcompress.quantization.quantize import BEFORE_LSQ, quantize, usual_synthesis, usual_tuning, wanted_bits
+    from dfcompress.quantization.quantize import (
+        BEFORE_LSQ,
+        FINETUNED_BY,
+        quantize,
+        usual_calibration,
+        usual_images,
+        usual_tuning,
+        wanted_bits,
+    )
     from dfcompress.quantization.report import REPORT
     from dfcompress.settings import assignments
     from dfcompress.synthesis.invert import plans
@@ -90,10 +108,13 @@ def quantize(
         raise BadInput(f"--target {target} is of the file that --export writes.", "Add --export onnx.")
     if dry_run:
         layers = layers_of(model).quantizable
-        wanted_bits(model, layers, bits, first_last_bits, patterns, size_ratio, signed=calibration.signed)
-        own = synthesis if data else usual_synthesis(model, synthesis)
-        tuning = usual_tuning(finetune, training)
-        supply = ImageSupply(model, data, own, compute, mix=mix)
+        scheme = usual_calibration(method, calibration).scheme
+        wanted_bits(model, layers, bits, first_last_bits, patterns, size_ratio, scheme)
+        if not data:
+            synthesis, mix = usual_images(method, model, synthesis, mix)
+        finetune = finetune or FINETUNED_BY[method]
+        tuning = usual_tuning(finetune, training, method=method, input_size=model.card.input_size)
+        supply = ImageSupply(model, data, synthesis, compute, mix=mix)
         rounding = BEFORE_LSQ if tuning and finetune == "blocks+lsq" else None
         _summary.plan(
             *plans(supply),
@@ -112,6 +133,7 @@ def quantize(
         output=output,
         synthesis=synthesis,
         mix=mix,
+        method=method,
         calibration=calibration,
         finetune=finetune,
         training=training,

@@ -5,19 +5,20 @@
     learn_steps(network)                                         # if the steps of both are to be trained
     freeze(network)                                              # weights become their integers times a scale
 
-Weights: uniform, symmetric, narrow range, one scale per output channel, a share of max|w| at every forward pass.
+Weights: uniform, a grid per output channel that covers a share of the channel's range at every forward pass; symmetric
+(zero in the middle, 2^bits − 1 values), or asymmetric (a zero point per channel, all 2^bits values).
 Activations: the layer's input, uniform, one scale and zero point for the tensor, fixed once set.
 Both pass the gradient straight through where nothing was clipped. Biases and BatchNorm stay in float.
-(Haroush et al. 2020, section 4; symmetric weights and the input's side of a layer are our choice.)
+(Haroush et al. 2020, section 4, whose weights are asymmetric; the input's side of a layer is our choice.)
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,6 @@ from dfcompress.models.plain import plain_kind
 
 WIDTHS = range(2, 9)
 FLOAT_BITS = 32
-_BUFFERS = ("weight_scale", "weight_share")
 _STEPS = ("weight_step", "input_step")
 
 # The smallest normal fp32 number: the scale of an all-zero channel, whose reciprocal is still finite.
@@ -36,6 +36,16 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
+class Scheme:
+    """Which kinds of grids the layers get: inputs `signed` ones or not, weights asymmetric ones at the widths
+    `asymmetric` (in bits), symmetric ones at all others.
+    """
+
+    signed: bool = False
+    asymmetric: Collection[int] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class InputGrid:
     """The values a quantized activation can take: (q − zero_point) · scale for q in 0 .. 2^bits − 1.
 
@@ -44,6 +54,7 @@ class InputGrid:
     Plain numbers, not tensors: they follow the network to any device and are constants to the compiler.
     """
 
+    bits: int
     scale: float
     zero_point: int
     signed: bool = False
@@ -56,23 +67,31 @@ class InputGrid:
         """
         low, high, largest = min(low, 0.0), max(high, 0.0), 2**bits - 1
         if signed:
-            return cls(_as_scale(max(-low, high) / largest_integer(bits)), 0, signed=True)
+            scale = _as_scale(max(-low, high) / largest_integer(bits))
+            return cls(bits=bits, scale=scale, zero_point=0, signed=True)
         scale = _as_scale((high - low) / largest)
-        return cls(scale, min(round(-low / scale), largest))
+        return cls(bits=bits, scale=scale, zero_point=min(round(-low / scale), largest))
 
-    def integers(self, bits: int) -> tuple[int, int]:
+    def integers(self) -> tuple[int, int]:
         """The lowest and the highest q."""
-        return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if self.signed else (0, 2**bits - 1)
+        return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.signed else (0, 2**self.bits - 1)
 
-    def quantized(self, activations: Tensor, *, bits: int, step: Tensor | None = None) -> Tensor:
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest value."""
+        lowest, highest = self.integers()
+        return (lowest - self.zero_point) * self.scale, (highest - self.zero_point) * self.scale
+
+    def quantized(self, activations: Tensor, *, step: Tensor | None = None) -> Tensor:
         """The nearest value of the grid, in fp32; the gradient passes where nothing was clipped.
 
         `step` `()`, a parameter, takes the place of the scale and gets a gradient too.
         """
-        ends = self.integers(bits)
+        lowest, highest = self.integers()
         if step is None:
-            return torch.fake_quantize_per_tensor_affine(activations.float(), self.scale, self.zero_point, *ends)
-        return on_learnt_grid(activations.float(), step, *(end - self.zero_point for end in ends))
+            return torch.fake_quantize_per_tensor_affine(
+                activations.float(), self.scale, self.zero_point, lowest, highest
+            )
+        return on_learnt_grid(activations.float(), step, lowest - self.zero_point, highest - self.zero_point)
 
     def as_step(self, device: torch.device) -> nn.Parameter:
         """The scale as a parameter."""
@@ -83,86 +102,167 @@ class InputGrid:
         return replace(self, scale=_as_scale(step.item()))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightGrid:
+    """The values a quantized weight can take: (q − zero_point) · scale, both of its output channel.
+
+    `scale` `(out_channels,)` is fp32, `zero_point` `(out_channels,)` int32. Symmetric: the zero points are 0 and q is
+    in −(2^(bits − 1) − 1) .. 2^(bits − 1) − 1 (narrow range: 3 values at 2 bits). Asymmetric: q and the zero points are
+    in 0 .. 2^bits − 1, so that zero is one of the values.
+    """
+
+    bits: int
+    symmetric: bool
+    scale: Tensor
+    zero_point: Tensor
+
+    @classmethod
+    def covering(cls, low: Tensor, high: Tensor, *, bits: int, symmetric: bool) -> WeightGrid:
+        """The grid of each channel whose values span [min(low, 0), max(high, 0)], `low` and `high` `(out_channels,)`:
+        moved by less than a step to meet zero where it is asymmetric, to the farther end on both sides where it is not.
+        """
+        low, high = low.clamp_max(0), high.clamp_min(0)
+        if symmetric:
+            scale = as_scales(torch.maximum(-low, high) / largest_integer(bits))
+            return cls(bits=bits, symmetric=True, scale=scale, zero_point=torch.zeros_like(scale, dtype=torch.int32))
+        largest = 2**bits - 1
+        scale = as_scales((high - low) / largest)
+        zero_point = (-low / scale).round().clamp(0, largest).int()
+        return cls(bits=bits, symmetric=False, scale=scale, zero_point=zero_point)
+
+    def integers(self) -> tuple[int, int]:
+        """The lowest and the highest q."""
+        return (-largest_integer(self.bits), largest_integer(self.bits)) if self.symmetric else (0, 2**self.bits - 1)
+
+    def multiples(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest multiple of the scale, q − zero_point, shaped to meet `weight`."""
+        lowest, highest = self.integers()
+        zero_point = per_channel(self.zero_point, weight)
+        return lowest - zero_point, highest - zero_point
+
+    def quantized(self, weight: Tensor, *, step: Tensor | None = None) -> Tensor:
+        """The nearest value of the grid; the gradient passes where nothing was clipped.
+
+        `step` `(out_channels,)`, a parameter, takes the place of the scale and gets a gradient too.
+        """
+        if step is None:
+            return torch.fake_quantize_per_channel_affine(weight, self.scale, self.zero_point, 0, *self.integers())
+        return on_learnt_grid(weight, per_channel(step, weight), *self.multiples(weight))
+
+    def nearest(self, multiples: Tensor) -> Tensor:
+        """The integers q of these multiples of the scale, rounded and clipped: int8 of a symmetric grid, else uint8."""
+        q = multiples.round() + per_channel(self.zero_point, multiples)
+        return q.clamp(*self.integers()).to(torch.int8 if self.symmetric else torch.uint8)
+
+    def weight(self, integers: Tensor) -> Tensor:
+        """The values of the integers q."""
+        return (integers - per_channel(self.zero_point, integers)) * per_channel(self.scale, integers)
+
+    def times(self, factor: Tensor, integers: Tensor) -> tuple[Tensor, WeightGrid]:
+        """Integers and a grid that give `factor` `(out_channels,)` times the values of `integers`, nothing rounded:
+        a negative factor mirrors both.
+        """
+        ends = sum(self.integers())
+        mirrored = torch.where(per_channel(factor < 0, integers), ends - integers, integers)
+        zero_point = torch.where(factor < 0, ends - self.zero_point, self.zero_point)
+        return mirrored, replace(self, scale=as_scales(self.scale * factor.abs()), zero_point=zero_point)
+
+    def to(self, device: torch.device) -> WeightGrid:
+        """The same grid on a device."""
+        return replace(self, scale=self.scale.to(device), zero_point=self.zero_point.to(device))
+
+
 class QuantizedLayer(nn.Module):
     """A layer with few-bit weights and input; what its subclasses add is the arithmetic between the two.
 
     `input_grid` is None until calibrated: the input then stays in float.
-    `weight_scale` `(out_channels,)` is None until frozen: the weight is then quantized anew at every forward pass, to
-    the share `weight_share` `(out_channels,)` of its channel's max|w|.
+    Of `weight_grid` only the kind counts until the weight is frozen: scale and zero point follow the weight at every
+    forward pass, so that the grid covers the shares `weight_shares` `(2, out_channels)` of the lowest and the highest
+    weight of each channel. `weight_shares` is None once steps are learnt or the weight is frozen.
     `weight_step` `(out_channels,)` and `input_step` `()` are parameters that take the place of both scales while steps
-    are learnt, else None.
+    are learnt, else None; zero points stay.
     """
 
     weight: Tensor
-    weight_bits: int
+    weight_grid: WeightGrid
+    weight_shares: Tensor | None
     input_bits: int
     input_grid: InputGrid | None
-    weight_scale: Tensor | None
-    weight_share: Tensor
     weight_step: nn.Parameter | None
     input_step: nn.Parameter | None
 
+    @property
+    def weight_bits(self) -> int:
+        """Bits of the weight."""
+        return self.weight_grid.bits
+
     def quantized_input(self, activations: Tensor) -> Tensor:
         """The input as the layer sees it."""
-        if self.input_grid is None:
-            return activations
-        return self.input_grid.quantized(activations, bits=self.input_bits, step=self.input_step)
+        return self.input_grid.quantized(activations, step=self.input_step) if self.input_grid else activations
 
     def quantized_weight(self) -> Tensor:
-        """The weight as the layer uses it: integers times the scale of their output channel."""
-        if self.weight_scale is not None:
+        """The weight as the layer uses it: a value of the grid each."""
+        if self.is_frozen:
             return self.weight
-        largest = largest_integer(self.weight_bits)
         if self.weight_step is not None:
-            return on_learnt_grid(self.weight, per_channel(self.weight_step, self.weight), -largest, largest)
-        scale = self.scale_now()
-        zero_points = torch.zeros_like(scale, dtype=torch.int32)
-        return torch.fake_quantize_per_channel_affine(self.weight, scale, zero_points, 0, -largest, largest)
+            return self.weight_grid.quantized(self.weight, step=self.weight_step)
+        return self.grid_now().quantized(self.weight)
 
-    def scale_now(self) -> Tensor:
-        """The weight's scale `(out_channels,)`: frozen, learnt, or taken from the weight as it is."""
-        if self.weight_scale is not None:
-            return self.weight_scale
+    def grid_now(self) -> WeightGrid:
+        """The weight's grid: frozen, learnt, or taken from the weight as it is."""
         if self.weight_step is not None:
-            return as_scales(self.weight_step.detach())
-        return as_scales(self.weight_share * channel_scales(self.weight, bits=self.weight_bits))
+            return replace(self.weight_grid, scale=as_scales(self.weight_step.detach()))
+        if self.weight_shares is None:
+            return self.weight_grid
+        rows = self.weight.detach().flatten(1)
+        low, high = self.weight_shares * torch.stack([rows.amin(1), rows.amax(1)])
+        return WeightGrid.covering(low, high, bits=self.weight_bits, symmetric=self.weight_grid.symmetric)
 
     def learn_steps(self) -> None:
         """Make the scales of weight and input parameters that start where they are (LSQ, Esser et al. 2020)."""
-        self.weight_step, self.weight_scale = nn.Parameter(self.scale_now()), None
+        self.weight_grid, self.weight_shares = self.grid_now(), None
+        self.weight_step = nn.Parameter(self.weight_grid.scale)
         if self.input_grid is not None:
             self.input_step = self.input_grid.as_step(self.weight.device)
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the weight is integers times a scale already."""
-        return self.weight_scale is not None
+        """Whether the weight is integers on a fixed grid already."""
+        return self.weight_shares is None and self.weight_step is None
 
     @torch.no_grad()
     def freeze(self) -> None:
         """Make weight and input grid what they are now, once and for all."""
         if self.input_grid is not None and self.input_step is not None:
             self.input_grid = self.input_grid.with_step(self.input_step)
-        if self.weight_scale is None:
-            scale = self.scale_now()
-            self.set_integer_weight(_integers(self.quantized_weight(), scale), scale)
-        self.weight_step = self.input_step = None
+        if not self.is_frozen:
+            grid = self.grid_now()
+            multiples = self.quantized_weight() / per_channel(grid.scale, self.weight)
+            self.set_integer_weight(grid.nearest(multiples), grid)
+        self.input_step = None
 
     @torch.no_grad()
-    def set_integer_weight(self, integers: Tensor, scale: Tensor) -> None:
-        """Freeze the weight at `integers` (int8, the weight's shape) times `scale` `(out_channels,)`."""
+    def set_integer_weight(self, integers: Tensor, grid: WeightGrid) -> None:
+        """Freeze the weight at the `integers` (of the weight's shape) on `grid`."""
         # The only place where the product is formed, and in one memory layout:
         # so the frozen network and the loaded one agree to the bit.
-        integers = integers.to(self.weight.device).contiguous()
-        scale = scale.to(self.weight.device)
-        self.weight = nn.Parameter(integers * per_channel(scale, integers), requires_grad=self.weight.requires_grad)
-        self.weight_scale = scale
+        grid = grid.to(self.weight.device)
+        weight = grid.weight(integers.to(self.weight.device).contiguous())
+        self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        self.weight_grid, self.weight_shares, self.weight_step = grid, None, None
 
-    def integer_weight(self) -> tuple[Tensor, Tensor]:
-        """The integers `(int8, the weight's shape)` of a frozen weight, and their scale `(out_channels,)`."""
-        if self.weight_scale is None:
+    def integer_weight(self) -> tuple[Tensor, WeightGrid]:
+        """The integers (the weight's shape; int8, or uint8 where asymmetric) of a frozen weight, and their grid."""
+        if not self.is_frozen:
             raise ValueError("a weight has lasting integers only once it is frozen")
-        return _integers(self.weight.detach(), self.weight_scale), self.weight_scale
+        grid, weight = self.weight_grid, self.weight.detach()
+        return grid.nearest(weight / per_channel(grid.scale, weight)), grid
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Let the grid follow the layer to another device."""
+        super()._apply(fn, recurse)
+        self.weight_grid = self.weight_grid.to(self.weight.device)
+        return self
 
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
@@ -214,9 +314,12 @@ def quantizable_layers(network: nn.Module, names: Iterable[str]) -> dict[str, nn
     return layers
 
 
-def quantize_layers(network: nn.Module, layer_bits: Mapping[str, tuple[int, int]]) -> None:
+def quantize_layers(
+    network: nn.Module, layer_bits: Mapping[str, tuple[int, int]], *, asymmetric: Collection[int] = ()
+) -> None:
     """Turn the named layers into quantized ones, in place; `layer_bits` gives the bits of (weights, input) of each.
 
+    Weights of as many bits as `asymmetric` names get asymmetric grids, all others symmetric ones.
     State-dict keys stay as they are. Input bits of 32 leave the activations in float.
     Raises `BadInput` where a name is not that of a layer that can be quantized.
     """
@@ -225,12 +328,12 @@ def quantize_layers(network: nn.Module, layer_bits: Mapping[str, tuple[int, int]
         assert kind is not None
         layer.__class__ = _QUANTIZED[kind]
         assert isinstance(layer, QuantizedLayer)
-        layer.weight_bits, layer.input_bits = layer_bits[name]
+        bits, layer.input_bits = layer_bits[name]
         layer.input_grid = None
-        # Buffers, so that they move with the layer; not persistent ones, so that state-dict keys stay.
-        shares = torch.ones_like(layer.weight.detach().flatten(1)[:, 0])
-        for buffer, values in zip(_BUFFERS, (None, shares), strict=True):
-            layer.register_buffer(buffer, values, persistent=False)
+        low = layer.weight.detach().flatten(1).amin(1)
+        layer.weight_grid = WeightGrid.covering(low, -low, bits=bits, symmetric=bits not in asymmetric)
+        # A buffer, so that it moves with the layer; not a persistent one, so that state-dict keys stay.
+        layer.register_buffer("weight_shares", torch.ones(2, len(low), device=low.device), persistent=False)
         for step in _STEPS:
             layer.register_parameter(step, None)
 
@@ -265,7 +368,7 @@ def dequantized(network: nn.Module) -> nn.Module:
     freeze(twin)
     for layer in quantized_layers(twin).values():
         layer.__class__ = _PLAIN[type(layer)]  # type: ignore[assignment]
-        for name in (*_BUFFERS, *_STEPS):
+        for name in ("weight_grid", "weight_shares", *_STEPS):
             delattr(layer, name)
     return twin
 
@@ -290,22 +393,17 @@ def largest_integer(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def channel_scales(weight: Tensor, *, bits: int) -> Tensor:
-    """One scale `(out_channels,)` per output channel of `weight`: max|w| / (2^(bits − 1) − 1)."""
-    largest_magnitudes = weight.detach().flatten(1).abs().amax(1)
-    return as_scales(largest_magnitudes / largest_integer(bits))
-
-
-def on_learnt_grid(values: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
+def on_learnt_grid(values: Tensor, step: Tensor, lowest: Any, highest: Any) -> Tensor:
     """The nearest of the values lowest·step .. highest·step, differentiable in `values` and in `step`.
 
-    Rounding passes gradients straight through; those of a step are divided by √(values that share it · highest), so
-    that it moves at the pace of the weights (LSQ, Esser et al. 2020, section 2.2). Of activations those of one image
+    `lowest` ≤ 0 ≤ `highest` are integers, or tensors of them that meet the values as `step` does.
+    Rounding passes gradients straight through; those of a step are divided by √(values that share it · the larger end),
+    so that it moves at the pace of the weights (LSQ, Esser et al. 2020, section 2.2). Of activations those of one image
     count, so that the pace does not depend on the batch, nor on how it is shared out.
     """
     shared = values[0].numel() if step.dim() == 0 else values.numel() / step.numel()
-    pace = 1 / math.sqrt(shared * max(highest, 1))
-    step = _with_gradient(step, step * pace).clamp_min(_SMALLEST_SCALE)
+    larger_end = torch.maximum(-lowest, highest) if isinstance(highest, Tensor) else max(-lowest, highest)
+    step = _with_gradient(step, step * (shared * larger_end) ** -0.5).clamp_min(_SMALLEST_SCALE)
     scaled = (values / step).clamp(lowest, highest)
     return _with_gradient(scaled.round(), scaled) * step
 
@@ -323,15 +421,6 @@ def as_scales(values: Tensor) -> Tensor:
 def _as_scale(value: float) -> float:
     """The nearest fp32 number that is a scale."""
     return max(torch.tensor(value, dtype=torch.float32).item(), _SMALLEST_SCALE)
-
-
-def integers_within(values: Tensor, scale: Tensor, largest: int) -> Tensor:
-    """The nearest integers of magnitude `largest` at most, as floats."""
-    return (values / scale).round().clamp(-largest, largest)
-
-
-def _integers(quantized_weight: Tensor, scale: Tensor) -> Tensor:
-    return (quantized_weight / per_channel(scale, quantized_weight)).round().to(torch.int8)
 
 
 def per_channel(scale: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.fake_quantizers import (
     QuantizedLayer,
-    as_scales,
     per_channel,
 )
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
@@ -24,8 +23,8 @@ def fold_batchnorms(classifier: Classifier) -> list[str]:
     """Fold every BatchNorm that alone uses the output of a convolution or linear layer into that layer, in place; what
     it does behind the normalisation stays where it was.
 
-    The names of those folded. A frozen quantized layer keeps its integers, but for their sign: the factor goes into its
-    scales, so nothing is rounded anew.
+    The names of those folded. A frozen quantized layer keeps its integers, mirrored by a negative factor: the factor
+    goes into its scales, so nothing is rounded anew.
     """
     pairs = _pairs(classifier)
     for norm_name, layer_name in pairs.items():
@@ -76,9 +75,8 @@ def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
     shift = (0.0 if bias is None else bias) - norm.running_mean.double()
     shift = shift * factor + (0.0 if norm.bias is None else norm.bias)
     if isinstance(layer, QuantizedLayer):
-        integers, scale = layer.integer_weight()
-        signs = torch.where(factor < 0, -1, 1).to(torch.int8)
-        layer.set_integer_weight(integers * per_channel(signs, integers), as_scales(scale * factor.abs()))
+        integers, grid = layer.integer_weight()
+        layer.set_integer_weight(*grid.times(factor, integers))
     else:
         layer.weight = nn.Parameter((weight * per_channel(factor, weight)).float(), requires_grad=False)
     layer.bias = nn.Parameter(shift.float(), requires_grad=False)

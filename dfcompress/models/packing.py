@@ -2,13 +2,15 @@
 
 Of each quantized layer the file holds `<layer>.weight_packed` (uint8, see `pack_integers`) in place of
 `<layer>.weight`; the scales of all (fp32, one per output channel) are one tensor, `quantization.scales`, layer after
-layer: a safetensors file spends a hundred bytes on every tensor. Every other tensor stays as it is.
+layer: a safetensors file spends a hundred bytes on every tensor. So are the zero points (uint8, one per output channel)
+of the layers whose weights are asymmetric, `quantization.zero_points`. Every other tensor stays as it is.
 Bits and input grids are plain JSON values beside them, whose numbers are the fp32 values exactly:
 
     {"version": 2, "layers": {"conv1": {"bits": "8w8a", "scale": 0.02, "zero_point": 117}, ...}}
 
 `scale` and `zero_point` are those of the input: both are absent where the activations stay in float, the latter where
-it is 0. `"signed": true` stands beside them where the grid is a signed one.
+it is 0. `"signed": true` stands beside them where the grid is a signed one. `"asymmetric": true` is of the weights, and
+makes the version 3: files without are read by programs that know no zero points of weights.
 """
 
 from __future__ import annotations
@@ -29,14 +31,15 @@ from dfcompress.models.fake_quantizers import (
     WIDTHS,
     InputGrid,
     QuantizedLayer,
+    WeightGrid,
     largest_integer,
     quantizable_layers,
     quantize_layers,
     quantized_layers,
 )
 
-VERSION = 2
-SCALES = "quantization.scales"
+SYMMETRIC, ASYMMETRIC = 2, 3  # Versions: whether zero points of weights may occur.
+SCALES, ZERO_POINTS = "quantization.scales", "quantization.zero_points"
 
 _BITS = re.compile(r"(\d{1,2})w(\d{1,2})a")
 _USUAL: Mapping[str, Any] = {"scale": None, "zero_point": 0, "signed": False}
@@ -45,22 +48,24 @@ _Layout = dict[str, tuple[torch.dtype, list[int]]]
 
 
 def pack_integers(values: Tensor, bits: int) -> Tensor:
-    """Integers of −2^(bits − 1) .. 2^(bits − 1) − 1 as ceil(n · bits / 8) bytes `(uint8)`, for 1 to 8 bits.
+    """Integers of −2^(bits − 1) .. 2^(bits − 1) − 1, or uint8 ones of 0 .. 2^bits − 1, as ceil(n · bits / 8) bytes
+    `(uint8)`, for 1 to 8 bits.
 
     Two's complement; value i takes bits i · bits and on of the stream, lowest first: at 4 bits this is
-    the layout of ONNX's INT4.
+    the layout of ONNX's INT4 and UINT4.
     Raises `ValueError` where a value does not fit.
     """
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    low = 0 if values.dtype == torch.uint8 else -(2 ** (bits - 1))
+    high = low + 2**bits - 1
     if values.numel() and not (low <= values.min() and values.max() <= high):
         raise ValueError(f"values of {values.min()} to {values.max()} do not fit {bits} bits")
-    integers = values.flatten().to("cpu", torch.int8).numpy().view(np.uint8)
+    integers = values.flatten().cpu().numpy().astype(np.uint8)
     stream = np.unpackbits(integers[:, None], axis=1, count=bits, bitorder="little")
     return torch.from_numpy(np.packbits(stream, bitorder="little"))
 
 
-def unpack_integers(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The integers `(int8, shape)` that `pack_integers` packed.
+def unpack_integers(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool = True) -> Tensor:
+    """The integers of this `shape` that `pack_integers` packed, int8, or uint8 where they are not `signed`.
 
     Raises `ValueError` where the number of bytes is not the one that `shape` needs.
     """
@@ -68,9 +73,9 @@ def unpack_integers(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor
     if packed.numel() != packed_bytes(count, bits):
         raise ValueError(f"{count} values of {bits} bits take {packed_bytes(count, bits)} bytes, not {packed.numel()}")
     stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
-    # The value's bits go to the top of its byte; shifting them down again drags the sign along.
-    at_top = np.packbits(stream[:, ::-1], axis=1).reshape(count)
-    return torch.from_numpy(at_top.view(np.int8) >> (8 - bits)).reshape(shape)
+    # The value's bits go to the top of its byte; shifting them down again drags the sign along, where there is one.
+    at_top = np.packbits(stream[:, ::-1], axis=1).reshape(count).view(np.int8 if signed else np.uint8)
+    return torch.from_numpy(at_top >> (8 - bits)).reshape(shape)
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -84,16 +89,19 @@ def pack_network(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
     `network` is quantized, calibrated and frozen; `ValueError` where it is not.
     """
     layers = quantized_layers(network)
-    tensors, scales = _plain_tensors(network), []
+    tensors, grids = _plain_tensors(network), []
     for name, layer in layers.items():
-        integers, scale = layer.integer_weight()
+        integers, grid = layer.integer_weight()
         del tensors[f"{name}.weight"]
-        tensors[f"{name}.weight_packed"] = pack_integers(integers, layer.weight_bits)
-        scales.append(scale)
-    tensors[SCALES] = torch.cat(scales)
+        tensors[f"{name}.weight_packed"] = pack_integers(integers, grid.bits)
+        grids.append(grid)
+    tensors[SCALES] = torch.cat([grid.scale for grid in grids])
+    zero_points = [grid.zero_point for grid in grids if not grid.symmetric]
+    if zero_points:
+        tensors[ZERO_POINTS] = torch.cat(zero_points).to(torch.uint8)
     described = {name: _described(name, layer) for name, layer in layers.items()}
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return stored, {"version": VERSION, "layers": described}
+    return stored, {"version": ASYMMETRIC if zero_points else SYMMETRIC, "layers": described}
 
 
 def _plain_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -104,6 +112,8 @@ def _plain_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 def _described(name: str, layer: QuantizedLayer) -> dict[str, Any]:
     values: dict[str, Any] = {"bits": f"{layer.weight_bits}w{layer.input_bits}a"}
+    if not layer.weight_grid.symmetric:
+        values["asymmetric"] = True
     if layer.input_bits == FLOAT_BITS:
         return values
     grid = layer.input_grid
@@ -124,13 +134,10 @@ def unpack_network(network: nn.Module, tensors: Mapping[str, Tensor], quantizati
     layers = _parsed(quantization)
     _check_tensors(tensors, _expected_tensors(network, layers))
     integers = {name: _unpacked_integers(network, name, tensors, layer) for name, layer in layers.items()}
-    scales = tensors[SCALES].split([len(each) for each in integers.values()])
-    if not ((tensors[SCALES] >= _FP32.tiny) & tensors[SCALES].isfinite()).all():
-        raise _damaged(f"tensor {SCALES!r} holds values that are no scale")
-    weights = dict(zip(integers, zip(integers.values(), scales, strict=True), strict=True))
+    grids = _unpacked_grids(tensors, layers, {name: len(each) for name, each in integers.items()})
     quantize_layers(network, {name: (layer.weight_bits, layer.input_bits) for name, layer in layers.items()})
     for name, quantized in quantized_layers(network).items():
-        quantized.set_integer_weight(*weights[name])
+        quantized.set_integer_weight(integers[name], grids[name])
         quantized.input_grid = layers[name].input_grid
     # Not strict: the quantized weights are in place already, and BatchNorm's counters are not stored.
     network.load_state_dict({name: tensors[name] for name in _plain_tensors(network) if name in tensors}, strict=False)
@@ -139,13 +146,15 @@ def unpack_network(network: nn.Module, tensors: Mapping[str, Tensor], quantizati
 @dataclass(frozen=True)
 class _PackedLayer:
     weight_bits: int
+    symmetric: bool
     input_bits: int
     input_grid: InputGrid | None
 
 
 def _parsed(values: object) -> dict[str, _PackedLayer]:
-    if not isinstance(values, dict) or values.get("version") != VERSION or not isinstance(values.get("layers"), dict):
-        raise _damaged(f"its quantization settings are not those of version {VERSION}")
+    known = isinstance(values, dict) and values.get("version") in (SYMMETRIC, ASYMMETRIC)
+    if not isinstance(values, dict) or not known or not isinstance(values.get("layers"), dict):
+        raise _damaged(f"its quantization settings are not those of version {SYMMETRIC} or {ASYMMETRIC}")
     return {name: _parsed_layer(name, layer) for name, layer in values["layers"].items()}
 
 
@@ -157,8 +166,11 @@ def _parsed_layer(name: str, values: object) -> _PackedLayer:
     weight_bits, input_bits = (int(match[1]), int(match[2])) if match else (0, 0)
     if weight_bits not in WIDTHS or input_bits not in (*WIDTHS, FLOAT_BITS):
         raise _damaged(f"layer {name!r} has bits {bits!r}")
+    asymmetric = values.get("asymmetric", False)
+    if type(asymmetric) is not bool:
+        raise _damaged(f"layer {name!r} has asymmetric {asymmetric!r}")
     if input_bits == FLOAT_BITS:
-        return _PackedLayer(weight_bits, input_bits, None)
+        return _PackedLayer(weight_bits, not asymmetric, input_bits, None)
     scale, zero_point, signed = (values.get(field, usual) for field, usual in _USUAL.items())
     if not isinstance(scale, float) or not _FP32.tiny <= scale <= _FP32.max:
         raise _damaged(f"layer {name!r} has scale {scale!r}")
@@ -167,18 +179,21 @@ def _parsed_layer(name: str, values: object) -> _PackedLayer:
     # The type: JSON's true is an int to isinstance.
     if type(zero_point) is not int or zero_point not in range(1 if signed else 2**input_bits):
         raise _damaged(f"layer {name!r} has zero_point {zero_point!r}")
-    return _PackedLayer(weight_bits, input_bits, InputGrid(scale, zero_point, signed))
+    grid = InputGrid(bits=input_bits, scale=scale, zero_point=zero_point, signed=signed)
+    return _PackedLayer(weight_bits, not asymmetric, input_bits, grid)
 
 
 def _expected_tensors(network: nn.Module, layers: Mapping[str, _PackedLayer]) -> _Layout:
     """Type and shape of every tensor that a file of this network and these layers holds."""
     expected = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in _plain_tensors(network).items()}
-    channels = 0
+    channels = {True: 0, False: 0}  # By whether they are symmetric.
     for name in quantizable_layers(network, layers):
         _, shape = expected.pop(f"{name}.weight")
         expected[f"{name}.weight_packed"] = torch.uint8, [packed_bytes(prod(shape), layers[name].weight_bits)]
-        channels += shape[0]
-    return expected | {SCALES: (torch.float32, [channels])}
+        channels[layers[name].symmetric] += shape[0]
+    if channels[False]:
+        expected[ZERO_POINTS] = torch.uint8, [channels[False]]
+    return expected | {SCALES: (torch.float32, [sum(channels.values())])}
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], expected: _Layout) -> None:
@@ -194,10 +209,30 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: _Layout) -> None:
 
 def _unpacked_integers(network: nn.Module, name: str, tensors: Mapping[str, Tensor], layer: _PackedLayer) -> Tensor:
     shape = tuple(network.get_parameter(f"{name}.weight").shape)
-    integers = unpack_integers(tensors[f"{name}.weight_packed"], layer.weight_bits, shape)
-    if integers.numel() and integers.min() < -largest_integer(layer.weight_bits):
+    packed = tensors[f"{name}.weight_packed"]
+    integers = unpack_integers(packed, layer.weight_bits, shape, signed=layer.symmetric)
+    if layer.symmetric and integers.numel() and integers.min() < -largest_integer(layer.weight_bits):
         raise _damaged(f"tensor '{name}.weight_packed' holds {integers.min()}, which is no weight")
     return integers
+
+
+def _unpacked_grids(
+    tensors: Mapping[str, Tensor], layers: Mapping[str, _PackedLayer], channels: Mapping[str, int]
+) -> dict[str, WeightGrid]:
+    """The grids of the layers, of so many output `channels` each."""
+    if not ((tensors[SCALES] >= _FP32.tiny) & tensors[SCALES].isfinite()).all():
+        raise _damaged(f"tensor {SCALES!r} holds values that are no scale")
+    scales = iter(tensors[SCALES].split(list(channels.values())))
+    asymmetric = [count for name, count in channels.items() if not layers[name].symmetric]
+    zero_points = iter(tensors[ZERO_POINTS].int().split(asymmetric) if asymmetric else [])
+    grids = {}
+    for name, count in channels.items():
+        bits, symmetric = layers[name].weight_bits, layers[name].symmetric
+        zero_point = torch.zeros(count, dtype=torch.int32) if symmetric else next(zero_points)
+        if zero_point.numel() and zero_point.max() >= 2**bits:
+            raise _damaged(f"tensor {ZERO_POINTS!r} holds {zero_point.max()}, which no weight of {bits} bits has")
+        grids[name] = WeightGrid(bits=bits, symmetric=symmetric, scale=next(scales), zero_point=zero_point)
+    return grids
 
 
 def _damaged(what: str) -> BadInput:

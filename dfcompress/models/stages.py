@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, pass_once
@@ -28,19 +29,27 @@ class Stage:
 
 def stages_of(classifier: Classifier) -> dict[Resolution, Stage]:
     """The stages by resolution, from the first to the last; outputs of one pixel are none, nor those of modules that
-    run several times.
+    run several times, nor those of a stem: a first resolution at which one convolution works, before others at which
+    several do (ResNet-18 at 224 pixels has the four stages conv2 to conv5).
     """
     outputs: list[tuple[Resolution, Stage]] = []
+    convolutions: Counter[Resolution] = Counter()
 
     def note(name: str, output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1:
-            outputs.append(((output.shape[2], output.shape[3]), Stage(name, output.shape[1])))
+            resolution = (output.shape[2], output.shape[3])
+            outputs.append((resolution, Stage(name, output.shape[1])))
+            convolutions[resolution] += isinstance(classifier.network.get_submodule(name), _ConvNd)
 
     names = [name for name, _ in classifier.network.named_modules() if name]
     with hooked_outputs(classifier.network, names, note):
         pass_once(classifier)
     runs = Counter(stage.module for _, stage in outputs)
-    return {resolution: stage for resolution, stage in outputs if runs[stage.module] == 1}
+    stages = {resolution: stage for resolution, stage in outputs if runs[stage.module] == 1}
+    first, *others = (convolutions[resolution] for resolution in stages) if stages else [0]
+    if first == 1 and others and min(others) > 1:
+        del stages[next(iter(stages))]
+    return stages
 
 
 def stages_in_common(student: Classifier, teacher: Classifier) -> list[tuple[Stage, Stage]]:

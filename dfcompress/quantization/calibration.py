@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,22 +17,25 @@ from dfcompress.device import Compute, resolve_device
 from dfcompress.distributed import peers
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import quantize_layers
+from dfcompress.models.fake_quantizers import WIDTHS, Scheme, quantize_layers
 from dfcompress.quantization.bits import Bits, Wanted
 from dfcompress.quantization.correction import correct, images_to_correct_on
 from dfcompress.quantization.ranges import InputRule, WeightRule, calibrate, fit_weights, require_rules
 from dfcompress.quantization.sensitivity import IMAGES, choose_bits, sensitivities
-from dfcompress.randomness import generator
+from dfcompress.randomness import generator, seed_of
 from dfcompress.run import write_json
 
 BATCH = 256
+WeightKind = Literal["auto", "symmetric", "asymmetric"]
+ASYMMETRIC: Mapping[WeightKind, Collection[int]] = {"auto": (), "symmetric": (), "asymmetric": WIDTHS}
 
 
 @dataclass(frozen=True)
 class Calibration:
     """How ranges are found: `inputs` by minmax, percentile or mse; `weights` by minmax or mse; on `steps` batches of
-    256 shifted and flipped images. With `signed` grids of activations have zero point 0. With `correction` BatchNorms
-    and biases take over what quantization shifts.
+    256 shifted and flipped images, drawn with `replacement` or every image once before any comes again. With `signed`
+    grids of activations have zero point 0; `weight_grid` says where those of weights have one (`ASYMMETRIC`). With
+    `correction` BatchNorms and biases take over what quantization shifts.
     """
 
     inputs: InputRule = "mse"
@@ -40,12 +43,21 @@ class Calibration:
     steps: int = 16
     signed: bool = False
     correction: bool = True
+    weight_grid: WeightKind = "auto"
+    replacement: bool = False
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for settings that cannot be."""
         require_rules(self.inputs, self.weights)
+        if self.weight_grid not in get_args(WeightKind):
+            raise BadInput(f"There is no --weight-grid {self.weight_grid!r}.", f"Known: {', '.join(ASYMMETRIC)}.")
         if self.steps < 1:
             raise BadInput("Calibration takes at least one batch of images.", "Use 16.")
+
+    @property
+    def scheme(self) -> Scheme:
+        """The kinds of grids."""
+        return Scheme(self.signed, ASYMMETRIC[self.weight_grid])
 
 
 class Calibrated(NamedTuple):
@@ -72,27 +84,34 @@ def calibrated(
     """
     target = resolve_device(compute.device)
     teacher.to(target)
-    pool = ImagePool(
-        images.to(target),
-        augmentation=Augmentation(shift=4, flip=images.shape[1] > 1),
-        batch_size=BATCH,
-        seed=compute.seed,
-    )
     # Images come recipe after recipe, and real ones class after class.
     mixed = images[torch.randperm(len(images), generator=generator("calibration", compute.seed))]
     few = as_float(mixed[:IMAGES].to(target))
     chosen = _chosen_once(
-        bits, lambda: choose_bits(teacher, wanted, few, size_ratio=size_ratio, signed=calibration.signed)
+        bits, lambda: choose_bits(teacher, wanted, few, size_ratio=size_ratio, scheme=calibration.scheme)
     )
-    quantize_layers(student.to(target).network, chosen)
+    quantize_layers(student.to(target).network, chosen, asymmetric=calibration.scheme.asymmetric)
     fit_weights(student, rule=calibration.weights)
-    batches = (pool.batch(step) for step in range(calibration.steps))
+    batches = calibration_batches(images.to(target), calibration, seed=compute.seed)
     calibrate(student, batches, rule=calibration.inputs, signed=calibration.signed)
     sensitivity = sensitivities(student, few, list(chosen))
     if calibration.correction:
         count = images_to_correct_on(teacher.card.input_size, len(images))
         correct(student, teacher, as_float(mixed[:count].to(target)))
     return Calibrated(few, sensitivity)
+
+
+def calibration_batches(images: Tensor, calibration: Calibration, *, seed: int) -> Iterator[Tensor]:
+    """The batches `(256, C, H, W)` in [0, 1] to calibrate on, made of `images` `(N, C, H, W)` as stored."""
+    augmentation = Augmentation(shift=4, flip=images.shape[1] > 1)
+    if not calibration.replacement:
+        pool = ImagePool(images, augmentation=augmentation, batch_size=BATCH, seed=seed)
+        yield from (pool.batch(step) for step in range(calibration.steps))
+        return
+    for step in range(calibration.steps):
+        drawn = torch.randint(len(images), (BATCH,), generator=generator("calibration draw", seed, step))
+        own = seed_of("calibration batch", seed, step)
+        yield ImagePool(images[drawn.to(images.device)], augmentation=augmentation, batch_size=BATCH, seed=own).batch(0)
 
 
 def _chosen_once(path: Path, choose: Callable[[], dict[str, Bits]]) -> dict[str, Bits]:

@@ -23,7 +23,7 @@ from dfcompress.errors import BadInput
 from dfcompress.evaluation.exported import BATCH, Exported, Session, compare
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import FLOAT_BITS, in_float, quantized_layers
+from dfcompress.models.fake_quantizers import FLOAT_BITS, Scheme, in_float, quantized_layers
 from dfcompress.quantization.bits import Bits
 from dfcompress.quantization.onnx import write_onnx
 from dfcompress.quantization.sensitivity import uncalibrated
@@ -73,9 +73,9 @@ def require_packages(target: Target) -> None:
         raise BadInput(f"Export needs {', '.join(missing)}.", "Install them with: pip install 'dfcompress[onnx]'.")
 
 
-def require_kernels(target: Target, bits: Mapping[str, tuple[int | None, int]], *, signed: bool) -> None:
-    """Raise `BadInput` where the target cannot run layers of such (weight, input) bits; activations in float are
-    signed.
+def require_kernels(target: Target, bits: Mapping[str, tuple[int | None, int]], scheme: Scheme) -> None:
+    """Raise `BadInput` where the target cannot run layers of such (weight, input) bits on grids of this `scheme`;
+    activations in float are signed.
     """
     if target != "tensorrt":
         return
@@ -86,18 +86,23 @@ def require_kernels(target: Target, bits: Mapping[str, tuple[int | None, int]], 
                 f"Layer {name} has {found}, and TensorRT has kernels for 8 bits alone: 4 bits buy size.",
                 "Use --bits 8w8a, or --target onnxruntime.",
             )
-    if not signed and any(inputs == INT8 for _, inputs in bits.values()):
+    if INT8 in scheme.asymmetric:
+        raise BadInput(
+            "Weights have zero points, which TensorRT does not take.",
+            "Quantize with --weight-grid symmetric, or use --target onnxruntime.",
+        )
+    if not scheme.signed and any(inputs == INT8 for _, inputs in bits.values()):
         raise BadInput(
             "Activations have zero points, which TensorRT does not take.",
             "Quantize with --signed, or use --target onnxruntime.",
         )
 
 
-def rehearse(teacher: Classifier, bits: Mapping[str, Bits], *, signed: bool) -> None:
+def rehearse(teacher: Classifier, bits: Mapping[str, Bits], scheme: Scheme) -> None:
     """Raise `DfcompressError` where the network cannot be exported at these bits, or onnxruntime does not load it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILE
-        write_onnx(uncalibrated(teacher, bits, signed=signed), path)
+        write_onnx(uncalibrated(teacher, bits, scheme), path)
         Session(path, rewriting=False)
 
 
@@ -107,9 +112,9 @@ def write_compared(classifier: Classifier, path: Path, images: Tensor, *, target
     """
     layers = quantized_layers(classifier.network)
     signed = all(layer.input_grid is None or layer.input_grid.signed for layer in layers.values())
-    require_kernels(
-        target, {name: (layer.weight_bits, layer.input_bits) for name, layer in layers.items()}, signed=signed
-    )
+    asymmetric = {layer.weight_bits for layer in layers.values() if not layer.weight_grid.symmetric}
+    bits = {name: (layer.weight_bits, layer.input_bits) for name, layer in layers.items()}
+    require_kernels(target, bits, Scheme(signed, asymmetric))
     with tempfile.TemporaryDirectory() as folder, write_atomically(path) as written:
         fp32 = Path(folder) / FILE
         with in_float(classifier.network):

@@ -1,8 +1,9 @@
 """A classifier as an ONNX file whose weights are integers of their true width.
 
 Of a quantized layer the file holds INT2, INT4 or INT8 integers behind a DequantizeLinear with one scale per output
-channel; its input passes QuantizeLinear and DequantizeLinear. The exporter sees both as operations of our own and is
-told what they become; only the integers' width is narrowed afterwards, because torch has no tensors of 2 and 4 bits.
+channel; of an asymmetric one UINT2, UINT4 or UINT8, with one zero point per output channel too. Its input passes
+QuantizeLinear and DequantizeLinear. The exporter sees both as operations of our own and is told what they become; only
+the integers' width is narrowed afterwards, because torch has no tensors of 2 and 4 bits.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from dfcompress.models.folding import fold_batchnorms
 from dfcompress.run import write_atomically
 
 INPUT, OUTPUT = "images", "logits"
-INTEGERS = "integers"
+INTEGERS, ZERO_POINT = "integers", "zero_point"
 # ONNX has these widths; others are kept in the next one.
 CONTAINERS = (2, 4, 8)
 OPSETS = {2: 25, 4: 21, 8: 21}  # The first with integers of that width.
@@ -73,17 +74,18 @@ def write_onnx(classifier: Classifier, path: Path) -> None:
 
 
 @torch.library.custom_op("dfcompress::weight_of", mutates_args=())
-def _weight_of(integers: Tensor, scale: Tensor) -> Tensor:
-    return integers * per_channel(scale, integers)
+def _weight_of(integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    multiples = integers if zero_point is None else integers.int() - per_channel(zero_point, integers)
+    return multiples * per_channel(scale, integers)
 
 
 @torch.library.custom_op("dfcompress::on_grid", mutates_args=())
 def _on_grid(activations: Tensor, scale: float, zero_point: int, signed: bool, bits: int) -> Tensor:
-    return InputGrid(scale, zero_point, signed).quantized(activations, bits=bits)
+    return InputGrid(bits=bits, scale=scale, zero_point=zero_point, signed=signed).quantized(activations)
 
 
 @_weight_of.register_fake
-def _(integers: Tensor, scale: Tensor) -> Tensor:
+def _(integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     return torch.empty(integers.shape, dtype=torch.float32)
 
 
@@ -96,6 +98,8 @@ class _Exported(QuantizedLayer):
     """A frozen layer that computes by the two operations the exporter is told about."""
 
     integers: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
 
     def quantized_input(self, activations: Tensor) -> Tensor:
         """The input on its grid."""
@@ -105,9 +109,8 @@ class _Exported(QuantizedLayer):
         return _on_grid(activations, grid.scale, grid.zero_point, grid.signed, self.input_bits)
 
     def quantized_weight(self) -> Tensor:
-        """Integers times scale."""
-        assert self.weight_scale is not None
-        return _weight_of(self.integers, self.weight_scale)
+        """What the integers stand for."""
+        return _weight_of(self.integers, self.scale, self.zero_point)
 
 
 class _ExportedConv2d(_Exported, QuantizedConv2d):
@@ -119,12 +122,16 @@ class _ExportedLinear(_Exported, QuantizedLinear):
 
 
 def _make_exportable(network: nn.Module) -> dict[str, int]:
-    """Let the quantized layers compute by our operations; widths of the integers by the name of their tensor."""
+    """Let the quantized layers compute by our operations; widths of their tensors of integers, by name."""
     widths = {}
     for name, layer in quantized_layers(network).items():
-        layer.register_buffer(INTEGERS, layer.integer_weight()[0])
+        integers, grid = layer.integer_weight()
+        layer.register_buffer(INTEGERS, integers)
+        layer.register_buffer("scale", grid.scale)
+        layer.register_buffer(ZERO_POINT, None if grid.symmetric else grid.zero_point.to(integers.dtype))
         layer.__class__ = _ExportedConv2d if isinstance(layer, QuantizedConv2d) else _ExportedLinear
-        widths[f"network.{name}.{INTEGERS}"] = _container(layer.weight_bits)
+        for tensor in [INTEGERS] if grid.symmetric else [INTEGERS, ZERO_POINT]:
+            widths[f"network.{name}.{tensor}"] = _container(grid.bits)
     return widths
 
 
@@ -144,14 +151,14 @@ def _translations() -> dict[Any, Any]:
 
     op: Any = opset21  # Its types know nothing of 2-bit integers.
 
-    def weight_of(integers: Any, scale: Any) -> Any:
-        return op.DequantizeLinear(integers, scale, axis=0)
+    def weight_of(integers: Any, scale: Any, zero_point: Any) -> Any:
+        return op.DequantizeLinear(integers, scale, *([] if zero_point is None else [zero_point]), axis=0)
 
     def on_grid(activations: Any, scale: float, zero_point: int, signed: bool, bits: int) -> Any:
         width = _input_container(bits)
         kind = getattr(onnx.TensorProto, f"{'INT' if signed else 'UINT'}{width}")
         if width > bits:  # The container has more values than the grid.
-            low, high = ((end - zero_point) * scale for end in InputGrid(scale, zero_point, signed).integers(bits))
+            low, high = InputGrid(bits=bits, scale=scale, zero_point=zero_point, signed=signed).ends()
             activations = op.Clip(activations, op.Constant(value_float=low), op.Constant(value_float=high))
         step = op.Constant(value_float=scale)
         zero = op.Constant(value=onnx.helper.make_tensor("zero_point", kind, [], [zero_point]))
@@ -166,10 +173,13 @@ def _narrow(model: Any, widths: dict[str, int]) -> None:
     import ml_dtypes
     import onnx_ir
 
-    kinds = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
+    signed = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
+    unsigned = {2: ml_dtypes.uint2, 4: ml_dtypes.uint4, 8: np.uint8}
     for name, width in widths.items():
         stored = model.graph.initializers[name]
-        stored.const_value = onnx_ir.tensor(stored.const_value.numpy().astype(kinds[width]), name=name)
+        integers = stored.const_value.numpy()
+        kinds = unsigned if integers.dtype == np.uint8 else signed
+        stored.const_value = onnx_ir.tensor(integers.astype(kinds[width]), name=name)
         stored.dtype = stored.const_value.dtype
 
 

@@ -3,6 +3,7 @@
 dfcompress.quantize("resnet20.pt", bits="4w4a")
 dfcompress.quantize("resnet20.pt", bits="8w8a", data="images", finetune="none")
 dfcompress.quantize("resnet20.pt", bits="autow8a", size_ratio=0.15, export="onnxruntime")
+dfcompress.quantize("resnet44.pt", bits="4w4a", method="paper", calibration={"steps": 50}, data="images")
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dfcompress.errors import BadInput
 from dfcompress.evaluation.result import Compressed, finished_before, hand_back, measured_on, same_classes
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import freeze, is_quantized, learn_steps
+from dfcompress.models.fake_quantizers import Scheme, freeze, is_quantized, learn_steps
 from dfcompress.models.stages import stages_of
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.quantization.bits import USUAL_ENDS, Wanted, assign, layers_of, parse_bits, parse_ends
@@ -43,16 +44,17 @@ from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction
 from dfcompress.quantization.report import REPORT, layer_report, named_bytes
 from dfcompress.quantization.sensitivity import require_reachable, with_widths
 from dfcompress.run import Run, running, write_json
-from dfcompress.settings import AUTO, settled
+from dfcompress.settings import AUTO, changed, settled
 from dfcompress.synthesis.invert import learner
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.supply import ImageSupply
+from dfcompress.synthesis.supply import NONE, ImageSupply
 from dfcompress.training.loop import Trained, Trainer, require_trainable
 from dfcompress.training.objectives import OF_FEATURES, Objective, make_objectives
 from dfcompress.training.settings import Training
 from dfcompress.training.teaching import Distillation
 
 Finetuning = Literal["blocks+lsq", "lsq", "blocks", "kd", "none"]
+Method = Literal["default", "paper"]
 
 AS_THE_PAPER = Augmentation(shift=4, flip=True, mixup=1.0)
 KD = Training(400, 0.01, 256, weight_decay=1e-4, freeze_batchnorm=True, augmentation=AS_THE_PAPER)
@@ -70,7 +72,15 @@ OBJECTIVES: Mapping[Finetuning, Mapping[str, float]] = {
     "lsq": {"kd": 1.0, "feature": 10.0},
     "kd": {"kd": 1.0, "iq": 0.001},
 }
-RECIPE, IMAGES = "bns-inception", 2048
+CALIBRATIONS: Mapping[Method, Calibration] = {
+    "default": Calibration(),
+    "paper": Calibration("minmax", "minmax", steps=200, correction=False, weight_grid="asymmetric", replacement=True),
+}
+FINETUNED_BY: Mapping[Method, Finetuning] = {"default": "blocks+lsq", "paper": "kd"}
+# Haroush et al. 2020, section 4.2: CIFAR's ResNet-44, and ImageNet's ResNet-18.
+SMALL = 64
+PAPER_KD, PAPER_KD_LARGE = replace(KD, steps=16_000, batch_size=512), replace(KD, steps=44_000)
+RECIPE, PAPER_PRESET, IMAGES = "bns-inception", "paper-cifar10", 2048
 BITS, BLOCKS = "bits.partial", "blocks.partial"
 
 
@@ -85,8 +95,9 @@ def quantize(
     output: str | Path | None = None,
     synthesis: Synthesis = Synthesis(),
     mix: str = AUTO,
-    calibration: Calibration = Calibration(),
-    finetune: Finetuning = "blocks+lsq",
+    method: Method = "default",
+    calibration: Calibration | Mapping[str, Any] | None = None,
+    finetune: Finetuning | None = None,
     training: Training | Reconstruction | Mapping[str, Any] | None = None,
     objectives: Mapping[str, float] | None = None,
     temperature: float = 4.0,
@@ -106,6 +117,16 @@ def quantize(
     et al. 2020, section 4.2), `none` only calibrates. `training` changes single ones of its usual settings
     (`FINETUNING`), or replaces them, `objectives` what is followed (`OBJECTIVES`).
     BatchNorm's statistics stay as they are corrected.
+    `method="paper"` is that of Haroush et al. 2020, section 4: weights are asymmetric and their ranges each channel's
+    ends; ranges of inputs are the mean ends of chunks of 16 images, on 200 batches of 256 drawn with replacement;
+    nothing is corrected; `kd` with the `iq` loss for 16,000 steps of 512 images (as ResNet-44 on CIFAR-10), or 44,000
+    of 256 where images have more than 64 pixels a side (as ResNet-18 on ImageNet); images by `bns-inception` alone,
+    preset `paper-cifar10`. `calibration`, `finetune`, `training`, `synthesis` and `mix` change single ones of these.
+    Ours, where the paper says nothing: layers quantize their inputs and not their outputs; zero is on the grid of
+    weights; ranges are seen through the float network and averaged plainly; temperature 4, SGD's rate 0.01, Nesterov
+    momentum 0.9, decay 1e-4, warm-up for 5 % of the steps, the gradient's norm cut at 5, mixup from Beta(1, 1); crops
+    are shifts by up to 4 pixels that repeat the edge. A batch has no more images than there are, and one image in
+    sixteen is held out.
     `data` is a synthetic set, the folder of a run that made some, or real images; without it images are made first, by
     `bns-inception` unless another recipe is named, half of them by the recipe `mix` (see `ImageSupply`), and kept in
     `<output>/synthetic` and `<output>/synthetic-<mix>`.
@@ -118,19 +139,22 @@ def quantize(
     teacher = as_classifier(checkpoint)
     if is_quantized(teacher.network):
         raise BadInput(f"{teacher.name} is quantized already.", "Give the model it was made from.")
+    calibration, finetune = usual_calibration(method, calibration), finetune or FINETUNED_BY[method]
     student, layers = copy.deepcopy(teacher), layers_of(teacher)
     wanted = wanted_bits(
-        teacher, layers.quantizable, bits, first_last_bits, layer_bits or {}, size_ratio, signed=calibration.signed
+        teacher, layers.quantizable, bits, first_last_bits, layer_bits or {}, size_ratio, calibration.scheme
     )
-    tuning = usual_tuning(finetune, training)
+    tuning = usual_tuning(finetune, training, method=method, input_size=teacher.card.input_size)
     terms = _objectives(teacher, finetune, objectives, temperature=temperature, seed=compute.seed)
     if export:
         # What cannot be exported should not cost an hour of work.
-        _require_exportable(export, teacher, wanted, signed=calibration.signed)
+        _require_exportable(export, teacher, wanted, calibration.scheme)
+    if not data:
+        synthesis, mix = usual_images(method, teacher, synthesis, mix)
     supply = ImageSupply(
         teacher,
         data,
-        synthesis if data else usual_synthesis(teacher, synthesis),
+        synthesis,
         compute,
         mix=mix,
         learner=lambda recipe: learner(teacher, recipe, None, compute),
@@ -141,6 +165,7 @@ def quantize(
         "teacher": teacher.identity(),
         "bits": {name: asdict(each) for name, each in wanted.items()},
         "size_ratio": size_ratio,
+        "method": method,
         "calibration": asdict(calibration),
         "finetune": finetune,
         "objectives": {term.name: term.weight for term in terms},
@@ -203,37 +228,55 @@ def wanted_bits(
     first_last_bits: int | str,
     layer_bits: Mapping[str, str],
     size_ratio: float | None,
-    *,
-    signed: bool,
+    scheme: Scheme,
 ) -> dict[str, Wanted]:
     """What the options ask of each of the `layers`; raises `BadInput` where that cannot be."""
     asked = parse_bits(bits)
     wanted = assign(layers, asked, ends=parse_ends(first_last_bits), layer_bits=layer_bits)
     if asked.weights is None and all(each.weights for each in wanted.values()):
         raise BadInput("--bits auto has no layer left to choose for.", "Use --first-last-bits same, or fewer patterns.")
-    require_reachable(teacher, wanted, size_ratio, signed=signed)
+    require_reachable(teacher, wanted, size_ratio, scheme)
     return wanted
 
 
-def usual_synthesis(teacher: Classifier, synthesis: Synthesis) -> Synthesis:
+def usual_images(method: Method, teacher: Classifier, synthesis: Synthesis, mix: str) -> tuple[Synthesis, str]:
     """What is made unless a recipe is named: images whose statistics are those of the training data, as far as the
-    teacher knows them.
+    teacher knows them; the paper's for its method, and nothing mixed in, unless that was asked for.
     """
     synthesis = synthesis.counted(IMAGES)
+    if method == "paper" and mix == AUTO:
+        mix = NONE
     if synthesis.recipe or synthesis.preset or why_no_statistics(teacher.network):
-        return synthesis
-    return replace(synthesis, recipe=RECIPE)
+        return synthesis, mix
+    return replace(synthesis, recipe=RECIPE, preset=PAPER_PRESET if method == "paper" else None), mix
+
+
+def usual_calibration(method: Method, given: Calibration | Mapping[str, Any] | None) -> Calibration:
+    """The settings of calibration, a method's own or with changes; raises `BadInput` for a method or a setting that is
+    none.
+    """
+    if method not in CALIBRATIONS:
+        raise BadInput(f"There is no --method {method!r}.", f"Known: {', '.join(CALIBRATIONS)}.")
+    if isinstance(given, Calibration):
+        return given
+    return changed(CALIBRATIONS[method], given or {}, "setting of calibration called")
 
 
 def usual_tuning(
-    finetune: Finetuning, given: Training | Reconstruction | Mapping[str, Any] | None
+    finetune: Finetuning,
+    given: Training | Reconstruction | Mapping[str, Any] | None,
+    *,
+    method: Method,
+    input_size: tuple[int, int, int],
 ) -> Training | Reconstruction | None:
-    """The settings of fine-tuning, the usual ones or with changes; raises `BadInput` where those given are of another
-    kind.
+    """The settings of fine-tuning, a method's usual ones or with changes; raises `BadInput` where those given are of
+    another kind.
     """
     if finetune not in FINETUNING:
         raise BadInput(f"There is no --finetune {finetune!r}.", f"Known: {', '.join(FINETUNING)}.")
     usual = FINETUNING[finetune]
+    if method == "paper" and finetune == "kd":
+        usual = PAPER_KD if max(input_size[1:]) <= SMALL else PAPER_KD_LARGE
     if usual is None:
         if given:
             raise BadInput("--finetune none trains nothing.", "Leave the settings of training out.")
@@ -265,12 +308,12 @@ def _objectives(
     return make_objectives(weights, temperature=temperature, pairs=pairs, seed=seed)
 
 
-def _require_exportable(target: Target, teacher: Classifier, wanted: Mapping[str, Wanted], *, signed: bool) -> None:
+def _require_exportable(target: Target, teacher: Classifier, wanted: Mapping[str, Wanted], scheme: Scheme) -> None:
     """Raise `BadInput` or `DfcompressError` where the model could not be exported at the bits wanted."""
     require_packages(target)
     asked = {name: (each.weights, each.activations) for name, each in wanted.items()}
-    require_kernels(target, asked, signed=signed)
-    rehearse(teacher, with_widths(wanted, {}), signed=signed)
+    require_kernels(target, asked, scheme)
+    rehearse(teacher, with_widths(wanted, {}), scheme)
 
 
 def _finetuned(

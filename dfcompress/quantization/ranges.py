@@ -16,10 +16,8 @@ from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.fake_quantizers import (
     FLOAT_BITS,
     InputGrid,
-    channel_scales,
+    WeightGrid,
     in_float,
-    integers_within,
-    largest_integer,
     quantized_layers,
 )
 from dfcompress.models.hooks import hooked_inputs
@@ -69,25 +67,37 @@ def calibrate(
 
 @torch.no_grad()
 def fit_weights(classifier: Classifier, *, rule: WeightRule) -> None:
-    """Set which share of each output channel's max|w| the integers of a quantized layer span.
+    """Set which shares of each output channel's lowest and highest weight the grid of a quantized layer covers.
 
-    `minmax`: all of it. `mse`: the share of least squared error.
+    `minmax`: all of both. `mse`: the shares of least squared error, one for both ends of a symmetric grid.
+    Layers whose weights follow no range any more (frozen, or of learnt steps) must not be among them.
     """
     for layer in quantized_layers(classifier.network).values():
+        assert layer.weight_shares is not None
         if rule == "minmax":
-            layer.weight_share.fill_(1.0)
+            layer.weight_shares.fill_(1.0)
         else:
-            layer.weight_share.copy_(_shares_of_least_error(layer.weight, layer.weight_bits))
+            layer.weight_shares.copy_(_shares_of_least_error(layer.weight, layer.weight_grid))
 
 
-def _shares_of_least_error(weight: Tensor, bits: int) -> Tensor:
-    rows, whole = weight.flatten(1), channel_scales(weight, bits=bits)[:, None]
-    largest = largest_integer(bits)
-    shares = SHARES.to(weight.device)
-    errors = [
-        (integers_within(rows, share * whole, largest) * share * whole - rows).square().sum(1) for share in shares
-    ]
-    return shares[torch.stack(errors).argmin(0)]
+def _shares_of_least_error(weight: Tensor, kind: WeightGrid) -> Tensor:
+    """Shares `(2, out_channels)` of the lowest and the highest weight, for grids of a `kind`."""
+    rows = weight.flatten(1)
+    ends = torch.stack([rows.amin(1), rows.amax(1)])
+    each = SHARES.to(weight.device)[:, None].expand(-1, len(rows))
+
+    def best(shares: Tensor) -> Tensor:
+        """Of `(candidates, 2, out_channels)`."""
+        grids = (WeightGrid.covering(*pair, bits=kind.bits, symmetric=kind.symmetric) for pair in shares * ends)
+        errors = torch.stack([(grid.quantized(rows) - rows).square().sum(1) for grid in grids])
+        return shares.gather(0, errors.argmin(0).expand(1, 2, -1))[0]
+
+    found = best(torch.stack([each, each], 1))
+    if kind.symmetric:
+        return found
+    # Both ends together first, then each on its own.
+    found = best(torch.stack([found[0].expand_as(each), each], 1))
+    return best(torch.stack([each, found[1].expand_as(each)], 1))
 
 
 class _Observer(ABC):
@@ -119,25 +129,30 @@ class _Extremes(_Observer):
 
     def __init__(self, bits: int, *, signed: bool) -> None:
         super().__init__(bits, signed=signed)
-        self.pairs: list[Tensor] = []
+        self.sums, self.chunks = torch.zeros(2, dtype=torch.float64), 0
 
     def see(self, activations: Tensor) -> None:
-        per_image = activations.flatten(1).float().aminmax(dim=1)
-        chunks = zip(per_image.min.split(CHUNK), per_image.max.split(CHUNK), strict=True)
-        self.pairs += [torch.stack([low.min(), high.max()]) for low, high in chunks]
+        for chunk in activations.split(CHUNK):
+            self.sums = self.sums.to(chunk.device)
+            self.sums += torch.stack(self.ends_of(chunk))
+            self.chunks += 1
+
+    def ends_of(self, chunk: Tensor) -> tuple[Tensor, ...]:
+        """The lowest and the highest value of some images' activations."""
+        return chunk.float().aminmax()
 
     def ends(self) -> tuple[float, float]:
-        _require_images(self.pairs)
-        low, high = torch.stack(self.pairs).double().mean(0).tolist()
+        _require_images(self.chunks)
+        low, high = (self.sums / self.chunks).tolist()
         return low, high
 
 
 class _Percentiles(_Extremes):
     """The mean over chunks of images of an outer percentile at both ends."""
 
-    def see(self, activations: Tensor) -> None:
-        for chunk in activations.split(CHUNK):
-            self.pairs.append(_some_of(chunk).quantile(torch.tensor([1 - PERCENTILE, PERCENTILE], device=chunk.device)))
+    def ends_of(self, chunk: Tensor) -> tuple[Tensor, ...]:
+        """The outer percentiles of some images' activations."""
+        return _some_of(chunk).quantile(torch.tensor([1 - PERCENTILE, PERCENTILE], device=chunk.device)).unbind()
 
 
 class _LeastError(_Observer):
@@ -151,7 +166,7 @@ class _LeastError(_Observer):
         self.seen.append(_some_of(activations))
 
     def ends(self) -> tuple[float, float]:
-        _require_images(self.seen)
+        _require_images(len(self.seen))
         values = torch.cat(self.seen)
         low, high = (end.item() for end in values.aminmax())
         if not (isfinite(low) and isfinite(high)):
@@ -164,12 +179,12 @@ class _LeastError(_Observer):
     def _best(self, values: Tensor, ends: list[tuple[float, float]]) -> tuple[float, float]:
         def error(pair: tuple[float, float]) -> float:
             grid = InputGrid.covering(*pair, bits=self.bits, signed=self.signed)
-            return (grid.quantized(values, bits=self.bits) - values).square().mean().item()
+            return (grid.quantized(values) - values).square().mean().item()
 
         return min(ends, key=error)
 
 
-def _require_images(seen: list[Tensor]) -> None:
+def _require_images(seen: int) -> None:
     if not seen:
         raise BadInput("There are no images to calibrate on.", "Give at least one batch.")
 

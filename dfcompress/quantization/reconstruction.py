@@ -29,8 +29,8 @@ from dfcompress.models.classifier import Classifier, count_runs, evaluating
 from dfcompress.models.fake_quantizers import (
     InputGrid,
     QuantizedLayer,
+    WeightGrid,
     in_float,
-    largest_integer,
     per_channel,
     quantized_layers,
 )
@@ -200,9 +200,10 @@ class _Learner:
     """What is learnt of one layer: how far each weight rises above the integer below it, and the step of its input."""
 
     def __init__(self, layer: QuantizedLayer) -> None:
-        self.layer, self.largest = layer, largest_integer(layer.weight_bits)
-        self.scale = layer.scale_now()
-        scaled = layer.weight.detach() / per_channel(self.scale, layer.weight)
+        self.layer, self.grid = layer, layer.grid_now()
+        self.scale = per_channel(self.grid.scale, layer.weight)
+        self.lowest, self.highest = self.grid.multiples(layer.weight)
+        scaled = layer.weight.detach() / self.scale
         self.below = scaled.floor()
         low, high = STRETCH
         # Where the rectified sigmoid gives the weight as it is.
@@ -212,12 +213,11 @@ class _Learner:
     def quantized_input(self, activations: Tensor) -> Tensor:
         """The layer's input on the grid as it is now."""
         grid = self.layer.input_grid
-        return activations if grid is None else grid.quantized(activations, bits=self.layer.input_bits, step=self.step)
+        return activations if grid is None else grid.quantized(activations, step=self.step)
 
     def weight(self) -> Tensor:
-        """The weight between two integers, times the scale."""
-        risen = (self.below + self._share()).clamp(-self.largest, self.largest)
-        return risen * per_channel(self.scale, risen)
+        """The weight between two values of the grid."""
+        return (self.below + self._share()).clamp(self.lowest, self.highest) * self.scale
 
     def indecision(self, sharpness: float) -> Tensor:
         """How far all weights together are from whole integers (AdaRound, eq. 24)."""
@@ -230,8 +230,7 @@ class _Learner:
     @torch.no_grad()
     def settle(self) -> None:
         """Freeze the layer at the nearest integers, and its grid."""
-        integers = (self.below + (self.rise > 0)).clamp(-self.largest, self.largest)
-        self.layer.set_integer_weight(integers.to(torch.int8), self.scale)
+        self.layer.set_integer_weight(self.grid.nearest(self.below + (self.rise > 0)), self.grid)
         if self.layer.input_grid and self.step is not None:
             self.layer.input_grid = self.layer.input_grid.with_step(self.step)
 
@@ -276,10 +275,11 @@ def _features(classifier: Classifier, name: str, images: Tensor, *sides: Side) -
 
 
 def _kept(layer: QuantizedLayer) -> dict[str, Any]:
-    integers, scale = layer.integer_weight()
-    return {"integers": integers, "scale": scale, "grid": asdict(layer.input_grid) if layer.input_grid else None}
+    integers, grid = layer.integer_weight()
+    inputs = asdict(layer.input_grid) if layer.input_grid else None
+    return {"integers": integers, "weight_grid": asdict(grid), "input_grid": inputs}
 
 
 def _restore(layer: QuantizedLayer, values: dict[str, Any]) -> None:
-    layer.set_integer_weight(values["integers"], values["scale"])
-    layer.input_grid = InputGrid(**values["grid"]) if values["grid"] else None
+    layer.set_integer_weight(values["integers"], WeightGrid(**values["weight_grid"]))
+    layer.input_grid = InputGrid(**values["input_grid"]) if values["input_grid"] else None

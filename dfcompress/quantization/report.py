@@ -60,7 +60,7 @@ def _range(layer: QuantizedLayer) -> dict[str, float | int | None]:
     grid = layer.input_grid
     if grid is None:
         return {"input_low": None, "input_high": None, "zero_point": None}
-    low, high = ((end - grid.zero_point) * grid.scale for end in grid.integers(layer.input_bits))
+    low, high = grid.ends()
     return {"input_low": low, "input_high": high, "zero_point": grid.zero_point}
 
 

@@ -22,6 +22,7 @@ from dfcompress.models.fake_quantizers import (
     FLOAT_BITS,
     WIDTHS,
     InputGrid,
+    Scheme,
     freeze,
     in_float,
     quantize_layers,
@@ -51,7 +52,7 @@ def sensitivities(quantized: Classifier, images: Tensor, layers: Sequence[str]) 
 
 
 def require_reachable(
-    teacher: Classifier, wanted: Mapping[str, Wanted], size_ratio: float | None, *, signed: bool
+    teacher: Classifier, wanted: Mapping[str, Wanted], size_ratio: float | None, scheme: Scheme
 ) -> None:
     """Raise `BadInput` where bits are to be chosen and `size_ratio` is missing or cannot be kept, or is not needed."""
     if not _free(wanted):
@@ -60,7 +61,7 @@ def require_reachable(
         return
     if size_ratio is None or not 0 < size_ratio < 1:
         raise BadInput("--bits auto needs a share of the model's size.", "Add for instance --size-ratio 0.15.")
-    least = _file_bytes(teacher, with_widths(wanted, {}), signed=signed) / state_bytes(teacher.network)
+    least = _file_bytes(teacher, with_widths(wanted, {}), scheme) / state_bytes(teacher.network)
     if least > size_ratio:
         raise BadInput(
             f"--size-ratio {size_ratio:g} cannot be kept: with {WIDTHS[0]}-bit weights the file is {least:.3f} of the "
@@ -70,22 +71,22 @@ def require_reachable(
 
 
 def choose_bits(
-    teacher: Classifier, wanted: Mapping[str, Wanted], images: Tensor, *, size_ratio: float | None, signed: bool
+    teacher: Classifier, wanted: Mapping[str, Wanted], images: Tensor, *, size_ratio: float | None, scheme: Scheme
 ) -> dict[str, Bits]:
     """The bits of every layer: those asked for, and where none were, the ones that keep the file within `size_ratio` of
     the teacher's tensors in fp32 at the least sum of sensitivities.
 
     Sensitivities of 2 to 8 bits are measured on `images`; that they add up is an assumption. The choice among them is
-    the best there is to the solver's tolerance (a knapsack of one width a layer, by `scipy.optimize.milp`). Grids of
-    inputs are `signed` or not, which tells in the file.
+    the best there is to the solver's tolerance (a knapsack of one width a layer, by `scipy.optimize.milp`). The kinds
+    of grids that `scheme` says tell in the file and in the sensitivities.
     """
     free = _free(wanted)
     if not free or size_ratio is None:
         return with_widths(wanted, {})
     counts = [teacher.network.get_parameter(f"{name}.weight").numel() for name in free]
     sizes = np.array([[packing.packed_bytes(count, width) for width in WIDTHS] for count in counts])
-    room = size_ratio * state_bytes(teacher.network) - _file_bytes(teacher, with_widths(wanted, {}), signed=signed)
-    chosen = _cheapest(_costs(teacher, free, images), sizes, room + sizes[:, 0].sum())
+    room = size_ratio * state_bytes(teacher.network) - _file_bytes(teacher, with_widths(wanted, {}), scheme)
+    chosen = _cheapest(_costs(teacher, free, images, scheme), sizes, room + sizes[:, 0].sum())
     return with_widths(wanted, {name: WIDTHS[place] for name, place in zip(free, chosen, strict=True)})
 
 
@@ -99,18 +100,21 @@ def with_widths(wanted: Mapping[str, Wanted], widths: Mapping[str, int]) -> dict
     return {name: Bits(each.weights or widths.get(name, WIDTHS[0]), each.activations) for name, each in wanted.items()}
 
 
-def _file_bytes(teacher: Classifier, bits: Mapping[str, Bits], *, signed: bool) -> int:
+def _file_bytes(teacher: Classifier, bits: Mapping[str, Bits], scheme: Scheme) -> int:
     """How large the teacher's file is at these bits, but for the length of a few numbers in its metadata."""
-    return saved_bytes(uncalibrated(teacher, bits, signed=signed))
+    return saved_bytes(uncalibrated(teacher, bits, scheme))
 
 
-def uncalibrated(teacher: Classifier, bits: Mapping[str, Bits], *, signed: bool) -> Classifier:
+def uncalibrated(teacher: Classifier, bits: Mapping[str, Bits], scheme: Scheme) -> Classifier:
     """A copy of the teacher at these bits, frozen, with any grids: what it looks like, not what it answers."""
     trial = copy.deepcopy(teacher)
-    quantize_layers(trial.network, bits)
+    quantize_layers(trial.network, bits, asymmetric=scheme.asymmetric)
     for layer in quantized_layers(trial.network).values():
         if layer.input_bits != FLOAT_BITS:
-            layer.input_grid = InputGrid(LONGEST_SCALE, 0 if signed else 2**layer.input_bits - 1, signed)
+            longest = 0 if scheme.signed else 2**layer.input_bits - 1
+            layer.input_grid = InputGrid(
+                bits=layer.input_bits, scale=LONGEST_SCALE, zero_point=longest, signed=scheme.signed
+            )
     freeze(trial.network)
     return trial
 
@@ -127,13 +131,14 @@ def _cheapest(costs: NDArray[np.float64], sizes: NDArray[np.int64], room: float)
     return [int(place) for place in solution.x.reshape(layers, widths).argmax(1)]
 
 
-def _costs(teacher: Classifier, layers: Sequence[str], images: Tensor) -> NDArray[np.float64]:
+def _costs(teacher: Classifier, layers: Sequence[str], images: Tensor, scheme: Scheme) -> NDArray[np.float64]:
     """Sensitivity of every layer's weights at every width, `(layers, widths)`."""
     rows = []
     with console.progress("sensitivity", len(WIDTHS)) as progress:
         for done, width in enumerate(WIDTHS, 1):
             trial = copy.deepcopy(teacher)
-            quantize_layers(trial.network, dict.fromkeys(layers, (width, FLOAT_BITS)))
+            widths = dict.fromkeys(layers, (width, FLOAT_BITS))
+            quantize_layers(trial.network, widths, asymmetric=scheme.asymmetric)
             fit_weights(trial, rule="mse")
             rows.append(list(sensitivities(trial, images, layers).values()))
             progress.update(done)

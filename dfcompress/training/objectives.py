@@ -102,13 +102,19 @@ def _share_of_variance(own: Tensor, given: Tensor) -> Tensor:
 
 
 def iq() -> Objective:
-    """Smooth-L1 distance of the features as they are, mean over elements and stages: the intermediate quantization loss
-    of Haroush et al. 2020, section 4.2. Student and teacher must have equally many channels.
+    """Smooth-L1 distance of the features as they are, summed over the elements of an image, mean over images and
+    stages: the intermediate quantization loss of Haroush et al. 2020, section 4.2. Student and teacher must have
+    equally many channels.
+
+    The paper weighs "the mean of the smoothed-l1 outputs" by 0.001 and does not say over what the mean runs. Over all
+    elements the term would have 1.3e-5 of kd's gradient (ResNet-20, 4w4a) and do nothing; summed over an image it is
+    0.34 beside kd's 0.99 there, so that is how we read it.
     """
 
     def value(student: Answer, teacher: Answer) -> Tensor:
         pairs = zip(student.features, teacher.features, strict=True)
-        return torch.stack([F.smooth_l1_loss(own, given) for own, given in pairs]).mean()
+        distances = [F.smooth_l1_loss(own, given, reduction="sum") / len(own) for own, given in pairs]
+        return torch.stack(distances).mean()
 
     return Objective("iq", value)
 

@@ -44,24 +44,112 @@ def small_network() -> nn.Sequential:
     ).eval()
 
 
-def quantized_network(*, bits: int = 4) -> nn.Sequential:
+def quantized_network(*, bits: int = 4, asymmetric: bool = False) -> nn.Sequential:
     network = small_network()
-    quantize_layers(network, dict.fromkeys(("0", "3", "5", "8"), (bits, bits)))
+    layers = dict.fromkeys(("0", "3", "5", "8"), (bits, bits))
+    quantize_layers(network, layers, asymmetric=[bits] if asymmetric else [])
     for layer in quantized_layers(network).values():
         layer.input_grid = InputGrid.covering(-1.0, 2.0, bits=bits)
     return network
 
 
-def a_linear_layer(rows: list[list[float]], *, bits: int) -> QuantizedLayer:
+def a_linear_layer(rows: list[list[float]], *, bits: int, asymmetric: bool = False) -> QuantizedLayer:
     network = nn.Sequential(nn.Linear(len(rows[0]), len(rows), bias=False))
     network[0].weight = nn.Parameter(torch.tensor(rows))
-    quantize_layers(network, {"0": (bits, 32)})
+    quantize_layers(network, {"0": (bits, 32)}, asymmetric=[bits] if asymmetric else [])
     return quantized_layers(network)["0"]
+
+
+both_kinds = pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
 
 
 def test_a_four_bit_weight_has_the_integers_minus_seven_to_seven_of_its_channel():
     layer = a_linear_layer([[7.0, -3.4, 0.6, -7.0], [0.7, 0.34, -0.06, 0.0]], bits=4)
     torch.testing.assert_close(layer.quantized_weight(), torch.tensor([[7.0, -3.0, 1.0, -7.0], [0.7, 0.3, -0.1, 0.0]]))
+
+
+def test_two_bits_have_three_values_on_a_symmetric_grid_and_four_on_an_asymmetric_one():
+    rows = [[-1.0, 0.0, 1.0, 2.0], [-6.0, -4.0, -2.0, 0.0], [3.0, 2.0, 1.0, 0.4]]
+    values = a_linear_layer(rows, bits=2, asymmetric=True).quantized_weight()
+    assert values.tolist() == [[-1.0, 0.0, 1.0, 2.0], [-6.0, -4.0, -2.0, 0.0], [3.0, 2.0, 1.0, 0.0]]
+    symmetric = a_linear_layer(rows, bits=2).quantized_weight()
+    assert symmetric.tolist() == [[0.0, 0.0, 0.0, 2.0], [-6.0, -6.0, 0.0, 0.0], [3.0, 3.0, 0.0, 0.0]]
+
+
+def test_only_the_widths_that_are_named_are_asymmetric():
+    network = small_network()
+    quantize_layers(network, {"0": (8, 8), "3": (2, 4), "8": (4, 4)}, asymmetric=(2, 8))
+    kinds = {name: layer.weight_grid.symmetric for name, layer in quantized_layers(network).items()}
+    assert kinds == {"0": False, "3": False, "8": True}
+
+
+@settings(max_examples=60, deadline=None)
+@given(WIDTHS, st.lists(st.lists(REALS, min_size=3, max_size=3), min_size=1, max_size=4))
+def test_a_frozen_asymmetric_weight_is_its_integers_less_the_zero_point_times_the_scale(bits, rows):
+    layer = a_linear_layer(rows, bits=bits, asymmetric=True)
+    before, quantized = layer.weight.detach().clone(), layer.quantized_weight().detach()
+    layer.freeze()
+    integers, grid = layer.integer_weight()
+    assert integers.dtype == torch.uint8
+    assert torch.equal(layer.weight, quantized)
+    assert torch.equal(layer.weight, (integers.int() - grid.zero_point[:, None]) * grid.scale[:, None])
+    assert 0 <= grid.zero_point.min() <= grid.zero_point.max() < 2**bits
+    assert integers.max().item() < 2**bits
+    # Half a step of rounding, and half a step by which the grid moves to meet zero.
+    assert ((layer.weight - before).abs() <= 1.0001 * grid.scale[:, None]).all()
+    assert (layer.weight[before == 0] == 0).all()
+
+
+@both_kinds
+def test_a_grid_times_a_factor_gives_the_factor_times_the_values(asymmetric):
+    layer = a_linear_layer([[-1.0, 0.3, 2.0], [-0.1, 0.3, 0.7], [0.0, 0.0, 0.0]], bits=3, asymmetric=asymmetric)
+    layer.freeze()
+    integers, grid = layer.integer_weight()
+    factor = torch.tensor([-2.0, 0.5, -4.0])
+    folded, folded_grid = grid.times(factor, integers)
+    assert (folded.dtype, folded_grid.bits, folded_grid.symmetric) == (integers.dtype, 3, not asymmetric)
+    assert torch.equal(folded_grid.weight(folded), layer.weight * factor[:, None])
+    assert torch.equal(folded[1], integers[1])
+    low, high = folded_grid.integers()
+    assert low <= folded.min() <= folded.max() <= high
+
+
+def test_a_grid_follows_its_layer_to_another_device():
+    network = quantized_network(asymmetric=True)
+    freeze(network)
+    network.to("meta")
+    grid = quantized_layers(network)["3"].weight_grid
+    assert {grid.scale.device.type, grid.zero_point.device.type} == {"meta"}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_steps_of_an_asymmetric_weight_are_learnt_and_its_zero_points_stay(bits):
+    layer = a_linear_layer([[-0.5, 0.3, 2.0, 1.0], [-3.0, 0.3, 0.7, -1.0]], bits=bits, asymmetric=True)
+    before, grid = layer.quantized_weight().detach(), layer.grid_now()
+    layer.learn_steps()
+    torch.testing.assert_close(layer.quantized_weight(), before)
+    (layer.quantized_weight() * torch.arange(8.0).view(2, 4)).sum().backward()
+    assert layer.weight_step.grad.abs().min() > 0
+    with torch.no_grad():
+        layer.weight_step.mul_(1.5)
+    learnt = layer.quantized_weight().detach()
+    layer.freeze()
+    torch.testing.assert_close(layer.weight, learnt)
+    torch.testing.assert_close(layer.weight_grid.scale, 1.5 * grid.scale)
+    assert torch.equal(layer.weight_grid.zero_point, grid.zero_point)
+
+
+def test_the_gradient_of_an_asymmetric_step_is_that_of_the_paper():
+    """LSQ, eq. 3, of a grid −1 .. 2 times the step: N is a channel's weights, Q the larger end."""
+    layer = a_linear_layer([[-0.9, 0.2, 0.74, 2.0]], bits=2, asymmetric=True)
+    layer.learn_steps()
+    step = 0.5
+    with torch.no_grad():
+        layer.weight_step.fill_(step)
+    layer.quantized_weight().sum().backward()
+    inside = [round(v / step) - v / step for v in (0.2, 0.74)]
+    assert layer.weight_step.grad.item() == pytest.approx((sum(inside) - 1 + 2) / (4 * 2) ** 0.5, rel=1e-4)
+    assert layer.weight.grad.tolist() == [[0.0, 1.0, 1.0, 0.0]]
 
 
 def test_the_weight_scale_follows_the_weight_until_frozen():
@@ -71,14 +159,15 @@ def test_the_weight_scale_follows_the_weight_until_frozen():
     assert layer.quantized_weight().abs().max() == 2.0
 
 
-def test_an_all_zero_channel_stays_zero_and_finite():
-    layer = a_linear_layer([[0.0, 0.0], [1.0, -1.0]], bits=4)
+@pytest.mark.parametrize(("asymmetric", "integers"), [(False, [[0, 0], [7, -2]]), (True, [[0, 0], [15, 0]])])
+def test_an_all_zero_channel_stays_zero_and_finite(asymmetric, integers):
+    layer = a_linear_layer([[0.0, 0.0], [1.0, -0.25]], bits=4, asymmetric=asymmetric)
     layer.quantized_weight().sum().backward()
     assert layer.quantized_weight()[0].tolist() == [0.0, 0.0]
     assert layer.weight.grad.isfinite().all()
     layer.freeze()
     assert layer.weight[0].tolist() == [0.0, 0.0]
-    assert layer.integer_weight()[0].tolist() == [[0, 0], [7, -7]]
+    assert layer.integer_weight()[0].tolist() == integers
 
 
 @settings(max_examples=60, deadline=None)
@@ -87,11 +176,11 @@ def test_a_frozen_weight_is_its_integers_times_the_scale_and_within_half_a_step(
     layer = a_linear_layer(rows, bits=bits)
     before, quantized = layer.weight.detach().clone(), layer.quantized_weight().detach()
     layer.freeze()
-    integers, scale = layer.integer_weight()
+    integers, grid = layer.integer_weight()
     assert torch.equal(layer.weight, quantized)
-    assert torch.equal(layer.weight, integers * scale[:, None])
+    assert torch.equal(layer.weight, integers * grid.scale[:, None])
     assert integers.abs().max() <= 2 ** (bits - 1) - 1
-    assert ((layer.weight - before).abs() <= 0.5001 * scale[:, None]).all()
+    assert ((layer.weight - before).abs() <= 0.5001 * grid.scale[:, None]).all()
 
 
 @settings(max_examples=100, deadline=None)
@@ -99,7 +188,7 @@ def test_a_frozen_weight_is_its_integers_times_the_scale_and_within_half_a_step(
 def test_quantized_activations_lie_on_the_grid(bits, one_end, other_end, activations):
     grid = InputGrid.covering(min(one_end, other_end), max(one_end, other_end), bits=bits)
     values = torch.tensor([q - grid.zero_point for q in range(2**bits)]) * torch.tensor(grid.scale)
-    assert torch.isin(grid.quantized(torch.tensor(activations), bits=bits), values).all()
+    assert torch.isin(grid.quantized(torch.tensor(activations)), values).all()
 
 
 @settings(max_examples=100, deadline=None)
@@ -107,22 +196,22 @@ def test_quantized_activations_lie_on_the_grid(bits, one_end, other_end, activat
 def test_zero_is_exactly_a_value_of_the_grid(bits, one_end, other_end):
     grid = InputGrid.covering(min(one_end, other_end), max(one_end, other_end), bits=bits)
     assert 0 <= grid.zero_point < 2**bits
-    assert grid.quantized(torch.zeros(1), bits=bits).item() == 0.0
+    assert grid.quantized(torch.zeros(1)).item() == 0.0
 
 
 def test_the_grid_after_a_relu_spends_all_its_values_above_zero():
-    assert InputGrid.covering(0.0, 3.0, bits=4) == InputGrid(torch.tensor(0.2).item(), 0)
+    assert InputGrid.covering(0.0, 3.0, bits=4) == InputGrid(bits=4, scale=torch.tensor(0.2).item(), zero_point=0)
 
 
 def test_the_grid_of_a_signed_range_spans_it():
     grid = InputGrid.covering(-1.0, 2.0, bits=2)
-    assert grid == InputGrid(1.0, 1)
-    assert grid.quantized(torch.tensor([-9.0, -0.6, 0.4, 1.6, 9.0]), bits=2).tolist() == [-1.0, -1.0, 0.0, 2.0, 2.0]
+    assert grid == InputGrid(bits=2, scale=1.0, zero_point=1)
+    assert grid.quantized(torch.tensor([-9.0, -0.6, 0.4, 1.6, 9.0])).tolist() == [-1.0, -1.0, 0.0, 2.0, 2.0]
 
 
 def test_the_gradient_of_activations_passes_straight_through_except_where_clipped():
     activations = torch.tensor([-5.0, -0.3, 0.4, 5.0], requires_grad=True)
-    InputGrid.covering(-1.0, 2.0, bits=2).quantized(activations, bits=2).sum().backward()
+    InputGrid.covering(-1.0, 2.0, bits=2).quantized(activations).sum().backward()
     assert activations.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
 
 
@@ -149,8 +238,9 @@ def test_a_quantized_layer_computes_the_plain_layer_of_its_quantized_weight_and_
     assert not torch.equal(layer(images), plain[3](images))
 
 
-def test_freezing_does_not_change_a_bit_of_the_output():
-    network, images = quantized_network(), torch.randn(4, 3, 12, 12)
+@both_kinds
+def test_freezing_does_not_change_a_bit_of_the_output(asymmetric):
+    network, images = quantized_network(asymmetric=asymmetric), torch.randn(4, 3, 12, 12)
     before = network(images)
     freeze(network)
     assert torch.equal(network(images), before)
@@ -166,8 +256,9 @@ def test_in_float_the_network_is_the_plain_one_until_the_end():
     assert torch.equal(network(images), quantized)
 
 
-def test_channels_last_gives_the_same_quantized_weights():
-    network = quantized_network()
+@both_kinds
+def test_channels_last_gives_the_same_quantized_weights(asymmetric):
+    network = quantized_network(asymmetric=asymmetric)
     expected = [layer.quantized_weight() for layer in quantized_layers(network).values()]
     network.to(memory_format=torch.channels_last)
     for layer, weight in zip(quantized_layers(network).values(), expected, strict=True):
@@ -182,7 +273,7 @@ def test_a_copy_is_quantized_and_independent():
     assert torch.equal(twin(images), network(images))
     freeze(twin)
     assert isinstance(twin[0], QuantizedConv2d)
-    assert network[0].weight_scale is None
+    assert not network[0].is_frozen
 
 
 def test_training_under_bf16_autocast_quantizes_in_fp32():
@@ -228,8 +319,8 @@ def test_a_refused_layer_leaves_the_others_as_they_were():
 
 def test_a_signed_grid_spans_both_sides_alike_and_spends_its_lowest_integer():
     grid = InputGrid.covering(-1.0, 3.0, bits=3, signed=True)
-    assert grid == InputGrid(1.0, 0, signed=True)
-    assert grid.quantized(torch.tensor([-9.0, -3.4, 0.4, 9.0]), bits=3).tolist() == [-4.0, -3.0, 0.0, 3.0]
+    assert grid == InputGrid(bits=3, scale=1.0, zero_point=0, signed=True)
+    assert grid.quantized(torch.tensor([-9.0, -3.4, 0.4, 9.0])).tolist() == [-4.0, -3.0, 0.0, 3.0]
 
 
 @settings(max_examples=100, deadline=None)
@@ -238,7 +329,7 @@ def test_a_learnt_step_gives_the_values_of_the_grid_it_starts_from(bits, one_end
     grid = InputGrid.covering(min(one_end, other_end), max(one_end, other_end), bits=bits)
     step = grid.as_step(torch.device("cpu"))
     values = (torch.arange(2**bits) - grid.zero_point).float() * step
-    assert torch.isin(grid.quantized(torch.tensor(activations), bits=bits, step=step), values).all()
+    assert torch.isin(grid.quantized(torch.tensor(activations), step=step), values).all()
     assert grid.with_step(step) == grid
 
 
@@ -263,10 +354,11 @@ def test_the_pace_of_a_step_does_not_depend_on_how_a_batch_is_shared_out():
     assert gradients[0] == pytest.approx(gradients[1], rel=1e-4)
 
 
-def test_learnt_steps_begin_where_the_layer_is_and_are_frozen_with_it():
-    network, images = quantized_network(), torch.randn(4, 3, 12, 12)
+@both_kinds
+def test_learnt_steps_begin_where_the_layer_is_and_are_frozen_with_it(asymmetric):
+    network, images = quantized_network(asymmetric=asymmetric), torch.randn(4, 3, 12, 12)
     for layer in quantized_layers(network).values():
-        layer.weight_share.fill_(0.8)
+        layer.weight_shares.fill_(0.8)
     before = network(images)
     learn_steps(network)
     torch.testing.assert_close(network(images), before, rtol=1e-4, atol=1e-3)

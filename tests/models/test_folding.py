@@ -67,29 +67,35 @@ def test_every_batchnorm_behind_a_layer_is_folded_and_no_answer_changes():
     torch.testing.assert_close(classifier(images), before, rtol=1e-4, atol=1e-4)
 
 
-def test_integers_keep_their_magnitude_and_their_grid_of_inputs():
+@pytest.mark.parametrize("asymmetric", [(), (2, 4)])
+def test_integers_keep_their_place_or_are_mirrored_and_inputs_keep_their_grid(asymmetric):
     classifier, images = classifier_of(chain()), torch.rand(5, 3, 8, 8)
-    quantize_layers(classifier.network, {"0": (8, 8), "3": (4, 4), "6": (2, 32)})
+    quantize_layers(classifier.network, {"0": (8, 8), "3": (4, 4), "6": (2, 32)}, asymmetric=asymmetric)
     for name in ("0", "3"):
         layer = quantized_layers(classifier.network)[name]
         layer.input_grid = InputGrid.covering(-1.0, 2.0, bits=layer.input_bits)
     freeze(classifier.network)
-    before, twin = classifier(images), copy.deepcopy(classifier)
+    answers, twin = classifier(images), copy.deepcopy(classifier)
     assert fold_batchnorms(twin) == ["1", "4", "7"]
     for name, layer in quantized_layers(classifier.network).items():
         folded = quantized_layers(twin.network)[name]
-        assert torch.equal(folded.integer_weight()[0].abs(), layer.integer_weight()[0].abs())
+        (integers, grid), (before_folding, grid_before) = folded.integer_weight(), layer.integer_weight()
+        mirrored = sum(grid.integers()) - before_folding
+        assert ((integers == before_folding) | (integers == mirrored)).all()
+        assert grid.symmetric == grid_before.symmetric
         assert folded.input_grid == layer.input_grid
     assert not torch.equal(quantized_layers(twin.network)["0"].integer_weight()[0], layer.integer_weight()[0])
     # A float sum that lands on the other side of a grid's edge moves a whole level.
-    assert (twin(images) - before).abs().median() < 1e-4
+    assert (twin(images) - answers).abs().median() < 1e-4
 
 
-def test_quantizing_after_folding_gives_the_same_integers():
+@pytest.mark.parametrize("asymmetric", [(), (2, 4)])
+def test_quantizing_after_folding_gives_the_same_integers(asymmetric):
     before, after = classifier_of(chain()), classifier_of(chain())
     fold_batchnorms(after)
     for classifier in (before, after):
-        quantize_layers(classifier.network, {"0": (8, 32), "3": (4, 32), "6": (2, 32)})
+        layers = {"0": (8, 32), "3": (4, 32), "6": (2, 32)}
+        quantize_layers(classifier.network, layers, asymmetric=asymmetric)
         freeze(classifier.network)
     fold_batchnorms(before)
     for name, layer in quantized_layers(before.network).items():
@@ -126,6 +132,6 @@ def test_a_channel_that_batchnorm_switched_off_stays_off():
     before = classifier(images)
     fold_batchnorms(classifier)
     torch.testing.assert_close(classifier(images), before, rtol=1e-4, atol=1e-4)
-    integers, scale = quantized_layers(classifier.network)["0"].integer_weight()
+    integers, grid = quantized_layers(classifier.network)["0"].integer_weight()
     assert integers.abs().max() <= 127
-    assert (scale > 0).all()
+    assert (grid.scale > 0).all()

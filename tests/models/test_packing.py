@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -24,9 +25,9 @@ def fresh_network(seed: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(4, 5)).eval()
 
 
-def frozen_network() -> nn.Sequential:
+def frozen_network(asymmetric: Collection[int] = ()) -> nn.Sequential:
     network = fresh_network(seed=0)
-    quantize_layers(network, {"0": (8, 8), "3": (3, 5), "6": (8, 32)})
+    quantize_layers(network, {"0": (8, 8), "3": (3, 5), "6": (8, 32)}, asymmetric=asymmetric)
     for name in ("0", "3"):
         layer = quantized_layers(network)[name]
         layer.input_grid = InputGrid.covering(-0.3, 1.7, bits=layer.input_bits)
@@ -34,9 +35,12 @@ def frozen_network() -> nn.Sequential:
     return network
 
 
-def packed_network() -> tuple[dict[str, torch.Tensor], dict]:
-    tensors, quantization = pack_network(frozen_network())
+def packed_network(asymmetric: Collection[int] = ()) -> tuple[dict[str, torch.Tensor], dict]:
+    tensors, quantization = pack_network(frozen_network(asymmetric))
     return tensors, json.loads(json.dumps(quantization))
+
+
+some_kinds = pytest.mark.parametrize("asymmetric", [(), (3,), range(2, 9)], ids=["none", "some", "all"])
 
 
 @settings(max_examples=150, deadline=None)
@@ -48,6 +52,14 @@ def test_integers_of_any_width_and_number_come_back(data, bits, count):
     assert packed.dtype == torch.uint8
     assert packed.numel() == -(-count * bits // 8)
     assert torch.equal(unpack_integers(packed, bits, (count,)), values)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.integers(2, 8), st.integers(0, 41))
+def test_unsigned_integers_of_any_width_and_number_come_back(data, bits, count):
+    drawn = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=count, max_size=count))
+    values = torch.tensor(drawn, dtype=torch.uint8)
+    assert torch.equal(unpack_integers(pack_integers(values, bits), bits, (count,), signed=False), values)
 
 
 def test_four_bits_pack_the_first_value_into_the_low_half_of_a_byte():
@@ -74,23 +86,73 @@ def test_the_wrong_number_of_bytes_is_refused():
         unpack_integers(torch.zeros(3, dtype=torch.uint8), 3, (5,))
 
 
-def test_an_unpacked_network_is_the_frozen_one_to_the_bit():
-    frozen, loaded = frozen_network(), fresh_network(seed=1)
+@some_kinds
+def test_an_unpacked_network_is_the_frozen_one_to_the_bit(asymmetric):
+    frozen, loaded = frozen_network(asymmetric), fresh_network(seed=1)
     images = torch.randn(8, 3, 9, 9)
     assert not torch.equal(loaded(images), frozen(images))
-    unpack_network(loaded, *packed_network())
+    unpack_network(loaded, *packed_network(asymmetric))
     assert torch.equal(loaded(images), frozen(images))
     assert all(torch.equal(tensor, frozen.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
-def test_packing_the_unpacked_network_gives_the_same_file():
-    tensors, quantization = packed_network()
+@some_kinds
+def test_packing_the_unpacked_network_gives_the_same_file(asymmetric):
+    tensors, quantization = packed_network(asymmetric)
     loaded = fresh_network(seed=1)
     unpack_network(loaded, tensors, quantization)
     again, quantization_again = pack_network(loaded)
     assert quantization_again == quantization
     assert tensors.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
+
+
+def test_a_file_without_zero_points_is_of_version_two_as_it_was_written_before_there_were_any():
+    network = nn.Sequential(nn.Linear(4, 1, bias=False))
+    tensors = {
+        "0.weight_packed": torch.tensor([0xF1, 0x70], dtype=torch.uint8),
+        "quantization.scales": torch.ones(1) / 2,
+    }
+    quantization = {"version": 2, "layers": {"0": {"bits": "4w8a", "scale": 0.5, "zero_point": 3}}}
+    unpack_network(network, tensors, quantization)
+    assert network[0].weight.tolist() == [[0.5, -0.5, 0.0, 3.5]]
+    assert network[0].input_grid == InputGrid(bits=8, scale=0.5, zero_point=3)
+    again, quantization_again = pack_network(network)
+    assert quantization_again == quantization
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
+
+
+def test_zero_points_of_asymmetric_layers_are_stored_once_in_the_order_of_the_layers():
+    tensors, quantization = packed_network(asymmetric=(8,))
+    assert quantization["version"] == 3
+    assert {name: layer.get("asymmetric") for name, layer in quantization["layers"].items()} == {
+        "0": True,
+        "3": None,
+        "6": True,
+    }
+    layers = quantized_layers(frozen_network(asymmetric=(8,)))
+    expected = torch.cat([layers[name].weight_grid.zero_point for name in ("0", "6")])
+    assert torch.equal(tensors["quantization.zero_points"], expected.to(torch.uint8))
+    assert "quantization.zero_points" not in packed_network()[0]
+
+
+@pytest.mark.parametrize(
+    ("zero_points", "problem"),
+    [
+        (None, "is missing"),
+        (torch.zeros(3, dtype=torch.uint8), r"\[3\], not torch.uint8 \[4\]"),
+        (torch.tensor([0, 1, 8, 1], dtype=torch.uint8), "holds 8, which no weight of 3 bits has"),
+    ],
+)
+def test_damaged_zero_points_are_refused_by_name(zero_points, problem):
+    tensors, quantization = packed_network(asymmetric=(3,))
+    del tensors["quantization.zero_points"]
+    if zero_points is not None:
+        tensors["quantization.zero_points"] = zero_points
+    network = fresh_network(seed=1)
+    with pytest.raises(BadInput, match=f"'quantization.zero_points'.*{problem}"):
+        unpack_network(network, tensors, quantization)
+    assert not is_quantized(network)
 
 
 def test_each_layer_is_stored_in_its_own_bits_and_nothing_twice():
@@ -143,6 +205,7 @@ def test_a_network_that_is_not_calibrated_cannot_be_packed():
         ("3", "zero_point", 1.5),
         ("3", "zero_point", True),
         ("3", "signed", 1),
+        ("6", "asymmetric", 1),
     ],
 )
 def test_a_damaged_setting_is_refused_by_name(layer, field, value):

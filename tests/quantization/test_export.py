@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from dfcompress.models.architectures import named
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import freeze, quantize_layers
+from dfcompress.models.fake_quantizers import WIDTHS, Scheme, freeze, quantize_layers
 from dfcompress.quantization import export as export_module
 from dfcompress.quantization.bits import Bits, assign, layers_of, parse_bits
 from dfcompress.quantization.export import export, rehearse, require_kernels, require_packages
@@ -58,10 +59,13 @@ def pictures(channels: int, size: int, count: int) -> Tensor:
     return nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
 
 
-def quantized(classifier: Classifier, bits: str, *, ends: int | None = 8, signed: bool = False) -> Classifier:
+def quantized(
+    classifier: Classifier, bits: str, *, ends: int | None = 8, signed: bool = False, asymmetric: Collection[int] = ()
+) -> Classifier:
     student = copy.deepcopy(classifier)
     asked = assign(layers_of(classifier).quantizable, parse_bits(bits), ends=ends, layer_bits={})
-    quantize_layers(student.network, {name: (each.weights, each.activations) for name, each in asked.items()})
+    widths = {name: (each.weights, each.activations) for name, each in asked.items()}
+    quantize_layers(student.network, widths, asymmetric=asymmetric)
     fit_weights(student, rule="mse")
     channels, size, _ = classifier.card.input_size
     calibrate(student, [pictures(channels, size, 32)], signed=signed)
@@ -99,9 +103,13 @@ def test_a_network_goes_through_the_whole_chain(architecture, size, tmp_path):
     assert exported.bytes < 0.25 * 4 * sum(parameter.numel() for parameter in classifier.network.parameters())
 
 
-@pytest.mark.parametrize("bits", ["2w2a", "2w4a", "4w2a", "3w3a", "4w4a", "5w6a", "8w8a", "4w32a"])
-def test_every_width_is_exported_and_answers_alike(bits, tmp_path):
-    student = quantized(classifier_of("cifar_resnet20", 32), bits, ends=None)
+SYMMETRIC = [(bits, ()) for bits in ("2w2a", "2w4a", "4w2a", "3w3a", "4w4a", "5w6a", "8w8a", "4w32a")]
+ASYMMETRIC = [(bits, WIDTHS) for bits in ("2w4a", "3w8a", "4w4a", "5w8a", "8w8a")]
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), [*SYMMETRIC, *ASYMMETRIC])
+def test_every_width_is_exported_and_answers_alike(bits, asymmetric, tmp_path):
+    student = quantized(classifier_of("cifar_resnet20", 32), bits, ends=None, asymmetric=asymmetric)
     _, exported = through(student, tmp_path)
     assert exported.images == 64
     assert exported.equal >= 63
@@ -110,16 +118,20 @@ def test_every_width_is_exported_and_answers_alike(bits, tmp_path):
     assert exported.milliseconds > 0 < exported.milliseconds_fp32
 
 
-def test_integers_are_stored_at_their_true_width(tmp_path):
+@pytest.mark.parametrize(("asymmetric", "kind"), [((), "INT"), (WIDTHS, "UINT")])
+def test_integers_are_stored_at_their_true_width(asymmetric, kind, tmp_path):
     classifier = classifier_of("cifar_resnet20", 32)
     sizes = {}
     for bits in ("2w8a", "4w8a", "8w8a"):
-        _, exported = through(quantized(classifier, bits, ends=None), tmp_path / bits)
+        _, exported = through(quantized(classifier, bits, ends=None, asymmetric=asymmetric), tmp_path / bits)
         sizes[bits] = exported.bytes
         assert exported.bytes_ratio < 1.1
         model = onnx.load(exported.path)
         kinds = {each.data_type for each in model.graph.initializer if each.name.endswith("integers")}
-        assert kinds == {getattr(onnx.TensorProto, f"INT{bits[0]}")}
+        assert kinds == {getattr(onnx.TensorProto, f"{kind}{bits[0]}")}
+        zero_points = [each for each in model.graph.initializer if each.name.endswith("zero_point")]
+        assert {each.data_type for each in zero_points} == (kinds if asymmetric else set())
+        assert len(zero_points) == (20 if asymmetric else 0)
         onnx.checker.check_model(model, full_check=True)
     weights = sum(p.numel() for p in classifier.network.parameters() if p.dim() > 1)
     assert sizes["8w8a"] - sizes["4w8a"] == pytest.approx(weights / 2, rel=0.01)
@@ -165,10 +177,16 @@ def test_tensorrt_takes_signed_eight_bits(tmp_path):
 
 @pytest.mark.parametrize(
     ("bits", "message"),
-    [("4w8a", "kernels for 8 bits alone: 4 bits buy size"), ("8w8a", "zero points, which TensorRT does not take")],
+    [
+        ("4w8a", "kernels for 8 bits alone: 4 bits buy size"),
+        ("8w8a", "Activations have zero points, which TensorRT does not take"),
+        ("8w8a, asymmetric", "Weights have zero points.*--weight-grid symmetric"),
+    ],
 )
 def test_tensorrt_refuses_the_rest_with_the_reason(bits, message, tmp_path):
-    save(quantized(classifier_of("cifar_resnet20", 32), bits), tmp_path)
+    width, _, asymmetric = bits.partition(", ")
+    kinds = WIDTHS if asymmetric else ()
+    save(quantized(classifier_of("cifar_resnet20", 32), width, signed=bool(kinds), asymmetric=kinds), tmp_path)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(BadInput, match=message):
         export(tmp_path, target="tensorrt")
@@ -220,8 +238,8 @@ def test_what_the_exporter_cannot_trace_is_one_sentence(tmp_path):
 
     classifier = Classifier(Undecided(), ModelCard("test", 4, (3, 2, 2), (0.5,) * 3, (0.5,) * 3), name="odd").frozen()
     with pytest.raises(DfcompressError, match="odd cannot be exported"):
-        rehearse(classifier, {"layer": Bits(4, 8)}, signed=False)
+        rehearse(classifier, {"layer": Bits(4, 8)}, Scheme())
 
 
 def test_float_activations_suit_tensorrt_signed_or_not():
-    require_kernels("tensorrt", {"conv": (8, 32)}, signed=False)
+    require_kernels("tensorrt", {"conv": (8, 32)}, Scheme())

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ from dfcompress.evaluation.result import Compressed
 from dfcompress.models.checkpoint import load
 from dfcompress.models.fake_quantizers import quantized_layers
 from dfcompress.quantization import export
-from dfcompress.quantization.calibration import Calibration
-from dfcompress.quantization.quantize import LSQ, quantize
+from dfcompress.quantization.calibration import Calibration, calibration_batches
+from dfcompress.quantization.quantize import LSQ, quantize, usual_calibration, usual_images, usual_tuning
 from dfcompress.quantization.reconstruction import Reconstruction
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.supply import ImageSupply
@@ -168,10 +169,89 @@ def test_signed_activations_have_no_zero_points_in_the_file(tmp_path):
     assert all(row["input_low"] < 0 < row["input_high"] for row in layers)
 
 
+def test_the_papers_method_has_every_published_value_and_each_can_be_changed():
+    """Haroush et al. 2020, section 4."""
+    published = Calibration(
+        inputs="minmax",
+        weights="minmax",
+        steps=200,
+        signed=False,
+        correction=False,
+        weight_grid="asymmetric",
+        replacement=True,
+    )
+    assert usual_calibration("paper", None) == published
+    assert usual_calibration("paper", {"steps": 3, "correction": True}) == replace(published, steps=3, correction=True)
+    small = usual_tuning("kd", None, method="paper", input_size=(3, 32, 32))
+    assert (small.steps, small.batch_size, small.freeze_batchnorm, small.schedule) == (16_000, 512, True, "cosine")
+    assert small.augmentation.flip
+    assert small.augmentation.mixup
+    large = usual_tuning("kd", None, method="paper", input_size=(3, 224, 224))
+    assert (large.steps, large.batch_size) == (44_000, 256)
+    fewer = usual_tuning("kd", {"steps": 7}, method="paper", input_size=(3, 32, 32))
+    assert fewer == replace(small, steps=7)
+    assert usual_tuning("lsq", None, method="paper", input_size=(3, 32, 32)) == LSQ
+
+
+def test_the_papers_images_are_of_one_recipe_unless_others_are_asked_for():
+    teacher, some = load(DEMO), Synthesis(images=8)
+    made, mix = usual_images("paper", teacher, some, "auto")
+    assert (made.recipe, made.preset, mix) == ("bns-inception", "paper-cifar10", "none")
+    made, mix = usual_images("paper", teacher, replace(some, recipe="bns"), "deepinversion")
+    assert (made.recipe, made.preset, mix) == ("bns", None, "deepinversion")
+    made, mix = usual_images("default", teacher, some, "auto")
+    assert (made.recipe, made.preset, mix) == ("bns-inception", None, "auto")
+
+
+def test_the_papers_weights_cover_each_channel_with_all_integers_and_nothing_is_corrected(tmp_path):
+    asked = {"data": DEMO, "method": "paper", "calibration": {"steps": 2}, "compute": EAGER}
+    done = quantize(DEMO, bits="3w8a", first_last_bits="same", finetune="none", output=tmp_path / "out", **asked)
+    made, teacher = load(done.checkpoint), load(DEMO)
+    for name, layer in quantized_layers(made.network).items():
+        integers, grid = layer.integer_weight()
+        assert not grid.symmetric
+        weight = teacher.network.get_parameter(f"{name}.weight").flatten(1)
+        covered = weight.amax(1).clamp_min(0) - weight.amin(1).clamp_max(0)
+        torch.testing.assert_close(grid.scale, covered / 7)
+        rows = integers.flatten(1)
+        assert ((rows.amax(1) == 7) | (rows.amin(1) == 0)).all()
+    before, quantized = teacher.network.state_dict(), {f"{name}.weight" for name in quantized_layers(made.network)}
+    for name, tensor in made.network.state_dict().items():
+        assert name in quantized or name.endswith("num_batches_tracked") or torch.equal(tensor, before[name])
+    options = json.loads((tmp_path / "out" / "run.json").read_text())["options"]
+    assert (options["method"], options["calibration"]["steps"]) == ("paper", 2)
+    assert (options["calibration"]["inputs"], options["calibration"]["replacement"]) == ("minmax", True)
+
+
+def test_the_papers_fine_tuning_learns_with_kd_and_iq(tmp_path):
+    asked = {"data": DEMO, "method": "paper", "calibration": {"steps": 1}, "training": {"steps": 2, "batch_size": 16}}
+    quantize(DEMO, output=tmp_path / "out", compute=EAGER, **asked)
+    options = json.loads((tmp_path / "out" / "run.json").read_text())["options"]
+    assert (options["finetune"], options["objectives"]) == ("kd", {"kd": 1.0, "iq": 0.001})
+    assert (options["training"]["steps"], options["training"]["batch_size"]) == (2, 16)
+
+
+def test_calibration_with_replacement_fills_a_batch_from_fewer_images_and_depends_on_the_seed_alone():
+    images = (torch.arange(10, dtype=torch.uint8) * 20).view(10, 1, 1, 1).expand(10, 1, 8, 8)
+    drawing = Calibration(steps=2, replacement=True)
+    first, second = calibration_batches(images, drawing, seed=0)
+    assert first.shape == second.shape == (256, 1, 8, 8)
+    assert not torch.equal(first, second)
+    counts = torch.unique((first[:, 0, 0, 0] * 255).round(), return_counts=True)[1]
+    assert len(counts) == 10
+    assert counts.min() < counts.max()
+    assert torch.equal(first, next(calibration_batches(images, drawing, seed=0)))
+    assert not torch.equal(first, next(calibration_batches(images, drawing, seed=1)))
+    assert next(calibration_batches(images, Calibration(steps=1), seed=0)).shape == (10, 1, 8, 8)
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
         ({"finetune": "qat"}, "no --finetune 'qat'"),
+        ({"method": "papers"}, "no --method 'papers'"),
+        ({"calibration": {"step": 3}}, "no setting of calibration called 'step'. Did you mean 'steps'"),
+        ({"calibration": {"weight_grid": "skewed"}}, "no --weight-grid 'skewed'"),
         ({"finetune": "blocks", "training": Training(3, 0.1, 8)}, "not set by a Training"),
         ({"finetune": "lsq", "training": Reconstruction()}, "not set by a Reconstruction"),
         ({"objectives": {"feature": 1.0}}, "No objective looks at"),

@@ -137,9 +137,9 @@ def test_least_error_gives_up_a_few_far_values_at_few_bits():
     calibrate(classifier, [images], rule="mse")
     grid = quantized_layers(network)["0"].input_grid
     ends = [InputGrid.covering(0.0, high, bits=2) for high in np.linspace(0.2, 4, 300)]
-    errors = [(each.quantized(images, bits=2) - images).square().mean().item() for each in ends]
+    errors = [(each.quantized(images) - images).square().mean().item() for each in ends]
     best = ends[int(np.argmin(errors))]
-    assert (grid.quantized(images, bits=2) - images).square().mean().item() <= min(errors) * 1.02
+    assert (grid.quantized(images) - images).square().mean().item() <= min(errors) * 1.02
     assert grid.scale == pytest.approx(best.scale, rel=0.1)
     assert grid.zero_point == 0
 
@@ -153,6 +153,33 @@ def test_a_sample_meets_every_row_column_and_channel(shape):
     assert len((sample % width).unique()) == width
     assert len((sample // width % height).unique()) == height
     assert len((sample // width // height % channels).unique()) == channels
+
+
+@pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
+def test_what_a_later_layer_writes_over_a_layers_input_does_not_reach_its_range(rule):
+    """Like a block that ends in `features.mul_(...)` on what its convolution was given."""
+
+    class Overwritten(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(1, 2, 1)
+
+        def forward(self, features: Tensor) -> Tensor:
+            output = self.layer(features)
+            features.mul_(100)
+            return output.mean((2, 3))
+
+    network = Overwritten()
+    quantize_layers(network, {"layer": (8, 8)})
+    classifier = Classifier(network, ModelCard("test", 2, (1, 4, 4), (0.0,), (1.0,)))
+    images = torch.rand(32, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    calibrate(classifier, [images], rule=rule)
+    assert quantized_layers(network)["layer"].input_grid.ends()[1] < 1.01
+
+
+def test_sampled_values_are_a_copy_and_hold_no_activations():
+    activations = torch.rand(4, 64, 32, 32)
+    assert _some_of(activations).untyped_storage().nbytes() <= 4 * SAMPLED
 
 
 def test_signed_ranges_have_zero_point_zero_and_reach_the_farther_end():
@@ -181,10 +208,32 @@ def test_weights_of_least_error_have_less_than_those_of_the_whole_range(bits):
     assert (best <= whole).all()
     assert bits == 8 or best.sum() < 0.9 * whole.sum()
     for share in SHARES[::7]:
-        quantized_layers(network)["0"].weight_share.fill_(share)
+        quantized_layers(network)["0"].weight_shares.fill_(share)
         assert (best <= errors() + 1e-7).all()
     fit_weights(classifier, rule="minmax")
     assert torch.equal(errors(), whole)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_asymmetric_weights_of_least_error_are_as_good_as_every_zero_point_and_scale_tried(bits):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(4, 6, 3))
+    with torch.no_grad():
+        network[0].weight[1].abs_()
+        network[0].weight[2].mul_(0.2)[0, 0, 0] = 1.0
+    rows = network[0].weight.detach().flatten(1).clone()
+    quantize_layers(network, {"0": (bits, 8)}, asymmetric=[bits])
+    classifier = Classifier(network, ModelCard("test", 2, (4, 5, 5), (0.0,) * 4, (1.0,) * 4))
+    fit_weights(classifier, rule="mse")
+    found = (quantized_layers(network)["0"].quantized_weight().flatten(1) - rows).square().sum(1)
+    best = torch.full((6,), torch.inf)
+    for zero_point in range(2**bits):
+        for share in torch.linspace(0.01, 2.0, 200):
+            scale = (share * rows.abs().amax(1) / (2**bits - 1))[:, None]
+            multiples = (rows / scale).round().clamp(-zero_point, 2**bits - 1 - zero_point)
+            best = torch.minimum(best, (multiples * scale - rows).square().sum(1))
+    assert (found <= 1.2 * best).all()
+    assert found.sum() <= 1.02 * best.sum()
 
 
 def test_no_images_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,9 +39,12 @@ def teacher() -> Classifier:
     return Classifier(network, ModelCard("test", 4, (3, 8, 8), (0.5,) * 3, (0.3,) * 3)).frozen()
 
 
-def calibrated(float_classifier: Classifier, bits: tuple[int, int] = (3, 4)) -> Classifier:
+def calibrated(
+    float_classifier: Classifier, bits: tuple[int, int] = (3, 4), asymmetric: Collection[int] = ()
+) -> Classifier:
     student = copy.deepcopy(float_classifier)
-    quantize_layers(student.network, dict.fromkeys(layers_of(float_classifier).quantizable, bits))
+    layers = dict.fromkeys(layers_of(float_classifier).quantizable, bits)
+    quantize_layers(student.network, layers, asymmetric=asymmetric)
     fit_weights(student, rule="mse")
     calibrate(student, [images().float() / 255])
     return student
@@ -58,21 +62,23 @@ def test_units_of_a_plain_chain_are_its_layers():
     assert units_of(calibrated(teacher())) == ["0", "2.0", "5"]
 
 
-def test_every_weight_ends_on_one_of_its_two_integers_and_the_answers_come_closer():
+@pytest.mark.parametrize("asymmetric", [(), (3,)], ids=["symmetric", "asymmetric"])
+def test_every_weight_ends_on_one_of_its_two_integers_and_the_answers_come_closer(asymmetric):
     float_classifier = teacher()
-    student = calibrated(float_classifier)
+    student = calibrated(float_classifier, asymmetric=asymmetric)
     nearest = copy.deepcopy(student)
     freeze(nearest.network)
-    scales = {name: layer.scale_now() for name, layer in quantized_layers(student.network).items()}
+    grids = {name: layer.grid_now() for name, layer in quantized_layers(student.network).items()}
     done = reconstruct(student, float_classifier, images(), QUICK, seed=0, state=None)
     assert done.units == 3
     assert done.steps == 180
     moved = 0
     for name, layer in quantized_layers(student.network).items():
-        integers, scale = layer.integer_weight()
-        assert torch.equal(scale, scales[name])
+        integers, grid = layer.integer_weight()
+        assert torch.equal(grid.scale, grids[name].scale)
+        assert torch.equal(grid.zero_point, grids[name].zero_point)
         weight = float_classifier.network.get_submodule(name).weight
-        exact = (weight.flatten(1) / scale[:, None]).clamp(-3, 3)
+        exact = (weight.flatten(1) / grid.scale[:, None] + grid.zero_point[:, None]).clamp(*grid.integers())
         assert ((integers.flatten(1) - exact).abs() < 1.0001).all()
         moved += int((integers != quantized_layers(nearest.network)[name].integer_weight()[0]).sum())
     assert moved > 0
@@ -126,7 +132,6 @@ def test_signal_to_noise_is_ten_decibels_a_factor_of_ten():
     student = calibrated(float_classifier, (8, 32))
     freeze(student.network)
     layer = quantized_layers(student.network)["5"]
-    layer.weight_bits = 8
     before = signal_to_noise(student, float_classifier, images().float() / 255)
     with torch.no_grad():
         exact = float_classifier.network[5]
@@ -227,9 +232,12 @@ class StoppedError(Exception):
     """A kill."""
 
 
-def test_a_stopped_reconstruction_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("asymmetric", [(), (3,)], ids=["symmetric", "asymmetric"])
+def test_a_stopped_reconstruction_goes_on_to_the_same_bits(
+    asymmetric: Collection[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     float_classifier, state = teacher(), tmp_path / "state"
-    whole = calibrated(float_classifier)
+    whole = calibrated(float_classifier, asymmetric=asymmetric)
     expected = reconstruct(whole, float_classifier, images(), QUICK, seed=0, state=None)
 
     def stop_after_one(*arguments: object) -> None:
@@ -238,10 +246,11 @@ def test_a_stopped_reconstruction_goes_on_to_the_same_bits(tmp_path: Path, monke
 
     saving = reconstruction.save_state
     monkeypatch.setattr(reconstruction, "save_state", stop_after_one)
+    stopped = calibrated(float_classifier, asymmetric=asymmetric)
     with pytest.raises(StoppedError):
-        reconstruct(calibrated(float_classifier), float_classifier, images(), QUICK, seed=0, state=state)
+        reconstruct(stopped, float_classifier, images(), QUICK, seed=0, state=state)
     monkeypatch.undo()
-    resumed = calibrated(float_classifier)
+    resumed = calibrated(float_classifier, asymmetric=asymmetric)
     done = reconstruct(resumed, float_classifier, images(), QUICK, seed=0, state=state)
     assert done.losses == expected.losses
     for name, layer in quantized_layers(whole.network).items():

@@ -14,7 +14,7 @@ from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import save, saved_bytes, state_bytes
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import freeze, quantize_layers
+from dfcompress.models.fake_quantizers import WIDTHS, Scheme, freeze, quantize_layers
 from dfcompress.quantization.bits import Wanted
 from dfcompress.quantization.ranges import calibrate
 from dfcompress.quantization.sensitivity import _cheapest, choose_bits, require_reachable, sensitivities
@@ -50,14 +50,14 @@ def test_each_layer_is_asked_alone_and_fewer_bits_cost_more():
     assert all(found[2][name] > 10 * found[8][name] > 0 for name in LAYERS)
 
 
-@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme(signed=True), Scheme(asymmetric=WIDTHS)], ids=str)
 @pytest.mark.parametrize("ratio", [0.26, 0.28, 0.3, 0.33])
-def test_the_file_keeps_the_size_and_uses_it(tmp_path, ratio, signed):
+def test_the_file_keeps_the_size_and_uses_it(tmp_path, ratio, scheme):
     classifier = teacher()
-    chosen = choose_bits(classifier, wanted(), images(), size_ratio=ratio, signed=signed)
+    chosen = choose_bits(classifier, wanted(), images(), size_ratio=ratio, scheme=scheme)
     student = copy.deepcopy(classifier)
-    quantize_layers(student.network, chosen)
-    calibrate(student, [images()], signed=signed)
+    quantize_layers(student.network, chosen, asymmetric=scheme.asymmetric)
+    calibrate(student, [images()], signed=scheme.signed)
     freeze(student.network)
     save(student, tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
@@ -69,8 +69,9 @@ def test_the_file_keeps_the_size_and_uses_it(tmp_path, ratio, signed):
 
 def test_bits_that_were_asked_for_stay_and_the_rest_is_chosen():
     asked = wanted() | {"0": Wanted(8, 8)}
-    assert choose_bits(teacher(), asked, images(), size_ratio=0.3, signed=False)["0"].weights == 8
-    assert choose_bits(teacher(), wanted(3), images(), size_ratio=None, signed=False) == dict.fromkeys(LAYERS, (3, 8))
+    assert choose_bits(teacher(), asked, images(), size_ratio=0.3, scheme=Scheme())["0"].weights == 8
+    given = choose_bits(teacher(), wanted(3), images(), size_ratio=None, scheme=Scheme())
+    assert given == dict.fromkeys(LAYERS, (3, 8))
 
 
 def test_the_choice_is_the_best_of_all():
@@ -91,15 +92,15 @@ def test_the_choice_is_the_best_of_all():
 
 def test_a_size_below_two_bits_is_refused_with_the_least_there_is():
     with pytest.raises(BadInput, match=r"0\.05 cannot be kept: with 2-bit weights the file is 0\.\d+ of the model"):
-        require_reachable(teacher(), wanted(), 0.05, signed=False)
+        require_reachable(teacher(), wanted(), 0.05, Scheme())
 
 
 @pytest.mark.parametrize("ratio", [None, 0.0, 1.5])
 def test_auto_needs_a_share(ratio):
     with pytest.raises(BadInput, match=r"--size-ratio 0\.15"):
-        require_reachable(teacher(), wanted(), ratio, signed=False)
+        require_reachable(teacher(), wanted(), ratio, Scheme())
 
 
 def test_a_size_without_anything_to_choose_is_refused():
     with pytest.raises(BadInput, match="all are given"):
-        require_reachable(teacher(), wanted(4), 0.2, signed=False)
+        require_reachable(teacher(), wanted(4), 0.2, Scheme())

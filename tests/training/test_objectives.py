@@ -10,7 +10,7 @@ from torch import nn
 
 from dfcompress.errors import BadInput
 from dfcompress.models.stages import Stage
-from dfcompress.training.objectives import NAMES, Answer, attention, ce, feature, kd, make_objectives, mse_logits
+from dfcompress.training.objectives import NAMES, Answer, attention, ce, feature, iq, kd, make_objectives, mse_logits
 
 
 def test_kd_is_the_softened_divergence_times_the_temperature_squared():
@@ -63,6 +63,19 @@ def test_attention_sees_where_and_not_how_much():
     value = attention().value(Answer(left[0], (left,)), Answer(left[0], (right,)))
     assert value.item() == pytest.approx(2.0)
     assert attention().value(Answer(left[0], (left,)), Answer(left[0], (7 * left,))).item() == pytest.approx(0.0)
+
+
+def test_iq_is_summed_over_the_elements_of_an_image_and_a_mean_over_images_and_stages():
+    """Smooth-L1 of 0.5 is 0.125, of 2 it is 1.5."""
+    given = Answer(torch.zeros(2, 3), (torch.zeros(2, 1, 1, 2), torch.zeros(2, 2, 1, 1)))
+    own = (torch.tensor([0.5, 2.0, 0.0, 0.0]).view(2, 1, 1, 2), torch.full((2, 2, 1, 1), -2.0))
+    value = iq().value(Answer(torch.zeros(2, 3), own), given)
+    assert value.item() == pytest.approx(((0.125 + 1.5) / 2 + 2 * 1.5) / 2)
+    once = Answer(torch.zeros(1, 3), tuple(features[:1] for features in own))
+    twice = Answer(torch.zeros(2, 3), tuple(features[:1].repeat(2, 1, 1, 1) for features in own))
+    assert iq().value(twice, given).item() == pytest.approx(
+        iq().value(once, given._replace(features=tuple(features[:1] for features in given.features))).item()
+    )
 
 
 def test_a_weight_multiplies_and_keeps_the_name():
