@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,11 +22,12 @@ from dfcompress.models.fake_quantizers import quantize_layers
 from dfcompress.quantization.bits import Bits, Wanted
 from dfcompress.quantization.correction import correct, images_to_correct_on
 from dfcompress.quantization.ranges import InputRule, WeightRule, calibrate, fit_weights, require_rules
-from dfcompress.quantization.sensitivity import IMAGES, choose_bits, sensitivities
+from dfcompress.quantization.sensitivity import IMAGES, choose_bits, sensitivities, with_widths
 from dfcompress.randomness import generator
 from dfcompress.run import write_json
 
 BATCH = 256
+NOISE, UNCHOSEN = 64, 4
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,23 @@ def calibrated(
         count = images_to_correct_on(teacher.card.input_size, len(images))
         correct(student, teacher, as_float(mixed[:count].to(target)))
     return Calibrated(few, sensitivity)
+
+
+def calibrated_on_noise(
+    teacher: Classifier, wanted: Mapping[str, Wanted], calibration: Calibration, *, seed: int
+) -> Classifier:
+    """What the teacher becomes at the bits wanted, as far as that can be told before there are images of it.
+
+    Ranges of inputs are those of 64 images of normalised noise, N(0, 1); nothing is corrected, and weights whose bits
+    are to be chosen have 4. Adaptive images compete with it.
+    """
+    student = copy.deepcopy(teacher)
+    quantize_layers(student.network, with_widths(wanted, dict.fromkeys(wanted, UNCHOSEN)))
+    fit_weights(student, rule=calibration.weights)
+    noise = torch.randn(NOISE, *teacher.card.input_size, generator=generator("noise", seed))
+    shown = teacher.denormalise(noise.to(teacher.mean.device))
+    calibrate(student, [shown], rule=calibration.inputs, signed=calibration.signed)
+    return student
 
 
 def _chosen_once(path: Path, choose: Callable[[], dict[str, Bits]]) -> dict[str, Bits]:
