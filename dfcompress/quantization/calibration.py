@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,11 +22,12 @@ from dfcompress.models.fake_quantizers import WIDTHS, Scheme, quantize_layers
 from dfcompress.quantization.bits import Bits, Wanted
 from dfcompress.quantization.correction import correct, images_to_correct_on
 from dfcompress.quantization.ranges import InputRule, WeightRule, calibrate, fit_weights, require_rules
-from dfcompress.quantization.sensitivity import IMAGES, choose_bits, sensitivities
+from dfcompress.quantization.sensitivity import IMAGES, choose_bits, sensitivities, with_widths
 from dfcompress.randomness import generator, seed_of
 from dfcompress.run import write_json
 
 BATCH = 256
+NOISE, UNCHOSEN = 64, 4
 WeightKind = Literal["auto", "symmetric", "asymmetric"]
 ASYMMETRIC: Mapping[WeightKind, Collection[int]] = {"auto": (), "symmetric": (), "asymmetric": WIDTHS}
 
@@ -112,6 +114,25 @@ def calibration_batches(images: Tensor, calibration: Calibration, *, seed: int) 
         drawn = torch.randint(len(images), (BATCH,), generator=generator("calibration draw", seed, step))
         own = seed_of("calibration batch", seed, step)
         yield ImagePool(images[drawn.to(images.device)], augmentation=augmentation, batch_size=BATCH, seed=own).batch(0)
+
+
+def calibrated_on_noise(
+    teacher: Classifier, wanted: Mapping[str, Wanted], calibration: Calibration, *, seed: int
+) -> Classifier:
+    """What the teacher becomes at the bits wanted, as far as that can be told before there are images of it.
+
+    Ranges of inputs are those of 64 images of normalised noise, N(0, 1); nothing is corrected, and weights whose bits
+    are to be chosen have 4. Adaptive images compete with it.
+    """
+    student = copy.deepcopy(teacher)
+    quantize_layers(
+        student.network, with_widths(wanted, dict.fromkeys(wanted, UNCHOSEN)), asymmetric=calibration.scheme.asymmetric
+    )
+    fit_weights(student, rule=calibration.weights)
+    noise = torch.randn(NOISE, *teacher.card.input_size, generator=generator("noise", seed))
+    shown = teacher.denormalise(noise.to(teacher.mean.device))
+    calibrate(student, [shown], rule=calibration.inputs, signed=calibration.signed)
+    return student
 
 
 def _chosen_once(path: Path, choose: Callable[[], dict[str, Bits]]) -> dict[str, Bits]:

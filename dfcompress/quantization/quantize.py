@@ -30,7 +30,7 @@ from dfcompress.models.fake_quantizers import Scheme, freeze, is_quantized, lear
 from dfcompress.models.stages import stages_of
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.quantization.bits import USUAL_ENDS, Wanted, assign, layers_of, parse_bits, parse_ends
-from dfcompress.quantization.calibration import Calibration, calibrated
+from dfcompress.quantization.calibration import Calibration, calibrated, calibrated_on_noise
 from dfcompress.quantization.export import (
     FILE,
     Target,
@@ -46,10 +46,11 @@ from dfcompress.quantization.sensitivity import require_reachable, with_widths
 from dfcompress.run import Run, running, write_json
 from dfcompress.settings import AUTO, changed, settled
 from dfcompress.synthesis.invert import learner
-from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.recipe import Recipe, Synthesis
 from dfcompress.synthesis.supply import NONE, ImageSupply
 from dfcompress.training.loop import Trained, Trainer, require_trainable
 from dfcompress.training.objectives import OF_FEATURES, Objective, make_objectives
+from dfcompress.training.pupil import Pupil
 from dfcompress.training.settings import Training
 from dfcompress.training.teaching import Distillation
 
@@ -157,7 +158,7 @@ def quantize(
         synthesis,
         compute,
         mix=mix,
-        learner=lambda recipe: learner(teacher, recipe, None, compute),
+        learner=partial(_competitor, teacher, wanted, calibration, compute),
     )
     if isinstance(tuning, Training):
         require_trainable(student, tuning, compute, [len(supply)], repair=True)
@@ -219,6 +220,18 @@ def quantize(
             measure=measure,
             export=partial(written, target=export) if export else None,
         )
+
+
+def _competitor(
+    teacher: Classifier, wanted: Mapping[str, Wanted], calibration: Calibration, compute: Compute, recipe: Recipe
+) -> Pupil | None:
+    """The student that a recipe's images compete with: what quantization leaves of the teacher, repaired in its lessons
+    as by `kd` (Yin et al. 2020 let images compete with the student of the application).
+    """
+    if recipe.lessons is None:
+        return None
+    student = calibrated_on_noise(teacher, wanted, calibration, seed=compute.seed)
+    return learner(teacher, recipe, student, compute, repair=True)
 
 
 def wanted_bits(

@@ -136,22 +136,32 @@ def _divergence(classifier: Classifier, synthetic: SyntheticSet) -> float | None
     return bn_divergence(classifier, synthetic.batches(synthetic.manifest["batch_size"]))
 
 
-def learner(teacher: Classifier, recipe: Recipe, student: Classifier | str | None, compute: Compute) -> Pupil | None:
+def learner(
+    teacher: Classifier,
+    recipe: Recipe,
+    student: Classifier | str | None,
+    compute: Compute,
+    *,
+    is_kept: bool = False,
+    repair: bool = False,
+) -> Pupil | None:
     """The student that a recipe's images compete with, None where it needs none.
 
-    `student` names its architecture, by default the teacher's own, or is the network that learns
-    and is used afterwards.
-    Raises `BadInput` where there is no such architecture.
+    `student` names its architecture, by default the teacher's own, or is the network that learns: one that is used
+    afterwards (`is_kept`), or a quantized one whose lessons `repair` it.
+    Raises `BadInput` where there is no such architecture, or it cannot learn.
     """
     if recipe.lessons is None:
         return None
-    if is_kept := isinstance(student, Classifier):
+    if isinstance(student, Classifier):
         own = student
     else:
         own, _ = make_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
     steps, lr, batch_size = recipe.lessons.steps, recipe.lessons.lr, recipe.lessons.batch_size
-    pupil = Pupil(own, teacher, steps=steps, lr=lr, batch_size=batch_size, compute=compute, is_kept=is_kept)
-    require_passes(own, pupil.training)
+    pupil = Pupil(
+        own, teacher, steps=steps, lr=lr, batch_size=batch_size, compute=compute, is_kept=is_kept, repair=repair
+    )
+    require_passes(own, pupil.training, repair=repair)
     return pupil
 
 

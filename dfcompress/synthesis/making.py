@@ -68,6 +68,11 @@ def make_set(job: Job, folder: Path, compute: Compute, *, learner: Learner | Non
     everyone.meet()
     synthetic = SyntheticSet(folder)
     makes = _Making(synthetic, job, learner)
+    if learner and len(makes.rounds) == 1:
+        console.notice(
+            "All images are made in one round, so the student that they compete with learns from none before. "
+            "Use more --images or a smaller --batch-size."
+        )
     for lesson in range(len(makes.rounds)):
         makes.missing_of(lesson)
         everyone.meet()

@@ -21,6 +21,7 @@ from dfcompress import console, device
 from dfcompress.device import Execution
 from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.fake_quantizers import freeze, is_quantized
 from dfcompress.models.recorder import FusedRecorder, Recording, Target, traces
 from dfcompress.randomness import generator
 from dfcompress.run import Clock, save_state
@@ -102,7 +103,9 @@ class Synthesizer:
     def learned(self, student: Classifier) -> None:
         """Compete with `student` as it is now, on images normalised as it knows them."""
         own = copy.deepcopy(student).to(self.device)
-        precision = device.PRECISIONS[self.execution.precision]
+        freeze(own.network)
+        # The grids of a quantized student are in fp32, and so is all between them.
+        precision = torch.float32 if is_quantized(own.network) else device.PRECISIONS[self.execution.precision]
         network = self._fast(FusedRecorder(own.network, moments=False, precision=precision))
         alike = torch.equal(own.mean, self.teacher.mean) and torch.equal(own.std, self.teacher.std)
 

@@ -100,7 +100,7 @@ def distill(
         compute,
         mix=mix,
         unseen=unseen,
-        learner=lambda recipe: learner(teacher, recipe, pupil if live else architecture, compute),
+        learner=lambda recipe: learner(teacher, recipe, pupil if live else architecture, compute, is_kept=live),
     )
     if live and not supply.adaptive:
         raise BadInput("Nothing competes with the student.", "Give --live an adaptive recipe and no --data.")

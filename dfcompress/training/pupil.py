@@ -16,7 +16,11 @@ from dfcompress.training.teaching import Distillation
 
 
 class Pupil:
-    """A student and its lessons: each trains it on, from where the last one left it, by knowledge distillation."""
+    """A student and its lessons: each trains it on, from where the last one left it, by knowledge distillation.
+
+    Under `repair` it is a quantized network: its ranges of inputs and its BatchNorms' statistics stay, as they do where
+    it is fine-tuned by `kd`.
+    """
 
     def __init__(
         self,
@@ -29,11 +33,12 @@ class Pupil:
         compute: Compute,
         temperature: float = 4.0,
         is_kept: bool = False,
+        repair: bool = False,
     ) -> None:
-        self.is_kept = is_kept
+        self.is_kept, self.repair = is_kept, repair
         self.student, self.teacher, self.temperature = student.eval(), teacher, temperature
         augmentation = Augmentation(shift=4, flip=True, mixup=1.0)
-        self.training = Training(steps, lr, batch_size, augmentation=augmentation)
+        self.training = Training(steps, lr, batch_size, freeze_batchnorm=repair, augmentation=augmentation)
         # A lesson is too short for the compiler's time to come back.
         self.compute = replace(compute, compile="off")
 
@@ -41,4 +46,4 @@ class Pupil:
         """One lesson on stored images `(N, C, H, W)`, uint8 or float16 in units of [0, 1]."""
         compute = replace(self.compute, seed=self.compute.seed + lesson)
         teaching = Distillation(self.teacher, [kd(self.temperature)])
-        Trainer(self.student, teaching, self.training, compute=compute, alone=True).fit(images)
+        Trainer(self.student, teaching, self.training, compute=compute, alone=True, repair=self.repair).fit(images)

@@ -147,6 +147,26 @@ def test_images_of_one_run_serve_another(tmp_path):
     assert len(ImageSupply(load(DEMO), first.output, Synthesis(), EAGER)) == 38
 
 
+def test_adaptive_images_compete_with_what_quantization_leaves_of_the_model(tmp_path):
+    """It begins with the model's own weights and statistics, learns without losing these, and depends on the bits."""
+    settings = {"steps": 2, "batch_size": 16, "student_steps": 2, "student_batch_size": 8}
+    asked = Synthesis("adaptive-deepinversion", images=32, settings=settings)
+    shards = []
+    for bits in ("2w2a", "8w8a"):
+        folder = tmp_path / bits
+        quantize(DEMO, bits=bits, finetune="none", mix="none", synthesis=asked, output=folder, compute=EAGER)
+        lessons = torch.load(folder / "synthetic" / "lessons.pt", weights_only=True)
+        assert lessons["lesson"] == 1
+        teacher = load(DEMO).state_dict()
+        for name, value in lessons["student"].items():
+            if "running" in name:
+                assert torch.equal(value, teacher[name]), name
+            elif value.dim() > 1:
+                assert 0 < (value - teacher[name]).norm() < 0.2 * teacher[name].norm(), name
+        shards.append((folder / "synthetic" / "shard-00000.safetensors").read_bytes())
+    assert shards[0] != shards[1]
+
+
 def test_correction_and_ranges_are_settings_of_calibration(tmp_path):
     shas = set()
     for number, calibration in enumerate(

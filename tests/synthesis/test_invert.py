@@ -216,6 +216,18 @@ def test_an_adaptive_student_learns_between_rounds(adaptive):
     assert adaptive[0].images == 24
 
 
+@pytest.mark.parametrize(("images", "told"), [(8, True), (9, False)])
+def test_a_student_without_a_lesson_is_told_of(images, told, resnet20_file, tmp_path, capsys):
+    settings = {"steps": 1, "batch_size": 8, "student_steps": 1, "student_batch_size": 8}
+    asked = Synthesis("adaptive-deepinversion", "fast-cifar10", settings, images=images)
+    console.configure(console.NORMAL)
+    try:
+        invert(resnet20_file, output=tmp_path / "set", synthesis=asked, compute=EAGER)
+    finally:
+        console.configure(console.QUIET)
+    assert ("made in one round" in capsys.readouterr().err) == told
+
+
 @pytest.mark.parametrize("lost", ["shard-00002.safetensors", "shard-00001.safetensors"])
 def test_adaptive_work_resumes_to_the_same_bytes(adaptive, resnet20_file, lost):
     """The last shard competes with the student as it was saved; an earlier one needs an earlier student again."""

@@ -18,6 +18,7 @@ from dfcompress.errors import DfcompressError
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.fake_quantizers import InputGrid, is_quantized, learn_steps, quantize_layers
 from dfcompress.models.recorder import HookRecorder
 from dfcompress.models.statistics import statistics_layers
 from dfcompress.randomness import generator
@@ -174,6 +175,26 @@ def test_images_compete_with_the_students_own_answer(teacher, normalisation):
     divergence = sum((p * (p / middle).log()).sum(1).mean() for p in (given, own)) / 2
     named = dict(zip((loss.name for loss in recipe.losses), values[0].tolist(), strict=True))
     assert named["competition"] == pytest.approx(1 - divergence.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("steps", [False, True])
+def test_images_compete_with_a_quantized_student_as_it_will_answer(teacher, precision, steps):
+    """To rounding, in which bf16 would move activations from one level to the next."""
+    student = Classifier(copy.deepcopy(teacher.network), teacher.card)
+    quantize_layers(student.network, {"conv1": (8, 8), "layer2.0.conv1": (2, 4), "fc": (4, 32)})
+    for layer in ("conv1", "layer2.0.conv1"):
+        student.network.get_submodule(layer).input_grid = InputGrid.covering(-2.0, 2.0, bits=4)
+    if steps:
+        learn_steps(student.network)
+    recipe = choose("adaptive-deepinversion", "paper-cifar10", {"batch_size": 16}).build()
+    made = Synthesizer(recipe, teacher, replace(EAGER, precision=precision), student=student)
+    with torch.no_grad():
+        torch.testing.assert_close(made._student(noise()), student.network(noise()), rtol=1e-3, atol=1e-3)
+    change, _ = gradient(made, noise())
+    assert change.isfinite().all()
+    assert is_quantized(student.network)
+    assert (student.network.conv1.weight_step is not None) == steps
 
 
 def test_groups_have_the_gradients_of_single_batches(teacher):
