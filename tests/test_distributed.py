@@ -18,12 +18,18 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from dfcompress.device import Execution
 from dfcompress.distributed import Peers, first_host, peers
 from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
+from dfcompress.synthesis import making
+from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.training import parallel
 
-TINY = ["--images", "28", "--batch-size", "4", "--steps", "9", "--compile", "off", "--precision", "fp32"]
+# On the CPU, because a machine may have fewer GPUs than there are processes here.
+EAGER = ["--compile", "off", "--precision", "fp32", "--device", "cpu"]
+TINY = ["--images", "28", "--batch-size", "4", "--steps", "9", *EAGER]
 
 
 def free_port():
@@ -45,6 +51,11 @@ def start(count, arguments, *, launcher=True, verb="invert", saving=False):
     if launcher:
         run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
         return [subprocess.Popen([*run, "--master-port", free_port(), *command], stderr=subprocess.PIPE, text=True)]
+    return launched(count, command)
+
+
+def launched(count, command):
+    """So many processes of Python, with the variables that torchrun would set."""
     shared = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [
         subprocess.Popen(
@@ -131,7 +142,7 @@ def test_a_usage_error_is_printed_once(resnet20_file, tmp_path):
 
 
 DEMO = Path(__file__).resolve().parents[1] / "dfcompress" / "demo_files"
-TRAINED = ["--train-steps", "12", "--train-batch-size", "16", "--compile", "off", "--precision", "fp32", "-q"]
+TRAINED = ["--train-steps", "12", "--train-batch-size", "16", *EAGER, "-q"]
 
 
 @pytest.fixture(scope="module")
@@ -304,11 +315,42 @@ def test_statistics_of_a_shared_batch_are_those_of_the_whole(monkeypatch):
     assert type(shared) is nn.BatchNorm2d
 
 
+# Beats follow each other closely, so that the end finds the thread in the store.
+WORKING = """
+import threading
+from dfcompress import distributed
+distributed.BEAT_SECONDS = 1e-5
+everyone = distributed.peers()
+with everyone.at_work():
+    assert everyone.told_by_all(everyone.rank) == [0, 1]
+assert threading.active_count() == 1
+"""
+
+
+@pytest.mark.slow
+def test_no_thread_is_left_that_could_end_the_interpreter():
+    for process in (processes := launched(2, ["-c", WORKING])):
+        _, errors = process.communicate(timeout=120)
+        assert not errors
+    assert [process.returncode for process in processes] == [0, 0]
+
+
+def test_groups_leave_no_process_without_work(monkeypatch):
+    """64 images in batches of 16 fill a step together, and would be the work of one process."""
+    cuda, card = Execution("cuda", "bf16", False, 1, ""), ModelCard("tiny", 10, (3, 32, 32), (0.5,) * 3, (0.25,) * 3)
+    groups = []
+    for count in (1, 2, 4, 8):
+        monkeypatch.setattr(making, "peers", lambda count=count: Peers(0, count))
+        groups.append(making._groups(Synthesis(images=64), 16, card, cuda))
+    assert groups == [4, 2, 1, 1]
+
+
 def test_alone_everything_is_immediate():
     one = Peers()
     with one.at_work():
         one.meet()
         assert one.told({"a": 1}) == {"a": 1}
+        assert one.told_by_all({"a": 1}) == [{"a": 1}]
         assert list(one.share([3, 4])) == [3, 4]
     assert one.leads
 
@@ -349,7 +391,7 @@ def test_variables_that_are_no_numbers_are_refused(monkeypatch):
 def test_an_adaptive_recipe_finishes_in_two_processes(tmp_path):
     """One process gives the lessons; the other waits for it and not in a collective operation."""
     asked = [DEMO, "--recipe", "adaptive-deepinversion", "--images", "16", "--batch-size", "8", "--steps", "2"]
-    asked += ["--set", "round_batches=1", "--compile", "off", "--precision", "fp32", "-q", "-o", tmp_path / "set"]
+    asked += ["--set", "round_batches=1", *EAGER, "-q", "-o", tmp_path / "set"]
     (run,) = start(2, asked)
     _, errors = run.communicate(timeout=240)
     assert run.returncode == 0, errors

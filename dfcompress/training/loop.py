@@ -114,13 +114,13 @@ class Trainer:
             seed=self.compute.seed,
         )
         parallel.require_shares(pool.share, self.everyone)
-        self._place(target, execution)
         backend = (
             state["backend"]
             if state
             else optimizers.choose_backend(self.training.optimizer, self.training.backend, target)
         )
         with ExitStack() as stack:
+            stack.enter_context(self._placed(target, execution))
             stack.enter_context(self.teaching.listening(self.student))
             mode = training_mode(self.student, repair=self.repair, freeze_batchnorm=self.training.freeze_batchnorm)
             stack.enter_context(mode)
@@ -135,12 +135,19 @@ class Trainer:
                 steps.load(state)
             yield steps
 
-    def _place(self, target: torch.device, execution: Execution) -> None:
+    @contextmanager
+    def _placed(self, target: torch.device, execution: Execution) -> Iterator[None]:
+        """All networks on the device, and in the layout of the images; the teachers in the usual one afterwards."""
         layout = layout_of(execution)
         self.student.to(target).to(memory_format=layout)
         self.teaching.own.to(target)
         for teacher in self.teaching.teachers:
             teacher.to(target).to(memory_format=layout).frozen()
+        try:
+            yield
+        finally:
+            for teacher in self.teaching.teachers:
+                teacher.to(memory_format=torch.contiguous_format)
 
     def _resolve(self) -> Execution:
         """Forward passes of all, and the student's backward pass, twice as long; the precision is tried."""

@@ -343,6 +343,19 @@ def test_training_goes_on_eagerly_where_compiling_fails(capsys):
     assert all(torch.equal(value, wanted[name]) for name, value in student.state_dict().items())
 
 
+def test_teachers_lie_in_memory_as_the_images_do_while_they_are_asked():
+    """Otherwise every step copies every weight."""
+    student, teacher = tiny(2), tiny(1)
+    for each in (student, teacher):
+        each.network.insert(1, nn.Conv2d(8, 8, 3))
+    weights = [each.network[1].weight for each in (student, teacher)]
+    made = Trainer(student, Distillation(teacher, [kd(2.0)]), TRAINING, compute=replace(EAGER, precision="bf16"))
+    with made.ready(images()) as steps:
+        steps.take()
+        assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert all(weight.is_contiguous() for weight in weights)
+
+
 def test_dropout_depends_on_the_seed_and_not_on_what_ran_before():
     def trained():
         torch.rand(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import textwrap
@@ -10,10 +11,19 @@ import pytest
 import torch
 from torch import nn
 
+from dfcompress.data.pool import Augmentation, ImagePool
+from dfcompress.device import Execution
+from dfcompress.distributed import Peers
 from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
+from dfcompress.models.classifier import Classifier
 from dfcompress.training import apex_probe, optimizers
 from dfcompress.training.apex_probe import Apex, State, probe
+from dfcompress.training.objectives import kd
 from dfcompress.training.optimizers import NAMES, choose_backend, make_optimizer
+from dfcompress.training.settings import Training
+from dfcompress.training.steps import Steps
+from dfcompress.training.teaching import Distillation
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GRADIENTS = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(1))
@@ -188,10 +198,53 @@ STAND_IN = """
         def zero_grad(self):
             super().zero_grad()
 
+        def step(self):
+            super().step()
+            for group in self.param_groups:
+                group["exp_avg_sq"] = []
+
+        def load_state_dict(self, state):
+            super().load_state_dict(state)
+            for group in self.param_groups:
+                group["exp_avg_sq"]
+
     def FusedAdam(params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0):
         family = torch.optim.AdamW if adam_w_mode else torch.optim.Adam
         return family(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 """
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_training_by_apex_resumes_from_every_step_also_from_before_the_first(steps, installed, tmp_path):
+    """apex's NovoGrad reads state that it makes in its first step; the choices of a run are saved before."""
+    installed(NVIDIA | {"apex/optimizers/__init__.py": STAND_IN})
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    card = ModelCard("tiny", 2, (1, 2, 2), (0.5,), (0.25,))
+    training = Training(steps=3, lr=0.01, batch_size=4, optimizer="novograd")
+
+    def taken(count, state=None):
+        student = Classifier(copy.deepcopy(network), card)
+        teaching = Distillation(Classifier(network, card), [kd(1.0)])
+        pool = ImagePool(torch.full((8, 1, 2, 2), 9, dtype=torch.uint8), augmentation=Augmentation(), batch_size=4)
+        execution = Execution("cpu", "fp32", False, 1, "")
+        made = Steps(student, teaching, training, pool, execution, backend="apex", everyone=Peers())
+        if state:
+            made.load(torch.load(state, weights_only=True))
+        for _ in range(count):
+            made.take()
+        return made
+
+    taken(steps).save(tmp_path / "state")
+    resumed, whole = taken(3 - steps, tmp_path / "state"), taken(3)
+    for got, wanted in zip(resumed.student.parameters(), whole.student.parameters(), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_apex_is_tried_on_the_device_of_this_process(installed, gpu):
+    installed(NVIDIA)
+    tried = []
+    probe(lambda device: tried.append(device) or 0.0, torch.device("cuda:3"))
+    assert tried == [torch.device("cuda:3")]
 
 
 def test_apex_is_ready_once_three_steps_agree_with_torch(installed, gpu):
