@@ -32,7 +32,6 @@ CARD_KEY, QUANTIZATION_KEY = "dfcompress", "quantization"
 
 NESTED = ("state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights")
 AVERAGED = ("ema", "model_ema", "ema_state_dict", "state_dict_ema")
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 COUNTERS = ("num_batches_tracked", "n_averaged")
 
 MODULES = ("torch.nn.modules.", "torchvision.models.", "torchvision.ops.", "timm.models.", "timm.layers.")
@@ -54,7 +53,7 @@ class StoredModel:
 
 
 def read(path: Path) -> StoredModel:
-    """The tensors of a checkpoint, floats in fp32, without wrappers' prefixes and BatchNorm's counters.
+    """The tensors of a checkpoint, floats in fp32, without BatchNorm's counters.
 
     Raises `BadInput` for missing, damaged, hostile and empty files, and for weights that are not finite.
     """
@@ -62,7 +61,7 @@ def read(path: Path) -> StoredModel:
     stored = _read_safetensors(file) if _is_safetensors(file) else StoredModel(_read_torch(file))
     if path.is_dir():
         stored = _with_config(stored, path / CONFIG)
-    kept = {name: tensor for name, tensor in _without_prefixes(stored.tensors).items() if not name.endswith(COUNTERS)}
+    kept = {name: tensor for name, tensor in stored.tensors.items() if not name.endswith(COUNTERS)}
     if not kept:
         raise BadInput(f"{path} holds no tensors.", "Name a checkpoint with weights.")
     return replace(stored, tensors={name: _usable(tensor, name, path) for name, tensor in kept.items()})
@@ -269,14 +268,6 @@ def _tensors_of_module(module: nn.Module) -> dict[str, Tensor]:
     for name, child in vars(module).get("_modules", {}).items():
         if isinstance(child, nn.Module):
             tensors |= {f"{name}.{inner}": tensor for inner, tensor in _tensors_of_module(child).items()}
-    return tensors
-
-
-def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    inner = {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTERS)}
-    for prefix in PREFIXES:
-        if inner and all(name.startswith(prefix) for name in inner):
-            return _without_prefixes({name.removeprefix(prefix): tensor for name, tensor in inner.items()})
     return tensors
 
 

@@ -1,0 +1,50 @@
+"""A network as it computes: without the forms that weights have only while they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from dfcompress.models.classifier import evaluating
+
+
+def make_plain(network: nn.Module) -> nn.Module:
+    """The network itself, with plain weights; it answers in evaluation mode as before, but for rounding.
+
+    Weight normalisation, spectral normalisation (both as hooks and as parametrizations), every other parametrization,
+    and the masks of torch's pruning become the weights that they compute.
+    """
+    # Spectral normalisation takes a step of its power iteration at each use in training mode.
+    with evaluating(network):
+        for module in [*network.modules()]:
+            for hook in [*_hooks(module)]:
+                _remove(module, hook)
+            if parametrize.is_parametrized(module):
+                for name in list(module.parametrizations):  # type: ignore[arg-type]  # a ModuleDict
+                    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return network
+
+
+def is_plain(network: nn.Module) -> bool:
+    """Whether `make_plain` would leave the network as it is."""
+    return not any(parametrize.is_parametrized(module) or [*_hooks(module)] for module in network.modules())
+
+
+def _hooks(module: nn.Module) -> Iterator[object]:
+    """The hooks that compute a weight of the module before each pass."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm | SpectralNorm | prune.BasePruningMethod):
+            yield hook
+
+
+def _remove(module: nn.Module, hook: object) -> None:
+    if isinstance(hook, WeightNorm):
+        remove_weight_norm(module, hook.name)
+    elif isinstance(hook, SpectralNorm):
+        remove_spectral_norm(module, hook.name)
+    elif isinstance(hook, prune.BasePruningMethod):
+        prune.remove(module, hook._tensor_name)
