@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, evaluating
@@ -19,14 +20,13 @@ from dfcompress.randomness import generator
 
 # Of softmax in fp32 the sum of 21,841 probabilities is off by less than 1e-5.
 TOLERANCE = 1e-4
-# The logits of one image may add up to 1 by chance, those of a black image and three of noise do not.
-IMAGES = 4
+# The logits of one image may add up to 1 by chance, those of a black image and one of noise do not.
+IMAGES = 2
 
 SOFTMAX = "the logits before its softmax"
 LOGARITHMS = "the logarithms of its probabilities, which are logits"
 FIELD = "the logits in its answer"
 LOGITS = "logits"
-MODE = "logits_in_training"
 
 
 def take_logits(classifier: Classifier) -> None:
@@ -35,17 +35,20 @@ def take_logits(classifier: Classifier) -> None:
     Names of tensors stay. Of a softmax module the input is taken; of any other softmax the logarithm of the
     probabilities, which differs from the logits by one number per image (at most 87 below the largest, in fp32).
     """
-    if _logits_in(_answer(classifier)) is not None:
-        _as(classifier.network, _LogitsTaken)
-    if not _are_probabilities(_answer(classifier)):
+    answer = _answer(classifier)
+    if (logits := _logits_in(answer)) is not None:
+        _let(classifier.network, _LogitsTaken)
+        answer = logits
+    if not _are_probabilities(answer):
         return
     if softmax := _last_softmax(classifier):
         for name in softmax:
             classifier.network.set_submodule(name, _SoftmaxOmitted())
         return
-    _as(classifier.network, _LogarithmTaken)
     in_training = _answer(copy.deepcopy(classifier), training=True)
-    vars(classifier.network)[MODE] = not _are_probabilities(in_training)
+    _let(classifier.network, _LogarithmTaken)
+    # An entry of the dictionary: `setattr` of a module is typed for tensors and modules alone.
+    vars(classifier.network)["logits_in_training"] = in_training is not None and not _are_probabilities(in_training)
 
 
 def gives_logits(classifier: Classifier) -> bool:
@@ -56,11 +59,11 @@ def gives_logits(classifier: Classifier) -> bool:
 
 def answers_with(network: nn.Module) -> str:
     """What is used of a network's answer, in words."""
-    if isinstance(network, _LogarithmTaken):
+    if _is(network, _LogarithmTaken):
         return LOGARITHMS
     if any(isinstance(module, _SoftmaxOmitted) for module in network.modules()):
         return SOFTMAX
-    return FIELD if isinstance(network, _LogitsTaken) else LOGITS
+    return FIELD if _is(network, _LogitsTaken) else LOGITS
 
 
 def why_not_exclusive(classifier: Classifier) -> str | None:
@@ -80,47 +83,57 @@ def require_exclusive(classifier: Classifier) -> None:
 class _LogitsTaken:
     """A network whose answer holds logits under that name."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        return _logits_in(super().forward(images))  # type: ignore[misc, return-value]
+    @staticmethod
+    def read(answer: object) -> Any:
+        return _logits_in(answer)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.read(super().forward(images))  # type: ignore[misc]
 
 
 class _LogarithmTaken:
     """A network that answers with probabilities, in training mode perhaps with logits."""
 
-    logits_in_training: bool
+    logits_in_training = False
+
+    @staticmethod
+    def read(answer: Tensor) -> Tensor:
+        return answer.float().clamp_min(torch.finfo(torch.float32).tiny).log()
 
     def forward(self, images: Tensor) -> Tensor:
         answer: Tensor = super().forward(images)  # type: ignore[misc]
         if self.training and self.logits_in_training:  # type: ignore[attr-defined]
             return answer
-        return answer.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+        return self.read(answer)
+
+
+Kind = type[_LogitsTaken] | type[_LogarithmTaken]
 
 
 class _SoftmaxOmitted(nn.Identity):
     """Stands where the softmax was."""
 
 
-def _as(network: nn.Module, kind: type) -> None:
-    """Make the network one of `kind` too, whose `forward` comes first.
+def _let(network: nn.Module, kind: Kind) -> None:
+    """Change the network's class to one whose `forward` reads the answer as that kind does.
 
-    A change of class and not a module around it: names of tensors, hooks and copies stay what they are.
+    It is no module around the network, so names of tensors, hooks and copies stay what they are. A traced network has
+    its own class and its own way to be copied; there the reading becomes a part of the graph.
     """
-    base = type(network)
-    content = {"__deepcopy__": _copied_as(kind)} if hasattr(base, "__deepcopy__") else {}
-    network.__class__ = type(base.__name__, (kind, base), content)
+    if not isinstance(network, GraphModule):
+        base = type(network)
+        network.__class__ = type(base.__name__, (kind, base), {})
+        return
+    *_, output = network.graph.nodes
+    with network.graph.inserting_before(output):
+        output.args = (network.graph.call_function(kind.read, output.args),)
+    network.recompile()
 
 
-def _copied_as(kind: type) -> Any:
-    """A `__deepcopy__` for a class that has one already, which makes plain objects of that class: torch.fx's."""
-
-    def deepcopy(network: Any, memo: dict[int, Any]) -> Any:
-        twin = super(kind, network).__deepcopy__(memo)  # type: ignore[misc, arg-type]  # kind is a class
-        if not isinstance(twin, kind):
-            _as(twin, kind)
-        vars(twin).update({MODE: vars(network)[MODE]} if MODE in vars(network) else {})
-        return twin
-
-    return deepcopy
+def _is(network: nn.Module, kind: Kind) -> bool:
+    if isinstance(network, GraphModule):
+        return any(node.target is kind.read for node in network.graph.nodes)
+    return isinstance(network, kind)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
 from dfcompress.models.classifier import evaluating
@@ -24,6 +24,7 @@ def make_plain(network: nn.Module) -> nn.Module:
             for hook in [*_hooks(module)]:
                 _remove(module, hook)
             if parametrize.is_parametrized(module):
+                module.__class__ = _own_class(type(module))
                 for name in list(module.parametrizations):  # type: ignore[arg-type]  # a ModuleDict
                     parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return network
@@ -41,10 +42,22 @@ def _hooks(module: nn.Module) -> Iterator[object]:
             yield hook
 
 
+def _own_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Another class of the same content: torch makes one a parametrized module, which copies of the module share, and
+    takes the weight out of it when the parametrization is removed.
+    """
+    content = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, kind.__bases__, content)
+
+
 def _remove(module: nn.Module, hook: object) -> None:
     if isinstance(hook, WeightNorm):
         remove_weight_norm(module, hook.name)
     elif isinstance(hook, SpectralNorm):
         remove_spectral_norm(module, hook.name)
+        # torch's own removal leaves this one, which asks every file for `weight_orig`.
+        for key, wrapped in list(module._load_state_dict_pre_hooks.items()):
+            if isinstance(getattr(wrapped, "hook", wrapped), SpectralNormLoadStateDictPreHook):
+                del module._load_state_dict_pre_hooks[key]
     elif isinstance(hook, prune.BasePruningMethod):
         prune.remove(module, hook._tensor_name)
