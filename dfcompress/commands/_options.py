@@ -74,6 +74,7 @@ def _load(
     model: Path,
     arch: str | None,
     match_by_order: bool,
+    num_classes: int | None,
     input_size: str | None,
     mean: str | None,
     std: str | None,
@@ -85,6 +86,7 @@ def _load(
         model,
         arch=arch,
         match_by_order=match_by_order,
+        num_classes=num_classes,
         input_size=numbers(input_size, "--input-size", int, "x") if input_size else None,
         mean=numbers(mean, "--mean") if mean else None,
         std=numbers(std, "--std") if std else None,
@@ -199,6 +201,9 @@ def _speaking(name: str, letter: str, level: int, explanation: str) -> Decorator
 loading = together(
     click.option("--arch", help="Architecture: a name, timm:NAME, file.py:factory or package.module:factory."),
     click.option("--match-by-order", is_flag=True, help="Take weights by order and shape where the names differ."),
+    click.option(
+        "--num-classes", type=click.IntRange(1), help="Number of classes, for a factory that takes num_classes."
+    ),
     click.option("--input-size", metavar="CxHxW", help="Input size, for instance 3x32x32."),
     click.option("--mean", metavar="M,M,M", help="Mean of the training images per channel, in [0, 1]."),
     click.option("--std", metavar="S,S,S", help="Standard deviation of the training images per channel."),

@@ -36,6 +36,7 @@ def _print(found: Inspection) -> None:
         ("checkpoint", found.checkpoint, ""),
         ("architecture", found.architecture, origin.get("architecture", "")),
         ("classes", str(found.classes), origin.get("classes", "")),
+        ("answers with", found.answers, ""),
         ("class names", ", ".join(card.class_names or ()) or "none", origin.get("class_names", "")),
         ("input size", "x".join(map(str, card.input_size)), origin.get("input_size", "")),
         ("mean", ", ".join(f"{value:g}" for value in card.mean), origin.get("mean", "")),

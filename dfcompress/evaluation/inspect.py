@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dfcompress.errors import BadInput
+from dfcompress.models.answers import answers_with, why_not_exclusive
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import as_classifier, state_bytes, write_sidecar
+from dfcompress.models.checkpoint import opened, state_bytes, write_sidecar
 from dfcompress.models.classifier import Classifier, multiply_accumulates
 from dfcompress.models.fake_quantizers import is_quantized
 from dfcompress.models.input_statistics import NormalisationCheck, check_normalisation
@@ -36,7 +37,8 @@ class Inspection:
 
     `macs` are multiply-accumulates of one image; `bytes` and `sha256` are those of the weights' file (the tensors where
     there is none); `batchnorm_layers` counts those that keep running statistics, `dead_channels` their channels whose
-    variance is lost in eps. `normalisation` compares the card's
+    variance is lost in eps. `answers` says what is used of the network's answer: its logits, or those before its
+    softmax. `normalisation` compares the card's
     mean and std with what the first BatchNorm expects, None where that cannot be told. `record` is the kind of the
     activation record beside the checkpoint, or why it cannot be used; None where there is none. `card_file` is the
     sidecar that was written.
@@ -53,6 +55,7 @@ class Inspection:
     bytes: int
     sha256: str
     card: ModelCard
+    answers: str
     normalisation: NormalisationCheck | None
     record: str | None
     can: list[Ability]
@@ -70,7 +73,7 @@ def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) ->
     is read from then on.
     Raises `BadInput` where the checkpoint cannot be read, its architecture is not known or it does not take its input.
     """
-    classifier = as_classifier(checkpoint)
+    classifier = opened(checkpoint)
     card, file = classifier.card, classifier.path
     try:
         record = find_record(classifier)
@@ -89,6 +92,7 @@ def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) ->
         bytes=file_bytes(file) if file else state_bytes(classifier.network),
         sha256=classifier.sha256,
         card=card,
+        answers=answers_with(classifier.network),
         normalisation=check_normalisation(classifier),
         record=kind,
         can=abilities(classifier, with_record=record is not None),
@@ -98,6 +102,8 @@ def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) ->
 
 def abilities(classifier: Classifier, *, with_record: bool = False) -> list[Ability]:
     """What each verb can do with a model, and with the record beside it if there is one."""
+    if why := why_not_exclusive(classifier):
+        return [Ability(verb, False, why) for verb in ("invert", "distill", "quantize", "evaluate")]
     why = None if with_record else why_no_statistics(classifier.network)
     makes_images = why is None
     from_data = "" if makes_images else f"needs --data or --records, as {why}"

@@ -19,8 +19,7 @@ from dfcompress.distributed import peers
 from dfcompress.evaluation.evaluate import Evaluation, evaluate, placed
 from dfcompress.evaluation.exported import Exported
 from dfcompress.evaluation.metrics import answers
-from dfcompress.models.architectures import runs_code
-from dfcompress.models.checkpoint import load, save, state_bytes
+from dfcompress.models.checkpoint import load_saved, save, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.weights import file_bytes
 from dfcompress.run import Run
@@ -95,15 +94,9 @@ def finished_before(run: Run, student: Classifier, measure: Measure) -> Compress
         return None
     console.notice(f"{run.folder} is already finished.")
     values = {name: value for name, value in run.earlier.items() if name != "training"}
-    if peers().leads and (anew := measure(_load_saved(run, student))):
+    if peers().leads and (anew := measure(load_saved(run.folder, student))):
         values["evaluation"] = anew.to_json()
     return Compressed.from_json(peers().told(values))
-
-
-def _load_saved(run: Run, student: Classifier) -> Classifier:
-    # Naming the architecture again lets a factory of the user's run: it was named for this run.
-    name = student.card.architecture
-    return load(run.folder, arch=name if runs_code(name) else None)
 
 
 def hand_back(
@@ -123,7 +116,7 @@ def hand_back(
     if not peers().leads:
         return Compressed.from_json(peers().told())
     save(student, run.folder)
-    saved = _load_saved(run, student)
+    saved = load_saved(run.folder, student)
     with run.timed("comparison"):
         teachers, warnings = _followed(saved, taught, resolve_device(device))
     for warning in warnings:

@@ -7,9 +7,12 @@ save(classifier, Path("result"))                        # model.safetensors + co
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,14 @@ from torch import Tensor, nn
 from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models import packing
+from dfcompress.models.answers import gives_logits, require_exclusive, take_logits
 from dfcompress.models.architectures import (
     HALF,
     SMALL_INPUT,
     Architecture,
     architectures,
     named,
+    plain,
     runs_code,
     tensors_of,
 )
@@ -38,9 +43,10 @@ from dfcompress.models.card import (
     ModelCard,
     Origin,
 )
-from dfcompress.models.classifier import Classifier, why_not_run
-from dfcompress.models.fake_quantizers import is_quantized
-from dfcompress.models.recognition import Recognised, describe, fit_to, recognise
+from dfcompress.models.classifier import Classifier, load_tensors, pass_once, why_not_run
+from dfcompress.models.fake_quantizers import dequantized, is_quantized
+from dfcompress.models.plain import is_plain, make_plain
+from dfcompress.models.recognition import MISSING, Recognised, differences, first, fit_to, recognise
 from dfcompress.models.statistics import require_variances
 from dfcompress.models.weights import (
     CARD_KEY,
@@ -65,54 +71,136 @@ def load(
     *,
     arch: str | None = None,
     match_by_order: bool = False,
+    num_classes: int | None = None,
     input_size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     classes: str | Path | None = None,
 ) -> Classifier:
-    """The classifier that a checkpoint holds: frozen, in evaluation mode, fp32, on the CPU.
+    """The classifier that a checkpoint holds: frozen, in evaluation mode, fp32, on the CPU; its network answers with
+    logits and has plain weights (see `take_logits` and `make_plain`).
 
     `path` is a `.pt .pth .th .bin .ckpt .safetensors` file, or a folder with `config.json` and `model.safetensors`.
     `arch` names the architecture where it is not recognised (NAME, timm:NAME, file.py:factory,
     package.module:factory); with `match_by_order` tensors are matched by order and shape, whatever their names.
-    `input_size` (channels, height, width), `mean`, `std` and `classes` (a file of class names) override the card.
+    `num_classes` is handed to a factory that takes it. `input_size` (channels, height, width), `mean`, `std` and
+    `classes` (a file of class names) override the card.
     Raises `BadInput` for anything that cannot be used, saying what was found.
     """
-    path = Path(path)
+    path = _as_path(path)
     stored = read(path)
     sidecar = read_json(_sidecar_path(path))
     stated = _checked(stored.card, str(path)) | _checked(sidecar, str(_sidecar_path(path)))
     given = {
         "architecture": arch,
+        "classes": num_classes,
         "input_size": input_size,
         "mean": mean,
         "std": std,
         "class_names": _names(Path(classes)) if classes else None,
     }
     given = _checked(given, "the command line")
+    known = given.get("classes", stated.get("classes", 0))
     if stored.quantization is not None:
         fit = _fit_of_packed(arch, stated | given, stored, path)
     elif match_by_order:
-        fit = _fit_by_order(arch, stored.tensors, path)
+        fit = _fit_by_order(arch, stored.tensors, path, known)
     elif arch:
-        fit = _fit_of(named(arch), stored.tensors, path)
+        fit = _fit_of(named(arch), stored.tensors, path, known)
     elif "architecture" in stated:
-        fit = _fit_of_stated(stated["architecture"], stored.tensors, path)
+        fit = _fit_of_stated(stated["architecture"], stored.tensors, path, known)
     else:
-        fit = recognise(stored.tensors, str(path))
-    card = _card(fit, stated, given)
+        fit = recognise(stored.tensors, str(path), num_classes or 0)
     network = _packed(fit, stored) if stored.quantization is not None else _with_weights(fit)
     require_variances(network, str(path))
-    classifier = Classifier(network, card, name=_name(path), sha256=sha256(path), path=path).frozen()
-    if why := why_not_run(classifier):
-        raise BadInput(f"{path}: {why}.", "Give another --input-size or --arch.")
+    card = _card(fit, stated, given)
+    classifier = Classifier(make_plain(network), card, name=_name(path), sha256=sha256(path), path=path).frozen()
+    take_logits(classifier)
+    if unfit := why_not_run(classifier):
+        raise BadInput(f"{path}: {unfit.why}.", unfit.remedy)
+    if not card.classes:
+        classifier.card = replace(card, classes=pass_once(classifier).shape[1])
+    _check_names(classifier.card)
     plain_batchnorms(classifier)
     return classifier
 
 
 def as_classifier(checkpoint: str | Path | Classifier) -> Classifier:
-    """The checkpoint loaded, or the classifier as it is."""
-    return checkpoint if isinstance(checkpoint, Classifier) else load(checkpoint)
+    """The checkpoint as `opened` gives it; raises `BadInput` where it has fewer than two classes, too."""
+    classifier = opened(checkpoint)
+    require_exclusive(classifier)
+    return classifier
+
+
+def opened(checkpoint: str | Path | Classifier) -> Classifier:
+    """The checkpoint loaded, or the classifier: itself, or a copy that answers with logits and has plain weights.
+
+    Raises `BadInput` for everything else, and for what cannot be used.
+    """
+    classifier = checkpoint if isinstance(checkpoint, Classifier) else load(checkpoint)
+    return classifier if classifier.path else _settled(classifier)
+
+
+def load_saved(folder: Path, classifier: Classifier) -> Classifier:
+    """What `save(classifier, folder)` wrote, read from there.
+
+    The network is built by its architecture's name. A `Classifier` made in Python may have a network that no name
+    leads to: its form is then that of the classifier's.
+    """
+    name = classifier.card.architecture
+    if _is_built_by_name(classifier):
+        # Naming the architecture again lets a factory of the user's run: it was named for this run.
+        return load(folder, arch=name if runs_code(name) else None)
+    console.notice(
+        f"{folder} holds {name}, which has no name that dfcompress knows: load it with --arch file.py:factory."
+    )
+    network, stored = dequantized(classifier.network), read(folder)
+    if stored.quantization is None:
+        load_tensors(network, stored.tensors)
+    else:
+        packing.unpack_network(network, stored.tensors, stored.quantization)
+    return Classifier(network, classifier.card, name=_name(folder), sha256=sha256(folder), path=folder).frozen()
+
+
+def _is_built_by_name(classifier: Classifier) -> bool:
+    """Whether the name on the card leads to a network with these tensors."""
+    card = classifier.card
+    tensors = {name: value for name, value in classifier.network.state_dict().items() if not name.endswith(COUNTERS)}
+    with suppress(BadInput):
+        return any(
+            {name: value.shape for name, value in tensors.items()} == tensors_of(form, card.classes, card.input_size[0])
+            for form in _forms(named(card.architecture))
+        )
+    return False
+
+
+def _settled(classifier: Classifier) -> Classifier:
+    """A classifier made in Python as `load` would give it."""
+    if not is_plain(classifier.network) or not gives_logits(classifier):
+        classifier = copy.deepcopy(classifier)
+        make_plain(classifier.network)
+        take_logits(classifier)
+    if unfit := why_not_run(classifier):
+        raise BadInput(f"{classifier.name}: {unfit.why}.", "Correct its ModelCard, or the network.")
+    return classifier
+
+
+def _as_path(checkpoint: object) -> Path:
+    """Where a checkpoint lies; raises `BadInput` for what else a program may hold in its hands."""
+    if isinstance(checkpoint, str | Path):
+        return Path(checkpoint)
+    if isinstance(checkpoint, nn.Module):
+        raise BadInput(
+            f"A {type(checkpoint).__name__} does not say what images it takes.",
+            "Give dfcompress.Classifier(module, dfcompress.ModelCard('my_net', classes=10, input_size=(3, 32, 32), "
+            "mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))) with its own numbers.",
+        )
+    if isinstance(checkpoint, Mapping):
+        raise BadInput(
+            f"A {type(checkpoint).__name__} is no checkpoint.",
+            "Write it with torch.save(state_dict, 'net.pt') and give that path.",
+        )
+    raise BadInput(f"A {type(checkpoint).__name__} is no checkpoint.", "Give a path or a dfcompress.Classifier.")
 
 
 def save(classifier: Classifier, folder: Path) -> None:
@@ -172,26 +260,42 @@ def state_bytes(network: nn.Module) -> int:
     return sum(4 * tensor.numel() for name, tensor in tensors if not name.endswith(COUNTERS))
 
 
-def _fit_of(architecture: Architecture, tensors: Mapping[str, Tensor], path: Path) -> Recognised:
-    fit = fit_to(architecture, tensors)
-    if fit is None:
-        raise BadInput(
-            f"{path} is not {architecture.name}: {describe(architecture, tensors)}.",
-            "Leave --arch out to have it recognised, or add --match-by-order where only the names differ.",
-        )
-    return fit
+def _fit_of(architecture: Architecture, tensors: Mapping[str, Tensor], path: Path, classes: int = 0) -> Recognised:
+    """The tensors as those of the architecture that was named, in the form its factory gives or as `save` writes it."""
+    for form in _forms(architecture):
+        if fit := fit_to(form, tensors, str(path), classes):
+            return fit
+    found = differences(architecture, tensors, classes)
+    raise BadInput(f"{path} is not {architecture.name}: {first(found)}.", _remedy(architecture, tensors, path, found))
 
 
-def _fit_of_stated(name: str, tensors: Mapping[str, Tensor], path: Path) -> Recognised:
+def _forms(architecture: Architecture) -> list[Architecture]:
+    """The architecture as it is built, and with plain weights, where these may be two."""
+    return [architecture, plain(architecture)] if architecture.foreign else [architecture]
+
+
+def _remedy(architecture: Architecture, tensors: Mapping[str, Tensor], path: Path, found: list[str]) -> str:
+    """What helps against the differences found between a file and the architecture that was named for it."""
+    if not architecture.foreign:
+        with suppress(BadInput):
+            return f"It is {recognise(tensors, str(path)).architecture.name}: leave --arch out, or name that."
+    factory = " With a factory that takes num_classes, --num-classes N says how many." if architecture.foreign else ""
+    missing = sum(each.endswith(MISSING) for each in found)
+    if len(found) == 2 * missing and not _is_sorted(path):
+        return "Where only the names differ, add --match-by-order." + factory
+    return "Name the architecture of the network that was saved." + factory
+
+
+def _fit_of_stated(name: str, tensors: Mapping[str, Tensor], path: Path, classes: int) -> Recognised:
     """The architecture that a file states: ours by name, else timm's, else the one its tensors tell; never code."""
     _refuse_code(name, None, path)
     if name.startswith(HALF):
-        return _fit_of(named(name), tensors, path)
-    if name in architectures() and (fit := fit_to(architectures()[name], tensors)):
+        return _fit_of(named(name), tensors, path, classes)
+    if name in architectures() and (fit := fit_to(architectures()[name], tensors, str(path))):
         return fit
     timm_name = name.removeprefix("timm:")
     if name.startswith("timm:") or _timm_has(timm_name):
-        return _fit_of(named(f"timm:{timm_name}"), tensors, path)
+        return _fit_of(named(f"timm:{timm_name}"), tensors, path, classes)
     return recognise(tensors, str(path))
 
 
@@ -203,15 +307,21 @@ def _timm_has(name: str) -> bool:
     return timm.is_model(name)
 
 
-def _fit_by_order(arch: str | None, tensors: Mapping[str, Tensor], path: Path) -> Recognised:
+def _is_sorted(path: Path) -> bool:
+    """Whether a file keeps its tensors sorted by name, so that their order says nothing."""
+    return weights_file(path).suffix == ".safetensors"
+
+
+def _fit_by_order(arch: str | None, tensors: Mapping[str, Tensor], path: Path, classes: int) -> Recognised:
     if arch is None:
         raise BadInput("--match-by-order needs --arch.", "Name the architecture whose order the weights have.")
-    if weights_file(path).suffix == ".safetensors":
+    if _is_sorted(path):
         raise BadInput(f"{path}: safetensors sorts its tensors by name.", "Their order is lost; match them by name.")
     architecture = named(arch)
     weights = [tensor for tensor in tensors.values() if tensor.dim() >= 2]
     stem = next((weight for weight in weights if weight.dim() == 4), None)
-    classes = weights[-1].shape[0] if weights else 0
+    if not classes and not architecture.foreign:
+        classes = weights[-1].shape[0] if weights else 0
     channels = architecture.channels if stem is None else stem.shape[1]
     expected = tensors_of(architecture, classes, channels)
     if len(tensors) != len(expected):
@@ -242,7 +352,7 @@ def _fit_of_packed(arch: str | None, card: Mapping[str, Any], stored: StoredMode
     name = card["architecture"]
     _refuse_code(name, arch, path)
     if name != arch and name not in architectures() and not name.startswith(("timm:", HALF)):
-        raise BadInput(f"{path} states the architecture {name!r}, which is not known.", "Update dfcompress.")
+        raise BadInput(f"{path} states the architecture {name!r}, which is not known.", "Add --arch file.py:factory.")
     architecture = named(name)
     return Recognised(architecture, architecture.namings[0], classes, card["input_size"][0], {})
 
@@ -256,7 +366,7 @@ def _refuse_code(stated: str, arch: str | None, path: Path) -> None:
 
 
 def _packed(fit: Recognised, stored: StoredModel) -> nn.Module:
-    network = fit.architecture.make(fit.classes, fit.channels)
+    network = make_plain(fit.architecture.make(fit.classes, fit.channels))
     packing.unpack_network(network, stored.tensors, stored.quantization)
     return network
 
@@ -264,17 +374,23 @@ def _packed(fit: Recognised, stored: StoredModel) -> nn.Module:
 def _with_weights(fit: Recognised) -> nn.Module:
     """The network around the file's tensors; recognition has compared every name and shape."""
     network = fit.architecture.make_empty(fit.classes, fit.channels)
-    counters = {name: value for name, value in network.state_dict().items() if name.endswith(COUNTERS)}
-    network.load_state_dict({**counters, **fit.tensors}, assign=True)
+    load_tensors(network, fit.tensors, assign=True)
     return network
 
 
 def _card(fit: Recognised, stated: Mapping[str, Any], given: Mapping[str, Any]) -> ModelCard:
-    """What is given, over what the file or its sidecar states, over what its naming implies, over what is usual."""
+    """What is given, over what the file or its sidecar states, over what its naming implies, over what is usual.
+
+    The classes of a network from a factory are 0 where they were not given: its answer tells them.
+    """
+    foreign = fit.architecture.foreign
+    size = given.get("input_size", stated.get("input_size"))
+    channels = size[0] if foreign and size else fit.channels
+    classes = 0 if foreign else fit.classes
     implied = {"mean": fit.naming.mean, "std": fit.naming.std} if fit.naming.mean else {}
     layers: list[tuple[Origin, Mapping[str, Any]]] = [
-        ("assumed", _usual(fit)),
-        ("recognised", {"architecture": fit.architecture.name, "classes": fit.classes, **implied}),
+        ("assumed", _usual(fit.architecture, channels)),
+        ("recognised", {"architecture": fit.architecture.name, "classes": classes, **implied}),
         ("read", {name: value for name, value in stated.items() if name != "classes"}),
         ("given", given),
     ]
@@ -289,8 +405,7 @@ def _card(fit: Recognised, stated: Mapping[str, Any], given: Mapping[str, Any]) 
     return ModelCard.from_json({**values, "origin": origin})
 
 
-def _usual(fit: Recognised) -> dict[str, Any]:
-    architecture, channels = fit.architecture, fit.channels
+def _usual(architecture: Architecture, channels: int) -> dict[str, Any]:
     mean, std = (0.5,) * channels, (0.5,) * channels
     if channels == 1:
         mean, std = MNIST_MEAN, MNIST_STD
@@ -337,17 +452,23 @@ def _check_fits(card: Mapping[str, Any], fit: Recognised) -> None:
     if "input_size" not in card:
         raise BadInput(f"The input size of {fit.architecture.name} is not known.", "Add --input-size CxHxW.")
     if card["input_size"][0] != fit.channels and not fit.architecture.foreign:
+        size = "x".join(map(str, (fit.channels, *card["input_size"][1:])))
         raise BadInput(
-            f"The input size {card['input_size']} does not fit weights of {fit.channels} channels.", "Correct it."
+            f"The input size {card['input_size']} does not fit weights of {fit.channels} channels.",
+            f"Use --input-size {size}.",
         )
     for name in ("mean", "std"):
         if len(card[name]) != card["input_size"][0]:
             raise BadInput(
                 f"{name} has {len(card[name])} values for {card['input_size'][0]} channels.", f"Correct --{name}."
             )
-    names = card["class_names"]
-    if names and len(names) != fit.classes:
-        raise BadInput(f"There are {len(names)} class names for {fit.classes} classes.", "Give one name a class.")
+
+
+def _check_names(card: ModelCard) -> None:
+    if card.class_names and len(card.class_names) != card.classes:
+        raise BadInput(
+            f"There are {len(card.class_names)} class names for {card.classes} classes.", "Give one name a class."
+        )
 
 
 def _names(path: Path) -> tuple[str, ...]:

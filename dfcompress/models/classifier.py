@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,17 @@ def main_logits(answer: Any) -> Any:
     return answer
 
 
+def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], *, assign: bool = False) -> None:
+    """Put tensors into the places of a network that have their names; other places keep what they hold.
+
+    torch's own `load_state_dict` lets modules ask of which version a state dict is, and a plain dictionary has none:
+    torchvision's MNASNets refuse it, spectral normalisation takes it for an old one.
+    """
+    state = network.state_dict()
+    state.update(tensors)
+    network.load_state_dict(state, assign=assign)
+
+
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Put the network into evaluation mode, and every module back into its own mode afterwards."""
@@ -142,18 +153,48 @@ def count_runs(classifier: Classifier, names: Iterable[str]) -> Counter[str]:
     return runs
 
 
+ALONE = "Let the --arch factory return a network that answers with logits (N, classes) alone."
+
+
+class Unfit(NamedTuple):
+    """Why a classifier cannot be used as it is, in half a sentence, and what to do."""
+
+    why: str
+    remedy: str
+
+
 @torch.no_grad()
-def why_not_run(classifier: Classifier) -> str | None:
-    """Why a classifier cannot answer for one image of its card's input size, or None where it can."""
+def why_not_run(classifier: Classifier) -> Unfit | None:
+    """Why a classifier does not answer one image of its card's input size with logits of its card's classes, or None
+    where it does; classes of 0 are not known yet.
+    """
+    name = classifier.card.architecture
     channels, height, width = classifier.card.input_size
     image = torch.zeros(1, channels, height, width, device=classifier.mean.device)
     try:
         with evaluating(classifier):
             answer = classifier(image)
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except Exception as error:
+        # The network may be code of the user's, which can raise anything.
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        return f"{classifier.card.architecture} cannot take images of {channels}x{height}x{width} ({reason})"
-    if not isinstance(answer, Tensor) or answer.shape != (1, classifier.card.classes):
-        shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-        return f"{classifier.card.architecture} answers one image with {shape}, not (1, {classifier.card.classes})"
+        return Unfit(
+            f"{name} cannot take images of {channels}x{height}x{width} ({reason})",
+            "Give another --input-size or --arch.",
+        )
+    if not isinstance(answer, Tensor):
+        return Unfit(f"{name} answers with {_described(answer)}", ALONE)
+    if answer.dim() != 2 or len(answer) != 1:
+        return Unfit(f"{name} answers one image with a tensor {tuple(answer.shape)}", ALONE)
+    if classifier.card.classes not in (0, answer.shape[1]):
+        return Unfit(
+            f"{name} has {answer.shape[1]} outputs, not {classifier.card.classes}",
+            f"Use --num-classes {answer.shape[1]}, or the --arch of a network of {classifier.card.classes} classes.",
+        )
     return None
+
+
+def _described(answer: object) -> str:
+    if isinstance(answer, Mapping):
+        return f"a {type(answer).__name__} of {', '.join(map(str, answer)) or 'nothing'}"
+    size = f" of {len(answer)}" if isinstance(answer, (tuple, list)) else ""
+    return f"a {type(answer).__name__}{size}"

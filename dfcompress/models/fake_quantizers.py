@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfcompress.errors import BadInput
-from dfcompress.models.plain import plain_kind
+from dfcompress.models.plain_layers import plain_kind
 
 WIDTHS = range(2, 9)
 FLOAT_BITS = 32

@@ -14,7 +14,7 @@ from dfcompress.models.fake_quantizers import (
     per_channel,
 )
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
-from dfcompress.models.plain import after_normalising, plain_kind
+from dfcompress.models.plain_layers import after_normalising, plain_kind
 from dfcompress.models.uses import Uses, place
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from dfcompress.models.classifier import Classifier
+from dfcompress.models.classifier import Classifier, load_tensors
 
 Tree = dict[str, "Tree"]
 
@@ -36,7 +36,7 @@ def inherit(student: Classifier, teacher: Classifier, outputs: Tensor | None = N
         if theirs.shape != values.shape:
             return False
         begun[name] = theirs
-    student.network.load_state_dict(begun)
+    load_tensors(student.network, begun)
     return True
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dfcompress.errors import BadInput
+from dfcompress.models.classifier import load_tensors
 from dfcompress.models.fake_quantizers import (
     FLOAT_BITS,
     WIDTHS,
@@ -139,8 +140,8 @@ def unpack_network(network: nn.Module, tensors: Mapping[str, Tensor], quantizati
     for name, quantized in quantized_layers(network).items():
         quantized.set_integer_weight(integers[name], grids[name])
         quantized.input_grid = layers[name].input_grid
-    # Not strict: the quantized weights are in place already, and BatchNorm's counters are not stored.
-    network.load_state_dict({name: tensors[name] for name in _plain_tensors(network) if name in tensors}, strict=False)
+    # The quantized weights are in place already.
+    load_tensors(network, {name: tensors[name] for name in _plain_tensors(network) if name in tensors})
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,42 @@
-"""Which architecture a file holds, from the names and shapes of its tensors alone."""
+"""Which architecture a file holds, from the names and shapes of its tensors alone.
+
+Training programs wrap networks: `model.module.backbone.conv1.weight` is `conv1.weight`, and the tensors of a loss or a
+metric may stand beside the network's. So an architecture is looked for by how the file's names end. It is there where
+every one of its tensors is found, of its shape, and where no layer is left over.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models.architectures import Architecture, Naming, architectures, tensors_of
 
 SHOWN = 4
+MISSING = "is missing"
+# A file has one prefix for the whole network, or one for its body and another for its head.
+PARTS = 2
+# What torch's own wrappers put between the parts of a name.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# What thop, which counts operations, leaves in every module.
+COUNTED = ("total_ops", "total_params")
+
+# Where a name stands in a file: behind this prefix, and with these wrappers inside it.
+Place = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """An architecture that fits, the tensors under its names, and what they say of classes and input channels."""
+    """An architecture that fits, the tensors under its names, and what they say of classes and input channels.
+
+    `classes` is 0 for a factory of the user's: only the answer of its network tells.
+    """
 
     architecture: Architecture
     naming: Naming
@@ -25,31 +45,169 @@ class Recognised:
     tensors: dict[str, Tensor]
 
 
-def recognise(tensors: Mapping[str, Tensor], where: str) -> Recognised:
+@dataclass(frozen=True)
+class _Match:
+    """How far the tensors of a file are those of an architecture, under one of its namings.
+
+    `shared` is the number of tensors with the architecture's names and shapes; `moved` are the file's names of a head
+    that is elsewhere; `beside` are tensors outside the network, some of them of `layers`; `twins` are two prefixes
+    under which the file has the same tensors with other values.
+    """
+
+    found: Recognised
+    differences: list[str]
+    shared: int
+    moved: Mapping[str, str]
+    beside: list[str]
+    layers: list[str]
+    twins: tuple[str, str] | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor of the architecture is there, of its shape, and the network has no other."""
+        return not self.differences
+
+
+class _File:
+    """The tensors of a file, to be found by how their names end."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self._endings: dict[Naming, Mapping[str, Mapping[Place, str]]] = {}
+
+    def endings(self, naming: Naming) -> Mapping[str, Mapping[Place, str]]:
+        """Every ending of a name, in our spelling: the places where it stands, and the whole name there."""
+        if naming not in self._endings:
+            found: dict[str, dict[Place, str]] = defaultdict(dict)
+            for name in self.tensors:
+                parts = name.split(".")
+                for start in range(len(parts)):
+                    own = [part for part in parts[start:] if part not in WRAPPERS]
+                    if own and own[0] == parts[start]:
+                        inner = "".join(f"{part}." for part in parts[start:] if part in WRAPPERS)
+                        prefix = "".join(f"{part}." for part in parts[:start])
+                        found[naming.renamed(".".join(own))][prefix, inner] = name
+            self._endings[naming] = found
+        return self._endings[naming]
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two names are of one tensor, or of two with the same values."""
+        one, two = self.tensors[name], self.tensors[other]
+        return one is two or (one.shape == two.shape and not one.is_meta and torch.equal(one, two))
+
+
+def recognise(tensors: Mapping[str, Tensor], where: str, classes: int = 0) -> Recognised:
     """The one architecture whose tensors have these names and shapes.
 
-    Raises `BadInput` where several fit, naming them, or none, naming the nearest and where it first differs.
+    `classes` is how many there are, where that is known. Tensors beside the network are left out with a notice.
+    Raises `BadInput` where several fit, naming them, or none, naming the nearest and where it first differs, and where
+    the file holds a network twice or layers beside it.
     """
-    count = len(tensors)
-    fits = [
-        fit
-        for architecture in architectures().values()
-        if architecture.tensors in (None, count) or architecture.ignored
-        if (fit := fit_to(architecture, tensors)) is not None
-    ]
-    if len(fits) == 1:
-        return fits[0]
-    if fits:
-        names = ", ".join(fit.architecture.name for fit in fits)
+    file, count = _File(tensors), len(tensors)
+    known = architectures().values()
+    likely = [each for each in known if each.tensors in (None, count) or each.ignored]
+    matches = _complete(likely, file, classes)
+    if not any(_is_clear(match) for match in matches):
+        # Tensors that stand beside the network are few, so the largest architectures come first.
+        smaller = {each.tensors for each in known if each.tensors and each.tensors < count}
+        for size in sorted(smaller, reverse=True):
+            matches += _complete([each for each in known if each.tensors == size], file, classes)
+            if any(_is_clear(match) for match in matches):
+                break
+    clear = [match for match in matches if _is_clear(match)]
+    if len(clear) == 1:
+        return _taken(clear[0], where)
+    if clear:
+        names = ", ".join(match.found.architecture.name for match in clear)
         raise BadInput(
             f"{where} fits several architectures: {names}.",
-            f"Say which, for instance --arch {fits[0].architecture.name}.",
+            f"Say which, for instance --arch {clear[0].found.architecture.name}.",
         )
-    alike = [architecture for architecture in architectures().values() if _may_be_near(architecture, count)]
-    nearest = min(alike, key=lambda architecture: len(differences(architecture, tensors)))
+    if matches:
+        _refuse_unclear(max(matches, key=lambda match: match.shared), where)
+    raise _unknown(file, where, classes)
+
+
+def fit_to(
+    architecture: Architecture, tensors: Mapping[str, Tensor], where: str, classes: int = 0
+) -> Recognised | None:
+    """The tensors as those of an architecture that was named, or None where they are not.
+
+    Layers beside its network are left out with a notice, as other tensors are: the user said which part is meant.
+    Raises `BadInput` where the file holds the network twice.
+    """
+    match = _best(architecture, _File(tensors), classes)
+    if not match.complete:
+        return None
+    if match.twins:
+        _refuse_unclear(match, where)
+    return _taken(match, where)
+
+
+def differences(architecture: Architecture, tensors: Mapping[str, Tensor], classes: int = 0) -> list[str]:
+    """What separates the tensors from the architecture under its best naming; empty where they fit."""
+    return _best(architecture, _File(tensors), classes).differences
+
+
+def first(found: list[str], separator: str = "; ") -> str:
+    """The first of several things, in words."""
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return separator.join(found[:SHOWN]) + more
+
+
+def _complete(candidates: Iterable[Architecture], file: _File, classes: int) -> list[_Match]:
+    return [match for each in candidates if (match := _best(each, file, classes)).complete]
+
+
+def _is_clear(match: _Match) -> bool:
+    return not match.twins and not match.layers
+
+
+def _best(architecture: Architecture, file: _File, classes: int) -> _Match:
+    matches = [_match(architecture, naming, file, classes) for naming in architecture.namings]
+    return min(matches, key=lambda match: (len(match.differences), len(match.moved)))
+
+
+def _taken(match: _Match, where: str) -> Recognised:
+    if match.moved:
+        moved = ", ".join(f"{theirs} taken for {name}" for name, theirs in match.moved.items())
+        console.notice(f"{where}: {moved} of {match.found.architecture.name}.")
+    if match.beside:
+        left = first(match.beside, ", ")
+        console.notice(f"{where}: {left} left out, because {match.found.architecture.name} has no such tensors.")
+    return match.found
+
+
+def _refuse_unclear(match: _Match, where: str) -> None:
+    name = match.found.architecture.name
+    if match.twins:
+        one, two = (f"{prefix!r}" if prefix else "no prefix" for prefix in match.twins)
+        raise BadInput(
+            f"{where} holds {name} twice, with different weights: under {one} and under {two}.",
+            "Save the tensors of one alone, without the prefix.",
+        )
     raise BadInput(
-        f"{where} is none of the known architectures; the nearest is {nearest.name}: {describe(nearest, tensors)}.",
-        "Name it with --arch timm:NAME or --arch file.py:factory.",
+        f"{where} holds {name} and layers beside it: {first(match.layers, ', ')}.",
+        f"Add --arch {name} to use that part alone, or name the whole network with --arch file.py:factory.",
+    )
+
+
+def _unknown(file: _File, where: str, classes: int) -> BadInput:
+    """That no architecture fits, and which is the nearest: the one with most of the file's names and shapes."""
+    count = len(file.tensors)
+    near = [_best(each, file, classes) for each in architectures().values() if _may_be_near(each, count)]
+    nearest = max(near, key=lambda match: (match.shared, -len(match.differences)), default=None)
+    remedy = "Name it with --arch timm:NAME or --arch file.py:factory."
+    if nearest is None or not nearest.shared:
+        return BadInput(
+            f"{where} is none of the known architectures, and has no tensor in common with any: it begins with "
+            f"{first([f'{name} {_shape(tensor.shape)}' for name, tensor in file.tensors.items()], ', ')}.",
+            remedy,
+        )
+    return BadInput(
+        f"{where} is none of the known architectures; the nearest is {nearest.found.architecture.name}, which has "
+        f"{nearest.shared} of its {count} tensors: {first(nearest.differences)}.",
+        remedy,
     )
 
 
@@ -58,56 +216,150 @@ def _may_be_near(architecture: Architecture, count: int) -> bool:
     return architecture.tensors is None or count / 2 <= architecture.tensors <= 2 * count
 
 
-def fit_to(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Recognised | None:
-    """How the tensors fit the architecture, under one of its namings, or None where they do not."""
-    for naming in architecture.namings:
-        renamed = _needed(architecture, naming, tensors)
-        classes, channels = _classes_and_channels(architecture, renamed)
-        if {name: tensor.shape for name, tensor in renamed.items()} == tensors_of(architecture, classes, channels):
-            return Recognised(architecture, naming, classes, channels, renamed)
-    return None
-
-
-def differences(architecture: Architecture, tensors: Mapping[str, Tensor]) -> list[str]:
-    """What separates the tensors from the architecture under its best naming; empty where they fit."""
-    return min((_differences(architecture, naming, tensors) for naming in architecture.namings), key=len)
-
-
-def describe(architecture: Architecture, tensors: Mapping[str, Tensor]) -> str:
-    """The first differences, in words."""
-    found = differences(architecture, tensors)
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return "; ".join(found[:SHOWN]) + more
-
-
-def _differences(architecture: Architecture, naming: Naming, tensors: Mapping[str, Tensor]) -> list[str]:
-    renamed = _needed(architecture, naming, tensors)
-    expected = tensors_of(architecture, *_classes_and_channels(architecture, renamed))
-    missing = [f"{name} {_shape(shape)} is missing" for name, shape in expected.items() if name not in renamed]
+def _match(architecture: Architecture, naming: Naming, file: _File, classes: int) -> _Match:
+    channels = architecture.channels
+    usual = tensors_of(architecture, classes if architecture.foreign else 10, channels)
+    names, prefixes, twins = _found(usual, file, naming)
+    moved = _head_elsewhere(usual, names, file)
+    names |= moved
+    tensors = {name: file.tensors[theirs] for name, theirs in names.items()}
+    if not architecture.foreign:
+        classes, channels = _classes_and_channels(architecture, usual, tensors, classes)
+    expected = tensors_of(architecture, classes, channels)
+    taken = set(names.values())
+    others = [
+        name
+        for name in file.tensors
+        if name not in taken
+        and not any(architecture.ignores(naming.renamed(name.removeprefix(prefix))) for prefix in prefixes)
+    ]
+    layers = [name for name in _of_layers(others, file) if not any(file.same(name, own) for own in taken)]
+    modules = {_unwrapped(name).split(".")[0] for name in expected if "." in name}
+    inside = [name for name in others if _is_inside(name, prefixes, modules, name in layers, file)]
     unequal = [
-        f"{name} is {_shape(renamed[name].shape)}, expected {_shape(shape)}"
+        f"{names[name]} is {_shape(tensors[name].shape)}, expected {_shape(shape)}"
         for name, shape in expected.items()
-        if name in renamed and renamed[name].shape != shape
+        if name in tensors and tensors[name].shape != shape
     ]
-    surplus = [
-        f"{name} {_shape(tensor.shape)} is not in it" for name, tensor in renamed.items() if name not in expected
-    ]
-    return unequal + missing + surplus
+    missing = [f"{name} {_shape(shape)} {MISSING}" for name, shape in expected.items() if name not in tensors]
+    surplus = [f"{name} {_shape(file.tensors[name].shape)} is not in it" for name in (others if missing else inside)]
+    return _Match(
+        found=Recognised(architecture, naming, classes, channels, tensors),
+        differences=unequal + missing + surplus,
+        shared=len(expected) - len(unequal) - len(missing),
+        moved=moved,
+        beside=[name for name in others if name not in inside],
+        layers=[name for name in layers if name not in inside],
+        twins=twins,
+    )
 
 
-def _needed(architecture: Architecture, naming: Naming, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in naming.apply(tensors).items() if not architecture.ignores(name)}
+def _found(
+    expected: Mapping[str, torch.Size], file: _File, naming: Naming
+) -> tuple[dict[str, str], list[str], tuple[str, str] | None]:
+    """The file's names of the expected tensors, the prefixes they stand behind, and two that have the same of them."""
+    exact = {naming.renamed(name): name for name in file.tensors}
+    if expected.keys() <= exact.keys():
+        return {name: exact[name] for name in expected}, [""], None
+    endings = file.endings(naming)
+    names: dict[str, str] = {}
+    prefixes: list[str] = []
+    twins = None
+    for _ in range(PARTS):
+        covered: dict[Place, dict[str, str]] = defaultdict(dict)
+        taken = set(names.values())
+        for name, shape in expected.items():
+            if name in names:
+                continue
+            for place, theirs in endings.get(_unwrapped(name), {}).items():
+                if theirs not in taken and file.tensors[theirs].dim() == len(shape):
+                    covered[place][name] = theirs
+        if not covered:
+            break
+        best = max(covered, key=lambda place: len(covered[place]))
+        here = covered.pop(best)
+        for place, there in covered.items():
+            if len(there) == len(here) and not all(
+                name in there and file.same(there[name], theirs) for name, theirs in here.items()
+            ):
+                twins = twins or (best[0], place[0])
+        names |= here
+        prefixes.append(best[0])
+    return names, prefixes, twins
 
 
-def _classes_and_channels(architecture: Architecture, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Classes from the last weight of the network, channels from its first convolution.
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _head_elsewhere(expected: Mapping[str, torch.Size], names: Mapping[str, str], file: _File) -> dict[str, str]:
+    """The last layer under a name of the file's own: a body that lost its last layer, and a new one beside it.
+
+    Only where everything but the last layer is found, and one layer is left over.
+    """
+    missing = [name for name in expected if name not in names]
+    last = [name for name, shape in expected.items() if len(shape) >= 2][-1:]
+    if not missing or not last or {_parent(name) for name in missing} != {_parent(last[0])}:
+        return {}
+    taken = set(names.values())
+    left = _of_layers([name for name in file.tensors if name not in taken], file)
+    parents = {_parent(name) for name in left}
+    if len(parents) != 1:
+        return {}
+    found = {name: f"{parents.copy().pop()}.{_leaf(name)}".lstrip(".") for name in missing}
+    fits = all(theirs in left and file.tensors[theirs].dim() == len(expected[name]) for name, theirs in found.items())
+    return found if fits else {}
+
+
+def _of_layers(names: Iterable[str], file: _File) -> list[str]:
+    """Those of the names that belong to a layer which computes: a weight of two dimensions or more, a weight with its
+    bias, or running statistics.
+    """
+    leaves: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if _leaf(name) not in COUNTED:
+            leaves[_parent(name)].append(name)
+    found = []
+    for together in leaves.values():
+        kinds = {_leaf(name): file.tensors[name].dim() for name in together}
+        if kinds.get("weight", 0) >= 2 or {"weight", "bias"} <= kinds.keys() or "running_mean" in kinds:
+            found += together
+    return found
+
+
+def _is_inside(name: str, prefixes: Iterable[str], modules: set[str], of_layer: bool, file: _File) -> bool:
+    """Whether a tensor that the architecture has not is part of the network all the same: in one of its modules, a
+    layer behind its prefix, or at its root and more than a row of numbers, as a loss has.
+    """
+    if _leaf(name) in COUNTED:
+        return False
+    for prefix in prefixes:
+        if name.startswith(prefix):
+            first_part, _, inner = name.removeprefix(prefix).partition(".")
+            return first_part in modules or (file.tensors[name].dim() > 1 if not inner else of_layer)
+    return False
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _classes_and_channels(
+    architecture: Architecture, usual: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], classes: int
+) -> tuple[int, int]:
+    """Classes from the last weight of the network, channels from its first convolution, by the architecture's own
+    order, where they are not known; whether that was right is seen from every shape afterwards.
 
     The file's own order says nothing: safetensors sorts names.
     """
-    expected = tensors_of(architecture, 10, architecture.channels)
-    head = ["", *(name for name, shape in expected.items() if len(shape) >= 2)][-1]
-    stem = next((name for name, shape in expected.items() if len(shape) == 4), "")
-    classes = tensors[head].shape[0] if head in tensors and tensors[head].dim() >= 2 else 10
+    head = ["", *(name for name, shape in usual.items() if len(shape) >= 2)][-1]
+    stem = next((name for name, shape in usual.items() if len(shape) == 4), "")
+    if not classes:
+        classes = tensors[head].shape[0] if head in tensors and tensors[head].dim() >= 2 else 10
     channels = tensors[stem].shape[1] if stem in tensors and tensors[stem].dim() == 4 else architecture.channels
     return classes, channels
 

@@ -33,7 +33,7 @@ from dfcompress.models.hooks import (
     keep_outputs,
     kept_outputs,
 )
-from dfcompress.models.plain import after_normalising, plain_kind
+from dfcompress.models.plain_layers import after_normalising, plain_kind
 from dfcompress.models.statistics import EPS, KnownStatistics, eps_of, statistics_layers
 
 LOGITS = "logits"

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from dfcompress.errors import BadInput
+from dfcompress.models.answers import take_logits
 from dfcompress.models.architectures import HALF, SMALL_INPUT, architectures, named
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, why_not_run
 from dfcompress.models.fake_quantizers import dequantized
 from dfcompress.models.inheritance import inherit
+from dfcompress.models.plain import make_plain
 from dfcompress.settings import AUTO
 
 
@@ -40,9 +42,11 @@ def make_student(
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         network = named(taken).make(card.classes, channels)
-    student = Classifier(network, replace(card, architecture=taken, origin={**card.origin, "architecture": "given"}))
-    if why := why_not_run(student):
-        raise BadInput(f"--student {taken} does not fit the teacher: {why}.", "Name another --student.")
+    own = replace(card, architecture=taken, origin={**card.origin, "architecture": "given"})
+    student = Classifier(make_plain(network), own)
+    take_logits(student)
+    if unfit := why_not_run(student):
+        raise BadInput(f"--student {taken} does not fit the teacher: {unfit.why}.", "Name another --student.")
     stem = f", the form of {name} for small images (3x3 stem, no max-pool)" if taken == f"cifar_{name}" else ""
     return student, f"Student: {taken}{stem}, {_described(student)}"
 

@@ -24,7 +24,6 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 PICKLED_WEIGHTS, INDEX = "pytorch_model.bin", ".index.json"  # Hugging Face's names
 CARD_KEY, QUANTIZATION_KEY = "dfcompress", "quantization"
 
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 COUNTERS = ("num_batches_tracked", "n_averaged")
 
 
@@ -38,14 +37,14 @@ class StoredModel:
 
 
 def read(path: Path) -> StoredModel:
-    """The tensors of a checkpoint, floats in fp32, without wrappers' prefixes and BatchNorm's counters.
+    """The tensors of a checkpoint, floats in fp32, without BatchNorm's counters.
 
     Raises `BadInput` for missing, damaged, hostile and empty files, and for weights that are not finite.
     """
     stored = _read_files(weights_files(path), path)
     if path.is_dir():
         stored = _with_config(stored, path / CONFIG)
-    kept = {name: tensor for name, tensor in _without_prefixes(stored.tensors).items() if not name.endswith(COUNTERS)}
+    kept = {name: tensor for name, tensor in stored.tensors.items() if not name.endswith(COUNTERS)}
     if not kept:
         raise BadInput(f"{path} holds no tensors.", "Name a checkpoint with weights.")
     return replace(stored, tensors={name: _usable(tensor, name, path) for name, tensor in kept.items()})
@@ -185,14 +184,6 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     if not head.startswith((b"PK", b"\x80")):
         raise BadInput(f"{path} is no checkpoint: it begins with {head!r}.", "Name a PyTorch or safetensors file.")
     return read_pickled(path)
-
-
-def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    inner = {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTERS)}
-    for prefix in PREFIXES:
-        if inner and all(name.startswith(prefix) for name in inner):
-            return _without_prefixes({name.removeprefix(prefix): tensor for name, tensor in inner.items()})
-    return tensors
 
 
 def _with_config(stored: StoredModel, path: Path) -> StoredModel:

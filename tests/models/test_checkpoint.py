@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,19 @@ import torch
 from safetensors.torch import save_file
 
 from dfcompress.errors import BadInput
-from dfcompress.models.architectures import find
+from dfcompress.evaluation.inspect import inspect
+from dfcompress.models.architectures import architectures, find
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import load, save, state_bytes, write_sidecar
+from dfcompress.models.checkpoint import as_classifier, load, load_saved, save, state_bytes, write_sidecar
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized, quantizable_layers, quantize_layers
 from dfcompress.models.student import make_student
-from dfcompress.models.weights import CARD_KEY, QUANTIZATION_KEY
+from dfcompress.models.weights import CARD_KEY, QUANTIZATION_KEY, read
+from dfcompress.quantization.calibration import Calibration
+from dfcompress.quantization.quantize import quantize
+
+sys.path.insert(0, str(Path(__file__).parent))
+import factories
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -274,6 +282,184 @@ def test_safetensors_keeps_no_order_to_match_by(tmp_path):
     save_file(find("lenet5").make(10, 1).state_dict(), tmp_path / "net.safetensors")
     with pytest.raises(BadInput, match="sorts its tensors by name"):
         load(tmp_path / "net.safetensors", arch="lenet5", match_by_order=True)
+
+
+SPEC = f"{factories.__file__}:"
+
+
+def _written(network: torch.nn.Module, folder: Path) -> Path:
+    torch.save(network.state_dict(), folder / "net.pt")
+    return folder / "net.pt"
+
+
+def test_classes_and_channels_come_from_a_pass_and_not_from_the_order_of_definition(tmp_path):
+    """The last weight defined is a convolution of 8 channels, the first of four dimensions a kernel of one channel."""
+    path = _written(factories.seen(factories.head_first()), tmp_path)
+    classifier = load(path, arch=f"{SPEC}head_first", input_size=(3, 16, 16))
+    assert (classifier.card.classes, len(classifier.card.mean)) == (7, 3)
+    (tmp_path / "names").write_text("\n".join("abcdefg"))
+    named = load(path, arch=f"{SPEC}head_first", input_size=(3, 16, 16), classes=tmp_path / "names")
+    assert named.card.class_names == tuple("abcdefg")
+
+
+@pytest.mark.parametrize("factory", ["sized", "handing_on"])
+def test_a_factory_that_takes_num_classes_gets_it(factory, tmp_path):
+    path = _written(factories.sized(4), tmp_path)
+    with pytest.raises(BadInput, match=r"fc\.weight is 4x8, expected 10x8") as refused:
+        load(path, arch=SPEC + factory, input_size=(3, 16, 16))
+    assert "--num-classes N says how many" in refused.value.remedy
+    classifier = load(path, arch=SPEC + factory, input_size=(3, 16, 16), num_classes=4)
+    assert (classifier.card.classes, classifier.card.origin["classes"]) == (4, "given")
+    save(classifier, tmp_path / "out")
+    assert load(tmp_path / "out", arch=SPEC + factory).card.classes == 4
+    assert make_student(SPEC + factory, classifier.card, seed=0)[0].network.fc.out_features == 4
+
+
+def test_a_number_of_classes_that_the_network_has_not_is_answered_with_the_one_it_has(tmp_path):
+    path = _written(factories.plain(), tmp_path)
+    with pytest.raises(BadInput, match="has 10 outputs, not 4") as refused:
+        load(path, arch=f"{SPEC}plain", input_size=(3, 16, 16), num_classes=4)
+    assert "--num-classes 10" in refused.value.remedy
+    assert load(path, arch=f"{SPEC}plain", input_size=(3, 16, 16), num_classes=10).card.classes == 10
+
+
+def test_names_of_a_users_own_network_may_begin_like_a_wrappers(tmp_path):
+    path = _written(factories.within(), tmp_path)
+    classifier = load(path, arch=f"{SPEC}within", input_size=(3, 16, 16))
+    assert next(iter(classifier.network.state_dict())) == "model.module.conv1.weight"
+    save(classifier, tmp_path / "out")
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(load(tmp_path / "out", arch=f"{SPEC}within")(images), classifier(images))
+
+
+def test_prefixes_are_taken_off_where_the_architecture_is_named(tmp_path):
+    network = factories.seen(factories.plain())
+    averaged = torch.optim.swa_utils.AveragedModel(network)
+    wrapped = {f"model.{name}": value for name, value in averaged.state_dict().items()}
+    torch.save({"state_dict": wrapped | {"criterion.pos_weight": torch.ones(10)}}, tmp_path / "net.pt")
+    classifier = load(tmp_path / "net.pt", arch=f"{SPEC}plain", input_size=(3, 16, 16))
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(classifier(images), network(classifier.normalise(images)))
+
+
+def test_the_remedy_for_a_wrong_architecture_is_the_right_one(lenet_file, tmp_path):
+    with pytest.raises(BadInput) as refused:
+        load(lenet_file, arch="lenet5")
+    assert refused.value.remedy == "It is lenet5_bn: leave --arch out, or name that."
+    assert load(lenet_file, arch="lenet5_bn").card.architecture == load(lenet_file).card.architecture == "lenet5_bn"
+    tensors = {f"t{i}.weight": value for i, value in enumerate(read(lenet_file).tensors.values())}
+    torch.save(tensors, tmp_path / "renamed.pt")
+    with pytest.raises(BadInput) as refused:
+        load(tmp_path / "renamed.pt", arch="lenet5_bn")
+    assert refused.value.remedy == "Where only the names differ, add --match-by-order."
+    assert load(tmp_path / "renamed.pt", arch="lenet5_bn", match_by_order=True).card.classes == 10
+
+
+def test_the_remedy_for_an_input_size_of_other_channels_can_be_pasted(lenet_file):
+    with pytest.raises(BadInput) as refused:
+        load(lenet_file, input_size=(3, 32, 32))
+    assert refused.value.remedy == "Use --input-size 1x32x32."
+    assert load(lenet_file, input_size=(1, 32, 32)).card.input_size == (1, 32, 32)
+
+
+# One of each family whose smallest has a file of less than 60 MB.
+SMALL = {
+    "cifar_resnet18", "cifar_resnet20", "cifar_vgg11_bn", "densenet121", "efficientnet_b0", "googlenet",
+    "hinton_mlp_small", "lenet5_bn", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18",
+    "shufflenet_v2_x0_5", "squeezenet1_1", "wrn16_1",
+}  # fmt: skip
+# More than 150 million parameters: `test_every_network_takes_the_tensors_of_its_file` has them without memory.
+LARGE = {"convnext_large", "regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in SMALL else pytest.mark.slow)
+        for name in sorted(architectures().keys() - LARGE)
+    ],
+)
+def test_every_architecture_is_saved_loaded_and_inspected(name, tmp_path):
+    architecture = find(name)
+    network = architecture.make(3, architecture.channels)
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    del network
+    found = inspect(tmp_path / "net.pt")
+    assert (found.architecture, found.classes) == (name, 3)
+    save(load(tmp_path / "net.pt"), tmp_path / "out")
+    (tmp_path / "net.pt").unlink()
+    assert inspect(tmp_path / "out").macs == found.macs
+
+
+def test_a_quantized_mnasnet_comes_back_to_the_bit(tmp_path):
+    """torchvision's MNASNets ask which version a state dict is of."""
+    classifier = _classifier("mnasnet0_5", (3, 32, 32))
+    quantize_layers(classifier.network, {"classifier.1": (4, 32)})
+    freeze(classifier.network)
+    save(classifier, tmp_path)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(load(tmp_path)(images), classifier(images))
+
+
+OWN = ModelCard("my_net", 10, (3, 16, 16), (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.mark.parametrize("form", ["plain", "weight_norm_parametrization", "softmax", "softmax_module"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_network_that_no_name_leads_to_is_saved_and_read_into_its_own_form(form, packed, tmp_path):
+    classifier = as_classifier(Classifier(factories.seen(getattr(factories, form)()), OWN))
+    if packed:
+        quantize_layers(classifier.network, {"conv1": (8, 32), "fc": (4, 32)})
+        freeze(classifier.network)
+    save(classifier, tmp_path)
+    again = load_saved(tmp_path, classifier)
+    images = torch.rand(2, 3, 16, 16)
+    assert again.network is not classifier.network
+    assert is_quantized(again.network) == packed
+    assert torch.equal(again(images), classifier(images))
+    with pytest.raises(BadInput) as refused:
+        load(tmp_path)
+    assert "--arch file.py:factory" in refused.value.remedy
+    assert torch.equal(load(tmp_path, arch=SPEC + form)(images), classifier(images))
+
+
+def test_a_name_that_leads_to_another_network_is_not_believed(tmp_path):
+    own = Classifier(factories.plain(), dataclasses.replace(OWN, architecture="resnet18")).frozen()
+    save(own, tmp_path)
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(load_saved(tmp_path, own)(images), own(images))
+
+
+@pytest.mark.parametrize(
+    ("value", "what", "remedy"),
+    [
+        (factories.plain(), "A Net does not say what images it takes", "dfcompress.Classifier(module, dfcompress.Mod"),
+        (factories.plain().state_dict(), "A OrderedDict is no checkpoint", "torch.save(state_dict, 'net.pt')"),
+        (7, "A int is no checkpoint", "a path or a dfcompress.Classifier"),
+    ],
+)
+def test_what_else_a_program_holds_is_answered_with_what_to_do(value, what, remedy):
+    for verb in (load, as_classifier, inspect, quantize):
+        with pytest.raises(BadInput, match=what) as refused:
+            verb(value)
+        assert remedy in refused.value.remedy
+
+
+def test_a_card_that_does_not_fit_its_network_is_refused_before_any_work():
+    with pytest.raises(BadInput, match="model: my_net has 10 outputs, not 9"):
+        as_classifier(Classifier(factories.plain(), dataclasses.replace(OWN, classes=9)))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_classifier_made_in_python_is_quantized_to_the_end(tmp_path):
+    images = tmp_path / "images.npz"
+    np.savez(images, images=np.random.default_rng(0).integers(0, 256, (32, 3, 16, 16), np.uint8), labels=[0] * 32)
+    given = Classifier(factories.seen(factories.weight_norm_hook()), OWN)
+    calibration = Calibration(steps=1)
+    done = quantize(given, data=images, output=tmp_path / "out", finetune="none", calibration=calibration)
+    assert done.bytes_ratio < 0.9
+    assert done.teachers[0]["agreement"] > 0.5
+    assert load(tmp_path / "out", arch=f"{SPEC}weight_norm_hook").card.classes == 10
 
 
 def _timm_folder(folder: Path, name: str) -> torch.nn.Module:

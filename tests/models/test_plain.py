@@ -1,162 +1,94 @@
-"""What a layer computes decides what it counts as, not the name of its class."""
+"""Weights that are computed at every pass become plain ones: the network answers as before."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dfcompress.models.card import ModelCard
+from dfcompress.models.checkpoint import as_classifier, load, save
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import can_be_quantized, quantize_layers, quantized_layers
-from dfcompress.models.folding import fold_batchnorms
-from dfcompress.models.plain import after_normalising, plain_kind
-from dfcompress.models.uses import unused_weights
+from dfcompress.models.plain import is_plain, make_plain
+from dfcompress.models.student import make_student
 
-timm_layers = pytest.importorskip("timm.layers")
+sys.path.insert(0, str(Path(__file__).parent))
+import factories
 
-
-def card(size: int = 8) -> ModelCard:
-    return ModelCard("test", 4, (3, size, size), (0.4,) * 3, (0.3,) * 3)
-
-
-class Inherited(nn.Conv2d):
-    """Adds a method and computes the same."""
-
-    def describe(self) -> str:
-        return "mine"
-
-
-class Doubled(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
+CARD = ModelCard("net", 10, (3, 16, 16), (0.5,) * 3, (0.25,) * 3)
+FORMS = [
+    "weight_norm_hook",
+    "weight_norm_parametrization",
+    "spectral_norm_hook",
+    "spectral_norm_parametrization",
+    "orthogonal",
+    "pruned",
+]
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 
 
-class Scaled(nn.Linear):
-    """Computes the same as a linear layer only until its scale is trained."""
-
-    def __init__(self, ins: int, outs: int) -> None:
-        super().__init__(ins, outs)
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.scale * super().forward(input)
+def spec(form: str) -> str:
+    return f"{factories.__file__}:{form}"
 
 
-@pytest.mark.parametrize(
-    ("layer", "kind"),
-    [
-        (nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d),
-        (nn.Linear(4, 6, bias=False), nn.Linear),
-        (timm_layers.Linear(4, 6), nn.Linear),
-        (Inherited(4, 6, 3, dilation=2, padding=1), nn.Conv2d),
-        (timm_layers.Conv2dSame(4, 6, 1), nn.Conv2d),
-        (timm_layers.Conv2dSame(4, 6, 3, stride=2), None),
-        (timm_layers.ScaledStdConv2d(4, 6, 3), None),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), None),
-        (nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6)), None),
-        (Doubled(4, 6), None),
-        (Scaled(4, 6), None),
-        (nn.ConvTranspose2d(4, 6, 3), None),
-        (nn.Conv1d(4, 6, 3), None),
-        (nn.BatchNorm2d(4), None),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
-)
-def test_a_layer_counts_as_what_it_computes(layer, kind):
-    assert plain_kind(layer) is kind
-    assert can_be_quantized(layer) == (kind is not None)
-
-
-def test_looking_at_a_layer_leaves_it_as_it_was():
-    layer = timm_layers.BatchNormAct2d(4).train()
-    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    assert after_normalising(layer) is not None
-    assert layer.training
-    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
-
-
-def test_a_subclass_that_computes_the_same_is_quantized_to_the_same_numbers():
+def made(form: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), timm_layers.Linear(12, 4))
-    twin = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
-    twin.load_state_dict(network.state_dict())
-    features = torch.rand(5, 3, 2, 2)
-    for each in (network, twin):
-        quantize_layers(each, {"1": (4, 4)})
-    assert torch.equal(network(features), twin(features))
-    assert list(quantized_layers(network)) == ["1"]
+    return factories.seen(getattr(factories, form)())
 
 
-class Shifted(nn.BatchNorm2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + 1
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_of_computed_weights_is_loaded_plain_and_exact(form, tmp_path):
+    network = made(form)
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    assert network.state_dict().keys() != factories.plain().state_dict().keys()
+    classifier = load(tmp_path / "net.pt", arch=spec(form), input_size=(3, 16, 16))
+    assert classifier.network.state_dict().keys() == factories.plain().state_dict().keys()
+    images = torch.rand(4, 3, 16, 16)
+    with torch.no_grad():
+        expected = network(classifier.normalise(images))
+    torch.testing.assert_close(classifier(images), expected, rtol=1e-6, atol=1e-6)
 
 
-class Rectified(nn.BatchNorm2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.relu(super().forward(input))
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_saved_is_plain_and_loads_through_the_same_factory(form, tmp_path):
+    torch.save(made(form).state_dict(), tmp_path / "net.pt")
+    classifier = load(tmp_path / "net.pt", arch=spec(form), input_size=(3, 16, 16))
+    save(classifier, tmp_path / "out")
+    again = load(tmp_path / "out", arch=spec(form))
+    images = torch.rand(4, 3, 16, 16)
+    assert torch.equal(again(images), classifier(images))
 
 
-@pytest.mark.parametrize(
-    ("norm", "after"),
-    [
-        (nn.BatchNorm2d(4), nn.Identity),
-        (nn.BatchNorm1d(4, affine=False), nn.Identity),
-        (nn.SyncBatchNorm(4), nn.Identity),
-        (timm_layers.BatchNormAct2d(4), nn.Sequential),
-        (timm_layers.BatchNormAct2d(4, act_layer=nn.ReLU6), nn.Sequential),
-        (nn.BatchNorm2d(4, track_running_stats=False), None),
-        (Shifted(4), None),
-        (Rectified(4), None),
-        (nn.GroupNorm(2, 4), None),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
-)
-def test_what_stays_behind_a_batchnorm_is_known_or_it_is_left_alone(norm, after):
-    found = after_normalising(norm.eval())
-    assert found is None if after is None else isinstance(found, after)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_classifier_made_in_python_is_left_as_it_is_and_a_plain_copy_used(form):
+    given = Classifier(made(form), CARD)
+    used = as_classifier(given)
+    assert is_plain(used.network)
+    assert not is_plain(given.network)
+    images = torch.rand(4, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(used(images), given(images), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm", [timm_layers.BatchNormAct2d, nn.SyncBatchNorm])
-def test_batchnorms_of_other_classes_are_folded_and_no_answer_changes(norm):
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), norm(6), nn.Conv2d(6, 4, 3), norm(4), nn.Flatten())
-    for each in (network[1], network[3]):
-        nn.init.normal_(each.running_mean)
-        nn.init.uniform_(each.running_var, 0.5, 2.0)
-        nn.init.normal_(each.weight)
-    classifier, images = Classifier(network, card()).frozen(), torch.rand(5, 3, 8, 8)
-    before = classifier(images)
-    assert fold_batchnorms(classifier) == ["1", "3"]
-    assert not any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in classifier.modules())
-    torch.testing.assert_close(classifier(images), before, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_student_has_plain_weights(form):
+    student, _ = make_student(spec(form), CARD, seed=0)
+    assert is_plain(student.network)
 
 
-class WithSpare(nn.Module):
-    """`auxiliary` runs in training alone, `attention` is used without being called, `scale` belongs to no layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, 3)
-        self.auxiliary = nn.Sequential(nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5))
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.pair = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-        self.forgotten = nn.Parameter(torch.zeros(7))
-        self.scale = nn.Parameter(torch.ones(4))
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.stem(images)
-        if self.training:
-            self.auxiliary(features)
-        tokens = features.flatten(2).transpose(1, 2)
-        return self.pair[0](self.attention(tokens, tokens, tokens)[0].mean(1)) * self.scale
+def test_spectral_normalisation_takes_no_step_of_its_iteration():
+    network = made("spectral_norm_parametrization").train()
+    vector = network.conv2.parametrizations.weight[0]._u.clone()
+    with torch.no_grad():
+        weight = network.eval().conv2.weight.clone()
+    network.train()
+    assert torch.equal(make_plain(network).conv2.weight, weight)
+    assert network.training
+    assert vector.shape == (8,)
 
 
-def test_weights_that_no_operation_takes_are_named_by_their_largest_module_with_their_bytes():
-    assert unused_weights(Classifier(WithSpare(), card())) == {
-        "forgotten": 4 * 7,
-        "auxiliary": 4 * (5 * 4 + 5 + 5 + 5),
-        "pair.1": 4 * (16 + 4),
-    }
+def test_a_plain_network_is_not_copied():
+    given = Classifier(made("plain"), CARD).frozen()
+    assert as_classifier(given) is given

@@ -8,10 +8,12 @@ import pytest
 import torch
 import torchvision.models
 
+from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models import architectures as room
 from dfcompress.models.architectures import Architecture, architectures, find, tensors_of
-from dfcompress.models.recognition import recognise
+from dfcompress.models.classifier import load_tensors
+from dfcompress.models.recognition import fit_to, recognise
 from dfcompress.models.weights import read
 
 NAMES = sorted(architectures())
@@ -143,6 +145,151 @@ def test_a_missing_and_a_foreign_tensor_are_named():
     assert "conv9.weight 16x6x5x5 is not in it" in refused.value.problem
 
 
+def _behind(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def _body(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in tensors.items() if not name.startswith("fc.")}
+
+
+@pytest.fixture
+def notices(monkeypatch) -> list[str]:
+    """What the user is told."""
+    told: list[str] = []
+    monkeypatch.setattr(console, "notice", told.append)
+    return told
+
+
+@pytest.fixture
+def resnet18() -> dict[str, torch.Tensor]:
+    """The tensors of torchvision's ResNet-18 of seven classes."""
+    return _file("resnet18", classes=7, channels=3)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "backbone.", "model.module.backbone.", "1."]
+)
+def test_a_networks_prefix_is_found_whatever_it_is(prefix, resnet18, notices):
+    found = recognise(_behind(prefix, resnet18), "file")
+    assert (found.architecture.name, found.classes) == ("resnet18", 7)
+    assert found.tensors.keys() == resnet18.keys()
+    assert not notices
+
+
+def test_a_wrapped_part_is_found():
+    """DataParallel around the convolutions alone, as the ImageNet example of PyTorch trains AlexNet and VGG."""
+    tensors = {
+        name.replace("features.", "features.module."): value
+        for name, value in _file("vgg11", classes=5, channels=3).items()
+    }
+    found = recognise(_behind("net.", tensors), "file")
+    assert (found.architecture.name, found.classes) == ("vgg11", 5)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize(
+    "strays",
+    [
+        {"criterion.pos_weight": torch.ones(7)},
+        {"criterion.weight": torch.ones(7)},
+        {"total_ops": torch.zeros(1), "total_params": torch.zeros(1)},
+        {"val_acc.correct": torch.tensor(3), "val_acc.confmat": torch.zeros(7, 7, dtype=torch.long)},
+        {"best": torch.tensor(0.7)},
+    ],
+    ids=lambda strays: next(iter(strays)),
+)
+def test_tensors_beside_a_network_are_named_once_and_left_out(prefix, strays, resnet18, notices):
+    found = recognise(_behind(prefix, resnet18) | strays, "net.pt")
+    assert found.architecture.name == "resnet18"
+    assert found.tensors.keys() == resnet18.keys()
+    (told,) = notices
+    assert told == f"net.pt: {', '.join(strays)} left out, because resnet18 has no such tensors."
+
+
+def test_what_thop_leaves_in_every_module_is_left_out(resnet18, notices):
+    counted = {f"{name.rpartition('.')[0]}.total_ops": torch.zeros(1) for name in resnet18}
+    assert recognise(resnet18 | counted, "net.pt").architecture.name == "resnet18"
+    assert notices == [
+        "net.pt: conv1.total_ops, bn1.total_ops, layer1.0.conv1.total_ops, layer1.0.bn1.total_ops and 37 more "
+        "left out, because resnet18 has no such tensors."
+    ]
+
+
+def test_body_and_head_have_prefixes_of_their_own(resnet18, notices):
+    head = {name: value for name, value in resnet18.items() if name.startswith("fc.")}
+    found = recognise(_behind("backbone.", _body(resnet18)) | _behind("head.", head), "file")
+    assert (found.architecture.name, found.classes) == ("resnet18", 7)
+    assert not notices
+
+
+def test_a_head_of_another_name_is_taken_with_a_notice(resnet18, notices):
+    head = {"classifier.1.weight": torch.empty(3, 512), "classifier.1.bias": torch.empty(3)}
+    found = recognise(_behind("backbone.", _body(resnet18)) | head, "net.pt")
+    assert (found.architecture.name, found.classes) == ("resnet18", 3)
+    assert found.tensors["fc.weight"].shape == (3, 512)
+    assert notices == [
+        "net.pt: classifier.1.weight taken for fc.weight, classifier.1.bias taken for fc.bias of resnet18."
+    ]
+
+
+def test_a_head_of_several_layers_is_another_network(resnet18):
+    head = {"head.0.weight": torch.empty(256, 512), "head.2.weight": torch.empty(7, 256)}
+    with pytest.raises(
+        BadInput, match=r"nearest is resnet18, which has 100 of its 102 tensors: fc\.weight .* is missing"
+    ):
+        recognise(_behind("backbone.", _body(resnet18)) | head, "net.pt")
+
+
+def test_a_layer_beside_the_network_is_left_out_only_where_the_network_is_named(resnet18, notices):
+    tensors = _behind("backbone.", resnet18) | {"head.weight": torch.empty(3, 7), "head.bias": torch.empty(3)}
+    with pytest.raises(BadInput, match=r"holds resnet18 and layers beside it: head\.weight, head\.bias") as refused:
+        recognise(tensors, "net.pt")
+    assert "--arch resnet18 to use that part alone" in refused.value.remedy
+    found = fit_to(find("resnet18"), tensors, "net.pt")
+    assert found.tensors.keys() == resnet18.keys()
+    assert notices == ["net.pt: head.weight, head.bias left out, because resnet18 has no such tensors."]
+
+
+def test_two_sets_of_weights_are_refused_and_one_under_two_names_is_taken():
+    one = {name: torch.rand(shape) for name, shape in tensors_of(find("lenet5"), 10, 1).items()}
+    other = {name: torch.rand(shape) for name, shape in tensors_of(find("lenet5"), 10, 1).items()}
+    with pytest.raises(BadInput, match=r"lenet5 twice, with different weights: under 'model\.' and under 'ema\.'"):
+        recognise(_behind("model.", one) | _behind("ema.", other), "net.pt")
+    found = recognise(_behind("model.", one) | _behind("net.", one), "net.pt")
+    assert torch.equal(found.tensors["fc3.weight"], one["fc3.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_part_of_a_deeper_network_is_no_match(prefix):
+    """Every tensor of ResNet-18 is in ResNet-34, of the same shape."""
+    deeper = _behind(prefix, _file("resnet34", classes=7, channels=3))
+    assert recognise(deeper, "file").architecture.name == "resnet34"
+    assert fit_to(find("resnet18"), deeper, "file") is None
+
+
+@pytest.mark.parametrize("more", ["layer1.0.alpha", "layer2.1.se.fc.weight", "layer5.0.conv1.weight"])
+def test_a_network_with_more_tensors_is_another_one(more, resnet18):
+    tensors = resnet18 | {more: torch.empty(64, 64)}
+    assert fit_to(find("resnet18"), tensors, "file") is None
+    with pytest.raises(BadInput, match=rf"nearest is resnet18, which has 102 of its 103 tensors: {more} 64x64 is not"):
+        recognise(tensors, "net.pt")
+
+
+def test_a_missing_tensor_is_not_taken_from_another_place(resnet18):
+    """The stem's BatchNorm has the names and shapes of the one in every block of the first stage."""
+    tensors = {name: value for name, value in resnet18.items() if not name.startswith("bn1.")}
+    with pytest.raises(
+        BadInput, match=r"nearest is resnet18, which has 98 of its 98 tensors: bn1\.weight 64 is missing"
+    ):
+        recognise(tensors, "net.pt")
+
+
+def test_a_network_that_has_nothing_in_common_with_any_is_not_compared():
+    with pytest.raises(BadInput, match=r"no tensor in common with any: it begins with a\.weight 3x4, b\.scale 9"):
+        recognise({"a.weight": torch.empty(3, 4), "b.scale": torch.empty(9)}, "net.pt")
+
+
 def test_where_several_fit_they_are_named(monkeypatch):
     lenet = find("lenet5")
     twin = Architecture("lenet5_twin", lenet.make, 28, channels=1)
@@ -150,6 +297,18 @@ def test_where_several_fit_they_are_named(monkeypatch):
     with pytest.raises(BadInput, match="several architectures: lenet5, lenet5_twin") as refused:
         recognise(_file("lenet5", classes=10, channels=1), "net.pt")
     assert "--arch lenet5" in refused.value.remedy
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_network_takes_the_tensors_of_its_file(name):
+    """torchvision's MNASNets ask which version a state dict is of."""
+    architecture = find(name)
+    fit = fit_to(architecture, _file(name, classes=5, channels=architecture.channels), "file")
+    network = architecture.make_empty(5, architecture.channels)
+    load_tensors(network, fit.tensors, assign=True)
+    assert {key: value.shape for key, value in fit.tensors.items()}.items() <= {
+        key: value.shape for key, value in network.state_dict().items()
+    }.items()
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

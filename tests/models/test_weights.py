@@ -64,18 +64,6 @@ def test_the_weights_come_before_their_average(network, tmp_path):
     assert _same(read(tmp_path / "net.pt").tensors, network)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module."])
-def test_prefixes_of_wrappers_are_taken_off(prefix, network, tmp_path):
-    torch.save({prefix + name: value for name, value in network.state_dict().items()}, tmp_path / "net.pt")
-    assert _same(read(tmp_path / "net.pt").tensors, network)
-
-
-def test_an_averaged_model_with_its_counter_is_read(network, tmp_path):
-    averaged = torch.optim.swa_utils.AveragedModel(network)
-    torch.save(averaged.state_dict(), tmp_path / "net.pt")
-    assert _same(read(tmp_path / "net.pt").tensors, network)
-
-
 def test_half_precision_weights_become_fp32(network, tmp_path):
     torch.save({name: value.half() for name, value in network.state_dict().items()}, tmp_path / "net.pt")
     tensors = read(tmp_path / "net.pt").tensors

@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import metadata
@@ -19,10 +21,11 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dfcompress.errors import BadInput
+from dfcompress.models.plain import make_plain
 from dfcompress.models.width import halved
 
 SMALL_INPUT = 64
@@ -40,11 +43,8 @@ class Naming:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
-    def apply(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors under our names."""
-        return {self._renamed(name): tensor for name, tensor in tensors.items()}
-
-    def _renamed(self, name: str) -> str:
+    def renamed(self, name: str) -> str:
+        """A tensor's name in our spelling."""
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name
@@ -58,7 +58,8 @@ class Architecture:
     `tensors` is the number of tensors in its state dict (without `num_batches_tracked`), where known: it spares
     building a network only to see that it is another one. `ignored` matches tensors that only training needs.
     `mean` and `std` are what its released weights expect, where that is not what is usual for the size.
-    `foreign` networks come from a factory of the user's, which takes no arguments: they are built as they are.
+    `foreign` networks come from a factory of the user's. They have the channels that it gives them, and its number of
+    classes where 0 are asked for, or where it takes no `num_classes`.
     """
 
     name: str
@@ -127,7 +128,8 @@ def named(spec: str) -> Architecture:
     """The architecture that `--arch` names: NAME, timm:NAME, file.py:factory, package.module:factory, or half:... of
     these with half the channels.
 
-    Code runs only because the user named it; a factory is called without arguments.
+    Code runs only because the user named it; a factory is called without arguments, or with `num_classes` where that is
+    known and it takes it.
     Raises `BadInput` where there is no such thing.
     """
     if spec.startswith(HALF):
@@ -144,6 +146,11 @@ def named(spec: str) -> Architecture:
     return Architecture(spec, partial(_make_foreign, factory, spec), size=None, foreign=True)
 
 
+def plain(architecture: Architecture) -> Architecture:
+    """The same with plain weights (see `make_plain`), as results are saved."""
+    return replace(architecture, make=partial(_make_plain, architecture.make))
+
+
 def runs_code(spec: str) -> bool:
     """Whether an architecture's name is one of code that only the user may name."""
     while spec.startswith(HALF):
@@ -151,15 +158,32 @@ def runs_code(spec: str) -> bool:
     return ":" in spec.removeprefix("timm:")
 
 
+def _make_plain(make: Callable[[int, int], nn.Module], classes: int, channels: int) -> nn.Module:
+    return make_plain(make(classes, channels))
+
+
 def _make_half(whole: Architecture, classes: int, channels: int) -> nn.Module:
-    return halved(whole.make(classes, channels))
+    return halved(make_plain(whole.make(classes, channels)))
 
 
-def _make_foreign(factory: Callable[[], object], spec: str, classes: int, channels: int) -> nn.Module:
-    network = factory()
+def _make_foreign(factory: Callable[..., object], spec: str, classes: int, channels: int) -> nn.Module:
+    network = _called(factory, classes)
     if not isinstance(network, nn.Module):
         raise BadInput(f"--arch {spec} gave a {type(network).__name__}.", "It must give a torch.nn.Module.")
     return network
+
+
+def _called(factory: Callable[..., object], classes: int) -> object:
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError:  # Some classes written in C have none.
+        return factory()
+    if classes and "num_classes" in parameters:
+        return factory(num_classes=classes)
+    if classes and any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        with suppress(TypeError):  # torchvision's functions hand on what they do not name; others refuse it.
+            return factory(num_classes=classes)
+    return factory()
 
 
 def _from_timm(name: str) -> Architecture:

@@ -1,0 +1,187 @@
+"""What a network answers with, made logits `(N, classes)` of exclusive classes: nothing else has a loss here.
+
+Two other answers are understood, because a pass shows beyond doubt what they are: probabilities (the network ends in
+softmax), and an object or a dictionary with `logits`, as networks of transformers give.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from dfcompress.errors import BadInput
+from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.randomness import generator
+
+# Of softmax in fp32 the sum of 21,841 probabilities is off by less than 1e-5.
+TOLERANCE = 1e-4
+# The logits of one image may add up to 1 by chance, those of a black image and one of noise do not.
+IMAGES = 2
+
+SOFTMAX = "the logits before its softmax"
+LOGARITHMS = "the logarithms of its probabilities, which are logits"
+FIELD = "the logits in its answer"
+LOGITS = "logits"
+
+
+def take_logits(classifier: Classifier) -> None:
+    """Let the network answer with logits, in place, where it gives something else that is understood.
+
+    Names of tensors stay. Of a softmax module the input is taken; of any other softmax the logarithm of the
+    probabilities, which differs from the logits by one number per image (at most 87 below the largest, in fp32).
+    """
+    answer = _answer(classifier)
+    if (logits := _logits_in(answer)) is not None:
+        _let(classifier.network, _LogitsTaken)
+        answer = logits
+    if not _are_probabilities(answer):
+        return
+    if softmax := _last_softmax(classifier):
+        for name in softmax:
+            classifier.network.set_submodule(name, _SoftmaxOmitted())
+        return
+    in_training = _answer(copy.deepcopy(classifier), training=True)
+    _let(classifier.network, _LogarithmTaken)
+    # An entry of the dictionary: `setattr` of a module is typed for tensors and modules alone.
+    vars(classifier.network)["logits_in_training"] = in_training is not None and not _are_probabilities(in_training)
+
+
+def gives_logits(classifier: Classifier) -> bool:
+    """Whether `take_logits` would leave the network as it is."""
+    answer = _answer(classifier)
+    return _logits_in(answer) is None and not _are_probabilities(answer)
+
+
+def answers_with(network: nn.Module) -> str:
+    """What is used of a network's answer, in words."""
+    if _is(network, _LogarithmTaken):
+        return LOGARITHMS
+    if any(isinstance(module, _SoftmaxOmitted) for module in network.modules()):
+        return SOFTMAX
+    return FIELD if _is(network, _LogitsTaken) else LOGITS
+
+
+def why_not_exclusive(classifier: Classifier) -> str | None:
+    """Why a classifier does not answer with one of several classes, or None where it does."""
+    return None if classifier.card.classes > 1 else "it answers with one column, and two or more classes are needed"
+
+
+def require_exclusive(classifier: Classifier) -> None:
+    """Raise `BadInput` where a classifier has fewer than two classes."""
+    if why := why_not_exclusive(classifier):
+        raise BadInput(
+            f"{classifier.name} cannot be used: {why}.",
+            "Let the --arch factory return two: of a sigmoid head with logit z, torch.cat([0 * z, z], 1) is the same.",
+        )
+
+
+class _LogitsTaken:
+    """A network whose answer holds logits under that name."""
+
+    @staticmethod
+    def read(answer: object) -> Any:
+        return _logits_in(answer)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.read(super().forward(images))  # type: ignore[misc]
+
+
+class _LogarithmTaken:
+    """A network that answers with probabilities, in training mode perhaps with logits."""
+
+    logits_in_training = False
+
+    @staticmethod
+    def read(answer: Tensor) -> Tensor:
+        return answer.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+
+    def forward(self, images: Tensor) -> Tensor:
+        answer: Tensor = super().forward(images)  # type: ignore[misc]
+        if self.training and self.logits_in_training:  # type: ignore[attr-defined]
+            return answer
+        return self.read(answer)
+
+
+Kind = type[_LogitsTaken] | type[_LogarithmTaken]
+
+
+class _SoftmaxOmitted(nn.Identity):
+    """Stands where the softmax was."""
+
+
+def _let(network: nn.Module, kind: Kind) -> None:
+    """Change the network's class to one whose `forward` reads the answer as that kind does.
+
+    It is no module around the network, so names of tensors, hooks and copies stay what they are. A traced network has
+    its own class and its own way to be copied; there the reading becomes a part of the graph.
+    """
+    if not isinstance(network, GraphModule):
+        base = type(network)
+        network.__class__ = type(base.__name__, (kind, base), {})
+        return
+    *_, output = network.graph.nodes
+    with network.graph.inserting_before(output):
+        output.args = (network.graph.call_function(kind.read, output.args),)
+    network.recompile()
+
+
+def _is(network: nn.Module, kind: Kind) -> bool:
+    if isinstance(network, GraphModule):
+        return any(node.target is kind.read for node in network.graph.nodes)
+    return isinstance(network, kind)
+
+
+@torch.no_grad()
+def _answer(classifier: Classifier, *, training: bool = False) -> object:
+    """What the network gives for a few images, or None where it cannot take them."""
+    shape = (IMAGES, *classifier.card.input_size)
+    images = torch.rand(shape, generator=generator("answers")).to(classifier.mean.device)
+    images[0] = 0
+    try:
+        if training:
+            with torch.random.fork_rng(devices=[]):
+                return classifier.train()(images)
+        with evaluating(classifier):
+            return classifier(images)
+    except Exception:
+        # `why_not_run` tries again and says what is wrong.
+        return None
+
+
+def _logits_in(answer: object) -> Tensor | None:
+    """The logits of an answer that is more than one tensor."""
+    if isinstance(answer, Tensor):
+        return None
+    logits = answer.get("logits") if isinstance(answer, Mapping) else getattr(answer, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def _are_probabilities(answer: object) -> bool:
+    if not isinstance(answer, Tensor) or answer.dim() != 2 or answer.shape[1] < 2:
+        return False
+    within = (answer >= 0) & (answer <= 1 + TOLERANCE)
+    return bool(within.all() and ((answer.sum(1) - 1).abs() < TOLERANCE).all())
+
+
+def _last_softmax(classifier: Classifier) -> list[str]:
+    """The names of the softmax module whose output is the network's answer, none where there is no such module."""
+    outputs: dict[nn.Module, list[Tensor]] = {}
+
+    def note(module: nn.Module, inputs: object, output: Tensor) -> None:
+        outputs.setdefault(module, []).append(output)
+
+    softmaxes = [module for module in classifier.network.modules() if isinstance(module, nn.Softmax)]
+    handles = [module.register_forward_hook(note) for module in softmaxes]
+    try:
+        answer = _answer(classifier)
+    finally:
+        for handle in handles:
+            handle.remove()
+    last = [module for module, given in outputs.items() if len(given) == 1 and given[0] is answer]
+    names = classifier.network.named_modules(remove_duplicate=False)
+    return [name for name, module in names if name and module in last]
