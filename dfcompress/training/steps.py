@@ -218,7 +218,7 @@ def _last_layer(student: Classifier) -> str:
     called: list[str] = []
     layers = weighted_layers(student.network)
     with hooked_inputs(student.network, layers, lambda name, features: called.append(name)):
-        pass_once(student, hooks=[])
+        pass_once(student)
     return called[-1]
 
 
