@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
 
 SHARED_DATA = Path(os.environ.get("DFCOMPRESS_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -57,6 +55,8 @@ def mnist_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["forward", "backward"])
 def broken_compiler(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """A machine that seems able to compile, and whose compiler fails at every graph, or at backward graphs alone."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
 
     def fail(graph, inputs):
         raise RuntimeError("no compiler here")

@@ -87,7 +87,7 @@ def test_the_step_is_really_captured_and_still_moves_the_images(name, index, res
 
 
 def test_after_a_capture_that_fails_memory_can_still_be_freed():
-    """The allocator is let out of the failed graph's memory: inside, it keeps what is cached, also where that is all."""
+    """The allocator is let out of the failed graph's memory: inside, it keeps what is cached, also where it is full."""
     weight = torch.ones(1000, device="cuda")
 
     def reads_a_value():
