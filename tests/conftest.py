@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
 
 # Small tensors on two threads wait for each other: with the second core busy, the suite takes several times as long.
 os.environ["OMP_NUM_THREADS"] = "1"  # Of the processes that tests start; `one_thread_a_test` is for this one.
@@ -68,6 +66,8 @@ def mnist_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["forward", "backward"])
 def broken_compiler(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """A machine that seems able to compile, and whose compiler fails at every graph, or at backward graphs alone."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
 
     def fail(graph, inputs):
         raise RuntimeError("no compiler here")

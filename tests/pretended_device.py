@@ -3,8 +3,9 @@
     python pretended_device.py COUNT < COMMANDS
 
 COMMANDS is a JSON list of command lines of dfcompress, run one after the other in this process, which has COUNT devices
-named `gpu:0`, `gpu:1` ..., until one fails. Each ends in one JSON line {code, replays, waits}: its exit code, how often
-a captured graph was replayed, and every wait for the device inside a step.
+named `gpu:0`, `gpu:1` ..., until one fails. Each ends in one JSON line {code, replays, waits, elsewhere}: its exit
+code, how often a captured graph was replayed, every wait for the device inside a step, and how many convolutions of
+more than one image the CPU computed while the device was idle.
 
 A tensor of the device holds a CPU tensor that computes for it. Refused is what a GPU refuses: tensors of two devices in
 one operation, a generator of another device, and, while a graph is captured, whatever waits for the device or copies
@@ -104,7 +105,14 @@ class Devices(TorchDispatchMode):
         self.count, self.current = count, 0
         self.tape = None  # Of the capture that is under way.
         self.generators, self.default = weakref.WeakSet(), torch._C.Generator()
-        self.stepping, self.waits, self.replays = False, Counter(), 0
+        self.stepping = False
+        self.start_counting()
+
+    def start_counting(self):
+        self.waits, self.replays, self.elsewhere = Counter(), 0, 0
+
+    def counts(self):
+        return {"replays": self.replays, "waits": self.waits, "elsewhere": self.elsewhere}
 
     def wait(self, what):
         if self.tape is not None:
@@ -118,6 +126,9 @@ class Devices(TorchDispatchMode):
         ours = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
         asked = kwargs.get("device")
         if not ours and (asked is None or torch.device(asked).type != NAME):
+            if function is aten.convolution.default:
+                images = args[0].shape[0]  # For the exporter a symbol, which a comparison would make a number.
+                self.elsewhere += isinstance(images, int) and images > 1
             return function(*args, **kwargs)
         home = self.indexed(ours[0].device if asked is None else asked)
         if function is aten.copy_.default:
@@ -368,10 +379,10 @@ def main():
     count_waits_of(Synthesizer, "step")
     count_waits_of(Steps, "take")
     for command in json.load(sys.stdin):
-        GPU.replays, GPU.waits = 0, Counter()
+        GPU.start_counting()
         with contextlib.redirect_stdout(sys.stderr), GPU:
             code = cli.run(command)
-        json.dump({"code": code, "replays": GPU.replays, "waits": GPU.waits}, sys.stdout)
+        json.dump({"code": code, **GPU.counts()}, sys.stdout)
         sys.stdout.write("\n")
         sys.stdout.flush()
         if code:

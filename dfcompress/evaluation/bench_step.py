@@ -37,7 +37,8 @@ def bench_step(
     `floor`: forward and gradient to the input of the plain teacher, eager, no statistics, no optimiser.
     Both again under bf16. Then what makes the Synthesizer fast, one after the other: `+frozen` (published, for the
     images alone, nothing read back), `+records` (statistics with an analytic backward, eager), `+compiled`, and `ours`,
-    as `invert` runs it, in the precision asked for. On a CPU all rows profit from freed memory being kept.
+    as `invert` runs it, in the precision asked for. On a CPU all rows profit from freed memory being kept; on CUDA the
+    rows without `+records` convolve fp32 as PyTorch does by default, in TF32, the others in fp32.
     """
     teacher = as_classifier(checkpoint)
     require_statistics(teacher)

@@ -96,7 +96,8 @@ class Steps:
         process = [self.everyone.rank] * (self.everyone.count > 1)
         device.seed(torch.device(self.execution.device), seed_of("dropout", self.pool.seed, self.done, *process))
         images = self.pool.batch(self.done)[self._mine]
-        images = images.contiguous(memory_format=layout_of(self.execution))
+        if self.execution.precision != "fp32":
+            images = images.contiguous(memory_format=layout_of(self.execution))
         loss, values = self._learn(images, self._taught(images))
         for group in self._optimizer.param_groups:
             group["lr"] = self.training.rate(self.done)

@@ -156,7 +156,18 @@ def test_two_processes_make_the_record_of_one_up_to_rounding(kind, lenet_folder,
     random = np.random.default_rng(1)
     images = random.integers(0, 256, (1200, 1, 32, 32), dtype=np.uint8)  # Three batches: one process sees two.
     np.savez(tmp_path / "data.npz", images=images, labels=np.arange(1200) % 10)
-    asked = ["record", lenet_folder, "--data", "data.npz", "--kind", kind, "--covariance", "block:32"]
+    asked = [
+        "record",
+        lenet_folder,
+        "--data",
+        "data.npz",
+        "--kind",
+        kind,
+        "--covariance",
+        "block:32",
+        "--device",
+        "cpu",
+    ]
     if kind in SPECTRAL:
         asked += ["--layers", "fc*", "--layers", "logits"]
     one = [sys.executable, "-m", "dfcompress", *map(str, asked), "-o", "one"]
