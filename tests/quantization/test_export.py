@@ -118,6 +118,45 @@ def test_every_width_is_exported_and_answers_alike(bits, asymmetric, tmp_path):
     assert exported.milliseconds > 0 < exported.milliseconds_fp32
 
 
+class Bounded(nn.Module):
+    """Operations that bound activations, before quantized layers at once or with other operations between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(ins, 8, 3, padding=1) for ins in (3, 8, 8, 8))
+        self.six, self.hard, self.pool = nn.ReLU6(), nn.Hardtanh(-2, 2), nn.MaxPool2d(2)
+        self.head, self.more = nn.Linear(8 * 4 * 4, 8), nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.six(self.convs[0](images))
+        features = self.hard(self.convs[1](features)).clamp(min=-1)
+        features = self.pool(self.six(self.convs[2](features)))
+        features = self.pool(self.convs[3](features)).clamp(max=1.5)
+        return self.more(self.six(self.head(features.flatten(1)))).clamp(-50, 50)
+
+
+@pytest.mark.parametrize(("bits", "kind"), [("4w4a", "UINT4"), ("4w4a", "INT4"), ("4w2a", "UINT2"), ("4w3a", "UINT8")])
+@torch.no_grad()
+def test_bounded_activations_go_into_quantizers_of_few_bits(bits, kind, tmp_path):
+    """A ReLU6 before a 4-bit quantizer made a file that onnxruntime cannot load."""
+    torch.manual_seed(0)
+    classifier = Classifier(Bounded(), ModelCard("bounded", 4, (3, 16, 16), (0.5,) * 3, (0.1,) * 3)).frozen()
+    student = quantized(classifier, bits, ends=None, signed=kind.startswith("INT"))
+    exported = export(student, output=tmp_path / "model.onnx")
+    assert exported.equal >= 0.98 * exported.images
+    assert exported.median_difference < 0.02 * student(pictures(3, 16, 8)).std()
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    zeros = {constant.data_type for constant in zero_points(graph)}
+    assert zeros == {getattr(onnx.TensorProto, kind)}
+
+
+def zero_points(graph) -> list:
+    """Of all QuantizeLinear, as tensors."""
+    constants = {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    constants |= {tensor.name: tensor for tensor in graph.initializer}
+    return [constants[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
+
+
 @pytest.mark.parametrize(("asymmetric", "kind"), [((), "INT"), (WIDTHS, "UINT")])
 def test_integers_are_stored_at_their_true_width(asymmetric, kind, tmp_path):
     classifier = classifier_of("cifar_resnet20", 32)
