@@ -10,8 +10,8 @@ What the network itself does to a pixel before the convolution (dividing by 255,
 and undone, so that μ and s are those of the network's own input.
 
 Measured on 26 small networks trained on MNIST and CIFAR-10, ordinary and at a fifth of the contrast, normalised in six
-ways: the deviation is right to 12 %, the mean to 0.02. On the released CIFAR-10 ResNets s comes out as 1.26 and 1.33 where 1.1 is
-right (the black borders of random crops, which the mean shows too, make it larger).
+ways: the deviation is right to 12 %, the mean to 0.02. On the released CIFAR-10 ResNets s comes out as 1.26 and 1.33
+where 1.1 is right (the black borders of random crops, which the mean shows too, make it larger).
 
 So the weights tell what the images in [0, 1] were like if the card is right, and that can be impossible; they cannot
 tell images of low contrast from ordinary images that the network saw with another normalisation.
