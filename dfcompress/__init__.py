@@ -6,7 +6,8 @@
     dfcompress.invert("resnet20.pt", output="images")
     dfcompress.quantize("resnet20.pt", bits="4w4a", data="images")
 
-Every verb of the command line is a function of the same name.
+Every verb of the command line is a function of the same name, so that no module of the package's top may have it: an
+imported submodule takes the place of the attribute.
 Nothing is imported before it is used: `import dfcompress` does not import torch.
 """
 
@@ -28,7 +29,7 @@ _HOME = {
     "Training": "training.settings",
     "bench_step": "evaluation.bench_step",
     "bench_train": "evaluation.bench_train",
-    "demo": "demo",
+    "demo": "evaluation.demo",
     "distill": "training.distill",
     "doctor": "evaluation.doctor",
     "evaluate": "evaluation.evaluate",

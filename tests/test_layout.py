@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ VERB_FILES = {
     "evaluation/bench_step.py",
     "evaluation/bench_train.py",
     "evaluation/result.py",
-    "demo.py",
+    "evaluation/demo.py",
 }
 GROUND = {"run", "errors", "console", "device", "distributed", "randomness", "settings"}
 ENTRANCE = {"", "__main__", "cli", "commands"}
@@ -74,7 +75,7 @@ def _may_import(path: Path, target: str) -> bool:
         return wanted in {"models", "data"}
     if wanted in {"models", "data"} or wanted == room:
         return True
-    return file in VERB_FILES and (wanted in ENGINES or wanted == "demo")
+    return file in VERB_FILES and wanted in ENGINES
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
@@ -98,6 +99,24 @@ def test_public_names_resolve_and_are_listed():
     assert dfcompress.__all__ == sorted(dfcompress.__all__)
     for name in dfcompress.__all__:
         assert getattr(dfcompress, name) is not None
+
+
+def test_no_module_of_the_top_has_the_name_of_a_verb():
+    assert {module.name for module in pkgutil.iter_modules(dfcompress.__path__)}.isdisjoint(dfcompress.__all__)
+
+
+def test_every_public_name_stays_the_same_whatever_is_imported():
+    """An imported submodule becomes an attribute of its package, in place of a function of that name."""
+    code = (
+        "import importlib, pkgutil, dfcompress\n"
+        "names = [name for name in dfcompress.__all__ if name != '__version__']\n"
+        "first = {name: getattr(dfcompress, name) for name in names}\n"
+        "for module in pkgutil.walk_packages(dfcompress.__path__, 'dfcompress.'):\n"
+        "    if not module.name.endswith('__main__'): importlib.import_module(module.name)\n"
+        "print(*[name for name in names if not callable(first[name]) or getattr(dfcompress, name) is not first[name]])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["invert", "--help"], ["quantize", "--bots", "4w4a"], ["nonsense"]])

@@ -238,6 +238,7 @@ REBUILT: dict[str, Callable[..., Any]] = {
     "torch.serialization._get_layout": lambda layout: layout,
     "collections.OrderedDict": _ordered,
     "builtins.set": set,
+    "torch.Size": lambda sizes=(): Row(sizes),
     "copyreg._reconstructor": lambda kind, base, state: Instance(kind.text),
 }
 
@@ -343,6 +344,7 @@ class Content:
 
     def tensor(self, stored: StoredTensor, name: str, path: Path) -> Tensor:
         """The tensor itself, sharing memory with others of its storage; raises where it leaves the storage."""
+        name = printable(name)
         if stored.storage is None:
             raise BadInput(f"{path}: {name} is {stored.foreign}.", "Save it with plain float tensors.")
         values, offset = self._values(stored.storage), stored.storage.first + stored.offset

@@ -115,6 +115,7 @@ def _object(values: object, path: Path) -> dict[str, Any]:
 
 
 def _usable(tensor: Tensor, name: str, path: Path) -> Tensor:
+    name = printable(name)
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
         raise BadInput(f"{path}: {name} is {tensor.layout} {tensor.dtype}.", "Save it with plain float tensors.")
     if not tensor.is_floating_point():

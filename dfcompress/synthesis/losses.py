@@ -127,19 +127,21 @@ def _pixels(trace: Trace) -> LayerRecord:
     return record_of(trace.images, trace.images.new_zeros(channels), trace.images.new_ones(channels))
 
 
-def activation_distance(leak: float = 0.0, *, later: float = 1.0, pooled: bool = False) -> Loss:
+def activation_distance(leak: float = 0.0, *, later: float = 1.0, summed: bool = False, pooled: bool = False) -> Loss:
     """Σ over recorded layers of the mean over units and images of (r(t) − r(a))², t the target, a the image's output,
     each times the layer's scale; r is ReLU, or leaky with a slope of `leak` below 0 (Lopes 2017, section 3.1.2).
 
-    Every layer counts `later` times the one before it. Where targets are drawn from `pooled` classes, no class is
-    intended.
+    `summed` takes the sum over units instead, which weighs every unit of the network alike; with a leak of 1 that is
+    Σ_i (s̄_i − s_i)² of section 3.1.3. Every layer counts `later` times the one before it. Where targets are drawn from
+    `pooled` classes, no class is intended.
     """
 
     def value(trace: Trace) -> Tensor:
-        distances = [
-            (F.leaky_relu(target.values, leak) - F.leaky_relu(output, leak)).mul(target.scale).square().mean(1).mean()
+        squares = [
+            (F.leaky_relu(target.values, leak) - F.leaky_relu(output, leak)).mul(target.scale).square()
             for output, target in zip(trace.outputs, trace.targets, strict=True)
         ]
+        distances = [(square.sum(1) if summed else square.mean(1)).mean() for square in squares]
         return torch.stack([later**depth * distance for depth, distance in enumerate(distances)]).sum()
 
     return Loss("activation_distance", value, needs_targets=True, needs_labels=not pooled)

@@ -150,7 +150,8 @@ def choose(
     Text in `overrides` (from the command line) is converted to the type of the setting's default.
     Without `preset` the recipe's `default_preset` for the model's card and record is taken, or its first preset.
     `pooled` is the record's, where a recipe has it.
-    Raises `BadInput` for unknown names, with a suggestion, and for values of the wrong type.
+    Raises `BadInput` for unknown names, with a suggestion, for values of the wrong type, and for a preset that is not
+    meant for the record.
     """
     module = _module(name)
     if preset is None:
@@ -158,6 +159,8 @@ def choose(
         preset = fits(card, record) if fits and card else next(iter(module.PRESETS))
     if preset not in module.PRESETS:
         raise unknown("preset", preset, list(module.PRESETS))
+    if record and (check := getattr(module, "check_preset", None)):
+        check(preset, record)
     function = getattr(module, module.__name__.rpartition(".")[2])
     defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
     settings = defaults | module.PRESETS[preset]

@@ -119,7 +119,7 @@ def test_a_class_beside_the_weights_is_not_imported(tmp_path, monkeypatch):
     assert (tmp_path / "proof").exists()
 
 
-@pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.optim.swa_utils.AveragedModel, torch.compile])
 def test_a_pickled_wrapper_of_torch_is_read_as_data(wrapper, tmp_path):
     network = torchvision.models.resnet18(num_classes=7)
     torch.save(wrapper(network), tmp_path / "net.pt")
@@ -358,6 +358,12 @@ def test_a_flipped_bit_in_a_tensor_is_found_and_its_record_named(tmp_path):
     content[content.index(struct.pack("<f", 53.0)) + 1] ^= 4
     (tmp_path / "net.pt").write_bytes(content)
     with pytest.raises(BadInput, match="is damaged: its record net/data/0 does not have its checksum"):
+        read(tmp_path / "net.pt")
+
+
+def test_names_of_a_file_do_not_steer_the_terminal(tmp_path):
+    torch.save({"a\x1b[2Jb": torch.full((2, 2), float("nan"))}, tmp_path / "net.pt")
+    with pytest.raises(BadInput, match=r"a\?\[2Jb holds NaN"):
         read(tmp_path / "net.pt")
 
 

@@ -294,6 +294,15 @@ def test_shards_elsewhere_and_missing_ones_are_refused(shard, message, network, 
         read(folder)
 
 
+def test_a_missing_shard_put_beside_the_others_is_found(network, tmp_path):
+    shard = sorted(set(_sharded(network.state_dict(), tmp_path).values()))[1]
+    (tmp_path / shard).rename(tmp_path / "elsewhere")
+    with pytest.raises(BadInput, match="Download it into the same folder"):
+        read(tmp_path)
+    (tmp_path / "elsewhere").rename(tmp_path / shard)
+    assert _same(read(tmp_path).tensors, network)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "[" * 100_000])
 def test_an_index_without_shards_is_refused(content, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(content)

@@ -21,6 +21,7 @@ from dfcompress.synthesis.losses import (
     smoothness,
     total_variation,
 )
+from dfcompress.synthesis.recipe import choose
 
 
 def trace(images=None, logits=None, labels=None, moments=None, outputs=(), targets=(), student_logits=None):
@@ -143,6 +144,21 @@ def test_activation_distance_sums_means_of_squared_differences_behind_the_relu()
     assert later.item() == pytest.approx(first + 0.1 * second)
     leaking = activation_distance(1.0).value(trace(outputs=outputs, targets=targets))
     assert leaking.item() == pytest.approx((4 + 1 + 16 + 0) / 4 + second)
+
+
+def test_the_published_spectral_loss_is_the_sum_over_all_units_without_relu():
+    """Lopes 2017, 3.1.3: Σ_i (s̄_i − s_i)², here the mean of two images; a mean per layer would weigh the last unit
+    twice.
+    """
+    outputs = [torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([[8.0], [0.0]])]
+    targets = [
+        Target(torch.tensor([[3.0, -1.0], [-1.0, 4.0]]), torch.tensor(1.0)),
+        Target(torch.tensor([[5.0], [-4.0]]), torch.tensor(1.0)),
+    ]
+    recipe = choose("activation-records", "paper-spectral").build()
+    (loss,) = recipe.losses
+    value = loss.weight * loss.value(trace(outputs=outputs, targets=targets))
+    assert value.item() == pytest.approx(((4 + 1 + 9) + (16 + 0 + 16)) / 2)
 
 
 def test_a_unit_that_is_off_moves_only_with_a_leak():

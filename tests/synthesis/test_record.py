@@ -194,6 +194,24 @@ def test_images_come_nearer_to_what_every_kind_asks_for(kind, released, lenet_fo
     assert manifest["record"] == hashlib.sha256(released[kind].read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize(
+    ("kind", "preset", "remedy"),
+    [
+        ("spectral-all", "paper", "paper-spectral"),
+        ("spectral-pairs", "paper", "paper-spectral"),
+        ("all-layers", "paper-spectral", "paper"),
+    ],
+)
+def test_published_settings_of_another_family_are_refused(kind, preset, remedy, released, lenet_folder, tmp_path):
+    asked = Synthesis(images=4, preset=preset, settings={"steps": 1, "batch_size": 4}, records=released[kind])
+    with pytest.raises(BadInput, match=f"of kind {kind}") as refused:
+        invert(lenet_folder, output=tmp_path / "set", synthesis=asked, compute=EAGER)
+    assert refused.value.remedy == f"Use --preset {remedy}."
+    assert not (tmp_path / "set").exists()
+    invert(lenet_folder, output=tmp_path / "set", synthesis=replace(asked, preset=remedy), compute=EAGER)
+    assert SyntheticSet(tmp_path / "set").manifest["recipe"]["preset"] == remedy
+
+
 def test_images_start_from_the_pixels_of_the_data(released, lenet_folder, tmp_path):
     barely = {"steps": 1, "lr": "1e-9", "batch_size": 64}
     asked = Synthesis(images=64, preset="paper", settings=barely, records=released["top-layer"])

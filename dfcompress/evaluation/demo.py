@@ -24,7 +24,7 @@ from dfcompress.synthesis.making import PREVIEW
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.training.distill import DISTILLATION, distill
 
-FILES = Path(__file__).parent / "demo_files"
+FILES = Path(__file__).parents[1] / "demo_files"
 SHOWN = Synthesis(images=512, settings={"steps": 200})
 TAUGHT = Synthesis(images=1536, settings={"steps": 200})
 STUDENT = "lenet5_bn_half"
