@@ -20,7 +20,7 @@ class ModelCard:
 
     `input_size` is (channels, height, width) in pixels, `mean` and `std` are per channel of images in [0, 1].
     `origin` says of each field whether the user gave it, the file stated it (*read*), the tensors imply it
-    (*recognised*), or it is what is usual (*assumed*).
+    (*recognised*), or it is what is usual (*assumed*). `config` is what transformers builds a network from.
     """
 
     architecture: str
@@ -30,10 +30,12 @@ class ModelCard:
     std: tuple[float, ...]
     class_names: tuple[str, ...] | None = None
     origin: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The card as plain JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: value for name, value in values.items() if name != "config" or value}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelCard:
@@ -47,4 +49,5 @@ class ModelCard:
             std=tuple(values["std"]),
             class_names=tuple(names) if names else None,
             origin=dict(values.get("origin", {})),
+            config=values.get("config"),
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from dfcompress.models.answers import gives_logits, require_exclusive, take_logi
 from dfcompress.models.architectures import (
     HALF,
     SMALL_INPUT,
+    TRANSFORMERS,
     Architecture,
     architectures,
     named,
@@ -45,6 +46,7 @@ from dfcompress.models.card import (
 )
 from dfcompress.models.classifier import Classifier, load_tensors, pass_once, why_not_run
 from dfcompress.models.fake_quantizers import dequantized, is_quantized
+from dfcompress.models.huggingface import card_of, is_of_transformers, take_rgb
 from dfcompress.models.plain import is_plain, make_plain
 from dfcompress.models.recognition import MISSING, Recognised, differences, first, fit_to, recognise
 from dfcompress.models.statistics import require_variances
@@ -90,7 +92,9 @@ def load(
     path = _as_path(path)
     stored = read(path)
     sidecar = read_json(_sidecar_path(path))
-    stated = _checked(stored.card, str(path)) | _checked(sidecar, str(_sidecar_path(path)))
+    of_transformers = arch is None and is_of_transformers(path)
+    card = card_of(path) if of_transformers else stored.card
+    stated = _checked(card, str(path)) | _checked(sidecar, str(_sidecar_path(path)))
     given = {
         "architecture": arch,
         "classes": num_classes,
@@ -108,7 +112,7 @@ def load(
     elif arch:
         fit = _fit_of(named(arch), stored.tensors, path, known)
     elif "architecture" in stated:
-        fit = _fit_of_stated(stated["architecture"], stored.tensors, path, known)
+        fit = _fit_of_stated(stated, stored.tensors, path, known)
     else:
         fit = recognise(stored.tensors, str(path), num_classes or 0)
     network = _packed(fit, stored) if stored.quantization is not None else _with_weights(fit)
@@ -116,10 +120,12 @@ def load(
     card = _card(fit, stated, given)
     classifier = Classifier(make_plain(network), card, name=_name(path), sha256=sha256(path), path=path).frozen()
     take_logits(classifier)
+    if of_transformers:
+        take_rgb(classifier, path)
     if unfit := why_not_run(classifier):
         raise BadInput(f"{path}: {unfit.why}.", unfit.remedy)
-    if not card.classes:
-        classifier.card = replace(card, classes=pass_once(classifier).shape[1])
+    if not classifier.card.classes:
+        classifier.card = replace(classifier.card, classes=pass_once(classifier).shape[1])
     _check_names(classifier.card)
     plain_batchnorms(classifier)
     return classifier
@@ -169,7 +175,7 @@ def _is_built_by_name(classifier: Classifier) -> bool:
     with suppress(BadInput):
         return any(
             {name: value.shape for name, value in tensors.items()} == tensors_of(form, card.classes, card.input_size[0])
-            for form in _forms(named(card.architecture))
+            for form in _forms(named(card.architecture, card.config))
         )
     return False
 
@@ -286,11 +292,12 @@ def _remedy(architecture: Architecture, tensors: Mapping[str, Tensor], path: Pat
     return "Name the architecture of the network that was saved." + factory
 
 
-def _fit_of_stated(name: str, tensors: Mapping[str, Tensor], path: Path, classes: int) -> Recognised:
+def _fit_of_stated(stated: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, classes: int) -> Recognised:
     """The architecture that a file states: ours by name, else timm's, else the one its tensors tell; never code."""
+    name = stated["architecture"]
     _refuse_code(name, None, path)
-    if name.startswith(HALF):
-        return _fit_of(named(name), tensors, path, classes)
+    if name.startswith((HALF, TRANSFORMERS)):
+        return _fit_of(named(name, stated.get("config")), tensors, path, classes)
     if name in architectures() and (fit := fit_to(architectures()[name], tensors, str(path))):
         return fit
     timm_name = name.removeprefix("timm:")
@@ -351,10 +358,18 @@ def _fit_of_packed(arch: str | None, card: Mapping[str, Any], stored: StoredMode
         raise BadInput(f"{path} states {classes} classes, which no tensor has.", "The file is damaged; make it again.")
     name = card["architecture"]
     _refuse_code(name, arch, path)
-    if name != arch and name not in architectures() and not name.startswith(("timm:", HALF)):
+    if name != arch and name not in architectures() and not name.startswith(("timm:", HALF, TRANSFORMERS)):
         raise BadInput(f"{path} states the architecture {name!r}, which is not known.", "Add --arch file.py:factory.")
-    architecture = named(name)
+    architecture = named(name, card.get("config"))
+    _require_room(architecture, classes, card["input_size"][0], stored, path)
     return Recognised(architecture, architecture.namings[0], classes, card["input_size"][0], {})
+
+
+def _require_room(architecture: Architecture, classes: int, channels: int, stored: StoredModel, path: Path) -> None:
+    """Raise `BadInput` before a network takes memory that has more values than 2 bits each could hold in the file."""
+    values = sum(shape.numel() for shape in tensors_of(architecture, classes, channels).values())
+    if values > 4 * sum(tensor.numel() for tensor in stored.tensors.values()):
+        raise BadInput(f"{path} is too small for the {values:,} values of {architecture.name}.", "Make it again.")
 
 
 def _refuse_code(stated: str, arch: str | None, path: Path) -> None:
@@ -420,24 +435,28 @@ def _usual(architecture: Architecture, channels: int) -> dict[str, Any]:
 
 def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields of a card that are there, of the right kind; raises `BadInput` naming the one that is not."""
-    kinds = {
-        "architecture": (lambda value: isinstance(value, str), "a name"),
-        "classes": (_is_size, "a positive integer"),
-        "input_size": (lambda value: len(value) == 3 and all(map(_is_size, value)), "3 positive integers, CxHxW"),
-        "mean": (lambda value: all(_is_number(each) and 0 <= each <= 1 for each in value), "one share of 1 a channel"),
-        "std": (lambda value: all(_is_number(each) and 0 < each <= 1 for each in value), "one share of 1 a channel"),
-        "class_names": (lambda value: all(isinstance(name, str) for name in value), "a list of names"),
+    listed = (list, tuple)
+    kinds: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] = {
+        "architecture": (str, lambda value: True, "a name"),
+        "classes": (int, _is_size, "a positive integer"),
+        "input_size": (listed, lambda value: len(value) == 3 and all(map(_is_size, value)), SIZES),
+        "mean": (listed, lambda value: all(_is_number(each) and 0 <= each <= 1 for each in value), SHARES),
+        "std": (listed, lambda value: all(_is_number(each) and 0 < each <= 1 for each in value), SHARES),
+        "class_names": (listed, lambda value: all(isinstance(name, str) for name in value), "a list of names"),
+        "config": (dict, lambda value: isinstance(value.get("model_type"), str), "an object with a model_type"),
     }
     checked = {}
-    for name, (is_right, wanted) in kinds.items():
+    for name, (kind, is_right, wanted) in kinds.items():
         value = values.get(name)
         if value is None:
             continue
-        scalar = name in ("architecture", "classes")
-        if (not scalar and not isinstance(value, (list, tuple))) or not is_right(value):
+        if not isinstance(value, kind) or not is_right(value):
             raise BadInput(f"{where}: {name} is {value!r}.", f"It must be {wanted}.")
-        checked[name] = value if scalar else tuple(value)
+        checked[name] = tuple(value) if isinstance(value, (list, tuple)) else value
     return checked
+
+
+SIZES, SHARES = "3 positive integers, CxHxW", "one share of 1 a channel"
 
 
 def _is_size(value: object) -> bool:

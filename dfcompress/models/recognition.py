@@ -226,14 +226,8 @@ def _match(architecture: Architecture, naming: Naming, file: _File, classes: int
     if not architecture.foreign:
         classes, channels = _classes_and_channels(architecture, usual, tensors, classes)
     expected = tensors_of(architecture, classes, channels)
-    taken = set(names.values())
-    others = [
-        name
-        for name in file.tensors
-        if name not in taken
-        and not any(architecture.ignores(naming.renamed(name.removeprefix(prefix))) for prefix in prefixes)
-    ]
-    layers = [name for name in _of_layers(others, file) if not any(file.same(name, own) for own in taken)]
+    others = _others(architecture, naming, file, names, prefixes)
+    layers = [name for name in _of_layers(others, file) if not any(file.same(name, own) for own in names.values())]
     modules = {_unwrapped(name).split(".")[0] for name in expected if "." in name}
     inside = [name for name in others if _is_inside(name, prefixes, modules, name in layers, file)]
     unequal = [
@@ -252,6 +246,15 @@ def _match(architecture: Architecture, naming: Naming, file: _File, classes: int
         layers=[name for name in layers if name not in inside],
         twins=twins,
     )
+
+
+def _others(
+    architecture: Architecture, naming: Naming, file: _File, names: Mapping[str, str], prefixes: Iterable[str]
+) -> list[str]:
+    """The file's tensors that are none of the architecture's, nor such as only training needs."""
+    taken = set(names.values())
+    spellings = {name: [naming.renamed(name.removeprefix(prefix)) for prefix in prefixes] for name in file.tensors}
+    return [name for name, own in spellings.items() if name not in taken and not any(map(architecture.ignores, own))]
 
 
 def _found(
@@ -303,10 +306,10 @@ def _head_elsewhere(expected: Mapping[str, torch.Size], names: Mapping[str, str]
         return {}
     taken = set(names.values())
     left = _of_layers([name for name in file.tensors if name not in taken], file)
-    parents = {_parent(name) for name in left}
+    parents = [*{_parent(name) for name in left}]
     if len(parents) != 1:
         return {}
-    found = {name: f"{parents.copy().pop()}.{_leaf(name)}".lstrip(".") for name in missing}
+    found = {name: f"{parents[0]}.{_leaf(name)}".lstrip(".") for name in missing}
     fits = all(theirs in left and file.tensors[theirs].dim() == len(expected[name]) for name, theirs in found.items())
     return found if fits else {}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfcompress.errors import BadInput
 from dfcompress.models.answers import take_logits
-from dfcompress.models.architectures import HALF, SMALL_INPUT, architectures, named
+from dfcompress.models.architectures import HALF, SMALL_INPUT, TRANSFORMERS, architectures, named
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, why_not_run
@@ -41,8 +41,9 @@ def make_student(
     taken = _meant(name, card)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        network = named(taken).make(card.classes, channels)
-    own = replace(card, architecture=taken, origin={**card.origin, "architecture": "given"})
+        network = named(taken, card.config).make(card.classes, channels)
+    config = card.config if TRANSFORMERS in taken else None
+    own = replace(card, architecture=taken, origin={**card.origin, "architecture": "given"}, config=config)
     student = Classifier(make_plain(network), own)
     take_logits(student)
     if unfit := why_not_run(student):

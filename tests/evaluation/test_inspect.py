@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from dfcompress.cli import run
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.inspect import inspect
-from dfcompress.models.architectures import find
+from dfcompress.models.architectures import find, named
 from dfcompress.models.checkpoint import load
 
 
@@ -86,3 +89,48 @@ def test_dead_channels_are_counted_and_negative_variances_are_refused(tmp_path):
     torch.save(network.state_dict(), tmp_path / "negative.pt")
     with pytest.raises(BadInput, match=r"layer2\.1\.bn2 has a running variance of -0\.5"):
         inspect(tmp_path / "negative.pt")
+
+
+NETS = Path(__file__).resolve().parents[1] / "models" / "factories.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "answers"),
+    [
+        ("plain", "logits"),
+        ("softmax_module", "the logits before its softmax"),
+        ("softmax", "the logarithms of its probabilities, which are logits"),
+    ],
+)
+def test_the_answer_that_is_used_is_named(name, answers, tmp_path):
+    torch.save(load_factory(name).state_dict(), tmp_path / "net.pt")
+    found = inspect(load(tmp_path / "net.pt", arch=f"{NETS}:{name}", input_size=(3, 16, 16)))
+    assert found.answers == answers
+    assert [ability.possible for ability in found.can[1:]] == [True, True, True]
+
+
+def test_a_network_of_one_column_is_described_and_serves_no_verb(tmp_path):
+    torch.save(load_factory("sigmoid").state_dict(), tmp_path / "net.pt")
+    path, options = str(tmp_path / "net.pt"), ["--arch", f"{NETS}:sigmoid", "--input-size", "3x16x16"]
+    assert run(["inspect", path, *options]) == 0
+    found = inspect(load(path, arch=f"{NETS}:sigmoid", input_size=(3, 16, 16)))
+    assert (found.classes, {ability.possible for ability in found.can}) == (1, {False})
+    assert {ability.why for ability in found.can} == {"it answers with one column, and two or more classes are needed"}
+    images = tmp_path / "images.npz"
+    np.savez(images, images=np.zeros((4, 3, 16, 16), np.uint8), labels=[0] * 4)
+    verbs = [
+        ["invert", "-o", "out"],
+        ["distill", "--student", "lenet5", "-o", "out"],
+        ["quantize", "--data", str(images), "-o", "out"],
+        ["record", "--data", str(images)],
+        ["evaluate", "--data", str(images)],
+        ["export", "-o", "out.onnx"],
+    ]
+    for verb, *others in verbs:
+        assert run([verb, path, *options, *others]) == 2, verb
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["images.npz", "net.pt"]
+
+
+def load_factory(name: str) -> torch.nn.Module:
+    """The network of a factory beside the tests of models."""
+    return named(f"{NETS}:{name}").make(0, 3)

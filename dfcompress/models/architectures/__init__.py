@@ -12,13 +12,14 @@ import importlib.util
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from dfcompress.models.width import halved
 
 SMALL_INPUT = 64
 HALF = "half:"
+TRANSFORMERS = "transformers:"
 
 
 @dataclass(frozen=True)
@@ -124,17 +126,21 @@ def find(name: str) -> Architecture:
     return known[name]
 
 
-def named(spec: str) -> Architecture:
+def named(spec: str, config: Mapping[str, Any] | None = None) -> Architecture:
     """The architecture that `--arch` names: NAME, timm:NAME, file.py:factory, package.module:factory, or half:... of
-    these with half the channels.
+    these with half the channels; or the one that a card names, `transformers:TYPE`, with the card's `config`.
 
     Code runs only because the user named it; a factory is called without arguments, or with `num_classes` where that is
     known and it takes it.
     Raises `BadInput` where there is no such thing.
     """
     if spec.startswith(HALF):
-        whole = named(spec.removeprefix(HALF))
+        whole = named(spec.removeprefix(HALF), config)
         return replace(whole, name=spec, make=partial(_make_half, whole), tensors=None, namings=(Naming(),))
+    if spec.startswith(TRANSFORMERS):
+        from dfcompress.models.huggingface import architecture_of
+
+        return architecture_of(spec, config)
     place, colon, name = spec.rpartition(":")
     if not colon:
         return find(name)
@@ -155,7 +161,7 @@ def runs_code(spec: str) -> bool:
     """Whether an architecture's name is one of code that only the user may name."""
     while spec.startswith(HALF):
         spec = spec.removeprefix(HALF)
-    return ":" in spec.removeprefix("timm:")
+    return ":" in spec.removeprefix("timm:").removeprefix(TRANSFORMERS)
 
 
 def _make_plain(make: Callable[[int, int], nn.Module], classes: int, channels: int) -> nn.Module:

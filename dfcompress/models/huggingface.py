@@ -1,0 +1,161 @@
+"""Folders of Hugging Face's transformers: `config.json`, weights, and `preprocessor_config.json`, as `save_pretrained`
+writes them.
+
+transformers builds the network from its own classes, and its image processor is asked what it makes of three images.
+Code in a folder is never run, and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfcompress.errors import BadInput
+from dfcompress.models.architectures import TRANSFORMERS, Architecture
+from dfcompress.models.classifier import Classifier, pass_once
+from dfcompress.models.weights import CONFIG, read_json
+
+PREPROCESSOR = "preprocessor_config.json"
+# What a folder's config says of how to build and where to find things, and not of the network.
+DROPPED = ("auto_map", "dtype", "torch_dtype", "use_pretrained_backbone", "_name_or_path", "quantization_config")
+UNNAMED = "LABEL_"
+# A square image that every usual processor makes smaller.
+PROBED = 640
+
+
+def is_of_transformers(path: Path) -> bool:
+    """Whether a folder's config is one of transformers, and of no timm model inside it."""
+    config = read_json(path / CONFIG) if path.is_dir() else {}
+    return "model_type" in config and "architecture" not in config
+
+
+def card_of(path: Path) -> dict[str, Any]:
+    """What a folder states of its model: the fields of a card, as far as they are known.
+
+    Raises `BadInput` where transformers is not installed or does not know the model, and where it is no classifier.
+    """
+    config = read_json(path / CONFIG)
+    kinds = config.get("architectures") or []
+    if kinds and not any(str(kind).endswith("ForImageClassification") for kind in kinds):
+        raise BadInput(f"{path} holds {', '.join(map(str, kinds))}, which is no image classifier.", "Name one that is.")
+    built = _config(config, str(path))
+    names = [str(name) for _, name in sorted(built.id2label.items())]
+    size = getattr(built, "image_size", None)
+    channels = getattr(built, "num_channels", 3)
+    stated = {
+        "architecture": TRANSFORMERS + str(config["model_type"]),
+        "config": {name: value for name, value in config.items() if name not in DROPPED},
+        "classes": built.num_labels,
+        "class_names": None if all(name.startswith(UNNAMED) for name in names) else names,
+        "input_size": (channels, size, size) if isinstance(size, int) else None,
+    }
+    return stated | _of_processor(path)
+
+
+def _of_processor(path: Path) -> dict[str, Any]:
+    """Input size, mean and std by what the image processor does, empty where there is none."""
+    if not (path / PREPROCESSOR).is_file():
+        return {}
+    black, white, red = _processed(path)
+    std = 1 / (white - black).mean((1, 2))
+    mean = -black.mean((1, 2)) * std
+    if _are_turned(black, white, red):
+        mean, std = mean.flip(0), std.flip(0)
+    # Six digits, so that fp32 makes 0.485 of 0.48500003; adding 0 makes 0 of -0.
+    mean, std = (tuple(round(value, 6) + 0 for value in values.tolist()) for values in (mean, std))
+    return {"input_size": tuple(black.shape), "mean": mean, "std": std}
+
+
+def architecture_of(name: str, config: Mapping[str, Any] | None) -> Architecture:
+    """The architecture that transformers builds from a config."""
+    if not config:
+        raise BadInput(
+            f"{name} has no config that it could be built from.", "Name the folder that save_pretrained wrote."
+        )
+    return Architecture(name, partial(_make, name, config), size=None, channels=config.get("num_channels", 3))
+
+
+def take_rgb(classifier: Classifier, path: Path) -> None:
+    """Let the network take images whose channels are red, green and blue, where its folder turns them round.
+
+    The first convolution's weight is turned instead. Raises `BadInput` where the network's first layer is none.
+    """
+    if not (path / PREPROCESSOR).is_file() or not _are_turned(*_processed(path)):
+        return
+    called: list[nn.Module] = []
+    layers = [module for module in classifier.network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    pass_once(classifier, [layer.register_forward_hook(lambda layer, *_: called.append(layer)) for layer in layers])
+    stem = called[0] if called else None
+    if not isinstance(stem, nn.Conv2d) or stem.weight.shape[1] != classifier.card.input_size[0]:
+        raise BadInput(f"{path} takes images as BGR, and does not begin with a convolution.", "Turn its first layer.")
+    stem.weight = nn.Parameter(stem.weight.detach().flip(1).contiguous(), stem.weight.requires_grad)
+
+
+UPDATE = "Check its config.json, or install the version of transformers that wrote it."
+
+
+def _make(name: str, values: Mapping[str, Any], classes: int, channels: int) -> nn.Module:
+    config = _config(values, name)
+    config.num_labels = classes
+    if hasattr(config, "num_channels"):
+        config.num_channels = channels
+    try:
+        network: nn.Module = _transformers(name).AutoModelForImageClassification.from_config(
+            config, trust_remote_code=False
+        )
+    except Exception as error:
+        raise BadInput(
+            f"{name}: transformers cannot build an image classifier: {_first_line(error)}.", UPDATE
+        ) from None
+    return network
+
+
+def _config(values: Mapping[str, Any], where: str) -> Any:
+    """transformers' own object for the values of a config.json."""
+    kept = {name: value for name, value in values.items() if name not in (*DROPPED, "model_type")}
+    try:
+        config = _transformers(where).AutoConfig.for_model(values["model_type"], **kept)
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(f"{where}: transformers does not take its config: {_first_line(error)}.", UPDATE) from None
+    return config
+
+
+def _processed(path: Path) -> Tensor:
+    """What the folder's image processor makes of a black, a white and a red image, `(3, C, H, W)`."""
+    processors = _transformers(str(path)).AutoImageProcessor
+    colours = torch.tensor([[0, 0, 0], [255, 255, 255], [255, 0, 0]], dtype=torch.uint8)
+    images = [colour.view(3, 1, 1).expand(3, PROBED, PROBED).contiguous().numpy() for colour in colours]
+    try:
+        processor = processors.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        given = processor(images, return_tensors="pt", input_data_format="channels_first")
+        values: Tensor = given["pixel_values"].float()
+    except Exception as error:
+        raise BadInput(f"{path / PREPROCESSOR} cannot be used: {_first_line(error)}.", UPDATE) from None
+    return values
+
+
+def _are_turned(black: Tensor, white: Tensor, red: Tensor) -> bool:
+    """Whether a processor hands blue over first: its red image is then black in the first channel."""
+    return bool((red[0] - black[0]).abs().max() < (red[0] - white[0]).abs().max())
+
+
+def _transformers(where: str) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise BadInput(
+            f"{where} is a model of Hugging Face's transformers, which is not installed.",
+            "Install it with: pip install 'dfcompress[transformers]'.",
+        ) from None
+    return transformers
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
