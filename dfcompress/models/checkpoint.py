@@ -117,8 +117,9 @@ def load(
         fit = recognise(stored.tensors, str(path), num_classes or 0)
     network = _packed(fit, stored) if stored.quantization is not None else _with_weights(fit)
     require_variances(network, str(path))
-    card = _card(fit, stated, given)
-    classifier = Classifier(make_plain(network), card, name=_name(path), sha256=sha256(path), path=path).frozen()
+    classifier = Classifier(
+        make_plain(network), _card(fit, stated, given), name=_name(path), sha256=sha256(path), path=path
+    ).frozen()
     take_logits(classifier)
     if of_transformers:
         take_rgb(classifier, path)
