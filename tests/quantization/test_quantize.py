@@ -25,7 +25,8 @@ from dfcompress.quantization import export
 from dfcompress.quantization.calibration import Calibration, calibration_batches
 from dfcompress.quantization.quantize import LSQ, quantize, usual_calibration, usual_images, usual_tuning
 from dfcompress.quantization.reconstruction import Reconstruction
-from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.invert import learner
+from dfcompress.synthesis.recipe import Synthesis, choose
 from dfcompress.synthesis.supply import ImageSupply
 from dfcompress.training.settings import Training
 
@@ -145,6 +146,14 @@ def test_images_of_one_run_serve_another(tmp_path):
     assert load(again.checkpoint).sha256 == load(first.checkpoint).sha256
     assert again.seconds["synthesis"] == 0
     assert len(ImageSupply(load(DEMO), first.output, Synthesis(), EAGER)) == 38
+
+
+def test_a_competitor_under_repair_learns_at_a_fifth_of_the_rate():
+    teacher, recipe = load(DEMO), choose("adaptive-deepinversion", overrides={"student_lr": 0.05}).build()
+    assert learner(teacher, recipe, None, EAGER).training.lr == 0.05
+    repaired = learner(teacher, recipe, load(DEMO), EAGER, repair=True)
+    assert repaired.training.lr == pytest.approx(0.01)
+    assert repaired.training.freeze_batchnorm
 
 
 def test_adaptive_images_compete_with_what_quantization_leaves_of_the_model(tmp_path):
