@@ -221,7 +221,7 @@ class QuantizedLayer(nn.Module):
     def learn_steps(self) -> None:
         """Make the scales of weight and input parameters that start where they are (LSQ, Esser et al. 2020)."""
         self.weight_grid, self.weight_shares = self.grid_now(), None
-        self.weight_step = nn.Parameter(self.weight_grid.scale)
+        self.weight_step = nn.Parameter(self.weight_grid.scale.clone())
         if self.input_grid is not None:
             self.input_step = self.input_grid.as_step(self.weight.device)
 

@@ -83,8 +83,8 @@ def choose_bits(
     free = _free(wanted)
     if not free or size_ratio is None:
         return with_widths(wanted, {})
-    counts = [teacher.network.get_parameter(f"{name}.weight").numel() for name in free]
-    sizes = np.array([[packing.packed_bytes(count, width) for width in WIDTHS] for count in counts])
+    weights = [teacher.network.get_parameter(f"{name}.weight") for name in free]
+    sizes = np.array([[_weight_bytes(weight, width, scheme) for width in WIDTHS] for weight in weights])
     room = size_ratio * state_bytes(teacher.network) - _file_bytes(teacher, with_widths(wanted, {}), scheme)
     chosen = _cheapest(_costs(teacher, free, images, scheme), sizes, room + sizes[:, 0].sum())
     return with_widths(wanted, {name: WIDTHS[place] for name, place in zip(free, chosen, strict=True)})
@@ -98,6 +98,11 @@ def _free(wanted: Mapping[str, Wanted]) -> list[str]:
 def with_widths(wanted: Mapping[str, Wanted], widths: Mapping[str, int]) -> dict[str, Bits]:
     """Bits of all layers, the fewest where none were asked for or chosen."""
     return {name: Bits(each.weights or widths.get(name, WIDTHS[0]), each.activations) for name, each in wanted.items()}
+
+
+def _weight_bytes(weight: Tensor, bits: int, scheme: Scheme) -> int:
+    """What the integers of a weight take, and their zero points where there are some."""
+    return packing.packed_bytes(weight.numel(), bits) + (len(weight) if bits in scheme.asymmetric else 0)
 
 
 def _file_bytes(teacher: Classifier, bits: Mapping[str, Bits], scheme: Scheme) -> int:

@@ -222,6 +222,21 @@ def test_the_papers_method_has_every_published_value_and_each_can_be_changed():
     assert usual_tuning("lsq", None, method="paper", input_size=(3, 32, 32)) == LSQ
 
 
+@pytest.mark.parametrize(
+    ("weight_grid", "symmetric"),
+    [("auto", {"2": False, "3": False, "4": True}), ("symmetric", dict.fromkeys("234", True))],
+)
+def test_two_and_three_bits_have_zero_points_by_default_and_none_where_they_are_not_wanted(
+    weight_grid, symmetric, tmp_path
+):
+    widths = {"conv2": "2w8a", "fc1": "3w8a", "fc2": "4w8a"}
+    asked = {"data": DEMO, "calibration": {"steps": 1, "weight_grid": weight_grid}, "compute": EAGER}
+    done = quantize(DEMO, bits="8w8a", layer_bits=widths, finetune="none", output=tmp_path / "out", **asked)
+    layers = quantized_layers(load(done.checkpoint).network)
+    assert {str(layers[name].weight_bits): layers[name].weight_grid.symmetric for name in widths} == symmetric
+    assert layers["conv1"].weight_grid.symmetric
+
+
 def test_the_papers_images_are_of_one_recipe_unless_others_are_asked_for():
     teacher, some = load(DEMO), Synthesis(images=8)
     made, mix = usual_images("paper", teacher, some, "auto")
