@@ -58,7 +58,9 @@ def test_every_option_that_is_mentioned_exists(page):
     for name in COMMANDS:
         command = root.get_command(click.Context(root), name)
         for part in [command, *getattr(command, "commands", {}).values()]:
-            known |= {spelling for parameter in part.params for spelling in parameter.opts}
+            known |= {
+                spelling for parameter in part.params for spelling in (*parameter.opts, *parameter.secondary_opts)
+            }
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", page.read_text()))
     assert mentioned <= known, mentioned - known
 
