@@ -33,8 +33,8 @@ from dfcompress.training.loop import require_passes
 from dfcompress.training.pupil import Pupil
 
 IMAGES = 1024
-# ResNet-20, one lesson of 60 steps of 64 real images at 0.05 and at 0.01: 179 and 440 of 846 at 2w4a, which begins at
-# 88; 761 and 767 at 4w4a, which begins at 743.
+# By the distillation loss on ResNet-20's training images at the end of one lesson of 60 steps of 64, at a rate of 0.05
+# and of 0.01: 20.6 and 14.1 at 2w4a, 1.64 and 0.87 at 4w4a.
 UNDER_REPAIR = 0.2
 
 
