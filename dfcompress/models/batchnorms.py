@@ -36,6 +36,11 @@ def plain_batchnorms(classifier: Classifier) -> None:
             classifier.network.set_submodule(name, plain[module])
 
 
+def has_foreign_batchnorms(network: nn.Module) -> bool:
+    """Whether `plain_batchnorms` would try a layer."""
+    return any(_has_only_batchnorms_tensors(module) for module in network.modules())
+
+
 def normalises_its_input(module: nn.Module) -> bool:
     """Whether a module's running statistics are those of its own input, whatever it does afterwards: then an input and
     a running mean that are both moved by as much give the same output, and one of them alone does not.

@@ -33,7 +33,7 @@ from dfcompress.models.architectures import (
     runs_code,
     tensors_of,
 )
-from dfcompress.models.batchnorms import plain_batchnorms
+from dfcompress.models.batchnorms import has_foreign_batchnorms, plain_batchnorms
 from dfcompress.models.card import (
     CIFAR_MEAN,
     CIFAR_STD,
@@ -140,7 +140,8 @@ def as_classifier(checkpoint: str | Path | Classifier) -> Classifier:
 
 
 def opened(checkpoint: str | Path | Classifier) -> Classifier:
-    """The checkpoint loaded, or the classifier: itself, or a copy that answers with logits and has plain weights.
+    """The checkpoint loaded, or the classifier: itself, or a copy that answers with logits and has plain
+    weights and BatchNorms.
 
     Raises `BadInput` for everything else, and for what cannot be used.
     """
@@ -183,10 +184,12 @@ def _is_built_by_name(classifier: Classifier) -> bool:
 
 def _settled(classifier: Classifier) -> Classifier:
     """A classifier made in Python as `load` would give it."""
-    if not is_plain(classifier.network) or not gives_logits(classifier):
+    network = classifier.network
+    if not is_plain(network) or not gives_logits(classifier) or has_foreign_batchnorms(network):
         classifier = copy.deepcopy(classifier)
         make_plain(classifier.network)
         take_logits(classifier)
+        plain_batchnorms(classifier)
     if unfit := why_not_run(classifier):
         raise BadInput(f"{classifier.name}: {unfit.why}.", "Correct its ModelCard, or the network.")
     return classifier

@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from dfcompress import console
 from dfcompress.models.batchnorms import plain_batchnorms
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load, opened, save
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.folding import fold_batchnorms
 from dfcompress.models.recorder import FusedRecorder, HookRecorder
@@ -174,3 +174,12 @@ def test_frozen_batchnorms_of_timm_that_activate_count():
     norms = pytest.importorskip("timm.layers")
     made = classifier(norms.FrozenBatchNormAct2d(8))
     assert len(statistics_layers(made.network)) == 1
+
+
+def test_a_classifier_made_in_python_gets_plain_batchnorms_in_a_copy():
+    made = classifier(nn.SyncBatchNorm(8))
+    settled = opened(made)
+    assert type(settled.network[1]) is nn.BatchNorm2d
+    assert type(made.network[1]) is nn.SyncBatchNorm
+    assert opened(settled) is settled
+    torch.testing.assert_close(settled(IMAGES), made(IMAGES), rtol=1e-4, atol=1e-4)
