@@ -24,8 +24,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from dfcompress import console
+from dfcompress.models.batchnorms import EPS, eps_of
 from dfcompress.models.classifier import Classifier, pass_once
-from dfcompress.models.statistics import EPS, KnownStatistics, eps_of, statistics_layers
+from dfcompress.models.statistics import KnownStatistics, statistics_layers
 
 LOGITS = "logits"
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dfcompress.models.batchnorms import eps_of
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.recorder import channels_first, input_record
-from dfcompress.models.statistics import eps_of, statistics_layers, why_no_statistics
+from dfcompress.models.statistics import statistics_layers, why_no_statistics
 
 FLOOR = 1e-3
 
