@@ -10,6 +10,7 @@ import torch
 
 from dfcompress.device import Execution
 from dfcompress.errors import BadInput
+from dfcompress.evaluation.metrics import bn_divergence
 from dfcompress.models.checkpoint import load
 from dfcompress.models.recorder import LOGITS
 from dfcompress.synthesis.recipe import choose
@@ -110,3 +111,11 @@ def test_the_paper_preset_is_the_published_one():
     settings = choose("deepinversion", "paper-cifar10").settings
     published = {"bn": 10.0, "tv": 2.5e-5, "lr": 0.05, "steps": 2000, "batch_size": 256, "jitter": 2, "flip": False}
     assert {name: settings[name] for name in published} == published
+
+
+def test_the_papers_weight_of_statistics_brings_them_near_in_a_few_steps(resnet20_file):
+    """J_KL of ten images after 20 steps is 0.078; with the statistics weighted 1 it is 0.234."""
+    teacher = load(resnet20_file)
+    recipe = choose("bns-inception", "paper-cifar10", {"steps": 20, "batch_size": 10}).build()
+    made = Synthesizer(recipe, teacher, Execution("cpu", "fp32", False, 1, "")).batch(0, torch.arange(10))
+    assert bn_divergence(teacher, [(made.images, made.labels)]) < 0.12

@@ -38,10 +38,9 @@ class Inspection:
     `macs` are multiply-accumulates of one image; `bytes` and `sha256` are those of the weights' file (the tensors where
     there is none); `batchnorm_layers` counts those that keep running statistics, `dead_channels` their channels whose
     variance is lost in eps. `answers` says what is used of the network's answer: its logits, or those before its
-    softmax. `normalisation` compares the card's
-    mean and std with what the first BatchNorm expects, None where that cannot be told. `record` is the kind of the
-    activation record beside the checkpoint, or why it cannot be used; None where there is none. `card_file` is the
-    sidecar that was written.
+    softmax. `normalisation` compares the card's mean and std with what the first BatchNorm expects, None where that
+    cannot be told. `record` is the kind of the activation record beside the checkpoint, or why it cannot be used; None
+    where there is none. `card_file` is the sidecar that was written.
     """
 
     checkpoint: str

@@ -61,6 +61,12 @@ def normalises_its_input(module: nn.Module) -> bool:
     return False
 
 
+def eps_of(layer: nn.Module) -> float:
+    """What a layer with known statistics adds to a variance before it divides by it."""
+    eps = getattr(layer, "eps", EPS)
+    return float(eps) if isinstance(eps, int | float) else EPS
+
+
 def _running_statistics(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Running mean and variance `(C,)` where a module itself keeps both."""
     buffers = dict(module.named_buffers(recurse=False))
@@ -71,15 +77,13 @@ def _running_statistics(module: nn.Module) -> tuple[Tensor | None, Tensor | None
 
 
 def _has_only_batchnorms_tensors(module: nn.Module) -> bool:
-    names = module.state_dict().keys()
-    return (
-        type(module) not in PLAIN.values()
-        and not isinstance(module, _InstanceNorm)
-        and not [*module.children()]
-        and {"running_mean", "running_var"} <= names <= _TENSORS
-        and ("weight" in names) == ("bias" in names)
-        and _running_statistics(module)[0] is not None
-    )
+    mean, _ = _running_statistics(module)
+    if mean is None or [*module.children()] or type(module) in PLAIN.values() or isinstance(module, _InstanceNorm):
+        return False
+    tensors = module.state_dict()
+    if not tensors.keys() <= _TENSORS or ("weight" in tensors) != ("bias" in tensors):
+        return False
+    return all(tensor.shape == mean.shape for name, tensor in tensors.items() if name != "num_batches_tracked")
 
 
 def _ranks(classifier: Classifier, modules: list[nn.Module]) -> dict[nn.Module, int]:
@@ -99,8 +103,8 @@ def _as_plain(module: nn.Module, rank: int) -> nn.Module | None:
     if rank not in PLAIN:
         return None
     tensors = dict(module.state_dict())
-    momentum, eps = getattr(module, "momentum", 0.1), getattr(module, "eps", EPS)
-    plain = PLAIN[rank](len(tensors["running_mean"]), eps=eps, momentum=momentum, affine="weight" in tensors)
+    plain = PLAIN[rank](len(tensors["running_mean"]), eps=eps_of(module), affine="weight" in tensors)
+    plain.momentum = getattr(module, "momentum", plain.momentum)
     plain.load_state_dict({**plain.state_dict(), **tensors})
     plain.to(tensors["running_mean"].device).train(module.training)
     plain.requires_grad_(any(parameter.requires_grad for parameter in module.parameters()))
@@ -127,7 +131,7 @@ def _answer(module: nn.Module, features: Tensor, **instead: Tensor) -> Tensor | 
     with evaluating(module):
         try:
             answer = functional_call(module, instead, (features.clone(),))
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError):
             return None
     return answer if isinstance(answer, Tensor) else None
 

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from dfcompress import console
+from dfcompress.models.batchnorms import EPS, eps_of
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import (
     Hook,
@@ -34,7 +35,7 @@ from dfcompress.models.hooks import (
     kept_outputs,
 )
 from dfcompress.models.plain_layers import after_normalising, plain_kind
-from dfcompress.models.statistics import EPS, KnownStatistics, eps_of, statistics_layers
+from dfcompress.models.statistics import KnownStatistics, statistics_layers
 
 LOGITS = "logits"
 

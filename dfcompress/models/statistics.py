@@ -11,12 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress import console
 from dfcompress.errors import BadInput
-from dfcompress.models.batchnorms import EPS, normalises_its_input
+from dfcompress.models.batchnorms import EPS, eps_of, normalises_its_input
 from dfcompress.models.classifier import Classifier
 
 # At a thousandth of eps a channel's deviation behind BatchNorm is 3 % of what it would be without. The released
 # EfficientNet-Lite0 has 130 variances of exactly 0, and its next is 0.09 of eps.
 DEAD = 1e-3
+SHOWN = 3
 
 
 class KnownStatistics(nn.Module):
@@ -61,11 +62,6 @@ def unused_statistics(network: nn.Module) -> list[str]:
     ]
 
 
-def eps_of(layer: nn.Module) -> float:
-    """What a layer with known statistics adds to a variance before it divides by it."""
-    return float(getattr(layer, "eps", EPS))
-
-
 def dead_channels(network: nn.Module) -> int:
     """How many channels of layers with known statistics hardly moved on the training data: their variance is lost in
     the layer's eps.
@@ -89,7 +85,7 @@ def why_no_statistics(network: nn.Module) -> str | None:
     """Why nothing can be made from the statistics a network knows, or None where it can."""
     known = statistics_layers(network)
     if not known and (unused := unused_statistics(network)):
-        return f"the running statistics of {', '.join(unused)} are not those of a BatchNorm's input"
+        return f"the running statistics of {_shown(unused)} are not those of a BatchNorm's input"
     batchnorms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     if not known and not batchnorms:
         return "it has no BatchNorm layer, so it carries no statistics of its training data"
@@ -98,6 +94,12 @@ def why_no_statistics(network: nn.Module) -> str | None:
     if not any(_was_trained(layer) for layer in known):
         return "its BatchNorm layers were never trained: running means are all 0 and variances all 1"
     return None
+
+
+def _shown(names: list[str]) -> str:
+    """The first names, and how many there are beside them."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _was_trained(layer: nn.Module) -> bool:
@@ -116,4 +118,4 @@ def require_statistics(classifier: Classifier) -> None:
             "Use a trained model with BatchNorm, or one whose owner released a record: --records FILE.",
         )
     if unused := unused_statistics(classifier.network):
-        console.notice(f"The running statistics of {', '.join(unused)} are not those of a BatchNorm's input: not used.")
+        console.notice(f"The running statistics of {_shown(unused)} are not those of a BatchNorm's input: not used.")

@@ -2,8 +2,12 @@
 
 Minimises α·J_KL + β·e^(−logit_y / scale) + γ·mean((x − smooth(x))²), pixels clamped to [0, 1] after each step, each
 image seen four times cropped, flipped and with a square cut out.
-α, β, γ, the optimiser, its rate and the steps are not stated: those are ours.
-`fast-cifar10` shows each image once a step, cropped less, for 400 steps.
+α, β, γ, the optimiser, its rate, the steps and the sizes of crops and cut-outs are not stated: those are ours.
+`fast-cifar10` shows each image once a step for 400 steps.
+α of 100 and the milder crops were chosen by J_KL, which the paper reports as 1.2 times that of real data. On ResNet-20,
+128 images, 150 of the 1,000 steps of `paper-cifar10`: 0.018, all of them classified as intended; 128 training images of
+as many of each class have 0.016 (five draws: 0.0148 to 0.0172). With crops to 0.75 and cut-outs of 0.25 it was 0.034 at
+α 100 and 0.036 at α 1,000: they match the statistics of what is seen (0.002), and whole images have others.
 """
 
 from dfcompress.data.views import random_crops
@@ -14,7 +18,7 @@ from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {
     "fast-cifar10": {"steps": 400, "copies": 1, "crop": 0.9, "cutout": 0.125, "bn": 100.0},
-    "paper-cifar10": {"sigma": 1.0, "steps": 1000, "batch_size": 128},
+    "paper-cifar10": {"sigma": 1.0, "steps": 1000, "batch_size": 128, "bn": 100.0, "crop": 0.9, "cutout": 0.125},
 }
 
 
