@@ -38,6 +38,8 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 # Operations whose outcome, or its size, the host must know.
 READING = {aten._local_scalar_dense.default, aten.nonzero.default, aten._unique2.default, aten.masked_select.default}
 COPYING = {aten.copy_.default, aten._to_copy.default}
+# Operations that `torch.autocast` runs in its type on a GPU (some of them; docs of `torch.amp`).
+LOWERED = ("conv1d", "conv2d", "conv3d", "linear", "matmul", "mm", "bmm", "addmm", "prelu")
 # Copies of this size from pageable memory do not wait for the device (CUDA's guide, "API synchronization behavior").
 STAGED_BYTES = 64 << 10
 
@@ -339,13 +341,30 @@ class Renamed(importlib.machinery.SourceFileLoader):
         return importlib.util.spec_from_file_location(name, file, loader=cls(name, file))
 
 
+def lowered(function):
+    """An operation that runs in the type of `torch.autocast`, as it does on a GPU."""
+
+    def fit(leaf):
+        floats = isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.float32, torch.bfloat16)
+        return leaf.to(torch.get_autocast_dtype(NAME)) if floats else leaf
+
+    def run(*args, **kwargs):
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+            return function(*tree_map(fit, args), **tree_map(fit, kwargs))
+
+    return run
+
+
 def install(count):
     """Give this process so many devices."""
     global GPU
     GPU = Devices(count)
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Cuda())
-    install.autocast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
-    install.autocast.fallback(torch.library.fallthrough_kernel)
+    install.others = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+    install.others.fallback(torch.library.fallthrough_kernel)
+    install.lowered = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
+    for function in LOWERED:
+        install.lowered.impl(function, lowered(getattr(aten, function)))
     torch.Generator = Generator
     torch.compile = lambda function, **options: function
     torch.__future__.set_swap_module_params_on_conversion(True)  # So that `Module.to` keeps the class of a tensor.
