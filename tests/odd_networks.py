@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import timm.layers
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import DenseNet
 from torchvision.ops import FrozenBatchNorm2d
 
 CLASSES, SIZE = 4, (3, 16, 16)
@@ -193,8 +193,17 @@ def dropout() -> nn.Module:
     return Net(nn.Dropout2d(0.25), head=lambda ins, outs: nn.Sequential(nn.Dropout(0.5), nn.Linear(ins, outs)))
 
 
+def densenet() -> nn.Module:
+    """torchvision's, with two layers in each of two blocks: BatchNorms that see several layers' outputs."""
+    return DenseNet(growth_rate=4, block_config=(2, 2), num_init_features=8, bn_size=2, num_classes=CLASSES)
+
+
 def in_place() -> nn.Module:
-    return Net(InPlaceBlock(), act=lambda: nn.ReLU(inplace=True))
+    return Net(
+        InPlaceBlock(),
+        act=nn.Identity,
+        head=lambda ins, outs: nn.Sequential(nn.Linear(ins, 8), nn.ReLU(inplace=True), nn.Linear(8, outs)),
+    )
 
 
 def frozen_batchnorm() -> nn.Module:
@@ -206,16 +215,15 @@ def sync_batchnorm() -> nn.Module:
 
 
 def timm_subclasses() -> nn.Module:
-    return Net(
-        timm.layers.Conv2dSame(8, 8, 3, stride=2),
-        norm=timm.layers.BatchNormAct2d,
-        act=nn.Identity,
-        head=timm.layers.Linear,
-    )
+    from timm.layers import BatchNormAct2d, Conv2dSame, Linear
+
+    return Net(Conv2dSame(8, 8, 3, stride=2), norm=BatchNormAct2d, act=nn.Identity, head=Linear)
 
 
 def scaled_weights() -> nn.Module:
-    return Net(timm.layers.ScaledStdConv2d(8, 8, 3))
+    from timm.layers import ScaledStdConv2d
+
+    return Net(ScaledStdConv2d(8, 8, 3))
 
 
 def relu6() -> nn.Module:
@@ -257,6 +265,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         spectral_norm_old,
         auxiliary,
         dropout,
+        densenet,
         in_place,
         frozen_batchnorm,
         sync_batchnorm,

@@ -336,6 +336,11 @@ def quantize_layers(
         layer.register_buffer("weight_shares", torch.ones(2, len(low), device=low.device), persistent=False)
         for step in _STEPS:
             layer.register_parameter(step, None)
+    for module in network.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and is_quantized(module):
+            # Without gradients it would compute with its layers' weights in one operation and not call the layers; it
+            # does so for these activation functions alone.
+            module.activation_relu_or_gelu = 0
 
 
 def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:

@@ -113,11 +113,7 @@ class Layers(NamedTuple):
 
 def layers_of(classifier: Classifier) -> Layers:
     """The layers of a network; raises `BadInput` where evaluation calls none that can be quantized."""
-    weighted = {
-        name: module
-        for name, module in classifier.network.named_modules()
-        if _has_weights(module) and not _holds_layers(module)
-    }
+    weighted = {name: module for name, module in classifier.network.named_modules() if _has_weights(module)}
     called: dict[str, nn.Module] = {}
 
     def note(name: str, _: object) -> None:
@@ -126,7 +122,13 @@ def layers_of(classifier: Classifier) -> Layers:
     with hooked_inputs(classifier.network, weighted, note):
         pass_once(classifier)
     quantizable = [name for name, module in called.items() if can_be_quantized(module)]
-    others = {name: type(module).__name__ for name, module in called.items() if not can_be_quantized(module)}
+    # What a block has of its own around such layers is a scale or a position, and no layer.
+    blocks = {name for name in called if any(layer.startswith(f"{name}.".lstrip(".")) for layer in quantizable)}
+    others = {
+        name: type(module).__name__
+        for name, module in called.items()
+        if name not in blocks and not can_be_quantized(module)
+    }
     if not quantizable:
         raise BadInput(
             "Evaluation calls no layer that computes what Conv2d or Linear does"
@@ -142,8 +144,3 @@ def _with_types(layers: Mapping[str, str]) -> str:
 
 def _has_weights(module: nn.Module) -> bool:
     return any(each.dim() > 1 for each in module.parameters(recurse=False))
-
-
-def _holds_layers(module: nn.Module) -> bool:
-    """Whether quantizable layers are inside: what it has of its own is a scale or a position, say, and no layer."""
-    return any(can_be_quantized(each) for each in module.modules() if each is not module)

@@ -309,6 +309,18 @@ def test_a_subclass_with_arithmetic_of_its_own_is_refused():
         quantize_layers(nn.Sequential(Standardised(3, 3, 3)), {"0": (4, 4)})
 
 
+def test_a_transformer_layer_calls_its_quantized_layers_with_and_without_gradients():
+    """Without gradients torch computes such a layer in one operation, of which the quantizers would know nothing."""
+    torch.manual_seed(0)
+    network, tokens = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval(), torch.randn(4, 5, 8)
+    quantize_layers(network, {"0.linear1": (2, 2), "0.linear2": (2, 2)})
+    for layer in quantized_layers(network).values():
+        layer.input_grid = InputGrid.covering(-2.0, 2.0, bits=2)
+    with torch.no_grad():
+        in_one_operation = network(tokens)
+    torch.testing.assert_close(in_one_operation, network(tokens).detach())
+
+
 def test_a_refused_layer_leaves_the_others_as_they_were():
     network = small_network()
     with pytest.raises(BadInput, match="BatchNorm2d"):

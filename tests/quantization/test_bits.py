@@ -132,6 +132,22 @@ def test_what_holds_layers_is_none():
     assert layers_of(classifier_of(Scaled())) == (["conv"], {}, {})
 
 
+class Attends(nn.Module):
+    """Its attention uses the weight of a linear layer inside, which it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(5, 1, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images.squeeze(1)
+        return self.head(self.attention(rows, rows, rows)[0].mean(1))
+
+
+def test_attention_is_named_because_its_linear_layer_is_not_called():
+    assert layers_of(classifier_of(Attends())) == (["head"], {"attention": "MultiheadAttention"}, {})
+
+
 def test_a_network_without_a_layer_to_quantize_is_refused_naming_those_it_has():
     network = nn.Sequential(nn.ConvTranspose2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(BadInput, match=r"calls no layer .* but 0 \(ConvTranspose2d\)"):
