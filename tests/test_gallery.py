@@ -13,6 +13,7 @@ import odd_networks
 import pytest
 import torch
 
+from dfcompress import console
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute
 from dfcompress.evaluation import exported as comparison
@@ -52,13 +53,28 @@ def few_images(monkeypatch):
     monkeypatch.setattr(comparison, "ROUNDS", 1)
 
 
+@pytest.fixture
+def said(capsys):
+    """What was said on the error stream so far."""
+    console.configure(console.NORMAL)
+    yield lambda: capsys.readouterr().err
+    console.configure(console.QUIET)
+
+
 @pytest.mark.parametrize("name", odd_networks.NETWORKS)
-def test_a_network_of_an_odd_layer_goes_through(name, tmp_path):
+def test_a_network_of_an_odd_layer_goes_through(name, tmp_path, said):
     file, arch = tmp_path / "net.pt", f"{odd_networks.__file__}:{name}"
     torch.save(odd_networks.trained(name).state_dict(), file)
     left, unused, batchnorms = go_through(file, arch, odd_networks.SIZE, tmp_path / "out")
     assert left == IN_FLOAT.get(name, {})
     assert unused == UNUSED.get(name, {})
+    notices = said()
+    for layer, kind in left.items():
+        assert f"Layer {layer} is a {kind}, which cannot be quantized" in notices
+    for module, count in unused.items():
+        assert f"Evaluation does not use {module} ({count:,} bytes)" in notices
+    if name != "scattered":  # The only one that autocast cannot help, where the processor has bf16.
+        assert "It runs in fp32." not in notices
     assert batchnorms == UNFOLDED.get(name, 0)
 
 

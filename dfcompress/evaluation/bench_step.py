@@ -15,7 +15,8 @@ from dfcompress.device import Compute
 from dfcompress.evaluation.timing import Bench, Step, interleaved, row, seconds_of
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, multiply_accumulates
-from dfcompress.models.statistics import require_statistics, statistics_layers
+from dfcompress.models.hooks import hook_inputs
+from dfcompress.models.statistics import named_statistics_layers, require_statistics
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import STEPS_BEFORE_CAPTURE, Execution, Synthesizer
 
@@ -125,13 +126,14 @@ def _published(
     optimizer = torch.optim.Adam([images], lr=0.05)
     distances: list[Tensor] = []
 
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        channels = inputs[0].transpose(0, 1).flatten(1)
-        mean, var = layer.get_buffer("running_mean"), layer.get_buffer("running_var")
+    layers = named_statistics_layers(network)
+
+    def record(name: str, features: Tensor) -> None:
+        channels = features.transpose(0, 1).flatten(1)
+        mean, var = layers[name].get_buffer("running_mean"), layers[name].get_buffer("running_var")
         distances.append(torch.norm(mean - channels.mean(1)) + torch.norm(var - channels.var(1, correction=0)))
 
-    for layer in statistics_layers(network):
-        layer.register_forward_hook(record)
+    hook_inputs(network, layers, record)
 
     def step() -> object:
         distances.clear()

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.hooks import hooked_outputs
 from dfcompress.randomness import generator
 
 # Of softmax in fp32 the sum of 21,841 probabilities is off by less than 1e-5.
@@ -170,18 +171,11 @@ def _are_probabilities(answer: object) -> bool:
 
 def _last_softmax(classifier: Classifier) -> list[str]:
     """The names of the softmax module whose output is the network's answer, none where there is no such module."""
-    outputs: dict[nn.Module, list[Tensor]] = {}
-
-    def note(module: nn.Module, inputs: object, output: Tensor) -> None:
-        outputs.setdefault(module, []).append(output)
-
-    softmaxes = [module for module in classifier.network.modules() if isinstance(module, nn.Softmax)]
-    handles = [module.register_forward_hook(note) for module in softmaxes]
-    try:
+    softmaxes = {name: module for name, module in classifier.network.named_modules() if isinstance(module, nn.Softmax)}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in softmaxes}
+    # No copies: what counts is whether the answer is the very tensor.
+    with hooked_outputs(classifier.network, softmaxes, lambda name, output: outputs[name].append(output)):
         answer = _answer(classifier)
-    finally:
-        for handle in handles:
-            handle.remove()
-    last = [module for module, given in outputs.items() if len(given) == 1 and given[0] is answer]
+    last = [softmaxes[name] for name, given in outputs.items() if len(given) == 1 and given[0] is answer]
     names = classifier.network.named_modules(remove_duplicate=False)
     return [name for name, module in names if name and module in last]

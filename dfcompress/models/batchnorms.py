@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from dfcompress.models.classifier import Classifier, evaluating, pass_once
+from dfcompress.models.hooks import hooked_inputs
 
 PLAIN: dict[int, type[_BatchNorm]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 EPS = 1e-5  # torch's, for layers that state none.
@@ -89,12 +90,14 @@ def _has_only_batchnorms_tensors(module: nn.Module) -> bool:
 def _ranks(classifier: Classifier, modules: list[nn.Module]) -> dict[nn.Module, int]:
     """How many dimensions the input of each module has that runs."""
     found: dict[nn.Module, int] = {}
+    names = {name: module for name, module in classifier.network.named_modules() if module in modules}
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found[module] = inputs[0].dim()
+    def note(name: str, features: Tensor) -> None:
+        found[names[name]] = features.dim()
 
-    if modules:
-        pass_once(classifier, [module.register_forward_pre_hook(note) for module in set(modules)])
+    if names:
+        with hooked_inputs(classifier.network, names, note):
+            pass_once(classifier)
     return found
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dfcompress.errors import BadInput
 from dfcompress.models.architectures import TRANSFORMERS, Architecture
 from dfcompress.models.classifier import Classifier, pass_once
+from dfcompress.models.hooks import counted_runs
 from dfcompress.models.weights import CONFIG, read_json
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -87,10 +88,10 @@ def take_rgb(classifier: Classifier, path: Path) -> None:
     """
     if not (path / PREPROCESSOR).is_file() or not _are_turned(*_processed(path)):
         return
-    called: list[nn.Module] = []
-    layers = [module for module in classifier.network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    pass_once(classifier, [layer.register_forward_hook(lambda layer, *_: called.append(layer)) for layer in layers])
-    stem = called[0] if called else None
+    layers = [name for name, each in classifier.network.named_modules() if isinstance(each, nn.Conv2d | nn.Linear)]
+    with counted_runs(classifier.network, layers) as runs:
+        pass_once(classifier)
+    stem = classifier.network.get_submodule(next(iter(runs))) if runs else None
     if not isinstance(stem, nn.Conv2d) or stem.weight.shape[1] != classifier.card.input_size[0]:
         raise BadInput(f"{path} takes images as BGR, and does not begin with a convolution.", "Turn its first layer.")
     stem.weight = nn.Parameter(stem.weight.detach().flip(1).contiguous(), stem.weight.requires_grad)

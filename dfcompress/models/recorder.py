@@ -35,7 +35,7 @@ from dfcompress.models.hooks import (
     kept_outputs,
 )
 from dfcompress.models.plain_layers import after_normalising, plain_kind
-from dfcompress.models.statistics import KnownStatistics, statistics_layers
+from dfcompress.models.statistics import KnownStatistics, named_statistics_layers
 
 LOGITS = "logits"
 
@@ -174,12 +174,6 @@ def traces(
             )
         )
     return result
-
-
-def named_statistics_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """The layers whose input has known statistics, by name, in order of definition."""
-    known = set(statistics_layers(network))
-    return {name: module for name, module in network.named_modules() if module in known}
 
 
 def weighted_layers(network: nn.Module) -> dict[str, nn.Module]:

@@ -46,6 +46,12 @@ def statistics_layers(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if _knows_its_input(module)]
 
 
+def named_statistics_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers whose input has known statistics, by name, in order of definition."""
+    known = set(statistics_layers(network))
+    return {name: module for name, module in network.named_modules() if module in known}
+
+
 def _knows_its_input(module: nn.Module) -> bool:
     if isinstance(module, _BatchNorm):
         return module.running_var is not None

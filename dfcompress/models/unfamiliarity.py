@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from dfcompress.models.batchnorms import eps_of
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import hooked_inputs
-from dfcompress.models.recorder import channels_first, input_record, named_statistics_layers
-from dfcompress.models.statistics import why_no_statistics
+from dfcompress.models.recorder import channels_first, input_record
+from dfcompress.models.statistics import named_statistics_layers, why_no_statistics
 
 FLOOR = 1e-3
 
