@@ -200,15 +200,21 @@ def _speaking(name: str, letter: str, level: int, explanation: str) -> Decorator
 
 loading = together(
     click.option("--arch", help="Architecture: a name, timm:NAME, file.py:factory or package.module:factory."),
-    click.option("--match-by-order", is_flag=True, help="Take weights by order and shape where the names differ."),
     click.option(
-        "--num-classes", type=click.IntRange(1), help="Number of classes, for a factory that takes num_classes."
+        "--match-by-order",
+        is_flag=True,
+        help="Match tensors to the architecture by order and shape where their names differ.",
     ),
-    click.option("--input-size", metavar="CxHxW", help="Input size, for instance 3x32x32."),
-    click.option("--mean", metavar="M,M,M", help="Mean of the training images per channel, in [0, 1]."),
-    click.option("--std", metavar="S,S,S", help="Standard deviation of the training images per channel."),
+    click.option(
+        "--num-classes", type=click.IntRange(1), help="Number of classes, handed to a factory that takes num_classes."
+    ),
+    click.option(
+        "--input-size", metavar="CxHxW", help="Channels, height and width of the input, for instance 3x32x32."
+    ),
+    click.option("--mean", metavar="M,M,M", help="Mean of the training images, per channel, in [0, 1]."),
+    click.option("--std", metavar="S,S,S", help="Standard deviation of the training images, per channel, in [0, 1]."),
 )
-class_names = click.option("--class-names", type=PATH, help="File with one class name a line.")
+class_names = click.option("--class-names", type=PATH, help="Text file with one class name per line.")
 
 
 class _ModelPath(click.Path):
@@ -227,13 +233,15 @@ models = group("models", _load_all, several, loading, class_names)
 models_of_other_classes = group("models", _load_all, several, loading)
 
 output = together(
-    click.option("-o", "--output", type=PATH, help="Folder of the result; by default named after the checkpoint."),
-    click.option("--resume", is_flag=True, help="Go on with what is in that folder."),
-    click.option("--overwrite", is_flag=True, help="Replace what is in that folder."),
-    click.option("--dry-run", is_flag=True, help="Show what would be done, and touch nothing."),
+    click.option("-o", "--output", type=PATH, help="Folder for the result; by default named after the checkpoint."),
+    click.option("--resume", is_flag=True, help="Continue an interrupted run in that folder."),
+    click.option("--overwrite", is_flag=True, help="Replace the contents of that folder."),
+    click.option("--dry-run", is_flag=True, help="Print the plan with an estimate of time and memory; write nothing."),
 )
 
-device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+device = click.option(
+    "--device", default="auto", show_default=True, help="Device to compute on: auto, cpu, cuda or cuda:N."
+)
 
 compute = group(
     "compute",
@@ -244,14 +252,14 @@ compute = group(
         type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
         default="auto",
         show_default=True,
-        help="Of the convolutions; auto is bf16 where the processor has it.",
+        help="Precision of convolutions; auto is bf16 on processors with bf16 instructions, else fp32.",
     ),
     click.option(
         "--compile",
         type=click.Choice(["auto", "on", "off"]),
         default="auto",
         show_default=True,
-        help="auto compiles where the job is long enough to pay for it.",
+        help="Use torch.compile; auto compiles when the job is long enough to save time.",
     ),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
 )
@@ -259,51 +267,98 @@ compute = group(
 
 def synthesis(*, images: int | str) -> Decorator:
     """Options of synthesis; `images` is what a verb makes by default, as help tells it."""
-    number = click.option("--images", type=click.IntRange(1), show_default=str(images), help="Images to make.")
+    number = click.option(
+        "--images", type=click.IntRange(1), show_default=str(images), help="Number of images to synthesize."
+    )
     return group("synthesis", _synthesis, *_SYNTHESIS, number)
 
 
 _SYNTHESIS = (
     click.option(
-        "--recipe", type=click.Choice(recipe_names()), help="Method; by default the record's, or deepinversion."
+        "--recipe",
+        type=click.Choice(recipe_names()),
+        help="Synthesis method; by default the activation record's, or deepinversion.",
     ),
-    click.option("--preset", help="Settings of the recipe; by default its first preset."),
+    click.option("--preset", help="Named settings of the recipe; by default its first preset."),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override one setting of the recipe."),
-    click.option("--steps", type=click.IntRange(1), help="Synthesis steps a batch."),
-    click.option("--lr", type=float, help="Rate of synthesis."),
-    click.option("--batch-size", type=click.IntRange(1), help="Images made together."),
-    click.option("--labels", default="balanced", show_default=True, help="balanced, random, or a file of classes."),
-    click.option("--classes", "only", metavar="C,C,...", help="Make images of these classes only: numbers or names."),
-    click.option("--groups", default="auto", show_default=True, help="Batches that a step works on side by side."),
+    click.option("--steps", type=click.IntRange(1), help="Optimisation steps for each batch of images."),
+    click.option("--lr", type=float, help="Learning rate of synthesis."),
     click.option(
-        "--preview-every", type=click.IntRange(0), default=0, metavar="STEPS", help="Renew preview.png so often."
+        "--batch-size", type=click.IntRange(1), help="Images per synthesis batch; they share batch statistics."
     ),
-    click.option("--records", type=PATH, help="What the model's owner released; by default the file beside the model."),
-    click.option("--no-records", is_flag=True, help="Do not use the file beside the model."),
+    click.option(
+        "--labels",
+        default="balanced",
+        show_default=True,
+        help="Classes of the images: balanced, random, or a file that lists them.",
+    ),
+    click.option("--classes", "only", metavar="C,C,...", help="Synthesize only these classes, by number or name."),
+    click.option(
+        "--groups", default="auto", show_default=True, help="Number of batches that one step optimises side by side."
+    ),
+    click.option(
+        "--preview-every",
+        type=click.IntRange(0),
+        default=0,
+        metavar="STEPS",
+        help="Write preview.png anew every so many steps; 0 writes it once, at the end.",
+    ),
+    click.option(
+        "--records", type=PATH, help="Activation record released with the model; by default the file beside the model."
+    ),
+    click.option("--no-records", is_flag=True, help="Ignore the activation record beside the model."),
 )
 
 keeping = group(
     "keeping",
     _keeping,
-    click.option("--kind", type=click.Choice(KINDS), default="all-layers", show_default=True, help="Kind of record."),
-    click.option("--layers", multiple=True, metavar="PATTERN", help="Keep only these layers, for instance 'conv*'."),
-    click.option("--pooled", is_flag=True, help="Gaussian kinds: keep no classes apart."),
+    click.option(
+        "--kind", type=click.Choice(KINDS), default="all-layers", show_default=True, help="Kind of activation record."
+    ),
+    click.option(
+        "--layers", multiple=True, metavar="PATTERN", help="Record only the layers that match, for instance 'conv*'."
+    ),
+    click.option("--pooled", is_flag=True, help="Gaussian kinds: one set of statistics for all classes together."),
     click.option(
         "--covariance",
         default="auto",
         show_default=True,
-        help="Gaussian kinds: auto, full, block:N or diagonal.",
+        help="Gaussian kinds: form of the covariance: auto, full, block:N or diagonal.",
     ),
-    click.option("--temperature", type=float, default=8.0, show_default=True, help="Divides logits."),
-    click.option("--per-class", type=click.IntRange(1), default=100, show_default=True, help="Activations to keep."),
-    click.option("--keep", type=float, default=0.1, show_default=True, help="Share of an activation's coefficients."),
     click.option(
-        "--min-images", type=click.IntRange(2), default=20, show_default=True, help="Refuse a class with fewer."
+        "--temperature",
+        type=float,
+        default=8.0,
+        show_default=True,
+        help="Divide the recorded logits by this temperature.",
+    ),
+    click.option(
+        "--per-class",
+        type=click.IntRange(1),
+        default=100,
+        show_default=True,
+        help="Spectral kinds: activations stored per class.",
+    ),
+    click.option(
+        "--keep",
+        type=float,
+        default=0.1,
+        show_default=True,
+        help="Spectral kinds: share of an activation's coefficients to store.",
+    ),
+    click.option(
+        "--min-images",
+        type=click.IntRange(2),
+        default=20,
+        show_default=True,
+        help="Refuse a class with fewer images than this.",
     ),
 )
 
-data = click.option("--data", type=PATH, help="A synthetic set or real images; without it, images are made first.")
-eval_data = click.option("--eval-data", type=PATH, help="Real images to report accuracy on; they choose nothing.")
+data = click.option(
+    "--data", type=PATH, help="Synthetic set or real images to use; without it, images are synthesized first."
+)
+eval_data = click.option("--eval-data", type=PATH, help="Real images to report accuracy on; they influence nothing.")
 
 calibration = group(
     "calibration",
@@ -312,13 +367,13 @@ calibration = group(
         "--calibrate",
         type=click.Choice(["minmax", "percentile", "mse"]),
         show_default="mse; minmax of paper",
-        help="How the ranges of activations are found.",
+        help="Rule for the range of activations.",
     ),
     click.option(
         "--weight-ranges",
         type=click.Choice(["minmax", "mse"]),
         show_default="mse; minmax of paper",
-        help="How the ranges of weights are found.",
+        help="Rule for the range of weights.",
     ),
     click.option(
         "--weight-grid",
@@ -339,7 +394,10 @@ calibration = group(
         help="Draw the images of calibration with replacement.",
     ),
     click.option(
-        "--signed", is_flag=True, default=None, help="Activations without a zero point, as TensorRT takes them."
+        "--signed",
+        is_flag=True,
+        default=None,
+        help="Use signed activation grids with zero point 0, as TensorRT requires.",
     ),
     click.option(
         "--correction/--no-correction",
@@ -354,25 +412,28 @@ target = click.option(
     type=click.Choice(["onnxruntime", "tensorrt"]),
     default="onnxruntime",
     show_default=True,
-    help="What shall run the ONNX file; tensorrt takes signed 8 bits alone.",
+    help="Runtime of the ONNX file; tensorrt accepts only signed 8-bit grids.",
 )
 
 gates = group(
     "gates",
     _gates,
     click.option(
-        "--max-drop", type=float, metavar="POINTS", help="Exit 3 where --eval-data loses more top-1 than this."
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="Exit with code 3 if top-1 on --eval-data drops by more than this.",
     ),
     click.option(
         "--min-agreement",
         type=float,
         metavar="SHARE",
-        help="Exit 3 where held-out images are answered alike less often.",
+        help="Exit with code 3 if student and teacher agree on less than this share of the held-out images.",
     ),
 )
 
 reporting = together(
-    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."),
     _config.option,
     _speaking("verbose", "v", console.VERBOSE, "Explain automatic choices."),
     _speaking("quiet", "q", console.QUIET, "No progress, no notices."),
@@ -384,17 +445,23 @@ def training(*, steps: int | str, lr: float | str, batch_size: int | str) -> Dec
     return group(
         "training",
         _training,
-        click.option("--train-steps", type=click.IntRange(0), show_default=str(steps), help="Training steps."),
-        click.option("--train-lr", type=float, show_default=str(lr), help="Rate of training."),
-        click.option("--train-batch-size", type=click.IntRange(1), show_default=str(batch_size), help="Images a step."),
-        click.option("--optimizer", show_default="sgd", help="sgd, adam, adamw, lamb or novograd."),
-        click.option("--optimizer-backend", show_default="auto", help="auto, torch or apex."),
+        click.option(
+            "--train-steps", type=click.IntRange(0), show_default=str(steps), help="Number of training steps."
+        ),
+        click.option("--train-lr", type=float, show_default=str(lr), help="Learning rate of training."),
+        click.option(
+            "--train-batch-size", type=click.IntRange(1), show_default=str(batch_size), help="Images per training step."
+        ),
+        click.option("--optimizer", show_default="sgd", help="Optimizer: sgd, adam, adamw, lamb or novograd."),
+        click.option(
+            "--optimizer-backend", show_default="auto", help="Implementation of the optimizer: auto, torch or apex."
+        ),
         click.option(
             "--train-set",
             "train_settings",
             multiple=True,
             metavar="NAME=VALUE",
-            help="Change another setting of training.",
+            help="Override one setting of training.",
         ),
     )
 
@@ -431,14 +498,14 @@ def _objectives(objective: tuple[str, ...]) -> dict[str, float] | None:
 
 
 student = click.option(
-    "--student", help="Architecture of the student, fitted to the card; half is the teacher's with half the channels."
+    "--student", help="Architecture of the student, fitted to the card; half: the teacher's with half the channels."
 )
 student_init = click.option(
     "--student-init",
     default="auto",
     show_default=True,
     metavar="auto|none|CHECKPOINT",
-    help="Weights the student begins with; auto: layers of a teacher whose form it has, or a shallower one.",
+    help="Initial weights: a checkpoint, none, or auto (layers of a teacher of the same, perhaps deeper, form).",
 )
 objectives = group(
     "objectives",
@@ -447,28 +514,33 @@ objectives = group(
         "--objective",
         multiple=True,
         metavar="NAME[=WEIGHT]",
-        help="Of kd, ce, mse-logits, feature, attention, iq, with weights; the verb's page has the usual ones.",
+        help="Distillation losses with weights: kd, ce, mse-logits, feature, attention, iq.",
     ),
 )
 temperature = click.option(
-    "--temperature", type=float, default=4.0, show_default=True, help="Softens both models' answers."
+    "--temperature",
+    type=float,
+    default=4.0,
+    show_default=True,
+    help="Temperature of the distillation losses; both models' logits are divided by it.",
 )
 mix = click.option(
     "--mix",
     type=click.Choice(["auto", "none", *recipe_names()]),
     default="auto",
     show_default=True,
-    help="Make half of the images by this recipe; auto is bns where the model's statistics are known.",
+    help="Second recipe, for half of the images; auto: bns if the model has BatchNorm statistics; none: no second.",
 )
 live = click.option(
     "--live",
     is_flag=True,
-    help="Let an adaptive recipe's images compete with the student itself, which learns while they are made.",
+    help="Let an adaptive recipe's images compete with the student itself, which trains between their rounds.",
 )
 unseen = click.option(
     "--unseen",
     type=click.IntRange(0),
     default=128,
     show_default=True,
-    help="Images of another seed and recipe to make and ask about; 0 for none.",
+    help="Number of probe images (other seed and recipe, never trained on) used to report student-teacher agreement; "
+    "0 disables.",
 )

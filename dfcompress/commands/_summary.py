@@ -106,7 +106,7 @@ def compressed(result: Compressed, *, as_json: bool) -> None:
         return
     seconds = ", ".join(f"{part} {value:.0f} s" for part, value in result.seconds.items())
     console.result(
-        f"{result.checkpoint}: {result.bytes:,} bytes, {result.bytes_ratio:.3f} of what was given in fp32; {seconds}"
+        f"{result.checkpoint}: {result.bytes:,} bytes, {result.bytes_ratio:.3f} of the input in fp32; {seconds}"
     )
     several = len(result.teachers) > 1
     columns = ["agrees with", "its images", "held out", "unseen"]

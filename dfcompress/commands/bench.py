@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 _rounds = click.option(
-    "--rounds", type=click.IntRange(1), default=7, show_default=True, help="Timed steps of each row."
+    "--rounds", type=click.IntRange(1), default=7, show_default=True, help="Number of timed steps per row."
 )
 
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @click.command(epilog=_options.example("dfcompress demo"))
 @click.option(
-    "-o", "--output", type=_options.PATH, default="dfcompress-demo", show_default=True, help="Folder to keep."
+    "-o", "--output", type=_options.PATH, default="dfcompress-demo", show_default=True, help="Folder for the results."
 )
-@click.option("--resume", is_flag=True, help="Go on with what is in that folder.")
-@click.option("--overwrite", is_flag=True, help="Replace what is in that folder.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run in that folder.")
+@click.option("--overwrite", is_flag=True, help="Replace the contents of that folder.")
 @_options.compute
 @_options.reporting
 def demo(output: Path, resume: bool, overwrite: bool, compute: Compute, as_json: bool) -> None:

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 @click.command(epilog=_options.example("dfcompress evaluate resnet20.pt student --data cifar10-test.npz"))
 @_options.models
-@click.option("--data", type=_options.PATH, required=True, help="ImageFolder, .npz, IDX files or a synthetic set.")
-@click.option("--fail-under", type=float, help="Exit with 3 if a top-1 accuracy is below this share or percentage.")
+@click.option(
+    "--data", type=_options.PATH, required=True, help="Images: ImageFolder, .npz, IDX files or a synthetic set."
+)
+@click.option(
+    "--fail-under", type=float, help="Exit with code 3 if a top-1 accuracy is below this share or percentage."
+)
 @click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True)
 @_options.device
 @_options.reporting

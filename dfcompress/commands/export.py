@@ -17,10 +17,16 @@ if TYPE_CHECKING:
 
 @click.command(epilog=_options.example("dfcompress export resnet20-4w4a -o resnet20.onnx"))
 @_options.model
-@click.option("-o", "--output", type=_options.PATH, help="The file; by default model.onnx in the folder, or NAME.onnx.")
-@click.option("--overwrite", is_flag=True, help="Replace that file.")
+@click.option(
+    "-o", "--output", type=_options.PATH, help="ONNX file to write; by default model.onnx in the folder, or NAME.onnx."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @_options.target
-@click.option("--data", type=_options.PATH, help="Images to compare on; by default those the model was made with.")
+@click.option(
+    "--data",
+    type=_options.PATH,
+    help="Images to compare both models on; by default the images the model was made with.",
+)
 @_options.reporting
 def export(
     model: Classifier, output: Path | None, overwrite: bool, target: Target, data: Path | None, as_json: bool

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @click.command(epilog=_options.example("dfcompress inspect resnet20.pt"))
 @_options.model
-@click.option("--write-card", is_flag=True, help="Write the card beside the checkpoint, to be corrected and kept.")
+@click.option(
+    "--write-card", is_flag=True, help="Write model.card.json beside the checkpoint, to be corrected and kept."
+)
 @_options.reporting
 def inspect(model: Classifier, write_card: bool, as_json: bool) -> None:
     """Say what a checkpoint is and what can be done with it."""

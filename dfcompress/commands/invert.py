@@ -19,8 +19,15 @@ if TYPE_CHECKING:
 @click.command(epilog=_options.example("dfcompress invert resnet20.pt --images 2048 -o images"))
 @_options.model
 @_options.synthesis(images=1024)
-@click.option("--student", help="Architecture that adaptive images compete with; by default the model's own.")
-@click.option("--verify", type=_options.PATH, multiple=True, help="Another checkpoint that classifies the images.")
+@click.option(
+    "--student", help="Architecture of the student that adaptive images compete with; by default the model's own."
+)
+@click.option(
+    "--verify",
+    type=_options.PATH,
+    multiple=True,
+    help="Another checkpoint to classify the finished images, as a check.",
+)
 @_options.output
 @_options.compute
 @_options.reporting

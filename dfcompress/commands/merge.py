@@ -24,12 +24,20 @@ if TYPE_CHECKING:
     type=click.Choice(["all-logits", "paper"]),
     default="all-logits",
     show_default=True,
-    help="all-logits is ours, paper is Shapira and Sidi 2020.",
+    help="Merging method: all-logits (ours) or paper (Shapira and Sidi 2020).",
 )
-@click.option("--class-map", type=_options.PATH, help="JSON file: a list of class names for each teacher.")
-@click.option("--data", multiple=True, type=_options.PATH, help="Images of a teacher; give it for each, in order.")
+@click.option("--class-map", type=_options.PATH, help="JSON file with a list of class names for each teacher.")
 @click.option(
-    "--eval-data", multiple=True, type=_options.PATH, help="Real images to report on: one source, or one a teacher."
+    "--data",
+    multiple=True,
+    type=_options.PATH,
+    help="Images of one teacher; repeat the option for each teacher, in order.",
+)
+@click.option(
+    "--eval-data",
+    multiple=True,
+    type=_options.PATH,
+    help="Real images to report accuracy on: one source, or one per teacher.",
 )
 @_options.synthesis(images="1024; of paper 4096")
 @_options.training(steps="12000; of paper 125 epochs", lr=0.05, batch_size="128; of paper 64 a model")

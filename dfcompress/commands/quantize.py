@@ -20,12 +20,27 @@ if TYPE_CHECKING:
 
 @click.command(epilog=_options.example("dfcompress quantize resnet20.pt --bits 4w4a -o resnet20-4w4a"))
 @_options.model
-@click.option("--bits", default="4w4a", show_default=True, help="Bits of weights, then of activations; or auto.")
 @click.option(
-    "--first-last-bits", default="8", show_default=True, help="Bits of the first and the last layer, or same."
+    "--bits",
+    default="4w4a",
+    show_default=True,
+    help="Bits of weights, then of activations, for instance 4w4a; or auto.",
 )
-@click.option("--layer-bits", multiple=True, metavar="PATTERN=BITS", help="Other bits, or float: 'layer1.*=8w8a'.")
-@click.option("--size-ratio", type=float, help="With --bits auto: the file's size against the model in fp32.")
+@click.option(
+    "--first-last-bits",
+    default="8",
+    show_default=True,
+    help="Bits of the first and the last layer; same: as all others.",
+)
+@click.option(
+    "--layer-bits",
+    multiple=True,
+    metavar="PATTERN=BITS",
+    help="Bits, or float, of the layers that match, for instance 'layer1.*=8w8a'.",
+)
+@click.option(
+    "--size-ratio", type=float, help="With --bits auto: largest size of the file, as a share of the model in fp32."
+)
 @_options.data
 @_options.eval_data
 @_options.synthesis(images=2048)
@@ -34,14 +49,14 @@ if TYPE_CHECKING:
     type=click.Choice(["default", "paper"]),
     default="default",
     show_default=True,
-    help="Where nothing else is asked for, quantize as we do, or as Haroush et al. 2020 do (paper).",
+    help="Default settings: ours, or those of Haroush et al. 2020 (paper); other options override them.",
 )
 @_options.calibration
 @click.option(
     "--finetune",
     type=click.Choice(["blocks+lsq", "lsq", "blocks", "kd", "none"]),
     show_default="blocks+lsq; kd of paper",
-    help="The rounding block by block, then weights and steps; either alone; weights alone; or nothing.",
+    help="Fine-tuning: rounding by blocks, then weights and steps (lsq); one of the two; weights only (kd); none.",
 )
 @_options.training(
     steps="400; 1000 of blocks; 16000 of paper",

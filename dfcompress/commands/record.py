@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 @click.command(epilog=_options.example("dfcompress record model.pt --data train --kind all-layers"))
 @_options.model
-@click.option("--data", type=_options.PATH, required=True, help="The images the model was trained on.")
+@click.option("--data", type=_options.PATH, required=True, help="Images the model was trained on.")
 @_options.keeping
-@click.option("-o", "--output", type=_options.PATH, help="By default MODEL.records.safetensors beside the model.")
-@click.option("--overwrite", is_flag=True, help="Replace that file.")
-@click.option("--dry-run", is_flag=True, help="Show what would be kept and its size, and touch nothing.")
+@click.option(
+    "-o", "--output", type=_options.PATH, help="File to write; by default MODEL.records.safetensors beside the model."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@click.option("--dry-run", is_flag=True, help="Print what would be recorded and its size; write nothing.")
 @_options.device
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws the activations to keep.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed that chooses the activations to store."
+)
 @_options.reporting
 def record(
     model: Classifier,
