@@ -277,7 +277,7 @@ _SYNTHESIS = (
     click.option(
         "--recipe",
         type=click.Choice(recipe_names()),
-        help="Synthesis method; by default the activation record's, or deepinversion.",
+        help="Synthesis method; by default the activation record's, else the command's usual one.",
     ),
     click.option("--preset", help="Named settings of the recipe; by default its first preset."),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override one setting of the recipe."),
