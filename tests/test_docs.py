@@ -53,7 +53,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_option_that_is_mentioned_exists(page):
-    known = {"--help", "--version", "--upgrade", "--extra-index-url", "--nproc-per-node", "--ntasks"}
+    known = {"--help", "--version", "--upgrade", "--extra-index-url", "--nproc-per-node", "--ntasks", "--gpus-per-task"}
     known |= {"--no-deps", "--no-build-isolation", "--no-index", "--durations"}  # Of pip and pytest.
     for name in COMMANDS:
         command = root.get_command(click.Context(root), name)
