@@ -153,20 +153,8 @@ class Trainer:
         """Forward passes of all, and the student's backward pass, twice as long; the precision is tried."""
         work = sum(map(work_of, self.teaching.teachers)) + 3 * work_of(self.student)
         execution = resolve_execution(self.compute, float(work) * self.training.batch_size * self.training.steps)
-        names = ", ".join(dict.fromkeys(each.card.architecture for each in (self.student, *self.teaching.teachers)))
-        execution = device.tried(execution, self.compute, lambda: self._try_pass(execution), what=names)
+        execution = _tried(execution, self.compute, [self.student, *self.teaching.teachers])
         return replace(execution, precision=self.everyone.told(execution.precision))
-
-    def _try_pass(self, execution: Execution) -> None:
-        """A pass forward and backward of a copy of each network; raises what they raise."""
-        target, precision = device.resolve_device(execution.device), device.PRECISIONS[execution.precision]
-        for network in (self.student, *self.teaching.teachers):
-            # Training mode would need a batch for its BatchNorms, and computes with the same operations.
-            twin = copy.deepcopy(network).to(target).eval().requires_grad_(True)
-            images = torch.rand(1, *network.card.input_size, generator=generator("trial"))
-            with torch.autocast(target.type, precision):
-                logits = twin(images.to(target))
-            logits.float().sum().backward()
 
     def _mine(self, execution: Execution) -> Execution:
         """What was resolved, perhaps by another process, as this one has it."""
@@ -215,6 +203,23 @@ class Trainer:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def _tried(execution: Execution, compute: Compute, networks: Sequence[Classifier]) -> Execution:
+    """`execution` in a precision in which a copy of each network goes forward and backward, as `device.tried` says."""
+    target, precision = device.resolve_device(execution.device), device.PRECISIONS[execution.precision]
+
+    def passes() -> None:
+        for network in networks:
+            # Training mode would need a batch for its BatchNorms, and computes with the same operations.
+            twin = copy.deepcopy(network).to(target).eval().requires_grad_(True)
+            images = torch.rand(1, *network.card.input_size, generator=generator("trial"))
+            with torch.autocast(target.type, precision):
+                logits = twin(images.to(target))
+            logits.float().sum().backward()
+
+    names = ", ".join(dict.fromkeys(each.card.architecture for each in networks))
+    return device.tried(execution, compute, passes, what=names)
+
+
 def require_trainable(
     student: Classifier, training: Training, compute: Compute, sets: Sequence[int], *, repair: bool = False
 ) -> None:
@@ -230,6 +235,8 @@ def require_trainable(
     parallel.require_plain(student, peers())
     if training.steps:
         require_passes(student, training, images=min(TRIED, share * len(sets)), repair=repair)
+        if compute.precision != "auto":
+            _tried(resolve_execution(replace(compute, compile="off"), 0.0), compute, [student])
 
 
 def require_passes(student: Classifier, training: Training, *, images: int = TRIED, repair: bool = False) -> None:

@@ -469,6 +469,15 @@ def test_the_multistep_schedule_falls_at_its_milestones_and_clip_0_leaves_gradie
     assert all(torch.equal(a, b) for a, b in zip(unclipped.parameters(), loose.parameters(), strict=True))
 
 
+def test_a_student_that_cannot_learn_in_the_precision_asked_for_is_refused_before_any_work():
+    card = ModelCard("odd", odd_networks.CLASSES, odd_networks.SIZE, (0.5,) * 3, (0.25,) * 3)
+    student, training = Classifier(odd_networks.trained("scattered"), card), Training(steps=2, lr=0.1, batch_size=4)
+    require_trainable(student, training, Compute("cpu", "fp32", "off"), [8])
+    require_trainable(student, training, Compute("cpu", "auto", "off"), [8])
+    with pytest.raises(BadInput, match="odd cannot be computed in bf16"):
+        require_trainable(student, training, Compute("cpu", "bf16", "off"), [8])
+
+
 @pytest.mark.parametrize(("names", "precision"), [(("prelu", "plain"), "bf16"), (("plain", "scattered"), "fp32")])
 def test_the_precision_is_tried_with_student_and_teacher_and_stored(names, precision, tmp_path, monkeypatch):
     monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda: True)
