@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.hooks import RemovableHandle
 
 from dfcompress.models.card import ModelCard
 from dfcompress.models.hooks import counted_runs, hooked_outputs
@@ -106,14 +105,10 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def pass_once(classifier: Classifier, hooks: Iterable[RemovableHandle] = ()) -> Tensor:
-    """Logits `(1, classes)` of one black image, for what the hooks see of it; they are removed afterwards."""
-    try:
-        with evaluating(classifier):
-            return classifier(torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+def pass_once(classifier: Classifier) -> Tensor:
+    """Logits `(1, classes)` of one black image, for what hooks see of it."""
+    with evaluating(classifier):
+        return classifier(torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device))
 
 
 def multiply_accumulates(classifier: Classifier) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dfcompress.errors import BadInput
 from dfcompress.models.architectures import TRANSFORMERS, Architecture
 from dfcompress.models.classifier import Classifier, pass_once
+from dfcompress.models.hooks import hooked_outputs
 from dfcompress.models.weights import CONFIG, read_json
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -87,10 +88,12 @@ def take_rgb(classifier: Classifier, path: Path) -> None:
     """
     if not (path / PREPROCESSOR).is_file() or not _are_turned(*_processed(path)):
         return
-    called: list[nn.Module] = []
-    layers = [module for module in classifier.network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    pass_once(classifier, [layer.register_forward_hook(lambda layer, *_: called.append(layer)) for layer in layers])
-    stem = called[0] if called else None
+    called: list[str] = []
+    modules = dict(classifier.network.named_modules())
+    layers = [name for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)]
+    with hooked_outputs(classifier.network, layers, lambda name, _: called.append(name)):
+        pass_once(classifier)
+    stem = modules[called[0]] if called else None
     if not isinstance(stem, nn.Conv2d) or stem.weight.shape[1] != classifier.card.input_size[0]:
         raise BadInput(f"{path} takes images as BGR, and does not begin with a convolution.", "Turn its first layer.")
     stem.weight = nn.Parameter(stem.weight.detach().flip(1).contiguous(), stem.weight.requires_grad)
