@@ -1,7 +1,7 @@
 """Layers that are BatchNorms in all but their class: what they answer decides, not what they are called.
 
 Among them are torch's SyncBatchNorm, torchvision's FrozenBatchNorm2d, and modules that call `F.batch_norm` on buffers
-of their own.
+of their own, with or without modules behind it (timm's FrozenBatchNormAct2d).
 """
 
 from __future__ import annotations
@@ -14,11 +14,26 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from dfcompress.models.classifier import Classifier, evaluating, pass_once
 from dfcompress.models.hooks import hooked_inputs
+from dfcompress.models.plain_layers import BATCHNORMS, is_altered
 
-PLAIN: dict[int, type[_BatchNorm]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+OF_RANK: dict[int, type[_BatchNorm]] = dict(enumerate((BATCHNORMS[0], *BATCHNORMS), start=2))
 EPS = 1e-5  # torch's, for layers that state none.
 _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-_CLOSE = 1e-4  # Of a channel's largest output. Rounding is 1e-6 of it, an eps of 1e-3 for 1e-5 is 5e-4, at variance 1.
+_CLOSE = 1e-4  # Of a channel's largest output; rounding is 1e-6 of it.
+
+
+class BatchNormThen(_BatchNorm):
+    """A BatchNorm over any number of dimensions that hands what it has normalised to its children, one by one."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Its place decides."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Features `(N, C, ...)`."""
+        features = super().forward(input)
+        for child in self.children():
+            features = child(features)
+        return features
 
 
 @torch.no_grad()
@@ -29,8 +44,7 @@ def plain_batchnorms(classifier: Classifier) -> None:
     One pass of `classifier` tells over how many dimensions each of them works.
     """
     named = dict(classifier.network.named_modules(remove_duplicate=False))
-    candidates = [module for module in named.values() if _has_only_batchnorms_tensors(module)]
-    ranks = _ranks(classifier, candidates)
+    ranks = _ranks(classifier)
     plain = {module: made for module, rank in ranks.items() if (made := _as_plain(module, rank)) is not None}
     for name, module in named.items():
         if module in plain and name:
@@ -79,41 +93,82 @@ def _running_statistics(module: nn.Module) -> tuple[Tensor | None, Tensor | None
 
 def _has_only_batchnorms_tensors(module: nn.Module) -> bool:
     mean, _ = _running_statistics(module)
-    if mean is None or [*module.children()] or type(module) in PLAIN.values() or isinstance(module, _InstanceNorm):
+    if mean is None or type(module) in (*BATCHNORMS, BatchNormThen) or isinstance(module, _InstanceNorm):
         return False
-    tensors = module.state_dict()
+    # A BatchNorm with children is understood as it is.
+    if is_altered(module) or (isinstance(module, _BatchNorm) and [*module.children()]):
+        return False
+    tensors = _own_tensors(module)
     if not tensors.keys() <= _TENSORS or ("weight" in tensors) != ("bias" in tensors):
         return False
     return all(tensor.shape == mean.shape for name, tensor in tensors.items() if name != "num_batches_tracked")
 
 
-def _ranks(classifier: Classifier, modules: list[nn.Module]) -> dict[nn.Module, int]:
-    """How many dimensions the input of each module has that runs."""
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's tensors by name, its children's left out."""
+    own = {*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))}
+    return {name: tensor for name, tensor in module.state_dict().items() if name in own}
+
+
+def _ranks(classifier: Classifier) -> dict[nn.Module, int]:
+    """How many dimensions the input of each candidate has that runs."""
+    modules = dict(classifier.network.named_modules())
+    candidates = [name for name, module in modules.items() if _has_only_batchnorms_tensors(module)]
     found: dict[nn.Module, int] = {}
-    names = {name: module for name, module in classifier.network.named_modules() if module in modules}
 
-    def note(name: str, features: Tensor) -> None:
-        found[names[name]] = features.dim()
+    def note(name: str, features: object) -> None:
+        if isinstance(features, Tensor):
+            found[modules[name]] = features.dim()
 
-    if names:
-        with hooked_inputs(classifier.network, names, note):
+    if candidates:
+        with hooked_inputs(classifier.network, candidates, note):
             pass_once(classifier)
     return found
 
 
 def _as_plain(module: nn.Module, rank: int) -> nn.Module | None:
-    """The BatchNorm that answers as `module` does, or None where there is none."""
-    if rank not in PLAIN:
+    """The BatchNorm that answers as `module` does, children and all, or None where there is none."""
+    if rank not in OF_RANK:
         return None
-    tensors = dict(module.state_dict())
-    plain = PLAIN[rank](len(tensors["running_mean"]), eps=eps_of(module), affine="weight" in tensors)
+    tensors, children = _own_tensors(module), dict(module.named_children())
+    eps = _eps_to_try(module, rank)
+    kind = BatchNormThen if children else OF_RANK[rank]
+    plain = kind(len(tensors["running_mean"]), eps=eps, affine="weight" in tensors)
     plain.momentum = getattr(module, "momentum", plain.momentum)
     plain.load_state_dict({**plain.state_dict(), **tensors})
     plain.to(tensors["running_mean"].device).train(module.training)
-    plain.requires_grad_(any(parameter.requires_grad for parameter in module.parameters()))
+    plain.requires_grad_(any(parameter.requires_grad for parameter in module.parameters(recurse=False)))
+    for name, child in children.items():
+        plain.add_module(name, child)
+    # A wrong eps hides behind a large variance, and anything behind a weight of 0.
+    tried: tuple[dict[str, Tensor], ...] = ({}, _bare(module, max(eps, EPS)))
+    return plain if all(_answer_alike(plain, module, instead, rank) for instead in tried) else None
+
+
+def _eps_to_try(module: nn.Module, rank: int) -> float:
+    """The eps that a module states, or else the one that shows where it divides 1 by a variance of 0."""
+    if hasattr(module, "eps"):
+        return eps_of(module)
+    bare = _bare(module, 0)
+    answer = _answer(module, torch.ones_like(_sample(bare["running_mean"], bare["running_var"], rank)), **bare)
+    if answer is None or not answer.median() > 0:
+        return EPS
+    found = float(answer.median()) ** -2
+    return float(f"{found:.5g}")  # Measured in fp32, whose rounding is not to be kept.
+
+
+def _bare(module: nn.Module, var: float) -> dict[str, Tensor]:
+    """A module's tensors where mean and bias are 0, weights 1, and all variances `var`."""
+    values = {"running_mean": 0, "running_var": var, "weight": 1, "bias": 0}
+    own = _own_tensors(module)
+    return {name: torch.full_like(own[name], value) for name, value in values.items() if name in own}
+
+
+def _answer_alike(plain: nn.Module, module: nn.Module, instead: dict[str, Tensor], rank: int) -> bool:
+    tensors = _own_tensors(module) | instead
     features = _sample(tensors["running_mean"], tensors["running_var"], rank)
-    answer, wanted = _answer(plain, features), _answer(module, features)
-    return plain if answer is not None and _alike(answer, wanted) else None
+    answer = _answer(plain, features, **instead)
+    return answer is not None and _alike(answer, _answer(module, features, **instead))
 
 
 def _sample(mean: Tensor, var: Tensor, rank: int) -> Tensor:

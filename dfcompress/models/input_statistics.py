@@ -170,19 +170,21 @@ def _first_layers(classifier: Classifier) -> FirstLayers | None:
     network, channels = classifier.network, classifier.card.input_size[0]
     modules = {name: each for name, each in network.named_modules() if isinstance(each, (nn.Conv2d, _BatchNorm))}
     given: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    own: list[Tensor] = []  # The convolution's tensor itself, to know it again by what it is, not by its values.
+    outputs: list[Tensor] = []
     found: list[_BatchNorm] = []
 
     def see_input(name: str, features: Tensor) -> None:
         module = modules[name]
         if isinstance(module, nn.Conv2d) and not given:
             given[name] = features.clone()
-        elif isinstance(module, _BatchNorm) and any(features is output for output in outputs.values()):
+        elif isinstance(module, _BatchNorm) and any(features is output for output in own):
             found.append(module)
 
     def see_output(name: str, features: Tensor) -> None:
-        if name in given:
-            outputs.setdefault(name, features)
+        if name in given and not own:
+            own.append(features)
+            outputs.append(features.clone())
 
     images = _probes(classifier)
     with evaluating(network), hooked_inputs(network, modules, see_input), hooked_outputs(network, modules, see_output):
@@ -193,7 +195,7 @@ def _first_layers(classifier: Classifier) -> FirstLayers | None:
     before = _affine(images, *given.values())
     if before is None:
         return None
-    (output,) = outputs.values()
+    (output,) = outputs
     row, column = output.shape[2] // 2, output.shape[3] // 2
     response = output[1 : 1 + channels, :, row, column] - output[0, :, row, column]
     expected = (conv.weight.sum((2, 3)) * before[0]).T

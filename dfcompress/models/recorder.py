@@ -363,13 +363,13 @@ class _RecordingBatchNorm(_BatchNorm):
         self.register_buffer("shift", shift, persistent=False)
         self.register_buffer("lack", _lack(self.running_var, self.eps), persistent=False)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # torch's name, by which a network may hand it over.
         if self.seen is None:
-            return self.after(_normalised(features, self.scale, self.shift))
+            return self.after(_normalised(input, self.scale, self.shift))
         assert self.running_mean is not None
         assert self.running_var is not None
         normalised, mean_error, square_error = _NormaliseAndRecord.apply(
-            features, self.running_mean, self.scale, self.shift
+            input, self.running_mean, self.scale, self.shift
         )
         self.seen.append(LayerRecord(mean_error, square_error, self.running_var, self.lack))
         return self.after(normalised)

@@ -14,8 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfcompress.device import collective_backend, identity
 from dfcompress.distributed import Peers, peers
 from dfcompress.errors import BadInput
-
-PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from dfcompress.models.plain_layers import BATCHNORMS
 
 
 def require_shares(share: int, everyone: Peers) -> None:
@@ -30,7 +29,7 @@ def require_shares(share: int, everyone: Peers) -> None:
 def require_plain(network: nn.Module, everyone: Peers) -> None:
     """Raise `BadInput` for a BatchNorm of another class, which may do more than normalise, in several processes."""
     for module in network.modules():
-        if everyone.count > 1 and isinstance(module, _BatchNorm) and type(module) not in PLAIN:
+        if everyone.count > 1 and isinstance(module, _BatchNorm) and type(module) not in BATCHNORMS:
             name = type(module).__name__
             raise BadInput(f"A {name} cannot be trained by several processes.", "Train this student in one process.")
 

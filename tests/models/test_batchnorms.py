@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
 from dfcompress import console
@@ -117,7 +118,7 @@ def test_over_vectors_it_becomes_the_one_for_vectors_under_every_name():
 def test_its_statistics_are_those_of_the_batchnorm_with_the_same_numbers(norm, recorder):
     made = classifier(norm(8))
     twin = copy.deepcopy(made)
-    twin.network[1] = nn.BatchNorm2d(8).eval()
+    twin.network[1] = nn.BatchNorm2d(8, eps=1e-2 if norm is with_eps else 1e-5).eval()
     twin.network[1].load_state_dict(made.network[1].state_dict(), strict=False)
     answers = made(IMAGES)
     plain_batchnorms(made)
@@ -170,10 +171,69 @@ def test_a_file_of_it_is_loaded_saved_and_loaded_again(factory, tmp_path):
     assert torch.equal(again(IMAGES), first(IMAGES))
 
 
-def test_frozen_batchnorms_of_timm_that_activate_count():
+def test_frozen_batchnorms_of_timm_become_batchnorms_with_their_activation_behind_them():
     norms = pytest.importorskip("timm.layers")
-    made = classifier(norms.FrozenBatchNormAct2d(8))
-    assert len(statistics_layers(made.network)) == 1
+    made = classifier(norms.FrozenBatchNormAct2d(8, act_layer=nn.PReLU))
+    before, keys = made(IMAGES), made.network.state_dict().keys()
+    settled = opened(made)
+    assert isinstance(settled.network[1], _BatchNorm)
+    assert opened(settled) is settled
+    assert settled.network.state_dict().keys() - keys == {"1.num_batches_tracked"}
+    assert keys <= settled.network.state_dict().keys()
+    for make in (HookRecorder, FusedRecorder):
+        recording = recorded(make, settled.network)
+        assert len(recording.layers) == 1
+        torch.testing.assert_close(recording.logits, before, rtol=1e-4, atol=1e-4)
+    assert fold_batchnorms(settled) == ["1"]
+    torch.testing.assert_close(settled(IMAGES), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variance", [1e-6, 1.0, 1e3])
+def test_an_eps_that_is_not_stated_is_found(variance):
+    made = classifier(Own(8, eps=1e-3))
+    made.network[1].running_var.fill_(variance)
+    plain_batchnorms(made)
+    assert made.network[1].eps == 1e-3
+
+
+def test_a_stated_eps_that_is_not_used_is_not_believed():
+    norm = Own(8, eps=1e-3)
+    norm.eps = 1e-5
+    made = classifier(norm)
+    norm.running_var.fill_(1e3)
+    plain_batchnorms(made)
+    assert made.network[1] is norm
+
+
+def test_a_layer_with_a_hook_of_its_own_keeps_it():
+    norm = nn.SyncBatchNorm(8)
+    norm.register_forward_hook(lambda layer, given, output: output)
+    made = classifier(norm)
+    plain_batchnorms(made)
+    assert made.network[1] is norm
+
+
+class ByKeyword(nn.Module):
+    """Hands its features over by the name that torch gives them."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.norm(input=features)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_a_batchnorm_called_by_keyword_is_replaced_and_recorded(norm):
+    made = classifier(nn.Identity())
+    made.network[1] = ByKeyword(norm(8)).eval()
+    before = made(IMAGES)
+    plain_batchnorms(made)
+    assert type(made.network[1].norm) is nn.BatchNorm2d
+    one, other = (recorded(make, made.network) for make in (HookRecorder, FusedRecorder))
+    torch.testing.assert_close(one.logits, before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
 
 
 def test_a_classifier_made_in_python_gets_plain_batchnorms_in_a_copy():

@@ -196,3 +196,21 @@ class Standardised(nn.Conv2d):
 )
 def test_what_is_no_affine_map_before_the_convolution_is_not_judged(network, digits):
     assert check_normalisation(_trained(network, *digits, 0.1307, 0.3081)) is None
+
+
+class InPlace(nn.BatchNorm2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input.copy_(super().forward(input))
+
+
+def test_a_batchnorm_that_writes_into_its_input_changes_nothing():
+    torch.manual_seed(0)
+    plain, in_place = nn.BatchNorm2d(8), InPlace(8)
+    for norm in (plain, in_place):
+        norm.running_mean.copy_(torch.linspace(-1, 1, 8))
+        nn.init.constant_(norm.weight, 2.0)
+    conv, card = nn.Conv2d(3, 8, 3), ModelCard("test", 8, (3, 8, 8), (0.4,) * 3, (0.3,) * 3)
+    networks = [nn.Sequential(conv, norm, nn.AdaptiveAvgPool2d(1), nn.Flatten()) for norm in (plain, in_place)]
+    expected, found = (expected_input_statistics(Classifier(network, card).frozen()) for network in networks)
+    assert expected is not None
+    assert found == expected

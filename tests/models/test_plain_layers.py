@@ -44,6 +44,38 @@ class Scaled(nn.Linear):
         return self.scale * super().forward(input)
 
 
+class Clamped(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.clamp(-6, 6))
+
+
+class Limited(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.clamp(-500, 500))
+
+
+class Rounded(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward((input * 255).round() / 255)
+
+
+def patched(layer: nn.Module) -> nn.Module:
+    """With a `forward` of its own."""
+    inherited = layer.forward
+    layer.forward = lambda input: 2 * inherited(input)
+    return layer
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda layer, given, output: 2 * output)
+    return layer
+
+
+def prehooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_pre_hook(lambda layer, given: (2 * given[0],))
+    return layer
+
+
 @pytest.mark.parametrize(
     ("layer", "kind"),
     [
@@ -58,6 +90,12 @@ class Scaled(nn.Linear):
         (nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6)), None),
         (Doubled(4, 6), None),
         (Scaled(4, 6), None),
+        (Clamped(4, 6, 3), None),
+        (Limited(4, 6), None),
+        (Rounded(4, 6), None),
+        (patched(nn.Linear(4, 6)), None),
+        (hooked(nn.Conv2d(4, 6, 3)), None),
+        (prehooked(nn.Linear(4, 6)), None),
         (nn.ConvTranspose2d(4, 6, 3), None),
         (nn.Conv1d(4, 6, 3), None),
         (nn.BatchNorm2d(4), None),
@@ -99,6 +137,28 @@ class Rectified(nn.BatchNorm2d):
         return F.relu(super().forward(input))
 
 
+class Saturated(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).clamp(-50, 50)
+
+
+class WithLiteralEps(nn.BatchNorm2d):
+    """Does not use the eps it states."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-3)
+
+
+def of_large_variance(norm: nn.Module) -> nn.Module:
+    norm.running_var.fill_(1000.0)
+    return norm
+
+
+def of_no_weight(norm: nn.Module) -> nn.Module:
+    nn.init.zeros_(norm.weight)
+    return norm
+
+
 @pytest.mark.parametrize(
     ("norm", "after"),
     [
@@ -110,6 +170,12 @@ class Rectified(nn.BatchNorm2d):
         (nn.BatchNorm2d(4, track_running_stats=False), None),
         (Shifted(4), None),
         (Rectified(4), None),
+        (Saturated(4), None),
+        (of_no_weight(Rectified(4)), None),
+        (of_large_variance(WithLiteralEps(4)), None),
+        (patched(nn.BatchNorm2d(4)), None),
+        (hooked(nn.BatchNorm2d(4)), None),
+        (prehooked(timm_layers.BatchNormAct2d(4)), None),
         (nn.GroupNorm(2, 4), None),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
