@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from dfcompress import console, device
 from dfcompress.data.pool import ImagePool
 from dfcompress.device import Compute, Execution, resolve_execution
 from dfcompress.distributed import Peers, peers
-from dfcompress.errors import BadInput, DfcompressError
+from dfcompress.errors import NOT_IN_PLACE, BadInput, DfcompressError, first_line, is_of_layers_in_place
 from dfcompress.models.classifier import Classifier, main_logits, work_of
 from dfcompress.randomness import generator
 from dfcompress.run import write_atomically
@@ -28,6 +29,7 @@ from dfcompress.training.teaching import Teaching
 METRICS = "metrics.jsonl"
 PARTIAL = "training.partial"
 METRICS_POINTS = 100
+UNTRAINED = "Use --finetune none and, where images are made, a --recipe that is not adaptive: they train nothing."
 TRIED = 2  # Images of a trial: BatchNorm cannot normalise a single one whose features are 1x1.
 
 
@@ -114,11 +116,7 @@ class Trainer:
             seed=self.compute.seed,
         )
         parallel.require_shares(pool.share, self.everyone)
-        backend = (
-            state["backend"]
-            if state
-            else optimizers.choose_backend(self.training.optimizer, self.training.backend, target)
-        )
+        backend = state["backend"] if state else self._backend(target)
         with ExitStack() as stack:
             stack.enter_context(self._placed(target, execution))
             stack.enter_context(self.teaching.listening(self.student))
@@ -154,19 +152,29 @@ class Trainer:
         work = sum(map(work_of, self.teaching.teachers)) + 3 * work_of(self.student)
         execution = resolve_execution(self.compute, float(work) * self.training.batch_size * self.training.steps)
         names = ", ".join(dict.fromkeys(each.card.architecture for each in (self.student, *self.teaching.teachers)))
-        execution = device.tried(execution, self.compute, lambda: self._try_pass(execution), what=names)
+        execution = device.tried(execution, self.compute, self._try_pass, what=names)
         return replace(execution, precision=self.everyone.told(execution.precision))
 
     def _try_pass(self, execution: Execution) -> None:
-        """A pass forward and backward of a copy of each network; raises what they raise."""
+        """A pass of a copy of each network, and back through the student as it trains; raises what they raise."""
         target, precision = device.resolve_device(execution.device), device.PRECISIONS[execution.precision]
-        for network in (self.student, *self.teaching.teachers):
-            # Training mode would need a batch for its BatchNorms, and computes with the same operations.
-            twin = copy.deepcopy(network).to(target).eval().requires_grad_(True)
-            images = torch.rand(1, *network.card.input_size, generator=generator("trial"))
-            with torch.autocast(target.type, precision):
-                logits = twin(images.to(target))
+        low = torch.autocast(target.type, precision, enabled=precision != torch.float32)
+        images = torch.rand(TRIED, *self.student.card.input_size, generator=generator("trial")).to(target)
+        twin = copy.deepcopy(self.student).to(target)
+        mode = training_mode(twin, repair=self.repair, freeze_batchnorm=self.training.freeze_batchnorm)
+        with device.forked_randomness(target), mode:
+            with low:
+                logits = main_logits(twin.network(twin.normalise(images)))
             logits.float().sum().backward()
+        for teacher in self.teaching.teachers:
+            images = torch.rand(1, *teacher.card.input_size, generator=generator("trial")).to(target)
+            with torch.no_grad(), low:
+                copy.deepcopy(teacher).to(target).eval()(images)
+
+    def _backend(self, target: torch.device) -> Literal["torch", "apex"]:
+        """Who computes the optimiser: apex only where every process has it, as all must take the same steps."""
+        own = optimizers.choose_backend(self.training.optimizer, self.training.backend, target)
+        return own if set(self.everyone.told_by_all(own)) == {own} else "torch"
 
     def _mine(self, execution: Execution) -> Execution:
         """What was resolved, perhaps by another process, as this one has it."""
@@ -242,7 +250,9 @@ def require_passes(student: Classifier, training: Training, *, images: int = TRI
     with torch.random.fork_rng(devices=[]):
         why = _why_not_learnt(twin, shown, mode)
     if why:
-        remedy = "Use --finetune none, which trains nothing." if repair else "Name another --student."
+        remedy = UNTRAINED if repair else "Name another --student."
+        if is_of_layers_in_place(why):
+            remedy = NOT_IN_PLACE
         raise BadInput(f"{student.card.architecture} cannot be trained: {why}.", remedy)
 
 
@@ -264,7 +274,7 @@ def _why_not_learnt(student: Classifier, images: Tensor, mode: AbstractContextMa
         if not isinstance(answer, Tensor) and learnt != _reached(student(images), student):
             return f"the first logits of the {type(answer).__name__} that it gives while it trains are not its answer"
     except Exception as error:  # Whatever a stranger's network may raise.
-        return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        return first_line(error)
     return None
 
 
