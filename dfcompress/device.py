@@ -20,9 +20,10 @@ import torch
 
 from dfcompress import console
 from dfcompress.distributed import peers
-from dfcompress.errors import BadInput
+from dfcompress.errors import NOT_IN_PLACE, BadInput, first_line, is_of_layers_in_place
 
-PRECISIONS: dict[Literal["fp32", "bf16", "fp16"], torch.dtype] = {
+Precision = Literal["fp32", "bf16", "fp16"]
+PRECISIONS: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -109,7 +110,7 @@ def resolve_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: tor
     return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
 
 
-def precision_name(dtype: torch.dtype) -> Literal["fp32", "bf16", "fp16"]:
+def precision_name(dtype: torch.dtype) -> Precision:
     """The name of a type as `--precision` takes it."""
     return next(name for name, candidate in PRECISIONS.items() if candidate == dtype)
 
@@ -173,8 +174,7 @@ def compiled(function: Callable[..., Any], *, whole: bool = True) -> Callable[..
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             if fast is function:
                 raise
-            reason = str(error).strip().splitlines()[0]
-            console.notice(f"Compiling failed, so this runs eagerly, several times slower: {reason}")
+            console.notice(f"Compiling failed, so this runs eagerly, several times slower: {first_line(error)}.")
             fast = function
             return function(*args)
 
@@ -214,8 +214,8 @@ def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         torch.cuda.set_stream(stream)
         _leave_pool(current, pool)
         # The end of a failed capture fails too; the reason is the error before.
-        reason = str(error.__context__ or error).splitlines()[0]
-        console.notice(f"No CUDA graph, so every kernel is launched on its own: {reason}")
+        reason = first_line(error.__context__ or error)
+        console.notice(f"No CUDA graph, so every kernel is launched on its own: {reason}.")
         return step
 
     def replay() -> torch.Tensor:
@@ -237,7 +237,8 @@ def _capture_stream(index: int) -> Any:
 
 def _leave_pool(index: int, pool: Any) -> None:
     """Let the allocator out of the memory of a failed capture: inside, it gives no cached memory back to the device."""
-    with suppress(RuntimeError):  # The allocator was out of it: only the graph's instantiation failed.
+    # The allocator was out of it, as only the graph's instantiation failed; or another torch has other private names.
+    with suppress(RuntimeError, AttributeError):
         torch._C._cuda_endAllocateToPool(index, pool)
         torch._C._cuda_releasePool(index, pool)
 
@@ -432,7 +433,7 @@ class Execution:
     """
 
     device: str
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     compile: bool
     threads: int
     processor: str
@@ -473,29 +474,40 @@ def resolve_execution(compute: Compute, work: float) -> Execution:
     return replace(eager, compile=True)
 
 
-def tried(execution: Execution, compute: Compute, attempt: Callable[[], object], *, what: str) -> Execution:
-    """`execution` where `attempt`, a short pass in its precision, works; in fp32, with a notice, where it does not and
+def tried(execution: Execution, compute: Compute, attempt: Callable[[Execution], object], *, what: str) -> Execution:
+    """`execution` where `attempt`, a short pass as it says, works; in fp32, with a notice, where that alone works and
     the precision was chosen here. `what` names the networks.
 
-    Raises `BadInput` where the user chose the precision.
+    Raises `BadInput` where the user chose the precision, and where fp32 does not work either.
     """
-    if execution.precision == "fp32":
+    why = _why_not(attempt, execution)
+    if why is None:
         return execution
+    exact = replace(execution, precision="fp32")
+    in_fp32 = why if execution == exact else _why_not(attempt, exact)
+    if in_fp32:
+        if is_of_layers_in_place(in_fp32):
+            raise BadInput(f"{what} cannot be differentiated: {in_fp32}.", NOT_IN_PLACE)
+        raise BadInput(
+            f"{what} cannot run in any precision: {in_fp32}.",
+            f"Name a network, by --arch or --student, that runs forward and backward on {execution.device}.",
+        )
+    problem = f"{what} cannot be computed in {execution.precision}: {why}."
+    if compute.precision != "auto":
+        raise BadInput(problem, "Use --precision fp32, or --precision auto, which takes it for such networks.")
+    console.notice(f"{problem} It runs in fp32.")
+    return exact
+
+
+def _why_not(attempt: Callable[[Execution], object], execution: Execution) -> str | None:
+    """Why an attempt fails, None where it does not."""
     try:
-        attempt()
+        attempt(execution)
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
-            return execution  # The work itself looks for what fits.
-        problem = f"{what} cannot be computed in {execution.precision}: {_first_line(error)}"
-        if compute.precision != "auto":
-            raise BadInput(problem, "Use --precision auto, which takes fp32 for such networks.") from error
-        console.notice(f"{problem} It runs in fp32.")
-        return replace(execution, precision="fp32")
-    return execution
-
-
-def _first_line(error: Exception) -> str:
-    return f"{(str(error) or type(error).__name__).splitlines()[0].rstrip('.')}."
+            return None  # The work itself looks for what fits.
+        return first_line(error)
+    return None
 
 
 def predicted_seconds(execution: Execution, eager_seconds: float) -> float:

@@ -19,7 +19,7 @@ from functools import cache
 from typing import Any
 
 from dfcompress import console
-from dfcompress.errors import BadInput, DfcompressError
+from dfcompress.errors import BadInput, DfcompressError, first_line
 
 LOST_AFTER_SECONDS = 10.0
 BEAT_SECONDS = 0.5
@@ -156,7 +156,7 @@ class Peers:
                 self._all, _, _ = next(distributed.rendezvous("env://", self.rank, self.count, timeout=JOINING))
         except (RuntimeError, ValueError) as error:
             raise DfcompressError(
-                f"Process {self.rank} of {self.count} cannot join the others: {str(error).splitlines()[0]}.",
+                f"Process {self.rank} of {self.count} cannot join the others: {first_line(error)}.",
                 "Start all of them with torchrun or srun.",
             ) from None
         self._jobs += 1

@@ -9,6 +9,11 @@ and one sentence of what to do about it.
 Any other exception is a bug and keeps its traceback.
 """
 
+import re
+
+IN_PLACE = re.compile(r"in-?place")
+NOT_IN_PLACE = "Give layers that work in place inplace=False in the factory that --arch or --student names."
+
 
 class DfcompressError(Exception):
     """The work could not be finished.
@@ -34,3 +39,16 @@ class GateNotMet(DfcompressError):
     """The work is done, but a threshold the user set was not reached."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, as the end of a sentence: its first line, without torch's hint to programmers and
+    without a full stop; its class where it says nothing.
+    """
+    said = str(error).strip().partition(" Hint: ")[0]
+    return (said or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def is_of_layers_in_place(reason: str) -> bool:
+    """Whether a network failed because a layer overwrote a tensor that its gradient needs; `NOT_IN_PLACE` helps."""
+    return bool(IN_PLACE.search(reason))

@@ -21,7 +21,7 @@ from dfcompress.cli import root, run
 from dfcompress.device import Compute
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
-from dfcompress.quantization.quantize import BEFORE_LSQ, FINETUNING, quantize
+from dfcompress.quantization.quantize import BEFORE_LSQ, FINETUNING, quantize, usual_calibration
 from dfcompress.synthesis.invert import invert
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.training.distill import DISTILLATION, distill
@@ -570,3 +570,65 @@ def test_a_student_begins_with_the_weights_of_a_quantized_model(capsys, tmp_path
     assert code == 0
     assert rows[1]["correct"] > 9900
     assert json.loads(out)["bytes_ratio"] > 0.99
+
+
+UNTAUGHT = """
+from dfcompress.models.architectures import named
+
+
+def cut(classes=10, channels=1):
+    network = named("lenet5_bn").make(classes, channels)
+    network.register_forward_hook(lambda module, _, logits: logits.detach() if module.training else logits)
+    return network
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["invert", DEMO, "--recipe", "adaptive-deepinversion"],
+        ["distill", DEMO, "--recipe", "adaptive-deepinversion"],
+        ["distill", DEMO],
+        ["merge", DEMO, "other"],
+    ],
+)
+def test_a_dry_run_is_refused_as_the_verb_is_where_the_student_cannot_be_trained(line, capsys):
+    other = load(DEMO)
+    save(Classifier(other.network, replace(other.card, **OTHER), sha256="other"), Path("other"))
+    Path("net.py").write_text(UNTAUGHT.replace("classes=10", f"classes={20 if line[0] == 'merge' else 10}"))
+    student = ["--student", "net.py:cut", *QUICK]
+    refused = [answer(capsys, *line, *student, *more) for more in (["--dry-run"], ["-o", "out"])]
+    assert refused[0] == refused[1]
+    assert refused[0][0] == 2
+    assert "cannot be trained" in refused[0][2]
+    assert not Path("out").exists()
+
+
+def test_a_dry_run_of_quantize_is_refused_as_the_verb_is_where_no_gradient_reaches_the_network(capsys):
+    always = UNTAUGHT.replace(" if module.training else logits", "")
+    Path("net.py").write_text(always)
+    torch.save(load(DEMO).network.state_dict(), "cut.pt")
+    line = [
+        "quantize",
+        "cut.pt",
+        "--arch",
+        "net.py:cut",
+        "--input-size",
+        "1x32x32",
+        "--data",
+        DEMO,
+        "--train-steps",
+        "1",
+    ]
+    refused = [answer(capsys, *line, *more) for more in (["--dry-run"], ["-o", "out"])]
+    assert refused[0] == refused[1]
+    assert refused[0][0] == 2
+    assert "--finetune none" in refused[0][2]
+    assert "not adaptive" in refused[0][2]
+
+
+def test_a_dry_run_of_quantize_tells_how_it_calibrates(capsys):
+    line = ["quantize", DEMO, "--data", DEMO, "--calibrate", "minmax", "--dry-run"]
+    told = json.loads(answer(capsys, *line, "--json")[1])["calibration"]
+    assert told == asdict(usual_calibration("default", {"inputs": "minmax"}))
+    assert "calibration: inputs=minmax weights=mse" in answer(capsys, *line)[1]

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from dfcompress import console, device
 from dfcompress.device import (
@@ -77,8 +78,15 @@ def in_bf16(compute: Compute):
     return replace(resolve_execution(compute, SHORT), precision="bf16")
 
 
-def mixed() -> None:
-    raise RuntimeError("index_add_(): self (Float) and source (BFloat16) must have the same scalar type.\nmore")
+def mixed(execution) -> None:
+    if execution.precision != "fp32":
+        raise RuntimeError("index_add_(): self (Float) and source (BFloat16) must have the same scalar type.\nmore")
+
+
+def spoilt(execution) -> None:
+    """What autograd says of a layer that overwrites what another one keeps for its gradient."""
+    images = torch.ones(1, requires_grad=True)
+    nn.Sequential(nn.Sigmoid(), nn.ELU(inplace=True))(images).backward()
 
 
 def test_a_precision_that_was_chosen_here_and_fails_becomes_fp32_with_one_notice(capsys):
@@ -92,10 +100,12 @@ def test_a_precision_that_was_chosen_here_and_fails_becomes_fp32_with_one_notice
     assert "more" not in said
 
 
-def test_a_precision_that_works_is_kept_and_fp32_is_not_tried():
+def test_a_precision_that_works_is_kept_and_nothing_else_is_tried():
     compute = Compute("cpu", "auto", "off")
-    assert tried(in_bf16(compute), compute, lambda: None, what="net").precision == "bf16"
-    assert tried(replace(in_bf16(compute), precision="fp32"), compute, mixed, what="net").precision == "fp32"
+    for execution in (in_bf16(compute), replace(in_bf16(compute), precision="fp32")):
+        tries = []
+        assert tried(execution, compute, tries.append, what="net") == execution
+        assert tries == [execution]
 
 
 def test_a_precision_that_the_user_chose_and_that_fails_is_refused():
@@ -105,12 +115,39 @@ def test_a_precision_that_the_user_chose_and_that_fails_is_refused():
     assert "--precision auto" in refused.value.remedy
 
 
+@pytest.mark.parametrize("asked", ["auto", "bf16", "fp32"])
+def test_a_network_whose_layers_spoil_its_gradient_is_refused_for_that_whatever_the_precision(asked):
+    compute = Compute("cpu", asked, "off")
+    execution = replace(in_bf16(compute), precision="fp32" if asked == "fp32" else "bf16")
+    with pytest.raises(BadInput, match=r"^net cannot be differentiated: .*inplace operation") as refused:
+        tried(execution, compute, spoilt, what="net")
+    assert "anomaly" not in str(refused.value)
+    assert "inplace=False" in refused.value.remedy
+
+
+def test_a_network_that_fails_in_fp32_too_is_refused_without_a_word_on_precision():
+    def broken(execution):
+        raise TypeError("unsupported operand")
+
+    compute = Compute("cpu", "auto", "off")
+    with pytest.raises(BadInput, match=r"^net cannot run in any precision: unsupported operand") as refused:
+        tried(in_bf16(compute), compute, broken, what="net")
+    assert "inplace" not in refused.value.remedy
+    assert "--precision" not in refused.value.remedy
+
+
 def test_too_little_memory_is_no_reason_for_another_precision():
-    def full() -> None:
+    def full(execution) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
 
     compute = Compute("cpu", "auto", "off")
     assert tried(in_bf16(compute), compute, full, what="net").precision == "bf16"
+
+
+def test_a_torch_without_the_private_names_of_the_allocator_still_runs_without_a_graph(monkeypatch):
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.delattr(torch._C, name, raising=False)
+    device._leave_pool(0, None)
 
 
 CUDA = torch.device("cuda")

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 def plan(
     *planned: SynthesisPlan,
     as_json: bool,
-    rounding: dict[str, Any] | None = None,
-    training: dict[str, Any] | None = None,
+    **parts: dict[str, Any] | None,
 ) -> None:
-    """What a dry run found: nothing was touched. Without `planned` the images are there already."""
-    parts = {"rounding": rounding, "training": training}
+    """What a dry run found: nothing was touched. Without `planned` the images are there already.
+
+    `parts` are the settings of each later part of the work, None where it does not take place.
+    """
     if as_json:
         console.result_json({"synthesis": [each.to_json() for each in planned], **parts})
         return

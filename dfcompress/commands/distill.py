@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def distill(
     model: Classifier,
     student: str | None,
-    student_init: str,
+    student_init: str | None,
     data: Path | None,
     eval_data: Path | None,
     synthesis: Synthesis,
@@ -54,20 +54,22 @@ def distill(
     """Train a smaller student on images made from the model."""
     import dataclasses
 
+    from dfcompress.models.student import begin_student
     from dfcompress.settings import settled
     from dfcompress.synthesis.invert import plans
-    from dfcompress.synthesis.supply import ImageSupply
-    from dfcompress.training.distill import DISTILLATION, IMAGES, distill
+    from dfcompress.training.distill import DISTILLATION, distill, image_supply
 
+    student_init = None if student_init == "none" else student_init
     if dry_run:
-        supply = ImageSupply(model, data, synthesis.counted(IMAGES), compute, mix=mix, unseen=unseen)
         usual = settled(DISTILLATION, training)
+        pupil, *_ = begin_student(student, model.card, init=student_init, teachers=[(model, None)], seed=compute.seed)
+        supply = image_supply(model, pupil, data, synthesis, compute, training=usual, mix=mix, unseen=unseen, live=live)
         _summary.plan(*plans(supply), as_json=as_json, training=dataclasses.asdict(usual))
         return
     result = distill(
         model,
         student=student,
-        student_init=None if student_init == "none" else student_init,
+        student_init=student_init,
         data=data,
         output=output,
         synthesis=synthesis,

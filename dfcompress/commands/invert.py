@@ -44,11 +44,14 @@ def invert(
     as_json: bool,
 ) -> None:
     """Make images from a checkpoint and nothing else."""
-    from dfcompress.synthesis.invert import IMAGES, invert, plans
+    from functools import partial
+
+    from dfcompress.synthesis.invert import IMAGES, invert, learner, plans
     from dfcompress.synthesis.supply import ImageSupply
 
     if dry_run:
-        supply = ImageSupply(model, None, synthesis.counted(IMAGES), compute)
+        competitor = partial(learner, model, student=student, compute=compute)
+        supply = ImageSupply(model, None, synthesis.counted(IMAGES), compute, learner=competitor)
         _summary.plan(*plans(supply), as_json=as_json)
         return
     made = invert(

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 def merge(
     models: list[Classifier],
     student: str | None,
-    student_init: str,
+    student_init: str | None,
     method: str,
     class_map: Path | None,
     data: tuple[Path, ...],
@@ -70,18 +70,32 @@ def merge(
 
     from dfcompress.settings import settled
     from dfcompress.synthesis.invert import plans
-    from dfcompress.training.merge import image_supplies, merge, usual_images, usual_training
+    from dfcompress.training.loop import require_trainable
+    from dfcompress.training.merge import begin_merged, image_supplies, merge, usual_images, usual_training
 
+    if student_init == "none":
+        student_init = None
     if dry_run:
+        (pupil, *_), _ = begin_merged(
+            models,
+            student,
+            student_init,
+            method=method,  # type: ignore[arg-type]
+            class_map=class_map,
+            seed=compute.seed,
+        )
         own, mix = usual_images(method, synthesis, mix)  # type: ignore[arg-type]
-        supplies = image_supplies(models, data, own, compute, mix=mix, unseen=unseen)
-        usual = usual_training(method, min(map(len, supplies)), len(models))  # type: ignore[arg-type]
-        _summary.plan(*plans(*supplies), as_json=as_json, training=dataclasses.asdict(settled(usual, training)))
+        architecture = pupil.card.architecture
+        supplies = image_supplies(models, data, own, compute, mix=mix, unseen=unseen, student=architecture)
+        counts = list(map(len, supplies))
+        usual = settled(usual_training(method, min(counts), len(models)), training)  # type: ignore[arg-type]
+        require_trainable(pupil, usual, compute, counts)
+        _summary.plan(*plans(*supplies), as_json=as_json, training=dataclasses.asdict(usual))
         return
     result = merge(
         models,
         student=student,
-        student_init=None if student_init == "none" else student_init,
+        student_init=student_init,
         method=method,  # type: ignore[arg-type]
         class_map=class_map,
         data=data,

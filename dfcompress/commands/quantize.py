@@ -101,11 +101,13 @@ def quantize(
     """Make a few-bit model, calibrated and fine-tuned on images made from it."""
     import dataclasses
     import json
+    from functools import partial
 
     from dfcompress.quantization.bits import layers_of
     from dfcompress.quantization.quantize import (
         BEFORE_LSQ,
         FINETUNED_BY,
+        competitor,
         quantize,
         usual_calibration,
         usual_images,
@@ -116,6 +118,8 @@ def quantize(
     from dfcompress.settings import assignments
     from dfcompress.synthesis.invert import plans
     from dfcompress.synthesis.supply import ImageSupply
+    from dfcompress.training.loop import require_trainable
+    from dfcompress.training.settings import Training
 
     gates.require_images(eval_data)
     patterns = assignments(layer_bits, "--layer-bits")
@@ -123,17 +127,21 @@ def quantize(
         raise BadInput(f"--target {target} is of the file that --export writes.", "Add --export onnx.")
     if dry_run:
         layers = layers_of(model).quantizable
-        scheme = usual_calibration(method, calibration).scheme
-        wanted_bits(model, layers, bits, first_last_bits, patterns, size_ratio, scheme)
+        calibrating = usual_calibration(method, calibration)
+        wanted = wanted_bits(model, layers, bits, first_last_bits, patterns, size_ratio, calibrating.scheme)
         if not data:
             synthesis, mix = usual_images(method, model, synthesis, mix)
         finetune = finetune or FINETUNED_BY[method]
         tuning = usual_tuning(finetune, training, method=method, input_size=model.card.input_size)
-        supply = ImageSupply(model, data, synthesis, compute, mix=mix)
+        competing = partial(competitor, model, wanted, calibrating, compute)
+        supply = ImageSupply(model, data, synthesis, compute, mix=mix, learner=competing)
+        if isinstance(tuning, Training):
+            require_trainable(model, tuning, compute, [len(supply)], repair=True)
         rounding = BEFORE_LSQ if tuning and finetune == "blocks+lsq" else None
         _summary.plan(
             *plans(supply),
             as_json=as_json,
+            calibration=dataclasses.asdict(calibrating),
             rounding=dataclasses.asdict(rounding) if rounding else None,
             training=dataclasses.asdict(tuning) if tuning else None,
         )

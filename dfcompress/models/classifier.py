@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from dfcompress.errors import first_line
 from dfcompress.models.card import ModelCard
 from dfcompress.models.hooks import counted_runs, hooked_outputs
 
@@ -171,9 +172,8 @@ def why_not_run(classifier: Classifier) -> Unfit | None:
             answer = classifier(image)
     except Exception as error:
         # The network may be code of the user's, which can raise anything.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         return Unfit(
-            f"{name} cannot take images of {channels}x{height}x{width} ({reason})",
+            f"{name} cannot take images of {channels}x{height}x{width} ({first_line(error)})",
             "Give another --input-size or --arch.",
         )
     if not isinstance(answer, Tensor):

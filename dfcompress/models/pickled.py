@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, ClassVar, TypeGuard
 import torch
 from torch import Tensor
 
-from dfcompress.errors import BadInput
+from dfcompress.errors import BadInput, first_line
 
 NESTED = ("state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights")
 AVERAGED = ("ema", "model_ema", "ema_state_dict", "state_dict_ema")
@@ -126,8 +126,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:
         # Whatever a parser trips over in foreign bytes, the file is what is wrong.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{path} is cut short or damaged: {printable(reason)}.", AGAIN) from None
+        raise BadInput(f"{path} is cut short or damaged: {printable(first_line(error))}.", AGAIN) from None
 
 
 # What a program leaves behind.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfcompress.errors import DfcompressError
+from dfcompress.errors import DfcompressError, first_line
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import (
     InputGrid,
@@ -64,8 +64,9 @@ def write_onnx(classifier: Classifier, path: Path) -> None:
             verbose=False,
         )
     except Exception as error:  # The exporter wraps whatever a network's own code raises.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DfcompressError(f"{classifier.name} cannot be exported: {reason}", "Use it without ONNX.") from error
+        raise DfcompressError(
+            f"{classifier.name} cannot be exported: {first_line(error)}.", "Use it without ONNX."
+        ) from error
     assert program is not None
     _narrow(program.model, widths)
     if min(inputs, default=8) < 8:
@@ -125,15 +126,19 @@ class _ExportedLinear(_Exported, QuantizedLinear):
 
 def _make_exportable(network: nn.Module) -> dict[str, int]:
     """Let the quantized layers compute by our operations; widths of their tensors of integers, by name."""
-    widths = {}
-    for name, layer in quantized_layers(network).items():
+    widths: dict[str, int] = {}
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    for layer in quantized_layers(network).values():
         integers, grid = layer.integer_weight()
         layer.register_buffer(INTEGERS, integers)
         layer.register_buffer("scale", grid.scale)
         layer.register_buffer(ZERO_POINT, None if grid.symmetric else grid.zero_point.to(integers.dtype))
         layer.__class__ = _ExportedConv2d if isinstance(layer, QuantizedConv2d) else _ExportedLinear
         for tensor in [INTEGERS] if grid.symmetric else [INTEGERS, ZERO_POINT]:
-            widths[f"network.{name}.{tensor}"] = _container(grid.bits)
+            # The exporter names a layer that is registered several times by any of its names.
+            widths |= {f"network.{name}.{tensor}": _container(grid.bits) for name in names[layer]}
     return widths
 
 
@@ -177,8 +182,8 @@ def _narrow(model: Any, widths: dict[str, int]) -> None:
 
     signed = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
     unsigned = {2: ml_dtypes.uint2, 4: ml_dtypes.uint4, 8: np.uint8}
-    for name, width in widths.items():
-        stored = model.graph.initializers[name]
+    for name in widths.keys() & model.graph.initializers.keys():
+        stored, width = model.graph.initializers[name], widths[name]
         integers = stored.const_value.numpy()
         kinds = unsigned if integers.dtype == np.uint8 else signed
         stored.const_value = onnx_ir.tensor(integers.astype(kinds[width]), name=name)

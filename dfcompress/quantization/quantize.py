@@ -158,7 +158,7 @@ def quantize(
         synthesis,
         compute,
         mix=mix,
-        learner=partial(_competitor, teacher, wanted, calibration, compute),
+        learner=partial(competitor, teacher, wanted, calibration, compute),
     )
     if isinstance(tuning, Training):
         require_trainable(student, tuning, compute, [len(supply)], repair=True)
@@ -222,7 +222,7 @@ def quantize(
         )
 
 
-def _competitor(
+def competitor(
     teacher: Classifier, wanted: Mapping[str, Wanted], calibration: Calibration, compute: Compute, recipe: Recipe
 ) -> Pupil | None:
     """The student that a recipe's images compete with: what quantization leaves of the teacher, repaired in its lessons

@@ -187,15 +187,18 @@ class SynthesisPlan:
 
 
 def plans(*supplies: ImageSupply) -> list[SynthesisPlan]:
-    """The sets that a verb of these supplies would make. Times a few eager steps of each and touches nothing."""
-    return [_plan(job, supply.compute) for supply in supplies for job in supply.made]
+    """The sets that a verb of these supplies would make. Times a few eager steps of each and touches nothing.
+
+    Raises `BadInput` as the verb does, where a network fails in the precision that was asked for, or in any.
+    """
+    return [_plan(job, supply.compute, student) for supply in supplies for job, student in supply.made]
 
 
-def _plan(job: Job, compute: Compute) -> SynthesisPlan:
+def _plan(job: Job, compute: Compute, student: Classifier | None) -> SynthesisPlan:
     recipe = job.recipe()
     batch_size = min(recipe.batch_size, job.images)
     batches = -(-job.images // batch_size)
-    execution = execution_of(job, compute)
+    execution = execution_of(job, compute, student)
     one = _eager_seconds(job, execution, batch_size)
     seconds = predicted_seconds(execution, one * recipe.steps * batches)
     memory = peak_memory_bytes(torch.device(execution.device))

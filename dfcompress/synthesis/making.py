@@ -21,6 +21,7 @@ from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_stored
 from dfcompress.device import (
     Compute,
     Execution,
+    Precision,
     as_mine,
     can_capture,
     computing,
@@ -51,7 +52,7 @@ class Learner(Protocol):
     student: Classifier
     is_kept: bool
 
-    def learn(self, images: Tensor, *, lesson: int) -> None:
+    def learn(self, images: Tensor, *, lesson: int, precision: Precision) -> None:
         """Train the student on all stored images `(N, C, H, W)`; the outcome depends on its arguments alone."""
 
 
@@ -68,11 +69,6 @@ def make_set(job: Job, folder: Path, compute: Compute, *, learner: Learner | Non
     everyone.meet()
     synthetic = SyntheticSet(folder)
     makes = _Making(synthetic, job, learner)
-    if learner and len(makes.rounds) == 1:
-        console.notice(
-            "All images are made in one round, so the student that they compete with learns from none before. "
-            "Use more --images or a smaller --batch-size."
-        )
     for lesson in range(len(makes.rounds)):
         makes.missing_of(lesson)
         everyone.meet()
@@ -143,15 +139,17 @@ def _groups(job: Job, batch_size: int, execution: Execution) -> int:
 def execution_of(job: Job, compute: Compute, student: Classifier | None = None) -> Execution:
     """How a set is made, all automatic choices made; `student` is what its images compete with, if anything.
 
-    The precision is tried in one step. Raises `BadInput` where the one that was asked for does not work.
+    The precision is tried in one step. Raises `BadInput` where the one that was asked for does not work, or none does.
     """
     teacher, recipe, images = job.teacher, job.recipe(), job.images
     batch_size = min(recipe.batch_size, images)
     execution = resolve_execution(compute, work_in(recipe, teacher, -(-images // batch_size) * batch_size))
     student = (student or teacher) if recipe.needs_student else None
 
-    def step() -> None:
-        try_step(recipe, teacher, execution, student=student, source=job.source())
+    source = job.source()
+
+    def step(execution: Execution) -> None:
+        try_step(recipe, teacher, execution, student=student, source=source)
 
     return tried(execution, compute, step, what=f"{teacher.name}{' or its student' if student else ''}")
 
@@ -249,7 +247,7 @@ class _Making:
                 started = time.perf_counter()
                 made = [self.synthetic.read_shard(shard)[0] for shard in range(self.rounds[number][0])]
                 console.notice(f"Lesson {number}: the student learns from {sum(map(len, made))} images.")
-                learner.learn(torch.cat(made), lesson=number)
+                learner.learn(torch.cat(made), lesson=number, precision=self.execution.precision)
                 seconds = state["seconds"] + time.perf_counter() - started
                 state = {"lesson": number, "seconds": seconds, "student": learner.student.state_dict()}
             save_state(saved, state)

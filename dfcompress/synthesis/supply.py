@@ -84,9 +84,13 @@ class ImageSupply:
         return {name: job.origin() for name, job in self.jobs.items()} or None
 
     @property
-    def made(self) -> list[Job]:
-        """The sets that `gather` makes, those that no student learns from last."""
-        return [*self.jobs.values(), *([self.unseen] if self.unseen else [])]
+    def made(self) -> list[tuple[Job, Classifier | None]]:
+        """The sets that `gather` makes, the one that no student learns from last, each with what its images compete
+        with, if anything.
+        """
+        students = {name: learner.student for name, learner in self.learners.items() if learner}
+        made = [(job, students.get(name)) for name, job in self.jobs.items()]
+        return made + ([(self.unseen, None)] if self.unseen else [])
 
     @property
     def adaptive(self) -> bool:

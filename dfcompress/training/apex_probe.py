@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from dfcompress.device import has_cuda, processor_name
+from dfcompress.errors import first_line
 
 AGREEMENT = 1e-5
 # What a package that was built for something else fails with.
@@ -70,7 +71,7 @@ def probe(disagreement: Callable[[torch.device], float], device: torch.device) -
     try:
         importlib.import_module("amp_C")
     except ImportError as error:
-        found = f"apex was built for another torch than {torch.__version__} ({_first_line(error)})"
+        found = f"apex was built for another torch than {torch.__version__} ({first_line(error)})"
         return Apex(State.ABI_MISMATCH, found, f"Build it again. {BUILD}")
     return _tried(disagreement, device)
 
@@ -84,11 +85,7 @@ def _tried(disagreement: Callable[[torch.device], float], device: torch.device) 
             name = processor_name(device)
             remedy = "Build it again with TORCH_CUDA_ARCH_LIST naming this GPU's compute capability."
             return Apex(State.WRONG_ARCHITECTURE, f"apex was not built for {name}", remedy)
-        return Apex(State.BROKEN, f"apex fails: {type(error).__name__}: {_first_line(error)}", BUILD)
+        return Apex(State.BROKEN, f"apex fails: {type(error).__name__}: {first_line(error)}", BUILD)
     if not difference <= AGREEMENT:
         return Apex(State.BROKEN, f"apex and torch differ by {difference:.1g} after three steps", BUILD)
     return Apex(State.READY, "apex agrees with torch")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

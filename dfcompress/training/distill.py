@@ -92,28 +92,16 @@ def distill(
         objectives = KD_AND_FEATURES if alike else KD
     pairs = shared_stages(pupil, teacher) if any(name in OF_FEATURES for name in objectives) else []
     terms = make_objectives(objectives, temperature=temperature, pairs=pairs, seed=compute.seed)
-    architecture = pupil.card.architecture
-    supply = ImageSupply(
-        teacher,
-        data,
-        synthesis.counted(IMAGES),
-        compute,
-        mix=mix,
-        unseen=unseen,
-        learner=lambda recipe: learner(teacher, recipe, pupil if live else architecture, compute, is_kept=live),
+    supply = image_supply(
+        teacher, pupil, data, synthesis, compute, training=training, mix=mix, unseen=unseen, live=live
     )
-    if live and not supply.adaptive:
-        raise BadInput("Nothing competes with the student.", "Give --live an adaptive recipe and no --data.")
-    require_trainable(pupil, training, compute, [len(supply)])
-    if min(len(supply), training.batch_size) < 2:
-        raise BadInput("Batches of one image cannot train BatchNorm.", "Use more --images or --train-batch-size.")
     _warn_if_larger(pupil, teacher)
     if eval_data is not None:
         open_images(eval_data, teacher.card)  # A wrong path should not cost an hour of work.
     measure = measured_on(eval_data, teacher, compute.device)
     options = {
         "teacher": teacher.identity(),
-        "student": architecture,
+        "student": pupil.card.architecture,
         "student_init": begun,
         "objectives": dict(objectives),
         "temperature": temperature,
@@ -136,6 +124,39 @@ def distill(
         return hand_back(
             run, pupil, [same_classes(teacher, images)], trained=asdict(trained), device=compute.device, measure=measure
         )
+
+
+def image_supply(
+    teacher: Classifier,
+    pupil: Classifier,
+    data: str | Path | None,
+    synthesis: Synthesis,
+    compute: Compute,
+    *,
+    training: Training,
+    mix: str,
+    unseen: int,
+    live: bool,
+) -> ImageSupply:
+    """Where the images come from; raises `BadInput` where there are none to make or take, or the pupil cannot be
+    trained on them.
+    """
+    architecture = pupil.card.architecture
+    supply = ImageSupply(
+        teacher,
+        data,
+        synthesis.counted(IMAGES),
+        compute,
+        mix=mix,
+        unseen=unseen,
+        learner=lambda recipe: learner(teacher, recipe, pupil if live else architecture, compute, is_kept=live),
+    )
+    if live and not supply.adaptive:
+        raise BadInput("Nothing competes with the student.", "Give --live an adaptive recipe and no --data.")
+    require_trainable(pupil, training, compute, [len(supply)])
+    if min(len(supply), training.batch_size) < 2:
+        raise BadInput("Batches of one image cannot train BatchNorm.", "Use more --images or --train-batch-size.")
+    return supply
 
 
 def _warn_if_larger(pupil: Classifier, teacher: Classifier) -> None:

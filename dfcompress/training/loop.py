@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from dfcompress import console, device
 from dfcompress.data.pool import ImagePool
 from dfcompress.device import Compute, Execution, resolve_execution
 from dfcompress.distributed import Peers, peers
-from dfcompress.errors import BadInput, DfcompressError
+from dfcompress.errors import NOT_IN_PLACE, BadInput, DfcompressError, first_line, is_of_layers_in_place
 from dfcompress.models.classifier import Classifier, main_logits, work_of
 from dfcompress.randomness import generator
 from dfcompress.run import write_atomically
@@ -28,6 +29,7 @@ from dfcompress.training.teaching import Teaching
 METRICS = "metrics.jsonl"
 PARTIAL = "training.partial"
 METRICS_POINTS = 100
+UNTRAINED = "Use --finetune none and, where images are made, a --recipe that is not adaptive: they train nothing."
 TRIED = 2  # Images of a trial: BatchNorm cannot normalise a single one whose features are 1x1.
 
 
@@ -114,11 +116,7 @@ class Trainer:
             seed=self.compute.seed,
         )
         parallel.require_shares(pool.share, self.everyone)
-        backend = (
-            state["backend"]
-            if state
-            else optimizers.choose_backend(self.training.optimizer, self.training.backend, target)
-        )
+        backend = state["backend"] if state else self._backend(target)
         with ExitStack() as stack:
             stack.enter_context(self._placed(target, execution))
             stack.enter_context(self.teaching.listening(self.student))
@@ -153,8 +151,13 @@ class Trainer:
         """Forward passes of all, and the student's backward pass, twice as long; the precision is tried."""
         work = sum(map(work_of, self.teaching.teachers)) + 3 * work_of(self.student)
         execution = resolve_execution(self.compute, float(work) * self.training.batch_size * self.training.steps)
-        execution = _tried(execution, self.compute, [self.student, *self.teaching.teachers])
+        execution = _tried(execution, self.compute, self.student, self.teaching.teachers, self.training, self.repair)
         return replace(execution, precision=self.everyone.told(execution.precision))
+
+    def _backend(self, target: torch.device) -> Literal["torch", "apex"]:
+        """Who computes the optimiser: apex only where every process has it, as all must take the same steps."""
+        own = optimizers.choose_backend(self.training.optimizer, self.training.backend, target)
+        return own if set(self.everyone.told_by_all(own)) == {own} else "torch"
 
     def _mine(self, execution: Execution) -> Execution:
         """What was resolved, perhaps by another process, as this one has it."""
@@ -203,20 +206,34 @@ class Trainer:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _tried(execution: Execution, compute: Compute, networks: Sequence[Classifier]) -> Execution:
-    """`execution` in a precision in which a copy of each network goes forward and backward, as `device.tried` says."""
-    target, precision = device.resolve_device(execution.device), device.PRECISIONS[execution.precision]
+def _tried(
+    execution: Execution,
+    compute: Compute,
+    student: Classifier,
+    teachers: Sequence[Classifier],
+    training: Training,
+    repair: bool,
+) -> Execution:
+    """`execution` in a precision that the networks compute in, as `device.tried` says: copies of all go forward, and
+    the student's goes back as it trains.
+    """
 
-    def passes() -> None:
-        for network in networks:
-            # Training mode would need a batch for its BatchNorms, and computes with the same operations.
-            twin = copy.deepcopy(network).to(target).eval().requires_grad_(True)
-            images = torch.rand(1, *network.card.input_size, generator=generator("trial"))
-            with torch.autocast(target.type, precision):
-                logits = twin(images.to(target))
+    def passes(execution: Execution) -> None:
+        target, precision = device.resolve_device(execution.device), device.PRECISIONS[execution.precision]
+        low = torch.autocast(target.type, precision, enabled=precision != torch.float32)
+        images = torch.rand(TRIED, *student.card.input_size, generator=generator("trial")).to(target)
+        twin = copy.deepcopy(student).to(target)
+        mode = training_mode(twin, repair=repair, freeze_batchnorm=training.freeze_batchnorm)
+        with device.forked_randomness(target), mode:
+            with low:
+                logits = main_logits(twin.network(twin.normalise(images)))
             logits.float().sum().backward()
+        for teacher in teachers:
+            images = torch.rand(1, *teacher.card.input_size, generator=generator("trial")).to(target)
+            with torch.no_grad(), low:
+                copy.deepcopy(teacher).to(target).eval()(images)
 
-    names = ", ".join(dict.fromkeys(each.card.architecture for each in networks))
+    names = ", ".join(dict.fromkeys(each.card.architecture for each in (student, *teachers)))
     return device.tried(execution, compute, passes, what=names)
 
 
@@ -236,7 +253,7 @@ def require_trainable(
     if training.steps:
         require_passes(student, training, images=min(TRIED, share * len(sets)), repair=repair)
         if compute.precision != "auto":
-            _tried(resolve_execution(replace(compute, compile="off"), 0.0), compute, [student])
+            _tried(resolve_execution(replace(compute, compile="off"), 0.0), compute, student, [], training, repair)
 
 
 def require_passes(student: Classifier, training: Training, *, images: int = TRIED, repair: bool = False) -> None:
@@ -249,7 +266,9 @@ def require_passes(student: Classifier, training: Training, *, images: int = TRI
     with torch.random.fork_rng(devices=[]):
         why = _why_not_learnt(twin, shown, mode)
     if why:
-        remedy = "Use --finetune none, which trains nothing." if repair else "Name another --student."
+        remedy = UNTRAINED if repair else "Name another --student."
+        if is_of_layers_in_place(why):
+            remedy = NOT_IN_PLACE
         raise BadInput(f"{student.card.architecture} cannot be trained: {why}.", remedy)
 
 
@@ -271,7 +290,7 @@ def _why_not_learnt(student: Classifier, images: Tensor, mode: AbstractContextMa
         if not isinstance(answer, Tensor) and learnt != _reached(student(images), student):
             return f"the first logits of the {type(answer).__name__} that it gives while it trains are not its answer"
     except Exception as error:  # Whatever a stranger's network may raise.
-        return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        return first_line(error)
     return None
 
 

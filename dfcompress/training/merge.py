@@ -29,7 +29,7 @@ from dfcompress.evaluation.result import Compressed, Taught, finished_before, ha
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.student import begin_student
+from dfcompress.models.student import Begun, begin_student
 from dfcompress.run import running
 from dfcompress.settings import AUTO, settled
 from dfcompress.synthesis.invert import learner
@@ -121,6 +121,28 @@ def image_supplies(
     ]
 
 
+def begin_merged(
+    teachers: Sequence[Classifier],
+    student: str | None,
+    init: str | Path | Classifier | None,
+    *,
+    method: Method,
+    class_map: str | Path | None,
+    seed: int,
+) -> tuple[Begun, Outputs]:
+    """The student before it is taught, and its outputs; raises `BadInput` where the teachers cannot be merged."""
+    _check_different(teachers)
+    outputs = join_classes(teachers, class_map)
+    begun = begin_student(
+        student,
+        _common_card(teachers, outputs),
+        init=init,
+        teachers=list(zip(teachers, outputs.of, strict=True)) if method != "paper" else [],
+        seed=seed,
+    )
+    return begun, outputs
+
+
 def merge(
     checkpoints: Sequence[str | Path | Classifier],
     *,
@@ -160,14 +182,8 @@ def merge(
     if synthesis.records not in (None, "beside"):
         raise BadInput(f"--records {synthesis.records} is of one model.", "Put each record beside its model.")
     teachers = [as_classifier(checkpoint) for checkpoint in checkpoints]
-    _check_different(teachers)
-    outputs = join_classes(teachers, class_map)
-    pupil, fitted, begun = begin_student(
-        student,
-        _common_card(teachers, outputs),
-        init=student_init,
-        teachers=list(zip(teachers, outputs.of, strict=True)) if method != "paper" else [],
-        seed=compute.seed,
+    (pupil, fitted, begun), outputs = begin_merged(
+        teachers, student, student_init, method=method, class_map=class_map, seed=compute.seed
     )
     architecture = pupil.card.architecture
     synthesis, mix = usual_images(method, synthesis, mix)

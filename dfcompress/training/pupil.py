@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from dfcompress.data.pool import Augmentation
-from dfcompress.device import Compute
+from dfcompress.device import Compute, Precision
 from dfcompress.models.classifier import Classifier
 from dfcompress.training.loop import Trainer
 from dfcompress.training.objectives import kd
@@ -42,8 +42,10 @@ class Pupil:
         # A lesson is too short for the compiler's time to come back.
         self.compute = replace(compute, compile="off")
 
-    def learn(self, images: Tensor, *, lesson: int) -> None:
-        """One lesson on stored images `(N, C, H, W)`, uint8 or float16 in units of [0, 1]."""
-        compute = replace(self.compute, seed=self.compute.seed + lesson)
+    def learn(self, images: Tensor, *, lesson: int, precision: Precision) -> None:
+        """One lesson on stored images `(N, C, H, W)`, uint8 or float16 in units of [0, 1]; in the precision in which
+        they were made, so that a set that is finished elsewhere has the same lessons.
+        """
+        compute = replace(self.compute, seed=self.compute.seed + lesson, precision=precision)
         teaching = Distillation(self.teacher, [kd(self.temperature)])
         Trainer(self.student, teaching, self.training, compute=compute, alone=True, repair=self.repair).fit(images)

@@ -282,3 +282,27 @@ def test_what_the_exporter_cannot_trace_is_one_sentence(tmp_path):
 
 def test_float_activations_suit_tensorrt_signed_or_not():
     require_kernels("tensorrt", {"conv": (8, 32)}, Scheme())
+
+
+class Twice(nn.Module):
+    """One convolution under two names, run by both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.first = self.second = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.second(self.first(self.stem(images))).mean((2, 3)))
+
+
+def test_a_layer_under_two_names_is_exported_once_at_its_width(tmp_path):
+    torch.manual_seed(0)
+    card = ModelCard("twice", 10, (3, 16, 16), (0.45,) * 3, (0.25,) * 3)
+    student = quantized(Classifier(Twice(), card, name="twice").frozen(), "4w8a")
+    measured = export(student, output=tmp_path / "model.onnx")
+    assert measured.equal == measured.images
+    kept = [tensor for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer if "integers" in tensor.name]
+    assert [tensor.data_type for tensor in kept].count(onnx.TensorProto.INT4) == 1
+    assert len(kept) == 3

@@ -15,6 +15,7 @@ import odd_networks
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from dfcompress import console
 from dfcompress.data.synthetic_set import SyntheticSet
@@ -24,8 +25,12 @@ from dfcompress.evaluation.metrics import bn_divergence
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
-from dfcompress.synthesis.invert import invert, plans
+from dfcompress.synthesis import making
+from dfcompress.synthesis.invert import invert, learner, plans
+from dfcompress.synthesis.job import resolve
 from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.supply import ImageSupply
+from dfcompress.training.loop import Trainer
 
 EAGER = Compute("cpu", "fp32", "off")
 SMALL = Synthesis(images=12, settings={"steps": 3, "batch_size": 8})
@@ -216,18 +221,6 @@ def test_an_adaptive_student_learns_between_rounds(adaptive):
     assert adaptive[0].images == 24
 
 
-@pytest.mark.parametrize(("images", "told"), [(8, True), (9, False)])
-def test_a_student_without_a_lesson_is_told_of(images, told, resnet20_file, tmp_path, capsys):
-    settings = {"steps": 1, "batch_size": 8, "student_steps": 1, "student_batch_size": 8}
-    asked = Synthesis("adaptive-deepinversion", "fast-cifar10", settings, images=images)
-    console.configure(console.NORMAL)
-    try:
-        invert(resnet20_file, output=tmp_path / "set", synthesis=asked, compute=EAGER)
-    finally:
-        console.configure(console.QUIET)
-    assert ("made in one round" in capsys.readouterr().err) == told
-
-
 @pytest.mark.parametrize("lost", ["shard-00002.safetensors", "shard-00001.safetensors"])
 def test_adaptive_work_resumes_to_the_same_bytes(adaptive, resnet20_file, lost):
     """The last shard competes with the student as it was saved; an earlier one needs an earlier student again."""
@@ -283,7 +276,8 @@ def odd(name):
 @pytest.mark.parametrize(("name", "precision"), [("prelu", "bf16"), ("scattered", "fp32")])
 def test_the_precision_is_tried_before_images_are_made_and_stored_with_them(name, precision, tmp_path, capsys):
     auto, made = Compute("cpu", "auto", "off"), Synthesis(images=8, settings={"steps": 2, "batch_size": 4})
-    assert [plan.execution.precision for plan in plans(odd(name), made, auto)] == [precision]
+    planned = plans(ImageSupply(odd(name), None, made, auto))
+    assert [plan.execution.precision for plan in planned] == [precision]
     capsys.readouterr()
     console.configure(console.NORMAL)
     invert(odd(name), output=tmp_path / "set", synthesis=made, compute=auto)
@@ -297,6 +291,44 @@ def test_a_precision_that_a_network_cannot_compute_in_is_refused_where_it_was_as
     with pytest.raises(BadInput, match=r"scattered cannot be computed in bf16: .*--precision auto"):
         invert(odd("scattered"), output=tmp_path / "set", synthesis=SMALL, compute=bf16)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_a_network_whose_layers_in_place_spoil_its_gradient_is_refused_by_plan_and_verb(precision, tmp_path):
+    between = nn.Sequential(nn.Sigmoid(), nn.ELU(inplace=True))
+    network = odd_networks.settled(odd_networks.Net(between), odd_networks.SIZE)
+    teacher, compute = Classifier(network, odd("plain").card, name="spoilt"), Compute("cpu", precision, "off")
+    with pytest.raises(BadInput, match=r"^spoilt cannot be differentiated: .*inplace operation.*inplace=False"):
+        plans(ImageSupply(teacher, None, SMALL, compute))
+    with pytest.raises(BadInput, match=r"^spoilt cannot be differentiated: .*inplace operation.*inplace=False"):
+        invert(teacher, output=tmp_path / "set", synthesis=SMALL, compute=compute)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_lessons_take_the_precision_that_is_stored_with_the_set(resnet20_file, tmp_path, monkeypatch):
+    """A set begun where `auto` is bf16 keeps bf16 in its lessons, whatever `auto` is where it is finished."""
+    made, seen = [], []
+    fit = Trainer.fit
+
+    def seeing(trainer, *sets):
+        trained = fit(trainer, *sets)
+        seen.append(trained.execution.precision)
+        return trained
+
+    monkeypatch.setattr(Trainer, "fit", seeing)
+    for native in (False, True):
+        monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda native=native: native)
+        settings = {"steps": 1, "batch_size": 4, "student_steps": 1, "student_batch_size": 4}
+        asked = Synthesis("adaptive-deepinversion", "fast-cifar10", settings, images=8)
+        job, auto = resolve(load(resnet20_file), asked), Compute("cpu", "auto", "off")
+        folder = tmp_path / f"{native}"
+        pupil = learner(job.teacher, job.recipe(), None, auto)
+        folder.mkdir()
+        making._open(job, folder, auto, pupil.student)
+        made.append(SyntheticSet(folder).manifest["execution"]["precision"])
+        monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda native=native: not native)
+        making.make_set(job, folder, auto, learner=pupil)
+    assert made == seen == ["fp32", "bf16"]
 
 
 @pytest.mark.parametrize(

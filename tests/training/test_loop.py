@@ -22,6 +22,7 @@ from torchvision.ops import DropBlock2d, StochasticDepth
 from dfcompress import console
 from dfcompress.data.pool import Augmentation
 from dfcompress.device import Compute
+from dfcompress.distributed import Peers
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
@@ -490,3 +491,42 @@ def test_the_precision_is_tried_with_student_and_teacher_and_stored(names, preci
     assert trained.execution.precision == precision
     state = torch.load(tmp_path / PARTIAL, weights_only=True)
     assert state["execution"]["precision"] == precision
+
+
+def of_layers_in_place():
+    """A sigmoid needs its output for its gradient, which the layer behind it overwrites."""
+    between = nn.Sequential(nn.Sigmoid(), nn.ELU(inplace=True))
+    card = ModelCard("odd", odd_networks.CLASSES, odd_networks.SIZE, (0.5,) * 3, (0.25,) * 3)
+    return Classifier(odd_networks.settled(odd_networks.Net(between), odd_networks.SIZE), card)
+
+
+def test_a_network_that_cannot_be_differentiated_teaches_and_does_not_learn():
+    card = ModelCard("odd", odd_networks.CLASSES, odd_networks.SIZE, (0.5,) * 3, (0.25,) * 3)
+    shown, training = torch.zeros(8, *odd_networks.SIZE, dtype=torch.uint8), Training(steps=1, lr=0.1, batch_size=4)
+    plain, spoilt = Classifier(odd_networks.trained("plain"), card), of_layers_in_place()
+    teaching = Distillation(spoilt, [kd(2.0)])
+    assert Trainer(plain, teaching, training, compute=EAGER).fit(shown).execution.precision == "fp32"
+    with pytest.raises(BadInput, match=r"cannot be differentiated: .*inplace operation.*inplace=False"):
+        Trainer(spoilt, Distillation(plain, [kd(2.0)]), training, compute=EAGER).fit(shown)
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_student_whose_layers_spoil_its_gradient_is_told_what_helps(repair):
+    with pytest.raises(BadInput, match=r"cannot be trained: .*inplace operation.*inplace=False") as refused:
+        require_trainable(of_layers_in_place(), TRAINING, EAGER, [256], repair=repair)
+    assert "anomaly" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("theirs", "taken"), [(["apex", "apex"], "apex"), (["apex", "torch"], "torch")])
+def test_apex_computes_only_where_every_process_has_it(theirs, taken, monkeypatch):
+    """Else each process would take steps of its own kind."""
+
+    class Two(Peers):
+        def told_by_all(self, value):
+            assert value == theirs[0]
+            return theirs
+
+    monkeypatch.setattr("dfcompress.training.optimizers.choose_backend", lambda *asked: theirs[0])
+    trainer = Trainer(tiny(1), Distillation(tiny(2), [kd(2.0)]), TRAINING, compute=EAGER)
+    trainer.everyone = Two()
+    assert trainer._backend(torch.device("cpu")) == taken
