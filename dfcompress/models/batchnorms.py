@@ -21,11 +21,11 @@ _CLOSE = 1e-4  # Of a channel's largest output. Rounding is 1e-6 of it, an eps o
 
 
 @torch.no_grad()
-def plain_batchnorms(classifier: Classifier) -> None:
+def plain_batchnorms(classifier: Classifier) -> bool:
     """Put an ordinary BatchNorm with the same tensors under the same names in the place of every layer that answers
     just as one does, in evaluation mode; so all that is done to BatchNorms is done to them.
 
-    One pass of `classifier` tells over how many dimensions each of them works.
+    One pass of `classifier` tells over how many dimensions each of them works. Returns whether there was any.
     """
     named = dict(classifier.network.named_modules(remove_duplicate=False))
     candidates = [module for module in named.values() if _has_only_batchnorms_tensors(module)]
@@ -34,6 +34,7 @@ def plain_batchnorms(classifier: Classifier) -> None:
     for name, module in named.items():
         if module in plain and name:
             classifier.network.set_submodule(name, plain[module])
+    return bool(plain)
 
 
 def has_foreign_batchnorms(network: nn.Module) -> bool:
