@@ -101,8 +101,10 @@ def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) ->
 
 def abilities(classifier: Classifier, *, with_record: bool = False) -> list[Ability]:
     """What each verb can do with a model, and with the record beside it if there is one."""
-    if why := why_not_exclusive(classifier):
-        return [Ability(verb, False, why) for verb in ("invert", "distill", "quantize", "evaluate")]
+    exported = Ability("export", True)
+    if unfit := why_not_exclusive(classifier):
+        verbs = ("invert", "distill", "merge", "quantize", "evaluate")
+        return [*(Ability(verb, False, unfit.why) for verb in verbs), exported]
     why = None if with_record else why_no_statistics(classifier.network)
     makes_images = why is None
     from_data = "" if makes_images else f"needs --data or --records, as {why}"
@@ -110,6 +112,8 @@ def abilities(classifier: Classifier, *, with_record: bool = False) -> list[Abil
     return [
         Ability("invert", makes_images, "" if why is None else f"needs --records, as {why}"),
         Ability("distill", True, from_data),
+        Ability("merge", True, "" if why is None else f"needs --data, as {why}"),
         Ability("quantize", not packed, "it is quantized already" if packed else from_data),
         Ability("evaluate", True),
+        exported,
     ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dfcompress.errors import BadInput
-from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.classifier import Classifier, Unfit, evaluating
 from dfcompress.models.hooks import hooked_outputs
 from dfcompress.randomness import generator
 
@@ -28,6 +28,30 @@ SOFTMAX = "the logits before its softmax"
 LOGARITHMS = "the logarithms of its probabilities, which are logits"
 FIELD = "the logits in its answer"
 LOGITS = "logits"
+
+ONE_COLUMN = Unfit(
+    "it answers with one column, and two or more classes are needed",
+    "Let the --arch factory return two: of a sigmoid head with logit z, torch.cat([0 * z, z], 1) is the same.",
+)
+SEVERAL_LABELS = Unfit(
+    "it answers with values in [0, 1] that do not add up to 1, as a network of several labels per image does",
+    "If every image has one class, let the network answer with the logits before its sigmoid; several labels per image "
+    "are not supported.",
+)
+# Operations after a sigmoid that leave its values what they are.
+PASSING = (
+    "View",
+    "UnsafeView",
+    "ReshapeAlias",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+    "Select",
+    "Alias",
+    "Clone",
+    "ToCopy",
+    "Clamp",
+)
 
 
 def take_logits(classifier: Classifier) -> None:
@@ -67,18 +91,17 @@ def answers_with(network: nn.Module) -> str:
     return FIELD if _is(network, _LogitsTaken) else LOGITS
 
 
-def why_not_exclusive(classifier: Classifier) -> str | None:
+def why_not_exclusive(classifier: Classifier) -> Unfit | None:
     """Why a classifier does not answer with one of several classes, or None where it does."""
-    return None if classifier.card.classes > 1 else "it answers with one column, and two or more classes are needed"
+    if classifier.card.classes < 2:
+        return ONE_COLUMN
+    return SEVERAL_LABELS if _ends_in_sigmoid(classifier) else None
 
 
 def require_exclusive(classifier: Classifier) -> None:
-    """Raise `BadInput` where a classifier has fewer than two classes."""
-    if why := why_not_exclusive(classifier):
-        raise BadInput(
-            f"{classifier.name} cannot be used: {why}.",
-            "Let the --arch factory return two: of a sigmoid head with logit z, torch.cat([0 * z, z], 1) is the same.",
-        )
+    """Raise `BadInput` where a classifier has fewer than two classes, or classes that do not exclude each other."""
+    if unfit := why_not_exclusive(classifier):
+        raise BadInput(f"{classifier.name} cannot be used: {unfit.why}.", unfit.remedy)
 
 
 class _LogitsTaken:
@@ -89,7 +112,8 @@ class _LogitsTaken:
         return _logits_in(answer)
 
     def forward(self, images: Tensor) -> Any:
-        return self.read(super().forward(images))  # type: ignore[misc]
+        # By its class: of a network that has both changes, `self.read` is the other's.
+        return _LogitsTaken.read(super().forward(images))  # type: ignore[misc]
 
 
 class _LogarithmTaken:
@@ -105,7 +129,7 @@ class _LogarithmTaken:
         answer: Tensor = super().forward(images)  # type: ignore[misc]
         if self.training and self.logits_in_training:  # type: ignore[attr-defined]
             return answer
-        return self.read(answer)
+        return _LogarithmTaken.read(answer)
 
 
 Kind = type[_LogitsTaken] | type[_LogarithmTaken]
@@ -120,6 +144,7 @@ def _let(network: nn.Module, kind: Kind) -> None:
 
     It is no module around the network, so names of tensors, hooks and copies stay what they are. A traced network has
     its own class and its own way to be copied; there the reading becomes a part of the graph.
+    The new class has no name in any module, so such a network cannot be pickled; its `state_dict()` can.
     """
     if not isinstance(network, GraphModule):
         base = type(network)
@@ -137,18 +162,20 @@ def _is(network: nn.Module, kind: Kind) -> bool:
     return isinstance(network, kind)
 
 
-@torch.no_grad()
-def _answer(classifier: Classifier, *, training: bool = False) -> object:
-    """What the network gives for a few images, or None where it cannot take them."""
+def _answer(classifier: Classifier, *, training: bool = False, graph: bool = False) -> object:
+    """What the network gives for a few images, with the `graph` of its operations where asked for; None where it cannot
+    take them.
+    """
     shape = (IMAGES, *classifier.card.input_size)
     images = torch.rand(shape, generator=generator("answers")).to(classifier.mean.device)
     images[0] = 0
     try:
-        if training:
-            with torch.random.fork_rng(devices=[]):
-                return classifier.train()(images)
-        with evaluating(classifier):
-            return classifier(images)
+        with torch.set_grad_enabled(graph):
+            if training:
+                with torch.random.fork_rng(devices=[]):
+                    return classifier.train()(images)
+            with evaluating(classifier):
+                return classifier(images.requires_grad_(graph))
     except Exception:
         # `why_not_run` tries again and says what is wrong.
         return None
@@ -167,6 +194,17 @@ def _are_probabilities(answer: object) -> bool:
         return False
     within = (answer >= 0) & (answer <= 1 + TOLERANCE)
     return bool(within.all() and ((answer.sum(1) - 1).abs() < TOLERANCE).all())
+
+
+def _ends_in_sigmoid(classifier: Classifier) -> bool:
+    """Whether the network's last operation is a sigmoid, as the graph of its answer says.
+
+    Values would not tell: the logits of a small network may all be in [0, 1].
+    """
+    node = getattr(_answer(classifier, graph=True), "grad_fn", None)
+    while node is not None and node.name().startswith(PASSING):
+        node = node.next_functions[0][0]
+    return node is not None and node.name().startswith(("Sigmoid", "Hardsigmoid"))
 
 
 def _last_softmax(classifier: Classifier) -> list[str]:

@@ -37,11 +37,11 @@ class BatchNormThen(_BatchNorm):
 
 
 @torch.no_grad()
-def plain_batchnorms(classifier: Classifier) -> None:
+def plain_batchnorms(classifier: Classifier) -> bool:
     """Put an ordinary BatchNorm with the same tensors under the same names in the place of every layer that answers
     just as one does, in evaluation mode; so all that is done to BatchNorms is done to them.
 
-    One pass of `classifier` tells over how many dimensions each of them works.
+    One pass of `classifier` tells over how many dimensions each of them works. Returns whether there was any.
     """
     named = dict(classifier.network.named_modules(remove_duplicate=False))
     ranks = _ranks(classifier)
@@ -49,6 +49,7 @@ def plain_batchnorms(classifier: Classifier) -> None:
     for name, module in named.items():
         if module in plain and name:
             classifier.network.set_submodule(name, plain[module])
+    return bool(plain)
 
 
 def has_foreign_batchnorms(network: nn.Module) -> bool:

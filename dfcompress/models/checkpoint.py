@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dfcompress import console
@@ -44,11 +45,11 @@ from dfcompress.models.card import (
     ModelCard,
     Origin,
 )
-from dfcompress.models.classifier import Classifier, load_tensors, pass_once, why_not_run
+from dfcompress.models.classifier import STEADY, Classifier, load_tensors, pass_once, why_not_run
 from dfcompress.models.fake_quantizers import dequantized, is_quantized
 from dfcompress.models.huggingface import card_of, is_of_transformers, take_rgb
 from dfcompress.models.plain import is_plain, make_plain
-from dfcompress.models.recognition import MISSING, Recognised, differences, first, fit_to, recognise
+from dfcompress.models.recognition import MISSING, Recognised, differences, first, fit_to, recognise, why_in_part
 from dfcompress.models.statistics import require_variances
 from dfcompress.models.weights import (
     CARD_KEY,
@@ -125,15 +126,13 @@ def load(
         take_rgb(classifier, path)
     if unfit := why_not_run(classifier):
         raise BadInput(f"{path}: {unfit.why}.", unfit.remedy)
-    if not classifier.card.classes:
-        classifier.card = replace(classifier.card, classes=pass_once(classifier).shape[1])
-    _check_names(classifier.card)
+    _know_classes(classifier)
     plain_batchnorms(classifier)
     return classifier
 
 
 def as_classifier(checkpoint: str | Path | Classifier) -> Classifier:
-    """The checkpoint as `opened` gives it; raises `BadInput` where it has fewer than two classes, too."""
+    """The checkpoint as `opened` gives it; raises `BadInput` where it has not two or more exclusive classes, too."""
     classifier = opened(checkpoint)
     require_exclusive(classifier)
     return classifier
@@ -145,8 +144,8 @@ def opened(checkpoint: str | Path | Classifier) -> Classifier:
 
     Raises `BadInput` for everything else, and for what cannot be used.
     """
-    classifier = checkpoint if isinstance(checkpoint, Classifier) else load(checkpoint)
-    return classifier if classifier.path else _settled(classifier)
+    # One that was loaded is looked at, too: its network may have been changed since.
+    return _settled(checkpoint) if isinstance(checkpoint, Classifier) else load(checkpoint)
 
 
 def load_saved(folder: Path, classifier: Classifier) -> Classifier:
@@ -183,16 +182,32 @@ def _is_built_by_name(classifier: Classifier) -> bool:
 
 
 def _settled(classifier: Classifier) -> Classifier:
-    """A classifier made in Python as `load` would give it."""
+    """A classifier made in Python as `load` would give it: itself where nothing is to be changed, or a copy."""
     network = classifier.network
-    if not is_plain(network) or not gives_logits(classifier) or has_foreign_batchnorms(network):
-        classifier = copy.deepcopy(classifier)
-        make_plain(classifier.network)
-        take_logits(classifier)
-        plain_batchnorms(classifier)
-    if unfit := why_not_run(classifier):
-        raise BadInput(f"{classifier.name}: {unfit.why}.", "Correct its ModelCard, or the network.")
-    return classifier
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        raise BadInput(
+            f"{classifier.name} is or holds a TorchScript program, whose layers cannot be changed.",
+            "Build the network in Python, and let it take the program's state_dict() with load_state_dict.",
+        )
+    fits = is_plain(network) and gives_logits(classifier) and classifier.card.classes != 0
+    settled = classifier
+    if not fits or has_foreign_batchnorms(network):
+        settled = copy.deepcopy(classifier)
+        make_plain(settled.network)
+        take_logits(settled)
+    if unfit := why_not_run(settled):
+        remedy = unfit.remedy if unfit.remedy == STEADY else "Correct its ModelCard, or the network."
+        raise BadInput(f"{classifier.name}: {unfit.why}.", remedy)
+    _know_classes(settled)
+    replaced = plain_batchnorms(settled)
+    return settled if replaced or not fits else classifier
+
+
+def _know_classes(classifier: Classifier) -> None:
+    """Put the number of classes on the card where it is not known; raises where there is another number of names."""
+    if not classifier.card.classes:
+        classifier.card = replace(classifier.card, classes=pass_once(classifier).shape[1])
+    _check_names(classifier.card)
 
 
 def _as_path(checkpoint: object) -> Path:
@@ -276,7 +291,9 @@ def _fit_of(architecture: Architecture, tensors: Mapping[str, Tensor], path: Pat
         if fit := fit_to(form, tensors, str(path), classes):
             return fit
     found = differences(architecture, tensors, classes)
-    raise BadInput(f"{path} is not {architecture.name}: {first(found)}.", _remedy(architecture, tensors, path, found))
+    raise BadInput(
+        f"{path} is not {architecture.name}: {first(found)}.", _remedy(architecture, tensors, path, classes, found)
+    )
 
 
 def _forms(architecture: Architecture) -> list[Architecture]:
@@ -284,7 +301,9 @@ def _forms(architecture: Architecture) -> list[Architecture]:
     return [architecture, plain(architecture)] if architecture.foreign else [architecture]
 
 
-def _remedy(architecture: Architecture, tensors: Mapping[str, Tensor], path: Path, found: list[str]) -> str:
+def _remedy(
+    architecture: Architecture, tensors: Mapping[str, Tensor], path: Path, classes: int, found: list[str]
+) -> str:
     """What helps against the differences found between a file and the architecture that was named for it."""
     if not architecture.foreign:
         with suppress(BadInput):
@@ -293,6 +312,8 @@ def _remedy(architecture: Architecture, tensors: Mapping[str, Tensor], path: Pat
     missing = sum(each.endswith(MISSING) for each in found)
     if len(found) == 2 * missing and not _is_sorted(path):
         return "Where only the names differ, add --match-by-order." + factory
+    if part := why_in_part(architecture, tensors, str(path), classes):
+        return part.remedy
     return "Name the architecture of the network that was saved." + factory
 
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dfcompress.errors import first_line
 from dfcompress.models.card import ModelCard
 from dfcompress.models.hooks import counted_runs, hooked_outputs
+from dfcompress.randomness import generator
 
 
 class Classifier(nn.Module):
@@ -151,6 +152,10 @@ def count_runs(classifier: Classifier, names: Iterable[str]) -> Counter[str]:
 
 ALONE = "Let the --arch factory return a network that answers with logits (N, classes) alone."
 
+STEADY = "Let it be random in training mode alone: F.dropout takes training=self.training."
+# Of the largest logit. Sums in another order differ by 1e-6 of it, a dropout by more than 1e-2.
+SAME = 1e-3
+
 
 class Unfit(NamedTuple):
     """Why a classifier cannot be used as it is, in half a sentence, and what to do."""
@@ -161,15 +166,15 @@ class Unfit(NamedTuple):
 
 @torch.no_grad()
 def why_not_run(classifier: Classifier) -> Unfit | None:
-    """Why a classifier does not answer one image of its card's input size with logits of its card's classes, or None
-    where it does; classes of 0 are not known yet.
+    """Why a classifier does not answer one image of its card's input size with logits of its card's classes, the same
+    each time, or None where it does; classes of 0 are not known yet.
     """
     name = classifier.card.architecture
     channels, height, width = classifier.card.input_size
-    image = torch.zeros(1, channels, height, width, device=classifier.mean.device)
+    image = torch.rand(1, channels, height, width, generator=generator("runs")).to(classifier.mean.device)
     try:
         with evaluating(classifier):
-            answer = classifier(image)
+            answer, again = classifier(image), classifier(image)
     except Exception as error:
         # The network may be code of the user's, which can raise anything.
         return Unfit(
@@ -185,6 +190,8 @@ def why_not_run(classifier: Classifier) -> Unfit | None:
             f"{name} has {answer.shape[1]} outputs, not {classifier.card.classes}",
             f"Use --num-classes {answer.shape[1]}, or the --arch of a network of {classifier.card.classes} classes.",
         )
+    if not torch.allclose(answer, again, rtol=0, atol=SAME * answer.abs().max().item(), equal_nan=True):
+        return Unfit(f"{name} answers the same image differently each time, in evaluation mode too", STEADY)
     return None
 
 

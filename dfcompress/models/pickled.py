@@ -108,6 +108,11 @@ STORAGES = {
 }
 DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
+# Arrays of numpy as they are pickled.
+ARRAY = re.compile(r"numpy\._?core\.(multiarray\._reconstruct|numeric\._frombuffer)")
+# The largest networks of timm have some thousand modules; shared ones count wherever they are, as in a state_dict.
+MODULES_AT_MOST = 100_000
+
 AUTHOR = "Ask its author for the state_dict(), or for safetensors."
 AGAIN = "Download it again."
 
@@ -414,7 +419,9 @@ def _from_legacy(file: BinaryIO, path: Path) -> Content:
     if isinstance(value := first.load(), dict):
         if first.programs:
             raise _program(path, first.programs, None)
-        line = _line(path, "pickle.load(open(sys.argv[1], 'rb'))")
+        pickled = "pickle.load(open(sys.argv[1], 'rb'))"
+        _refuse_arrays(value, pickled, path)
+        line = _line(path, pickled)
         raise BadInput(f"{path} is a pickle that torch.save did not write.", f"If you trust it, save it anew: {line}")
     if value != LEGACY_MAGIC:
         raise ValueError("it does not begin with the number of torch.save")
@@ -453,11 +460,13 @@ class Found:
 
 def _found(content: Content, path: Path) -> Found:
     """The state dict of a file; raises `BadInput` where there is none, or where it is part of a program."""
-    found = _search(content.value, "torch.load(sys.argv[1], map_location='cpu', weights_only=False)", set())
+    loaded = "torch.load(sys.argv[1], map_location='cpu', weights_only=False)"
+    found = _search(content.value, loaded, _Searched())
     line = _line(path, found.expression) if found and found.expression else None
     if content.programs:
         raise _program(path, content.programs, line)
     if found is None:
+        _refuse_arrays(content.value, loaded, path)
         raise BadInput(f"{path} holds no state dict.", f"It is looked for at the top and under {', '.join(NESTED)}.")
     if content.carries_source and found.of_module:
         raise BadInput(f"{path} is a pickled module of torch before 1.6, which carries source code.", _saved_anew(line))
@@ -470,13 +479,25 @@ def _found(content: Content, path: Path) -> Found:
     return found
 
 
-def _search(value: object, expression: str | None, seen: set[int]) -> Found | None:
+class _Searched(set[int]):
+    """The mappings that were searched already, by their ids, and how many modules were read."""
+
+    modules = 0
+
+    def count_module(self) -> None:
+        """Raise where a small file has children that share children, so that their names would never end."""
+        self.modules += 1
+        if self.modules > MODULES_AT_MOST:
+            raise ValueError(f"it names more than {MODULES_AT_MOST:,} modules")
+
+
+def _search(value: object, expression: str | None, seen: _Searched) -> Found | None:
     """Tensors at the top, in a module, under the usual keys, in the only inner mapping, or in attributes."""
     if not isinstance(value, dict) or id(value) in seen:
         return None
     seen.add(id(value))
     if _is_module(value):
-        tensors, strangers = _of_module(value)
+        tensors, strangers = _of_module(value, seen)
         return Found(tensors, expression and f"{expression}.state_dict()", strangers, True) if tensors else None
     tensors = {str(name): tensor for name, tensor in value.items() if isinstance(tensor, StoredTensor)}
     if any(len(tensor.size) > 1 or tensor.foreign for tensor in tensors.values()):
@@ -488,7 +509,7 @@ def _search(value: object, expression: str | None, seen: set[int]) -> Found | No
     return found or (_inside(value, expression, seen) if isinstance(value, Instance) else None)
 
 
-def _inside(instance: Instance, expression: str | None, seen: set[int]) -> Found | None:
+def _inside(instance: Instance, expression: str | None, seen: _Searched) -> Found | None:
     """The only state dict in the attributes of an instance, or in what it was to be made of."""
     attributes = instance.state if isinstance(instance.state, dict) else {}
     found = _only(
@@ -515,9 +536,10 @@ def _is_module(value: object) -> TypeGuard[Instance]:
     )
 
 
-def _of_module(module: Instance) -> tuple[dict[str, StoredTensor], frozenset[str]]:
+def _of_module(module: Instance, seen: _Searched) -> tuple[dict[str, StoredTensor], frozenset[str]]:
     """What `state_dict()` of a pickled module would give, and the classes that are not known of it and its parts."""
     assert isinstance(module.state, dict)
+    seen.count_module()
     tensors, strangers = {}, frozenset[str]()
     passing = module.state.get("_non_persistent_buffers_set") or ()
     for kind in ("_parameters", "_buffers"):
@@ -526,7 +548,7 @@ def _of_module(module: Instance) -> tuple[dict[str, StoredTensor], frozenset[str
                 tensors[name] = tensor
     for name, child in module.state["_modules"].items():
         if _is_module(child):
-            inner, theirs = _of_module(child)
+            inner, theirs = _of_module(child, seen)
             tensors |= {f"{name}.{rest}": tensor for rest, tensor in inner.items()}
             strangers |= theirs
     if tensors and not module.name.startswith(MODULES):
@@ -535,6 +557,25 @@ def _of_module(module: Instance) -> tuple[dict[str, StoredTensor], frozenset[str
 
 
 # What to do about a file that is refused.
+
+
+def _refuse_arrays(value: object, expression: str, path: Path) -> None:
+    """Raise where the weights, at the top or under a usual key, are numpy arrays."""
+    places = [(value, expression)]
+    if isinstance(value, dict):
+        places += [(value[key], f"{expression}['{key}']") for key in NESTED if key in value]
+    for values, place in places:
+        if isinstance(values, dict) and any(map(_is_array, values.values())):
+            arrays = all(_is_array(each) or isinstance(each, int | float | StoredTensor) for each in values.values())
+            line = _line(path, f"{{name: torch.as_tensor(value) for name, value in {place}.items()}}")
+            raise BadInput(
+                f"{path} holds a dictionary whose values are numpy arrays, not tensors.",
+                f"If you trust it, save it anew: {line}" if arrays else "Save its arrays as tensors: torch.as_tensor.",
+            )
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, Instance) and ARRAY.fullmatch(value.name) is not None
 
 
 def _program(path: Path, programs: Iterable[str], line: str | None) -> BadInput:

@@ -49,18 +49,27 @@ class Recognised:
 class _Match:
     """How far the tensors of a file are those of an architecture, under one of its namings.
 
-    `shared` is the number of tensors with the architecture's names and shapes; `moved` are the file's names of a head
-    that is elsewhere; `beside` are tensors outside the network, some of them of `layers`; `twins` are two prefixes
-    under which the file has the same tensors with other values.
+    `unequal`, `missing` and `surplus` are the differences; `only_head_missing` says that the missing tensors are those
+    of the last layer, and no shape differs. `shared` is the number of tensors with the architecture's names and shapes;
+    `moved` are the file's names of a head that is elsewhere; `beside` are tensors outside the network, some of them of
+    `layers`; `twins` are two prefixes under which the file has the same tensors with other values.
     """
 
     found: Recognised
-    differences: list[str]
+    unequal: list[str]
+    missing: list[str]
+    surplus: list[str]
+    only_head_missing: bool
     shared: int
     moved: Mapping[str, str]
     beside: list[str]
     layers: list[str]
     twins: tuple[str, str] | None
+
+    @property
+    def differences(self) -> list[str]:
+        """What separates the file from the architecture."""
+        return self.unequal + self.missing + self.surplus
 
     @property
     def complete(self) -> bool:
@@ -149,6 +158,13 @@ def differences(architecture: Architecture, tensors: Mapping[str, Tensor], class
     return _best(architecture, _File(tensors), classes).differences
 
 
+def why_in_part(
+    architecture: Architecture, tensors: Mapping[str, Tensor], where: str, classes: int = 0
+) -> BadInput | None:
+    """The refusal of a file that has all of an architecture but its last layer, or all and more; None for others."""
+    return _why_in_part(_best(architecture, _File(tensors), classes), where, len(tensors))
+
+
 def first(found: list[str], separator: str = "; ") -> str:
     """The first of several things, in words."""
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
@@ -192,6 +208,23 @@ def _refuse_unclear(match: _Match, where: str) -> None:
     )
 
 
+def _why_in_part(match: _Match, where: str, count: int) -> BadInput | None:
+    name = match.found.architecture.name
+    if match.only_head_missing and not match.surplus:
+        return BadInput(
+            f"{where} holds the body of {name} without its last layer, so it is no classifier: {first(match.missing)}.",
+            "Use a file that has the last layer, too.",
+        )
+    if match.surplus and not match.unequal and (match.only_head_missing or not match.missing):
+        return BadInput(
+            f"{where} is none of the known architectures; the nearest is {name}, which has "
+            f"{match.shared} of its {count} tensors: {first(match.missing + match.surplus)}.",
+            f"{name} has no such layers: name the whole network with --arch file.py:factory, or timm:NAME if it is "
+            "another one of timm's.",
+        )
+    return None
+
+
 def _unknown(file: _File, where: str, classes: int) -> BadInput:
     """That no architecture fits, and which is the nearest: the one with most of the file's names and shapes."""
     count = len(file.tensors)
@@ -204,6 +237,8 @@ def _unknown(file: _File, where: str, classes: int) -> BadInput:
             f"{first([f'{name} {_shape(tensor.shape)}' for name, tensor in file.tensors.items()], ', ')}.",
             remedy,
         )
+    if refused := _why_in_part(nearest, where, count):
+        return refused
     return BadInput(
         f"{where} is none of the known architectures; the nearest is {nearest.found.architecture.name}, which has "
         f"{nearest.shared} of its {count} tensors: {first(nearest.differences)}.",
@@ -239,7 +274,10 @@ def _match(architecture: Architecture, naming: Naming, file: _File, classes: int
     surplus = [f"{name} {_shape(file.tensors[name].shape)} is not in it" for name in (others if missing else inside)]
     return _Match(
         found=Recognised(architecture, naming, classes, channels, tensors),
-        differences=unequal + missing + surplus,
+        unequal=unequal,
+        missing=missing,
+        surplus=surplus,
+        only_head_missing=_is_head([name for name in expected if name not in tensors], expected) and not unequal,
         shared=len(expected) - len(unequal) - len(missing),
         moved=moved,
         beside=[name for name in others if name not in inside],
@@ -312,6 +350,12 @@ def _head_elsewhere(expected: Mapping[str, torch.Size], names: Mapping[str, str]
     found = {name: f"{parents[0]}.{_leaf(name)}".lstrip(".") for name in missing}
     fits = all(theirs in left and file.tensors[theirs].dim() == len(expected[name]) for name, theirs in found.items())
     return found if fits else {}
+
+
+def _is_head(names: Iterable[str], expected: Mapping[str, torch.Size]) -> bool:
+    """Whether these are all tensors of the last layer."""
+    last = [_parent(name) for name, shape in expected.items() if len(shape) >= 2][-1:]
+    return [*names] == [name for name in expected if [_parent(name)] == last]
 
 
 def _of_layers(names: Iterable[str], file: _File) -> list[str]:

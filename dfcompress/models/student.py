@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfcompress.errors import BadInput
-from dfcompress.models.answers import take_logits
+from dfcompress.models.answers import take_logits, why_not_exclusive
 from dfcompress.models.architectures import HALF, SMALL_INPUT, TRANSFORMERS, architectures, named
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
@@ -46,7 +46,7 @@ def make_student(
     own = replace(card, architecture=taken, origin={**card.origin, "architecture": "given"}, config=config)
     student = Classifier(make_plain(network), own)
     take_logits(student)
-    if unfit := why_not_run(student):
+    if unfit := why_not_run(student) or why_not_exclusive(student):
         raise BadInput(f"--student {taken} does not fit the teacher: {unfit.why}.", "Name another --student.")
     stem = f", the form of {name} for small images (3x3 stem, no max-pool)" if taken == f"cifar_{name}" else ""
     return student, f"Student: {taken}{stem}, {_described(student)}"

@@ -21,7 +21,7 @@ from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import MANIFEST, as_float
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.exported import BATCH, Exported, Session, compare
-from dfcompress.models.checkpoint import as_classifier
+from dfcompress.models.checkpoint import opened
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import FLOAT_BITS, Scheme, in_float, quantized_layers
 from dfcompress.quantization.bits import Bits
@@ -54,7 +54,7 @@ def export(
     `tensorrt` takes 8-bit weights and signed 8-bit activations (`quantize --bits 8w8a --signed`) and float layers.
     Raises `BadInput` where a package is missing, the target cannot run the model, or `output` is there already.
     """
-    classifier = as_classifier(checkpoint)
+    classifier = opened(checkpoint)
     require_packages(target)
     path = Path(output) if output else _beside(classifier)
     if path.exists() and not overwrite:

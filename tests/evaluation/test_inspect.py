@@ -14,6 +14,7 @@ from dfcompress.errors import BadInput
 from dfcompress.evaluation.inspect import inspect
 from dfcompress.models.architectures import find, named
 from dfcompress.models.checkpoint import load
+from dfcompress.quantization.export import export
 
 
 def _saved(name: str, path, *, classes: int = 10):
@@ -30,8 +31,10 @@ def test_the_shared_resnet20_is_described(resnet20_file):
     assert [(ability.verb, ability.possible) for ability in found.can] == [
         ("invert", True),
         ("distill", True),
+        ("merge", True),
         ("quantize", True),
         ("evaluate", True),
+        ("export", True),
     ]
 
 
@@ -106,16 +109,24 @@ def test_the_answer_that_is_used_is_named(name, answers, tmp_path):
     torch.save(load_factory(name).state_dict(), tmp_path / "net.pt")
     found = inspect(load(tmp_path / "net.pt", arch=f"{NETS}:{name}", input_size=(3, 16, 16)))
     assert found.answers == answers
-    assert [ability.possible for ability in found.can[1:]] == [True, True, True]
+    assert all(ability.possible for ability in found.can[1:])
 
 
-def test_a_network_of_one_column_is_described_and_serves_no_verb(tmp_path):
-    torch.save(load_factory("sigmoid").state_dict(), tmp_path / "net.pt")
-    path, options = str(tmp_path / "net.pt"), ["--arch", f"{NETS}:sigmoid", "--input-size", "3x16x16"]
+@pytest.mark.parametrize(
+    ("name", "classes", "why"),
+    [
+        ("sigmoid", 1, "it answers with one column, and two or more classes are needed"),
+        ("labels", 10, "it answers with values in [0, 1] that do not add up to 1, as a network of several labels per "),
+    ],
+)
+def test_a_network_without_exclusive_classes_is_described_and_exported_alone(name, classes, why, tmp_path):
+    torch.save(load_factory(name).state_dict(), tmp_path / "net.pt")
+    path, options = str(tmp_path / "net.pt"), ["--arch", f"{NETS}:{name}", "--input-size", "3x16x16"]
     assert run(["inspect", path, *options]) == 0
-    found = inspect(load(path, arch=f"{NETS}:sigmoid", input_size=(3, 16, 16)))
-    assert (found.classes, {ability.possible for ability in found.can}) == (1, {False})
-    assert {ability.why for ability in found.can} == {"it answers with one column, and two or more classes are needed"}
+    found = inspect(load(path, arch=f"{NETS}:{name}", input_size=(3, 16, 16)))
+    assert found.classes == classes
+    assert [ability.verb for ability in found.can if ability.possible] == ["export"]
+    assert all(ability.why.startswith(why) for ability in found.can if not ability.possible)
     images = tmp_path / "images.npz"
     np.savez(images, images=np.zeros((4, 3, 16, 16), np.uint8), labels=[0] * 4)
     verbs = [
@@ -124,11 +135,17 @@ def test_a_network_of_one_column_is_described_and_serves_no_verb(tmp_path):
         ["quantize", "--data", str(images), "-o", "out"],
         ["record", "--data", str(images)],
         ["evaluate", "--data", str(images)],
-        ["export", "-o", "out.onnx"],
     ]
     for verb, *others in verbs:
         assert run([verb, path, *options, *others]) == 2, verb
     assert sorted(file.name for file in tmp_path.iterdir()) == ["images.npz", "net.pt"]
+
+
+def test_a_network_of_one_column_is_exported(tmp_path):
+    pytest.importorskip("onnxruntime")
+    torch.save(load_factory("sigmoid").state_dict(), tmp_path / "net.pt")
+    classifier = load(tmp_path / "net.pt", arch=f"{NETS}:sigmoid", input_size=(3, 16, 16))
+    assert export(classifier, output=tmp_path / "out.onnx").largest_difference < 1e-5
 
 
 def load_factory(name: str) -> torch.nn.Module:

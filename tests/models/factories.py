@@ -68,6 +68,27 @@ class Keyed(Net):
         return dict.fromkeys(self.names, self.logits(images))
 
 
+class KeyedSoftmax(Net):
+    """Answers with a dictionary whose logits are probabilities."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.logits(images).softmax(1)}
+
+
+class Labels(Net):
+    """Several labels per image: a sigmoid that is no module, and a change of form after it."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits(images).sigmoid()[:, :, None].squeeze(2).clamp(1e-6, 1 - 1e-6)
+
+
+class Restless(Net):
+    """Drops features in evaluation mode, too."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(F.dropout(self.bn1(self.conv1(images)).mean((2, 3)), 0.2))
+
+
 class Pair(Net):
     """Answers with two tensors."""
 
@@ -168,6 +189,22 @@ def traced() -> nn.Module:
 
 def sigmoid() -> Net:
     return Net(1, nn.Sigmoid())
+
+
+def labels() -> Net:
+    return Labels()
+
+
+def labels_module() -> Net:
+    return Net(last=nn.Sigmoid())
+
+
+def restless() -> Net:
+    return Restless()
+
+
+def softmax_field() -> Net:
+    return KeyedSoftmax()
 
 
 def one() -> Net:

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import factories
 
 SIZE = (3, 16, 16)
+CARD = ModelCard("net", 10, SIZE, (0.5,) * 3, (0.25,) * 3)
 UNDERSTOOD = {
     "plain": LOGITS,
     "log_softmax": LOGITS,
@@ -31,6 +32,7 @@ UNDERSTOOD = {
     "softmax_in_evaluation": LOGARITHMS,
     "traced": LOGARITHMS,
     "logits_field": FIELD,
+    "softmax_field": LOGARITHMS,
 }
 
 
@@ -119,6 +121,36 @@ def test_one_column_is_loaded_and_refused_where_classes_are_needed(name, tmp_pat
     assert "torch.cat([0 * z, z], 1)" in refused.value.remedy
     z = torch.randn(5, 1)
     assert torch.cat([0 * z, z], 1).softmax(1)[:, 1:].allclose(z.sigmoid())
+
+
+@pytest.mark.parametrize("name", ["labels", "labels_module"])
+def test_several_labels_per_image_are_loaded_and_refused_as_exclusive_classes(name, tmp_path):
+    classifier = load(written(name, tmp_path), arch=spec(name), input_size=SIZE)
+    with pytest.raises(BadInput, match=r"values in \[0, 1\] that do not add up to 1, as a network of several labels"):
+        as_classifier(classifier)
+    with pytest.raises(BadInput, match="several labels"):
+        make_student(spec(name), classifier.card, seed=0)
+
+
+def test_logits_that_happen_to_be_in_0_to_1_are_no_labels():
+    network = factories.seen(factories.plain())
+    with torch.no_grad():
+        network.fc.weight *= 1e-3
+        network.fc.bias.fill_(0.5)
+    given = Classifier(network, CARD)
+    assert ((given(torch.rand(4, *SIZE)) - 0.5).abs() < 0.5).all()
+    assert as_classifier(given) is given
+
+
+def test_a_network_that_is_random_in_evaluation_is_refused(tmp_path):
+    torch.save(factories.restless().state_dict(), tmp_path / "net.pt")
+    for use in (
+        lambda: load(tmp_path / "net.pt", arch=spec("restless"), input_size=SIZE),
+        lambda: as_classifier(Classifier(factories.seen(factories.restless()), CARD)),
+    ):
+        with pytest.raises(BadInput, match="answers the same image differently each time") as refused:
+            use()
+        assert "training=self.training" in refused.value.remedy
 
 
 @pytest.mark.parametrize(

@@ -450,6 +450,48 @@ def test_a_card_that_does_not_fit_its_network_is_refused_before_any_work():
         as_classifier(Classifier(factories.plain(), dataclasses.replace(OWN, classes=9)))
 
 
+def test_a_card_without_classes_gets_the_number_that_the_network_has():
+    given = Classifier(factories.plain(), dataclasses.replace(OWN, classes=0))
+    assert (as_classifier(given).card.classes, given.card.classes) == (10, 0)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says that TorchScript will go, in words that change
+def test_a_torchscript_program_in_a_classifier_is_refused():
+    program = torch.jit.trace(factories.plain().eval(), torch.rand(1, 3, 16, 16))
+    with pytest.raises(BadInput, match="model is or holds a TorchScript program"):
+        as_classifier(Classifier(program, OWN))
+
+
+def test_a_loaded_classifier_whose_network_was_changed_is_looked_at_again(tmp_path):
+    torch.save(factories.plain().state_dict(), tmp_path / "net.pt")
+    classifier = load(tmp_path / "net.pt", arch=f"{SPEC}plain", input_size=(3, 16, 16))
+    assert as_classifier(classifier) is classifier
+    classifier.network.last = torch.nn.Softmax(1)
+    images = torch.rand(2, 3, 16, 16)
+    used = as_classifier(classifier)
+    torch.testing.assert_close(used(images).softmax(1), classifier(images))
+    classifier.network.last = torch.nn.Linear(10, 9)
+    with pytest.raises(BadInput, match="has 9 outputs, not 10"):
+        as_classifier(classifier)
+
+
+@pytest.mark.parametrize("arch", [None, "resnet18"])
+def test_a_file_without_the_last_layer_or_with_more_is_told_what_helps(arch, tmp_path):
+    tensors = find("resnet18").make(10, 3).state_dict()
+    more = tensors | {"layer5.0.conv1.weight": torch.zeros(8, 8, 3, 3)}
+    body = {name: value for name, value in tensors.items() if not name.startswith("fc.")}
+    torch.save(body, tmp_path / "body.pt")
+    torch.save(more, tmp_path / "more.pt")
+    with pytest.raises(BadInput) as refused:
+        load(tmp_path / "body.pt", arch=arch)
+    assert "fc.weight 10x512 is missing" in refused.value.problem
+    assert refused.value.remedy == "Use a file that has the last layer, too."
+    assert ("the body of resnet18 without its last layer, so it is no" in refused.value.problem) == (arch is None)
+    with pytest.raises(BadInput, match=r"layer5\.0\.conv1\.weight 8x8x3x3 is not in it") as refused:
+        load(tmp_path / "more.pt", arch=arch)
+    assert "name the whole network with --arch file.py:factory" in refused.value.remedy
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def test_a_classifier_made_in_python_is_quantized_to_the_end(tmp_path):
     images = tmp_path / "images.npz"

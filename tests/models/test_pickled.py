@@ -275,6 +275,12 @@ class Frame:
     def __reduce__(self):
         return make, (1,)
 """
+
+
+def _arrays(its: Any) -> dict[str, object]:
+    return {name: tensor.numpy() for name, tensor in its.Net().state_dict().items()}
+
+
 EXPECTED = {"conv.weight": torch.arange(36.0).view(2, 2, 3, 3), "conv.bias": torch.tensor([1.0, -2.0])}
 
 
@@ -306,6 +312,10 @@ def _line_of(refused: BadInput) -> str:
         (lambda its, path: torch.save(its.Net(), path, _use_new_zipfile_serialization=False), "carries source code"),
         (lambda its, path: torch.jit.save(torch.jit.script(its.Net().conv), path), "TorchScript"),
         (lambda its, path: path.write_bytes(pickle.dumps(its.Net().state_dict())), "that torch.save did not write"),
+        (lambda its, path: path.write_bytes(pickle.dumps(_arrays(its))), "values are numpy arrays"),
+        (lambda its, path: path.write_bytes(pickle.dumps({"net": _arrays(its)}, 2)), "values are numpy arrays"),
+        (lambda its, path: torch.save(_arrays(its), path), "values are numpy arrays"),
+        (lambda its, path: torch.save({"model": _arrays(its), "epoch": 3}, path), "values are numpy arrays"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # torch says that TorchScript will go, in words that change
@@ -328,6 +338,23 @@ def test_the_line_runs_in_a_shell(stranger, tmp_path):
     line = _line_of(refused.value).replace("python", shlex.quote(sys.executable), 1)
     subprocess.run(line, shell=True, check=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert _same(read(tmp_path / "my net.weights.pt").tensors, EXPECTED)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_children_that_share_children_end_in_a_message(form, tmp_path):
+    """Sixty modules, of which a state_dict would have 2**60 names."""
+    module: nn.Module = nn.Conv2d(1, 1, 1)
+    for _ in range(60):
+        module = nn.Sequential(module, module)
+    torch.save({"model": module, "net": module}, tmp_path / "net.pt", **FORMATS[form])
+    with pytest.raises(BadInput, match="names more than 100,000 modules"):
+        read(tmp_path / "net.pt")
+
+
+def test_a_module_in_two_places_has_both_names(tmp_path):
+    layer = nn.Conv2d(1, 1, 1)
+    torch.save(nn.Sequential(layer, layer), tmp_path / "net.pt")
+    assert sorted(read(tmp_path / "net.pt").tensors) == ["0.bias", "0.weight", "1.bias", "1.weight"]
 
 
 def test_a_loss_of_a_class_not_known_does_not_hide_the_weights(stranger, tmp_path):
