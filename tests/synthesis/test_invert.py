@@ -26,6 +26,7 @@ from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis.invert import invert, plans
 from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.supply import ImageSupply
 
 EAGER = Compute("cpu", "fp32", "off")
 SMALL = Synthesis(images=12, settings={"steps": 3, "batch_size": 8})
@@ -283,7 +284,8 @@ def odd(name):
 @pytest.mark.parametrize(("name", "precision"), [("prelu", "bf16"), ("scattered", "fp32")])
 def test_the_precision_is_tried_before_images_are_made_and_stored_with_them(name, precision, tmp_path, capsys):
     auto, made = Compute("cpu", "auto", "off"), Synthesis(images=8, settings={"steps": 2, "batch_size": 4})
-    assert [plan.execution.precision for plan in plans(odd(name), made, auto)] == [precision]
+    supply = ImageSupply(odd(name), None, made, auto)
+    assert [plan.execution.precision for plan in plans(supply)] == [precision]
     capsys.readouterr()
     console.configure(console.NORMAL)
     invert(odd(name), output=tmp_path / "set", synthesis=made, compute=auto)
