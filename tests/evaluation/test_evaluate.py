@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dfcompress.errors import BadInput, GateNotMet
@@ -121,6 +122,7 @@ def test_no_checkpoint_is_refused():
 
 def test_different_numbers_of_classes_are_refused(resnet20_file, first_100):
     first, second = load(resnet20_file), load(resnet20_file)
+    second.network.fc = torch.nn.Linear(64, 100)
     second.card = dataclasses.replace(second.card, classes=100)
     with pytest.raises(BadInput, match=r"has 10 classes, .* has 100"):
         evaluate([first, second], data=first_100)
