@@ -375,7 +375,7 @@ LARGE = {"convnext_large", "regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32"}
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in SMALL else pytest.mark.release)
+        pytest.param(name, marks=[] if name in SMALL else [pytest.mark.slow, pytest.mark.release])
         for name in sorted(architectures().keys() - LARGE)
     ],
 )
