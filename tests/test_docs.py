@@ -55,6 +55,7 @@ def test_links_lead_somewhere(page):
 def test_every_option_that_is_mentioned_exists(page):
     known = {"--help", "--version", "--upgrade", "--extra-index-url", "--nproc-per-node", "--ntasks", "--gpus-per-task"}
     known |= {"--no-deps", "--no-build-isolation", "--no-index", "--durations"}  # Of pip and pytest.
+    known |= {"--only", "--seeds", "--sources"}  # Of docs/measure_quantization.py.
     for name in COMMANDS:
         command = root.get_command(click.Context(root), name)
         for part in [command, *getattr(command, "commands", {}).values()]:
