@@ -23,8 +23,11 @@ from dfcompress.distributed import Peers, first_host, peers
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
+from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis import making
-from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.job import Job
+from dfcompress.synthesis.labels import Labels
+from dfcompress.synthesis.recipe import Synthesis, choose
 from dfcompress.training import parallel
 
 # On the CPU, because a machine may have fewer GPUs than there are processes here.
@@ -338,10 +341,11 @@ def test_no_thread_is_left_that_could_end_the_interpreter():
 def test_groups_leave_no_process_without_work(monkeypatch):
     """64 images in batches of 16 fill a step together, and would be the work of one process."""
     cuda, card = Execution("cuda", "bf16", False, 1, ""), ModelCard("tiny", 10, (3, 32, 32), (0.5,) * 3, (0.25,) * 3)
+    job = Job(Classifier(nn.Identity(), card), None, Synthesis(images=64), choose(None), Labels())
     groups = []
     for count in (1, 2, 4, 8):
         monkeypatch.setattr(making, "peers", lambda count=count: Peers(0, count))
-        groups.append(making._groups(Synthesis(images=64), 16, card, cuda))
+        groups.append(making._groups(job, 16, cuda))
     assert groups == [4, 2, 1, 1]
 
 
