@@ -341,7 +341,9 @@ def test_no_thread_is_left_that_could_end_the_interpreter():
 def test_groups_leave_no_process_without_work(monkeypatch):
     """64 images in batches of 16 fill a step together, and would be the work of one process."""
     cuda, card = Execution("cuda", "bf16", False, 1, ""), ModelCard("tiny", 10, (3, 32, 32), (0.5,) * 3, (0.25,) * 3)
-    job = Job(Classifier(nn.Identity(), card), None, Synthesis(images=64), choose(None), Labels())
+    job = Job(
+        Classifier(nn.Identity(), card), None, Synthesis(images=64), choose("deepinversion", card=card), Labels((0,))
+    )
     groups = []
     for count in (1, 2, 4, 8):
         monkeypatch.setattr(making, "peers", lambda count=count: Peers(0, count))
