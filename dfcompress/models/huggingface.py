@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfcompress.errors import BadInput
+from dfcompress.errors import BadInput, first_line
 from dfcompress.models.architectures import TRANSFORMERS, Architecture
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import counted_runs
@@ -110,9 +110,7 @@ def _make(name: str, values: Mapping[str, Any], classes: int, channels: int) -> 
             config, trust_remote_code=False
         )
     except Exception as error:
-        raise BadInput(
-            f"{name}: transformers cannot build an image classifier: {_first_line(error)}.", UPDATE
-        ) from None
+        raise BadInput(f"{name}: transformers cannot build an image classifier: {first_line(error)}.", UPDATE) from None
     return network
 
 
@@ -124,7 +122,7 @@ def _config(values: Mapping[str, Any], where: str) -> Any:
     except BadInput:
         raise
     except Exception as error:
-        raise BadInput(f"{where}: transformers does not take its config: {_first_line(error)}.", UPDATE) from None
+        raise BadInput(f"{where}: transformers does not take its config: {first_line(error)}.", UPDATE) from None
     return config
 
 
@@ -138,7 +136,7 @@ def _processed(path: Path) -> Tensor:
         given = processor(images, return_tensors="pt", input_data_format="channels_first")
         values: Tensor = given["pixel_values"].float()
     except Exception as error:
-        raise BadInput(f"{path / PREPROCESSOR} cannot be used: {_first_line(error)}.", UPDATE) from None
+        raise BadInput(f"{path / PREPROCESSOR} cannot be used: {first_line(error)}.", UPDATE) from None
     return values
 
 
@@ -156,7 +154,3 @@ def _transformers(where: str) -> Any:
             "Install it with: pip install 'dfcompress[transformers]'.",
         ) from None
     return transformers
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
