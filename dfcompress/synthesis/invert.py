@@ -202,7 +202,7 @@ def _plan(job: Job, compute: Compute, student: Classifier | None) -> SynthesisPl
     one = _eager_seconds(job, execution, batch_size)
     seconds = predicted_seconds(execution, one * recipe.steps * batches)
     memory = peak_memory_bytes(torch.device(execution.device))
-    return SynthesisPlan(job.choice, job.images, batches, recipe.steps, execution, round(seconds, 2), memory)
+    return SynthesisPlan(job.choice, job.images, batches, recipe.steps, execution, float(f"{seconds:.3g}"), memory)
 
 
 def _eager_seconds(job: Job, execution: Execution, batch_size: int) -> float:
