@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from dfcompress import console
 from dfcompress.data.real import open_images
-from dfcompress.evaluation.evaluate import evaluate
 from dfcompress.models.architectures import find
 from dfcompress.models.card import MNIST_MEAN, MNIST_STD, ModelCard
 from dfcompress.models.checkpoint import save
 from dfcompress.models.classifier import Classifier
+from dfcompress.verbs.evaluate import evaluate
 
 EPOCHS = 15
 BATCH_SIZE = 128

@@ -392,9 +392,9 @@ def count_waits_of(owner, name):
 def main():
     install(int(sys.argv[1]))
     from dfcompress import cli
-    from dfcompress.evaluation import bench_step
     from dfcompress.synthesis.synthesizer import Synthesizer
     from dfcompress.training.steps import Steps
+    from dfcompress.verbs import bench_step
 
     bench_step.CEILING_SIDE = 64  # A CPU computes it.
     count_waits_of(Synthesizer, "step")

@@ -21,12 +21,12 @@ from dfcompress.cli import root, run
 from dfcompress.device import Compute
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
-from dfcompress.quantization.quantize import BEFORE_LSQ, FINETUNING, quantize, usual_calibration
-from dfcompress.synthesis.invert import invert
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.training.distill import DISTILLATION, distill
-from dfcompress.training.merge import MERGING, merge
 from dfcompress.training.merging import METHODS
+from dfcompress.verbs.distill import DISTILLATION, distill
+from dfcompress.verbs.invert import invert
+from dfcompress.verbs.merge import MERGING, merge
+from dfcompress.verbs.quantize import BEFORE_LSQ, FINETUNING, quantize, usual_calibration
 
 COMMANDS = root.list_commands(None)
 

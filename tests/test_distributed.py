@@ -24,10 +24,10 @@ from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
-from dfcompress.synthesis import making
-from dfcompress.synthesis.job import Job
+from dfcompress.synthesis import set_builder
 from dfcompress.synthesis.labels import Labels
 from dfcompress.synthesis.recipe import Synthesis, choose
+from dfcompress.synthesis.spec import Job
 from dfcompress.training import parallel
 
 # On the CPU, because a machine may have fewer GPUs than there are processes here.
@@ -346,8 +346,8 @@ def test_groups_leave_no_process_without_work(monkeypatch):
     )
     groups = []
     for count in (1, 2, 4, 8):
-        monkeypatch.setattr(making, "peers", lambda count=count: Peers(0, count))
-        groups.append(making._groups(job, 16, cuda))
+        monkeypatch.setattr(set_builder, "peers", lambda count=count: Peers(0, count))
+        groups.append(set_builder._groups(job, 16, cuda))
     assert groups == [4, 2, 1, 1]
 
 

@@ -16,16 +16,16 @@ import torch
 from dfcompress import console
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute
-from dfcompress.evaluation import exported as comparison
-from dfcompress.evaluation.inspect import inspect
+from dfcompress.evaluation import onnx_check
 from dfcompress.models.architectures import named
 from dfcompress.models.checkpoint import load
-from dfcompress.quantization import export as export_module
 from dfcompress.quantization.calibration import Calibration
-from dfcompress.quantization.export import export
-from dfcompress.quantization.quantize import quantize
-from dfcompress.synthesis.invert import invert
 from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.verbs import export as export_module
+from dfcompress.verbs.export import export
+from dfcompress.verbs.inspect import inspect
+from dfcompress.verbs.invert import invert
+from dfcompress.verbs.quantize import quantize
 
 pytest.importorskip("timm")
 onnx = pytest.importorskip("onnx")
@@ -50,7 +50,7 @@ UNUSED = {"spare": {"spare": 4 * (50 * 50 + 50)}, "auxiliary": {"auxiliary": 4 *
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
     monkeypatch.setattr(export_module, "CHECKED", 64)
-    monkeypatch.setattr(comparison, "ROUNDS", 1)
+    monkeypatch.setattr(onnx_check, "ROUNDS", 1)
 
 
 @pytest.fixture

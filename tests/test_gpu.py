@@ -11,23 +11,23 @@ import torch
 from dfcompress import device
 from dfcompress.data.pool import Augmentation
 from dfcompress.device import Compute, Execution
-from dfcompress.evaluation.bench_step import bench_step
-from dfcompress.evaluation.bench_train import bench_train
 from dfcompress.models.checkpoint import load
 from dfcompress.models.fake_quantizers import quantized_layers
 from dfcompress.models.stages import shared_stages
-from dfcompress.models.student import make_student
 from dfcompress.quantization.calibration import Calibration
-from dfcompress.quantization.quantize import FINETUNING, quantize
 from dfcompress.quantization.reconstruction import Reconstruction
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import Synthesizer
+from dfcompress.training.class_map import Outputs
+from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import Trainer
 from dfcompress.training.merging import Merging
 from dfcompress.training.objectives import feature, kd
-from dfcompress.training.outputs import Outputs
 from dfcompress.training.settings import Training
-from dfcompress.training.teaching import Distillation
+from dfcompress.training.student import make_student
+from dfcompress.verbs.bench_step import bench_step
+from dfcompress.verbs.bench_train import bench_train
+from dfcompress.verbs.quantize import FINETUNING, quantize
 
 pytestmark = [
     pytest.mark.gpu,

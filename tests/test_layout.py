@@ -14,26 +14,20 @@ import pytest
 import dfcompress
 
 PACKAGE = Path(dfcompress.__file__).parent
+TESTS = Path(__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
-ENGINES = {"synthesis", "training", "quantization", "evaluation"}
-VERB_FILES = {
-    "synthesis/invert.py",
-    "synthesis/record.py",
-    "training/distill.py",
-    "training/merge.py",
-    "quantization/quantize.py",
-    "quantization/export.py",
-    "evaluation/doctor.py",
-    "evaluation/evaluate.py",
-    "evaluation/inspect.py",
-    "evaluation/bench_step.py",
-    "evaluation/bench_train.py",
-    "evaluation/result.py",
-    "evaluation/demo.py",
-}
-GROUND = {"run", "errors", "console", "device", "distributed", "randomness", "settings"}
-ENTRANCE = {"", "__main__", "cli", "commands"}
+# Rooms from the top floor down: a room imports its own floor's ground and what lies below, no neighbour.
+FLOORS = (
+    {"__main__"},
+    {"cli", "__init__"},
+    {"commands"},
+    {"verbs"},
+    {"synthesis", "training", "quantization", "evaluation"},
+    {"models", "data"},
+    {"run", "errors", "console", "device", "distributed", "randomness", "settings"},
+)
+SIDE_BY_SIDE = (FLOORS[-2], FLOORS[-1])
 
 
 def _imported(path: Path) -> Iterator[str]:
@@ -58,24 +52,15 @@ def _imported(path: Path) -> Iterator[str]:
             )
 
 
-def _room(name: str) -> str:
-    return name.split(".")[0]
+def _floor(room: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
 
 
 def _may_import(path: Path, target: str) -> bool:
-    room, file = path.parts[0].removesuffix(".py"), path.as_posix()
-    wanted = _room(target)
-    if room in ENTRANCE | {"__init__"}:
-        return True
-    if wanted in GROUND:
-        return True
-    if room in GROUND:
-        return False
-    if room in {"models", "data"}:
-        return wanted in {"models", "data"}
-    if wanted in {"models", "data"} or wanted == room:
-        return True
-    return file in VERB_FILES and wanted in ENGINES
+    room, wanted = path.parts[0].removesuffix(".py"), target.split(".")[0] or "__init__"
+    if _floor(room) == _floor(wanted):
+        return room == wanted or FLOORS[_floor(room)] in SIDE_BY_SIDE
+    return _floor(room) < _floor(wanted)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
@@ -84,8 +69,23 @@ def test_imports_go_downwards_only(path):
     assert not wrong, f"{path} imports upwards or sideways: {wrong}"
 
 
-def test_every_verb_file_exists():
-    assert {name for name in VERB_FILES if not (PACKAGE / name).exists()} == set()
+def test_every_verb_is_a_file_of_its_name():
+    verbs = {name for name, home in dfcompress._HOME.items() if home.startswith("verbs.") and name.islower()}
+    assert {PACKAGE / f"verbs/{name}.py" for name in verbs} == set((PACKAGE / "verbs").glob("[!_]*.py"))
+
+
+def test_every_command_is_a_verb():
+    files = {path.stem for path in (PACKAGE / "commands").glob("[!_]*.py")}
+    assert files - {"bench"} <= set(dfcompress.__all__)
+
+
+def test_the_tests_mirror_the_tree():
+    """A file of tests stands where the file that it tests stands; what tests the whole stands at the top."""
+    files = [path.relative_to(TESTS) for path in TESTS.rglob("*/test_*.py")]
+    assert files
+    modules = {path.with_name(path.name.lstrip("_")) for path in MODULES}
+    strays = [str(file) for file in files if file.with_name(file.name.removeprefix("test_")) not in modules]
+    assert strays == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)

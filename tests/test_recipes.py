@@ -15,9 +15,9 @@ from dfcompress.models.checkpoint import load
 from dfcompress.models.recorder import LOGITS
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.recipes import recipe_names
+from dfcompress.synthesis.records.accumulator import Keeping
 from dfcompress.synthesis.records.gaussian import GaussianKeeper, GaussianSource
-from dfcompress.synthesis.records.keeping import Keeping
-from dfcompress.synthesis.records.record import Description, Record
+from dfcompress.synthesis.records.record_file import Description, Record
 from dfcompress.synthesis.synthesizer import Synthesizer
 
 

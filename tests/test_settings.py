@@ -6,7 +6,7 @@ import pytest
 
 from dfcompress.errors import BadInput
 from dfcompress.settings import assignments, changed
-from dfcompress.training.distill import DISTILLATION
+from dfcompress.verbs.distill import DISTILLATION
 
 
 def test_text_is_converted_and_inner_fields_are_found():

@@ -22,10 +22,10 @@ from dfcompress.synthesis.records import KINDS
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
-    from dfcompress.evaluation.gates import Gates
     from dfcompress.models.classifier import Classifier
     from dfcompress.synthesis.recipe import Synthesis
-    from dfcompress.synthesis.records.keeping import Keeping
+    from dfcompress.synthesis.records.accumulator import Keeping
+    from dfcompress.verbs._gates import Gates
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
@@ -138,7 +138,7 @@ def _synthesis(
 
 
 def _keeping(**values: Any) -> Keeping:
-    from dfcompress.synthesis.records.keeping import Keeping
+    from dfcompress.synthesis.records.accumulator import Keeping
 
     return Keeping(**values)
 
@@ -172,7 +172,7 @@ def _calibration(
 
 
 def _gates(max_drop: float | None, min_agreement: float | None) -> Gates:
-    from dfcompress.evaluation.gates import Gates
+    from dfcompress.verbs._gates import Gates
 
     return Gates(max_drop, min_agreement)
 

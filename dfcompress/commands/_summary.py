@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from dfcompress import console
 
 if TYPE_CHECKING:
-    from dfcompress.evaluation.evaluate import Evaluation
-    from dfcompress.evaluation.exported import Exported
-    from dfcompress.evaluation.result import Compressed
-    from dfcompress.synthesis.invert import SynthesisPlan
+    from dfcompress.evaluation.onnx_check import Exported
+    from dfcompress.verbs._finish import Compressed
+    from dfcompress.verbs.evaluate import Evaluation
+    from dfcompress.verbs.invert import SynthesisPlan
 
 
 def plan(

@@ -33,7 +33,7 @@ def bench() -> None:
 @_options.reporting
 def step(model: Classifier, batch_size: int, rounds: int, compute: Compute, as_json: bool) -> None:
     """Time one synthesis step against the published loop and the floor."""
-    from dfcompress.evaluation.bench_step import bench_step
+    from dfcompress.verbs.bench_step import bench_step
 
     _tell(bench_step(model, batch_size=batch_size, rounds=rounds, compute=compute), to="ours", as_json=as_json)
 
@@ -47,7 +47,7 @@ def step(model: Classifier, batch_size: int, rounds: int, compute: Compute, as_j
 @_options.reporting
 def train(model: Classifier, student: str, batch_size: int, rounds: int, compute: Compute, as_json: bool) -> None:
     """Time one step of distillation against a plain PyTorch loop."""
-    from dfcompress.evaluation.bench_train import bench_train
+    from dfcompress.verbs.bench_train import bench_train
 
     measured = bench_train(model, student=student, batch_size=batch_size, rounds=rounds, compute=compute)
     _tell(measured, to="plain", as_json=as_json)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @_options.reporting
 def demo(output: Path, resume: bool, overwrite: bool, compute: Compute, as_json: bool) -> None:
     """Compress a small MNIST classifier that the package ships, and test it on real images (a minute or two)."""
-    from dfcompress.evaluation.demo import demo
+    from dfcompress.verbs.demo import demo
 
     shown = demo(output=output, compute=compute, resume=resume, overwrite=overwrite)
     if as_json:

@@ -54,10 +54,10 @@ def distill(
     """Train a smaller student on images made from the model."""
     import dataclasses
 
-    from dfcompress.models.student import begin_student
     from dfcompress.settings import settled
-    from dfcompress.synthesis.invert import plans
-    from dfcompress.training.distill import DISTILLATION, distill, image_supply
+    from dfcompress.training.student import begin_student
+    from dfcompress.verbs.distill import DISTILLATION, distill, image_supply
+    from dfcompress.verbs.invert import plans
 
     student_init = None if student_init == "none" else student_init
     if dry_run:

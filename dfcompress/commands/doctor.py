@@ -12,7 +12,7 @@ from dfcompress.commands import _options
 @_options.reporting
 def doctor(as_json: bool) -> None:
     """Tell what this machine is and what works on it: GPU, compilers, precision, apex, versions."""
-    from dfcompress.evaluation.doctor import doctor
+    from dfcompress.verbs.doctor import doctor
 
     found = doctor()
     if as_json:

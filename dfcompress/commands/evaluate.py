@@ -29,7 +29,7 @@ def evaluate(
     models: list[Classifier], data: Path, fail_under: float | None, batch_size: int, device: str, as_json: bool
 ) -> None:
     """Count right answers on real images, and how often each checkpoint agrees with the first."""
-    from dfcompress.evaluation.evaluate import evaluate
+    from dfcompress.verbs.evaluate import evaluate
 
     measured = evaluate(models, data=data, device=device, batch_size=batch_size, fail_under=fail_under)
     if as_json:

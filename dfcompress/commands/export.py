@@ -12,7 +12,7 @@ from dfcompress.commands import _options, _summary
 
 if TYPE_CHECKING:
     from dfcompress.models.classifier import Classifier
-    from dfcompress.quantization.export import Target
+    from dfcompress.verbs.export import Target
 
 
 @click.command(epilog=_options.example("dfcompress export resnet20-4w4a -o resnet20.onnx"))
@@ -32,7 +32,7 @@ def export(
     model: Classifier, output: Path | None, overwrite: bool, target: Target, data: Path | None, as_json: bool
 ) -> None:
     """Write a model as ONNX, quantized weights as integers of their true width, and check it in onnxruntime."""
-    from dfcompress.quantization.export import export
+    from dfcompress.verbs.export import export
 
     result = export(model, output=output, target=target, data=data, overwrite=overwrite)
     if as_json:

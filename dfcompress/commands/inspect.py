@@ -10,9 +10,9 @@ from dfcompress import console
 from dfcompress.commands import _options
 
 if TYPE_CHECKING:
-    from dfcompress.evaluation.inspect import Inspection
+    from dfcompress.evaluation.normalisation import NormalisationCheck
     from dfcompress.models.classifier import Classifier
-    from dfcompress.models.input_statistics import NormalisationCheck
+    from dfcompress.verbs.inspect import Inspection
 
 
 @click.command(epilog=_options.example("dfcompress inspect resnet20.pt"))
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @_options.reporting
 def inspect(model: Classifier, write_card: bool, as_json: bool) -> None:
     """Say what a checkpoint is and what can be done with it."""
-    from dfcompress.evaluation.inspect import inspect
+    from dfcompress.verbs.inspect import inspect
 
     found = inspect(model, write_card=write_card)
     if as_json:

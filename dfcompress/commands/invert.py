@@ -46,8 +46,8 @@ def invert(
     """Make images from a checkpoint and nothing else."""
     from functools import partial
 
-    from dfcompress.synthesis.invert import IMAGES, invert, learner, plans
-    from dfcompress.synthesis.supply import ImageSupply
+    from dfcompress.synthesis.transfer_set import ImageSupply
+    from dfcompress.verbs.invert import IMAGES, invert, learner, plans
 
     if dry_run:
         competitor = partial(learner, model, student=student, compute=compute)

@@ -69,9 +69,9 @@ def merge(
     import dataclasses
 
     from dfcompress.settings import settled
-    from dfcompress.synthesis.invert import plans
     from dfcompress.training.loop import require_trainable
-    from dfcompress.training.merge import begin_merged, image_supplies, merge, usual_images, usual_training
+    from dfcompress.verbs.invert import plans
+    from dfcompress.verbs.merge import begin_merged, image_supplies, merge, usual_images, usual_training
 
     if student_init == "none":
         student_init = None

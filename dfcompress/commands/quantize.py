@@ -12,10 +12,10 @@ from dfcompress.errors import BadInput
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
-    from dfcompress.evaluation.gates import Gates
     from dfcompress.models.classifier import Classifier
-    from dfcompress.quantization.quantize import Finetuning, Method
     from dfcompress.synthesis.recipe import Synthesis
+    from dfcompress.verbs._gates import Gates
+    from dfcompress.verbs.quantize import Finetuning, Method
 
 
 @click.command(epilog=_options.example("dfcompress quantize resnet20.pt --bits 4w4a -o resnet20-4w4a"))
@@ -104,7 +104,13 @@ def quantize(
     from functools import partial
 
     from dfcompress.quantization.bits import layers_of
-    from dfcompress.quantization.quantize import (
+    from dfcompress.quantization.layer_report import REPORT
+    from dfcompress.settings import assignments
+    from dfcompress.synthesis.transfer_set import ImageSupply
+    from dfcompress.training.loop import require_trainable
+    from dfcompress.training.settings import Training
+    from dfcompress.verbs.invert import plans
+    from dfcompress.verbs.quantize import (
         BEFORE_LSQ,
         FINETUNED_BY,
         competitor,
@@ -114,12 +120,6 @@ def quantize(
         usual_tuning,
         wanted_bits,
     )
-    from dfcompress.quantization.report import REPORT
-    from dfcompress.settings import assignments
-    from dfcompress.synthesis.invert import plans
-    from dfcompress.synthesis.supply import ImageSupply
-    from dfcompress.training.loop import require_trainable
-    from dfcompress.training.settings import Training
 
     gates.require_images(eval_data)
     patterns = assignments(layer_bits, "--layer-bits")

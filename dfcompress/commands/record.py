@@ -12,8 +12,8 @@ from dfcompress.commands import _options
 
 if TYPE_CHECKING:
     from dfcompress.models.classifier import Classifier
-    from dfcompress.synthesis.record import Recorded
-    from dfcompress.synthesis.records.keeping import Keeping
+    from dfcompress.synthesis.records.accumulator import Keeping
+    from dfcompress.verbs.record import Recorded
 
 
 @click.command(epilog=_options.example("dfcompress record model.pt --data train --kind all-layers"))
@@ -42,7 +42,7 @@ def record(
     as_json: bool,
 ) -> None:
     """Record activations on real images, for the owner of a model to release beside it."""
-    from dfcompress.synthesis.record import record
+    from dfcompress.verbs.record import record
 
     made = record(
         model,

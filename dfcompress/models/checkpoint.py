@@ -50,8 +50,7 @@ from dfcompress.models.fake_quantizers import dequantized, is_quantized
 from dfcompress.models.huggingface import card_of, is_of_transformers, take_rgb
 from dfcompress.models.plain import is_plain, make_plain
 from dfcompress.models.recognition import MISSING, Recognised, differences, first, fit_to, recognise, why_in_part
-from dfcompress.models.statistics import require_variances
-from dfcompress.models.weights import (
+from dfcompress.models.safe_reading import (
     CARD_KEY,
     CONFIG,
     COUNTERS,
@@ -64,6 +63,7 @@ from dfcompress.models.weights import (
     sha256,
     weights_file,
 )
+from dfcompress.models.statistics import require_variances
 from dfcompress.run import write_atomically, write_json
 
 SIDECAR = ".card.json"

@@ -19,7 +19,7 @@ from dfcompress.errors import BadInput, first_line
 from dfcompress.models.architectures import TRANSFORMERS, Architecture
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import counted_runs
-from dfcompress.models.weights import CONFIG, read_json
+from dfcompress.models.safe_reading import CONFIG, read_json
 
 PREPROCESSOR = "preprocessor_config.json"
 # What a folder's config says of how to build and where to find things, and not of the network.

@@ -19,10 +19,10 @@ from dfcompress.distributed import peers
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import WIDTHS, Scheme, quantize_layers
+from dfcompress.quantization.bias_correction import correct, images_to_correct_on
 from dfcompress.quantization.bits import Bits, Wanted
-from dfcompress.quantization.correction import correct, images_to_correct_on
-from dfcompress.quantization.ranges import InputRule, WeightRule, calibrate, fit_weights, require_rules
-from dfcompress.quantization.sensitivity import IMAGES, choose_bits, sensitivities, with_widths
+from dfcompress.quantization.mixed_precision import IMAGES, choose_bits, sensitivities, with_widths
+from dfcompress.quantization.observers import InputRule, WeightRule, calibrate, fit_weights, require_rules
 from dfcompress.randomness import generator, seed_of
 from dfcompress.run import write_json
 

@@ -26,7 +26,7 @@ from dfcompress.models.fake_quantizers import (
     per_channel,
     quantized_layers,
 )
-from dfcompress.models.folding import fold_batchnorms
+from dfcompress.quantization.bn_folding import fold_batchnorms
 from dfcompress.run import write_atomically
 
 INPUT, OUTPUT = "images", "logits"

@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 from dfcompress import console
-from dfcompress.data.views import View
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.settings import converted, unknown
@@ -22,7 +21,8 @@ from dfcompress.synthesis.labels import BALANCED
 from dfcompress.synthesis.losses import Loss
 from dfcompress.synthesis.recipes import recipe_names
 from dfcompress.synthesis.records import BN_EQUIVALENT
-from dfcompress.synthesis.records.record import Description
+from dfcompress.synthesis.records.record_file import Description
+from dfcompress.synthesis.transforms import View
 
 WITH_ACTIVATIONS, WITHOUT = "activation-records", "deepinversion"
 

@@ -27,7 +27,7 @@ from dfcompress.randomness import generator
 from dfcompress.run import Clock, save_state
 from dfcompress.synthesis.images import Images, PixelStatistics
 from dfcompress.synthesis.recipe import Recipe, Stage
-from dfcompress.synthesis.records.asking import Asked, Source
+from dfcompress.synthesis.records.targets import Asked, Source
 
 HISTORY_POINTS = 50
 ATTEMPTS = 3

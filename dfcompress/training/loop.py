@@ -22,9 +22,9 @@ from dfcompress.models.classifier import Classifier, main_logits, work_of
 from dfcompress.randomness import generator
 from dfcompress.run import write_atomically
 from dfcompress.training import optimizers, parallel
+from dfcompress.training.distiller import Teaching
 from dfcompress.training.settings import Training
 from dfcompress.training.steps import Steps, dropping, layout_of, training_mode
-from dfcompress.training.teaching import Teaching
 
 METRICS = "metrics.jsonl"
 PARTIAL = "training.partial"

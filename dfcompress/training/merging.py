@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from dfcompress.data.real import reshaped
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.unfamiliarity import Unfamiliarity
-from dfcompress.training.outputs import Outputs
+from dfcompress.training.class_map import Outputs
+from dfcompress.training.ood_score import Unfamiliarity
 
 Method = Literal["all-logits", "paper"]
 METHODS = get_args(Method)

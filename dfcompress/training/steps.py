@@ -25,8 +25,8 @@ from dfcompress.models.recorder import weighted_layers
 from dfcompress.randomness import seed_of
 from dfcompress.run import Clock, save_state
 from dfcompress.training import optimizers, parallel
+from dfcompress.training.distiller import Teaching
 from dfcompress.training.settings import Training
-from dfcompress.training.teaching import Teaching
 
 Teach = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 Learn = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]

@@ -16,8 +16,8 @@ from dfcompress.models.answers import FIELD, LOGARITHMS, LOGITS, SOFTMAX, answer
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier, load, save
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.student import make_student
 from dfcompress.training.objectives import Answer, kd
+from dfcompress.training.student import make_student
 
 sys.path.insert(0, str(Path(__file__).parent))
 import factories

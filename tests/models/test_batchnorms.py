@@ -16,7 +16,6 @@ from dfcompress.models.batchnorms import plain_batchnorms
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, opened, save
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.folding import fold_batchnorms
 from dfcompress.models.recorder import FusedRecorder, HookRecorder
 from dfcompress.models.statistics import (
     require_statistics,
@@ -24,6 +23,7 @@ from dfcompress.models.statistics import (
     unused_statistics,
     why_no_statistics,
 )
+from dfcompress.quantization.bn_folding import fold_batchnorms
 
 
 class Own(nn.Module):

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import save_file
 
 from dfcompress.errors import BadInput
-from dfcompress.evaluation.inspect import inspect
 from dfcompress.models.architectures import architectures, find
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier, load, load_saved, save, state_bytes, write_sidecar
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized, quantizable_layers, quantize_layers
-from dfcompress.models.student import make_student
-from dfcompress.models.weights import CARD_KEY, QUANTIZATION_KEY, read
+from dfcompress.models.safe_reading import CARD_KEY, QUANTIZATION_KEY, read
 from dfcompress.quantization.calibration import Calibration
-from dfcompress.quantization.quantize import quantize
+from dfcompress.training.student import make_student
+from dfcompress.verbs.inspect import inspect
+from dfcompress.verbs.quantize import quantize
 
 sys.path.insert(0, str(Path(__file__).parent))
 import factories

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from dfcompress.errors import BadInput
 from dfcompress.models.architectures import find
 from dfcompress.models.checkpoint import load, save
-from dfcompress.models.student import make_student
+from dfcompress.training.student import make_student
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 needs_transformers = pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transformers is not installed")

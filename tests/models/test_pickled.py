@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dfcompress.errors import BadInput
-from dfcompress.models.weights import read
+from dfcompress.models.safe_reading import read
 
 
 class Colour(enum.Enum):

@@ -12,7 +12,7 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier, load, save
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.plain import is_plain, make_plain
-from dfcompress.models.student import make_student
+from dfcompress.training.student import make_student
 
 sys.path.insert(0, str(Path(__file__).parent))
 import factories

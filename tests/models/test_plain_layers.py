@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import can_be_quantized, quantize_layers, quantized_layers
-from dfcompress.models.folding import fold_batchnorms
 from dfcompress.models.plain_layers import after_normalising, plain_kind
 from dfcompress.models.uses import unused_weights
+from dfcompress.quantization.bn_folding import fold_batchnorms
 
 timm_layers = pytest.importorskip("timm.layers")
 

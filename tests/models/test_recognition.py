@@ -14,7 +14,7 @@ from dfcompress.models import architectures as room
 from dfcompress.models.architectures import Architecture, architectures, find, tensors_of
 from dfcompress.models.classifier import load_tensors
 from dfcompress.models.recognition import fit_to, recognise
-from dfcompress.models.weights import read
+from dfcompress.models.safe_reading import read
 
 NAMES = sorted(architectures())
 

@@ -10,7 +10,7 @@ from dfcompress.models.architectures import named
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import stage_outputs, stages_of
-from dfcompress.models.student import make_student
+from dfcompress.training.student import make_student
 
 CARD = ModelCard("cifar_resnet50", 10, (3, 32, 32), (0.5,) * 3, (0.25,) * 3)
 

@@ -18,9 +18,9 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, quantize_layers, quantized_layers
 from dfcompress.quantization import reconstruction
 from dfcompress.quantization.bits import layers_of
-from dfcompress.quantization.ranges import calibrate, fit_weights
+from dfcompress.quantization.layer_report import signal_to_noise
+from dfcompress.quantization.observers import calibrate, fit_weights
 from dfcompress.quantization.reconstruction import Reconstruction, images_that_fit, reconstruct, units_of
-from dfcompress.quantization.report import signal_to_noise
 
 QUICK = Reconstruction(steps=60, batch_size=16, lr=0.03)
 

@@ -27,13 +27,13 @@ from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages
+from dfcompress.training.class_map import Outputs
+from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import PARTIAL, Trainer, require_passes, require_trainable
 from dfcompress.training.merging import Merging
 from dfcompress.training.objectives import Answer, feature, kd
-from dfcompress.training.outputs import Outputs
 from dfcompress.training.settings import Training
 from dfcompress.training.steps import training_mode
-from dfcompress.training.teaching import Distillation
 
 CARD = ModelCard("tiny", 4, (1, 8, 8), (0.5,), (0.25,))
 EAGER = Compute("cpu", "fp32", "off")

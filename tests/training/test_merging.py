@@ -15,12 +15,12 @@ from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.unfamiliarity import Unfamiliarity
+from dfcompress.training.class_map import Outputs, join_classes
 from dfcompress.training.loop import PARTIAL, Trainer
-from dfcompress.training.merge import usual_training
 from dfcompress.training.merging import Merging
-from dfcompress.training.outputs import Outputs, join_classes
+from dfcompress.training.ood_score import Unfamiliarity
 from dfcompress.training.settings import Training
+from dfcompress.verbs.merge import usual_training
 
 EAGER = Compute("cpu", "fp32", "off")
 

@@ -19,11 +19,11 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.training import apex_probe, optimizers
 from dfcompress.training.apex_probe import Apex, State, probe
+from dfcompress.training.distiller import Distillation
 from dfcompress.training.objectives import kd
 from dfcompress.training.optimizers import NAMES, choose_backend, make_optimizer
 from dfcompress.training.settings import Training
 from dfcompress.training.steps import Steps
-from dfcompress.training.teaching import Distillation
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GRADIENTS = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(1))

@@ -27,7 +27,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dfcompress.errors import BadInput
 from dfcompress.models.plain import make_plain
-from dfcompress.models.width import halved
+from dfcompress.models.resizing import halved
 
 SMALL_INPUT = 64
 HALF = "half:"

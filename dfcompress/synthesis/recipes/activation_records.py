@@ -19,7 +19,6 @@ what they are when moved, each with the mean and deviation of the data's pixels 
 What they reach is in docs/results.md.
 """
 
-from dfcompress.data.views import jitters
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.synthesis.images import Pixels
@@ -32,7 +31,8 @@ from dfcompress.synthesis.losses import (
 )
 from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
 from dfcompress.synthesis.records import SPECTRAL
-from dfcompress.synthesis.records.record import Description
+from dfcompress.synthesis.records.record_file import Description
+from dfcompress.synthesis.transforms import jitters
 
 PAPER = "Lopes, Fenu & Starner, Data-Free Knowledge Distillation for Deep Neural Networks, 2017"
 PAPER_GAUSSIAN, PAPER_SPECTRAL = "paper", "paper-spectral"

@@ -8,11 +8,11 @@ next round competes with what it has become. Before its first lesson it is fresh
 steps, rate and batch are not stated for images made this way and are ours.
 """
 
-from dfcompress.data.views import jitters
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, competition, image_norm, total_variation
 from dfcompress.synthesis.recipe import Lessons, Recipe, Schedule, Stage
 from dfcompress.synthesis.recipes import deepinversion
+from dfcompress.synthesis.transforms import jitters
 
 PAPER = "Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {

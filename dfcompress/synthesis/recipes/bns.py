@@ -7,10 +7,10 @@ The paper's figure uses 1,000 steps of batch 128 and states no optimiser or rate
 `fast-cifar10` shows each image once a step, cropped less, for 400 steps.
 """
 
-from dfcompress.data.views import random_crops
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_divergence
 from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
+from dfcompress.synthesis.transforms import random_crops
 
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {

@@ -11,10 +11,10 @@ of 0.25 it was 0.034 at α 100 and 0.036 at α 1,000, after 150 steps: they matc
 and whole images have others.
 """
 
-from dfcompress.data.views import random_crops
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_divergence, inception, smoothness
 from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
+from dfcompress.synthesis.transforms import random_crops
 
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {

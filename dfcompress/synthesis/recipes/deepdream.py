@@ -5,10 +5,10 @@ Settings are DeepInversion's without its BatchNorm term; the paper states none o
 The teacher is certain of such images, other networks see little in them: the baseline that statistics must beat.
 """
 
-from dfcompress.data.views import jitters
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import class_cross_entropy, image_norm, total_variation
 from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
+from dfcompress.synthesis.transforms import jitters
 
 PAPER = "Mordvintsev et al., Inceptionism, 2015; Yin et al., Dreaming to Distill, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {

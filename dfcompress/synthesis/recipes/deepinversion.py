@@ -14,12 +14,12 @@ cropped, mirrored and with a square cut out on its own.
 What they reach, and how long they take, is in docs/results.md.
 """
 
-from dfcompress.data.views import downscale, jitters
 from dfcompress.models.card import ModelCard
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, image_norm, total_variation
 from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
-from dfcompress.synthesis.records.record import Description
+from dfcompress.synthesis.records.record_file import Description
+from dfcompress.synthesis.transforms import downscale, jitters
 
 PAPER = "Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion, CVPR 2020"
 FAST = {"steps": 400, "lr": 0.1, "beta1": 0.5, "beta2": 0.9, "schedule": "cosine", "clip": True}

@@ -7,11 +7,11 @@ those are ours. It smooths 5×5 with σ 1; σ 0.375, which it also tables, is mu
 `fast-cifar10` shows each image once a step, cropped less, for 400 steps.
 """
 
-from dfcompress.data.views import random_crops
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import inception as inception_loss
 from dfcompress.synthesis.losses import smoothness
 from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
+from dfcompress.synthesis.transforms import random_crops
 
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {

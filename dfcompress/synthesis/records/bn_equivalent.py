@@ -18,7 +18,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import channel_axis, channels_of, weighted_layers
 from dfcompress.models.statistics import KnownStatistics, require_variances
 from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
-from dfcompress.synthesis.records.record import Record
+from dfcompress.synthesis.records.record_file import Record
 
 
 class StatisticsKeeper:

@@ -19,10 +19,10 @@ from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import hooked_outputs
 from dfcompress.models.recorder import DROPOUTS, LOGITS, Target, outputs_of_one_image
 from dfcompress.synthesis.records import FIXED_DROPOUT
-from dfcompress.synthesis.records.asking import Asked
-from dfcompress.synthesis.records.keeping import Keeping
+from dfcompress.synthesis.records.accumulator import Keeping
 from dfcompress.synthesis.records.moments import StreamingMoments, blocks_of, merge_states, states
-from dfcompress.synthesis.records.record import Expected, Record, require_memory, tensor_bytes
+from dfcompress.synthesis.records.record_file import Expected, Record, require_memory, tensor_bytes
+from dfcompress.synthesis.records.targets import Asked
 
 AUTO_RECORD_BYTES = 256 * 2**20
 # Into how many blocks `--covariance auto` takes the largest layer apart until the record is as small as that.

@@ -21,10 +21,10 @@ from dfcompress.device import threads
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import Target
-from dfcompress.synthesis.records.asking import Asked
-from dfcompress.synthesis.records.keeping import Keeping
+from dfcompress.synthesis.records.accumulator import Keeping
 from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
-from dfcompress.synthesis.records.record import Expected, Record, require_memory, tensor_bytes
+from dfcompress.synthesis.records.record_file import Expected, Record, require_memory, tensor_bytes
+from dfcompress.synthesis.records.targets import Asked
 from dfcompress.synthesis.records.weight_graph import (
     FULL_BASIS_UNITS,
     LEADING_VECTORS,

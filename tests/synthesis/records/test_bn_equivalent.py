@@ -13,7 +13,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import FusedRecorder, HookRecorder, traces
 from dfcompress.synthesis.losses import bn_distance, bn_divergence
 from dfcompress.synthesis.records.bn_equivalent import StatisticsKeeper, with_statistics
-from dfcompress.synthesis.records.record import Description, Record
+from dfcompress.synthesis.records.record_file import Description, Record
 
 
 def described(layers, tensors):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dfcompress.errors import BadInput
+from dfcompress.synthesis.records.accumulator import Keeping
 from dfcompress.synthesis.records.gaussian import AUTO_RECORD_BYTES, GaussianKeeper, GaussianLayer, cholesky
-from dfcompress.synthesis.records.keeping import Keeping
 
 PAIR_OF_4096 = {"fc6": torch.zeros(1, 4096), "fc7": torch.zeros(1, 4096), "logits": torch.zeros(1, 10)}
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dfcompress.errors import BadInput
 from dfcompress.models.checkpoint import load, save
-from dfcompress.synthesis.records.record import Description, Record, beside
+from dfcompress.synthesis.records.record_file import Description, Record, beside
 
 
 @pytest.fixture

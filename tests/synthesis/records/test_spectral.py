@@ -7,8 +7,8 @@ import torch
 
 from dfcompress.errors import BadInput
 from dfcompress.synthesis.records import weight_graph
-from dfcompress.synthesis.records.keeping import Keeping
-from dfcompress.synthesis.records.record import Description, Record
+from dfcompress.synthesis.records.accumulator import Keeping
+from dfcompress.synthesis.records.record_file import Description, Record
 from dfcompress.synthesis.records.spectral import SpectralKeeper, decoded, largest, random_subset
 from dfcompress.synthesis.records.weight_graph import WeightGraph
 

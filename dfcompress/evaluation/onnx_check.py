@@ -1,0 +1,128 @@
+"""An ONNX file beside the model it was made from: the same answers? how large, how fast in onnxruntime?"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dfcompress import console
+from dfcompress.device import exact_fp32
+from dfcompress.errors import DfcompressError
+from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.safe_reading import file_bytes
+
+BATCH = 256
+TIMED = 64
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An ONNX file and how it compares with the model it was made from.
+
+    Of `images` images `equal` are answered alike in onnxruntime; `median_difference` and `largest_difference` are those
+    of the logits. `equal_rewritten` counts the same with onnxruntime's own rewriting of quantized operations, which
+    rounds differently (None where the file does not load then). `bytes` of the file, `bytes_ratio` against the
+    checkpoint's, `milliseconds` of a batch of 64 in onnxruntime (with its rewriting where it loads), and
+    `milliseconds_fp32` of the same network in float there.
+    """
+
+    path: str
+    target: str
+    bytes: int
+    bytes_ratio: float | None
+    images: int
+    equal: int
+    equal_rewritten: int | None
+    median_difference: float
+    largest_difference: float
+    milliseconds: float
+    milliseconds_fp32: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields."""
+        return asdict(self)
+
+
+def compare(classifier: Classifier, path: Path, fp32: Path, images: Tensor, *, target: str) -> Exported:
+    """Ask the model and the file at `path` about `images` `(N, C, H, W)` in [0, 1]; `fp32` is the network in float.
+
+    Raises `DfcompressError` where onnxruntime does not load a file.
+    """
+    own = _answers(classifier, images)
+    exact, usual = Session(path, rewriting=False), _rewriting(path)
+    given = exact(images)
+    different = (given - own).abs()
+    whole = file_bytes(classifier.path) if classifier.path else None
+    return Exported(
+        path=str(path),
+        target=target,
+        bytes=path.stat().st_size,
+        bytes_ratio=round(path.stat().st_size / whole, 4) if whole else None,
+        images=len(images),
+        equal=_equal(given, own),
+        equal_rewritten=_equal(usual(images), own) if usual else None,
+        median_difference=different.median().item(),
+        largest_difference=different.max().item(),
+        milliseconds=(usual or exact).milliseconds(images),
+        milliseconds_fp32=Session(fp32, rewriting=True).milliseconds(images),
+    )
+
+
+def _rewriting(path: Path) -> Session | None:
+    """The file as onnxruntime rewrites it by default; None where it cannot, as with 2 bits."""
+    try:
+        return Session(path, rewriting=True)
+    except DfcompressError as error:
+        console.notice(f"Only with session.disable_quant_qdq=1: {error.problem}")
+        return None
+
+
+class Session:
+    """An ONNX file in onnxruntime on the CPU, with or without its own rewriting of quantized operations."""
+
+    def __init__(self, path: Path, *, rewriting: bool) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.disable_quant_qdq", "0" if rewriting else "1")
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # Onnxruntime's own exceptions have no common class but this.
+            raise DfcompressError(f"onnxruntime cannot load {path}: {error}", "Use the model without ONNX.") from error
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits of images."""
+        return torch.cat([torch.from_numpy(self._run(some)) for some in images.split(BATCH)])
+
+    def milliseconds(self, images: Tensor) -> float:
+        """The least time of a batch of 64, of some rounds."""
+        few = images[torch.arange(TIMED) % len(images)]
+        self._run(few)
+        seconds = []
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            self._run(few)
+            seconds.append(time.perf_counter() - started)
+        return round(1000 * min(seconds), 2)
+
+    def _run(self, images: Tensor) -> NDArray[np.float32]:
+        return self._session.run(None, {self._session.get_inputs()[0].name: images.numpy()})[0]
+
+
+@torch.no_grad()
+def _answers(classifier: Classifier, images: Tensor) -> Tensor:
+    with exact_fp32(), evaluating(classifier):
+        return torch.cat([classifier(some.to(classifier.mean.device)).cpu() for some in images.split(BATCH)])
+
+
+def _equal(one: Tensor, other: Tensor) -> int:
+    return int((one.argmax(1) == other.argmax(1)).sum())

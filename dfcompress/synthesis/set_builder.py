@@ -1,0 +1,372 @@
+"""A synthetic set being made: shared between processes, examined, written, and finished wherever it was left."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from dfcompress import console
+from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_stored
+from dfcompress.device import (
+    Compute,
+    Execution,
+    Precision,
+    as_mine,
+    can_capture,
+    computing,
+    processor_name,
+    resolve_execution,
+    threads_here,
+    tried,
+)
+from dfcompress.distributed import peers
+from dfcompress.errors import BadInput
+from dfcompress.models.classifier import Classifier, work_of
+from dfcompress.run import save_state, write_atomically
+from dfcompress.synthesis.labels import Labels
+from dfcompress.synthesis.quality import Checkup, Health
+from dfcompress.synthesis.recipe import Recipe, RecipeChoice
+from dfcompress.synthesis.spec import Job
+from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch, try_step
+
+METRICS = "metrics.jsonl"
+PREVIEW = "preview.png"
+LESSONS = "lessons.pt"
+PREVIEW_IMAGES = 80
+
+
+class Learner(Protocol):
+    """The student that images compete with, how it learns from those made so far, and whether it is used afterwards."""
+
+    student: Classifier
+    is_kept: bool
+
+    def learn(self, images: Tensor, *, lesson: int, precision: Precision) -> None:
+        """Train the student on all stored images `(N, C, H, W)`; the outcome depends on its arguments alone."""
+
+
+def make_set(job: Job, folder: Path, compute: Compute, *, learner: Learner | None = None) -> SyntheticSet:
+    """Make the set in `folder`, or finish the one that is there; every process of a job makes some of its shards.
+
+    A recipe whose images compete with a student needs `learner`: after each round of images but the last it learns from
+    all so far. A student that is kept is left as its last lesson made it, also where the set was finished before.
+    Raises `BadInput` where the folder holds a set of another teacher, recipe, count or seed.
+    """
+    everyone = peers()
+    if everyone.leads:
+        _open(job, folder, compute, learner.student if learner else None)
+    everyone.meet()
+    synthetic = SyntheticSet(folder)
+    makes = _Making(synthetic, job, learner)
+    for lesson in range(len(makes.rounds)):
+        makes.missing_of(lesson)
+        everyone.meet()
+    if everyone.leads:
+        _merge_metrics(synthetic)
+        _write_preview(synthetic.folder, _first_images(synthetic))
+    everyone.meet()
+    if learner and learner.is_kept:
+        makes.teach(learner, len(makes.rounds) - 1)
+    return synthetic
+
+
+def _open(job: Job, folder: Path, compute: Compute, student: Classifier | None) -> None:
+    """Begin a set, or check that the one in `folder` is of the same job."""
+    teacher, recipe, images = job.teacher, job.recipe(), job.images
+    batch_size = min(recipe.batch_size, images)
+    described = {
+        "recipe": asdict(job.choice),
+        "images": images,
+        "labels": asdict(job.labels),
+        "seed": compute.seed,
+        "teacher": teacher.identity()["sha256"],
+        "record": job.record.identity if job.record else None,
+        "card": teacher.card.to_json(),
+    }
+    if (folder / MANIFEST).exists():
+        _check_same_job(SyntheticSet(folder), described)
+        return
+    sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
+    if recipe.lessons and len(sizes) <= recipe.lessons.every:
+        console.notice(_no_lesson(images, len(sizes), recipe.lessons.every))
+    execution = execution_of(job, compute, student)
+    execution = replace(execution, groups=_groups(job, batch_size, execution))
+    SyntheticSet.create(
+        folder, {**described, "batch_size": batch_size, "shards": sizes, "execution": asdict(execution)}
+    )
+
+
+def _no_lesson(images: int, batches: int, every: int) -> str:
+    """That the student learns between rounds of batches, of which there is one, and what makes it two."""
+    remedies = ["more --images"]
+    if images > every:
+        remedies.append(f"--batch-size {max(1, images // (every + 1))}")
+    if batches > 1:
+        remedies.append("--set round_batches=1")
+    return (
+        f"No lesson takes place: the {images} images are one round, which competes with a student that has learnt "
+        f"nothing. Use {' or '.join(remedies)}."
+    )
+
+
+# Unmeasured: CUDA steps of fewer images than 128 of CIFAR's size are taken to be mostly launching. On a CPU it does not
+# pay (docs/results.md).
+PIXELS_A_STEP = 128 * 32 * 32
+
+
+def _groups(job: Job, batch_size: int, execution: Execution) -> int:
+    batches = -(-job.images // batch_size)
+    if job.synthesis.groups != "auto":
+        return min(job.synthesis.groups, batches)
+    if not can_capture(torch.device(execution.device)):
+        return 1
+    height, width = job.teacher.card.input_size[1:]
+    fit, for_everybody = PIXELS_A_STEP // (batch_size * height * width), batches // peers().count
+    return max(1, min(fit, for_everybody))
+
+
+def execution_of(job: Job, compute: Compute, student: Classifier | None = None) -> Execution:
+    """How a set is made, all automatic choices made; `student` is what its images compete with, if anything.
+
+    The precision is tried in one step. Raises `BadInput` where the one that was asked for does not work, or none does.
+    """
+    teacher, recipe, images = job.teacher, job.recipe(), job.images
+    batch_size = min(recipe.batch_size, images)
+    execution = resolve_execution(compute, work_in(recipe, teacher, -(-images // batch_size) * batch_size))
+    student = (student or teacher) if recipe.needs_student else None
+
+    source = job.source()
+
+    def step(execution: Execution) -> None:
+        try_step(recipe, teacher, execution, student=student, source=source)
+
+    return tried(execution, compute, step, what=f"{teacher.name}{' or its student' if student else ''}")
+
+
+def work_in(recipe: Recipe, teacher: Classifier, images: int) -> float:
+    """The work of a synthesis: forward and backward to the input, each step."""
+    return 2.0 * work_of(teacher) * images * recipe.steps
+
+
+def seconds_of(synthetic: SyntheticSet) -> float:
+    """Seconds that the shards of a set took, from its `metrics.jsonl`, and the lessons between them; those of all
+    processes together.
+    """
+    shards = sum(line["seconds"] for line in _lines(synthetic.folder / METRICS) if "seconds" in line)
+    lessons = synthetic.folder / LESSONS
+    return round(shards + (_lessons(lessons)["seconds"] if lessons.exists() else 0.0), 2)
+
+
+def _lessons(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def warnings_of(synthetic: SyntheticSet) -> list[str]:
+    """What the examination of a set's batches found, each kind of warning once, with the number of batches."""
+    found: dict[str, list[str]] = {}
+    for line in _lines(synthetic.folder / METRICS):
+        if "health" in line:
+            for kind, warning in Health(**line["health"]).warnings(synthetic.manifest["recipe"]["settings"]).items():
+                found.setdefault(kind, []).append(warning)
+    return [f"{len(same)} of {len(synthetic.shards)} batches: {same[0]}" for same in found.values()]
+
+
+class _Making:
+    """The shards of one set being made by this process."""
+
+    def __init__(self, synthetic: SyntheticSet, job: Job, learner: Learner | None) -> None:
+        self.synthetic, self.job, self.teacher, self.learner = synthetic, job, job.teacher, learner
+        manifest = synthetic.manifest
+        self.seed, self.batch_size = manifest["seed"], manifest["batch_size"]
+        self.labels = Labels(**manifest["labels"])
+        self.recipe = RecipeChoice(**manifest["recipe"]).build()
+        stored = Execution(**manifest["execution"])
+        self.execution = replace(stored, device=as_mine(stored.device), threads=threads_here())
+        self.preview_every = job.synthesis.preview_every
+        self.synthesizer: Synthesizer | None = None
+        self.told: set[str] = set()
+        shards, lessons = list(synthetic.shards), self.recipe.lessons
+        every = lessons.every if lessons else len(shards)
+        # The shards between which the student learns; all at once where there is none.
+        self.rounds = [shards[i : i + every] for i in range(0, len(shards), every)]
+
+    def missing_of(self, lesson: int) -> None:
+        """Make the shards of a round that are not there, together with the other processes."""
+        shards, groups = self.rounds[lesson], self.execution.groups
+        units = [list(shards[i : i + groups]) for i in range(0, len(shards), groups)]
+        absent = set(self.synthetic.missing_shards())
+        if peers().leads:
+            for shard in set(shards) - absent:  # Killed between writing a shard and deleting its state.
+                self.synthetic.shard_path(shard).with_suffix(".partial").unlink(missing_ok=True)
+        missing = peers().told([unit for unit in units if absent & set(unit)])
+        if not missing:
+            return
+        if self.learner:
+            self.teach(self.learner, lesson)
+        with computing(self.execution), ThreadPoolExecutor(1) as writer:
+            checkup = Checkup(self.recipe, self.teacher)
+            synthesizer = self._ready()
+            written: Future | None = None
+            for unit in peers().share(missing):
+                labels = {shard: self.labels.of_batch(shard, self.batch_size, seed=self.seed) for shard in unit}
+                partial = self.synthetic.shard_path(unit[0]).with_suffix(".partial")
+                batches = synthesizer.batches(labels, partial=partial, watch=self._watch())
+                self._warn(health := [checkup.examine(batch) for batch in batches])
+                if written:
+                    written.result()  # A shard that could not be written ends the run before the next one is made.
+                written = writer.submit(self._write, unit, batches, [asdict(one) for one in health], partial)
+            if written:
+                written.result()
+
+    def teach(self, learner: Learner, lesson: int) -> None:
+        """Bring the student to where it is after `lesson` lessons, each on everything made before its round.
+
+        A saved student is taken further; one that is further already starts again, so that an early shard that was
+        lost comes back as it was.
+        """
+        saved = self.synthetic.folder / LESSONS
+        if peers().leads:
+            state: dict[str, Any] = {"lesson": 0, "seconds": 0.0, "student": learner.student.state_dict()}
+            fresh = copy.deepcopy(state)
+            if saved.exists():
+                state = _lessons(saved)
+            state = state if state["lesson"] <= lesson else fresh
+            learner.student.load_state_dict(state["student"])
+            for number in range(state["lesson"] + 1, lesson + 1):
+                started = time.perf_counter()
+                made = [self.synthetic.read_shard(shard)[0] for shard in range(self.rounds[number][0])]
+                console.notice(f"Lesson {number}: the student learns from {sum(map(len, made))} images.")
+                learner.learn(torch.cat(made), lesson=number, precision=self.execution.precision)
+                seconds = state["seconds"] + time.perf_counter() - started
+                state = {"lesson": number, "seconds": seconds, "student": learner.student.state_dict()}
+            save_state(saved, state)
+        peers().meet()
+        learner.student.load_state_dict(_lessons(saved)["student"])
+
+    def _ready(self) -> Synthesizer:
+        """The synthesizer, competing with the student as it is now."""
+        student = self.learner.student if self.learner else None
+        if self.synthesizer is None:
+            record = self.job.record
+            self.synthesizer = Synthesizer(
+                self.recipe,
+                self.teacher,
+                self.execution,
+                seed=self.seed,
+                student=student,
+                source=self.job.source(),
+                pixels=record.pixels if record else None,
+            )
+            processor = processor_name(self.synthesizer.device)
+            if processor != self.execution.processor:
+                console.notice(
+                    f"This set was begun on {self.execution.processor}; {processor} may round its images differently."
+                )
+        elif student:
+            self.synthesizer.learned(student)
+        return self.synthesizer
+
+    def _write(self, unit: list[int], batches: list[Batch], health: list[dict[str, Any]], partial: Path) -> None:
+        sizes = self.synthetic.manifest["shards"]
+        for shard, batch, state in zip(unit, batches, health, strict=True):
+            # A last, smaller shard is cut from a full batch: a smaller batch has other BatchNorm statistics.
+            stored = as_stored(batch.images[: sizes[shard]], in_range=self.recipe.images.in_range)
+            _write_metrics(self.synthetic.shard_path(shard).with_suffix(".jsonl"), shard, batch, state)
+            self.synthetic.write_shard(shard, stored, batch.labels[: sizes[shard]])
+        partial.unlink(missing_ok=True)
+
+    def _warn(self, health: Sequence[Health]) -> None:
+        """Say each kind of warning once, not once a batch."""
+        for state in health:
+            for kind, warning in state.warnings(self.synthetic.manifest["recipe"]["settings"]).items():
+                if kind not in self.told:
+                    self.told.add(kind)
+                    console.notice(warning)
+
+    def _watch(self) -> Watch | None:
+        every = self.preview_every
+        if not every or not peers().leads:
+            return None
+
+        def watch(step: int, images: Callable[[], Tensor]) -> None:
+            if step % every == 0:
+                _write_preview(self.synthetic.folder, images()[:PREVIEW_IMAGES].cpu())
+
+        return watch
+
+
+def _write_metrics(path: Path, shard: int, batch: Batch, health: Mapping[str, Any]) -> None:
+    points = [{"shard": shard, **point} for point in batch.history]
+    end = {
+        "shard": shard,
+        "process": peers().rank,
+        "seconds": round(batch.seconds, 3),
+        "attempts": batch.attempts,
+        "health": health,
+        **batch.losses,
+    }
+    with write_atomically(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in [*points, end]))
+
+
+def _merge_metrics(synthetic: SyntheticSet) -> None:
+    """Put the shards' own lines into one file."""
+    parts = [path for shard in synthetic.shards if (path := synthetic.shard_path(shard).with_suffix(".jsonl")).exists()]
+    if not parts:
+        return
+    merged = synthetic.folder / METRICS
+    anew = {int(path.stem.rpartition("-")[2]) for path in parts}
+    with write_atomically(merged) as temporary, temporary.open("w") as file:
+        for line in _lines(merged):
+            if line["shard"] not in anew:
+                file.write(json.dumps(line) + "\n")
+        for path in parts:
+            file.write(path.read_text())
+    for path in parts:
+        path.unlink()
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        with path.open() as file:
+            yield from map(json.loads, file)
+
+
+def _check_same_job(synthetic: SyntheticSet, job: Mapping[str, Any]) -> None:
+    for name, value in job.items():
+        if synthetic.manifest.get(name) != json.loads(json.dumps(value)):
+            raise BadInput(
+                f"{synthetic.folder} holds a set with another {name}.", "Name another folder, or --overwrite."
+            )
+
+
+def _first_images(synthetic: SyntheticSet) -> Tensor:
+    found: list[Tensor] = []
+    for images, _ in synthetic.batches(PREVIEW_IMAGES):
+        found.append(images)
+        if sum(map(len, found)) >= PREVIEW_IMAGES:
+            break
+    return torch.cat(found)[:PREVIEW_IMAGES]
+
+
+def _write_preview(folder: Path, images: Tensor) -> None:
+    """Up to 80 images; a column holds one class where there are ten."""
+    if images.shape[1] not in (1, 3):
+        images = images.mean(1, keepdim=True)
+    scale = max(1, 64 // images.shape[-1])
+    enlarged = images.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid: Tensor = make_grid(enlarged, nrow=10, padding=2, pad_value=1.0)
+    pixels = (grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    with write_atomically(folder / PREVIEW) as path:
+        Image.fromarray(pixels).save(path, format="png")

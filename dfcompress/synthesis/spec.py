@@ -1,0 +1,103 @@
+"""`Job`: one synthesis with everything resolved and checked, before anything is made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dfcompress import console
+from dfcompress.errors import BadInput
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.statistics import require_statistics
+from dfcompress.synthesis.labels import Labels, choose_labels
+from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis, choose_recipe
+from dfcompress.synthesis.records import BN_EQUIVALENT, GAUSSIAN, SPECTRAL
+from dfcompress.synthesis.records.bn_equivalent import with_statistics
+from dfcompress.synthesis.records.gaussian import GaussianSource, require_gaussians
+from dfcompress.synthesis.records.record_file import Record, beside
+from dfcompress.synthesis.records.spectral import SpectralSource
+from dfcompress.synthesis.records.targets import Source
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to make and from what: the teacher (with the statistics of its record, if any), its record, the recipe's
+    settings, and the images' labels.
+    """
+
+    teacher: Classifier
+    record: Record | None
+    synthesis: Synthesis
+    choice: RecipeChoice
+    labels: Labels
+
+    @property
+    def images(self) -> int:
+        """How many images to make."""
+        assert self.synthesis.images is not None, "a verb says how many it makes by default"
+        return self.synthesis.images
+
+    def recipe(self) -> Recipe:
+        """A fresh recipe."""
+        return self.choice.build()
+
+    def source(self) -> Source | None:
+        """The record's activations made ready to draw from, where the recipe asks for some."""
+        if self.record is None or not self.recipe().needs_targets:
+            return None
+        family = SpectralSource if self.record.about.kind in SPECTRAL else GaussianSource
+        return family(self.record, self.teacher)
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files besides the teacher that are read."""
+        return [self.record.path] if self.record and self.record.path else []
+
+    def origin(self) -> dict[str, Any]:
+        """What the images depend on besides the teacher; a record counts by its content, wherever it is."""
+        synthesis = asdict(replace(self.synthesis, preview_every=0, records=None))
+        return {**synthesis, "recipe": asdict(self.choice), "record": self.record.identity if self.record else None}
+
+
+def resolve(teacher: Classifier, synthesis: Synthesis) -> Job:
+    """Find the record, choose the recipe and its settings, and check that they suit the teacher.
+
+    Raises `BadInput` for unknown names and values, for a record of another teacher, and where the recipe needs what
+    neither the model nor a record knows.
+    """
+    record = _record(teacher, synthesis.records)
+    choice = choose_recipe(synthesis, teacher.card, record.about if record else None)
+    labels = choose_labels(synthesis.labels, synthesis.classes, teacher.card)
+    recipe = choice.build()
+    kind = record.about.kind if record else None
+    if recipe.needs_targets and kind in (None, BN_EQUIVALENT):
+        raise BadInput(
+            f"Recipe {choice.name} needs a record of activations.",
+            "Give it with --records; `dfcompress record` makes one.",
+        )
+    if record and not (recipe.needs_moments if kind == BN_EQUIVALENT else recipe.needs_targets):
+        console.notice(f"Recipe {choice.name} does not use the record of kind {kind}.")
+        record = None
+    elif record:
+        console.notice(f"Using {record.path}: {kind} of {record.about.images:,} images.")
+    if record and kind == BN_EQUIVALENT:
+        teacher = with_statistics(teacher, record)
+    elif record and kind in GAUSSIAN:
+        require_gaussians(record, teacher)
+    if recipe.needs_moments:
+        require_statistics(teacher)
+    return Job(teacher, record, synthesis, choice, labels)
+
+
+def _record(teacher: Classifier, records: str | Path | None) -> Record | None:
+    if records is None:
+        return None
+    return find_record(teacher) if records == Synthesis.records else Record.load(Path(records), teacher)
+
+
+def find_record(teacher: Classifier) -> Record | None:
+    """The record beside the teacher's file, None where there is none; raises `BadInput` where it is unusable."""
+    if teacher.path is None or not (found := beside(teacher.path)).exists():
+        return None
+    return Record.load(found, teacher)

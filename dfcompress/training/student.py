@@ -1,0 +1,113 @@
+"""The student: a network for the classes and images of a teacher's card, new or from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfcompress.errors import BadInput
+from dfcompress.models.answers import take_logits, why_not_exclusive
+from dfcompress.models.architectures import HALF, SMALL_INPUT, TRANSFORMERS, architectures, named
+from dfcompress.models.card import ModelCard
+from dfcompress.models.checkpoint import as_classifier
+from dfcompress.models.classifier import Classifier, why_not_run
+from dfcompress.models.fake_quantizers import dequantized
+from dfcompress.models.plain import make_plain
+from dfcompress.settings import AUTO
+from dfcompress.training.layer_init import inherit
+
+
+def make_student(
+    name: str | None, card: ModelCard, *, init: str | Path | Classifier | None = None, seed: int
+) -> tuple[Classifier, str]:
+    """A student for a teacher's card, and a sentence on what was taken.
+
+    Classes, input and normalisation are the card's; `seed` decides the first weights.
+    `half` means the card's own architecture with half the channels. At inputs of up to 64 pixels `resnet18` means its
+    CIFAR form `cifar_resnet18`, and likewise for every name that has one. With `init` the weights are those of that
+    checkpoint, which keeps its own normalisation.
+    Raises `BadInput` for unknown names, inputs that the network cannot take, and a checkpoint that does not fit.
+    """
+    if init is not None:
+        return _from_checkpoint(name, card, as_classifier(init))
+    if name is None:
+        raise BadInput("No student was named.", "Give an architecture with --student, for instance half.")
+    channels = card.input_size[0]
+    taken = _meant(name, card)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        network = named(taken, card.config).make(card.classes, channels)
+    config = card.config if TRANSFORMERS in taken else None
+    own = replace(card, architecture=taken, origin={**card.origin, "architecture": "given"}, config=config)
+    student = Classifier(make_plain(network), own)
+    take_logits(student)
+    if unfit := why_not_run(student) or why_not_exclusive(student):
+        raise BadInput(f"--student {taken} does not fit the teacher: {unfit.why}.", "Name another --student.")
+    stem = f", the form of {name} for small images (3x3 stem, no max-pool)" if taken == f"cifar_{name}" else ""
+    return student, f"Student: {taken}{stem}, {_described(student)}"
+
+
+class Begun(NamedTuple):
+    """A student before its training, a sentence on what was taken, and what it begins with: the identity of a
+    checkpoint, the name of a teacher, or None for random weights.
+    """
+
+    student: Classifier
+    sentence: str
+    origin: dict[str, Any] | str | None
+
+
+def begin_student(
+    name: str | None,
+    card: ModelCard,
+    *,
+    init: str | Path | Classifier | None,
+    teachers: Sequence[tuple[Classifier, Tensor | None]],
+    seed: int,
+) -> Begun:
+    """A student as `make_student` makes it, that begins with what `init` says.
+
+    That is a checkpoint, None for random weights, or `auto`: layers of the first of the `teachers` whose form it has
+    (see `inherit`), each with the student's outputs for its classes, or None.
+    """
+    if init != AUTO:
+        student, sentence = make_student(name, card, init=init, seed=seed)
+        return Begun(student, sentence, student.identity() if init is not None else None)
+    student, sentence = make_student(name, card, seed=seed)
+    for teacher, outputs in teachers:
+        if inherit(student, teacher, outputs):
+            # Its first layer expects images normalised as the teacher's are.
+            own = replace(student.card, mean=teacher.card.mean, std=teacher.card.std)
+            student = Classifier(student.network, own)
+            return Begun(student, f"{sentence} It begins with layers of {teacher.name}.", teacher.name)
+    return Begun(student, sentence, None)
+
+
+def _meant(name: str, card: ModelCard) -> str:
+    if name == "half":
+        return HALF + card.architecture
+    small = f"cifar_{name}"
+    return small if max(card.input_size[1:]) <= SMALL_INPUT and small in architectures() else name
+
+
+def _from_checkpoint(name: str | None, card: ModelCard, start: Classifier) -> tuple[Classifier, str]:
+    own = start.card
+    if name is not None and own.architecture not in (name, _meant(name, card)):
+        raise BadInput(f"--student-init holds {own.architecture}, not {name}.", "Leave --student out.")
+    if (own.classes, own.input_size) != (card.classes, card.input_size):
+        theirs, ours = (f"{each.classes} classes of {'x'.join(map(str, each.input_size))}" for each in (own, card))
+        raise BadInput(f"--student-init is for {theirs}, the teacher for {ours}.", "Start from another checkpoint.")
+    kept = replace(own, class_names=card.class_names)
+    student = Classifier(dequantized(start.network), kept, name=start.name, sha256=start.sha256, path=start.path)
+    return student, f"Student: {own.architecture} from {start.name}, {_described(student)}"
+
+
+def _described(student: Classifier) -> str:
+    size = "x".join(map(str, student.card.input_size))
+    millions = sum(parameter.numel() for parameter in student.network.parameters()) / 1e6
+    return f"{student.card.classes} classes, input {size}, {millions:.2f} M parameters."

@@ -1,0 +1,197 @@
+"""What `distill`, `merge` and `quantize` hand back: a saved model, its size, its seconds, how far it follows its
+teachers, and its accuracy if asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfcompress import console
+from dfcompress.data.real import reshaped
+from dfcompress.device import resolve_device
+from dfcompress.distributed import peers
+from dfcompress.evaluation.metrics import answers
+from dfcompress.evaluation.onnx_check import Exported
+from dfcompress.models.checkpoint import load_saved, save, state_bytes
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.safe_reading import file_bytes
+from dfcompress.run import Run
+from dfcompress.synthesis.transfer_set import TrainingImages, in_batches
+from dfcompress.verbs.evaluate import Evaluation, evaluate, placed
+
+FEW_IMAGES = 30
+Measure = Callable[[Classifier], Evaluation | None]
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A finished run.
+
+    `checkpoint` is the folder that every command reads; `bytes` the size of its `model.safetensors`;
+    `bytes_ratio` that size against the given models' tensors in fp32, all together; `agreement` the share of the images
+    trained on where student and teacher answer the same, the mean over the teachers. `teachers` has for each
+    `agreement`, the same on images `held_out` from that set and on `unseen` ones of another seed and recipe (None
+    where there are none), and `blocks`, the share of its held-out images that the student takes for each teacher's
+    classes (one teacher: None). `warnings` say where that looks wrong.
+    `evaluation` is there where real images were given, `export` where an ONNX file was asked for.
+    """
+
+    output: str
+    checkpoint: str
+    bytes: int
+    bytes_ratio: float
+    parameters: int
+    seconds: dict[str, float]
+    agreement: float
+    teachers: list[dict[str, Any]]
+    warnings: list[str]
+    evaluation: Evaluation | None
+    export: Exported | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as `--json` prints them."""
+        return {**asdict(self), "evaluation": self.evaluation.to_json() if self.evaluation else None}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Compressed:
+        """The result that `to_json` gave."""
+        evaluation, export = values["evaluation"], values.get("export")
+        read = {
+            "evaluation": Evaluation(evaluation["results"]) if evaluation else None,
+            "export": Exported(**export) if export else None,
+        }
+        return cls(**{**values, **read})
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A teacher, the images it taught with, and which of the student's classes each of its own is, `(classes,)`."""
+
+    teacher: Classifier
+    images: TrainingImages
+    outputs: Tensor
+
+
+def same_classes(teacher: Classifier, images: TrainingImages) -> Taught:
+    """A teacher whose classes are the student's."""
+    return Taught(teacher, images, torch.arange(teacher.card.classes))
+
+
+def measured_on(data: str | Path | None, teacher: Classifier, device: str) -> Measure:
+    """Counts teacher and student on real images, where there are some."""
+    return lambda saved: evaluate([teacher, saved], data=data, device=device) if data is not None else None
+
+
+def finished_before(run: Run, student: Classifier, measure: Measure) -> Compressed | None:
+    """The result of a resumed run that was already finished, evaluated anew where real images are given."""
+    if run.earlier is None:
+        return None
+    console.notice(f"{run.folder} is already finished.")
+    values = {name: value for name, value in run.earlier.items() if name != "training"}
+    if peers().leads and (anew := measure(load_saved(run.folder, student))):
+        values["evaluation"] = anew.to_json()
+    return Compressed.from_json(peers().told(values))
+
+
+def hand_back(
+    run: Run,
+    student: Classifier,
+    taught: Sequence[Taught],
+    *,
+    trained: Mapping[str, Any] | None,
+    device: str,
+    measure: Measure,
+    export: Callable[[Classifier], Exported] | None = None,
+) -> Compressed:
+    """Save `student` in the run's folder, measure what was saved beside the teachers, and close the run.
+
+    `trained` is what the record tells of the training, its `seconds` among it.
+    """
+    if not peers().leads:
+        return Compressed.from_json(peers().told())
+    save(student, run.folder)
+    saved = load_saved(run.folder, student)
+    with run.timed("comparison"):
+        teachers, warnings = _followed(saved, taught, resolve_device(device))
+    for warning in warnings:
+        console.notice(warning)
+    seconds = {
+        "synthesis": sum(each.images.synthesis_seconds for each in taught),
+        **run.seconds,
+        "training": trained["seconds"] if trained else 0.0,
+    }
+    size = file_bytes(run.folder)
+    result = Compressed(
+        output=str(run.folder),
+        checkpoint=str(run.folder),
+        bytes=size,
+        bytes_ratio=round(size / sum(state_bytes(each.teacher.network) for each in taught), 4),
+        parameters=sum(parameter.numel() for parameter in saved.network.parameters()),
+        seconds={part: round(value, 2) for part, value in {**seconds, "total": sum(seconds.values())}.items()},
+        agreement=sum(teacher["agreement"] for teacher in teachers) / len(teachers),
+        teachers=teachers,
+        warnings=warnings,
+        evaluation=measure(saved),
+        export=export(saved) if export else None,
+    )
+    run.finish({**result.to_json(), "training": trained})
+    return Compressed.from_json(peers().told(result.to_json()))
+
+
+def _followed(
+    student: Classifier, taught: Sequence[Taught], target: torch.device
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """How far the student follows each teacher, and what looks wrong; computed on `target`."""
+    teachers, warnings = [], []
+    for each in taught:
+        name = each.teacher.name
+        with placed(student, target), placed(each.teacher, target):
+            held_out = _answers(student, each, each.images.held_out)
+            agreement = _agreement(_answers(student, each, each.images.train)) or 0.0
+            unseen = _agreement(_answers(student, each, each.images.unseen))
+        blocks = [_share_in(held_out, other.outputs) for other in taught] if len(taught) > 1 else None
+        shares = {"agreement": agreement, "held_out": _agreement(held_out), "unseen": unseen}
+        teachers.append({"checkpoint": name, **shares, "blocks": blocks})
+        if held_out and (warning := _collapse(*held_out)):
+            warnings.append(f"{name}: {warning}")
+        if unseen is not None and unseen < agreement / 2:
+            warnings.append(
+                f"{name}: the student agrees on {agreement:.0%} of the images it learnt from and on {unseen:.0%} of "
+                "others: it needs more, or more varied, images."
+            )
+    return teachers, warnings
+
+
+def _answers(student: Classifier, taught: Taught, images: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The student's classes and the teacher's, as the student counts them; None without images."""
+    if not len(images):
+        return None
+    size = student.card.input_size
+    own = answers(student, ((reshaped(some, size), labels) for some, labels in in_batches(images)))
+    given = answers(taught.teacher, in_batches(images))
+    return own.classes[:, 0], taught.outputs[given.classes[:, 0]]
+
+
+def _agreement(both: tuple[Tensor, Tensor] | None) -> float | None:
+    return None if both is None else float((both[0] == both[1]).double().mean())
+
+
+def _share_in(both: tuple[Tensor, Tensor] | None, outputs: Tensor) -> float | None:
+    return None if both is None else float(torch.isin(both[0], outputs).double().mean())
+
+
+def _collapse(own: Tensor, given: Tensor) -> str | None:
+    """A student that gives up half of the classes has collapsed, whatever share of images that is; few cannot tell."""
+    if len(given) < FEW_IMAGES:
+        return None
+    known, answered = given.unique(), own.unique()
+    missing = known[~torch.isin(known, answered)].tolist()
+    if 2 * len(missing) < len(known):
+        return None
+    return f"the student has collapsed: it never answers {len(missing)} of the {len(known)} classes its teacher does."

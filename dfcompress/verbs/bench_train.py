@@ -1,0 +1,138 @@
+"""`bench train`: what one step of distillation costs, against a plain PyTorch loop, lever by lever."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from dfcompress import device
+from dfcompress.data.pool import Augmentation
+from dfcompress.data.synthetic_set import as_stored
+from dfcompress.device import Compute
+from dfcompress.errors import BadInput
+from dfcompress.evaluation.timing import Bench, Step, interleaved, row
+from dfcompress.models.checkpoint import as_classifier
+from dfcompress.models.classifier import Classifier
+from dfcompress.randomness import generator
+from dfcompress.training.distiller import Distillation
+from dfcompress.training.loop import Trainer
+from dfcompress.training.objectives import Answer, kd
+from dfcompress.training.settings import Training
+from dfcompress.training.student import make_student
+
+WORKERS = 2
+BATCHES_IN_SET = 16
+SHIFT = 4
+TEMPERATURE = 4.0
+WARM_UP = 3
+
+
+def bench_train(
+    checkpoint: str | Path | Classifier,
+    *,
+    student: str = "half",
+    batch_size: int = 128,
+    rounds: int = 7,
+    compute: Compute = Compute(),
+) -> Bench:
+    """Time one step of training `student` to answer as the teacher does, `rounds` times each row, interleaved.
+
+    `plain` is what one writes by hand: PNG files read, shifted and mirrored by a DataLoader with two workers, fp32, the
+    teacher asked in every step, the loss read back. Then what makes the `Trainer` fast, one after the other: `+pool`
+    (images on the device, changed there), `+compiled`, `+bf16` where the precision asked for is that; and `+cached`,
+    where nothing changes the images and the teacher was asked once about each. The images are noise.
+    Raises `BadInput` where the student does not fit.
+    """
+    teacher = as_classifier(checkpoint)
+    if teacher.card.input_size[0] not in (1, 3):
+        raise BadInput("The plain loop reads PNG files, grey or in colour.", "Give a model for such images.")
+    if batch_size < 2:
+        raise BadInput("Batches of one image cannot train BatchNorm.", "Use --batch-size 2 or more.")
+    pupil, _ = make_student(student, teacher.card, seed=compute.seed)
+    target = device.resolve_device(compute.device)
+    precision = device.precision_name(device.resolve_precision(compute.precision, target))
+    compiled = compute.compile != "off" and device.can_compile(target)
+    size = (BATCHES_IN_SET * batch_size, *teacher.card.input_size)
+    images = as_stored(torch.rand(size, generator=generator("noise", compute.seed)), in_range=True)
+
+    own = replace(compute, precision="fp32", compile="off")
+    rows = {"+pool": own}
+    if compiled:
+        rows["+compiled"] = own = replace(own, compile="on")
+    if precision != "fp32":
+        rows["+" + precision] = own = replace(own, precision=precision)
+    # Steps enough that asking once about each image pays.
+    changing = Training(10**6, lr=0.1, batch_size=batch_size, augmentation=Augmentation(shift=SHIFT, flip=True))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        files = stack.enter_context(closing(_files(images, folder, batch_size)))
+        steps: dict[str, Step] = {"plain": _plain(teacher, pupil, files, changing, target)}
+        for name, way in rows.items():
+            steps[name] = _ours(stack, teacher, pupil, images, changing, way)
+        steps["+cached"] = _ours(stack, teacher, pupil, images, replace(changing, augmentation=Augmentation()), own)
+        times = interleaved(steps, rounds=rounds, warm_up=WARM_UP, target=target)
+    measured = [row(name, seconds, batch_size) for name, seconds in times.items()]
+    return Bench(measured, batch_size, rounds, device.processor_name(target))
+
+
+def _ours(
+    stack: ExitStack, teacher: Classifier, student: Classifier, images: Tensor, training: Training, compute: Compute
+) -> Step:
+    teaching = Distillation(copy.deepcopy(teacher), [kd(TEMPERATURE)])
+    trainer = Trainer(copy.deepcopy(student), teaching, training, compute=compute, alone=True)
+    return stack.enter_context(trainer.ready(images)).take
+
+
+def _plain(
+    teacher: Classifier, student: Classifier, batches: Iterator[Tensor], training: Training, target: torch.device
+) -> Step:
+    """A training loop as one writes it by hand, on files."""
+    student, teacher = copy.deepcopy(student).to(target).train(), copy.deepcopy(teacher).to(target).eval()
+    optimizer = torch.optim.SGD(
+        student.parameters(),
+        lr=training.lr,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+        nesterov=True,
+    )
+    objective = kd(TEMPERATURE)
+
+    def step() -> float:
+        shown = next(batches).to(target)
+        with torch.no_grad():
+            given = teacher(shown)
+        loss = objective.value(Answer(student(shown)), Answer(given))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def _files(images: Tensor, folder: Path, batch_size: int) -> Generator[Tensor]:
+    """Endless batches of PNG files, as torchvision's own parts read and change them."""
+    (folder / "images").mkdir()
+    channels, *size = images.shape[1:]
+    for number, image in enumerate(images):
+        pixels = image.permute(1, 2, 0).squeeze(2).numpy() if channels == 1 else image.permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+    changes = [v2.ToImage(), v2.RandomCrop(size, padding=SHIFT)]
+    changes += [v2.RandomHorizontalFlip()] if channels > 1 else []  # The Trainer does not mirror grey images either.
+    colours = [v2.Grayscale()] if channels == 1 else []
+    files = ImageFolder(folder, v2.Compose([*changes, *colours, v2.ToDtype(torch.float32, scale=True)]))
+    loader = DataLoader(files, batch_size, shuffle=True, num_workers=WORKERS, drop_last=True, persistent_workers=True)
+    while True:
+        for shown, _ in loader:
+            yield shown

@@ -1,0 +1,109 @@
+"""`demo`: the main job end to end on what the package ships, a LeNet-5 for MNIST and 10,000 real test images.
+
+inspect → invert → distill to half the width → quantize → evaluate. No training image is in the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dfcompress import console
+from dfcompress.device import Compute
+from dfcompress.distributed import peers
+from dfcompress.errors import BadInput
+from dfcompress.models.checkpoint import load
+from dfcompress.models.safe_reading import file_bytes
+from dfcompress.run import Run
+from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.set_builder import PREVIEW
+from dfcompress.verbs.distill import DISTILLATION, distill
+from dfcompress.verbs.evaluate import evaluate
+from dfcompress.verbs.inspect import Inspection, inspect
+from dfcompress.verbs.invert import Inversion, invert
+from dfcompress.verbs.quantize import LSQ, quantize
+
+FILES = Path(__file__).parents[1] / "demo_files"
+SHOWN = Synthesis(images=512, settings={"steps": 200})
+TAUGHT = Synthesis(images=1536, settings={"steps": 200})
+STUDENT = "lenet5_bn_half"
+BITS = "4w4a"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo showed: one row a model with its right answers on the real test images, bytes and seconds."""
+
+    output: str
+    picture: str
+    teacher: Inspection
+    images: Inversion
+    rows: list[dict[str, Any]]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as `--json` prints them."""
+        return {**asdict(self), "teacher": self.teacher.to_json()}
+
+
+def demo(
+    *,
+    output: str | Path = "dfcompress-demo",
+    compute: Compute = Compute(),
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Demo:
+    """Run the main job on the shipped teacher; everything it makes is kept in the folder `output`.
+
+    Raises `BadInput` where the folder cannot be used.
+    """
+    if peers().count > 1:
+        raise BadInput("demo runs in one process.", "Start it without torchrun.")
+    run = Run("demo", Path(output), asdict(compute), resume=resume, overwrite=overwrite)
+    teacher = load(FILES)
+    with run.timed("total"):
+        console.notice("Making images from the teacher.")
+        images = _step(run, "images", resume)
+        made = invert(teacher, synthesis=SHOWN, compute=compute, **images)
+        console.notice(f"Making more, by two recipes, and training a student of half the width on them ({STUDENT}).")
+        training = replace(DISTILLATION, steps=1500)
+        student = distill(
+            teacher,
+            student=STUDENT,
+            synthesis=TAUGHT,
+            training=training,
+            unseen=0,
+            compute=compute,
+            **_step(run, "student", resume),
+        )
+        console.notice(f"Quantizing the teacher to {BITS}.")
+        training = replace(LSQ, steps=100)
+        packed = quantize(
+            teacher,
+            bits=BITS,
+            data=made.output,
+            finetune="lsq",
+            training=training,
+            compute=compute,
+            **_step(run, "quantized", resume),
+        )
+        measured = evaluate([teacher, student.checkpoint, packed.checkpoint], data=FILES, device=compute.device)
+    sizes = [file_bytes(FILES), student.bytes, packed.bytes]
+    seconds = [0.0, student.seconds["total"], made.seconds + packed.seconds["total"]]
+    rows = [
+        {**row, "model": name, "bytes": size, "seconds": round(took, 1)}
+        for row, name, size, took in zip(
+            measured.results, ["teacher", "half-width student", f"teacher {BITS}"], sizes, seconds, strict=True
+        )
+    ]
+    result = Demo(
+        str(run.folder), str(Path(made.output) / PREVIEW), inspect(teacher), made, rows, round(run.seconds["total"], 1)
+    )
+    run.finish(result.to_json())
+    return result
+
+
+def _step(run: Run, name: str, resume: bool) -> dict[str, Any]:
+    folder = run.folder / name
+    return {"output": folder, "resume": resume and folder.exists()}

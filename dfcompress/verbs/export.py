@@ -1,0 +1,148 @@
+"""`export`: a checkpoint in, an ONNX file out that was run and compared.
+
+dfcompress.export("resnet20-4w4a")                      # resnet20-4w4a/model.onnx
+dfcompress.export("resnet20-8w8a", target="tensorrt", output="resnet20.onnx")
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dfcompress.data.real import open_images
+from dfcompress.data.synthetic_set import MANIFEST, as_float
+from dfcompress.errors import BadInput
+from dfcompress.evaluation.onnx_check import BATCH, Exported, Session, compare
+from dfcompress.models.checkpoint import opened
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.fake_quantizers import FLOAT_BITS, Scheme, in_float, quantized_layers
+from dfcompress.quantization.bits import Bits
+from dfcompress.quantization.mixed_precision import uncalibrated
+from dfcompress.quantization.onnx import write_onnx
+from dfcompress.randomness import generator
+from dfcompress.run import write_atomically
+
+Target = Literal["onnxruntime", "tensorrt"]
+
+FILE = "model.onnx"
+INT8 = 8
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+CHECKED = 1024  # Images that both are asked about.
+
+
+def export(
+    checkpoint: str | Path | Classifier,
+    *,
+    output: str | Path | None = None,
+    target: Target = "onnxruntime",
+    data: str | Path | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a quantized or float model as ONNX: images `(N, C, H, W)` in [0, 1] → logits, any N; and check it.
+
+    `output` is a file, by default `model.onnx` in the checkpoint's folder, NAME.onnx beside the file NAME.pt.
+    Both models are asked about up to 1,024 images: those at `data`, or of the synthetic set that `quantize` left in the
+    checkpoint's folder, or noise of the mean and standard deviation on the card.
+    `tensorrt` takes 8-bit weights and signed 8-bit activations (`quantize --bits 8w8a --signed`) and float layers.
+    Raises `BadInput` where a package is missing, the target cannot run the model, or `output` is there already.
+    """
+    classifier = opened(checkpoint)
+    require_packages(target)
+    path = Path(output) if output else _beside(classifier)
+    if path.exists() and not overwrite:
+        raise BadInput(f"{path} is there already.", "Add --overwrite, or name another file with --output.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise BadInput(f"--output {path} is no file in a folder that exists.", "Name a file, for instance model.onnx.")
+    return write_compared(classifier, path, _images(classifier, data), target=target)
+
+
+def require_packages(target: Target) -> None:
+    """Raise `BadInput` where there is no such target, or a package is missing."""
+    if target not in get_args(Target):
+        raise BadInput(f"There is no --target {target!r}.", f"Known: {', '.join(get_args(Target))}.")
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BadInput(f"Export needs {', '.join(missing)}.", "Install them with: pip install 'dfcompress[onnx]'.")
+
+
+def require_kernels(target: Target, bits: Mapping[str, tuple[int | None, int]], scheme: Scheme) -> None:
+    """Raise `BadInput` where the target cannot run layers of such (weight, input) bits on grids of this `scheme`;
+    activations in float are signed.
+    """
+    if target != "tensorrt":
+        return
+    for name, (weights, inputs) in bits.items():
+        if weights != INT8 or inputs not in (INT8, FLOAT_BITS):
+            found = f"weights of {weights or 'as yet unknown'} and inputs of {inputs} bits"
+            raise BadInput(
+                f"Layer {name} has {found}, and TensorRT has kernels for 8 bits alone: 4 bits buy size.",
+                "Use --bits 8w8a, or --target onnxruntime.",
+            )
+    if INT8 in scheme.asymmetric:
+        raise BadInput(
+            "Weights have zero points, which TensorRT does not take.",
+            "Quantize with --weight-grid symmetric, or use --target onnxruntime.",
+        )
+    if not scheme.signed and any(inputs == INT8 for _, inputs in bits.values()):
+        raise BadInput(
+            "Activations have zero points, which TensorRT does not take.",
+            "Quantize with --signed, or use --target onnxruntime.",
+        )
+
+
+def rehearse(teacher: Classifier, bits: Mapping[str, Bits], scheme: Scheme) -> None:
+    """Raise `DfcompressError` where the network cannot be exported at these bits, or onnxruntime does not load it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / FILE
+        write_onnx(uncalibrated(teacher, bits, scheme), path)
+        Session(path, rewriting=False)
+
+
+def write_compared(classifier: Classifier, path: Path, images: Tensor, *, target: Target) -> Exported:
+    """Write `path`, once it has been compared on `images` `(N, C, H, W)` in [0, 1]; raises `BadInput` as
+    `require_kernels` does, and `DfcompressError` where onnxruntime does not load it.
+    """
+    layers = quantized_layers(classifier.network)
+    signed = all(layer.input_grid is None or layer.input_grid.signed for layer in layers.values())
+    asymmetric = {layer.weight_bits for layer in layers.values() if not layer.weight_grid.symmetric}
+    bits = {name: (layer.weight_bits, layer.input_bits) for name, layer in layers.items()}
+    require_kernels(target, bits, Scheme(signed, asymmetric))
+    with tempfile.TemporaryDirectory() as folder, write_atomically(path) as written:
+        fp32 = Path(folder) / FILE
+        with in_float(classifier.network):
+            write_onnx(classifier, fp32)
+        write_onnx(classifier, written)
+        return replace(compare(classifier, written, fp32, images, target=target), path=str(path))
+
+
+def _beside(classifier: Classifier) -> Path:
+    if classifier.path is None:
+        raise BadInput(f"{classifier.name} is no file that an export could stand beside.", "Name an output.")
+    return classifier.path / FILE if classifier.path.is_dir() else classifier.path.with_suffix(".onnx")
+
+
+def _images(classifier: Classifier, data: str | Path | None) -> Tensor:
+    """Images `(N, C, H, W)` in [0, 1] to compare on, `CHECKED` at most."""
+    made = classifier.path / "synthetic" if classifier.path else None
+    if data is None and made is not None and (made / MANIFEST).exists():
+        data = made
+    if data is None:
+        shape = (CHECKED // 4, *classifier.card.input_size)
+        noise = torch.randn(shape, generator=generator("export")).to(classifier.mean.device)
+        return classifier.denormalise(noise).clamp(0, 1).cpu()
+    source = open_images(data, classifier.card)
+    batches = source.batches(BATCH, every=max(1, len(source) // CHECKED))
+    return torch.cat([images for images, _ in islice(batches, max(1, CHECKED // BATCH))])
+
+
+def sampled(images: Tensor) -> Tensor:
+    """Some stored images `(N, C, H, W)`, evenly spread, in [0, 1]."""
+    return as_float(images[:: -(-len(images) // CHECKED)])

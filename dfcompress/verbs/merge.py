@@ -1,0 +1,260 @@
+"""`merge`: several checkpoints in, one student that knows all their classes out.
+
+dfcompress.merge(["digits-0-4.pt", "digits-5-9.pt"], student="lenet5_bn")
+dfcompress.merge(["t1.pt", "t2.pt"], student="resnet18", class_map="classes.json", eval_data=["test1", "test2"])
+dfcompress.merge(["t1.pt", "t2.pt"], student="resnet18", method="paper")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfcompress import console
+from dfcompress.data.pool import Augmentation
+from dfcompress.data.real import reshaped
+from dfcompress.data.synthetic_set import as_float, as_stored
+from dfcompress.device import Compute
+from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
+from dfcompress.models.checkpoint import as_classifier
+from dfcompress.models.classifier import Classifier
+from dfcompress.run import running
+from dfcompress.settings import AUTO, settled
+from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.transfer_set import NONE, OF_TEACHER, ImageSupply
+from dfcompress.training.class_map import Outputs, join_classes
+from dfcompress.training.loop import Trainer, require_trainable
+from dfcompress.training.merging import Merging, Method, require_method
+from dfcompress.training.settings import Training
+from dfcompress.training.student import Begun, begin_student
+from dfcompress.verbs._finish import Compressed, Taught, finished_before, hand_back
+from dfcompress.verbs._merged import evaluate_merged, open_test_images
+from dfcompress.verbs.evaluate import Evaluation
+from dfcompress.verbs.invert import learner
+
+MERGING = Training(
+    steps=12000,
+    lr=0.05,
+    batch_size=128,
+    weight_decay=5e-4,
+    augmentation=Augmentation(shift=4, flip=True, mixup=1.0),
+)
+IMAGES = 1024
+PAPER_EPOCHS, PAPER_BATCH, PAPER_IMAGES = 125, 64, 4096
+GREY, COLOUR = 1, 3
+
+
+def usual_training(method: Method, images: int, teachers: int) -> Training:
+    """How a method trains where nothing else is asked for.
+
+    The paper's (experiment II) is SGD 0.05 with plain momentum 0.9 and decay 2e-4, the rate halved every 25 of 125
+    epochs, and a mini-batch of 64 of every teacher, which has `images` to train on; as in the released code all
+    parameters decay and the gradient is cut at 0.5. Images are not changed; the released code crops and flips them
+    once, before the training. Experiment I has `schedule="constant"` and `dropout=0.4`; where in the network, the paper
+    does not say.
+    """
+    if method != "paper":
+        return MERGING
+    return Training(
+        steps=PAPER_EPOCHS * max(1, images // PAPER_BATCH),
+        lr=0.05,
+        batch_size=PAPER_BATCH * teachers,
+        nesterov=False,
+        weight_decay=2e-4,
+        decay_all=True,
+        schedule="multistep",
+        warmup=0.0,
+        milestones=(0.2, 0.4, 0.6, 0.8),
+        gamma=0.5,
+        clip=0.5,
+    )
+
+
+def usual_images(method: Method, synthesis: Synthesis, mix: str) -> tuple[Synthesis, str]:
+    """What is made of each teacher: for the paper's method as many images as its released code makes, of its preset
+    where no recipe was named, and nothing mixed in, unless any of it was asked for.
+    """
+    if method != "paper":
+        return synthesis.counted(IMAGES), mix
+    synthesis = synthesis.counted(PAPER_IMAGES)
+    if synthesis.recipe is None and synthesis.preset is None:
+        synthesis = replace(synthesis, recipe="deepinversion", preset="paper-merging")
+    return synthesis, NONE if mix == AUTO else mix
+
+
+def image_supplies(
+    teachers: Sequence[Classifier],
+    data: Sequence[str | Path],
+    synthesis: Synthesis,
+    compute: Compute,
+    *,
+    mix: str,
+    unseen: int = 0,
+    student: str | None = None,
+) -> list[ImageSupply]:
+    """Where the images of each teacher come from; those that are made have seeds of their own.
+
+    `student` is the architecture that adaptive recipes let images compete with. Raises `BadInput` where `data` are
+    neither none nor one for each teacher.
+    """
+    if len(data) not in (0, len(teachers)):
+        raise BadInput(f"--data was given {len(data)} times for {len(teachers)} teachers.", "Give one for each.")
+    return [
+        ImageSupply(
+            teacher,
+            its_data,
+            synthesis,
+            replace(compute, seed=compute.seed + number),
+            mix=mix,
+            unseen=unseen,
+            learner=partial(learner, teacher, student=student, compute=compute),
+        )
+        for number, (teacher, its_data) in enumerate(zip_longest(teachers, data))
+    ]
+
+
+def begin_merged(
+    teachers: Sequence[Classifier],
+    student: str | None,
+    init: str | Path | Classifier | None,
+    *,
+    method: Method,
+    class_map: str | Path | None,
+    seed: int,
+) -> tuple[Begun, Outputs]:
+    """The student before it is taught, and its outputs; raises `BadInput` where the teachers cannot be merged."""
+    _check_different(teachers)
+    outputs = join_classes(teachers, class_map)
+    begun = begin_student(
+        student,
+        _common_card(teachers, outputs),
+        init=init,
+        teachers=list(zip(teachers, outputs.of, strict=True)) if method != "paper" else [],
+        seed=seed,
+    )
+    return begun, outputs
+
+
+def merge(
+    checkpoints: Sequence[str | Path | Classifier],
+    *,
+    student: str | None = None,
+    student_init: str | Path | Classifier | None = AUTO,
+    data: Sequence[str | Path] = (),
+    output: str | Path | None = None,
+    synthesis: Synthesis = Synthesis(),
+    training: Training | Mapping[str, Any] | None = None,
+    method: Method = "all-logits",
+    class_map: str | Path | None = None,
+    mix: str = AUTO,
+    unseen: int = 128,
+    compute: Compute = Compute(),
+    eval_data: Sequence[str | Path] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Compressed:
+    """Train one student to answer for several teachers, on images made from each of them alone.
+
+    Classes of one name become one output of the student, taught by every teacher that knows it; `class_map` is a JSON
+    file with a list of names for each teacher, where the cards have none or others. Without names all classes are taken
+    for different ones. The student takes images of the largest size and the most colours among the teachers'. It begins
+    with the layers of the first teacher that has its form, or a deeper one (see `inherit`), but in the paper's method;
+    `student_init` is a checkpoint to begin with instead, or None.
+    `method` is `all-logits` (ours) or `paper` (Shapira and Sidi 2020), see `Merging`; where no recipe or `mix` is
+    given, they are the method's own, and so is the training, of which `training` may change single settings.
+    `data` are synthetic sets or real images, one for each teacher; without them `synthesis.images` each are made first,
+    half of them by the recipe `mix`, and kept in `<output>/teacher-1/synthetic` and so on.
+    The folder `output` (default: `<checkpoint>-merge`) holds the student (`model.safetensors`, `config.json`),
+    `metrics.jsonl` and `run.json`. `eval_data` are real images that only report: one source with the student's classes,
+    or one for each teacher.
+    Raises `BadInput` where the teachers cannot be merged: one checkpoint twice, class names that differ in spelling
+    alone, images that have no common form.
+    """
+    require_method(method)
+    if synthesis.records not in (None, "beside"):
+        raise BadInput(f"--records {synthesis.records} is of one model.", "Put each record beside its model.")
+    teachers = [as_classifier(checkpoint) for checkpoint in checkpoints]
+    (pupil, fitted, begun), outputs = begin_merged(
+        teachers, student, student_init, method=method, class_map=class_map, seed=compute.seed
+    )
+    architecture = pupil.card.architecture
+    synthesis, mix = usual_images(method, synthesis, mix)
+    supplies = image_supplies(teachers, data, synthesis, compute, mix=mix, unseen=unseen, student=architecture)
+    training = settled(usual_training(method, min(map(len, supplies)), len(teachers)), training)
+    require_trainable(pupil, training, compute, list(map(len, supplies)))
+    tests = open_test_images(eval_data, pupil, teachers)  # A wrong path should not cost an hour of work.
+
+    def measure(saved: Classifier) -> Evaluation | None:
+        return evaluate_merged(saved, teachers, outputs.of, tests, device=compute.device) if tests else None
+
+    options = {
+        "teachers": [teacher.identity() for teacher in teachers],
+        "student": architecture,
+        "student_init": begun,
+        "method": method,
+        "outputs": [own.tolist() for own in outputs.of],
+        "data": list(map(str, data)),
+        "unseen": unseen,
+        "synthesis": [supply.origin() for supply in supplies],
+        "training": asdict(training),
+        **asdict(compute),
+    }
+    inputs = [*(teacher.path for teacher in teachers), pupil.path, class_map, *data, *eval_data]
+    inputs += [path for supply in supplies for path in supply.inputs]
+    folder = Path(output or f"{teachers[0].name}-merge")
+    with running("merge", folder, options, inputs=inputs, resume=resume, overwrite=overwrite) as run:
+        console.notice(fitted)
+        if result := finished_before(run, pupil, measure):
+            return result
+        images = [supply.gather(run.folder / f"{OF_TEACHER}{number}") for number, supply in enumerate(supplies, 1)]
+        teaching = Merging(teachers, outputs, method=method)
+        sets = [_in_form(some.train, pupil.card.input_size) for some in images]
+        trained = Trainer(pupil, teaching, training, compute=compute, folder=run.folder).fit(*sets)
+        taught = [Taught(*each) for each in zip(teachers, images, outputs.of, strict=True)]
+        return hand_back(run, pupil, taught, trained=asdict(trained), device=compute.device, measure=measure)
+
+
+def _check_different(teachers: Sequence[Classifier]) -> None:
+    if len(teachers) < 2:
+        raise BadInput("Merging takes two checkpoints or more.", "Use distill for one.")
+    seen: dict[str, str] = {}
+    for teacher in teachers:
+        digest = teacher.identity()["sha256"]
+        if digest in seen:
+            raise BadInput(f"{teacher.name} and {seen[digest]} are the same checkpoint.", "Name each teacher once.")
+        seen[digest] = teacher.name
+
+
+def _common_card(teachers: Sequence[Classifier], outputs: Outputs) -> ModelCard:
+    """The student's: all classes, the largest size, colour where a teacher has it, the mean of the normalisations."""
+    sizes = [teacher.card.input_size for teacher in teachers]
+    channels = {size[0] for size in sizes}
+    if len(channels) > 1 and channels != {GREY, COLOUR}:
+        counts = " and ".join(map(str, sorted(channels)))
+        raise BadInput(f"Images of {counts} channels have no common form.", "Merge teachers of one kind of image.")
+    size = (max(channels), max(size[1] for size in sizes), max(size[2] for size in sizes))
+    if len(set(sizes)) > 1:
+        console.notice(f"Teachers of several input sizes: the student takes {'x'.join(map(str, size))}.")
+
+    def middle(name: str) -> tuple[float, ...]:
+        each = [getattr(teacher.card, name) for teacher in teachers]
+        wide = [values * size[0] if len(values) == GREY else values for values in each]
+        return tuple(sum(values) / len(values) for values in zip(*wide, strict=True))
+
+    return ModelCard(teachers[0].card.architecture, outputs.count, size, middle("mean"), middle("std"), outputs.names)
+
+
+def _in_form(images: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Stored images fitted to another size and number of channels."""
+    if images.shape[1:] == torch.Size(size):
+        return images
+    parts = [reshaped(as_float(some), size) for some in images.split(256)]
+    return torch.cat([as_stored(part, in_range=images.dtype == torch.uint8) for part in parts])

@@ -1,0 +1,232 @@
+"""`record`: what the owner of a model computes on the training data, to release beside the weights.
+
+dfcompress.record("hinton.pt", data="train", keeping=Keeping(kind="all-layers"))
+dfcompress.record("vgg16.pt", data="train", keeping=Keeping(kind="bn-equivalent"), output="vgg16.records.safetensors")
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dfcompress import console
+from dfcompress.data.real import ImageSource, open_images
+from dfcompress.data.synthetic_set import SyntheticSet
+from dfcompress.device import exact_fp32, resolve_device
+from dfcompress.distributed import peers
+from dfcompress.errors import BadInput, DfcompressError
+from dfcompress.models.checkpoint import as_classifier
+from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.recorder import LOGITS, HookRecorder, outputs_of_one_image
+from dfcompress.randomness import generator
+from dfcompress.synthesis.records import BN_EQUIVALENT, FIXED_DROPOUT, SPECTRAL
+from dfcompress.synthesis.records.accumulator import Keeper, Keeping
+from dfcompress.synthesis.records.bn_equivalent import StatisticsKeeper
+from dfcompress.synthesis.records.gaussian import GaussianKeeper, dropouts
+from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
+from dfcompress.synthesis.records.record_file import PIXEL_MEAN, PIXEL_STD, Description, Record, beside
+from dfcompress.synthesis.records.spectral import SpectralKeeper
+
+BATCH_SIZE = 500
+NUMBERS_A_BATCH = 2**26
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A record: its file, what it holds, and what it was made from.
+
+    `units` counts the outputs of each layer, `classes` the images behind each class; `bytes` is what the file takes
+    and `data_bytes` what the images do at 8 bits; `memory_bytes` is what summing up takes; `details` are the kind's own
+    (temperature and form of the covariance, or the share of coefficients and how many activations of a class).
+    """
+
+    output: str
+    kind: str
+    units: dict[str, int]
+    images: int
+    classes: list[int]
+    bytes: int
+    data_bytes: int
+    memory_bytes: int
+    details: dict[str, Any]
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as `--json` prints them."""
+        return asdict(self)
+
+
+def record(
+    checkpoint: str | Path | Classifier,
+    *,
+    data: str | Path,
+    keeping: Keeping = Keeping(),
+    output: str | Path | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Recorded:
+    """Record a model's activations on real images, in one pass (Lopes et al. 2017).
+
+    The file `output` (default: `<checkpoint>.records.safetensors` beside it) is found there by `invert`, `distill` and
+    `quantize`. Sums run in float64, and memory does not grow with the number of images. Several processes share the
+    images; their record is that of one up to rounding. `seed` decides whose activations a spectral record keeps.
+    With `dry_run` nothing is computed or written, and `bytes` is what the tensors will take.
+    Raises `BadInput` where a class has too few images, the kind does not fit the network, or it fits into no memory.
+    """
+    started = time.perf_counter()
+    teacher = as_classifier(checkpoint).frozen().to(resolve_device(device))
+    path = _path(teacher, output, overwrite=overwrite or dry_run)
+    source = open_images(data, teacher.card, part="train")
+    if isinstance(source, SyntheticSet):
+        raise BadInput(f"{data} is a synthetic set.", "A record is made from the images the model was trained on.")
+    counts = source.labels.bincount(minlength=teacher.card.classes).tolist()
+    _require_enough_images(counts, keeping)
+    outputs = _layers(teacher, keeping)
+    data_bytes = len(source) * math.prod(source.size)
+    keeper = _keeper(teacher, outputs, keeping, source.labels, data_bytes, seed)
+    recorded = Recorded(
+        output=str(path),
+        kind=keeping.kind,
+        units={layer: output[0].numel() for layer, output in outputs.items()},
+        images=len(source),
+        classes=counts,
+        bytes=keeper.bytes,
+        data_bytes=data_bytes,
+        memory_bytes=keeper.memory_bytes,
+        details=keeper.details(),
+    )
+    for notice in (*_notices(recorded, keeping), *keeper.notices()):
+        console.notice(notice)
+    if dry_run:
+        return recorded
+    with peers().at_work():
+        pixels = _see(teacher, source, outputs, keeper, path)
+        if peers().leads:
+            about = Description(
+                kind=keeping.kind,
+                layers=tuple(outputs),
+                images=len(source),
+                class_counts=tuple(counts),
+                teacher=teacher.identity()["sha256"],
+                **keeper.details(),
+            )
+            of_pixels = {PIXEL_MEAN: pixels.mean[0].float(), PIXEL_STD: pixels.variance[0].sqrt().float()}
+            Record(about, of_pixels | keeper.tensors()).save(path)
+        peers().meet()
+    return Recorded(
+        **{**asdict(recorded), "bytes": path.stat().st_size, "seconds": round(time.perf_counter() - started, 2)}
+    )
+
+
+def _path(teacher: Classifier, output: str | Path | None, *, overwrite: bool) -> Path:
+    """Where the record goes; refused before any work."""
+    if output is None and teacher.path is None:
+        raise BadInput("A model that came from no file has no place for its record.", "Name one with --output.")
+    path = Path(output) if output else beside(teacher.path or Path())
+    if path.is_dir():
+        raise BadInput(f"--output {path} is a folder.", "Name a file, for instance model.records.safetensors.")
+    if path.exists() and not overwrite:
+        raise BadInput(f"--output {path} exists.", "Add --overwrite, or name another file.")
+    if not path.parent.is_dir():
+        raise BadInput(f"--output {path}: there is no folder {path.parent}.", "Make it, or name another file.")
+    return path
+
+
+def _require_enough_images(counts: Sequence[int], keeping: Keeping) -> None:
+    for label, count in enumerate(counts):
+        if keeping.keeps_classes_apart and count < keeping.min_images:
+            raise BadInput(
+                f"Class {label} has {count} images, fewer than --min-images {keeping.min_images}: a record would know"
+                " too little of the class, or tell too much of them.",
+                "Give more images, or keep classes together with --pooled or --kind bn-equivalent.",
+            )
+    if sum(counts) < 2:
+        raise BadInput("One image has no variance.", "Give more images.")
+
+
+def _layers(teacher: Classifier, keeping: Keeping) -> dict[str, Tensor]:
+    """The layers a kind of record knows, in the order of the forward pass, with their outputs for one image."""
+    outputs = outputs_of_one_image(teacher)
+    if keeping.kind == "top-layer":
+        return {LOGITS: outputs[LOGITS]}
+    if keeping.kind == BN_EQUIVALENT:
+        del outputs[LOGITS]
+    patterns = keeping.layers or ["*"]
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in outputs):
+            raise BadInput(f"--layers {pattern!r} matches no layer.", f"Known: {', '.join(outputs)}.")
+    return {name: output for name, output in outputs.items() if any(fnmatch(name, each) for each in patterns)}
+
+
+def _keeper(
+    teacher: Classifier, outputs: dict[str, Tensor], keeping: Keeping, labels: Tensor, data_bytes: int, seed: int
+) -> Keeper:
+    if keeping.kind == BN_EQUIVALENT:
+        return StatisticsKeeper(teacher.network, outputs)
+    if keeping.kind in SPECTRAL:
+        random = generator("record", seed)
+        return SpectralKeeper(teacher, list(outputs), keeping, labels, data_bytes=data_bytes, random=random)
+    if keeping.kind == FIXED_DROPOUT:
+        dropouts(teacher)  # Refuses a network without.
+    return GaussianKeeper(outputs, keeping, teacher.card.classes)
+
+
+def _notices(recorded: Recorded, keeping: Keeping) -> list[str]:
+    sizes = f"{recorded.bytes / 2**20:,.1f} MiB of record, {recorded.data_bytes / 2**20:,.1f} MiB of data"
+    found = [f"Keeping {recorded.kind} of {len(recorded.units)} layers: {sizes}."]
+    if keeping.keeps_classes_apart and keeping.kind not in SPECTRAL:
+        found.append(f"It tells of every class on its own; behind the smallest are {min(recorded.classes)} images.")
+    return found
+
+
+@torch.no_grad()
+def _see(
+    teacher: Classifier, source: ImageSource, layers: dict[str, Tensor], keeper: Keeper, path: Path
+) -> StreamingMoments:
+    """Show every image to the keeper of the leading process, together with the other processes; the pixels' moments."""
+    everyone = peers()
+    pixels = StreamingMoments(1, teacher.card.input_size[0], 1)
+    # Large outputs of many images at once would fill the memory; the same for every process.
+    size = max(1, min(BATCH_SIZE, NUMBERS_A_BATCH // sum(output[0].numel() for output in layers.values())))
+    batches = source.batches(size, first=everyone.rank, every=everyone.count)
+    total = -(-len(source) // size)
+    recorder = HookRecorder(teacher.network, outputs=list(layers), flat=keeper.flat)
+    with evaluating(teacher), exact_fp32(), console.progress("batch", total) as progress:
+        for number, (images, labels) in enumerate(batches):
+            outputs = recorder(teacher.normalise(images.to(teacher.mean.device))).outputs
+            if not all(output.isfinite().all() for output in outputs):
+                raise DfcompressError("The network answers with NaN or infinity.", "Its weights or its card are wrong.")
+            first = (everyone.rank + number * everyone.count) * size
+            keeper.update([output.cpu() for output in outputs], labels, torch.arange(first, first + len(images)))
+            pixels.update(images.movedim(1, -1).flatten(0, -2))
+            progress.update(min(total, (number + 1) * everyone.count))
+    _gather(keeper, pixels, path)
+    return pixels
+
+
+def _gather(keeper: Keeper, pixels: StreamingMoments, path: Path) -> None:
+    """Bring what all processes saw to the leading one, through files beside the record."""
+    everyone = peers()
+    parts = [path.with_name(f".{path.name}.{rank}") for rank in range(everyone.count)]
+    if not everyone.leads:
+        save_file(keeper.state() | states({"pixels": pixels}), parts[everyone.rank])
+    everyone.meet()
+    try:
+        for part in parts[1:] if everyone.leads else []:
+            state = load_file(part)
+            keeper.merge(state)
+            merge_states({"pixels": pixels}, state)
+    finally:
+        for part in parts if everyone.leads else []:
+            part.unlink(missing_ok=True)

@@ -1,0 +1,297 @@
+"""Calibration averages the extremes of 16-image chunks, and real few-bit networks stay good classifiers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.fake_quantizers import InputGrid, freeze, quantize_layers, quantized_layers
+from dfcompress.models.packing import pack_network, unpack_network
+from dfcompress.quantization.bits import layers_of
+from dfcompress.quantization.observers import SAMPLED, SHARES, _some_of, calibrate, fit_weights
+
+
+def one_layer_classifier(*, mean: float = 0.0, std: float = 1.0) -> Classifier:
+    """Its only layer sees the normalised images, which here are single pixels."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 1))
+    quantize_layers(network, {"0": (8, 8)})
+    return Classifier(network, ModelCard("test", 2, (1, 1, 1), (mean,), (std,)))
+
+
+def pixels(*values: float) -> Tensor:
+    return torch.tensor(values).view(-1, 1, 1, 1)
+
+
+def calibrated_grid(classifier: Classifier, *batches: Tensor) -> InputGrid:
+    calibrate(classifier, batches)
+    grid = quantized_layers(classifier.network)["0"].input_grid
+    assert grid is not None
+    return grid
+
+
+def test_the_range_is_the_mean_of_the_extremes_of_sixteen_image_chunks():
+    first_chunk = pixels(*[0.5] * 15, 1.0)
+    second_chunk = pixels(*[0.1] * 15, 0.2)
+    grid = calibrated_grid(one_layer_classifier(), torch.cat([first_chunk, second_chunk]))
+    assert grid == InputGrid.covering(0.0, (1.0 + 0.2) / 2, bits=8)
+
+
+def test_images_are_seen_as_the_network_sees_them():
+    grid = calibrated_grid(one_layer_classifier(mean=0.5, std=0.25), pixels(*[0.0] * 8, *[0.75] * 8))
+    assert grid == InputGrid.covering(-2.0, 1.0, bits=8)
+
+
+def test_how_the_chunks_are_batched_does_not_matter():
+    images = torch.rand(64, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    at_once = calibrated_grid(one_layer_classifier(), images)
+    assert calibrated_grid(one_layer_classifier(), *images.split(16)) == at_once
+    assert calibrated_grid(one_layer_classifier(), images[:48], images[48:]) == at_once
+
+
+def test_calibrating_again_forgets_the_old_range():
+    classifier = one_layer_classifier()
+    calibrated_grid(classifier, pixels(100.0))
+    assert calibrated_grid(classifier, pixels(1.0)) == InputGrid.covering(0.0, 1.0, bits=8)
+
+
+def test_calibration_leaves_modes_statistics_and_hooks_as_they_were():
+    network = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 2, 1)).train()
+    quantize_layers(network, {"1": (8, 8)})
+    classifier = Classifier(network, ModelCard("test", 2, (1, 1, 1), (0.0,), (1.0,)))
+    calibrate(classifier, [pixels(0.1, 0.9)])
+    assert network[0].training
+    assert network[0].running_mean.item() == 0.0
+    assert not network[1]._forward_pre_hooks
+
+
+def test_ranges_are_those_of_the_float_network():
+    network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 1, 1, bias=False))
+    network[0].weight = nn.Parameter(torch.tensor([1.0, 0.75]).view(2, 1, 1, 1))
+    network[1].weight = nn.Parameter(torch.tensor([1.0, -0.25]).view(1, 2, 1, 1))  # at 2 bits: 1 and 0
+    network.append(nn.Linear(1, 1))
+    quantize_layers(network, {"0": (8, 8), "1": (2, 8), "2": (8, 8)})
+    calibrate(Classifier(network, ModelCard("test", 1, (1, 1, 1), (0.0,), (1.0,))), [pixels(1.0)])
+    assert quantized_layers(network)["2"].input_grid == InputGrid.covering(0.0, 1 - 0.25 * 0.75, bits=8)
+
+
+class Overwritten(nn.Module):
+    """After a layer has taken them, its input's activations grow tenfold, in place or not."""
+
+    def __init__(self, *, inplace: bool) -> None:
+        super().__init__()
+        self.layer, self.inplace = nn.Conv2d(1, 1, 1), inplace
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = images * 1.0
+        answers = self.layer(features)
+        return (answers + (features.mul_(10) if self.inplace else features * 10)).flatten(1)
+
+
+@pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
+def test_an_input_that_is_overwritten_later_has_the_range_it_had(rule):
+    grids = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        card = ModelCard("test", 4, (1, 2, 2), (0.0,), (1.0,))
+        classifier = Classifier(Overwritten(inplace=inplace), card)
+        quantize_layers(classifier.network, {"layer": (4, 4)})
+        calibrate(classifier, [torch.rand(32, 1, 2, 2)], rule=rule)
+        grids.append(quantized_layers(classifier.network)["layer"].input_grid)
+    assert grids[0] == grids[1]
+    assert grids[0].scale < 0.1
+
+
+def test_float_activations_get_no_range():
+    network = nn.Sequential(nn.Conv2d(1, 2, 1))
+    quantize_layers(network, {"0": (4, 32)})
+    classifier = Classifier(network, ModelCard("test", 2, (1, 1, 1), (0.0,), (1.0,)))
+    calibrate(classifier, [pixels(0.5)])
+    assert quantized_layers(network)["0"].input_grid is None
+
+
+def test_percentiles_leave_the_rarest_values_out():
+    classifier = one_layer_classifier()
+    spikes = torch.rand(1600, 1, 1, 1)
+    spikes[::800] = 50.0
+    calibrate(classifier, [spikes.view(16, 1, 100, 1)], rule="percentile")
+    grid = quantized_layers(classifier.network)["0"].input_grid
+    plain = calibrated_grid(classifier, spikes.view(16, 1, 100, 1))
+    assert grid.scale * 255 == pytest.approx(50 * 0.4, rel=0.1)  # Between the first 99.9 % and the spikes.
+    assert plain.scale * 255 == pytest.approx(50)
+
+
+def test_least_error_gives_up_a_few_far_values_at_few_bits():
+    network = nn.Sequential(nn.Conv2d(1, 2, 1))
+    quantize_layers(network, {"0": (8, 2)})
+    classifier = Classifier(network, ModelCard("test", 2, (1, 1, 1), (0.0,), (1.0,)))
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(4000, 1, 1, 1, generator=random).abs()
+    calibrate(classifier, [images], rule="mse")
+    grid = quantized_layers(network)["0"].input_grid
+    ends = [InputGrid.covering(0.0, high, bits=2) for high in np.linspace(0.2, 4, 300)]
+    errors = [(each.quantized(images) - images).square().mean().item() for each in ends]
+    best = ends[int(np.argmin(errors))]
+    assert (grid.quantized(images) - images).square().mean().item() <= min(errors) * 1.02
+    assert grid.scale == pytest.approx(best.scale, rel=0.1)
+    assert grid.zero_point == 0
+
+
+@pytest.mark.parametrize("shape", [(256, 64, 8, 8), (256, 16, 32, 32), (16, 3, 32, 32)])
+def test_a_sample_meets_every_row_column_and_channel(shape):
+    numbered = torch.arange(int(np.prod(shape)), dtype=torch.float64).view(shape)
+    sample = _some_of(numbered.float()).long()
+    _, channels, height, width = shape
+    assert len(sample) <= SAMPLED
+    assert len((sample % width).unique()) == width
+    assert len((sample // width % height).unique()) == height
+    assert len((sample // width // height % channels).unique()) == channels
+
+
+@pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
+def test_what_a_later_layer_writes_over_a_layers_input_does_not_reach_its_range(rule):
+    """Like a block that ends in `features.mul_(...)` on what its convolution was given."""
+
+    class Overwritten(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(1, 2, 1)
+
+        def forward(self, features: Tensor) -> Tensor:
+            output = self.layer(features)
+            features.mul_(100)
+            return output.mean((2, 3))
+
+    network = Overwritten()
+    quantize_layers(network, {"layer": (8, 8)})
+    classifier = Classifier(network, ModelCard("test", 2, (1, 4, 4), (0.0,), (1.0,)))
+    images = torch.rand(32, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    calibrate(classifier, [images], rule=rule)
+    assert quantized_layers(network)["layer"].input_grid.ends()[1] < 1.01
+
+
+def test_sampled_values_are_a_copy_and_hold_no_activations():
+    activations = torch.rand(4, 64, 32, 32)
+    assert _some_of(activations).untyped_storage().nbytes() <= 4 * SAMPLED
+
+
+def test_signed_ranges_have_zero_point_zero_and_reach_the_farther_end():
+    classifier = one_layer_classifier(mean=0.5, std=0.25)
+    calibrate(classifier, [pixels(0.0, 0.75)], signed=True)
+    grid = quantized_layers(classifier.network)["0"].input_grid
+    assert grid == InputGrid.covering(-2.0, 1.0, bits=8, signed=True)
+    assert (grid.zero_point, grid.signed) == (0, True)
+    assert grid.scale * 127 == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_of_least_error_have_less_than_those_of_the_whole_range(bits):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(4, 6, 3))
+    weight = network[0].weight.detach().clone()
+    quantize_layers(network, {"0": (bits, 8)})
+    classifier = Classifier(network, ModelCard("test", 2, (4, 5, 5), (0.0,) * 4, (1.0,) * 4))
+
+    def errors() -> Tensor:
+        return (quantized_layers(network)["0"].quantized_weight() - weight).square().flatten(1).sum(1)
+
+    whole = errors()
+    fit_weights(classifier, rule="mse")
+    best = errors()
+    assert (best <= whole).all()
+    assert bits == 8 or best.sum() < 0.9 * whole.sum()
+    for share in SHARES[::7]:
+        quantized_layers(network)["0"].weight_shares.fill_(share)
+        assert (best <= errors() + 1e-7).all()
+    fit_weights(classifier, rule="minmax")
+    assert torch.equal(errors(), whole)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_asymmetric_weights_of_least_error_are_as_good_as_every_zero_point_and_scale_tried(bits):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(4, 6, 3))
+    with torch.no_grad():
+        network[0].weight[1].abs_()
+        network[0].weight[2].mul_(0.2)[0, 0, 0] = 1.0
+    rows = network[0].weight.detach().flatten(1).clone()
+    quantize_layers(network, {"0": (bits, 8)}, asymmetric=[bits])
+    classifier = Classifier(network, ModelCard("test", 2, (4, 5, 5), (0.0,) * 4, (1.0,) * 4))
+    fit_weights(classifier, rule="mse")
+    found = (quantized_layers(network)["0"].quantized_weight().flatten(1) - rows).square().sum(1)
+    best = torch.full((6,), torch.inf)
+    for zero_point in range(2**bits):
+        for share in torch.linspace(0.01, 2.0, 200):
+            scale = (share * rows.abs().amax(1) / (2**bits - 1))[:, None]
+            multiples = (rows / scale).round().clamp(-zero_point, 2**bits - 1 - zero_point)
+            best = torch.minimum(best, (multiples * scale - rows).square().sum(1))
+    assert (found <= 1.2 * best).all()
+    assert found.sum() <= 1.02 * best.sum()
+
+
+def test_no_images_are_refused():
+    with pytest.raises(BadInput, match="no images to calibrate on"):
+        calibrate(one_layer_classifier(), [])
+
+
+def test_a_range_that_is_not_finite_is_refused():
+    with pytest.raises(BadInput, match="layer 0 ranges from nan"):
+        calibrate(one_layer_classifier(), [pixels(0.5, float("nan"))])
+
+
+def released_classifier(path: Path) -> Classifier:
+    from dfcompress.models.checkpoint import load
+
+    return load(path)
+
+
+def images_and_labels(path: Path) -> tuple[Tensor, Tensor]:
+    with np.load(path) as arrays:
+        return torch.from_numpy(arrays["images"]).float() / 255, torch.from_numpy(arrays["labels"]).long()
+
+
+def quantized_and_calibrated(float_classifier: Classifier, bits: tuple[int, int], images: Tensor) -> Classifier:
+    classifier = copy.deepcopy(float_classifier)
+    first, *inner, last = layers_of(classifier).quantizable
+    quantize_layers(classifier.network, {first: (8, 8), last: (8, 8)} | dict.fromkeys(inner, bits))
+    calibrate(classifier, images.split(80))
+    freeze(classifier.network)
+    return classifier.frozen()
+
+
+@torch.no_grad()
+def correct(classifier: Classifier, images: Tensor, labels: Tensor) -> int:
+    return int((classifier(images).argmax(1) == labels).sum())
+
+
+def test_eight_bits_keep_a_released_resnet20_within_one_point(resnet20_file, cifar10_train_file, cifar10_test_file):
+    images, _ = images_and_labels(cifar10_train_file)
+    classifier = quantized_and_calibrated(released_classifier(resnet20_file), (8, 8), images[::6][:160])
+    assert correct(classifier, *images_and_labels(cifar10_test_file)) == pytest.approx(776, abs=8)
+
+
+def test_four_bits_without_fine_tuning_cost_a_released_resnet20_a_few_points(
+    resnet20_file, cifar10_train_file, cifar10_test_file
+):
+    images, _ = images_and_labels(cifar10_train_file)
+    classifier = quantized_and_calibrated(released_classifier(resnet20_file), (4, 4), images[::6][:160])
+    assert 720 <= correct(classifier, *images_and_labels(cifar10_test_file)) < 768
+
+
+@torch.no_grad()
+def test_a_packed_resnet20_is_a_seventh_in_bytes_and_the_same_to_the_bit(resnet20_file, cifar10_train_file):
+    images, _ = images_and_labels(cifar10_train_file)
+    original = released_classifier(resnet20_file)
+    classifier = quantized_and_calibrated(original, (4, 4), images[:160])
+    float_bytes = sum(tensor.nbytes for tensor in original.network.state_dict().values())
+    tensors, quantization = pack_network(classifier.network)
+    unpack_network(original.network, tensors, quantization)
+    assert torch.equal(original(images[:64]), classifier(images[:64]))
+    assert sum(tensor.nbytes for tensor in tensors.values()) / float_bytes < 0.14

@@ -1,0 +1,47 @@
+"""`bench` times what it says, by real steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dfcompress.device import Compute
+from dfcompress.models.checkpoint import load
+from dfcompress.verbs.bench_step import _flops, bench_step
+from dfcompress.verbs.bench_train import bench_train
+
+DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
+
+
+def test_the_rows_are_the_documented_ones_and_positive(resnet20_file):
+    measured = bench_step(resnet20_file, batch_size=4, rounds=1, compute=Compute("cpu", "bf16", "off"))
+    assert [row["name"] for row in measured.rows] == [
+        "published",
+        "floor",
+        "published-bf16",
+        "floor-bf16",
+        "+frozen",
+        "+records",
+        "ours",
+    ]
+    assert all(row["ms"] > 0 and row["images_per_second"] > 0 for row in measured.rows)
+    assert measured.ceilings is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "rows"), [("fp32", ["plain", "+pool", "+cached"]), ("bf16", ["plain", "+pool", "+bf16", "+cached"])]
+)
+def test_the_rows_of_training_are_the_documented_ones(resnet20_file, precision, rows):
+    compute = Compute("cpu", precision, "off")
+    measured = bench_train(resnet20_file, student="half", batch_size=4, rounds=1, compute=compute)
+    assert [row["name"] for row in measured.rows] == rows
+    assert all(row["ms"] > 0 for row in measured.rows)
+
+
+def test_the_operations_of_a_step_are_those_of_both_passes():
+    """The forward pass by hand, layer by layer; the gradient to the input takes as many."""
+    in_place_of_each_weight = {"conv1": 28 * 28, "conv2": 10 * 10, "fc1": 1, "fc2": 1, "fc3": 1}
+    weights = {"conv1": 6 * 25, "conv2": 16 * 6 * 25, "fc1": 400 * 120, "fc2": 120 * 84, "fc3": 84 * 10}
+    forward = 2 * sum(weights[name] * times for name, times in in_place_of_each_weight.items())
+    assert _flops(load(DEMO), batch_size=3) == 2 * 3 * forward

@@ -1,0 +1,308 @@
+"""Networks of many kinds go through quantize → pack → load → ONNX → onnxruntime and keep their answers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfcompress.errors import BadInput, DfcompressError
+from dfcompress.evaluation import onnx_check
+from dfcompress.evaluation.onnx_check import Exported
+from dfcompress.models.architectures import named
+from dfcompress.models.card import ModelCard
+from dfcompress.models.checkpoint import load, save
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.fake_quantizers import WIDTHS, Scheme, freeze, quantize_layers
+from dfcompress.quantization.bits import Bits, assign, layers_of, parse_bits
+from dfcompress.quantization.observers import calibrate, fit_weights
+from dfcompress.verbs import export as export_module
+from dfcompress.verbs.export import export, rehearse, require_kernels, require_packages
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(autouse=True)
+def fewer_images(monkeypatch):
+    monkeypatch.setattr(export_module, "CHECKED", 256)
+    monkeypatch.setattr(onnx_check, "ROUNDS", 1)
+
+
+def with_statistics(classifier: Classifier, images: Tensor) -> Classifier:
+    """Random weights whose BatchNorms have the statistics that the images give."""
+    for module in classifier.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = 0.5
+    with torch.no_grad():
+        classifier.train()
+        for _ in range(8):
+            classifier(images)
+    return classifier.frozen()
+
+
+def classifier_of(architecture: str, size: int, channels: int = 3, classes: int = 10) -> Classifier:
+    torch.manual_seed(0)
+    network = named(architecture).make(classes, channels)
+    card = ModelCard(architecture, classes, (channels, size, size), (0.45,) * channels, (0.25,) * channels)
+    return with_statistics(Classifier(network, card), pictures(channels, size, 32))
+
+
+def pictures(channels: int, size: int, count: int) -> Tensor:
+    """Smooth random images."""
+    coarse = torch.rand(count, channels, 5, 5, generator=torch.Generator().manual_seed(1))
+    return nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
+
+
+def quantized(
+    classifier: Classifier, bits: str, *, ends: int | None = 8, signed: bool = False, asymmetric: Collection[int] = ()
+) -> Classifier:
+    student = copy.deepcopy(classifier)
+    asked = assign(layers_of(classifier).quantizable, parse_bits(bits), ends=ends, layer_bits={})
+    widths = {name: (each.weights, each.activations) for name, each in asked.items()}
+    quantize_layers(student.network, widths, asymmetric=asymmetric)
+    fit_weights(student, rule="mse")
+    channels, size, _ = classifier.card.input_size
+    calibrate(student, [pictures(channels, size, 32)], signed=signed)
+    freeze(student.network)
+    return student
+
+
+def through(classifier: Classifier, folder: Path) -> tuple[Classifier, Exported]:
+    """Packed, loaded and exported."""
+    save(classifier, folder)
+    loaded = load(folder)
+    return loaded, export(loaded, output=folder / "model.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "size"),
+    [
+        ("mobilenet_v2", 32),
+        ("resnet18", 32),
+        ("timm:efficientnet_lite0", 32),
+        ("squeezenet1_1", 48),
+        ("mobilenet_v3_small", 32),
+    ],
+)
+@torch.no_grad()
+def test_a_network_goes_through_the_whole_chain(architecture, size, tmp_path):
+    classifier = classifier_of(architecture, size)
+    student = quantized(classifier, "4w8a")
+    loaded, exported = through(student, tmp_path)
+    images = pictures(3, size, 8)
+    assert torch.equal(loaded(images), student(images))
+    assert exported.equal >= 0.98 * exported.images
+    assert exported.median_difference < 0.02 * student(images).std()
+    assert exported.bytes < 0.25 * 4 * sum(parameter.numel() for parameter in classifier.network.parameters())
+
+
+SYMMETRIC = [(bits, ()) for bits in ("2w2a", "2w4a", "4w2a", "3w3a", "4w4a", "5w6a", "8w8a", "4w32a")]
+ASYMMETRIC = [(bits, WIDTHS) for bits in ("2w4a", "3w8a", "4w4a", "5w8a", "8w8a")]
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), [*SYMMETRIC, *ASYMMETRIC])
+def test_every_width_is_exported_and_answers_alike(bits, asymmetric, tmp_path):
+    student = quantized(classifier_of("cifar_resnet20", 32), bits, ends=None, asymmetric=asymmetric)
+    _, exported = through(student, tmp_path)
+    assert exported.images == 64
+    assert exported.equal >= 63
+    # Sums are taken in another order, so that a few values fall on the other side of a grid's edge.
+    assert exported.median_difference < 0.02 * student(pictures(3, 32, 32)).std()
+    assert exported.milliseconds > 0 < exported.milliseconds_fp32
+
+
+class Bounded(nn.Module):
+    """Operations that bound activations, before quantized layers at once or with other operations between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(ins, 8, 3, padding=1) for ins in (3, 8, 8, 8))
+        self.six, self.hard, self.pool = nn.ReLU6(), nn.Hardtanh(-2, 2), nn.MaxPool2d(2)
+        self.head, self.more = nn.Linear(8 * 4 * 4, 8), nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.six(self.convs[0](images))
+        features = self.hard(self.convs[1](features)).clamp(min=-1)
+        features = self.pool(self.six(self.convs[2](features)))
+        features = self.pool(self.convs[3](features)).clamp(max=1.5)
+        return self.more(self.six(self.head(features.flatten(1)))).clamp(-50, 50)
+
+
+@pytest.mark.parametrize(("bits", "kind"), [("4w4a", "UINT4"), ("4w4a", "INT4"), ("4w2a", "UINT2"), ("4w3a", "UINT8")])
+@torch.no_grad()
+def test_bounded_activations_go_into_quantizers_of_few_bits(bits, kind, tmp_path):
+    """A ReLU6 before a 4-bit quantizer made a file that onnxruntime cannot load."""
+    torch.manual_seed(0)
+    classifier = Classifier(Bounded(), ModelCard("bounded", 4, (3, 16, 16), (0.5,) * 3, (0.1,) * 3)).frozen()
+    student = quantized(classifier, bits, ends=None, signed=kind.startswith("INT"))
+    exported = export(student, output=tmp_path / "model.onnx")
+    assert exported.equal >= 0.98 * exported.images
+    assert exported.median_difference < 0.02 * student(pictures(3, 16, 8)).std()
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    zeros = {constant.data_type for constant in zero_points(graph)}
+    assert zeros == {getattr(onnx.TensorProto, kind)}
+
+
+def zero_points(graph) -> list:
+    """Of all QuantizeLinear, as tensors."""
+    constants = {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    constants |= {tensor.name: tensor for tensor in graph.initializer}
+    return [constants[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
+
+
+@pytest.mark.parametrize(("asymmetric", "kind"), [((), "INT"), (WIDTHS, "UINT")])
+def test_integers_are_stored_at_their_true_width(asymmetric, kind, tmp_path):
+    classifier = classifier_of("cifar_resnet20", 32)
+    sizes = {}
+    for bits in ("2w8a", "4w8a", "8w8a"):
+        _, exported = through(quantized(classifier, bits, ends=None, asymmetric=asymmetric), tmp_path / bits)
+        sizes[bits] = exported.bytes
+        assert exported.bytes_ratio < 1.1
+        model = onnx.load(exported.path)
+        kinds = {each.data_type for each in model.graph.initializer if each.name.endswith("integers")}
+        assert kinds == {getattr(onnx.TensorProto, f"{kind}{bits[0]}")}
+        zero_points = [each for each in model.graph.initializer if each.name.endswith("zero_point")]
+        assert {each.data_type for each in zero_points} == (kinds if asymmetric else set())
+        assert len(zero_points) == (20 if asymmetric else 0)
+        onnx.checker.check_model(model, full_check=True)
+    weights = sum(p.numel() for p in classifier.network.parameters() if p.dim() > 1)
+    assert sizes["8w8a"] - sizes["4w8a"] == pytest.approx(weights / 2, rel=0.01)
+    assert sizes["4w8a"] - sizes["2w8a"] == pytest.approx(weights / 4, rel=0.01)
+
+
+def test_the_file_tells_no_path_folds_batchnorm_and_takes_any_number_of_images(tmp_path):
+    _, exported = through(quantized(classifier_of("cifar_resnet20", 32), "4w4a"), tmp_path)
+    content = Path(exported.path).read_bytes()
+    for part in (str(tmp_path), str(Path(export_module.__file__).parents[2]), "site-packages", ".py"):
+        assert part.encode() not in content
+    model = onnx.load(exported.path)
+    assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
+    assert [each.name for each in model.graph.input] == ["images"]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = onnxruntime.InferenceSession(exported.path, options, providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        assert session.run(None, {"images": pictures(3, 32, count).numpy()})[0].shape == (count, 10)
+
+
+def test_a_float_model_is_exported_too(tmp_path):
+    _, exported = through(classifier_of("lenet5_bn", 32, channels=1), tmp_path)
+    assert exported.equal == exported.equal_rewritten == exported.images
+    assert exported.largest_difference < 1e-3
+
+
+def test_tensorrt_takes_signed_eight_bits(tmp_path):
+    student = quantized(classifier_of("cifar_resnet20", 32), "8w8a", signed=True)
+    save(student, tmp_path)
+    exported = export(tmp_path, target="tensorrt")
+    assert exported.equal >= 63
+    model = onnx.load(exported.path)
+    constants = [attribute.t for node in model.graph.node for attribute in node.attribute if attribute.name == "value"]
+    points = [each for each in [*model.graph.initializer, *constants] if each.data_type in (2, 3) and not each.dims]
+    assert points
+    assert all(each.data_type == onnx.TensorProto.INT8 for each in points)
+    assert all(onnx.numpy_helper.to_array(each) == 0 for each in points)
+
+
+@pytest.mark.parametrize(
+    ("bits", "message"),
+    [
+        ("4w8a", "kernels for 8 bits alone: 4 bits buy size"),
+        ("8w8a", "Activations have zero points, which TensorRT does not take"),
+        ("8w8a, asymmetric", "Weights have zero points.*--weight-grid symmetric"),
+    ],
+)
+def test_tensorrt_refuses_the_rest_with_the_reason(bits, message, tmp_path):
+    width, _, asymmetric = bits.partition(", ")
+    kinds = WIDTHS if asymmetric else ()
+    save(quantized(classifier_of("cifar_resnet20", 32), width, signed=bool(kinds), asymmetric=kinds), tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(BadInput, match=message):
+        export(tmp_path, target="tensorrt")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_file_that_is_there_is_not_replaced_unasked(tmp_path):
+    save(classifier_of("lenet5_bn", 32, channels=1), tmp_path)
+    (tmp_path / "model.onnx").write_text("mine")
+    with pytest.raises(BadInput, match="is there already"):
+        export(tmp_path)
+    assert (tmp_path / "model.onnx").read_text() == "mine"
+    export(tmp_path, overwrite=True)
+    assert (tmp_path / "model.onnx").stat().st_size > 1000
+
+
+def test_a_file_that_onnxruntime_refuses_is_not_left(tmp_path, monkeypatch):
+    save(classifier_of("lenet5_bn", 32, channels=1), tmp_path)
+    before = sorted(tmp_path.iterdir())
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise DfcompressError("onnxruntime cannot load it", "Use the model without ONNX.")
+
+    monkeypatch.setattr(onnx_check, "Session", refuse)
+    with pytest.raises(DfcompressError, match="cannot load"):
+        export(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_without_the_packages_nothing_is_begun(monkeypatch):
+    monkeypatch.setattr(export_module, "PACKAGES", ("onnx", "no_such_package"))
+    with pytest.raises(BadInput, match=r"needs no_such_package\. Install them with: pip install 'dfcompress\[onnx\]'"):
+        require_packages("onnxruntime")
+
+
+def test_an_unknown_target_is_refused():
+    with pytest.raises(BadInput, match="no --target 'tflite'"):
+        require_packages("tflite")
+
+
+def test_what_the_exporter_cannot_trace_is_one_sentence(tmp_path):
+    class Undecided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(12, 4)
+
+        def forward(self, images):
+            return self.layer(images.flatten(1)) * (2 if images.mean() > 0.123 else 1)
+
+    classifier = Classifier(Undecided(), ModelCard("test", 4, (3, 2, 2), (0.5,) * 3, (0.5,) * 3), name="odd").frozen()
+    with pytest.raises(DfcompressError, match="odd cannot be exported"):
+        rehearse(classifier, {"layer": Bits(4, 8)}, Scheme())
+
+
+def test_float_activations_suit_tensorrt_signed_or_not():
+    require_kernels("tensorrt", {"conv": (8, 32)}, Scheme())
+
+
+class Twice(nn.Module):
+    """One convolution under two names, run by both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.first = self.second = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.second(self.first(self.stem(images))).mean((2, 3)))
+
+
+def test_a_layer_under_two_names_is_exported_once_at_its_width(tmp_path):
+    torch.manual_seed(0)
+    card = ModelCard("twice", 10, (3, 16, 16), (0.45,) * 3, (0.25,) * 3)
+    student = quantized(Classifier(Twice(), card, name="twice").frozen(), "4w8a")
+    measured = export(student, output=tmp_path / "model.onnx")
+    assert measured.equal == measured.images
+    kept = [tensor for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer if "integers" in tensor.name]
+    assert [tensor.data_type for tensor in kept].count(onnx.TensorProto.INT4) == 1
+    assert len(kept) == 3

@@ -1,0 +1,363 @@
+"""`invert` on the released ResNet-20: what it leaves on disk, and what a SIGKILL may not change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import odd_networks
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dfcompress import console
+from dfcompress.data.synthetic_set import SyntheticSet
+from dfcompress.device import Compute
+from dfcompress.errors import BadInput
+from dfcompress.evaluation.metrics import bn_divergence
+from dfcompress.models.card import ModelCard
+from dfcompress.models.checkpoint import load
+from dfcompress.models.classifier import Classifier
+from dfcompress.synthesis import set_builder
+from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.spec import resolve
+from dfcompress.synthesis.transfer_set import ImageSupply
+from dfcompress.training.loop import Trainer
+from dfcompress.verbs.invert import invert, learner, plans
+
+EAGER = Compute("cpu", "fp32", "off")
+SMALL = Synthesis(images=12, settings={"steps": 3, "batch_size": 8})
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("shard-*"))}
+
+
+@pytest.fixture(scope="module")
+def made(resnet20_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("invert") / "set"
+    return invert(resnet20_file, output=folder, synthesis=SMALL, compute=EAGER), folder
+
+
+def test_the_set_holds_as_many_images_as_asked_with_balanced_labels(made):
+    result, folder = made
+    synthetic = SyntheticSet(folder)
+    assert result.images == len(synthetic) == 12
+    assert synthetic.images.shape == (12, 3, 32, 32)
+    assert synthetic.images.dtype == torch.uint8
+    assert synthetic.labels.tolist() == [*range(10), 0, 1]
+
+
+def test_the_manifest_says_what_made_the_images(made):
+    manifest = SyntheticSet(made[1]).manifest
+    assert manifest["recipe"]["name"] == "deepinversion"
+    assert manifest["recipe"]["preset"] == "fast-cifar10"
+    assert manifest["recipe"]["settings"]["steps"] == 3
+    assert manifest["teacher"].startswith("12fca82f")
+    assert manifest["execution"]["precision"] == "fp32"
+    assert manifest["shards"] == [8, 4]
+
+
+def test_there_is_a_picture_a_log_and_a_record(made):
+    result, folder = made
+    assert Image.open(folder / "preview.png").size[0] > 320
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["shard"] for line in lines if "seconds" in line] == [0, 1]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["finished"]
+    assert record["measurements"]["bn_divergence"] == result.bn_divergence
+
+
+def test_the_same_call_gives_the_same_bytes(made, resnet20_file, tmp_path):
+    invert(resnet20_file, output=tmp_path / "again", synthesis=SMALL, compute=EAGER)
+    assert digests(tmp_path / "again") == digests(made[1])
+
+
+def test_a_missing_shard_is_made_again_to_the_same_bytes(made, resnet20_file):
+    folder = made[1]
+    before = digests(folder)
+    (folder / "shard-00001.safetensors").unlink()
+    invert(resnet20_file, output=folder, synthesis=SMALL, compute=EAGER, resume=True)
+    assert digests(folder) == before
+
+
+def test_resuming_with_other_options_is_refused(made, resnet20_file):
+    with pytest.raises(BadInput, match=r"was started with .*seed"):
+        invert(resnet20_file, output=made[1], synthesis=SMALL, compute=replace(EAGER, seed=1), resume=True)
+
+
+def test_a_folder_in_use_is_refused(made, resnet20_file):
+    with pytest.raises(BadInput, match=r"not empty.*--resume.*--overwrite"):
+        invert(resnet20_file, output=made[1], synthesis=SMALL, compute=EAGER)
+
+
+def test_a_folder_of_somebody_else_is_never_overwritten(resnet20_file, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(BadInput, match="was not made by dfcompress"):
+        invert(resnet20_file, output=tmp_path, synthesis=SMALL, compute=EAGER, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_other_networks_can_classify_the_images(resnet20_file, tmp_path):
+    result = invert(resnet20_file, output=tmp_path / "set", synthesis=SMALL, compute=EAGER, verify=[resnet20_file])
+    (verified,) = result.verify
+    assert (verified["checkpoint"], verified["top1"]) == ("resnet20-12fca82f", result.teacher_top1)
+    assert verified["bn_divergence"] == pytest.approx(result.bn_divergence, rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("resnet20_file", 0.0157), ("resnet44_file", 0.0218)])
+def test_the_divergence_of_real_images_is_the_known_one(name, expected, request, cifar10_train_file):
+    """J_KL of the 1,000 training images, BatchNorm layers only, whole set at once."""
+    from dfcompress.data.real import open_images
+
+    teacher = load(request.getfixturevalue(name))
+    assert bn_divergence(teacher, open_images(cifar10_train_file, teacher.card).batches(250)) == pytest.approx(
+        expected, abs=5e-5
+    )
+
+
+@pytest.mark.slow
+def test_killed_three_times_it_still_ends_in_the_same_bytes(made, resnet20_file, tmp_path):
+    """Real processes, SIGKILL at random moments; their state is saved often so that every kill meets work."""
+    synthesis = "Synthesis(images=12, settings={'steps': 60, 'batch_size': 8})"
+    code = (
+        "import sys; from dfcompress import run; run.SAVE_EVERY_SECONDS = 0.2\n"
+        "from dfcompress.verbs.invert import invert, Synthesis; from dfcompress.device import Compute\n"
+        f"invert({str(resnet20_file)!r}, output=sys.argv[1], synthesis={synthesis},"
+        " compute=Compute('cpu', 'fp32', 'off'), resume=sys.argv[2] == 'resume')"
+    )
+
+    def start(folder, how):
+        return subprocess.Popen([sys.executable, "-c", code, str(folder), how])
+
+    assert start(tmp_path / "whole", "new").wait() == 0
+    moments = random.Random(4)
+    folder, how = tmp_path / "killed", "new"
+    for _ in range(3):
+        process = start(folder, how)
+        while not list(folder.glob("*.partial")) and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0.0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        how = "resume"
+    assert start(folder, "resume").wait() == 0
+    assert digests(folder) == digests(tmp_path / "whole")
+    assert not list(folder.glob("*.partial"))
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from dfcompress.cli import run
+import torch
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_is_full_ends_the_run_and_leaves_nothing_half_written(resnet20_file, tmp_path):
+    arguments = [resnet20_file, "--images", "16", "--batch-size", "8", "--steps", "2", "--compile", "off"]
+    folder = tmp_path / "set"
+    command = [sys.executable, "-c", FULL_DISK, "invert", *arguments, "-o", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert f"{folder}/shard-00000.safetensors cannot be written: File too large" in done.stderr
+    assert "--resume" in done.stderr
+    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob("shard-*.safetensors"))
+    again = invert(
+        resnet20_file,
+        output=folder,
+        synthesis=Synthesis(images=16, settings={"steps": 2, "batch_size": 8}),
+        compute=Compute(compile="off"),
+        resume=True,
+    )
+    assert again.images == 16
+
+
+def test_only_the_classes_asked_for_are_made(resnet20_file, tmp_path):
+    asked = replace(SMALL, classes=("3", "7"))
+    result = invert(resnet20_file, output=tmp_path / "set", synthesis=asked, compute=EAGER)
+    assert result.classes == [0, 0, 0, 6, 0, 0, 0, 6, 0, 0]
+    assert SyntheticSet(tmp_path / "set").labels.tolist() == [3, 7] * 6
+
+
+def test_the_picture_is_renewed_while_it_runs(resnet20_file, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "dfcompress.synthesis.set_builder._write_preview", lambda folder, images: seen.append(len(images))
+    )
+    asked = replace(SMALL, groups=1, preview_every=2, settings={"steps": 4, "batch_size": 8})
+    invert(resnet20_file, output=tmp_path / "set", synthesis=asked, compute=EAGER)
+    assert seen == [8, 8, 8, 8, 12]  # Steps 2 and 4 of two batches, and the end.
+
+
+def test_metrics_hold_each_shard_once_with_its_health(made):
+    lines = [json.loads(line) for line in (made[1] / "metrics.jsonl").read_text().splitlines()]
+    ends = [line for line in lines if "seconds" in line]
+    assert [line["shard"] for line in ends] == [0, 1]
+    assert all(line["attempts"] == 1 and 0 <= line["health"]["teacher_top1"] <= 1 for line in ends)
+    assert not list(made[1].glob("shard-*.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def adaptive(resnet20_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adaptive") / "set"
+    settings = {"steps": 3, "batch_size": 8, "student_steps": 3, "student_batch_size": 8}
+    asked = Synthesis("adaptive-deepinversion", "fast-cifar10", settings, images=24)
+    return invert(resnet20_file, output=folder, synthesis=asked, compute=EAGER), folder, asked
+
+
+def test_an_adaptive_student_learns_between_rounds(adaptive):
+    saved = torch.load(adaptive[1] / "lessons.pt", weights_only=True)
+    assert saved["lesson"] == 2
+    assert saved["seconds"] > 0
+    assert adaptive[0].images == 24
+
+
+@pytest.mark.parametrize("lost", ["shard-00002.safetensors", "shard-00001.safetensors"])
+def test_adaptive_work_resumes_to_the_same_bytes(adaptive, resnet20_file, lost):
+    """The last shard competes with the student as it was saved; an earlier one needs an earlier student again."""
+    _, folder, asked = adaptive
+    before = digests(folder)
+    (folder / lost).unlink()
+    (folder / "run.json").write_text(
+        json.dumps({k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k != "measurements"})
+    )
+    invert(resnet20_file, output=folder, synthesis=asked, compute=EAGER, resume=True)
+    assert digests(folder) == before
+
+
+def test_a_later_round_competes_with_what_the_student_has_learned(adaptive, resnet20_file, tmp_path):
+    """With a student that learns nothing the second round comes out otherwise, the first one alike."""
+    settings = {**adaptive[2].settings, "student_lr": 1e-12}
+    asked = replace(adaptive[2], settings=settings)
+    invert(resnet20_file, output=tmp_path / "set", synthesis=asked, compute=EAGER)
+    learned, idle = digests(adaptive[1]), digests(tmp_path / "set")
+    assert learned["shard-00000.safetensors"] == idle["shard-00000.safetensors"]
+    assert learned["shard-00001.safetensors"] != idle["shard-00001.safetensors"]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(resnet20_file, tmp_path):
+    """8 times the images in at most 16 MiB more, where the images alone have 43 MiB more."""
+    code = (
+        "import resource, sys; from dfcompress.verbs.invert import invert, Synthesis\n"
+        "from dfcompress.device import Compute\n"
+        f"invert({str(resnet20_file)!r}, output=sys.argv[1], compute=Compute('cpu', 'fp32', 'off'),"
+        " synthesis=Synthesis('gaussian', images=int(sys.argv[2]), settings={'batch_size': 128}))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = [
+        int(subprocess.check_output([sys.executable, "-c", code, tmp_path / str(count), str(count)]))
+        for count in (1024, 8192)
+    ]
+    assert peaks[1] - peaks[0] < 16 * 1024
+
+
+@pytest.fixture
+def native_bf16(monkeypatch):
+    """A processor for which auto is bf16."""
+    monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda: True)
+
+
+def odd(name):
+    card = ModelCard(name, odd_networks.CLASSES, odd_networks.SIZE, (0.5,) * 3, (0.25,) * 3)
+    return Classifier(odd_networks.trained(name), card, name=name)
+
+
+@pytest.mark.usefixtures("native_bf16")
+@pytest.mark.parametrize(("name", "precision"), [("prelu", "bf16"), ("scattered", "fp32")])
+def test_the_precision_is_tried_before_images_are_made_and_stored_with_them(name, precision, tmp_path, capsys):
+    auto, made = Compute("cpu", "auto", "off"), Synthesis(images=8, settings={"steps": 2, "batch_size": 4})
+    planned = plans(ImageSupply(odd(name), None, made, auto))
+    assert [plan.execution.precision for plan in planned] == [precision]
+    capsys.readouterr()
+    console.configure(console.NORMAL)
+    invert(odd(name), output=tmp_path / "set", synthesis=made, compute=auto)
+    console.configure(console.QUIET)
+    assert SyntheticSet(tmp_path / "set").manifest["execution"]["precision"] == precision
+    assert capsys.readouterr().err.count("It runs in fp32.") == (precision == "fp32")
+
+
+def test_a_precision_that_a_network_cannot_compute_in_is_refused_where_it_was_asked_for(tmp_path):
+    bf16 = Compute("cpu", "bf16", "off")
+    with pytest.raises(BadInput, match=r"scattered cannot be computed in bf16: .*--precision auto"):
+        invert(odd("scattered"), output=tmp_path / "set", synthesis=SMALL, compute=bf16)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_a_network_whose_layers_in_place_spoil_its_gradient_is_refused_by_plan_and_verb(precision, tmp_path):
+    between = nn.Sequential(nn.Sigmoid(), nn.ELU(inplace=True))
+    network = odd_networks.settled(odd_networks.Net(between), odd_networks.SIZE)
+    teacher, compute = Classifier(network, odd("plain").card, name="spoilt"), Compute("cpu", precision, "off")
+    with pytest.raises(BadInput, match=r"^spoilt cannot be differentiated: .*inplace operation.*inplace=False"):
+        plans(ImageSupply(teacher, None, SMALL, compute))
+    with pytest.raises(BadInput, match=r"^spoilt cannot be differentiated: .*inplace operation.*inplace=False"):
+        invert(teacher, output=tmp_path / "set", synthesis=SMALL, compute=compute)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_lessons_take_the_precision_that_is_stored_with_the_set(resnet20_file, tmp_path, monkeypatch):
+    """A set begun where `auto` is bf16 keeps bf16 in its lessons, whatever `auto` is where it is finished."""
+    made, seen = [], []
+    fit = Trainer.fit
+
+    def seeing(trainer, *sets):
+        trained = fit(trainer, *sets)
+        seen.append(trained.execution.precision)
+        return trained
+
+    monkeypatch.setattr(Trainer, "fit", seeing)
+    for native in (False, True):
+        monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda native=native: native)
+        settings = {"steps": 1, "batch_size": 4, "student_steps": 1, "student_batch_size": 4}
+        asked = Synthesis("adaptive-deepinversion", "fast-cifar10", settings, images=8)
+        job, auto = resolve(load(resnet20_file), asked), Compute("cpu", "auto", "off")
+        folder = tmp_path / f"{native}"
+        pupil = learner(job.teacher, job.recipe(), None, auto)
+        folder.mkdir()
+        set_builder._open(job, folder, auto, pupil.student)
+        made.append(SyntheticSet(folder).manifest["execution"]["precision"])
+        monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda native=native: not native)
+        set_builder.make_set(job, folder, auto, learner=pupil)
+    assert made == seen == ["fp32", "bf16"]
+
+
+@pytest.mark.parametrize(
+    ("images", "settings", "remedy"),
+    [
+        (8, {"batch_size": 8}, {"batch_size": 4}),
+        (8, {"batch_size": 8}, {"images": 16}),
+        (12, {"batch_size": 8, "round_batches": 2}, {"round_batches": 1}),
+        (12, {"batch_size": 8, "round_batches": 2}, {"batch_size": 4}),
+    ],
+)
+def test_images_of_one_round_say_that_no_lesson_takes_place(images, settings, remedy, resnet20_file, tmp_path, capsys):
+    def notices(images, **settings):
+        folder, usual = tmp_path / str(images), {"steps": 1, "student_steps": 1, "student_batch_size": 4}
+        asked = Synthesis("adaptive-deepinversion", "fast-cifar10", {**usual, **settings}, images=images)
+        invert(resnet20_file, output=folder, synthesis=asked, compute=EAGER, overwrite=True)
+        return capsys.readouterr().err
+
+    console.configure(console.NORMAL)
+    try:
+        before = notices(**{"images": images, **settings})
+        after = notices(**{"images": images, **settings, **remedy})
+    finally:
+        console.configure(console.QUIET)
+    assert "No lesson takes place" in before
+    ((name, value),) = remedy.items()
+    named = {"batch_size": f"--batch-size {value}", "images": "more --images", "round_batches": "--set round_batches=1"}
+    assert named[name] in before
+    assert "No lesson takes place" not in after
+    assert "Lesson 1:" in after

@@ -1,0 +1,362 @@
+"""`merge`, `distill` and what they report, end to end on the teachers the package ships or that are made here."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dfcompress import console
+from dfcompress.cli import run
+from dfcompress.data.real import reshaped
+from dfcompress.data.synthetic_set import SyntheticSet
+from dfcompress.device import Compute
+from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
+from dfcompress.models.checkpoint import load, save
+from dfcompress.models.classifier import Classifier
+from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.transfer_set import ImageSupply
+from dfcompress.training.loop import METRICS
+from dfcompress.training.student import make_student
+from dfcompress.verbs._finish import _collapse
+from dfcompress.verbs.distill import DISTILLATION, distill
+from dfcompress.verbs.merge import merge, usual_training
+
+DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
+EAGER = Compute("cpu", "fp32", "off")
+FEW = Synthesis(images=64, settings={"steps": 2, "batch_size": 32})
+SHORT = replace(DISTILLATION, steps=4, batch_size=16)
+
+
+def teacher(folder, names=None, classes=3, size=(1, 32, 32), architecture="lenet5_bn", seed=0):
+    channels = size[0]
+    card = ModelCard(architecture, classes, size, (0.4,) * channels, (0.2,) * channels, names)
+    classifier, _ = make_student(architecture, card, seed=seed)
+    for _ in range(3):  # For BatchNorms that remember something.
+        classifier.train()(torch.rand(16, *size, generator=torch.Generator().manual_seed(seed)))
+    save(classifier.eval(), folder)
+    return folder
+
+
+@pytest.fixture
+def two(tmp_path):
+    return [teacher(tmp_path / "a", ("x", "y", "z"), seed=1), teacher(tmp_path / "b", ("z", "w"), 2, seed=2)]
+
+
+def merged(two, output, **options):
+    return merge(two, student="lenet5_bn_half", output=output, synthesis=FEW, training=SHORT, compute=EAGER, **options)
+
+
+def test_what_a_merge_leaves_behind(two, tmp_path):
+    result = merged(two, tmp_path / "out")
+    student = load(result.checkpoint)
+    assert student.card.class_names == ("x", "y", "z", "w")
+    assert student.card.input_size == (1, 32, 32)
+    assert [teacher["checkpoint"] for teacher in result.teachers] == ["a", "b"]
+    assert all(0 <= share <= 1 for teacher in result.teachers for share in teacher["blocks"])
+    for number in (1, 2):
+        for name, images in (("synthetic", 32), ("synthetic-bns", 32)):
+            made = SyntheticSet(tmp_path / "out" / f"teacher-{number}" / name)
+            made.require_complete()
+            assert len(made) == images
+    lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
+    assert lines[0].keys() >= {"step", "lr", "images_per_second", "logits/1", "block/2", "agreement/1"}
+    assert not list((tmp_path / "out").glob("*.partial"))
+    supply = ImageSupply(student, tmp_path / "out", FEW, EAGER)
+    assert sum(map(len, supply.sources)) == 2 * FEW.images, "the merged student is compressed on all of them"
+
+
+def test_the_same_line_resumes_to_the_same_bytes(two, tmp_path):
+    first = merged(two, tmp_path / "one")
+    again = merged(two, tmp_path / "one", resume=True)
+    other = merged(two, tmp_path / "two")
+    assert again == first
+    assert load(other.checkpoint).sha256 == load(first.checkpoint).sha256
+
+
+SAVING = "import sys; from dfcompress import cli, run; run.SAVE_EVERY_SECONDS = 0.0; sys.exit(cli.run(sys.argv[1:]))"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["merge", "distill"])
+@pytest.mark.parametrize("until", ["images", "training"])
+def test_a_killed_command_resumes_to_the_same_bytes(verb, until, two, tmp_path):
+    """SIGKILL a real process at a random moment of its images or of its training, and run the line again."""
+    models = two if verb == "merge" else two[:1]
+    asked = "--student lenet5_bn_half --images 96 --steps 30 --batch-size 32 --unseen 0 --compile off --precision fp32"
+    line = [verb, *map(str, models), *asked.split(), "--train-steps", "400", "--train-batch-size", "16", "-q"]
+    command = [sys.executable, "-c", SAVING, *line]
+    subprocess.run([*command, "-o", tmp_path / "whole"], check=True)
+    folder = tmp_path / "killed"
+    process = subprocess.Popen([*command, "-o", folder])
+    sign = "training.partial" if until == "training" else "shard-*.partial"
+    while not list(folder.rglob(sign)) and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(delay := random.uniform(0, 0.5))
+    process.kill()
+    process.wait()
+    assert not (folder / "model.safetensors").exists(), delay
+    subprocess.run([*command, "-o", folder, "--resume"], check=True)
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes(), delay
+
+
+def test_teachers_of_grey_and_colour_and_of_two_sizes_share_the_larger_form(tmp_path):
+    grey = teacher(tmp_path / "grey", seed=1)
+    colour = teacher(tmp_path / "colour", size=(3, 24, 24), architecture="cifar_resnet20", seed=2)
+    result = merge(
+        [grey, colour], student="cifar_resnet20", output=tmp_path / "out", synthesis=FEW, training=SHORT, compute=EAGER
+    )
+    student = load(result.checkpoint).card
+    assert (student.input_size, student.classes, student.class_names) == ((3, 32, 32), 6, None)
+    assert student.mean == pytest.approx((0.4,) * 3)
+
+
+def test_sets_that_are_fitted_to_the_student_are_still_known_as_sets(tmp_path):
+    """What they were made by, and whether they are whole, is looked at before anything is begun."""
+    grey = teacher(tmp_path / "grey", seed=1)
+    colour = teacher(tmp_path / "colour", size=(3, 24, 24), architecture="cifar_resnet20", seed=2)
+    made = tmp_path / "out"
+    for number, each in enumerate((grey, colour), 1):
+        ImageSupply(load(each), None, FEW, EAGER, mix="bns").gather(made / f"teacher-{number}")
+    classifier = load(teacher(tmp_path / "student", size=(3, 32, 32), architecture="cifar_resnet20"))
+    supply = ImageSupply(classifier, made, FEW, EAGER, unseen=4)
+    assert sum(map(len, supply.sources)) == 2 * FEW.images
+    assert supply.unseen is not None
+    assert supply.unseen.choice.name == "bns-inception"
+    (made / "teacher-2" / "synthetic" / "shard-00000.safetensors").unlink()
+    with pytest.raises(BadInput, match="not complete"):
+        ImageSupply(classifier, made, FEW, EAGER)
+
+
+def test_real_images_report_each_teacher_and_all_together(two, tmp_path):
+    """Labels are the student's classes with one source, each teacher's own with two."""
+    images, labels = torch.randint(0, 256, (40, 1, 32, 32), dtype=torch.uint8), torch.arange(40) % 4
+    one = tmp_path / "all.npz"
+    save_npz(one, images, labels)
+    save_npz(tmp_path / "a.npz", images[labels < 3], labels[labels < 3])
+    save_npz(tmp_path / "b.npz", images[labels >= 2], labels[labels >= 2] - 2)
+    together = merged(two, tmp_path / "out", eval_data=[one]).evaluation.results
+    apart = merged(two, tmp_path / "out2", eval_data=[tmp_path / "a.npz", tmp_path / "b.npz"]).evaluation.results
+    assert [row["images"] for row in together] == ["a", "a", "b", "b", "all", "all"]
+    assert [row["total"] for row in together] == [30, 30, 20, 20, 40, 40]
+    assert [row["correct"] for row in together][:4] == [row["correct"] for row in apart][:4]
+    assert [row["total"] for row in apart][4:] == [50, 50]
+
+
+def save_npz(path, images, labels):
+    import numpy as np
+
+    np.savez(path, images=images.numpy(), labels=labels.numpy())
+
+
+def test_what_cannot_be_merged_is_refused(two, tmp_path):
+    with pytest.raises(BadInput, match="b and b are the same checkpoint"):
+        merged([two[1], two[1]], tmp_path / "out")
+    with pytest.raises(BadInput, match="two checkpoints or more"):
+        merged(two[:1], tmp_path / "out")
+    with pytest.raises(BadInput, match="--data was given 1 times for 2 teachers"):
+        merged(two, tmp_path / "out", data=[DEMO])
+    with pytest.raises(BadInput, match="--eval-data was given 3 times for 2 teachers"):
+        merged(two, tmp_path / "out", eval_data=[DEMO] * 3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_papers_way_has_its_own_settings():
+    training = usual_training("paper", 4096, 2)
+    assert (training.steps, training.batch_size, training.lr) == (125 * 64, 128, 0.05)
+    assert [training.rate(epoch * 64) for epoch in (0, 24, 25, 50)] == [0.05, 0.05, 0.025, 0.0125]
+    assert training.augmentation == type(training.augmentation)()
+
+
+def test_the_command_merges_as_typed(two, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = ["--images", "32", "--steps", "1", "--train-steps", "2", "--precision", "fp32", "--compile", "off"]
+    code = run(["merge", "a", "b", "--student", "lenet5_bn_half", "--json", "-q", *quick])
+    result = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert result["output"] == "a-merge"
+    assert result.keys() >= {"checkpoint", "bytes", "bytes_ratio", "seconds", "teachers", "evaluation"}
+
+
+def test_distill_reports_held_out_and_unseen_images_and_keeps_them_apart(tmp_path):
+    result = distill(
+        DEMO, student="half", output=tmp_path / "out", synthesis=FEW, training=SHORT, unseen=32, compute=EAGER
+    )
+    (followed,) = result.teachers
+    assert 0 <= followed["held_out"] <= 1
+    assert 0 <= followed["unseen"] <= 1
+    unseen = SyntheticSet(tmp_path / "out" / "unseen").manifest
+    assert (unseen["recipe"]["name"], unseen["seed"], unseen["images"]) == ("bns-inception", 1, 32)
+
+
+def test_unseen_images_are_of_no_recipe_that_was_learnt_from(tmp_path, capsys):
+    first = distill(DEMO, student="half", output=tmp_path / "a", synthesis=FEW, training=SHORT, compute=EAGER, unseen=0)
+    few = replace(FEW, preset="fast-mnist")
+    asked = {"synthesis": few, "training": {"steps": 2, "batch_size": 8}, "compute": EAGER, "unseen": 32}
+    console.configure(console.NORMAL)
+    distill(DEMO, student="half", output=tmp_path / "b", data=first.output, **asked)
+    console.configure(console.QUIET)
+    assert "options of synthesis make no others" in capsys.readouterr().err
+    assert SyntheticSet(tmp_path / "b" / "unseen").manifest["recipe"]["name"] == "bns-inception"
+
+
+@pytest.mark.parametrize("name", ["ce", "mse-logits", "feature", "attention"])
+def test_every_objective_trains_a_student(tmp_path, name):
+    made = distill(
+        DEMO,
+        student="lenet5_bn_half",
+        output=tmp_path / "out",
+        synthesis=FEW,
+        training=SHORT,
+        objectives={"kd": 1.0, name: 0.5},
+        unseen=0,
+        mix="none",
+        compute=EAGER,
+    )
+    lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
+    assert made.bytes > 0
+    assert all(line[name] > 0 for line in lines)
+
+
+def test_a_student_that_gives_up_half_of_the_classes_has_collapsed():
+    given = torch.arange(40) % 4
+    assert _collapse(given.clamp(max=2), given) is None
+    assert "never answers 3 of the 4 classes" in _collapse(torch.zeros(40, dtype=torch.long), given)
+
+
+def test_a_recipe_is_not_mixed_with_itself_and_not_with_chosen_classes(tmp_path):
+    with pytest.raises(BadInput, match="is the recipe that is mixed"):
+        distill(DEMO, student="half", output=tmp_path / "out", synthesis=FEW, mix="deepinversion", compute=EAGER)
+    some = replace(FEW, classes=("3",))
+    with pytest.raises(BadInput, match="all classes"):
+        distill(DEMO, student="half", output=tmp_path / "out", synthesis=some, mix="bns", compute=EAGER)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_trained_is_refused_before_an_image_is_made(two, tmp_path):
+    with pytest.raises(BadInput, match="no method 'papr'"):
+        merged(two, tmp_path / "out", method="papr")
+    wrong = replace(SHORT, optimizer="lamb", backend="apex")
+    with pytest.raises(BadInput, match="CUDA alone"):
+        distill(DEMO, student="half", output=tmp_path / "out", synthesis=FEW, training=wrong, compute=EAGER)
+    with pytest.raises(BadInput, match="looks at the student's answers"):
+        distill(DEMO, student="half", output=tmp_path / "out", objectives={"attention": 1.0}, compute=EAGER)
+    assert not (tmp_path / "out").exists()
+
+
+class Surprise(nn.Module):
+    """A student's network that fails in training mode alone."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network(images).mean((2, 3)) if self.training else self.network(images)
+
+
+def test_a_student_that_fails_in_training_mode_is_refused_before_an_image_is_made(two, tmp_path):
+    student = Classifier(Surprise(load(two[0]).network), load(two[0]).card)
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps([["x", "y", "z"], ["z", "x"]]))
+    asked = {"student_init": student, "output": tmp_path / "out", "synthesis": FEW, "compute": EAGER}
+    why = r"lenet5_bn cannot be trained: Dimension out of range.*--student"
+    with pytest.raises(BadInput, match=why):
+        distill(two[0], **asked)
+    with pytest.raises(BadInput, match=why):
+        merge(two, class_map=names, **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_teacher_is_not_trained_where_the_student_starts_from_it(tmp_path):
+    teacher = load(DEMO)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    distill(
+        teacher, student_init=teacher, output=tmp_path / "out", synthesis=FEW, training=SHORT, unseen=0, compute=EAGER
+    )
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_images_between_models_are_not_cropped():
+    images = torch.zeros(1, 3, 160, 160)
+    images[..., :4] = 1
+    assert reshaped(reshaped(images, (3, 224, 224)), (3, 160, 160))[0, 0, 80, 0] > 0.9
+
+
+ADAPTIVE = Synthesis(
+    "adaptive-deepinversion",
+    images=96,
+    settings={"steps": 2, "batch_size": 32, "student_steps": 3, "student_batch_size": 16},
+)
+
+
+def distilled(folder, output, **options):
+    asked = {"synthesis": ADAPTIVE, "training": SHORT, "compute": EAGER, "mix": "none", "unseen": 0} | options
+    return distill(folder, student="lenet5_bn_half", output=output, **asked)
+
+
+def test_a_live_student_goes_on_from_its_last_lesson(tmp_path):
+    """With no training of its own the student is what the lessons made of it; otherwise it is as it was made."""
+    folder, none = teacher(tmp_path / "t"), replace(SHORT, steps=0)
+    live = distilled(folder, tmp_path / "live", training=none, live=True)
+    other = distilled(folder, tmp_path / "other", training=none)
+    lessons = torch.load(tmp_path / "live" / "synthetic" / "lessons.pt", weights_only=True)
+    assert lessons["lesson"] == 2
+    fresh, _ = make_student("lenet5_bn_half", load(folder).card, seed=0)
+    for name, value in load(live.checkpoint).named_parameters():
+        assert torch.equal(value, lessons["student"][name]), name
+        assert torch.equal(load(other.checkpoint).get_parameter(name), fresh.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("lost", ["shard-00001.safetensors", None])
+def test_a_live_student_resumes_to_the_same_weights(tmp_path, lost):
+    """From the middle of the images, whose shard may be an earlier one than the lessons, and from their end."""
+    folder = teacher(tmp_path / "t")
+    whole = load(distilled(folder, tmp_path / "out", live=True).checkpoint).state_dict()
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    del record["measurements"]
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "out" / "model.safetensors").unlink()
+    if lost:
+        (tmp_path / "out" / "synthetic" / lost).unlink()
+    resumed = load(distilled(folder, tmp_path / "out", live=True, resume=True).checkpoint).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_live_without_an_adaptive_recipe_is_refused(tmp_path):
+    folder = teacher(tmp_path / "t")
+    with pytest.raises(BadInput, match="--live"):
+        distilled(folder, tmp_path / "out", live=True, synthesis=FEW)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("student", "objectives"), [("lenet5_bn", {"kd": 1.0, "feature": 10.0}), ("half", {"kd": 1.0})]
+)
+def test_features_are_followed_by_default_where_they_have_equal_widths(tmp_path, student, objectives):
+    none = replace(SHORT, steps=0)
+    asked = {"synthesis": FEW, "training": none, "compute": EAGER, "mix": "none", "unseen": 0, "student_init": None}
+    distill(teacher(tmp_path / "t"), student=student, output=tmp_path / "out", **asked)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["options"]["objectives"] == objectives
+
+
+def test_a_merged_student_begins_with_the_first_teacher_of_its_form(tmp_path):
+    """With no training the student answers for that teacher's classes as it does."""
+    other = teacher(tmp_path / "a", ("p", "q"), 2, architecture="lenet5_bn_half", seed=1)
+    its = teacher(tmp_path / "b", ("r", "s", "t"), seed=2)
+    asked = {"synthesis": FEW, "training": {"steps": 0}, "compute": EAGER, "mix": "none", "unseen": 0}
+    shown = torch.rand(4, 1, 32, 32)
+    for name, init in (("begun", "auto"), ("fresh", None)):
+        result = merge([other, its], student="lenet5_bn", student_init=init, output=tmp_path / name, **asked)
+        with torch.no_grad():
+            alike = torch.allclose(load(result.checkpoint)(shown)[:, 2:], load(its)(shown), atol=1e-5)
+        assert alike == (name == "begun")

@@ -1,0 +1,356 @@
+"""`quantize` end to end: what is killed is finished to the same bits, and what is left on disk serves other runs."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfcompress.data.synthetic_set import SyntheticSet
+from dfcompress.device import Compute
+from dfcompress.errors import BadInput, DfcompressError, GateNotMet
+from dfcompress.models.checkpoint import load
+from dfcompress.models.fake_quantizers import quantized_layers
+from dfcompress.quantization.calibration import Calibration, calibration_batches
+from dfcompress.quantization.reconstruction import Reconstruction
+from dfcompress.synthesis.recipe import Synthesis, choose
+from dfcompress.synthesis.transfer_set import ImageSupply
+from dfcompress.training.settings import Training
+from dfcompress.verbs import export
+from dfcompress.verbs._finish import Compressed
+from dfcompress.verbs._gates import Gates
+from dfcompress.verbs.evaluate import Evaluation
+from dfcompress.verbs.invert import learner
+from dfcompress.verbs.quantize import LSQ, quantize, usual_calibration, usual_images, usual_tuning
+
+DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
+EAGER = Compute("cpu", "fp32", "off", 0)
+SAVING = "import sys; from dfcompress import cli, run; run.SAVE_EVERY_SECONDS = 0.0; sys.exit(cli.run(sys.argv[1:]))"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("finetune", "steps"), [("lsq", "300"), ("blocks", "150"), ("blocks+lsq", "200")])
+def test_a_killed_quantization_resumes_to_the_same_bytes(finetune, steps, tmp_path):
+    """SIGKILL a real process at a random moment of its fine-tuning, and run the line again."""
+    asked = (
+        f"--bits 3w3a --finetune {finetune} --train-steps {steps} --train-batch-size 32 --compile off --precision fp32"
+    )
+    made = "--images 64 --steps 10 --batch-size 32 --calibration-steps 2 -q"
+    command = [sys.executable, "-c", SAVING, "quantize", str(DEMO), *asked.split(), *made.split()]
+    subprocess.run([*command, "-o", tmp_path / "whole"], check=True)
+    folder = tmp_path / "killed"
+    process = subprocess.Popen([*command, "-o", folder])
+    begun = "blocks.partial" if finetune == "blocks" else "training.partial"
+    while not (folder / begun).exists() and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(delay := random.uniform(0, 0.5))
+    process.kill()
+    process.wait()
+    assert not (folder / "model.safetensors").exists(), delay
+    subprocess.run([*command, "-o", folder, "--resume"], check=True)
+    for name in ("model.safetensors", "quantization.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), delay
+    assert not list(folder.glob("*.partial"))
+
+
+def test_what_was_measured_is_what_is_loaded_to_the_bit(tmp_path, monkeypatch):
+    saved = []
+    from dfcompress.verbs import _finish
+
+    writing = _finish.save
+    monkeypatch.setattr(_finish, "save", lambda student, folder: (saved.append(student), writing(student, folder)))
+    training = Training(3, 0.01, 32, freeze_batchnorm=True)
+    quantize(DEMO, data=DEMO, output=tmp_path / "out", training=training, compute=EAGER)
+    images = torch.rand(16, 1, 32, 32)
+    assert torch.equal(load(tmp_path / "out")(images), saved[0](images))
+
+
+FACTORIES = """
+from torch import nn
+
+def make(*dropout):
+    stem = nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), *dropout
+    return nn.Sequential(*stem, nn.Conv2d(8, 8, 3, 2), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
+
+def plain():
+    return make(nn.Identity())
+
+def with_dropout():
+    return make(nn.Dropout2d(0.5))
+
+class WithHead(nn.Sequential):
+    def __init__(self):
+        super().__init__(*plain())
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, images):
+        *body, head = self
+        early = nn.Sequential(*body[:4])(images)
+        late = nn.Sequential(*body[4:])(early)
+        return (late, head(early.mean((2, 3)))) if self.training else late
+
+with_head = WithHead
+
+class Cut(WithHead):
+    def forward(self, images):
+        return super().forward(images).detach()
+
+cut = Cut
+"""
+
+
+def defined(folder, name):
+    """A teacher of the factory of that name, from a file; all of them have the same weights."""
+    (folder / "net.py").write_text(FACTORIES)
+    torch.manual_seed(0)
+    namespace: dict = {"__name__": "net"}
+    exec(FACTORIES, namespace)
+    torch.save(namespace[name]().state_dict(), folder / f"{name}.pt")
+    return load(folder / f"{name}.pt", arch=f"{folder / 'net.py'}:{name}", input_size=(1, 32, 32))
+
+
+@pytest.mark.parametrize("finetune", ["lsq", "kd"])
+def test_dropout_and_heads_in_the_definition_change_nothing(finetune, tmp_path):
+    """A quantized network is repaired, and has no weights to spare for noise."""
+    states = []
+    for name in ("plain", "with_dropout", "with_head"):
+        teacher, settings = defined(tmp_path, name), {"steps": 3, "batch_size": 32}
+        asked = {"data": DEMO, "finetune": finetune, "training": settings, "compute": EAGER}
+        quantize(teacher, output=tmp_path / name, calibration=Calibration(steps=1), **asked)
+        states.append(load(tmp_path / name, arch=teacher.card.architecture).state_dict())
+    assert all(torch.equal(other[name], value) for other in states[1:] for name, value in states[0].items())
+
+
+def test_a_network_that_no_gradient_reaches_is_quantized_without_fine_tuning(tmp_path):
+    asked = {"data": DEMO, "compute": EAGER, "calibration": Calibration(steps=1), "output": tmp_path / "out"}
+    with pytest.raises(BadInput, match=r"cannot be trained: .*does not require grad.*--finetune none"):
+        quantize(defined(tmp_path, "cut"), **asked)
+    assert not (tmp_path / "out").exists()
+    quantize(defined(tmp_path, "cut"), finetune="none", **asked)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_images_of_one_run_serve_another(tmp_path):
+    few = Synthesis(images=40, settings={"steps": 2, "batch_size": 20})
+    first = quantize(DEMO, output=tmp_path / "first", finetune="none", synthesis=few, compute=EAGER)
+    recipes = {path.name: SyntheticSet(path).manifest["recipe"]["name"] for path in (tmp_path / "first").glob("synth*")}
+    assert recipes == {"synthetic": "bns-inception", "synthetic-bns": "bns"}
+    again = quantize(DEMO, output=tmp_path / "again", data=first.output, finetune="none", compute=EAGER)
+    assert load(again.checkpoint).sha256 == load(first.checkpoint).sha256
+    assert again.seconds["synthesis"] == 0
+    assert len(ImageSupply(load(DEMO), first.output, Synthesis(), EAGER)) == 38
+
+
+def test_a_competitor_under_repair_learns_at_a_fifth_of_the_rate():
+    teacher, recipe = load(DEMO), choose("adaptive-deepinversion", overrides={"student_lr": 0.05}).build()
+    assert learner(teacher, recipe, None, EAGER).training.lr == 0.05
+    repaired = learner(teacher, recipe, load(DEMO), EAGER, repair=True)
+    assert repaired.training.lr == pytest.approx(0.01)
+    assert repaired.training.freeze_batchnorm
+
+
+def test_adaptive_images_compete_with_what_quantization_leaves_of_the_model(tmp_path):
+    """It begins with the model's own weights and statistics, learns without losing these, and depends on the bits."""
+    settings = {"steps": 2, "batch_size": 16, "student_steps": 2, "student_batch_size": 8}
+    asked = Synthesis("adaptive-deepinversion", images=32, settings=settings)
+    shards = []
+    for bits in ("2w2a", "8w8a"):
+        folder = tmp_path / bits
+        quantize(DEMO, bits=bits, finetune="none", mix="none", synthesis=asked, output=folder, compute=EAGER)
+        lessons = torch.load(folder / "synthetic" / "lessons.pt", weights_only=True)
+        assert lessons["lesson"] == 1
+        teacher = load(DEMO).state_dict()
+        for name, value in lessons["student"].items():
+            if "running" in name:
+                assert torch.equal(value, teacher[name]), name
+            elif value.dim() > 1:
+                assert 0 < (value - teacher[name]).norm() < 0.2 * teacher[name].norm(), name
+        shards.append((folder / "synthetic" / "shard-00000.safetensors").read_bytes())
+    assert shards[0] != shards[1]
+
+
+def test_correction_and_ranges_are_settings_of_calibration(tmp_path):
+    shas = set()
+    for number, calibration in enumerate(
+        [Calibration(), Calibration(correction=False), Calibration(weights="minmax"), Calibration("minmax")]
+    ):
+        done = quantize(
+            DEMO, data=DEMO, output=tmp_path / str(number), finetune="none", calibration=calibration, compute=EAGER
+        )
+        shas.add(load(done.checkpoint).sha256)
+    assert len(shas) == 4
+
+
+def test_signed_activations_have_no_zero_points_in_the_file(tmp_path):
+    quantize(
+        DEMO, bits="8w8a", data=DEMO, output=tmp_path / "out", finetune="none", calibration=Calibration(signed=True)
+    )
+    grids = [layer.input_grid for layer in quantized_layers(load(tmp_path / "out").network).values()]
+    assert all(grid.signed and grid.zero_point == 0 for grid in grids)
+    layers = json.loads((tmp_path / "out" / "quantization.json").read_text())["layers"]
+    assert all(row["input_low"] < 0 < row["input_high"] for row in layers)
+
+
+def test_the_papers_method_has_every_published_value_and_each_can_be_changed():
+    """Haroush et al. 2020, section 4."""
+    published = Calibration(
+        inputs="minmax",
+        weights="minmax",
+        steps=200,
+        signed=False,
+        correction=False,
+        weight_grid="asymmetric",
+        replacement=True,
+    )
+    assert usual_calibration("paper", None) == published
+    assert usual_calibration("paper", {"steps": 3, "correction": True}) == replace(published, steps=3, correction=True)
+    small = usual_tuning("kd", None, method="paper", input_size=(3, 32, 32))
+    assert (small.steps, small.batch_size, small.freeze_batchnorm, small.schedule) == (16_000, 512, True, "cosine")
+    assert small.augmentation.flip
+    assert small.augmentation.mixup
+    large = usual_tuning("kd", None, method="paper", input_size=(3, 224, 224))
+    assert (large.steps, large.batch_size) == (44_000, 256)
+    fewer = usual_tuning("kd", {"steps": 7}, method="paper", input_size=(3, 32, 32))
+    assert fewer == replace(small, steps=7)
+    assert usual_tuning("lsq", None, method="paper", input_size=(3, 32, 32)) == LSQ
+
+
+@pytest.mark.parametrize(
+    ("weight_grid", "symmetric"),
+    [("auto", {"2": False, "3": False, "4": True}), ("symmetric", dict.fromkeys("234", True))],
+)
+def test_two_and_three_bits_have_zero_points_by_default_and_none_where_they_are_not_wanted(
+    weight_grid, symmetric, tmp_path
+):
+    widths = {"conv2": "2w8a", "fc1": "3w8a", "fc2": "4w8a"}
+    asked = {"data": DEMO, "calibration": {"steps": 1, "weight_grid": weight_grid}, "compute": EAGER}
+    done = quantize(DEMO, bits="8w8a", layer_bits=widths, finetune="none", output=tmp_path / "out", **asked)
+    layers = quantized_layers(load(done.checkpoint).network)
+    assert {str(layers[name].weight_bits): layers[name].weight_grid.symmetric for name in widths} == symmetric
+    assert layers["conv1"].weight_grid.symmetric
+
+
+def test_the_papers_images_are_of_one_recipe_unless_others_are_asked_for():
+    teacher, some = load(DEMO), Synthesis(images=8)
+    made, mix = usual_images("paper", teacher, some, "auto")
+    assert (made.recipe, made.preset, mix) == ("bns-inception", "paper-cifar10", "none")
+    made, mix = usual_images("paper", teacher, replace(some, recipe="bns"), "deepinversion")
+    assert (made.recipe, made.preset, mix) == ("bns", None, "deepinversion")
+    made, mix = usual_images("default", teacher, some, "auto")
+    assert (made.recipe, made.preset, mix) == ("bns-inception", None, "auto")
+
+
+def test_the_papers_weights_cover_each_channel_with_all_integers_and_nothing_is_corrected(tmp_path):
+    asked = {"data": DEMO, "method": "paper", "calibration": {"steps": 2}, "compute": EAGER}
+    done = quantize(DEMO, bits="3w8a", first_last_bits="same", finetune="none", output=tmp_path / "out", **asked)
+    made, teacher = load(done.checkpoint), load(DEMO)
+    for name, layer in quantized_layers(made.network).items():
+        integers, grid = layer.integer_weight()
+        assert not grid.symmetric
+        weight = teacher.network.get_parameter(f"{name}.weight").flatten(1)
+        covered = weight.amax(1).clamp_min(0) - weight.amin(1).clamp_max(0)
+        torch.testing.assert_close(grid.scale, covered / 7)
+        rows = integers.flatten(1)
+        assert ((rows.amax(1) == 7) | (rows.amin(1) == 0)).all()
+    before, quantized = teacher.network.state_dict(), {f"{name}.weight" for name in quantized_layers(made.network)}
+    for name, tensor in made.network.state_dict().items():
+        assert name in quantized or name.endswith("num_batches_tracked") or torch.equal(tensor, before[name])
+    options = json.loads((tmp_path / "out" / "run.json").read_text())["options"]
+    assert (options["method"], options["calibration"]["steps"]) == ("paper", 2)
+    assert (options["calibration"]["inputs"], options["calibration"]["replacement"]) == ("minmax", True)
+
+
+def test_the_papers_fine_tuning_learns_with_kd_and_iq(tmp_path):
+    asked = {"data": DEMO, "method": "paper", "calibration": {"steps": 1}, "training": {"steps": 2, "batch_size": 16}}
+    quantize(DEMO, output=tmp_path / "out", compute=EAGER, **asked)
+    options = json.loads((tmp_path / "out" / "run.json").read_text())["options"]
+    assert (options["finetune"], options["objectives"]) == ("kd", {"kd": 1.0, "iq": 0.001})
+    assert (options["training"]["steps"], options["training"]["batch_size"]) == (2, 16)
+
+
+def test_calibration_with_replacement_fills_a_batch_from_fewer_images_and_depends_on_the_seed_alone():
+    images = (torch.arange(10, dtype=torch.uint8) * 20).view(10, 1, 1, 1).expand(10, 1, 8, 8)
+    drawing = Calibration(steps=2, replacement=True)
+    first, second = calibration_batches(images, drawing, seed=0)
+    assert first.shape == second.shape == (256, 1, 8, 8)
+    assert not torch.equal(first, second)
+    counts = torch.unique((first[:, 0, 0, 0] * 255).round(), return_counts=True)[1]
+    assert len(counts) == 10
+    assert counts.min() < counts.max()
+    assert torch.equal(first, next(calibration_batches(images, drawing, seed=0)))
+    assert not torch.equal(first, next(calibration_batches(images, drawing, seed=1)))
+    assert next(calibration_batches(images, Calibration(steps=1), seed=0)).shape == (10, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"finetune": "qat"}, "no --finetune 'qat'"),
+        ({"method": "papers"}, "no --method 'papers'"),
+        ({"calibration": {"step": 3}}, "no setting of calibration called 'step'. Did you mean 'steps'"),
+        ({"calibration": {"weight_grid": "skewed"}}, "no --weight-grid 'skewed'"),
+        ({"finetune": "blocks", "training": Training(3, 0.1, 8)}, "not set by a Training"),
+        ({"finetune": "lsq", "training": Reconstruction()}, "not set by a Reconstruction"),
+        ({"objectives": {"feature": 1.0}}, "No objective looks at"),
+        ({"objectives": {"kd": 1.0, "iqs": 1.0}}, "no objective 'iqs'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(asked, message, tmp_path):
+    with pytest.raises(BadInput, match=message):
+        quantize(DEMO, data=DEMO, output=tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gate_without_what_it_counts_is_bad_input(tmp_path):
+    data = tmp_path / "few.npz"
+    import numpy as np
+
+    np.savez(data, images=np.zeros((8, 1, 32, 32), np.uint8), labels=np.zeros(8, np.int64))
+    done = quantize(DEMO, data=data, output=tmp_path / "out", finetune="none", compute=EAGER)
+    with pytest.raises(BadInput, match="Add --eval-data"):
+        Gates(max_drop=1.0).check(done)
+    with pytest.raises(GateNotMet, match="too few images"):
+        Gates(min_agreement=0.5).check(done)
+    Gates().check(done)
+
+
+def test_a_loss_of_just_so_many_points_is_allowed():
+    """In floating point 100 · (0.93 − 0.92) is more than 1."""
+    for correct in range(100, 1001):
+        rows = [{"checkpoint": "teacher", "correct": correct, "total": 1000, "top1": correct / 1000}]
+        rows += [{"checkpoint": "own", "correct": correct - 10, "total": 1000, "top1": (correct - 10) / 1000}]
+        result = Compressed("", "", 1, 1.0, 1, {}, 1.0, [], [], Evaluation(rows))
+        Gates(max_drop=1.0).check(result)
+        with pytest.raises(GateNotMet, match=r"loses 1\.00 points"):
+            Gates(max_drop=0.99).check(result)
+
+
+def test_single_settings_are_changed_by_name(tmp_path):
+    asked = {"data": DEMO, "finetune": "lsq", "compute": EAGER, "eval_data": None}
+    with pytest.raises(BadInput, match="no setting of training called 'step'"):
+        quantize(DEMO, output=tmp_path / "out", training={"step": 3}, **asked)
+    with pytest.raises(BadInput, match="none trains nothing"):
+        quantize(DEMO, output=tmp_path / "out", training={"steps": 3}, **asked | {"finetune": "none"})
+    assert not (tmp_path / "out").exists()
+    quantize(DEMO, output=tmp_path / "out", training={"steps": 2, "batch_size": 8}, **asked)
+    options = json.loads((tmp_path / "out" / "run.json").read_text())["options"]
+    assert (options["training"]["steps"], options["training"]["batch_size"]) == (2, 8)
+    assert options["training"]["lr"] == LSQ.lr
+    assert options["rounding"] is None
+
+
+def test_what_cannot_be_exported_is_told_before_anything_is_made(tmp_path, monkeypatch):
+    def refuse(*arguments: object, **options: object) -> None:
+        raise DfcompressError("onnxruntime cannot load it", "Use the model without ONNX.")
+
+    monkeypatch.setattr(export, "Session", refuse)
+    with pytest.raises(DfcompressError, match="cannot load"):
+        quantize(DEMO, output=tmp_path / "out", export="onnxruntime", compute=EAGER)
+    assert not (tmp_path / "out").exists()
