@@ -22,7 +22,7 @@ _HOME = {
     "Calibration": "quantization.calibration",
     "Classifier": "models.classifier",
     "Gates": "verbs._gates",
-    "Keeping": "synthesis.records.accumulator",
+    "RecordSettings": "synthesis.records.accumulator",
     "ModelCard": "models.card",
     "Reconstruction": "quantization.reconstruction",
     "Synthesis": "synthesis.recipe",

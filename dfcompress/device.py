@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from dfcompress import console
-from dfcompress.distributed import peers
+from dfcompress.distributed import world
 from dfcompress.errors import NOT_IN_PLACE, BadInput, first_line, is_of_layers_in_place
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -38,7 +38,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     if name == "auto":
         if not has_cuda():
             return torch.device("cpu")
-        return torch.device("cuda" if peers().count == 1 else _own_cuda())
+        return torch.device("cuda" if world().count == 1 else _own_cuda())
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -58,10 +58,10 @@ def _own_cuda() -> str:
     seen = torch.cuda.device_count()
     if not seen:
         raise BadInput(
-            f"This job computes on CUDA, and process {peers().rank} sees no CUDA device.",
+            f"This job computes on CUDA, and process {world().rank} sees no CUDA device.",
             "Give every process a GPU, or use --device cpu.",
         )
-    return f"cuda:{peers().local_rank % seen}"
+    return f"cuda:{world().local_rank % seen}"
 
 
 def has_cuda() -> bool:
@@ -257,7 +257,7 @@ def as_mine(stored: str) -> str:
 
     Raises `BadInput` where this process has none.
     """
-    return _own_cuda() if can_capture(torch.device(stored)) and peers().count > 1 else stored
+    return _own_cuda() if can_capture(torch.device(stored)) and world().count > 1 else stored
 
 
 @contextmanager
@@ -273,7 +273,7 @@ def threads(count: int) -> Iterator[None]:
 
 def threads_here() -> int:
     """Threads for this process: what the user or the library set, or its share where several share the machine."""
-    everyone = peers()
+    everyone = world()
     if everyone.count == 1:
         return torch.get_num_threads()
     # Launchers that bind processes to cores have shared them already.

@@ -27,7 +27,7 @@ JOINING = timedelta(minutes=5)
 TERMINATED = 143
 
 
-class Peers:
+class World:
     """This process and the others of its job; alone, everything here is immediate.
 
     `rank` counts from 0, the rank that leads: it alone prints, decides and measures.
@@ -42,12 +42,12 @@ class Peers:
         self._over = threading.Event()
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that decides and prints."""
         return self.rank == 0 or self.count == 1
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
+    def session(self) -> Iterator[None]:
         """Join the others; where one fails or dies, the rest end too.
 
         Raises `DfcompressError` where the others do not come.
@@ -63,12 +63,12 @@ class Peers:
                 yield
                 self._disconnect()
                 self._ask("set", f"done/{self.rank}", "")
-                if self.leads:  # It may keep the store, so it leaves last.
+                if self.is_main:  # It may keep the store, so it leaves last.
                     self._wait_for([f"done/{rank}" for rank in range(self.count)])
         except BaseException as error:
             with suppress(RuntimeError):
-                self._store.set("failed", "" if self.leads else f"process {self.rank}: {error}")
-                time.sleep(4 * BEAT_SECONDS if not self.leads else 0)  # For the leading process to say it.
+                self._store.set("failed", "" if self.is_main else f"process {self.rank}: {error}")
+                time.sleep(4 * BEAT_SECONDS if not self.is_main else 0)  # For the leading process to say it.
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -89,30 +89,30 @@ class Peers:
             self._over.set()
             watcher.join(LOST_AFTER_SECONDS)  # A store whose keeper is gone may not answer.
 
-    def told(self, value: Any = None) -> Any:
+    def broadcast(self, value: Any = None) -> Any:
         """What the leading process passes here, on every process; a JSON value."""
         if self.count == 1:
             return value
-        key = self._next("told")
-        if self.leads:
+        key = self._next("broadcast")
+        if self.is_main:
             self._ask("set", key, json.dumps(value))
         self._wait_for([key])
         return json.loads(self._ask("get", key))
 
-    def told_by_all(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """What every process passes here, by rank; JSON values."""
         if self.count == 1:
             return [value]
-        key = self._next("told_by_all")
+        key = self._next("all_gather")
         keys = [f"{key}/{rank}" for rank in range(self.count)]
         self._ask("set", keys[self.rank], json.dumps(value))
         self._wait_for(keys)
         return [json.loads(self._ask("get", each)) for each in keys]
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until every process is here."""
         if self.count > 1:
-            key = self._next("meet")
+            key = self._next("barrier")
             self._ask("set", f"{key}/{self.rank}", "")
             self._wait_for([f"{key}/{rank}" for rank in range(self.count)])
 
@@ -132,7 +132,7 @@ class Peers:
             distributed.destroy_process_group()
             self._connected = False
 
-    def share(self, units: Sequence[Any]) -> Iterator[Any]:
+    def claim(self, units: Sequence[Any]) -> Iterator[Any]:
         """The units this process shall do: each is given to one process, whoever asks first.
 
         Every process must pass the same units.
@@ -208,7 +208,7 @@ class Peers:
 
 
 @cache
-def peers() -> Peers:
+def world() -> World:
     """The processes of this job, from the variables that torchrun or SLURM set.
 
     Raises `BadInput` where those are no numbers.
@@ -219,7 +219,7 @@ def peers() -> Peers:
         if "RANK" not in variables and int(variables.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             variables |= _from_slurm(variables)
             os.environ.update({name: variables[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")})
-        return Peers(*(int(variables.get(name, default)) for name, default in zip(names, "0101", strict=True)))
+        return World(*(int(variables.get(name, default)) for name, default in zip(names, "0101", strict=True)))
     except ValueError:
         values = ", ".join(f"{name}={variables.get(name)}" for name in names)
         raise BadInput(f"{values} are not all numbers.", "Start with torchrun, or unset them.") from None

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dfcompress.distributed import peers
+from dfcompress.distributed import world
 from dfcompress.errors import BadInput, DfcompressError
 
 RECORD = "run.json"
@@ -47,9 +47,9 @@ class Run:
         self.inputs = [Path(path) for path in inputs if path is not None]
         self.seconds: dict[str, float] = {}
         self.earlier: Mapping[str, Any] | None = None
-        if peers().leads:
+        if world().is_main:
             self._open(resume=resume, overwrite=overwrite)
-        self.earlier = peers().told(self.earlier)
+        self.earlier = world().broadcast(self.earlier)
         self._started = time.perf_counter()
 
     def _open(self, *, resume: bool, overwrite: bool) -> None:
@@ -159,7 +159,7 @@ def running(
     overwrite: bool = False,
 ) -> Iterator[Run]:
     """A `Run` in all processes of a job: the leading one opens the folder, and where one fails the others end too."""
-    with peers().at_work():
+    with world().session():
         yield Run(verb, folder, options, inputs=inputs, resume=resume, overwrite=overwrite)
 
 

@@ -21,7 +21,7 @@ def unknown(what: str, name: str, known: Sequence[str]) -> BadInput:
     return BadInput(f"There is no {what} {name!r}.", remedy)
 
 
-def converted(name: str, value: Any, default: Any) -> Any:
+def parse(name: str, value: Any, default: Any) -> Any:
     """`value` in the type of the setting's default; raises `BadInput` where it is none, negative or not finite."""
     kind = type(default)
     try:
@@ -29,14 +29,14 @@ def converted(name: str, value: Any, default: Any) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
         if kind is tuple and isinstance(value, str):
             return tuple(type(default[0])(part) for part in value.split(","))
-        converted = kind(value)
+        parse = kind(value)
     except (KeyError, ValueError, TypeError):
         raise BadInput(
             f"{name} = {value!r} is not a value of type {kind.__name__}.", f"Its default is {default!r}."
         ) from None
-    if isinstance(converted, int | float) and (converted < 0 or not math.isfinite(converted)):
+    if isinstance(parse, int | float) and (parse < 0 or not math.isfinite(parse)):
         raise BadInput(f"{name} = {value!r} is negative or not finite.", "Use a number from 0 up.")
-    return converted
+    return parse
 
 
 def assignments(texts: Sequence[str], option: str) -> dict[str, str]:
@@ -51,7 +51,7 @@ def assignments(texts: Sequence[str], option: str) -> dict[str, str]:
     return values
 
 
-def changed(settings: Settings, changes: Mapping[str, Any], what: str) -> Settings:
+def replace_settings(settings: Settings, changes: Mapping[str, Any], what: str) -> Settings:
     """A frozen dataclass with some fields changed, also those of the dataclasses in it; text is converted.
 
     Raises `BadInput` for names that are no fields, with a suggestion, and for values of the wrong type.
@@ -62,16 +62,16 @@ def changed(settings: Settings, changes: Mapping[str, Any], what: str) -> Settin
         if name not in places:
             raise unknown(what, name, sorted(places))
         place, default = places[name]
-        inner.setdefault(place, {})[name] = converted(name, value, default)
+        inner.setdefault(place, {})[name] = parse(name, value, default)
     own = inner.pop("", {})
     parts = {place: dataclasses.replace(getattr(settings, place), **values) for place, values in inner.items()}
     return dataclasses.replace(settings, **own, **parts)  # type: ignore[type-var]
 
 
-def settled(usual: Settings, given: Settings | Mapping[str, Any] | None) -> Settings:
+def with_defaults(usual: Settings, given: Settings | Mapping[str, Any] | None) -> Settings:
     """The settings of a training as they are given, or the usual ones with single changes; raises as `changed` does."""
     if given is None or isinstance(given, Mapping):
-        return changed(usual, given or {}, "setting of training called")
+        return replace_settings(usual, given or {}, "setting of training called")
     return given
 
 

@@ -11,7 +11,7 @@ from dfcompress.models.checkpoint import load
 from dfcompress.verbs.bench_step import _flops, bench_step
 from dfcompress.verbs.bench_train import bench_train
 
-DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
+DEMO = Path(__file__).resolve().parents[1] / "dfcompress" / "demo_files"
 
 
 def test_the_rows_are_the_documented_ones_and_positive(resnet20_file):

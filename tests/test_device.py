@@ -23,7 +23,7 @@ from dfcompress.device import (
     resolve_precision,
     tried,
 )
-from dfcompress.distributed import Peers
+from dfcompress.distributed import World
 from dfcompress.errors import BadInput
 
 CPU = torch.device("cpu")
@@ -161,7 +161,7 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-        monkeypatch.setattr(device, "peers", lambda: Peers(rank, processes, rank, processes))
+        monkeypatch.setattr(device, "world", lambda: World(rank, processes, rank, processes))
 
     return see
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dfcompress.device import Execution
-from dfcompress.distributed import Peers, first_host, peers
+from dfcompress.distributed import World, first_host, world
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
@@ -27,7 +27,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis import set_builder
 from dfcompress.synthesis.labels import Labels
 from dfcompress.synthesis.recipe import Synthesis, choose
-from dfcompress.synthesis.spec import Job
+from dfcompress.synthesis.spec import SynthesisSpec
 from dfcompress.training import parallel
 
 # On the CPU, because a machine may have fewer GPUs than there are processes here.
@@ -309,9 +309,9 @@ def test_statistics_of_a_shared_batch_are_those_of_the_whole(monkeypatch):
     seen = features.clone().requires_grad_(True)
     (whole(seen) * features.cos()).sum().backward()
     # Every process holds one half; here both are in one, so that a mean over processes is the mean over halves.
-    monkeypatch.setattr(parallel, "peers", lambda: Peers(0, 2))
+    monkeypatch.setattr(parallel, "world", lambda: World(0, 2))
     monkeypatch.setattr(parallel, "mean", lambda values, everyone: values)
-    with parallel.synchronised(shared, Peers(0, 2)):
+    with parallel.synchronised(shared, World(0, 2)):
         (shared(halves) * features.cos()).sum().backward()
     torch.testing.assert_close(halves.grad, seen.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(shared.running_mean, whole.running_mean)
@@ -323,9 +323,9 @@ WORKING = """
 import threading
 from dfcompress import distributed
 distributed.BEAT_SECONDS = 1e-5
-everyone = distributed.peers()
-with everyone.at_work():
-    assert everyone.told_by_all(everyone.rank) == [0, 1]
+everyone = distributed.world()
+with everyone.session():
+    assert everyone.all_gather(everyone.rank) == [0, 1]
 assert threading.active_count() == 1
 """
 
@@ -341,24 +341,24 @@ def test_no_thread_is_left_that_could_end_the_interpreter():
 def test_groups_leave_no_process_without_work(monkeypatch):
     """64 images in batches of 16 fill a step together, and would be the work of one process."""
     cuda, card = Execution("cuda", "bf16", False, 1, ""), ModelCard("tiny", 10, (3, 32, 32), (0.5,) * 3, (0.25,) * 3)
-    job = Job(
+    job = SynthesisSpec(
         Classifier(nn.Identity(), card), None, Synthesis(images=64), choose("deepinversion", card=card), Labels((0,))
     )
     groups = []
     for count in (1, 2, 4, 8):
-        monkeypatch.setattr(set_builder, "peers", lambda count=count: Peers(0, count))
+        monkeypatch.setattr(set_builder, "world", lambda count=count: World(0, count))
         groups.append(set_builder._groups(job, 16, cuda))
     assert groups == [4, 2, 1, 1]
 
 
 def test_alone_everything_is_immediate():
-    one = Peers()
-    with one.at_work():
-        one.meet()
-        assert one.told({"a": 1}) == {"a": 1}
-        assert one.told_by_all({"a": 1}) == [{"a": 1}]
-        assert list(one.share([3, 4])) == [3, 4]
-    assert one.leads
+    one = World()
+    with one.session():
+        one.barrier()
+        assert one.broadcast({"a": 1}) == {"a": 1}
+        assert one.all_gather({"a": 1}) == [{"a": 1}]
+        assert list(one.claim([3, 4])) == [3, 4]
+    assert one.is_main
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_slurm_variables_are_understood(monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    found = peers.__wrapped__()
+    found = world.__wrapped__()
     assert (found.rank, found.count, found.local_rank, found.local_count) == (3, 4, 1, 2)
     assert os.environ["MASTER_ADDR"] == "gpu1"
 
@@ -390,7 +390,7 @@ def test_slurm_variables_are_understood(monkeypatch):
 def test_variables_that_are_no_numbers_are_refused(monkeypatch):
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(BadInput, match="not all numbers"):
-        peers.__wrapped__()
+        world.__wrapped__()
 
 
 @pytest.mark.slow
@@ -410,5 +410,5 @@ def test_a_batchnorm_that_does_more_is_refused_in_several_processes():
             return super().forward(input).relu()
 
     with pytest.raises(BadInput, match="Activated cannot be trained by several processes"):
-        parallel.require_plain(nn.Sequential(Activated(3)), Peers(0, 2))
-    parallel.require_plain(nn.Sequential(Activated(3)), Peers())
+        parallel.require_plain(nn.Sequential(Activated(3)), World(0, 2))
+    parallel.require_plain(nn.Sequential(Activated(3)), World())

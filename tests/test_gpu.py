@@ -18,7 +18,7 @@ from dfcompress.quantization.calibration import Calibration
 from dfcompress.quantization.reconstruction import Reconstruction
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import Synthesizer
-from dfcompress.training.class_map import Outputs
+from dfcompress.training.class_map import ClassMap
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import Trainer
 from dfcompress.training.merging import Merging
@@ -130,7 +130,7 @@ def trained(teachers, compute):
     if len(teachers) == 1:
         teaching = Distillation(teachers[0], [kd(4.0), 10.0 * feature(shared_stages(student, teachers[0]))])
     else:
-        teaching = Merging(teachers, Outputs((torch.arange(10),) * len(teachers), 10))
+        teaching = Merging(teachers, ClassMap((torch.arange(10),) * len(teachers), 10))
     return Trainer(student, teaching, TRAINING, compute=compute).fit(*[shown] * len(teachers)).losses
 
 

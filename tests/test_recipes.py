@@ -15,8 +15,8 @@ from dfcompress.models.checkpoint import load
 from dfcompress.models.recorder import LOGITS
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.recipes import recipe_names
-from dfcompress.synthesis.records.accumulator import Keeping
-from dfcompress.synthesis.records.gaussian import GaussianKeeper, GaussianSource
+from dfcompress.synthesis.records.accumulator import RecordSettings
+from dfcompress.synthesis.records.gaussian import GaussianKeeper, GaussianSampler
 from dfcompress.synthesis.records.record_file import Description, Record
 from dfcompress.synthesis.synthesizer import Synthesizer
 
@@ -30,10 +30,10 @@ CASES = [(name, preset) for name in recipe_names() for preset in module_of(name)
 
 def a_record(teacher):
     """Logits of made-up images, made ready to draw from."""
-    keeper = GaussianKeeper({LOGITS: torch.zeros(1, 10)}, Keeping("top-layer"), 10)
+    keeper = GaussianKeeper({LOGITS: torch.zeros(1, 10)}, RecordSettings("top-layer"), 10)
     keeper.update([20 * torch.randn(200, 10)], torch.arange(200) % 10, torch.arange(200))
     about = Description("top-layer", (LOGITS,), 200, (20,) * 10, "", **keeper.details())
-    return GaussianSource(Record(about, keeper.tensors()), teacher)
+    return GaussianSampler(Record(about, keeper.tensors()), teacher)
 
 
 def test_the_folder_holds_the_recipes_of_this_version():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 
 from dfcompress.errors import BadInput
-from dfcompress.settings import assignments, changed
+from dfcompress.settings import assignments, replace_settings
 from dfcompress.verbs.distill import DISTILLATION
 
 
 def test_text_is_converted_and_inner_fields_are_found():
-    new = changed(DISTILLATION, {"lr": "0.5", "mixup": "0", "milestones": "0.2,0.4", "flip": "false"}, "setting")
+    new = replace_settings(
+        DISTILLATION, {"lr": "0.5", "mixup": "0", "milestones": "0.2,0.4", "flip": "false"}, "setting"
+    )
     assert (new.lr, new.augmentation.mixup, new.milestones) == (0.5, 0.0, (0.2, 0.4))
     assert new.augmentation.flip is False
     assert new.augmentation.shift == DISTILLATION.augmentation.shift
@@ -30,7 +32,7 @@ def test_text_is_converted_and_inner_fields_are_found():
 )
 def test_what_cannot_be_is_refused(changes, message):
     with pytest.raises(BadInput, match=message):
-        changed(DISTILLATION, changes, "setting of training called")
+        replace_settings(DISTILLATION, changes, "setting of training called")
 
 
 def test_assignments_name_their_option():

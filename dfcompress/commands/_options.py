@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.models.classifier import Classifier
     from dfcompress.synthesis.recipe import Synthesis
-    from dfcompress.synthesis.records.accumulator import Keeping
+    from dfcompress.synthesis.records.accumulator import RecordSettings
     from dfcompress.verbs._gates import Gates
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -137,10 +137,10 @@ def _synthesis(
     )
 
 
-def _keeping(**values: Any) -> Keeping:
-    from dfcompress.synthesis.records.accumulator import Keeping
+def _keeping(**values: Any) -> RecordSettings:
+    from dfcompress.synthesis.records.accumulator import RecordSettings
 
-    return Keeping(**values)
+    return RecordSettings(**values)
 
 
 def _records(records: Path | None, no_records: bool) -> Path | str | None:

@@ -54,14 +54,14 @@ def distill(
     """Train a smaller student on images made from the model."""
     import dataclasses
 
-    from dfcompress.settings import settled
+    from dfcompress.settings import with_defaults
     from dfcompress.training.student import begin_student
     from dfcompress.verbs.distill import DISTILLATION, distill, image_supply
     from dfcompress.verbs.invert import plans
 
     student_init = None if student_init == "none" else student_init
     if dry_run:
-        usual = settled(DISTILLATION, training)
+        usual = with_defaults(DISTILLATION, training)
         pupil, *_ = begin_student(student, model.card, init=student_init, teachers=[(model, None)], seed=compute.seed)
         supply = image_supply(model, pupil, data, synthesis, compute, training=usual, mix=mix, unseen=unseen, live=live)
         _summary.plan(*plans(supply), as_json=as_json, training=dataclasses.asdict(usual))

@@ -46,12 +46,12 @@ def invert(
     """Make images from a checkpoint and nothing else."""
     from functools import partial
 
-    from dfcompress.synthesis.transfer_set import ImageSupply
+    from dfcompress.synthesis.transfer_set import TransferSetSource
     from dfcompress.verbs.invert import IMAGES, invert, learner, plans
 
     if dry_run:
         competitor = partial(learner, model, student=student, compute=compute)
-        supply = ImageSupply(model, None, synthesis.counted(IMAGES), compute, learner=competitor)
+        supply = TransferSetSource(model, None, synthesis.counted(IMAGES), compute, learner=competitor)
         _summary.plan(*plans(supply), as_json=as_json)
         return
     made = invert(

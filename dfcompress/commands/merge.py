@@ -68,7 +68,7 @@ def merge(
     """Train one student that knows the classes of several models, on images made from each."""
     import dataclasses
 
-    from dfcompress.settings import settled
+    from dfcompress.settings import with_defaults
     from dfcompress.training.loop import require_trainable
     from dfcompress.verbs.invert import plans
     from dfcompress.verbs.merge import begin_merged, image_supplies, merge, usual_images, usual_training
@@ -88,7 +88,7 @@ def merge(
         architecture = pupil.card.architecture
         supplies = image_supplies(models, data, own, compute, mix=mix, unseen=unseen, student=architecture)
         counts = list(map(len, supplies))
-        usual = settled(usual_training(method, min(counts), len(models)), training)  # type: ignore[arg-type]
+        usual = with_defaults(usual_training(method, min(counts), len(models)), training)  # type: ignore[arg-type]
         require_trainable(pupil, usual, compute, counts)
         _summary.plan(*plans(*supplies), as_json=as_json, training=dataclasses.asdict(usual))
         return

@@ -106,7 +106,7 @@ def quantize(
     from dfcompress.quantization.bits import layers_of
     from dfcompress.quantization.layer_report import REPORT
     from dfcompress.settings import assignments
-    from dfcompress.synthesis.transfer_set import ImageSupply
+    from dfcompress.synthesis.transfer_set import TransferSetSource
     from dfcompress.training.loop import require_trainable
     from dfcompress.training.settings import Training
     from dfcompress.verbs.invert import plans
@@ -134,7 +134,7 @@ def quantize(
         finetune = finetune or FINETUNED_BY[method]
         tuning = usual_tuning(finetune, training, method=method, input_size=model.card.input_size)
         competing = partial(competitor, model, wanted, calibrating, compute)
-        supply = ImageSupply(model, data, synthesis, compute, mix=mix, learner=competing)
+        supply = TransferSetSource(model, data, synthesis, compute, mix=mix, learner=competing)
         if isinstance(tuning, Training):
             require_trainable(model, tuning, compute, [len(supply)], repair=True)
         rounding = BEFORE_LSQ if tuning and finetune == "blocks+lsq" else None

@@ -12,7 +12,7 @@ from dfcompress.commands import _options
 
 if TYPE_CHECKING:
     from dfcompress.models.classifier import Classifier
-    from dfcompress.synthesis.records.accumulator import Keeping
+    from dfcompress.synthesis.records.accumulator import RecordSettings
     from dfcompress.verbs.record import Recorded
 
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def record(
     model: Classifier,
     data: Path,
-    keeping: Keeping,
+    keeping: RecordSettings,
     output: Path | None,
     overwrite: bool,
     dry_run: bool,

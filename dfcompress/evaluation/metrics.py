@@ -13,13 +13,13 @@ from dfcompress.data.real import ImageSource
 from dfcompress.device import exact_fp32
 from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier, evaluating
-from dfcompress.models.recorder import HookRecorder, LayerRecord, Moments
+from dfcompress.models.recorder import HookRecorder, LayerMoments, Moments
 
 TOP = 5
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """A classifier's best classes `(N, up to 5)`, best first, and the labels `(N,)`; int64, on the CPU."""
 
     classes: Tensor
@@ -32,13 +32,13 @@ class Answers:
         """How many labels are among the `k` best classes."""
         return int((self.classes[:, :k] == self.labels[:, None]).any(1).sum())
 
-    def agreement(self, other: Answers) -> float:
+    def agreement(self, other: Predictions) -> float:
         """The share of images, in [0, 1], on which both give the same best class."""
         return float((self.classes[:, 0] == other.classes[:, 0]).double().mean())
 
 
 @torch.no_grad()
-def answers(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> Answers:
+def answers(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> Predictions:
     """Ask a classifier, in fp32 and evaluation mode, about float images `(N, C, H, W)` in [0, 1] with labels.
 
     Raises `DfcompressError` where it answers with something that is not a number.
@@ -52,7 +52,7 @@ def answers(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) ->
                 raise DfcompressError("The network answers with NaN or infinity.", "Its weights or its card are wrong.")
             classes.append(logits.topk(k).indices.cpu())
             labels.append(truth.cpu())
-    return Answers(torch.cat(classes), torch.cat(labels))
+    return Predictions(torch.cat(classes), torch.cat(labels))
 
 
 def share_correct(classifier: Classifier, source: ImageSource, *, batch_size: int = 256) -> float:
@@ -72,7 +72,7 @@ def bn_divergence(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor
     adds 6 to 8 % at 128 images to what 1,000 have, and 47 to 89 % at 16.
     """
     device = classifier.mean.device
-    sums: list[LayerRecord] = []
+    sums: list[LayerMoments] = []
     seen = 0
     recorder = HookRecorder(classifier.network, moments=True)
     with evaluating(classifier), exact_fp32():
@@ -85,11 +85,11 @@ def bn_divergence(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor
     return float(Moments.of(pooled).divergences().mean())
 
 
-def _plus(one: LayerRecord, other: LayerRecord) -> LayerRecord:
+def _plus(one: LayerMoments, other: LayerMoments) -> LayerMoments:
     return _with_errors(one, one.mean_error + other.mean_error, one.square_error + other.square_error)
 
 
-def _with_errors(layer: LayerRecord, mean_error: Tensor, square_error: Tensor) -> LayerRecord:
+def _with_errors(layer: LayerMoments, mean_error: Tensor, square_error: Tensor) -> LayerMoments:
     return layer._replace(mean_error=mean_error, square_error=square_error)
 
 

@@ -40,7 +40,7 @@ from dfcompress.models.statistics import KnownStatistics, named_statistics_layer
 LOGITS = "logits"
 
 
-class LayerRecord(NamedTuple):
+class LayerMoments(NamedTuple):
     """What went into one BatchNorm, image by image, with d = input − running mean: the mean of d and of d² over an
     image's positions, each `(N, C)` in fp32; the layer's running variance, and what that lacks to the layer's eps, 0
     where it is larger, each `(C,)`.
@@ -60,7 +60,7 @@ class Recording(NamedTuple):
     """
 
     logits: Tensor
-    layers: tuple[LayerRecord, ...]
+    layers: tuple[LayerMoments, ...]
     outputs: tuple[Tensor, ...] = ()
 
 
@@ -81,7 +81,7 @@ class Moments:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, layers: Sequence[LayerRecord], images: slice = slice(None)) -> Moments:
+    def of(cls, layers: Sequence[LayerMoments], images: slice = slice(None)) -> Moments:
         """The moments over some images: var = E[d²] − E[d]² loses no digits, because d is around the running mean."""
         mean_error = torch.cat([layer.mean_error[images] for layer in layers], 1).mean(0)
         square_error = torch.cat([layer.square_error[images] for layer in layers], 1).mean(0)
@@ -212,10 +212,10 @@ def channel_axis(layer: nn.Module) -> int:
     return -1 if isinstance(layer, nn.Linear) else 1
 
 
-def input_record(layer: nn.Module, features: Tensor) -> LayerRecord:
+def input_moments(layer: nn.Module, features: Tensor) -> LayerMoments:
     """The record of what goes into a layer with known statistics."""
     mean, var = layer.get_buffer("running_mean"), layer.get_buffer("running_var")
-    return record_of(channels_first(layer, features), mean, var, eps_of(layer))
+    return moments_of(channels_first(layer, features), mean, var, eps_of(layer))
 
 
 def channels_first(layer: nn.Module, features: Tensor) -> Tensor:
@@ -223,9 +223,9 @@ def channels_first(layer: nn.Module, features: Tensor) -> Tensor:
     return features.movedim(layer.axis, 1) if isinstance(layer, KnownStatistics) else features
 
 
-def record_of(features: Tensor, running_mean: Tensor, running_var: Tensor, eps: float = EPS) -> LayerRecord:
+def moments_of(features: Tensor, running_mean: Tensor, running_var: Tensor, eps: float = EPS) -> LayerMoments:
     """The record of `features` `(N, C, ...)`, by plain autograd."""
-    return LayerRecord(*_errors(features, running_mean), running_var, _lack(running_var, eps))
+    return LayerMoments(*_errors(features, running_mean), running_var, _lack(running_var, eps))
 
 
 def _errors(features: Tensor, running_mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,7 +251,7 @@ class _Recorder:
     def __init__(self, network: nn.Module, outputs: Sequence[str], *, flat: bool = True) -> None:
         self.network, self._wanted, self._flat = network, outputs, flat
         self._hidden = [name for name in outputs if name != LOGITS]
-        self._layers: list[LayerRecord] = []
+        self._layers: list[LayerMoments] = []
         self._outputs: dict[str, Tensor] = {}
 
     def _pass(self, images: Tensor) -> Recording:
@@ -273,7 +273,7 @@ class _Recorder:
 
     def _recording(self, layers: Mapping[str, nn.Module]) -> Hook:
         """The hook that records what goes into these layers. The sums are taken at once, so they need no copy."""
-        return lambda name, features: self._layers.append(input_record(layers[name], features))
+        return lambda name, features: self._layers.append(input_moments(layers[name], features))
 
 
 class HookRecorder(_Recorder):
@@ -342,13 +342,13 @@ class _RecordingBatchNorm(_BatchNorm):
     to the module `after`; arithmetic in fp32.
     """
 
-    seen: list[LayerRecord] | None
+    seen: list[LayerMoments] | None
     after: nn.Module
     scale: Tensor
     shift: Tensor
     lack: Tensor
 
-    def prepare(self, seen: list[LayerRecord] | None, after: nn.Module) -> None:
+    def prepare(self, seen: list[LayerMoments] | None, after: nn.Module) -> None:
         """Fold statistics and affine parameters into one multiplication and one addition a channel."""
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -371,7 +371,7 @@ class _RecordingBatchNorm(_BatchNorm):
         normalised, mean_error, square_error = _NormaliseAndRecord.apply(
             input, self.running_mean, self.scale, self.shift
         )
-        self.seen.append(LayerRecord(mean_error, square_error, self.running_var, self.lack))
+        self.seen.append(LayerMoments(mean_error, square_error, self.running_var, self.lack))
         return self.after(normalised)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import Compute, resolve_device
-from dfcompress.distributed import peers
+from dfcompress.distributed import world
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import WIDTHS, Scheme, quantize_layers
@@ -140,7 +140,7 @@ def calibrated_on_noise(
 
 def _chosen_once(path: Path, choose: Callable[[], dict[str, Bits]]) -> dict[str, Bits]:
     """What `choose` gives, the same for all processes and resumes: measurements may differ in their last bits."""
-    if peers().leads and not path.exists():
+    if world().is_main and not path.exists():
         write_json(path, choose())
-    told = peers().told(json.loads(path.read_text()) if peers().leads else None)
+    told = world().broadcast(json.loads(path.read_text()) if world().is_main else None)
     return {name: Bits(*bits) for name, bits in told.items()}

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from dfcompress import console
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import exact_fp32
-from dfcompress.distributed import peers
+from dfcompress.distributed import world
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, count_runs, evaluating
 from dfcompress.models.fake_quantizers import (
@@ -107,7 +107,7 @@ def reconstruct(
                 student, teacher, name, images, settings, seed=seed_of("reconstruction", seed, number)
             )
             progress.update(number + 1, error=losses[name])
-            if state and peers().leads:
+            if state and world().is_main:
                 layers = {
                     each: _kept(layer) for each, layer in quantized_layers(student.network).items() if layer.is_frozen
                 }

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfcompress.errors import BadInput
-from dfcompress.models.recorder import LayerRecord, Moments, Trace, record_of
+from dfcompress.models.recorder import LayerMoments, Moments, Trace, moments_of
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def pixel_divergence() -> Loss:
         images, colours = trace.images.shape[:2]
         alone = _pixels(trace)
         # Every colour of every image is a channel of its own.
-        record = LayerRecord(
+        record = LayerMoments(
             alone.mean_error.reshape(1, -1),
             alone.square_error.reshape(1, -1),
             alone.running_var.expand(images, colours).reshape(-1),
@@ -122,9 +122,9 @@ def pixel_divergence() -> Loss:
     return Loss("pixel_divergence", value)
 
 
-def _pixels(trace: Trace) -> LayerRecord:
+def _pixels(trace: Trace) -> LayerMoments:
     channels = trace.images.shape[1]
-    return record_of(trace.images, trace.images.new_zeros(channels), trace.images.new_ones(channels))
+    return moments_of(trace.images, trace.images.new_zeros(channels), trace.images.new_ones(channels))
 
 
 def activation_distance(leak: float = 0.0, *, later: float = 1.0, summed: bool = False, pooled: bool = False) -> Loss:

@@ -22,7 +22,7 @@ VARIED = 0.25
 
 
 @dataclass(frozen=True)
-class Health:
+class BatchQuality:
     """What a batch shows: the share of images the teacher classifies as intended (None where no label steered them),
     J_KL of the batch and of as much Gaussian noise (None where no loss looks at statistics), and how far images
     differ: the deviation of a pixel over the batch against that over all pixels, 0 where all images are one.
@@ -56,7 +56,7 @@ class Health:
         return found
 
 
-class Checkup:
+class QualityCheck:
     """Examines the batches of one recipe and one teacher."""
 
     def __init__(self, recipe: Recipe, teacher: Classifier) -> None:
@@ -65,13 +65,13 @@ class Checkup:
         self._of_noise: dict[int, float] = {}
 
     @torch.no_grad()
-    def examine(self, batch: Batch) -> Health:
+    def examine(self, batch: Batch) -> BatchQuality:
         """One more forward pass of a finished batch, in fp32."""
         device = self.teacher.mean.device
         images = self.teacher.normalise(batch.images.to(device))
         divergence, logits = self._divergence(images)
         right = float((logits.argmax(1).cpu() == batch.labels).double().mean())
-        return Health(
+        return BatchQuality(
             teacher_top1=None if self.recipe.label_free else right,
             bn_divergence=divergence,
             noise_divergence=self._noise(len(images)),

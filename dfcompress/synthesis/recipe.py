@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
-from dfcompress.settings import converted, unknown
+from dfcompress.settings import parse, unknown
 from dfcompress.synthesis import recipes
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.labels import BALANCED
@@ -22,7 +22,7 @@ from dfcompress.synthesis.losses import Loss
 from dfcompress.synthesis.recipes import recipe_names
 from dfcompress.synthesis.records import BN_EQUIVALENT
 from dfcompress.synthesis.records.record_file import Description
-from dfcompress.synthesis.transforms import View
+from dfcompress.synthesis.transforms import Transform
 
 WITH_ACTIVATIONS, WITHOUT = "activation-records", "deepinversion"
 
@@ -31,7 +31,7 @@ SCHEDULES = get_args(Schedule)
 
 
 @dataclass(frozen=True)
-class Stage:
+class Phase:
     """Steps of Adam at one peak rate, reached linearly over `warmup` steps, on what the `views` show.
 
     The optimiser and the schedule start anew in each stage.
@@ -42,7 +42,7 @@ class Stage:
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Schedule = "constant"
     warmup: int = 0
-    views: Sequence[View] = ()
+    transforms: Sequence[Transform] = ()
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for settings that Adam or a schedule cannot have."""
@@ -63,7 +63,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Lessons:
+class StudentUpdates:
     """How the student that images compete with learns while they are made.
 
     After `every` batches, `steps` of `batch_size` images at the rate `lr`, warmed up and along a cosine, from all
@@ -88,8 +88,8 @@ class Recipe:
     images: Images
     batch_size: int
     losses: Sequence[Loss] = ()
-    stages: Sequence[Stage] = ()
-    lessons: Lessons | None = None
+    phases: Sequence[Phase] = ()
+    student_updates: StudentUpdates | None = None
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for an empty batch."""
@@ -119,7 +119,7 @@ class Recipe:
     @property
     def steps(self) -> int:
         """Optimisation steps of all stages."""
-        return sum(stage.steps for stage in self.stages)
+        return sum(phase.steps for phase in self.phases)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def choose(
     for key, value in (overrides or {}).items():
         if key not in defaults:
             raise unknown(f"recipe setting of {name} called", key, list(defaults))
-        settings[key] = converted(key, value, defaults[key])
+        settings[key] = parse(key, value, defaults[key])
     if record and "pooled" in settings:
         settings["pooled"] = record.pooled
     console.notice(f"Recipe {name}, preset {preset}.", level=console.VERBOSE)

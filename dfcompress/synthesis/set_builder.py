@@ -30,19 +30,19 @@ from dfcompress.device import (
     threads_here,
     tried,
 )
-from dfcompress.distributed import peers
+from dfcompress.distributed import world
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.run import save_state, write_atomically
 from dfcompress.synthesis.labels import Labels
-from dfcompress.synthesis.quality import Checkup, Health
+from dfcompress.synthesis.quality import BatchQuality, QualityCheck
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice
-from dfcompress.synthesis.spec import Job
+from dfcompress.synthesis.spec import SynthesisSpec
 from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch, try_step
 
 METRICS = "metrics.jsonl"
 PREVIEW = "preview.png"
-LESSONS = "lessons.pt"
+STUDENT_STATE = "lessons.pt"
 PREVIEW_IMAGES = 80
 
 
@@ -56,32 +56,32 @@ class Learner(Protocol):
         """Train the student on all stored images `(N, C, H, W)`; the outcome depends on its arguments alone."""
 
 
-def make_set(job: Job, folder: Path, compute: Compute, *, learner: Learner | None = None) -> SyntheticSet:
+def build_set(job: SynthesisSpec, folder: Path, compute: Compute, *, learner: Learner | None = None) -> SyntheticSet:
     """Make the set in `folder`, or finish the one that is there; every process of a job makes some of its shards.
 
     A recipe whose images compete with a student needs `learner`: after each round of images but the last it learns from
     all so far. A student that is kept is left as its last lesson made it, also where the set was finished before.
     Raises `BadInput` where the folder holds a set of another teacher, recipe, count or seed.
     """
-    everyone = peers()
-    if everyone.leads:
+    everyone = world()
+    if everyone.is_main:
         _open(job, folder, compute, learner.student if learner else None)
-    everyone.meet()
+    everyone.barrier()
     synthetic = SyntheticSet(folder)
-    makes = _Making(synthetic, job, learner)
+    makes = _SetBuilder(synthetic, job, learner)
     for lesson in range(len(makes.rounds)):
         makes.missing_of(lesson)
-        everyone.meet()
-    if everyone.leads:
+        everyone.barrier()
+    if everyone.is_main:
         _merge_metrics(synthetic)
         _write_preview(synthetic.folder, _first_images(synthetic))
-    everyone.meet()
+    everyone.barrier()
     if learner and learner.is_kept:
         makes.teach(learner, len(makes.rounds) - 1)
     return synthetic
 
 
-def _open(job: Job, folder: Path, compute: Compute, student: Classifier | None) -> None:
+def _open(job: SynthesisSpec, folder: Path, compute: Compute, student: Classifier | None) -> None:
     """Begin a set, or check that the one in `folder` is of the same job."""
     teacher, recipe, images = job.teacher, job.recipe(), job.images
     batch_size = min(recipe.batch_size, images)
@@ -98,8 +98,8 @@ def _open(job: Job, folder: Path, compute: Compute, student: Classifier | None) 
         _check_same_job(SyntheticSet(folder), described)
         return
     sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
-    if recipe.lessons and len(sizes) <= recipe.lessons.every:
-        console.notice(_no_lesson(images, len(sizes), recipe.lessons.every))
+    if recipe.student_updates and len(sizes) <= recipe.student_updates.every:
+        console.notice(_no_lesson(images, len(sizes), recipe.student_updates.every))
     execution = execution_of(job, compute, student)
     execution = replace(execution, groups=_groups(job, batch_size, execution))
     SyntheticSet.create(
@@ -125,18 +125,18 @@ def _no_lesson(images: int, batches: int, every: int) -> str:
 PIXELS_A_STEP = 128 * 32 * 32
 
 
-def _groups(job: Job, batch_size: int, execution: Execution) -> int:
+def _groups(job: SynthesisSpec, batch_size: int, execution: Execution) -> int:
     batches = -(-job.images // batch_size)
     if job.synthesis.groups != "auto":
         return min(job.synthesis.groups, batches)
     if not can_capture(torch.device(execution.device)):
         return 1
     height, width = job.teacher.card.input_size[1:]
-    fit, for_everybody = PIXELS_A_STEP // (batch_size * height * width), batches // peers().count
+    fit, for_everybody = PIXELS_A_STEP // (batch_size * height * width), batches // world().count
     return max(1, min(fit, for_everybody))
 
 
-def execution_of(job: Job, compute: Compute, student: Classifier | None = None) -> Execution:
+def execution_of(job: SynthesisSpec, compute: Compute, student: Classifier | None = None) -> Execution:
     """How a set is made, all automatic choices made; `student` is what its images compete with, if anything.
 
     The precision is tried in one step. Raises `BadInput` where the one that was asked for does not work, or none does.
@@ -164,8 +164,8 @@ def seconds_of(synthetic: SyntheticSet) -> float:
     processes together.
     """
     shards = sum(line["seconds"] for line in _lines(synthetic.folder / METRICS) if "seconds" in line)
-    lessons = synthetic.folder / LESSONS
-    return round(shards + (_lessons(lessons)["seconds"] if lessons.exists() else 0.0), 2)
+    student_updates = synthetic.folder / STUDENT_STATE
+    return round(shards + (_lessons(student_updates)["seconds"] if student_updates.exists() else 0.0), 2)
 
 
 def _lessons(path: Path) -> dict[str, Any]:
@@ -177,15 +177,17 @@ def warnings_of(synthetic: SyntheticSet) -> list[str]:
     found: dict[str, list[str]] = {}
     for line in _lines(synthetic.folder / METRICS):
         if "health" in line:
-            for kind, warning in Health(**line["health"]).warnings(synthetic.manifest["recipe"]["settings"]).items():
+            for kind, warning in (
+                BatchQuality(**line["health"]).warnings(synthetic.manifest["recipe"]["settings"]).items()
+            ):
                 found.setdefault(kind, []).append(warning)
     return [f"{len(same)} of {len(synthetic.shards)} batches: {same[0]}" for same in found.values()]
 
 
-class _Making:
+class _SetBuilder:
     """The shards of one set being made by this process."""
 
-    def __init__(self, synthetic: SyntheticSet, job: Job, learner: Learner | None) -> None:
+    def __init__(self, synthetic: SyntheticSet, job: SynthesisSpec, learner: Learner | None) -> None:
         self.synthetic, self.job, self.teacher, self.learner = synthetic, job, job.teacher, learner
         manifest = synthetic.manifest
         self.seed, self.batch_size = manifest["seed"], manifest["batch_size"]
@@ -196,8 +198,8 @@ class _Making:
         self.preview_every = job.synthesis.preview_every
         self.synthesizer: Synthesizer | None = None
         self.told: set[str] = set()
-        shards, lessons = list(synthetic.shards), self.recipe.lessons
-        every = lessons.every if lessons else len(shards)
+        shards, student_updates = list(synthetic.shards), self.recipe.student_updates
+        every = student_updates.every if student_updates else len(shards)
         # The shards between which the student learns; all at once where there is none.
         self.rounds = [shards[i : i + every] for i in range(0, len(shards), every)]
 
@@ -206,19 +208,19 @@ class _Making:
         shards, groups = self.rounds[lesson], self.execution.groups
         units = [list(shards[i : i + groups]) for i in range(0, len(shards), groups)]
         absent = set(self.synthetic.missing_shards())
-        if peers().leads:
+        if world().is_main:
             for shard in set(shards) - absent:  # Killed between writing a shard and deleting its state.
                 self.synthetic.shard_path(shard).with_suffix(".partial").unlink(missing_ok=True)
-        missing = peers().told([unit for unit in units if absent & set(unit)])
+        missing = world().broadcast([unit for unit in units if absent & set(unit)])
         if not missing:
             return
         if self.learner:
             self.teach(self.learner, lesson)
         with computing(self.execution), ThreadPoolExecutor(1) as writer:
-            checkup = Checkup(self.recipe, self.teacher)
+            checkup = QualityCheck(self.recipe, self.teacher)
             synthesizer = self._ready()
             written: Future | None = None
-            for unit in peers().share(missing):
+            for unit in world().claim(missing):
                 labels = {shard: self.labels.of_batch(shard, self.batch_size, seed=self.seed) for shard in unit}
                 partial = self.synthetic.shard_path(unit[0]).with_suffix(".partial")
                 batches = synthesizer.batches(labels, partial=partial, watch=self._watch())
@@ -235,8 +237,8 @@ class _Making:
         A saved student is taken further; one that is further already starts again, so that an early shard that was
         lost comes back as it was.
         """
-        saved = self.synthetic.folder / LESSONS
-        if peers().leads:
+        saved = self.synthetic.folder / STUDENT_STATE
+        if world().is_main:
             state: dict[str, Any] = {"lesson": 0, "seconds": 0.0, "student": learner.student.state_dict()}
             fresh = copy.deepcopy(state)
             if saved.exists():
@@ -251,7 +253,7 @@ class _Making:
                 seconds = state["seconds"] + time.perf_counter() - started
                 state = {"lesson": number, "seconds": seconds, "student": learner.student.state_dict()}
             save_state(saved, state)
-        peers().meet()
+        world().barrier()
         learner.student.load_state_dict(_lessons(saved)["student"])
 
     def _ready(self) -> Synthesizer:
@@ -286,7 +288,7 @@ class _Making:
             self.synthetic.write_shard(shard, stored, batch.labels[: sizes[shard]])
         partial.unlink(missing_ok=True)
 
-    def _warn(self, health: Sequence[Health]) -> None:
+    def _warn(self, health: Sequence[BatchQuality]) -> None:
         """Say each kind of warning once, not once a batch."""
         for state in health:
             for kind, warning in state.warnings(self.synthetic.manifest["recipe"]["settings"]).items():
@@ -296,7 +298,7 @@ class _Making:
 
     def _watch(self) -> Watch | None:
         every = self.preview_every
-        if not every or not peers().leads:
+        if not every or not world().is_main:
             return None
 
         def watch(step: int, images: Callable[[], Tensor]) -> None:
@@ -310,7 +312,7 @@ def _write_metrics(path: Path, shard: int, batch: Batch, health: Mapping[str, An
     points = [{"shard": shard, **point} for point in batch.history]
     end = {
         "shard": shard,
-        "process": peers().rank,
+        "process": world().rank,
         "seconds": round(batch.seconds, 3),
         "attempts": batch.attempts,
         "health": health,

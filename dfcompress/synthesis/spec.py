@@ -1,4 +1,4 @@
-"""`Job`: one synthesis with everything resolved and checked, before anything is made."""
+"""`SynthesisSpec`: one synthesis with everything resolved and checked, before anything is made."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dfcompress.synthesis.labels import Labels, choose_labels
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis, choose_recipe
 from dfcompress.synthesis.records import BN_EQUIVALENT, GAUSSIAN, SPECTRAL
 from dfcompress.synthesis.records.bn_equivalent import with_statistics
-from dfcompress.synthesis.records.gaussian import GaussianSource, require_gaussians
+from dfcompress.synthesis.records.gaussian import GaussianSampler, require_gaussians
 from dfcompress.synthesis.records.record_file import Record, beside
-from dfcompress.synthesis.records.spectral import SpectralSource
-from dfcompress.synthesis.records.targets import Source
+from dfcompress.synthesis.records.spectral import SpectralSampler
+from dfcompress.synthesis.records.targets import TargetSampler
 
 
 @dataclass(frozen=True)
-class Job:
+class SynthesisSpec:
     """What to make and from what: the teacher (with the statistics of its record, if any), its record, the recipe's
     settings, and the images' labels.
     """
@@ -42,11 +42,11 @@ class Job:
         """A fresh recipe."""
         return self.choice.build()
 
-    def source(self) -> Source | None:
+    def source(self) -> TargetSampler | None:
         """The record's activations made ready to draw from, where the recipe asks for some."""
         if self.record is None or not self.recipe().needs_targets:
             return None
-        family = SpectralSource if self.record.about.kind in SPECTRAL else GaussianSource
+        family = SpectralSampler if self.record.about.kind in SPECTRAL else GaussianSampler
         return family(self.record, self.teacher)
 
     @property
@@ -60,7 +60,7 @@ class Job:
         return {**synthesis, "recipe": asdict(self.choice), "record": self.record.identity if self.record else None}
 
 
-def resolve(teacher: Classifier, synthesis: Synthesis) -> Job:
+def resolve(teacher: Classifier, synthesis: Synthesis) -> SynthesisSpec:
     """Find the record, choose the recipe and its settings, and check that they suit the teacher.
 
     Raises `BadInput` for unknown names and values, for a record of another teacher, and where the recipe needs what
@@ -87,7 +87,7 @@ def resolve(teacher: Classifier, synthesis: Synthesis) -> Job:
         require_gaussians(record, teacher)
     if recipe.needs_moments:
         require_statistics(teacher)
-    return Job(teacher, record, synthesis, choice, labels)
+    return SynthesisSpec(teacher, record, synthesis, choice, labels)
 
 
 def _record(teacher: Classifier, records: str | Path | None) -> Record | None:

@@ -26,8 +26,8 @@ from dfcompress.models.recorder import FusedRecorder, Recording, Target, traces
 from dfcompress.randomness import generator
 from dfcompress.run import Clock, save_state
 from dfcompress.synthesis.images import Images, PixelStatistics
-from dfcompress.synthesis.recipe import Recipe, Stage
-from dfcompress.synthesis.records.targets import Asked, Source
+from dfcompress.synthesis.recipe import Phase, Recipe
+from dfcompress.synthesis.records.targets import BatchTargets, TargetSampler
 
 HISTORY_POINTS = 50
 ATTEMPTS = 3
@@ -77,7 +77,7 @@ class Synthesizer:
         *,
         seed: int = 0,
         student: Classifier | None = None,
-        source: Source | None = None,
+        source: TargetSampler | None = None,
         pixels: PixelStatistics | None = None,
     ) -> None:
         self.recipe, self.seed, self.execution = recipe, seed, execution
@@ -98,7 +98,7 @@ class Synthesizer:
             assert student is not None, "a recipe that competes with a student needs one"
             self.learned(student)
         self._losses = self._fast(losses_of(recipe))
-        self._views = {id(stage): views_of(stage) for stage in recipe.stages}
+        self._transforms = {id(phase): transforms_of(phase) for phase in recipe.phases}
 
     def learned(self, student: Classifier) -> None:
         """Compete with `student` as it is now, on images normalised as it knows them."""
@@ -156,7 +156,7 @@ class Synthesizer:
         while size:
             try:
                 work = self.begin({shard: labels[:size]})
-                work.step = self.recipe.steps - self.recipe.stages[-1].steps
+                work.step = self.recipe.steps - self.recipe.phases[-1].steps
                 self.step(work)
                 return f"--batch-size {size} fits; its statistics and so its images are other ones."
             except RuntimeError as error:
@@ -202,9 +202,9 @@ class Synthesizer:
             return "It is what the images start from: change it with --set."
         if not self.teacher.network(started).isfinite().all():
             return "The network answers noise with NaN or infinity: use another checkpoint."
-        stage, _ = _stage_at(self.recipe, 0)
-        work.put_drawn(exact._drawn(work, stage))
-        _, values = exact.objective([started], work.labels, stage, work.drawn, work.asked)
+        phase, _ = _phase_at(self.recipe, 0)
+        work.put_drawn(exact._drawn(work, phase))
+        _, values = exact.objective([started], work.labels, phase, work.drawn, work.asked)
         if values.isfinite().all():
             return None if self.execution.precision == "fp32" else "Use --precision fp32."
         return "Take another --recipe, or change what it is made of with --set."
@@ -233,45 +233,45 @@ class Synthesizer:
                 labels[shard].to(self.device), self.teacher, generator("noise", self.seed, shard), self.pixels
             )
         ]
-        asked = Asked.together([self._ask(shard, own) for shard, own in labels.items()]).to(self.device)
+        asked = BatchTargets.together([self._ask(shard, own) for shard, own in labels.items()]).to(self.device)
         return Work(list(labels), torch.cat(list(labels.values())).to(self.device), asked, images, parameters, attempt)
 
-    def _ask(self, shard: int, labels: Tensor) -> Asked:
+    def _ask(self, shard: int, labels: Tensor) -> BatchTargets:
         if self.source is None:
-            return Asked()
+            return BatchTargets()
         return self.source.ask(labels.cpu(), generator("targets", self.seed, shard))
 
     def step(self, work: Work) -> None:
         """One step of the optimiser on the images of `work`."""
-        stage, step_in_stage = _stage_at(self.recipe, work.step)
-        if step_in_stage == 0:
-            work.start_stage(stage)
-        work.set_rate(stage.rate(step_in_stage))
-        work.put_drawn(self._drawn(work, stage))
+        phase, step_in_phase = _phase_at(self.recipe, work.step)
+        if step_in_phase == 0:
+            work.start_phase(phase)
+        work.set_rate(phase.rate(step_in_phase))
+        work.put_drawn(self._drawn(work, phase))
         with device.computing(self.execution):
             if self.execution.capture and work.uncaptured >= STEPS_BEFORE_CAPTURE:
-                work.captured = work.captured or device.captured(lambda: self._update(work, stage))
+                work.captured = work.captured or device.captured(lambda: self._update(work, phase))
                 values = work.captured()
             else:
-                values = self._update(work, stage)
+                values = self._update(work, phase)
                 work.uncaptured += 1
         work.history.append(values)
         work.step += 1
 
-    def _drawn(self, work: Work, stage: Stage) -> list[Tensor]:
+    def _drawn(self, work: Work, phase: Phase) -> list[Tensor]:
         """What the views of this step draw for each shard, one after the other."""
         drawn: list[Tensor] = []
         for shard, images in zip(work.shards, work.images, strict=True):
             random = generator("view", self.seed, shard, work.step)
             count, channels, height, width = images.shape
-            for view in stage.views:
-                drawn.extend(view.draw((count, channels, height, width), random))
-                height, width = height // view.shrinks, width // view.shrinks
+            for transform in phase.transforms:
+                drawn.extend(transform.sample((count, channels, height, width), random))
+                height, width = height // transform.downscale, width // transform.downscale
         return drawn
 
-    def _update(self, work: Work, stage: Stage) -> Tensor:
+    def _update(self, work: Work, phase: Phase) -> Tensor:
         rendered = [images.render() for images in work.images]
-        total, values = self.objective(rendered, work.labels, stage, work.drawn, work.asked)
+        total, values = self.objective(rendered, work.labels, phase, work.drawn, work.asked)
         work.optimizer.zero_grad()
         gradients = torch.autograd.grad(total, work.parameters)
         for parameter, gradient in zip(work.parameters, gradients, strict=True):
@@ -285,17 +285,17 @@ class Synthesizer:
         self,
         rendered: Sequence[Tensor],
         labels: Tensor,
-        stage: Stage,
+        phase: Phase,
         drawn: Sequence[Tensor],
-        asked: Asked = Asked(),
+        asked: BatchTargets = BatchTargets(),
     ) -> tuple[Tensor, Tensor]:
         """The weighted loss, summed over shards, and the unweighted values `(shards, losses)`.
 
         `rendered` are the normalised images of each shard, `drawn` what `stage`'s views drew for them, shard by shard;
         `asked` is what a record asks of them.
         """
-        views, count = self._views[id(stage)], len(drawn) // len(rendered)
-        seen = torch.cat([views(own, *drawn[i * count : (i + 1) * count]) for i, own in enumerate(rendered)])
+        transforms, count = self._transforms[id(phase)], len(drawn) // len(rendered)
+        seen = torch.cat([transforms(own, *drawn[i * count : (i + 1) * count]) for i, own in enumerate(rendered)])
         recording = self._network(seen, asked.filters) if asked.filters else self._network(seen)
         student = self._student(seen) if self._student else None
         weighted: tuple[Tensor, Tensor] = self._losses(seen, labels, recording, asked.targets, student, len(rendered))
@@ -339,18 +339,18 @@ class Synthesizer:
         return dict(zip((loss.name for loss in self.recipe.losses), values.tolist(), strict=True))
 
 
-def views_of(stage: Stage) -> Callable[..., Tensor]:
+def transforms_of(phase: Phase) -> Callable[..., Tensor]:
     """The function (images, drawn tensors) → what the teacher sees."""
-    counts = [len(view.draw((1, 1, 2, 2), torch.Generator())) for view in stage.views]
+    counts = [len(transform.sample((1, 1, 2, 2), torch.Generator())) for transform in phase.transforms]
 
-    def views(images: Tensor, *drawn: Tensor) -> Tensor:
+    def transforms(images: Tensor, *drawn: Tensor) -> Tensor:
         first = 0
-        for view, count in zip(stage.views, counts, strict=True):
-            images = view.see(images, *drawn[first : first + count])
+        for transform, count in zip(phase.transforms, counts, strict=True):
+            images = transform.apply(images, *drawn[first : first + count])
             first += count
         return images
 
-    return views
+    return transforms
 
 
 def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -376,25 +376,30 @@ def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def try_step(
-    recipe: Recipe, teacher: Classifier, execution: Execution, *, student: Classifier | None, source: Source | None
+    recipe: Recipe,
+    teacher: Classifier,
+    execution: Execution,
+    *,
+    student: Classifier | None,
+    source: TargetSampler | None,
 ) -> None:
     """One eager step of the recipe's last stage with two images; raises what a network raises that cannot do it."""
     if not recipe.steps:
         return
     synthesizer = Synthesizer(recipe, teacher, replace(execution, compile=False), student=student, source=source)
     work = synthesizer.begin({0: torch.arange(2) % teacher.card.classes})
-    work.step = recipe.steps - recipe.stages[-1].steps
+    work.step = recipe.steps - recipe.phases[-1].steps
     synthesizer.step(work)
 
 
 def seconds_per_step(
-    recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int, source: Source | None = None
+    recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int, source: TargetSampler | None = None
 ) -> float:
     """Seconds one step takes in the recipe's last stage, the best of those after the first, or after its capture."""
     student = copy.deepcopy(teacher) if recipe.needs_student else None
     synthesizer = Synthesizer(recipe, teacher, execution, student=student, source=source)
     work = synthesizer.begin({0: torch.arange(batch_size) % teacher.card.classes})
-    last, times = recipe.stages[-1], []
+    last, times = recipe.phases[-1], []
     work.step = recipe.steps - last.steps
     for _ in range(min(last.steps, 3 + STEPS_BEFORE_CAPTURE * execution.capture)):
         started = time.perf_counter()
@@ -411,7 +416,7 @@ class Work:
         self,
         shards: list[int],
         labels: Tensor,
-        asked: Asked,
+        asked: BatchTargets,
         images: list[Images],
         parameters: list[Tensor],
         attempt: int,
@@ -425,17 +430,17 @@ class Work:
         self.uncaptured = 0
         self.clock = Clock()
         self._rate = torch.zeros((), device=labels.device)
-        self.start_stage(Stage(0, 0.0))
+        self.start_phase(Phase(0, 0.0))
 
     @property
     def losses(self) -> Tensor:
         """The values of every step so far, `(steps, shards, losses)`."""
         return torch.stack(self.history) if self.history else torch.zeros(0, len(self.shards), 1)
 
-    def start_stage(self, stage: Stage) -> None:
+    def start_phase(self, phase: Phase) -> None:
         """A fresh optimiser for `stage`."""
         capturable = device.can_capture(self.labels.device)
-        self.optimizer = torch.optim.Adam(self.parameters, betas=stage.betas, fused=True, capturable=capturable)
+        self.optimizer = torch.optim.Adam(self.parameters, betas=phase.betas, fused=True, capturable=capturable)
         self._follow_rate()
         self.drawn, self.captured, self.uncaptured = [], None, 0
 
@@ -482,9 +487,9 @@ class Work:
         self.history = list(state["history"].to(self.labels.device))
 
 
-def _stage_at(recipe: Recipe, step: int) -> tuple[Stage, int]:
-    for stage in recipe.stages:
-        if step < stage.steps:
-            return stage, step
-        step -= stage.steps
+def _phase_at(recipe: Recipe, step: int) -> tuple[Phase, int]:
+    for phase in recipe.phases:
+        if step < phase.steps:
+            return phase, step
+        step -= phase.steps
     raise IndexError(step)

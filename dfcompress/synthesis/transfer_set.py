@@ -21,8 +21,8 @@ from dfcompress.randomness import generator
 from dfcompress.settings import AUTO
 from dfcompress.synthesis.labels import BALANCED
 from dfcompress.synthesis.recipe import Recipe, Synthesis, choose
-from dfcompress.synthesis.set_builder import Learner, make_set, seconds_of
-from dfcompress.synthesis.spec import Job, resolve
+from dfcompress.synthesis.set_builder import Learner, build_set, seconds_of
+from dfcompress.synthesis.spec import SynthesisSpec, resolve
 
 HELD_OUT_SHARE = 1 / 16
 NONE = "none"
@@ -31,7 +31,7 @@ OF_TEACHER = "teacher-"
 OTHER_RECIPES = ("bns", "deepinversion", "bns-inception")
 
 
-class ImageSupply:
+class TransferSetSource:
     """Where a verb's training images come from: checked when made, gathered once the run has a folder.
 
     `data` is a synthetic set, the folder of a run that made some, or real images; None means that sets are made in the
@@ -84,7 +84,7 @@ class ImageSupply:
         return {name: job.origin() for name, job in self.jobs.items()} or None
 
     @property
-    def made(self) -> list[tuple[Job, Classifier | None]]:
+    def made(self) -> list[tuple[SynthesisSpec, Classifier | None]]:
         """The sets that `gather` makes, the one that no student learns from last, each with what its images compete
         with, if anything.
         """
@@ -95,27 +95,27 @@ class ImageSupply:
     @property
     def adaptive(self) -> bool:
         """Whether images are made that compete with a student."""
-        return any(job.recipe().lessons for job in self.jobs.values())
+        return any(job.recipe().student_updates for job in self.jobs.values())
 
     def __len__(self) -> int:
         """How many images there are to train on."""
         images = sum(map(len, self.sources)) + sum(job.images for job in self.jobs.values())
         return images - _held_out(images)
 
-    def gather(self, folder: Path) -> TrainingImages:
+    def gather(self, folder: Path) -> TransferSet:
         """All images as they are stored; one in sixteen is held out."""
         made = [
-            make_set(job, folder / name, self.compute, learner=self.learners[name]) for name, job in self.jobs.items()
+            build_set(job, folder / name, self.compute, learner=self.learners[name]) for name, job in self.jobs.items()
         ]
         images = _together([_stored(source) for source in [*self.sources, *made]])
         seconds = sum(map(seconds_of, made))
         unseen = images[:0]
         if self.unseen:
-            other = make_set(self.unseen, folder / "unseen", replace(self.compute, seed=self.compute.seed + 1))
+            other = build_set(self.unseen, folder / "unseen", replace(self.compute, seed=self.compute.seed + 1))
             unseen, seconds = other.images, seconds + seconds_of(other)
         order = torch.randperm(len(images), generator=generator("held-out", self.compute.seed))
         train, held_out = order[_held_out(len(images)) :].sort().values, order[: _held_out(len(images))]
-        return TrainingImages(images[train], images[held_out], unseen, seconds)
+        return TransferSet(images[train], images[held_out], unseen, seconds)
 
 
 def _parts(data: str | Path | None) -> list[Path]:
@@ -134,7 +134,7 @@ def _stored(source: ImageSource) -> Tensor:
     return torch.cat([as_stored(some, in_range=True) for some, _ in source.batches(256)])
 
 
-def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Job]:
+def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, SynthesisSpec]:
     """What to make, by the folder it is made in."""
     first = resolve(teacher, synthesis)
     if mix == AUTO:
@@ -174,7 +174,7 @@ def _held_out(images: int) -> int:
 
 
 @dataclass(frozen=True)
-class TrainingImages:
+class TransferSet:
     """Images `(N, C, H, W)` as stored (uint8, or float16 in units of [0, 1]): to train on, held out from the same set,
     and of another seed and recipe (none of those where there are no images); the seconds they took to make.
     """

@@ -1,7 +1,7 @@
 """What is done to the images before the teacher sees them.
 
 A view is random in numbers that are drawn beforehand and handed in as tensors, so one compiled or captured function
-serves every step: `see(images, *draw(images.shape, random))`.
+serves every step: `apply(images, *sample(images.shape, random))`.
 All views are differentiable; the ones that only move pixels carry gradients back by moving them, which adds no sums.
 """
 
@@ -23,61 +23,61 @@ def _nothing(shape: Sequence[int], random: torch.Generator) -> Drawn:
 
 
 @dataclass(frozen=True)
-class View:
-    """`see` maps images `(N, C, H, W)` and what `draw` drew for their shape to the images the teacher sees.
+class Transform:
+    """`apply` maps images `(N, C, H, W)` and what `sample` drew for their shape to the images the teacher sees.
 
     A view may show each image several times, one whole copy of the batch after the other, and `shrinks` height and
     width by a whole factor.
     """
 
-    see: Callable[..., Tensor]
-    draw: Callable[[Sequence[int], torch.Generator], Drawn] = _nothing
-    shrinks: int = 1
+    apply: Callable[..., Tensor]
+    sample: Callable[[Sequence[int], torch.Generator], Drawn] = _nothing
+    downscale: int = 1
 
 
-def random_roll(pixels: int) -> View:
+def random_roll(pixels: int) -> Transform:
     """Roll the whole batch by one offset in ±`pixels` along each axis (the published jitter)."""
 
-    def draw(shape: Sequence[int], random: torch.Generator) -> Drawn:
+    def sample(shape: Sequence[int], random: torch.Generator) -> Drawn:
         return (torch.randint(-pixels, pixels + 1, (2,), generator=random),)
 
-    def see(images: Tensor, offset: Tensor) -> Tensor:
+    def apply(images: Tensor, offset: Tensor) -> Tensor:
         return _Reorder.apply(images, _rolled(images, offset), _rolled(images, -offset))
 
-    return View(see, draw)
+    return Transform(apply, sample)
 
 
-def random_flip(probability: float = 0.5) -> View:
+def random_flip(probability: float = 0.5) -> Transform:
     """Mirror the whole batch left-right with `probability`."""
 
-    def draw(shape: Sequence[int], random: torch.Generator) -> Drawn:
+    def sample(shape: Sequence[int], random: torch.Generator) -> Drawn:
         return (torch.rand((), generator=random) < probability,)
 
-    def see(images: Tensor, mirrored: Tensor) -> Tensor:
+    def apply(images: Tensor, mirrored: Tensor) -> Tensor:
         order = _mirrored(images, mirrored)
         return _Reorder.apply(images, order, order)
 
-    return View(see, draw)
+    return Transform(apply, sample)
 
 
-def jitters(pixels: int, *, flip: bool = False, crop: float = 1.0, cutout: float = 0.0) -> list[View]:
+def jitters(pixels: int, *, flip: bool = False, crop: float = 1.0, cutout: float = 0.0) -> list[Transform]:
     """The published jitter, and what else was asked for: a mirrored batch, and each image cropped, mirrored and cut out
     of on its own.
     """
-    views = [random_roll(pixels)]
+    transforms = [random_roll(pixels)]
     if flip:
-        views.append(random_flip())
+        transforms.append(random_flip())
     if crop < 1 or cutout:
-        views.append(random_crops(1, smallest=crop, cutout=cutout, mirror=flip))
-    return views
+        transforms.append(random_crops(1, smallest=crop, cutout=cutout, mirror=flip))
+    return transforms
 
 
-def downscale(factor: int) -> View:
+def downscale(factor: int) -> Transform:
     """See the images through `factor` × `factor` average pooling; 1 leaves them."""
-    return View(lambda images: F.avg_pool2d(images, factor) if factor > 1 else images, shrinks=factor)
+    return Transform(lambda images: F.avg_pool2d(images, factor) if factor > 1 else images, downscale=factor)
 
 
-def random_crops(copies: int = 4, *, smallest: float = 0.75, cutout: float = 0.25, mirror: bool = True) -> View:
+def random_crops(copies: int = 4, *, smallest: float = 0.75, cutout: float = 0.25, mirror: bool = True) -> Transform:
     """In-batch augmentation: each image `copies` times, each time cropped and resized back, mirrored half of the time
     if `mirror`, and with a square cut out (Haroush 2020, section 3; sizes are not stated there and are ours).
 
@@ -85,7 +85,7 @@ def random_crops(copies: int = 4, *, smallest: float = 0.75, cutout: float = 0.2
     the side, is centred anywhere in the image and filled with 0, the mean of the data in normalised space.
     """
 
-    def draw(shape: Sequence[int], random: torch.Generator) -> Drawn:
+    def sample(shape: Sequence[int], random: torch.Generator) -> Drawn:
         count = copies * shape[0]
         side = smallest + (1 - smallest) * torch.rand(count, 1, generator=random)
         corner = (1 - side) * torch.rand(count, 2, generator=random)
@@ -93,7 +93,7 @@ def random_crops(copies: int = 4, *, smallest: float = 0.75, cutout: float = 0.2
         centre = torch.rand(count, 2, generator=random)
         return side, corner, mirrored, centre
 
-    def see(images: Tensor, side: Tensor, corner: Tensor, mirrored: Tensor, centre: Tensor) -> Tensor:
+    def apply(images: Tensor, side: Tensor, corner: Tensor, mirrored: Tensor, centre: Tensor) -> Tensor:
         height, width = images.shape[2:]
         rows = _resampling(height, side[:, 0], corner[:, 0], torch.zeros_like(mirrored))
         columns = _resampling(width, side[:, 0], corner[:, 1], mirrored)
@@ -102,7 +102,7 @@ def random_crops(copies: int = 4, *, smallest: float = 0.75, cutout: float = 0.2
         kept_columns = _outside(width, centre[:, 1], cutout)
         return crops * torch.maximum(kept_rows[:, None, :, None], kept_columns[:, None, None, :])
 
-    return View(see, draw)
+    return Transform(apply, sample)
 
 
 def _resampling(pixels: int, side: Tensor, start: Tensor, mirrored: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ FORM = "It must hold one list of names for each teacher, in the order of its cla
 
 
 @dataclass(frozen=True)
-class Outputs:
+class ClassMap:
     """`of` has for each teacher the student's output of each of its classes, `(classes,)`, int64; `names` are those of
     the outputs, where every class has one.
     """
@@ -30,7 +30,7 @@ class Outputs:
     names: tuple[str, ...] | None = None
 
 
-def join_classes(teachers: Sequence[Classifier], class_map: str | Path | None = None) -> Outputs:
+def join_classes(teachers: Sequence[Classifier], class_map: str | Path | None = None) -> ClassMap:
     """One output for each class name, in the order in which the teachers have them.
 
     Names are those of `class_map` (a JSON file with a list of names for each teacher), else the cards'. Where a teacher
@@ -50,15 +50,15 @@ def join_classes(teachers: Sequence[Classifier], class_map: str | Path | None = 
     for name in chain.from_iterable(named):
         places.setdefault(name, len(places))
     of = tuple(torch.tensor([places[name] for name in names]) for names in named)
-    return Outputs(of, len(places), tuple(places))
+    return ClassMap(of, len(places), tuple(places))
 
 
-def _disjoint(teachers: Sequence[Classifier]) -> Outputs:
+def _disjoint(teachers: Sequence[Classifier]) -> ClassMap:
     of, start = [], 0
     for teacher in teachers:
         of.append(torch.arange(start, start + teacher.card.classes))
         start += teacher.card.classes
-    return Outputs(tuple(of), start)
+    return ClassMap(tuple(of), start)
 
 
 def _check_unique(teachers: Sequence[Classifier], named: Sequence[Sequence[str]]) -> None:

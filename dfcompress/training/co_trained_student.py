@@ -15,7 +15,7 @@ from dfcompress.training.objectives import kd
 from dfcompress.training.settings import Training
 
 
-class Pupil:
+class CoTrainedStudent:
     """A student and its lessons: each trains it on, from where the last one left it, by knowledge distillation.
 
     Under `repair` it is a quantized network: its ranges of inputs and its BatchNorms' statistics stay, as they do where

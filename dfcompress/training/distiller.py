@@ -14,7 +14,7 @@ from dfcompress.models.stages import StageOutputs, shared_stages, stage_outputs
 from dfcompress.training.objectives import Answer, Objective
 
 
-class Teaching(Protocol):
+class Distiller(Protocol):
     """`names` are those of the values that `compare` gives; `own` holds parameters that train beside the student's, and
     buffers that must survive a resume. What `teach` gives may be kept for later where `repeatable`.
     """

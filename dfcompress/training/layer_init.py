@@ -11,7 +11,7 @@ from dfcompress.models.classifier import Classifier, load_tensors
 Tree = dict[str, "Tree"]
 
 
-def inherit(student: Classifier, teacher: Classifier, outputs: Tensor | None = None) -> bool:
+def init_from_teacher(student: Classifier, teacher: Classifier, outputs: Tensor | None = None) -> bool:
     """Give the student the teacher's tensors, where it has the teacher's form or a shallower one; whether it has.
 
     It has where every one of its tensors has a counterpart of the same name and shape. Where `outputs` are given, they

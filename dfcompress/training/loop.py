@@ -16,13 +16,13 @@ from torch import Tensor
 from dfcompress import console, device
 from dfcompress.data.pool import ImagePool
 from dfcompress.device import Compute, Execution, resolve_execution
-from dfcompress.distributed import Peers, peers
+from dfcompress.distributed import World, world
 from dfcompress.errors import NOT_IN_PLACE, BadInput, DfcompressError, first_line, is_of_layers_in_place
 from dfcompress.models.classifier import Classifier, main_logits, work_of
 from dfcompress.randomness import generator
 from dfcompress.run import write_atomically
 from dfcompress.training import optimizers, parallel
-from dfcompress.training.distiller import Teaching
+from dfcompress.training.distiller import Distiller
 from dfcompress.training.settings import Training
 from dfcompress.training.steps import Steps, dropping, layout_of, training_mode
 
@@ -47,7 +47,7 @@ class Trained:
 
 
 class Trainer:
-    """Trains `student` by a `Teaching`.
+    """Trains `student` by a `Distiller`.
 
     It learns from scratch, with the dropout that its architecture has, or is a trained network under `repair`, which
     learns without (see `training_mode`).
@@ -63,7 +63,7 @@ class Trainer:
     def __init__(
         self,
         student: Classifier,
-        teaching: Teaching,
+        teaching: Distiller,
         training: Training,
         *,
         compute: Compute,
@@ -73,7 +73,7 @@ class Trainer:
     ) -> None:
         self.student, self.teaching, self.training = student, teaching, training
         self.compute, self.folder, self.repair = compute, folder, repair
-        self.everyone = Peers() if alone else peers()
+        self.everyone = World() if alone else world()
 
     def fit(self, *sets: Tensor) -> Trained:
         """Train on stored images `(N, C, H, W)`, uint8 or float16 in units of [0, 1]: one set for each teacher.
@@ -91,7 +91,7 @@ class Trainer:
                         self._check_finite(steps)
                         progress.update(steps.done, **steps.last)
             self._save(steps)
-            if self.folder and self.everyone.leads:
+            if self.folder and self.everyone.is_main:
                 self._write_metrics(self.folder / METRICS, steps)
         steps.finish()
         self._check_weights()
@@ -152,12 +152,12 @@ class Trainer:
         work = sum(map(work_of, self.teaching.teachers)) + 3 * work_of(self.student)
         execution = resolve_execution(self.compute, float(work) * self.training.batch_size * self.training.steps)
         execution = _tried(execution, self.compute, self.student, self.teaching.teachers, self.training, self.repair)
-        return replace(execution, precision=self.everyone.told(execution.precision))
+        return replace(execution, precision=self.everyone.broadcast(execution.precision))
 
     def _backend(self, target: torch.device) -> Literal["torch", "apex"]:
         """Who computes the optimiser: apex only where every process has it, as all must take the same steps."""
         own = optimizers.choose_backend(self.training.optimizer, self.training.backend, target)
-        return own if set(self.everyone.told_by_all(own)) == {own} else "torch"
+        return own if set(self.everyone.all_gather(own)) == {own} else "torch"
 
     def _mine(self, execution: Execution) -> Execution:
         """What was resolved, perhaps by another process, as this one has it."""
@@ -172,7 +172,7 @@ class Trainer:
 
     def _save(self, steps: Steps) -> None:
         self._check_finite(steps)
-        if self.folder and self.everyone.leads:
+        if self.folder and self.everyone.is_main:
             steps.save(self.folder / PARTIAL)
 
     def _check_finite(self, steps: Steps) -> None:
@@ -248,8 +248,8 @@ def require_trainable(
     share = min(training.batch_size // len(sets), *sets)
     if share < 1:
         raise BadInput("A batch has no image of some set.", "Use more --images or --train-batch-size.")
-    parallel.require_shares(share, peers())
-    parallel.require_plain(student, peers())
+    parallel.require_shares(share, world())
+    parallel.require_plain(student, world())
     if training.steps:
         require_passes(student, training, images=min(TRIED, share * len(sets)), repair=repair)
         if compute.precision != "auto":

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from dfcompress.data.real import reshaped
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
-from dfcompress.training.class_map import Outputs
-from dfcompress.training.ood_score import Unfamiliarity
+from dfcompress.training.class_map import ClassMap
+from dfcompress.training.ood_score import BatchNormOodScore
 
 Method = Literal["all-logits", "paper"]
 METHODS = get_args(Method)
@@ -35,7 +35,7 @@ class Merging:
 
     `all-logits` (ours): every teacher sees every image, also those of the others, and the student imitates all
     their logits. In place of a teacher's mean over its classes, which says nothing of them, stands how much more
-    familiar the image is to it than to the others: −16 times the image's `Unfamiliarity` less the mean of all
+    familiar the image is to it than to the others: −16 times the image's `BatchNormOodScore` less the mean of all
     teachers', at most ±4 (0 for all where a teacher's BatchNorms remember nothing). `logits` is the mean squared
     difference on a teacher's own images and on the others', half and half; the difference within an output that
     several teachers know counts for each. So the student learns what each teacher answers to what it does not know,
@@ -45,7 +45,7 @@ class Merging:
     worse: w ∝ exp(−4·agreement), the agreement a mean over the last hundred steps or so.
     """
 
-    def __init__(self, teachers: Sequence[Classifier], outputs: Outputs, *, method: Method = "all-logits") -> None:
+    def __init__(self, teachers: Sequence[Classifier], outputs: ClassMap, *, method: Method = "all-logits") -> None:
         require_method(method)
         self.teachers, self.method, self.repeatable = teachers, method, True
         self.names: Sequence[str] = [f"{part}/{number}" for part in PARTS for number in range(1, len(teachers) + 1)]
@@ -53,7 +53,7 @@ class Merging:
         self.own: nn.Module = nn.Module()
         self.own.register_buffer("fixed", fixed.repeat_interleave(len(teachers)))
         self.own.register_buffer("followed", torch.zeros(len(teachers)))
-        self._unfamiliar = [Unfamiliarity(teacher) for teacher in teachers] if method != "paper" else []
+        self._unfamiliar = [BatchNormOodScore(teacher) for teacher in teachers] if method != "paper" else []
         self._tells = bool(self._unfamiliar) and all(each.is_known for each in self._unfamiliar)
         for number, of_it in enumerate(outputs.of):
             self.own.register_buffer(f"outputs{number}", of_it)

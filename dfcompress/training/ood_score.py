@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from dfcompress.models.batchnorms import eps_of
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import hooked_inputs
-from dfcompress.models.recorder import channels_first, input_record
+from dfcompress.models.recorder import channels_first, input_moments
 from dfcompress.models.statistics import named_statistics_layers, why_no_statistics
 
 FLOOR = 1e-3
 
 
-class Unfamiliarity:
+class BatchNormOodScore:
     """How foreign the images of a forward pass of `classifier` are to it, as long as it is listened to.
 
     That is KL(N(μ̂, σ̂²) ‖ N(μ, σ²)) between an image's own features (hats) and what a layer remembers, the mean over its
@@ -49,7 +49,7 @@ class Unfamiliarity:
 
     def _note(self, name: str, features: Tensor) -> None:
         layer = self._layers[name]
-        record = input_record(layer, features)
+        record = input_moments(layer, features)
         remembered = record.running_var + eps_of(layer)  # A dead channel has no variance.
         var = (record.square_error - record.mean_error**2).clamp_min(0) / remembered + FLOOR
         distance = record.mean_error**2 / remembered

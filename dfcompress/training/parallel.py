@@ -12,12 +12,12 @@ from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.device import collective_backend, identity
-from dfcompress.distributed import Peers, peers
+from dfcompress.distributed import World, world
 from dfcompress.errors import BadInput
 from dfcompress.models.plain_layers import BATCHNORMS
 
 
-def require_shares(share: int, everyone: Peers) -> None:
+def require_shares(share: int, everyone: World) -> None:
     """Raise `BadInput` where so many images of each set cannot be shared out equally."""
     if share % everyone.count:
         raise BadInput(
@@ -26,7 +26,7 @@ def require_shares(share: int, everyone: Peers) -> None:
         )
 
 
-def require_plain(network: nn.Module, everyone: Peers) -> None:
+def require_plain(network: nn.Module, everyone: World) -> None:
     """Raise `BadInput` for a BatchNorm of another class, which may do more than normalise, in several processes."""
     for module in network.modules():
         if everyone.count > 1 and isinstance(module, _BatchNorm) and type(module) not in BATCHNORMS:
@@ -34,19 +34,19 @@ def require_plain(network: nn.Module, everyone: Peers) -> None:
             raise BadInput(f"A {name} cannot be trained by several processes.", "Train this student in one process.")
 
 
-def replicated(module: nn.Module, everyone: Peers) -> nn.Module:
+def replicated(module: nn.Module, everyone: World) -> nn.Module:
     """The module, whose gradients are averaged over the processes where there are several."""
     if everyone.count == 1:
         return module
     own = identity(next(module.parameters()).device)
-    everyone.connect(collective_backend(everyone.told_by_all(own)))
+    everyone.connect(collective_backend(everyone.all_gather(own)))
     # Every step uses the same parameters, and none waits for those that are in no step (an auxiliary head's).
     replica = nn.parallel.DistributedDataParallel(module, static_graph=True)
     replica.broadcast_buffers = False  # They are the same everywhere: statistics are those of the whole batch.
     return replica
 
 
-def mean(values: Tensor, everyone: Peers) -> Tensor:
+def mean(values: Tensor, everyone: World) -> Tensor:
     """The mean over the processes."""
     if everyone.count == 1:
         return values
@@ -55,7 +55,7 @@ def mean(values: Tensor, everyone: Peers) -> Tensor:
 
 
 @contextmanager
-def synchronised(network: nn.Module, everyone: Peers) -> Iterator[None]:
+def synchronised(network: nn.Module, everyone: World) -> Iterator[None]:
     """Let BatchNorms in training mode use the statistics of the whole batch inside, where it is shared out.
 
     Raises `BadInput` for a BatchNorm of a class of its own, which may do more than normalise.
@@ -84,7 +84,7 @@ class _SynchronisedBatchNorm(_BatchNorm):
             return super().forward(input)
         features, axes = input.float(), [0, *range(2, input.dim())]
         shape = (1, -1, *[1] * (input.dim() - 2))
-        count = peers().count * features.numel() // features.shape[1]
+        count = world().count * features.numel() // features.shape[1]
         centre = _Mean.apply(features.mean(axes))
         errors = features - centre.view(shape)
         var = _Mean.apply(errors.square().mean(axes))
@@ -109,8 +109,8 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, values: Tensor) -> Tensor:
-        return mean(values.clone(), peers())
+        return mean(values.clone(), world())
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Any) -> Tensor:
-        return mean(gradients[0].clone(), peers())
+        return mean(gradients[0].clone(), world())

@@ -18,14 +18,14 @@ from dfcompress import device
 from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import Execution
-from dfcompress.distributed import Peers
+from dfcompress.distributed import World
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import hooked_inputs
 from dfcompress.models.recorder import weighted_layers
 from dfcompress.randomness import seed_of
 from dfcompress.run import Clock, save_state
 from dfcompress.training import optimizers, parallel
-from dfcompress.training.distiller import Teaching
+from dfcompress.training.distiller import Distiller
 from dfcompress.training.settings import Training
 
 Teach = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
@@ -41,13 +41,13 @@ class Steps:
     def __init__(
         self,
         student: Classifier,
-        teaching: Teaching,
+        teaching: Distiller,
         training: Training,
         pool: ImagePool,
         execution: Execution,
         *,
         backend: Literal["torch", "apex"],
-        everyone: Peers,
+        everyone: World,
     ) -> None:
         self.student, self.teaching, self.training = student, teaching, training
         self.pool, self.execution, self.backend, self.everyone = pool, execution, backend, everyone
@@ -190,7 +190,7 @@ class Steps:
 class _Lesson(nn.Module):
     """The student's side of a step as one module: all that trains is in it."""
 
-    def __init__(self, student: Classifier, teaching: Teaching, low: torch.autocast) -> None:
+    def __init__(self, student: Classifier, teaching: Distiller, low: torch.autocast) -> None:
         super().__init__()
         self.student, self.own, self._teaching, self._low = student, teaching.own, teaching, low
 

@@ -19,7 +19,7 @@ from dfcompress.models.classifier import Classifier, why_not_run
 from dfcompress.models.fake_quantizers import dequantized
 from dfcompress.models.plain import make_plain
 from dfcompress.settings import AUTO
-from dfcompress.training.layer_init import inherit
+from dfcompress.training.layer_init import init_from_teacher
 
 
 def make_student(
@@ -80,7 +80,7 @@ def begin_student(
         return Begun(student, sentence, student.identity() if init is not None else None)
     student, sentence = make_student(name, card, seed=seed)
     for teacher, outputs in teachers:
-        if inherit(student, teacher, outputs):
+        if init_from_teacher(student, teacher, outputs):
             # Its first layer expects images normalised as the teacher's are.
             own = replace(student.card, mean=teacher.card.mean, std=teacher.card.std)
             student = Classifier(student.network, own)

@@ -15,14 +15,14 @@ from torch import Tensor
 from dfcompress import console
 from dfcompress.data.real import reshaped
 from dfcompress.device import resolve_device
-from dfcompress.distributed import peers
+from dfcompress.distributed import world
 from dfcompress.evaluation.metrics import answers
 from dfcompress.evaluation.onnx_check import Exported
 from dfcompress.models.checkpoint import load_saved, save, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.safe_reading import file_bytes
 from dfcompress.run import Run
-from dfcompress.synthesis.transfer_set import TrainingImages, in_batches
+from dfcompress.synthesis.transfer_set import TransferSet, in_batches
 from dfcompress.verbs.evaluate import Evaluation, evaluate, placed
 
 FEW_IMAGES = 30
@@ -70,39 +70,39 @@ class Compressed:
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherReport:
     """A teacher, the images it taught with, and which of the student's classes each of its own is, `(classes,)`."""
 
     teacher: Classifier
-    images: TrainingImages
+    images: TransferSet
     outputs: Tensor
 
 
-def same_classes(teacher: Classifier, images: TrainingImages) -> Taught:
+def same_classes(teacher: Classifier, images: TransferSet) -> TeacherReport:
     """A teacher whose classes are the student's."""
-    return Taught(teacher, images, torch.arange(teacher.card.classes))
+    return TeacherReport(teacher, images, torch.arange(teacher.card.classes))
 
 
-def measured_on(data: str | Path | None, teacher: Classifier, device: str) -> Measure:
+def evaluator(data: str | Path | None, teacher: Classifier, device: str) -> Measure:
     """Counts teacher and student on real images, where there are some."""
     return lambda saved: evaluate([teacher, saved], data=data, device=device) if data is not None else None
 
 
-def finished_before(run: Run, student: Classifier, measure: Measure) -> Compressed | None:
+def load_finished(run: Run, student: Classifier, measure: Measure) -> Compressed | None:
     """The result of a resumed run that was already finished, evaluated anew where real images are given."""
     if run.earlier is None:
         return None
     console.notice(f"{run.folder} is already finished.")
     values = {name: value for name, value in run.earlier.items() if name != "training"}
-    if peers().leads and (anew := measure(load_saved(run.folder, student))):
+    if world().is_main and (anew := measure(load_saved(run.folder, student))):
         values["evaluation"] = anew.to_json()
-    return Compressed.from_json(peers().told(values))
+    return Compressed.from_json(world().broadcast(values))
 
 
-def hand_back(
+def save_and_measure(
     run: Run,
     student: Classifier,
-    taught: Sequence[Taught],
+    taught: Sequence[TeacherReport],
     *,
     trained: Mapping[str, Any] | None,
     device: str,
@@ -113,8 +113,8 @@ def hand_back(
 
     `trained` is what the record tells of the training, its `seconds` among it.
     """
-    if not peers().leads:
-        return Compressed.from_json(peers().told())
+    if not world().is_main:
+        return Compressed.from_json(world().broadcast())
     save(student, run.folder)
     saved = load_saved(run.folder, student)
     with run.timed("comparison"):
@@ -141,11 +141,11 @@ def hand_back(
         export=export(saved) if export else None,
     )
     run.finish({**result.to_json(), "training": trained})
-    return Compressed.from_json(peers().told(result.to_json()))
+    return Compressed.from_json(world().broadcast(result.to_json()))
 
 
 def _followed(
-    student: Classifier, taught: Sequence[Taught], target: torch.device
+    student: Classifier, taught: Sequence[TeacherReport], target: torch.device
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """How far the student follows each teacher, and what looks wrong; computed on `target`."""
     teachers, warnings = [], []
@@ -168,7 +168,7 @@ def _followed(
     return teachers, warnings
 
 
-def _answers(student: Classifier, taught: Taught, images: Tensor) -> tuple[Tensor, Tensor] | None:
+def _answers(student: Classifier, taught: TeacherReport, images: Tensor) -> tuple[Tensor, Tensor] | None:
     """The student's classes and the teacher's, as the student counts them; None without images."""
     if not len(images):
         return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from dfcompress.data.real import ImageSource, open_images, reshaped
 from dfcompress.device import exact_fp32, resolve_device
 from dfcompress.errors import BadInput
-from dfcompress.evaluation.metrics import TOP, Answers
+from dfcompress.evaluation.metrics import TOP, Predictions
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.verbs.evaluate import Evaluation, counted, placed
 
@@ -74,13 +74,13 @@ def evaluate_merged(
         answer = asked[0] if len(sources) == 1 else asked[number]
         its_own = torch.isin(answer.labels, own)
         if its_own.any():
-            given = Answers(answer.teachers[number][its_own], answer.labels[its_own])
-            learnt = Answers(answer.student[its_own], answer.labels[its_own])
+            given = Predictions(answer.teachers[number][its_own], answer.labels[its_own])
+            learnt = Predictions(answer.student[its_own], answer.labels[its_own])
             rows += [_row(str(teacher.path or teacher.name), teacher.name, given, given)]
             rows += [_row(name, teacher.name, learnt, given)]
     labels = torch.cat([each.labels for each in asked])
-    rows += [_row(LARGEST_LOGIT, "all", Answers(torch.cat([each.largest for each in asked]), labels), None)]
-    rows += [_row(name, "all", Answers(torch.cat([each.student for each in asked]), labels), None)]
+    rows += [_row(LARGEST_LOGIT, "all", Predictions(torch.cat([each.largest for each in asked]), labels), None)]
+    rows += [_row(name, "all", Predictions(torch.cat([each.student for each in asked]), labels), None)]
     return Evaluation(rows)
 
 
@@ -117,5 +117,5 @@ def _best(logits: Tensor) -> Tensor:
     return logits.topk(min(TOP, logits.shape[1])).indices.cpu()
 
 
-def _row(checkpoint: str, images: str, answers: Answers, first: Answers | None) -> dict[str, Any]:
+def _row(checkpoint: str, images: str, answers: Predictions, first: Predictions | None) -> dict[str, Any]:
     return {**counted(checkpoint, answers, first), "images": images}

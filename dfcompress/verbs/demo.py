@@ -11,7 +11,7 @@ from typing import Any
 
 from dfcompress import console
 from dfcompress.device import Compute
-from dfcompress.distributed import peers
+from dfcompress.distributed import world
 from dfcompress.errors import BadInput
 from dfcompress.models.checkpoint import load
 from dfcompress.models.safe_reading import file_bytes
@@ -58,7 +58,7 @@ def demo(
 
     Raises `BadInput` where the folder cannot be used.
     """
-    if peers().count > 1:
+    if world().count > 1:
         raise BadInput("demo runs in one process.", "Start it without torchrun.")
     run = Run("demo", Path(output), asdict(compute), resume=resume, overwrite=overwrite)
     teacher = load(FILES)

@@ -21,15 +21,15 @@ from dfcompress.models.checkpoint import as_classifier, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages, stages_in_common
 from dfcompress.run import running
-from dfcompress.settings import AUTO, settled
+from dfcompress.settings import AUTO, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.transfer_set import ImageSupply
+from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import Trainer, require_trainable
 from dfcompress.training.objectives import OF_FEATURES, make_objectives
 from dfcompress.training.settings import Training
 from dfcompress.training.student import begin_student
-from dfcompress.verbs._finish import Compressed, finished_before, hand_back, measured_on, same_classes
+from dfcompress.verbs._finish import Compressed, evaluator, load_finished, same_classes, save_and_measure
 from dfcompress.verbs.invert import learner
 
 DISTILLATION = Training(
@@ -72,7 +72,7 @@ def distill(
     by default kd, and ten times feature where the features of both networks have equally many channels.
     `training` changes single settings of the usual ones (`DISTILLATION`), or replaces them.
     `data` is a synthetic set, or real images; without it images are made first, half of them by the recipe `mix` (see
-    `ImageSupply`), and kept in `<output>/synthetic`.
+    `TransferSetSource`), and kept in `<output>/synthetic`.
     With `live`, synthesis and training alternate: the images compete with the student itself, which learns between the
     rounds of an adaptive recipe (`adaptive-deepinversion`) and is trained on from there; else they compete with a
     student of its architecture that is left behind.
@@ -81,7 +81,7 @@ def distill(
     `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
     Raises `BadInput` where the model, the student or the data cannot be used.
     """
-    training = settled(DISTILLATION, training)
+    training = with_defaults(DISTILLATION, training)
     teacher = as_classifier(checkpoint)
     pupil, fitted, begun = begin_student(
         student, teacher.card, init=student_init, teachers=[(teacher, None)], seed=compute.seed
@@ -98,7 +98,7 @@ def distill(
     _warn_if_larger(pupil, teacher)
     if eval_data is not None:
         open_images(eval_data, teacher.card)  # A wrong path should not cost an hour of work.
-    measure = measured_on(eval_data, teacher, compute.device)
+    measure = evaluator(eval_data, teacher, compute.device)
     options = {
         "teacher": teacher.identity(),
         "student": pupil.card.architecture,
@@ -116,12 +116,12 @@ def distill(
     inputs = [teacher.path, pupil.path, data, eval_data, *supply.inputs]
     with running("distill", folder, options, inputs=inputs, resume=resume, overwrite=overwrite) as run:
         console.notice(fitted)
-        if result := finished_before(run, pupil, measure):
+        if result := load_finished(run, pupil, measure):
             return result
         images = supply.gather(run.folder)
         teaching = Distillation(teacher, terms)
         trained = Trainer(pupil, teaching, training, compute=compute, folder=run.folder).fit(images.train)
-        return hand_back(
+        return save_and_measure(
             run, pupil, [same_classes(teacher, images)], trained=asdict(trained), device=compute.device, measure=measure
         )
 
@@ -137,12 +137,12 @@ def image_supply(
     mix: str,
     unseen: int,
     live: bool,
-) -> ImageSupply:
+) -> TransferSetSource:
     """Where the images come from; raises `BadInput` where there are none to make or take, or the pupil cannot be
     trained on them.
     """
     architecture = pupil.card.architecture
-    supply = ImageSupply(
+    supply = TransferSetSource(
         teacher,
         data,
         synthesis.counted(IMAGES),

@@ -20,7 +20,7 @@ from dfcompress import console
 from dfcompress.data.real import ImageSource, open_images
 from dfcompress.device import resolve_device
 from dfcompress.errors import BadInput, GateNotMet
-from dfcompress.evaluation.metrics import TOP, Answers, answers, standard_error
+from dfcompress.evaluation.metrics import TOP, Predictions, answers, standard_error
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 
@@ -106,7 +106,7 @@ def _open_for_each(data: str | Path, classifiers: Sequence[Classifier]) -> list[
     return [sources[want] for want in wanted]
 
 
-def _ask(name: str, classifier: Classifier, source: ImageSource, target: torch.device, batch_size: int) -> Answers:
+def _ask(name: str, classifier: Classifier, source: ImageSource, target: torch.device, batch_size: int) -> Predictions:
     with placed(classifier, target), console.progress(name, len(source)) as progress:
         return answers(classifier, _counted(source.batches(batch_size), progress))
 
@@ -130,7 +130,7 @@ def placed(classifier: Classifier, target: torch.device) -> Iterator[None]:
         classifier.to(home)
 
 
-def counted(name: str, own: Answers, first: Answers | None) -> dict[str, Any]:
+def counted(name: str, own: Predictions, first: Predictions | None) -> dict[str, Any]:
     """One entry of an `Evaluation`; without `first` there is nobody to agree with."""
     correct, total = own.correct(), len(own)
     return {

@@ -16,18 +16,18 @@ import torch
 
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute, Execution, peak_memory_bytes, predicted_seconds, resolve_device
-from dfcompress.distributed import peers
+from dfcompress.distributed import world
 from dfcompress.evaluation.metrics import bn_divergence, share_correct
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.run import running
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
-from dfcompress.synthesis.set_builder import execution_of, make_set, seconds_of, warnings_of
-from dfcompress.synthesis.spec import Job, resolve
+from dfcompress.synthesis.set_builder import build_set, execution_of, seconds_of, warnings_of
+from dfcompress.synthesis.spec import SynthesisSpec, resolve
 from dfcompress.synthesis.synthesizer import seconds_per_step
-from dfcompress.synthesis.transfer_set import ImageSupply
-from dfcompress.training.co_trained_student import Pupil
+from dfcompress.synthesis.transfer_set import TransferSetSource
+from dfcompress.training.co_trained_student import CoTrainedStudent
 from dfcompress.training.loop import require_passes
 from dfcompress.training.student import make_student
 from dfcompress.verbs.evaluate import placed
@@ -95,15 +95,17 @@ def invert(
     folder = Path(output or f"{teacher.name}-invert")
     inputs = [teacher.path, *job.inputs]
     with running("invert", folder, options, inputs=inputs, resume=resume, overwrite=overwrite) as run:
-        synthetic = make_set(job, folder, compute, learner=pupil)
+        synthetic = build_set(job, folder, compute, learner=pupil)
         result = None
-        if peers().leads:
+        if world().is_main:
             result = _measured(job, synthetic, others, resolve_device(compute.device)).to_json()
             run.finish(result)
-        return Inversion(**peers().told(result))
+        return Inversion(**world().broadcast(result))
 
 
-def _measured(job: Job, synthetic: SyntheticSet, others: Sequence[Classifier], target: torch.device) -> Inversion:
+def _measured(
+    job: SynthesisSpec, synthetic: SyntheticSet, others: Sequence[Classifier], target: torch.device
+) -> Inversion:
     teacher = job.teacher
     counts = torch.zeros(teacher.card.classes, dtype=torch.long)
     for shard in synthetic.shards:
@@ -147,22 +149,22 @@ def learner(
     *,
     is_kept: bool = False,
     repair: bool = False,
-) -> Pupil | None:
+) -> CoTrainedStudent | None:
     """The student that a recipe's images compete with, None where it needs none.
 
     `student` names its architecture, by default the teacher's own, or is the network that learns: one that is used
     afterwards (`is_kept`), or a quantized one whose lessons `repair` it, at a fifth of the recipe's rate.
     Raises `BadInput` where there is no such architecture, or it cannot learn.
     """
-    if recipe.lessons is None:
+    if recipe.student_updates is None:
         return None
     if isinstance(student, Classifier):
         own = student
     else:
         own, _ = make_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
-    steps, batch_size = recipe.lessons.steps, recipe.lessons.batch_size
-    lr = recipe.lessons.lr * (UNDER_REPAIR if repair else 1.0)
-    pupil = Pupil(
+    steps, batch_size = recipe.student_updates.steps, recipe.student_updates.batch_size
+    lr = recipe.student_updates.lr * (UNDER_REPAIR if repair else 1.0)
+    pupil = CoTrainedStudent(
         own, teacher, steps=steps, lr=lr, batch_size=batch_size, compute=compute, is_kept=is_kept, repair=repair
     )
     require_passes(own, pupil.training, repair=repair)
@@ -186,7 +188,7 @@ class SynthesisPlan:
         return asdict(self)
 
 
-def plans(*supplies: ImageSupply) -> list[SynthesisPlan]:
+def plans(*supplies: TransferSetSource) -> list[SynthesisPlan]:
     """The sets that a verb of these supplies would make. Times a few eager steps of each and touches nothing.
 
     Raises `BadInput` as the verb does, where a network fails in the precision that was asked for, or in any.
@@ -194,7 +196,7 @@ def plans(*supplies: ImageSupply) -> list[SynthesisPlan]:
     return [_plan(job, supply.compute, student) for supply in supplies for job, student in supply.made]
 
 
-def _plan(job: Job, compute: Compute, student: Classifier | None) -> SynthesisPlan:
+def _plan(job: SynthesisSpec, compute: Compute, student: Classifier | None) -> SynthesisPlan:
     recipe = job.recipe()
     batch_size = min(recipe.batch_size, job.images)
     batches = -(-job.images // batch_size)
@@ -205,6 +207,6 @@ def _plan(job: Job, compute: Compute, student: Classifier | None) -> SynthesisPl
     return SynthesisPlan(job.choice, job.images, batches, recipe.steps, execution, float(f"{seconds:.3g}"), memory)
 
 
-def _eager_seconds(job: Job, execution: Execution, batch_size: int) -> float:
+def _eager_seconds(job: SynthesisSpec, execution: Execution, batch_size: int) -> float:
     recipe, eager = job.recipe(), replace(execution, compile=False)
     return seconds_per_step(recipe, job.teacher, eager, batch_size, job.source()) if recipe.steps else 0.0

@@ -27,15 +27,15 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.run import running
-from dfcompress.settings import AUTO, settled
+from dfcompress.settings import AUTO, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.transfer_set import NONE, OF_TEACHER, ImageSupply
-from dfcompress.training.class_map import Outputs, join_classes
+from dfcompress.synthesis.transfer_set import NONE, OF_TEACHER, TransferSetSource
+from dfcompress.training.class_map import ClassMap, join_classes
 from dfcompress.training.loop import Trainer, require_trainable
 from dfcompress.training.merging import Merging, Method, require_method
 from dfcompress.training.settings import Training
 from dfcompress.training.student import Begun, begin_student
-from dfcompress.verbs._finish import Compressed, Taught, finished_before, hand_back
+from dfcompress.verbs._finish import Compressed, TeacherReport, load_finished, save_and_measure
 from dfcompress.verbs._merged import evaluate_merged, open_test_images
 from dfcompress.verbs.evaluate import Evaluation
 from dfcompress.verbs.invert import learner
@@ -99,7 +99,7 @@ def image_supplies(
     mix: str,
     unseen: int = 0,
     student: str | None = None,
-) -> list[ImageSupply]:
+) -> list[TransferSetSource]:
     """Where the images of each teacher come from; those that are made have seeds of their own.
 
     `student` is the architecture that adaptive recipes let images compete with. Raises `BadInput` where `data` are
@@ -108,7 +108,7 @@ def image_supplies(
     if len(data) not in (0, len(teachers)):
         raise BadInput(f"--data was given {len(data)} times for {len(teachers)} teachers.", "Give one for each.")
     return [
-        ImageSupply(
+        TransferSetSource(
             teacher,
             its_data,
             synthesis,
@@ -129,7 +129,7 @@ def begin_merged(
     method: Method,
     class_map: str | Path | None,
     seed: int,
-) -> tuple[Begun, Outputs]:
+) -> tuple[Begun, ClassMap]:
     """The student before it is taught, and its outputs; raises `BadInput` where the teachers cannot be merged."""
     _check_different(teachers)
     outputs = join_classes(teachers, class_map)
@@ -188,7 +188,7 @@ def merge(
     architecture = pupil.card.architecture
     synthesis, mix = usual_images(method, synthesis, mix)
     supplies = image_supplies(teachers, data, synthesis, compute, mix=mix, unseen=unseen, student=architecture)
-    training = settled(usual_training(method, min(map(len, supplies)), len(teachers)), training)
+    training = with_defaults(usual_training(method, min(map(len, supplies)), len(teachers)), training)
     require_trainable(pupil, training, compute, list(map(len, supplies)))
     tests = open_test_images(eval_data, pupil, teachers)  # A wrong path should not cost an hour of work.
 
@@ -212,14 +212,14 @@ def merge(
     folder = Path(output or f"{teachers[0].name}-merge")
     with running("merge", folder, options, inputs=inputs, resume=resume, overwrite=overwrite) as run:
         console.notice(fitted)
-        if result := finished_before(run, pupil, measure):
+        if result := load_finished(run, pupil, measure):
             return result
         images = [supply.gather(run.folder / f"{OF_TEACHER}{number}") for number, supply in enumerate(supplies, 1)]
         teaching = Merging(teachers, outputs, method=method)
         sets = [_in_form(some.train, pupil.card.input_size) for some in images]
         trained = Trainer(pupil, teaching, training, compute=compute, folder=run.folder).fit(*sets)
-        taught = [Taught(*each) for each in zip(teachers, images, outputs.of, strict=True)]
-        return hand_back(run, pupil, taught, trained=asdict(trained), device=compute.device, measure=measure)
+        taught = [TeacherReport(*each) for each in zip(teachers, images, outputs.of, strict=True)]
+        return save_and_measure(run, pupil, taught, trained=asdict(trained), device=compute.device, measure=measure)
 
 
 def _check_different(teachers: Sequence[Classifier]) -> None:
@@ -233,7 +233,7 @@ def _check_different(teachers: Sequence[Classifier]) -> None:
         seen[digest] = teacher.name
 
 
-def _common_card(teachers: Sequence[Classifier], outputs: Outputs) -> ModelCard:
+def _common_card(teachers: Sequence[Classifier], outputs: ClassMap) -> ModelCard:
     """The student's: all classes, the largest size, colour where a teacher has it, the mean of the normalisations."""
     sizes = [teacher.card.input_size for teacher in teachers]
     channels = {size[0] for size in sizes}

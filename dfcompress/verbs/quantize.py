@@ -21,7 +21,7 @@ from dfcompress import console
 from dfcompress.data.pool import Augmentation
 from dfcompress.data.real import open_images
 from dfcompress.device import Compute
-from dfcompress.distributed import peers
+from dfcompress.distributed import world
 from dfcompress.errors import BadInput
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
@@ -34,15 +34,15 @@ from dfcompress.quantization.layer_report import REPORT, layer_report, named_byt
 from dfcompress.quantization.mixed_precision import require_reachable, with_widths
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct
 from dfcompress.run import Run, running, write_json
-from dfcompress.settings import AUTO, changed, settled
+from dfcompress.settings import AUTO, replace_settings, with_defaults
 from dfcompress.synthesis.recipe import Recipe, Synthesis
-from dfcompress.synthesis.transfer_set import NONE, ImageSupply
-from dfcompress.training.co_trained_student import Pupil
+from dfcompress.synthesis.transfer_set import NONE, TransferSetSource
+from dfcompress.training.co_trained_student import CoTrainedStudent
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import Trained, Trainer, require_trainable
 from dfcompress.training.objectives import OF_FEATURES, Objective, make_objectives
 from dfcompress.training.settings import Training
-from dfcompress.verbs._finish import Compressed, finished_before, hand_back, measured_on, same_classes
+from dfcompress.verbs._finish import Compressed, evaluator, load_finished, same_classes, save_and_measure
 from dfcompress.verbs.export import (
     FILE,
     Target,
@@ -129,8 +129,8 @@ def quantize(
     are shifts by up to 4 pixels that repeat the edge. A batch has no more images than there are, and one image in
     sixteen is held out.
     `data` is a synthetic set, the folder of a run that made some, or real images; without it images are made first, by
-    `bns-inception` unless another recipe is named, half of them by the recipe `mix` (see `ImageSupply`), and kept in
-    `<output>/synthetic` and `<output>/synthetic-<mix>`.
+    `bns-inception` unless another recipe is named, half of them by the recipe `mix` (see `TransferSetSource`), and kept
+    in `<output>/synthetic` and `<output>/synthetic-<mix>`.
     `export` also writes `model.onnx` for `onnxruntime` or `tensorrt` and checks it (see `dfcompress.export`).
     The folder `output` (default: `<checkpoint>-quantize`) holds the packed model (`model.safetensors`, `config.json`),
     `quantization.json` (every layer), `metrics.jsonl` (but of `blocks`) and `run.json`. `eval_data` are real images
@@ -152,7 +152,7 @@ def quantize(
         _require_exportable(export, teacher, wanted, calibration.scheme)
     if not data:
         synthesis, mix = usual_images(method, teacher, synthesis, mix)
-    supply = ImageSupply(
+    supply = TransferSetSource(
         teacher,
         data,
         synthesis,
@@ -180,11 +180,11 @@ def quantize(
     }
     if eval_data is not None:
         open_images(eval_data, teacher.card)  # A wrong path should not cost an hour of work.
-    measure = measured_on(eval_data, teacher, compute.device)
+    measure = evaluator(eval_data, teacher, compute.device)
     folder = Path(output or f"{teacher.name}-quantize")
     inputs = [teacher.path, data, eval_data, *supply.inputs]
     with running("quantize", folder, options, inputs=inputs, resume=resume, overwrite=overwrite) as run:
-        if result := finished_before(run, student, measure):
+        if result := load_finished(run, student, measure):
             return result
         for name, kind in layers.others.items():
             console.notice(f"Layer {name} is a {kind}, which cannot be quantized: it stays in float.")
@@ -204,14 +204,14 @@ def quantize(
             )
         trained = _finetuned(student, teacher, finetune, tuning, terms, images.train, compute, run)
         freeze(student.network)
-        if peers().leads:
+        if world().is_main:
             left = layers.others | {name: "float" for name in layers.quantizable if name not in wanted}
             report = layer_report(
                 student, teacher, found.few, sensitivity=found.sensitivity, left=left, unused=layers.unused
             )
             write_json(run.folder / REPORT, report)
         written = partial(write_compared, path=run.folder / FILE, images=sampled(images.train))
-        return hand_back(
+        return save_and_measure(
             run,
             student,
             [same_classes(teacher, images)],
@@ -224,11 +224,11 @@ def quantize(
 
 def competitor(
     teacher: Classifier, wanted: Mapping[str, Wanted], calibration: Calibration, compute: Compute, recipe: Recipe
-) -> Pupil | None:
+) -> CoTrainedStudent | None:
     """The student that a recipe's images compete with: what quantization leaves of the teacher, repaired in its lessons
     as by `kd` (Yin et al. 2020 let images compete with the student of the application).
     """
-    if recipe.lessons is None:
+    if recipe.student_updates is None:
         return None
     student = calibrated_on_noise(teacher, wanted, calibration, seed=compute.seed)
     return learner(teacher, recipe, student, compute, repair=True)
@@ -272,7 +272,7 @@ def usual_calibration(method: Method, given: Calibration | Mapping[str, Any] | N
         raise BadInput(f"There is no --method {method!r}.", f"Known: {', '.join(CALIBRATIONS)}.")
     if isinstance(given, Calibration):
         return given
-    return changed(CALIBRATIONS[method], given or {}, "setting of calibration called")
+    return replace_settings(CALIBRATIONS[method], given or {}, "setting of calibration called")
 
 
 def usual_tuning(
@@ -298,7 +298,7 @@ def usual_tuning(
         raise BadInput(
             f"--finetune {finetune} is not set by a {type(given).__name__}.", f"Give a {type(usual).__name__}."
         )
-    chosen = settled(usual, given)
+    chosen = with_defaults(usual, given)
     return chosen if chosen.steps else None
 
 

@@ -1,7 +1,7 @@
 """`record`: what the owner of a model computes on the training data, to release beside the weights.
 
-dfcompress.record("hinton.pt", data="train", keeping=Keeping(kind="all-layers"))
-dfcompress.record("vgg16.pt", data="train", keeping=Keeping(kind="bn-equivalent"), output="vgg16.records.safetensors")
+dfcompress.record("hinton.pt", data="train", keeping=RecordSettings(kind="all-layers"))
+dfcompress.record("vgg16.pt", data="train", keeping=RecordSettings(kind="bn-equivalent"), output="vgg16.safetensors")
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dfcompress import console
 from dfcompress.data.real import ImageSource, open_images
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import exact_fp32, resolve_device
-from dfcompress.distributed import peers
+from dfcompress.distributed import world
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.recorder import LOGITS, HookRecorder, outputs_of_one_image
 from dfcompress.randomness import generator
 from dfcompress.synthesis.records import BN_EQUIVALENT, FIXED_DROPOUT, SPECTRAL
-from dfcompress.synthesis.records.accumulator import Keeper, Keeping
+from dfcompress.synthesis.records.accumulator import RecordAccumulator, RecordSettings
 from dfcompress.synthesis.records.bn_equivalent import StatisticsKeeper
 from dfcompress.synthesis.records.gaussian import GaussianKeeper, dropouts
 from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
@@ -69,7 +69,7 @@ def record(
     checkpoint: str | Path | Classifier,
     *,
     data: str | Path,
-    keeping: Keeping = Keeping(),
+    keeping: RecordSettings = RecordSettings(),
     output: str | Path | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -110,9 +110,9 @@ def record(
         console.notice(notice)
     if dry_run:
         return recorded
-    with peers().at_work():
+    with world().session():
         pixels = _see(teacher, source, outputs, keeper, path)
-        if peers().leads:
+        if world().is_main:
             about = Description(
                 kind=keeping.kind,
                 layers=tuple(outputs),
@@ -123,7 +123,7 @@ def record(
             )
             of_pixels = {PIXEL_MEAN: pixels.mean[0].float(), PIXEL_STD: pixels.variance[0].sqrt().float()}
             Record(about, of_pixels | keeper.tensors()).save(path)
-        peers().meet()
+        world().barrier()
     return Recorded(
         **{**asdict(recorded), "bytes": path.stat().st_size, "seconds": round(time.perf_counter() - started, 2)}
     )
@@ -143,7 +143,7 @@ def _path(teacher: Classifier, output: str | Path | None, *, overwrite: bool) ->
     return path
 
 
-def _require_enough_images(counts: Sequence[int], keeping: Keeping) -> None:
+def _require_enough_images(counts: Sequence[int], keeping: RecordSettings) -> None:
     for label, count in enumerate(counts):
         if keeping.keeps_classes_apart and count < keeping.min_images:
             raise BadInput(
@@ -155,7 +155,7 @@ def _require_enough_images(counts: Sequence[int], keeping: Keeping) -> None:
         raise BadInput("One image has no variance.", "Give more images.")
 
 
-def _layers(teacher: Classifier, keeping: Keeping) -> dict[str, Tensor]:
+def _layers(teacher: Classifier, keeping: RecordSettings) -> dict[str, Tensor]:
     """The layers a kind of record knows, in the order of the forward pass, with their outputs for one image."""
     outputs = outputs_of_one_image(teacher)
     if keeping.kind == "top-layer":
@@ -170,8 +170,8 @@ def _layers(teacher: Classifier, keeping: Keeping) -> dict[str, Tensor]:
 
 
 def _keeper(
-    teacher: Classifier, outputs: dict[str, Tensor], keeping: Keeping, labels: Tensor, data_bytes: int, seed: int
-) -> Keeper:
+    teacher: Classifier, outputs: dict[str, Tensor], keeping: RecordSettings, labels: Tensor, data_bytes: int, seed: int
+) -> RecordAccumulator:
     if keeping.kind == BN_EQUIVALENT:
         return StatisticsKeeper(teacher.network, outputs)
     if keeping.kind in SPECTRAL:
@@ -182,7 +182,7 @@ def _keeper(
     return GaussianKeeper(outputs, keeping, teacher.card.classes)
 
 
-def _notices(recorded: Recorded, keeping: Keeping) -> list[str]:
+def _notices(recorded: Recorded, keeping: RecordSettings) -> list[str]:
     sizes = f"{recorded.bytes / 2**20:,.1f} MiB of record, {recorded.data_bytes / 2**20:,.1f} MiB of data"
     found = [f"Keeping {recorded.kind} of {len(recorded.units)} layers: {sizes}."]
     if keeping.keeps_classes_apart and keeping.kind not in SPECTRAL:
@@ -192,10 +192,10 @@ def _notices(recorded: Recorded, keeping: Keeping) -> list[str]:
 
 @torch.no_grad()
 def _see(
-    teacher: Classifier, source: ImageSource, layers: dict[str, Tensor], keeper: Keeper, path: Path
+    teacher: Classifier, source: ImageSource, layers: dict[str, Tensor], keeper: RecordAccumulator, path: Path
 ) -> StreamingMoments:
     """Show every image to the keeper of the leading process, together with the other processes; the pixels' moments."""
-    everyone = peers()
+    everyone = world()
     pixels = StreamingMoments(1, teacher.card.input_size[0], 1)
     # Large outputs of many images at once would fill the memory; the same for every process.
     size = max(1, min(BATCH_SIZE, NUMBERS_A_BATCH // sum(output[0].numel() for output in layers.values())))
@@ -215,18 +215,18 @@ def _see(
     return pixels
 
 
-def _gather(keeper: Keeper, pixels: StreamingMoments, path: Path) -> None:
+def _gather(keeper: RecordAccumulator, pixels: StreamingMoments, path: Path) -> None:
     """Bring what all processes saw to the leading one, through files beside the record."""
-    everyone = peers()
+    everyone = world()
     parts = [path.with_name(f".{path.name}.{rank}") for rank in range(everyone.count)]
-    if not everyone.leads:
+    if not everyone.is_main:
         save_file(keeper.state() | states({"pixels": pixels}), parts[everyone.rank])
-    everyone.meet()
+    everyone.barrier()
     try:
-        for part in parts[1:] if everyone.leads else []:
+        for part in parts[1:] if everyone.is_main else []:
             state = load_file(part)
             keeper.merge(state)
             merge_states({"pixels": pixels}, state)
     finally:
-        for part in parts if everyone.leads else []:
+        for part in parts if everyone.is_main else []:
             part.unlink(missing_ok=True)

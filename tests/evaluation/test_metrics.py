@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dfcompress.errors import DfcompressError
-from dfcompress.evaluation.metrics import Answers, answers, share_correct, standard_error
+from dfcompress.evaluation.metrics import Predictions, answers, share_correct, standard_error
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 
@@ -38,8 +38,8 @@ def test_counts_of_the_k_best_classes():
 
 def test_agreement_is_the_share_of_equal_first_answers():
     labels = torch.zeros(4, dtype=torch.int64)
-    first = Answers(torch.tensor([[0, 1], [1, 0], [2, 0], [3, 0]]), labels)
-    second = Answers(torch.tensor([[0, 2], [1, 3], [2, 1], [0, 3]]), labels)
+    first = Predictions(torch.tensor([[0, 1], [1, 0], [2, 0], [3, 0]]), labels)
+    second = Predictions(torch.tensor([[0, 2], [1, 3], [2, 1], [0, 3]]), labels)
     assert first.agreement(second) == 0.75
 
 

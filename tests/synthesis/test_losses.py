@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dfcompress.models.recorder import LayerRecord, Moments, Target, Trace, record_of
+from dfcompress.models.recorder import LayerMoments, Moments, Target, Trace, moments_of
 from dfcompress.synthesis.losses import (
     activation_distance,
     bn_distance,
@@ -125,7 +125,7 @@ def test_divergence_of_equal_moments_is_zero():
 def test_moments_are_the_mean_and_the_biased_variance_of_each_channel(shape):
     features = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 100
     running_mean = torch.tensor([90.0, 100.0, 110.0])
-    measured = Moments.of([record_of(features, running_mean, torch.ones(3))])
+    measured = Moments.of([moments_of(features, running_mean, torch.ones(3))])
     channels = features.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(measured.mean_error.double(), channels.mean(1) - running_mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(measured.var.double(), channels.var(1, correction=0), rtol=1e-4, atol=1e-4)
@@ -181,21 +181,21 @@ def test_pixel_divergence_looks_at_every_image_alone():
 def test_a_dead_channel_counts_as_the_kl_of_variances_with_batchnorms_eps(eps):
     """KL(N(0.01, 1e-4 + eps) ‖ N(0, eps)), beside a live channel, which is the paper's."""
     features = torch.tensor([[0.0, 3.0], [0.02, 1.0]])
-    record = record_of(features, torch.zeros(2), torch.tensor([0.0, 2.0]), eps)
+    record = moments_of(features, torch.zeros(2), torch.tensor([0.0, 2.0]), eps)
     dead = 0.5 * (math.log(eps / (1e-4 + eps)) + (1e-4 + eps + 1e-4) / eps - 1)
     live = 0.5 * (math.log(2.0 / 1.0) + (1 + 4) / 2.0 - 1)
     assert Moments.of([record]).divergences().item() == pytest.approx((dead + live) / 2, rel=1e-3)
 
 
 def test_what_a_dead_channel_always_was_is_no_distance_from_it():
-    record = record_of(torch.full((4, 1), 7.0), torch.full((1,), 7.0), torch.zeros(1))
+    record = moments_of(torch.full((4, 1), 7.0), torch.full((1,), 7.0), torch.zeros(1))
     assert Moments.of([record]).divergences().item() == pytest.approx(0.0, abs=1e-5)
 
 
 def layer_by_layer(images, layers, first):
     """BN distance and J_KL of layers' records, each layer on its own, from the formulas."""
     distances, divergences = [], []
-    at_input = record_of(images, torch.zeros(3), torch.ones(3))
+    at_input = moments_of(images, torch.zeros(3), torch.ones(3))
     for layer in (at_input, *layers):
         mean_error = layer.mean_error.mean(0)
         var = layer.square_error.mean(0) - mean_error**2
@@ -215,7 +215,7 @@ def test_all_layers_in_one_pass_are_each_layer_on_its_own(sizes):
     for number, error in enumerate(errors):
         running_var = torch.rand(error.shape[1], generator=random, dtype=torch.float64)
         running_var[0] *= number % 2  # A dead channel in every other layer.
-        layers.append(LayerRecord(error, error**2 + 0.1, running_var, (1e-3 - running_var).clamp_min(0)))
+        layers.append(LayerMoments(error, error**2 + 0.1, running_var, (1e-3 - running_var).clamp_min(0)))
     batch = Trace(images, torch.zeros(6), torch.zeros(6, 2), Moments.of(layers))
     expected = layer_by_layer(images, layers, first=10.0)
     for loss, wanted in zip((bn_distance(first=10.0), bn_divergence()), expected, strict=True):
@@ -230,7 +230,7 @@ def test_all_layers_in_one_pass_are_each_layer_on_its_own(sizes):
 def test_a_layer_that_fits_exactly_has_a_gradient_of_zero():
     """The norm of nothing has no slope, and not a slope of 0/0."""
     error = torch.zeros(2, 3, requires_grad=True)
-    layer = LayerRecord(error, error**2 + 1, torch.ones(3), torch.zeros(3))
+    layer = LayerMoments(error, error**2 + 1, torch.ones(3), torch.zeros(3))
     value = bn_distance().value(trace(moments=Moments.of([layer, layer])))
     assert torch.autograd.grad(value, error)[0].abs().max() == 0
 

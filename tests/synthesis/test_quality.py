@@ -7,7 +7,7 @@ import torch
 
 from dfcompress.data.real import open_images
 from dfcompress.models.checkpoint import load
-from dfcompress.synthesis.quality import Checkup
+from dfcompress.synthesis.quality import QualityCheck
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import Batch
 
@@ -25,7 +25,7 @@ SETTINGS = choose("deepinversion").settings
 
 
 def examine(teacher, images, labels, recipe="deepinversion"):
-    return Checkup(choose(recipe).build(), teacher).examine(batch(images, labels))
+    return QualityCheck(choose(recipe).build(), teacher).examine(batch(images, labels))
 
 
 @pytest.fixture(scope="module")

@@ -113,10 +113,10 @@ def test_clipped_images_stay_in_range(teacher):
 
 
 def test_the_rate_falls_to_zero_along_a_cosine(teacher):
-    stage = synthesizer(teacher, 100, preset="fast-cifar10").recipe.stages[0]
-    assert stage.rate(0) == pytest.approx(0.1)
-    assert stage.rate(50) == pytest.approx(0.05)
-    assert stage.rate(99) < 1e-4
+    phase = synthesizer(teacher, 100, preset="fast-cifar10").recipe.phases[0]
+    assert phase.rate(0) == pytest.approx(0.1)
+    assert phase.rate(50) == pytest.approx(0.05)
+    assert phase.rate(99) < 1e-4
 
 
 def test_a_rate_that_overflows_is_reported(teacher):
@@ -127,9 +127,13 @@ def test_a_rate_that_overflows_is_reported(teacher):
 def gradient(made, images, labels=LABELS, groups=1):
     """Gradient and unweighted losses of normalised images, through the synthesizer's own objective, without views."""
     seen = images.clone().requires_grad_(True)
-    stage = made.recipe.stages[0]
-    still = [torch.zeros_like(drawn) for view in stage.views for drawn in view.draw(images.shape, torch.Generator())]
-    total, values = made.objective(list(seen.chunk(groups)), labels, stage, still * groups)
+    phase = made.recipe.phases[0]
+    still = [
+        torch.zeros_like(drawn)
+        for transform in phase.transforms
+        for drawn in transform.sample(images.shape, torch.Generator())
+    ]
+    total, values = made.objective(list(seen.chunk(groups)), labels, phase, still * groups)
     return torch.autograd.grad(total, seen)[0], values
 
 
@@ -302,10 +306,10 @@ def test_too_little_memory_names_the_batch_that_fits(teacher, monkeypatch):
     made = synthesizer(teacher, 2)
     honest = made._update
 
-    def with_little_memory(work, stage):
+    def with_little_memory(work, phase):
         if len(work.labels) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return honest(work, stage)
+        return honest(work, phase)
 
     monkeypatch.setattr(made, "_update", with_little_memory)
     with pytest.raises(DfcompressError, match=r"16 images a step do not fit.*--batch-size 4 fits"):
@@ -316,10 +320,10 @@ def test_batches_that_do_not_fit_side_by_side_are_made_one_after_the_other(teach
     made = synthesizer(teacher, 2)
     honest = made._update
 
-    def with_little_memory(work, stage):
+    def with_little_memory(work, phase):
         if len(work.labels) > 16:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return honest(work, stage)
+        return honest(work, phase)
 
     monkeypatch.setattr(made, "_update", with_little_memory)
     batches = made.batches({0: LABELS, 1: LABELS, 2: LABELS})

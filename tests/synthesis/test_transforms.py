@@ -10,17 +10,17 @@ from dfcompress.randomness import generator
 from dfcompress.synthesis.transforms import downscale, jitters, random_crops, random_flip, random_roll
 
 
-def seen(view, images, *key):
-    return view.see(images, *view.draw(images.shape, generator("test", *key)))
+def seen(transform, images, *key):
+    return transform.apply(images, *transform.sample(images.shape, generator("test", *key)))
 
 
 @pytest.mark.parametrize(
-    "view", [random_roll(2), random_flip(1.0), random_flip(0.0), downscale(2), downscale(1), random_crops(3)]
+    "transform", [random_roll(2), random_flip(1.0), random_flip(0.0), downscale(2), downscale(1), random_crops(3)]
 )
 @pytest.mark.parametrize("step", range(3))
-def test_gradients_go_back_through_every_view(view, step):
+def test_gradients_go_back_through_every_view(transform, step):
     x = torch.randn(2, 3, 6, 8, generator=torch.Generator().manual_seed(step), requires_grad=True)
-    y = seen(view, x, step)
+    y = seen(transform, x, step)
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(step + 10))
     (gradient,) = torch.autograd.grad((y * weights).sum(), x)
     assert (y * weights).sum().item() == pytest.approx((x * gradient).sum().item(), rel=1e-4, abs=1e-4)
@@ -82,5 +82,7 @@ def test_a_square_is_cut_out_of_every_copy():
 
 def test_a_roll_and_a_flip_hand_over_a_few_bytes_whatever_the_size():
     """Each step copies them to the device, and a copy of more than 64 KB waits for it."""
-    drawn = [each for view in jitters(30, flip=True) for each in view.draw((152, 3, 224, 224), generator("test"))]
+    drawn = [
+        each for transform in jitters(30, flip=True) for each in transform.sample((152, 3, 224, 224), generator("test"))
+    ]
     assert sum(each.nbytes for each in drawn) < 100

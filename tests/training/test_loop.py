@@ -22,12 +22,12 @@ from torchvision.ops import DropBlock2d, StochasticDepth
 from dfcompress import console
 from dfcompress.data.pool import Augmentation
 from dfcompress.device import Compute
-from dfcompress.distributed import Peers
+from dfcompress.distributed import World
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages
-from dfcompress.training.class_map import Outputs
+from dfcompress.training.class_map import ClassMap
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import PARTIAL, Trainer, require_passes, require_trainable
 from dfcompress.training.merging import Merging
@@ -311,7 +311,7 @@ def taught(kind):
         teachers = [tiny(1), tiny(3)]
         for teacher in teachers:
             teacher.train()(images().float() / 255)  # For BatchNorms that remember something.
-        return Merging([each.eval() for each in teachers], Outputs((torch.arange(4), torch.arange(4)), 4)), 2
+        return Merging([each.eval() for each in teachers], ClassMap((torch.arange(4), torch.arange(4)), 4)), 2
     pairs = shared_stages(tiny(2), tiny(1))
     return Distillation(tiny(1), [kd(2.0), *([feature(pairs)] if kind == "feature" else [])]), 1
 
@@ -414,21 +414,21 @@ def test_a_killed_training_resumes_to_the_same_weights(precision, tmp_path):
 def test_answers_kept_for_later_are_those_of_every_step():
     """With nothing that changes images the teacher is asked once, of sets of bytes and of float16 alike."""
 
-    class Asked(Distillation):
+    class BatchTargets(Distillation):
         repeatable = True
         times = 0
 
         def teach(self, images, sources):
-            Asked.times += 1
+            BatchTargets.times += 1
             return super().teach(images, sources)
 
     def fitted_on(repeatable):
-        student, teaching = tiny(2), Asked(tiny(1), [kd(2.0)])
+        student, teaching = tiny(2), BatchTargets(tiny(1), [kd(2.0)])
         teaching.repeatable = repeatable
-        Asked.times = 0
+        BatchTargets.times = 0
         halves = images()[:100], (images()[100:].float() / 255).half()
         trained = Trainer(student, teaching, TRAINING, compute=EAGER).fit(*halves)
-        return Asked.times, trained.losses["kd"], student.state_dict()
+        return BatchTargets.times, trained.losses["kd"], student.state_dict()
 
     times, loss, kept = fitted_on(True)
     every, wanted, asked = fitted_on(False)
@@ -521,8 +521,8 @@ def test_a_student_whose_layers_spoil_its_gradient_is_told_what_helps(repair):
 def test_apex_computes_only_where_every_process_has_it(theirs, taken, monkeypatch):
     """Else each process would take steps of its own kind."""
 
-    class Two(Peers):
-        def told_by_all(self, value):
+    class Two(World):
+        def all_gather(self, value):
             assert value == theirs[0]
             return theirs
 

@@ -15,10 +15,10 @@ from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.training.class_map import Outputs, join_classes
+from dfcompress.training.class_map import ClassMap, join_classes
 from dfcompress.training.loop import PARTIAL, Trainer
 from dfcompress.training.merging import Merging
-from dfcompress.training.ood_score import Unfamiliarity
+from dfcompress.training.ood_score import BatchNormOodScore
 from dfcompress.training.settings import Training
 from dfcompress.verbs.merge import usual_training
 
@@ -76,7 +76,7 @@ def test_names_that_differ_in_spelling_alone_are_refused():
         join_classes([teacher(("T-shirt", "dog")), teacher(("t shirt", "cat"))])
 
 
-class Answers(nn.Module):
+class Predictions(nn.Module):
     """A student that gives fixed logits: those of the row that an image's pixels name."""
 
     def __init__(self, logits):
@@ -89,14 +89,14 @@ class Answers(nn.Module):
 
 LOGITS = torch.tensor([[1.0, 0.0, 2.0], [0.5, -1.0, 0.0]])
 GIVEN = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), torch.tensor([[-0.5, 0.5], [2.0, -2.0]])
-BLOCKS = Outputs((torch.tensor([0, 1]), torch.tensor([1, 2])), 3)
+BLOCKS = ClassMap((torch.tensor([0, 1]), torch.tensor([1, 2])), 3)
 SOURCES = torch.tensor([0, 1])
 
 
 def values(method):
     merging = Merging([teacher(), teacher()], BLOCKS, method=method)
     rows = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 4, 4)
-    found = merging.compare(Answers(LOGITS), rows, (*GIVEN, SOURCES))
+    found = merging.compare(Predictions(LOGITS), rows, (*GIVEN, SOURCES))
     return dict(zip(merging.names, found.tolist(), strict=True))
 
 
@@ -116,7 +116,7 @@ def test_all_logits_by_hand():
 def test_a_teachers_mean_is_how_much_more_familiar_an_image_is_to_it():
     """Logits keep their differences; their means are ±16 times half the difference of unfamiliarity, at most ±4."""
     teachers, shown = [remembering(0.0), remembering(0.2)], torch.randn(6, 1, 4, 4)
-    merging, alone = Merging(teachers, BLOCKS), [Unfamiliarity(each) for each in teachers]
+    merging, alone = Merging(teachers, BLOCKS), [BatchNormOodScore(each) for each in teachers]
     with merging.listening(teachers[0]), alone[0].listening(), alone[1].listening(), torch.no_grad():
         *targets, _ = merging.teach(shown, torch.zeros(6))
         strange = [each.taken() for each in alone]
@@ -220,7 +220,7 @@ def test_a_student_learns_two_teachers_of_different_input_sizes(method):
 
 
 def test_what_is_remembered_of_the_teachers_survives_a_resume(tmp_path):
-    blocks = Outputs((torch.tensor([0, 1]), torch.tensor([2, 3])), 4)
+    blocks = ClassMap((torch.tensor([0, 1]), torch.tensor([2, 3])), 4)
     sets = images(1, (1, 4, 4)), images(2, (1, 4, 4))
 
     def trainer(folder):

@@ -8,7 +8,7 @@ from torch import nn
 
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.training.ood_score import FLOOR, Unfamiliarity
+from dfcompress.training.ood_score import FLOOR, BatchNormOodScore
 
 CARD = ModelCard("tiny", 2, (1, 4, 4), (0.0,), (1.0,))
 
@@ -31,7 +31,7 @@ def test_it_is_the_divergence_of_one_images_pixels_from_what_is_remembered():
 
 def asked(made):
     shown = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    strange = Unfamiliarity(made)
+    strange = BatchNormOodScore(made)
     with strange.listening(), torch.no_grad():
         made(shown)
         return shown, strange.taken()
@@ -44,18 +44,18 @@ def test_a_dead_channel_is_no_nan():
 
 def test_batchnorms_that_were_never_trained_tell_nothing():
     made = network(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2), mean=0.0, var=1.0)
-    assert not Unfamiliarity(made).is_known
+    assert not BatchNormOodScore(made).is_known
 
 
 def test_layers_of_one_position_tell_nothing():
-    strange = Unfamiliarity(network(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 2)))
+    strange = BatchNormOodScore(network(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 2)))
     assert not strange.is_known
-    strange = Unfamiliarity(network(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, 2)))
+    strange = BatchNormOodScore(network(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, 2)))
     assert not strange.is_known
 
 
 def test_the_network_is_left_as_it_was():
     made = network(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2))
-    with Unfamiliarity(made).listening():
+    with BatchNormOodScore(made).listening():
         assert made.network[0]._forward_pre_hooks
     assert not made.network[0]._forward_pre_hooks

@@ -13,7 +13,7 @@ from torch import nn
 
 from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.device import Execution
-from dfcompress.distributed import Peers
+from dfcompress.distributed import World
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
@@ -227,7 +227,7 @@ def test_a_training_by_apex_resumes_from_every_step_also_from_before_the_first(s
         teaching = Distillation(Classifier(network, card), [kd(1.0)])
         pool = ImagePool(torch.full((8, 1, 2, 2), 9, dtype=torch.uint8), augmentation=Augmentation(), batch_size=4)
         execution = Execution("cpu", "fp32", False, 1, "")
-        made = Steps(student, teaching, training, pool, execution, backend="apex", everyone=Peers())
+        made = Steps(student, teaching, training, pool, execution, backend="apex", everyone=World())
         if state:
             made.load(torch.load(state, weights_only=True))
         for _ in range(count):

@@ -28,7 +28,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis import set_builder
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.spec import resolve
-from dfcompress.synthesis.transfer_set import ImageSupply
+from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training.loop import Trainer
 from dfcompress.verbs.invert import invert, learner, plans
 
@@ -278,7 +278,7 @@ def odd(name):
 @pytest.mark.parametrize(("name", "precision"), [("prelu", "bf16"), ("scattered", "fp32")])
 def test_the_precision_is_tried_before_images_are_made_and_stored_with_them(name, precision, tmp_path, capsys):
     auto, made = Compute("cpu", "auto", "off"), Synthesis(images=8, settings={"steps": 2, "batch_size": 4})
-    planned = plans(ImageSupply(odd(name), None, made, auto))
+    planned = plans(TransferSetSource(odd(name), None, made, auto))
     assert [plan.execution.precision for plan in planned] == [precision]
     capsys.readouterr()
     console.configure(console.NORMAL)
@@ -301,7 +301,7 @@ def test_a_network_whose_layers_in_place_spoil_its_gradient_is_refused_by_plan_a
     network = odd_networks.settled(odd_networks.Net(between), odd_networks.SIZE)
     teacher, compute = Classifier(network, odd("plain").card, name="spoilt"), Compute("cpu", precision, "off")
     with pytest.raises(BadInput, match=r"^spoilt cannot be differentiated: .*inplace operation.*inplace=False"):
-        plans(ImageSupply(teacher, None, SMALL, compute))
+        plans(TransferSetSource(teacher, None, SMALL, compute))
     with pytest.raises(BadInput, match=r"^spoilt cannot be differentiated: .*inplace operation.*inplace=False"):
         invert(teacher, output=tmp_path / "set", synthesis=SMALL, compute=compute)
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -329,7 +329,7 @@ def test_lessons_take_the_precision_that_is_stored_with_the_set(resnet20_file, t
         set_builder._open(job, folder, auto, pupil.student)
         made.append(SyntheticSet(folder).manifest["execution"]["precision"])
         monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda native=native: not native)
-        set_builder.make_set(job, folder, auto, learner=pupil)
+        set_builder.build_set(job, folder, auto, learner=pupil)
     assert made == seen == ["fp32", "bf16"]
 
 

@@ -24,7 +24,7 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.transfer_set import ImageSupply
+from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training.loop import METRICS
 from dfcompress.training.student import make_student
 from dfcompress.verbs._finish import _collapse
@@ -71,7 +71,7 @@ def test_what_a_merge_leaves_behind(two, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
     assert lines[0].keys() >= {"step", "lr", "images_per_second", "logits/1", "block/2", "agreement/1"}
     assert not list((tmp_path / "out").glob("*.partial"))
-    supply = ImageSupply(student, tmp_path / "out", FEW, EAGER)
+    supply = TransferSetSource(student, tmp_path / "out", FEW, EAGER)
     assert sum(map(len, supply.sources)) == 2 * FEW.images, "the merged student is compressed on all of them"
 
 
@@ -126,15 +126,15 @@ def test_sets_that_are_fitted_to_the_student_are_still_known_as_sets(tmp_path):
     colour = teacher(tmp_path / "colour", size=(3, 24, 24), architecture="cifar_resnet20", seed=2)
     made = tmp_path / "out"
     for number, each in enumerate((grey, colour), 1):
-        ImageSupply(load(each), None, FEW, EAGER, mix="bns").gather(made / f"teacher-{number}")
+        TransferSetSource(load(each), None, FEW, EAGER, mix="bns").gather(made / f"teacher-{number}")
     classifier = load(teacher(tmp_path / "student", size=(3, 32, 32), architecture="cifar_resnet20"))
-    supply = ImageSupply(classifier, made, FEW, EAGER, unseen=4)
+    supply = TransferSetSource(classifier, made, FEW, EAGER, unseen=4)
     assert sum(map(len, supply.sources)) == 2 * FEW.images
     assert supply.unseen is not None
     assert supply.unseen.choice.name == "bns-inception"
     (made / "teacher-2" / "synthetic" / "shard-00000.safetensors").unlink()
     with pytest.raises(BadInput, match="not complete"):
-        ImageSupply(classifier, made, FEW, EAGER)
+        TransferSetSource(classifier, made, FEW, EAGER)
 
 
 def test_real_images_report_each_teacher_and_all_together(two, tmp_path):

@@ -21,7 +21,7 @@ from dfcompress.models.fake_quantizers import quantized_layers
 from dfcompress.quantization.calibration import Calibration, calibration_batches
 from dfcompress.quantization.reconstruction import Reconstruction
 from dfcompress.synthesis.recipe import Synthesis, choose
-from dfcompress.synthesis.transfer_set import ImageSupply
+from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training.settings import Training
 from dfcompress.verbs import export
 from dfcompress.verbs._finish import Compressed
@@ -145,7 +145,7 @@ def test_images_of_one_run_serve_another(tmp_path):
     again = quantize(DEMO, output=tmp_path / "again", data=first.output, finetune="none", compute=EAGER)
     assert load(again.checkpoint).sha256 == load(first.checkpoint).sha256
     assert again.seconds["synthesis"] == 0
-    assert len(ImageSupply(load(DEMO), first.output, Synthesis(), EAGER)) == 38
+    assert len(TransferSetSource(load(DEMO), first.output, Synthesis(), EAGER)) == 38
 
 
 def test_a_competitor_under_repair_learns_at_a_fifth_of_the_rate():

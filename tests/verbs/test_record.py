@@ -23,10 +23,10 @@ from dfcompress.models.checkpoint import load
 from dfcompress.models.recorder import LOGITS, FusedRecorder, HookRecorder
 from dfcompress.synthesis.recipe import Synthesis, choose
 from dfcompress.synthesis.records import FIXED_DROPOUT, KINDS, SPECTRAL
-from dfcompress.synthesis.records.accumulator import Keeping
-from dfcompress.synthesis.records.gaussian import GaussianSource
+from dfcompress.synthesis.records.accumulator import RecordSettings
+from dfcompress.synthesis.records.gaussian import GaussianSampler
 from dfcompress.synthesis.records.record_file import Description, Record
-from dfcompress.synthesis.records.spectral import SpectralSource
+from dfcompress.synthesis.records.spectral import SpectralSampler
 from dfcompress.synthesis.synthesizer import Synthesizer
 from dfcompress.verbs.distill import DISTILLATION, distill
 from dfcompress.verbs.inspect import inspect
@@ -47,7 +47,7 @@ def released(lenet_folder, images_file, tmp_path_factory):
             continue
         # Of all layers, the classes' means alone would be over a tenth of these few images.
         layers = ["fc*", LOGITS] if kind in SPECTRAL else []
-        keeping = Keeping(kind=kind, layers=layers, per_class=2, covariance="block:64")
+        keeping = RecordSettings(kind=kind, layers=layers, per_class=2, covariance="block:64")
         record(lenet_folder, data=images_file, keeping=keeping, output=file)
     return files
 
@@ -78,7 +78,7 @@ def test_one_pass_keeps_what_two_passes_find(released, activations):
 
 
 def test_what_is_said_is_what_is_in_the_file(lenet_folder, images_file, tmp_path):
-    made = record(lenet_folder, data=images_file, keeping=Keeping("top-layer"), output=tmp_path / "x")
+    made = record(lenet_folder, data=images_file, keeping=RecordSettings("top-layer"), output=tmp_path / "x")
     assert made.bytes == (tmp_path / "x").stat().st_size
     assert made.units == {LOGITS: 10}
     assert made.classes == [30] * 10
@@ -93,26 +93,26 @@ def test_a_dry_run_tells_the_size_and_writes_nothing(lenet_folder, images_file, 
 
 
 def test_layers_are_chosen_by_pattern(lenet_folder, images_file, tmp_path):
-    keeping = Keeping("bn-equivalent", layers=["conv*"])
+    keeping = RecordSettings("bn-equivalent", layers=["conv*"])
     assert set(record(lenet_folder, data=images_file, keeping=keeping, output=tmp_path / "x").units) == {
         "conv1",
         "conv2",
     }
     with pytest.raises(BadInput, match="matches no layer"):
-        record(lenet_folder, data=images_file, keeping=Keeping(layers=["conf*"]), output=tmp_path / "y")
+        record(lenet_folder, data=images_file, keeping=RecordSettings(layers=["conf*"]), output=tmp_path / "y")
 
 
 def test_a_class_of_few_images_is_refused_unless_classes_are_pooled(lenet_folder, images_file, tmp_path):
     with pytest.raises(BadInput, match="Class 0 has 30 images, fewer than --min-images 31"):
-        record(lenet_folder, data=images_file, keeping=Keeping(min_images=31), output=tmp_path / "x")
+        record(lenet_folder, data=images_file, keeping=RecordSettings(min_images=31), output=tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
-    keeping = Keeping("top-layer", pooled=True, min_images=31)
+    keeping = RecordSettings("top-layer", pooled=True, min_images=31)
     record(lenet_folder, data=images_file, keeping=keeping, output=tmp_path / "x")
 
 
 def test_a_network_without_dropout_has_no_filters_to_fix(lenet_folder, images_file, tmp_path):
     with pytest.raises(BadInput, match="no dropout layer"):
-        record(lenet_folder, data=images_file, keeping=Keeping(FIXED_DROPOUT), output=tmp_path / "x")
+        record(lenet_folder, data=images_file, keeping=RecordSettings(FIXED_DROPOUT), output=tmp_path / "x")
 
 
 def test_where_it_cannot_be_written_is_refused_before_any_work(lenet_folder, images_file, tmp_path):
@@ -142,11 +142,13 @@ def test_synthetic_images_are_no_training_images(lenet_folder, released, tmp_pat
 )
 def test_what_cannot_be_kept_is_refused(options, message):
     with pytest.raises(BadInput, match=message):
-        Keeping(**options)
+        RecordSettings(**options)
 
 
 def test_a_folder_of_mnist_is_recorded_from_its_training_part(lenet_folder, mnist_folder, tmp_path):
-    made = record(lenet_folder, data=mnist_folder, keeping=Keeping("top-layer"), output=tmp_path / "x", dry_run=True)
+    made = record(
+        lenet_folder, data=mnist_folder, keeping=RecordSettings("top-layer"), output=tmp_path / "x", dry_run=True
+    )
     assert made.images == 60_000
 
 
@@ -223,7 +225,7 @@ def test_images_start_from_the_pixels_of_the_data(released, lenet_folder, tmp_pa
 
 def test_filters_are_held_and_scaled_as_in_training(hinton, tmp_path):
     about = Description("all-layers-dropout", (), 1, (1,) * 10, hinton.identity()["sha256"], temperature=8.0)
-    source = GaussianSource(Record(about, {"pixels.mean": torch.zeros(1), "pixels.std": torch.ones(1)}), hinton)
+    source = GaussianSampler(Record(about, {"pixels.mean": torch.zeros(1), "pixels.std": torch.ones(1)}), hinton)
     asked = source.ask(torch.zeros(3, dtype=torch.long), torch.Generator().manual_seed(0))
     assert [tuple(each.shape) for each in asked.filters] == [(3, 784), (3, 1200), (3, 1200)]
     for each, rate in zip(asked.filters, (0.2, 0.5, 0.5), strict=True):
@@ -244,9 +246,9 @@ def test_the_compiled_step_of_fixed_filters_is_the_eager_one(hinton, tmp_path):
     np.savez(
         tmp_path / "d.npz", images=random.integers(0, 256, (200, 1, 28, 28), dtype=np.uint8), labels=np.arange(200) % 10
     )
-    keeping = Keeping("all-layers-dropout", covariance="diagonal")
+    keeping = RecordSettings("all-layers-dropout", covariance="diagonal")
     record(hinton, data=tmp_path / "d.npz", keeping=keeping, output=tmp_path / "r")
-    source = GaussianSource(Record.load(tmp_path / "r", hinton), hinton)
+    source = GaussianSampler(Record.load(tmp_path / "r", hinton), hinton)
     recipe = choose("activation-records", "fast-all-layers", {"steps": 5, "batch_size": 8}).build()
     made = [
         Synthesizer(recipe, hinton, Execution("cpu", "fp32", compiled, 2, ""), source=source).batch(0, torch.arange(8))
@@ -306,7 +308,7 @@ def test_a_network_without_batchnorm_or_record_is_refused(lenet_folder, tmp_path
 
 
 def test_pooled_classes_intend_no_class(lenet_folder, images_file, tmp_path):
-    record(lenet_folder, data=images_file, keeping=Keeping("top-layer", pooled=True), output=tmp_path / "r")
+    record(lenet_folder, data=images_file, keeping=RecordSettings("top-layer", pooled=True), output=tmp_path / "r")
     made = invert(lenet_folder, output=tmp_path / "set", synthesis=replace(FEW, records=tmp_path / "r"), compute=EAGER)
     assert made.teacher_top1 is None
 
@@ -338,7 +340,7 @@ def test_a_decoded_record_does_not_depend_on_the_number_of_threads(released, len
     before, asked = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        source = SpectralSource(Record.load(released["spectral-pairs"], lenet), lenet)
+        source = SpectralSampler(Record.load(released["spectral-pairs"], lenet), lenet)
         asked.append(source.ask(torch.arange(10), torch.Generator().manual_seed(0)))
     torch.set_num_threads(before)
     assert all(torch.equal(a.values, b.values) for a, b in zip(*(each.targets for each in asked), strict=True))

@@ -29,7 +29,7 @@ from dfcompress.synthesis.losses import (
     pixel_divergence,
     total_variation,
 )
-from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
+from dfcompress.synthesis.recipe import Phase, Recipe, Schedule
 from dfcompress.synthesis.records import SPECTRAL
 from dfcompress.synthesis.records.record_file import Description
 from dfcompress.synthesis.transforms import jitters
@@ -94,6 +94,6 @@ def activation_records(
             *([pixels * pixel_divergence()] if pixels else []),
             *([tv * total_variation()] if tv else []),
         ],
-        stages=[Stage(steps, lr, (beta1, beta2), schedule, views=jitters(jitter) if jitter else [])],
+        phases=[Phase(steps, lr, (beta1, beta2), schedule, transforms=jitters(jitter) if jitter else [])],
         batch_size=batch_size,
     )

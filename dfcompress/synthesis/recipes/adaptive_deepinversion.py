@@ -10,7 +10,7 @@ steps, rate and batch are not stated for images made this way and are ours.
 
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, competition, image_norm, total_variation
-from dfcompress.synthesis.recipe import Lessons, Recipe, Schedule, Stage
+from dfcompress.synthesis.recipe import Phase, Recipe, Schedule, StudentUpdates
 from dfcompress.synthesis.recipes import deepinversion
 from dfcompress.synthesis.transforms import jitters
 
@@ -55,7 +55,9 @@ def adaptive_deepinversion(
             l2 * image_norm(),
             compete * competition(temperature),
         ],
-        stages=[Stage(steps, lr, (beta1, beta2), schedule, views=jitters(jitter, flip=flip, crop=crop, cutout=cutout))],
-        lessons=Lessons(round_batches, student_steps, student_lr, student_batch_size),
+        phases=[
+            Phase(steps, lr, (beta1, beta2), schedule, transforms=jitters(jitter, flip=flip, crop=crop, cutout=cutout))
+        ],
+        student_updates=StudentUpdates(round_batches, student_steps, student_lr, student_batch_size),
         batch_size=batch_size,
     )

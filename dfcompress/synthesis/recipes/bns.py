@@ -9,7 +9,7 @@ The paper's figure uses 1,000 steps of batch 128 and states no optimiser or rate
 
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_divergence
-from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
+from dfcompress.synthesis.recipe import Phase, Recipe, Schedule
 from dfcompress.synthesis.transforms import random_crops
 
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
@@ -33,6 +33,8 @@ def bns(
     return Recipe(
         images=Pixels(clip=True),
         losses=[bn_divergence()],
-        stages=[Stage(steps, lr, (0.5, 0.9), schedule, views=[random_crops(copies, smallest=crop, cutout=cutout)])],
+        phases=[
+            Phase(steps, lr, (0.5, 0.9), schedule, transforms=[random_crops(copies, smallest=crop, cutout=cutout)])
+        ],
         batch_size=batch_size,
     )

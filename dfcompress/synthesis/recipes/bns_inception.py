@@ -13,7 +13,7 @@ and whole images have others.
 
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_divergence, inception, smoothness
-from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
+from dfcompress.synthesis.recipe import Phase, Recipe, Schedule
 from dfcompress.synthesis.transforms import random_crops
 
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
@@ -43,6 +43,8 @@ def bns_inception(
     return Recipe(
         images=Pixels(clip=True),
         losses=[bn * bn_divergence(), ce * inception(scale), smooth * smoothness(kernel, sigma)],
-        stages=[Stage(steps, lr, (0.5, 0.9), schedule, views=[random_crops(copies, smallest=crop, cutout=cutout)])],
+        phases=[
+            Phase(steps, lr, (0.5, 0.9), schedule, transforms=[random_crops(copies, smallest=crop, cutout=cutout)])
+        ],
         batch_size=batch_size,
     )

@@ -7,7 +7,7 @@ The teacher is certain of such images, other networks see little in them: the ba
 
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import class_cross_entropy, image_norm, total_variation
-from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
+from dfcompress.synthesis.recipe import Phase, Recipe, Schedule
 from dfcompress.synthesis.transforms import jitters
 
 PAPER = "Mordvintsev et al., Inceptionism, 2015; Yin et al., Dreaming to Distill, CVPR 2020"
@@ -44,6 +44,6 @@ def deepdream(
     return Recipe(
         images=Pixels(clip=clip),
         losses=[ce * class_cross_entropy(), tv * total_variation(), l2 * image_norm()],
-        stages=[Stage(steps, lr, (beta1, beta2), schedule, views=jitters(jitter, flip=flip))],
+        phases=[Phase(steps, lr, (beta1, beta2), schedule, transforms=jitters(jitter, flip=flip))],
         batch_size=batch_size,
     )

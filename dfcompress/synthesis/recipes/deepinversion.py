@@ -17,7 +17,7 @@ What they reach, and how long they take, is in docs/results.md.
 from dfcompress.models.card import ModelCard
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, image_norm, total_variation
-from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
+from dfcompress.synthesis.recipe import Phase, Recipe, Schedule
 from dfcompress.synthesis.records.record_file import Description
 from dfcompress.synthesis.transforms import downscale, jitters
 
@@ -93,14 +93,14 @@ def deepinversion(
             tv * total_variation(),
             l2 * image_norm(each=each_norm),
         ],
-        stages=[
-            Stage(
+        phases=[
+            Phase(
                 count,
                 lr,
                 (beta1, beta2),
                 schedule,
                 warmup,
-                views=[downscale(factor), *jitters(jitter // factor, flip=flip, crop=crop, cutout=cutout)],
+                transforms=[downscale(factor), *jitters(jitter // factor, flip=flip, crop=crop, cutout=cutout)],
             )
             for factor, count in ((2, half_steps), (1, steps))
             if count

@@ -10,7 +10,7 @@ those are ours. It smooths 5×5 with σ 1; σ 0.375, which it also tables, is mu
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import inception as inception_loss
 from dfcompress.synthesis.losses import smoothness
-from dfcompress.synthesis.recipe import Recipe, Schedule, Stage
+from dfcompress.synthesis.recipe import Phase, Recipe, Schedule
 from dfcompress.synthesis.transforms import random_crops
 
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
@@ -38,6 +38,8 @@ def inception(
     return Recipe(
         images=Pixels(clip=True),
         losses=[inception_loss(scale), smooth * smoothness(kernel, sigma)],
-        stages=[Stage(steps, lr, (0.5, 0.9), schedule, views=[random_crops(copies, smallest=crop, cutout=cutout)])],
+        phases=[
+            Phase(steps, lr, (0.5, 0.9), schedule, transforms=[random_crops(copies, smallest=crop, cutout=cutout)])
+        ],
         batch_size=batch_size,
     )

@@ -1,4 +1,4 @@
-"""`Keeping`: what an owner asks a record to hold, and `Keeper`: what every family of records does with activations."""
+"""`RecordSettings`: what a record shall hold; `RecordAccumulator`: activations, batch by batch, then its tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dfcompress.synthesis.records import BN_EQUIVALENT, GAUSSIAN, KINDS
 
 
 @dataclass(frozen=True)
-class Keeping:
+class RecordSettings:
     """What to keep: the kind, and for those it concerns, how.
 
     `layers` are patterns of layers' names (all by default); `pooled` keeps no classes apart; `covariance` is `auto`,
@@ -61,7 +61,7 @@ class Keeping:
         return self.kind != BN_EQUIVALENT and not self.pooled
 
 
-class Keeper(Protocol):
+class RecordAccumulator(Protocol):
     """What is kept of some layers, batch by batch.
 
     `bytes` is what its part of the file will take and `memory_bytes` what its sums take, both known beforehand;

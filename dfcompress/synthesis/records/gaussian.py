@@ -19,10 +19,10 @@ from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import hooked_outputs
 from dfcompress.models.recorder import DROPOUTS, LOGITS, Target, outputs_of_one_image
 from dfcompress.synthesis.records import FIXED_DROPOUT
-from dfcompress.synthesis.records.accumulator import Keeping
+from dfcompress.synthesis.records.accumulator import RecordSettings
 from dfcompress.synthesis.records.moments import StreamingMoments, blocks_of, merge_states, states
 from dfcompress.synthesis.records.record_file import Expected, Record, require_memory, tensor_bytes
-from dfcompress.synthesis.records.targets import Asked
+from dfcompress.synthesis.records.targets import BatchTargets
 
 AUTO_RECORD_BYTES = 256 * 2**20
 # Into how many blocks `--covariance auto` takes the largest layer apart until the record is as small as that.
@@ -39,7 +39,7 @@ class GaussianKeeper:
 
     flat = True
 
-    def __init__(self, outputs: Mapping[str, Tensor], keeping: Keeping, classes: int) -> None:
+    def __init__(self, outputs: Mapping[str, Tensor], keeping: RecordSettings, classes: int) -> None:
         self.keeping = keeping
         self.units = {layer: output[0].numel() for layer, output in outputs.items()}
         self._classes = 1 if keeping.pooled else classes
@@ -175,14 +175,14 @@ def require_gaussians(record: Record, teacher: Classifier) -> None:
     if unknown := [layer for layer in about.layers if layer not in outputs]:
         raise BadInput(f"{record.path} knows a layer {unknown[0]!r}, which {teacher.name} has not.", "Record again.")
     units = {layer: outputs[layer][0].numel() for layer in about.layers}
-    keeping = Keeping(kind=about.kind, covariance=about.covariance)
+    keeping = RecordSettings(kind=about.kind, covariance=about.covariance)
     block = {"full": max(units.values()), "diagonal": 1}.get(about.covariance, keeping.block or 0)
     record.require(expected_tensors(units, 1 if about.pooled else len(about.class_counts), block))
     if about.kind == FIXED_DROPOUT:
         dropouts(teacher)
 
 
-class GaussianSource:
+class GaussianSampler:
     """Samples of a Gaussian record, and dropout filters where the record holds those fixed."""
 
     def __init__(self, record: Record, teacher: Classifier) -> None:
@@ -194,11 +194,11 @@ class GaussianSource:
         self._gaussians = [GaussianLayer(record.tensors, layer) for layer in self.layers]
         self._dropouts = dropouts(teacher) if self.fixes_dropout else []
 
-    def ask(self, labels: Tensor, random: torch.Generator) -> Asked:
+    def ask(self, labels: Tensor, random: torch.Generator) -> BatchTargets:
         """A sample for every layer, each drawn on its own, and a filter for every dropout layer."""
         values = [layer.sample(labels, random) for layer in self._gaussians]
         targets = tuple(Target(own / scale, scale) for own, scale in zip(values, self._scales, strict=True))
-        return Asked(targets, tuple(_filter(*each, len(labels), random) for each in self._dropouts))
+        return BatchTargets(targets, tuple(_filter(*each, len(labels), random) for each in self._dropouts))
 
 
 def _filter(shape: tuple[int, ...], rate: float, count: int, random: torch.Generator) -> Tensor:

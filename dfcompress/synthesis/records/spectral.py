@@ -21,10 +21,10 @@ from dfcompress.device import threads
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import Target
-from dfcompress.synthesis.records.accumulator import Keeping
+from dfcompress.synthesis.records.accumulator import RecordSettings
 from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
 from dfcompress.synthesis.records.record_file import Expected, Record, require_memory, tensor_bytes
-from dfcompress.synthesis.records.targets import Asked
+from dfcompress.synthesis.records.targets import BatchTargets
 from dfcompress.synthesis.records.weight_graph import (
     FULL_BASIS_UNITS,
     LEADING_VECTORS,
@@ -51,7 +51,7 @@ class SpectralKeeper:
         self,
         teacher: Classifier,
         layers: Sequence[str],
-        keeping: Keeping,
+        keeping: RecordSettings,
         labels: Tensor,
         *,
         data_bytes: int,
@@ -193,7 +193,7 @@ def fingerprint(basis: Tensor) -> Tensor:
     return basis @ torch.randn(basis.shape[1], generator=torch.Generator().manual_seed(0))
 
 
-class SpectralSource:
+class SpectralSampler:
     """The activations of a spectral record, one of them for every image.
 
     Decoded in one thread, so that they are the same on any number of them. Raises `BadInput` where the record does not
@@ -209,10 +209,10 @@ class SpectralSource:
             self._examples = decoded(graph, record).split(graph.sizes, 1)
         self._labels = record.tensors[LABEL]
 
-    def ask(self, labels: Tensor, random: torch.Generator) -> Asked:
+    def ask(self, labels: Tensor, random: torch.Generator) -> BatchTargets:
         """An activation of its class for every image, drawn from those that were kept."""
         places = torch.tensor([self._one_of(label, random) for label in labels.tolist()])
-        return Asked(tuple(Target(layer[places], torch.tensor(1.0)) for layer in self._examples))
+        return BatchTargets(tuple(Target(layer[places], torch.tensor(1.0)) for layer in self._examples))
 
     def _one_of(self, label: int, random: torch.Generator) -> int:
         own = (self._labels == label).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""`Asked`: what a record asks of a batch, and `Source`: what every family of records does for whoever makes images."""
+"""`BatchTargets`: the activations that the images of a batch shall have; `TargetSampler`: a record that draws them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dfcompress.models.recorder import Target
 
 
 @dataclass(frozen=True)
-class Asked:
+class BatchTargets:
     """What a batch is asked for: `targets` of the record's layers, and `filters` that dropout layers multiply by, held
     for all steps; `(N, ...)` each.
     """
@@ -20,22 +20,22 @@ class Asked:
     targets: tuple[Target, ...] = ()
     filters: tuple[Tensor, ...] = ()
 
-    def to(self, device: torch.device) -> Asked:
+    def to(self, device: torch.device) -> BatchTargets:
         """The same on a device."""
         targets = tuple(Target(values.to(device), scale.to(device)) for values, scale in self.targets)
-        return Asked(targets, tuple(tensor.to(device) for tensor in self.filters))
+        return BatchTargets(targets, tuple(tensor.to(device) for tensor in self.filters))
 
     @staticmethod
-    def together(parts: list[Asked]) -> Asked:
+    def together(parts: list[BatchTargets]) -> BatchTargets:
         """Of several batches, one after the other."""
         targets = tuple(
             Target(torch.cat([own.values for own in same]), same[0].scale)
             for same in zip(*(part.targets for part in parts), strict=True)
         )
-        return Asked(targets, tuple(map(torch.cat, zip(*(part.filters for part in parts), strict=True))))
+        return BatchTargets(targets, tuple(map(torch.cat, zip(*(part.filters for part in parts), strict=True))))
 
 
-class Source(Protocol):
+class TargetSampler(Protocol):
     """A record made ready for synthesis.
 
     `layers` are those whose outputs it knows; `fixes_dropout` says that it asks for dropout filters.
@@ -44,5 +44,5 @@ class Source(Protocol):
     layers: tuple[str, ...]
     fixes_dropout: bool
 
-    def ask(self, labels: Tensor, random: torch.Generator) -> Asked:
+    def ask(self, labels: Tensor, random: torch.Generator) -> BatchTargets:
         """What a batch of the classes `labels` `(N,)` shall be, drawn from `random`; on the CPU."""

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from dfcompress.errors import BadInput
-from dfcompress.synthesis.records.accumulator import Keeping
+from dfcompress.synthesis.records.accumulator import RecordSettings
 from dfcompress.synthesis.records.gaussian import AUTO_RECORD_BYTES, GaussianKeeper, GaussianLayer, cholesky
 
 PAIR_OF_4096 = {"fc6": torch.zeros(1, 4096), "fc7": torch.zeros(1, 4096), "logits": torch.zeros(1, 10)}
 
 
 def recorded(vectors, labels, **options):
-    keeper = GaussianKeeper({"fc": vectors[:1]}, Keeping(**options), int(labels.max()) + 1)
+    keeper = GaussianKeeper({"fc": vectors[:1]}, RecordSettings(**options), int(labels.max()) + 1)
     keeper.update([vectors], labels, torch.arange(len(vectors)))
     return keeper
 
@@ -48,7 +48,7 @@ def test_pooled_classes_are_one_gaussian():
 
 def test_a_process_that_saw_nothing_adds_nothing():
     vectors, labels = torch.randn(40, 5), torch.arange(40) % 2
-    keeper, idle = recorded(vectors, labels), GaussianKeeper({"fc": vectors[:1]}, Keeping(), 2)
+    keeper, idle = recorded(vectors, labels), GaussianKeeper({"fc": vectors[:1]}, RecordSettings(), 2)
     before = keeper.tensors()
     keeper.merge(idle.state())
     assert all(torch.equal(tensor, before[name]) for name, tensor in keeper.tensors().items())
@@ -65,20 +65,20 @@ def test_a_singular_covariance_is_factored():
 
 def test_logits_are_divided_by_the_temperature():
     logits = torch.randn(30, 10)
-    keeper = GaussianKeeper({"logits": logits[:1]}, Keeping("top-layer", temperature=4.0), 1)
+    keeper = GaussianKeeper({"logits": logits[:1]}, RecordSettings("top-layer", temperature=4.0), 1)
     keeper.update([logits], torch.zeros(30, dtype=torch.long), torch.arange(30))
     torch.testing.assert_close(keeper.tensors()["mean.logits"][0], logits.mean(0) / 4)
 
 
 def test_a_pair_of_4096_units_fits_by_itself():
-    keeper = GaussianKeeper(PAIR_OF_4096, Keeping(), 10)
+    keeper = GaussianKeeper(PAIR_OF_4096, RecordSettings(), 10)
     assert keeper.bytes <= AUTO_RECORD_BYTES
     assert keeper.memory_bytes < 2 * 2**30
     assert keeper.covariance.startswith("block:")
 
 
 def test_convolutions_of_hundreds_of_thousands_of_units_fit_too():
-    keeper = GaussianKeeper({"conv1": torch.zeros(1, 64, 55, 55), **PAIR_OF_4096}, Keeping(), 10)
+    keeper = GaussianKeeper({"conv1": torch.zeros(1, 64, 55, 55), **PAIR_OF_4096}, RecordSettings(), 10)
     assert keeper.bytes <= AUTO_RECORD_BYTES
     assert keeper.covariance not in ("full", "diagonal")
 
@@ -86,7 +86,7 @@ def test_convolutions_of_hundreds_of_thousands_of_units_fit_too():
 def test_what_fits_into_no_memory_is_refused_with_its_size(monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 2**12}[name])
     with pytest.raises(BadInput, match=r"Summing up 8,202 units takes 3\.\d GiB"):
-        GaussianKeeper(PAIR_OF_4096, Keeping(covariance="full"), 10)
+        GaussianKeeper(PAIR_OF_4096, RecordSettings(covariance="full"), 10)
 
 
 @pytest.mark.parametrize("covariance", ["full", "block:100", "diagonal", "auto"])

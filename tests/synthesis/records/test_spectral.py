@@ -7,7 +7,7 @@ import torch
 
 from dfcompress.errors import BadInput
 from dfcompress.synthesis.records import weight_graph
-from dfcompress.synthesis.records.accumulator import Keeping
+from dfcompress.synthesis.records.accumulator import RecordSettings
 from dfcompress.synthesis.records.record_file import Description, Record
 from dfcompress.synthesis.records.spectral import SpectralKeeper, decoded, largest, random_subset
 from dfcompress.synthesis.records.weight_graph import WeightGraph
@@ -19,7 +19,7 @@ def kept(lenet, *, data_bytes=10**7, **options):
     random = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 10
     activations = torch.randn(60, 214, generator=random)
-    keeping = Keeping(**{"kind": "spectral-all", **options})
+    keeping = RecordSettings(**{"kind": "spectral-all", **options})
     keeper = SpectralKeeper(
         lenet, LAYERS, keeping, labels, data_bytes=data_bytes, random=torch.Generator().manual_seed(1)
     )
@@ -29,7 +29,7 @@ def kept(lenet, *, data_bytes=10**7, **options):
     return keeper, activations, labels
 
 
-def record_of(keeper):
+def moments_of(keeper):
     about = Description(keeper.keeping.kind, tuple(LAYERS), 60, (6,) * 10, "", **keeper.details())
     return Record(about, keeper.tensors())
 
@@ -39,7 +39,7 @@ def test_all_coefficients_give_the_activations_back(kind, lenet):
     keeper, activations, labels = kept(lenet, kind=kind, keep=1.0, per_class=3)
     tensors = keeper.tensors()
     chosen = random_subset(labels, 3, torch.Generator().manual_seed(1))
-    back = decoded(WeightGraph(lenet, LAYERS), record_of(keeper))
+    back = decoded(WeightGraph(lenet, LAYERS), moments_of(keeper))
     torch.testing.assert_close(back, activations[chosen], atol=0.01, rtol=0)  # Values are float16.
     assert torch.equal(tensors["label"], labels[chosen])
 
@@ -55,14 +55,14 @@ def test_fewer_coefficients_are_further_from_the_activations(lenet):
     for keep in (0.05, 0.3, 1.0):
         keeper, activations, labels = kept(lenet, keep=keep, per_class=2)
         chosen = random_subset(labels, 2, torch.Generator().manual_seed(1))
-        back = decoded(WeightGraph(lenet, LAYERS), record_of(keeper))
+        back = decoded(WeightGraph(lenet, LAYERS), moments_of(keeper))
         errors.append(float((back - activations[chosen]).norm()))
     assert errors[0] > errors[1] > errors[2]
 
 
 def test_vectors_of_the_other_sign_are_turned(lenet, monkeypatch):
     keeper, activations, labels = kept(lenet, keep=1.0, per_class=1)
-    record = record_of(keeper)
+    record = moments_of(keeper)
     usual = WeightGraph.basis
     monkeypatch.setattr(WeightGraph, "basis", lambda self, places: -usual(self, places))
     chosen = random_subset(labels, 1, torch.Generator().manual_seed(1))
@@ -71,7 +71,7 @@ def test_vectors_of_the_other_sign_are_turned(lenet, monkeypatch):
 
 
 def test_another_basis_is_refused(lenet, monkeypatch):
-    record = record_of(kept(lenet)[0])
+    record = moments_of(kept(lenet)[0])
     usual = WeightGraph.basis
     monkeypatch.setattr(WeightGraph, "basis", lambda self, places: usual(self, places).roll(1, 0))
     with pytest.raises(BadInput, match="another Fourier basis"):
@@ -105,19 +105,19 @@ def test_above_the_limit_a_share_of_the_leading_vectors_is_kept(lenet, monkeypat
     tensors = keeper.tensors()
     assert tensors["places.0"].shape == (20, 5)
     assert keeper.bytes == sum(tensor.nbytes for tensor in tensors.values())
-    assert decoded(WeightGraph(lenet, LAYERS), record_of(keeper)).shape == (20, 214)
+    assert decoded(WeightGraph(lenet, LAYERS), moments_of(keeper)).shape == (20, 214)
 
 
 @pytest.mark.parametrize("name", ["mean", "label", "places.0", "values.0", "scale.0", "basis.0"])
 def test_a_record_without_one_of_its_tensors_is_refused(name, lenet):
-    record = record_of(kept(lenet)[0])
+    record = moments_of(kept(lenet)[0])
     del record.tensors[name]
     with pytest.raises(BadInput, match=f"has nothing as {name}"):
         decoded(WeightGraph(lenet, LAYERS), record)
 
 
 def test_places_outside_the_graph_are_refused(lenet):
-    record = record_of(kept(lenet)[0])
+    record = moments_of(kept(lenet)[0])
     record.tensors["places.0"][0, 0] = 40_000
     with pytest.raises(BadInput, match="a coefficient that its graph has not"):
         decoded(WeightGraph(lenet, LAYERS), record)
