@@ -15,7 +15,9 @@ DEMO = Path(__file__).resolve().parents[1] / "dfcompress" / "demo_files"
 
 
 def test_the_rows_are_the_documented_ones_and_positive(resnet20_file):
-    measured = bench_step(resnet20_file, batch_size=4, rounds=1, compute=Compute("cpu", "bf16", "off"))
+    measured = bench_step(
+        resnet20_file, batch_size=4, rounds=1, compute=Compute(device="cpu", precision="bf16", compile="off")
+    )
     assert [row["name"] for row in measured.rows] == [
         "published",
         "floor",
@@ -33,7 +35,7 @@ def test_the_rows_are_the_documented_ones_and_positive(resnet20_file):
     ("precision", "rows"), [("fp32", ["plain", "+pool", "+cached"]), ("bf16", ["plain", "+pool", "+bf16", "+cached"])]
 )
 def test_the_rows_of_training_are_the_documented_ones(resnet20_file, precision, rows):
-    compute = Compute("cpu", precision, "off")
+    compute = Compute(device="cpu", precision=precision, compile="off")
     measured = bench_train(resnet20_file, student="half", batch_size=4, rounds=1, compute=compute)
     assert [row["name"] for row in measured.rows] == rows
     assert all(row["ms"] > 0 for row in measured.rows)

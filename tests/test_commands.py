@@ -393,7 +393,7 @@ def test_what_help_says_of_training_is_what_the_verbs_do():
             assert tuple(told["method"].type.choices) == METHODS
 
 
-TINY = {"compute": Compute("cpu", "fp32", "off"), "training": {"steps": 1, "batch_size": 8}}
+TINY = {"compute": Compute(device="cpu", precision="fp32", compile="off"), "training": {"steps": 1, "batch_size": 8}}
 OTHER = {"class_names": tuple(f"other {number}" for number in range(10))}
 LINES = {
     "invert": ([], lambda out, few: invert(DEMO, output=out, synthesis=few, compute=TINY["compute"])),

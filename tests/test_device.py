@@ -40,7 +40,7 @@ LONG, SHORT = 1e15, 1e9  # Work.
 
 
 def test_a_long_job_is_compiled_and_a_short_one_is_not():
-    compute = Compute("cpu", "fp32")
+    compute = Compute(device="cpu", precision="fp32")
     assert resolve_execution(compute, LONG).compile
     assert not resolve_execution(compute, SHORT).compile
 
@@ -48,7 +48,7 @@ def test_a_long_job_is_compiled_and_a_short_one_is_not():
 @pytest.mark.usefixtures("no_compiler")
 def test_without_a_compiler_the_job_runs_eagerly_and_says_so_once(capsys):
     console.configure(console.NORMAL)
-    execution = resolve_execution(Compute("cpu", "fp32"), LONG)
+    execution = resolve_execution(Compute(device="cpu", precision="fp32"), LONG)
     console.configure(console.QUIET)
     assert not execution.compile
     assert capsys.readouterr().err.count("No C++ compiler found") == 1
@@ -58,7 +58,7 @@ def test_without_a_compiler_the_job_runs_eagerly_and_says_so_once(capsys):
 def test_asking_to_compile_without_a_compiler_is_refused():
     assert not can_compile(CPU)
     with pytest.raises(BadInput, match=r"Install g\+\+"):
-        resolve_execution(Compute("cpu", "fp32", "on"), LONG)
+        resolve_execution(Compute(device="cpu", precision="fp32", compile="on"), LONG)
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", "mps", "meta"])
@@ -90,7 +90,7 @@ def spoilt(execution) -> None:
 
 
 def test_a_precision_that_was_chosen_here_and_fails_becomes_fp32_with_one_notice(capsys):
-    compute = Compute("cpu", "auto", "off")
+    compute = Compute(device="cpu", precision="auto", compile="off")
     console.configure(console.NORMAL)
     assert tried(in_bf16(compute), compute, mixed, what="net").precision == "fp32"
     console.configure(console.QUIET)
@@ -101,7 +101,7 @@ def test_a_precision_that_was_chosen_here_and_fails_becomes_fp32_with_one_notice
 
 
 def test_a_precision_that_works_is_kept_and_nothing_else_is_tried():
-    compute = Compute("cpu", "auto", "off")
+    compute = Compute(device="cpu", precision="auto", compile="off")
     for execution in (in_bf16(compute), replace(in_bf16(compute), precision="fp32")):
         tries = []
         assert tried(execution, compute, tries.append, what="net") == execution
@@ -109,7 +109,7 @@ def test_a_precision_that_works_is_kept_and_nothing_else_is_tried():
 
 
 def test_a_precision_that_the_user_chose_and_that_fails_is_refused():
-    compute = Compute("cpu", "bf16", "off")
+    compute = Compute(device="cpu", precision="bf16", compile="off")
     with pytest.raises(BadInput, match="net cannot be computed in bf16") as refused:
         tried(in_bf16(compute), compute, mixed, what="net")
     assert "--precision auto" in refused.value.remedy
@@ -117,7 +117,7 @@ def test_a_precision_that_the_user_chose_and_that_fails_is_refused():
 
 @pytest.mark.parametrize("asked", ["auto", "bf16", "fp32"])
 def test_a_network_whose_layers_spoil_its_gradient_is_refused_for_that_whatever_the_precision(asked):
-    compute = Compute("cpu", asked, "off")
+    compute = Compute(device="cpu", precision=asked, compile="off")
     execution = replace(in_bf16(compute), precision="fp32" if asked == "fp32" else "bf16")
     with pytest.raises(BadInput, match=r"^net cannot be differentiated: .*inplace operation") as refused:
         tried(execution, compute, spoilt, what="net")
@@ -129,7 +129,7 @@ def test_a_network_that_fails_in_fp32_too_is_refused_without_a_word_on_precision
     def broken(execution):
         raise TypeError("unsupported operand")
 
-    compute = Compute("cpu", "auto", "off")
+    compute = Compute(device="cpu", precision="auto", compile="off")
     with pytest.raises(BadInput, match=r"^net cannot run in any precision: unsupported operand") as refused:
         tried(in_bf16(compute), compute, broken, what="net")
     assert "inplace" not in refused.value.remedy
@@ -140,7 +140,7 @@ def test_too_little_memory_is_no_reason_for_another_precision():
     def full(execution) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
 
-    compute = Compute("cpu", "auto", "off")
+    compute = Compute(device="cpu", precision="auto", compile="off")
     assert tried(in_bf16(compute), compute, full, what="net").precision == "bf16"
 
 
@@ -198,7 +198,9 @@ def test_on_cuda_short_jobs_are_captured_without_being_compiled(gpus, monkeypatc
     gpus(1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Stand-in 9000")
     monkeypatch.setattr(device, "missing_to_compile", lambda device: None)
-    short, off = (resolve_execution(Compute("cuda", "bf16", way), SHORT) for way in ("auto", "off"))
+    short, off = (
+        resolve_execution(Compute(device="cuda", precision="bf16", compile=way), SHORT) for way in ("auto", "off")
+    )
     assert (short.capture, short.compile) == (True, False)
     assert (off.capture, off.compile) == (False, False)
 

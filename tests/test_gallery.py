@@ -31,7 +31,7 @@ pytest.importorskip("timm")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-AUTO = Compute("cpu", "auto", "off")
+AUTO = Compute(device="cpu", precision="auto", compile="off")
 MADE = Synthesis(images=16, settings={"steps": 2, "batch_size": 8})
 # Of the layers with weights, those that are not quantized.
 IN_FLOAT = {

@@ -113,7 +113,7 @@ def test_interrupted_work_resumes_to_the_same_bits(resnet20_file, tmp_path):
 
 
 def test_the_bench_knows_the_ceilings_of_the_device(resnet20_file):
-    measured = bench_step(resnet20_file, batch_size=64, rounds=3, compute=Compute("cuda"))
+    measured = bench_step(resnet20_file, batch_size=64, rounds=3, compute=Compute(device="cuda"))
     assert measured.ceilings["tflops"] > 1
     rows = {row["name"]: row for row in measured.rows}
     assert rows["ours"]["ms"] < rows["published"]["ms"]
@@ -138,13 +138,13 @@ def trained(teachers, compute):
 @pytest.mark.parametrize(("precision", "compiled"), [("fp32", "off"), ("bf16", "on")])
 def test_training_ends_near_the_losses_of_the_cpu(count, precision, compiled, resnet20_file, resnet44_file):
     teachers = [load(file) for file in (resnet44_file, resnet20_file)][:count]
-    exact = trained(copy.deepcopy(teachers), Compute("cpu", "fp32", "off"))
-    for name, loss in trained(teachers, Compute("cuda", precision, compiled)).items():
+    exact = trained(copy.deepcopy(teachers), Compute(device="cpu", precision="fp32", compile="off"))
+    for name, loss in trained(teachers, Compute(device="cuda", precision=precision, compile=compiled)).items():
         assert loss == pytest.approx(exact[name], rel=0.2, abs=0.1), name
 
 
 def test_the_bench_of_training_runs(resnet20_file):
-    rows = bench_train(resnet20_file, batch_size=64, rounds=2, compute=Compute("cuda", "bf16")).rows
+    rows = bench_train(resnet20_file, batch_size=64, rounds=2, compute=Compute(device="cuda", precision="bf16")).rows
     assert [row["name"] for row in rows] == ["plain", "+pool", "+compiled", "+bf16", "+cached"]
 
 
@@ -157,8 +157,8 @@ def test_ranges_and_weights_are_those_of_the_cpu(rule, resnet20_file, cifar10_tr
             data=cifar10_train_file,
             output=tmp_path / place,
             finetune="none",
-            calibration=Calibration(rule, steps=2),
-            compute=Compute(place, "fp32", "off"),
+            calibration=Calibration(inputs=rule, steps=2),
+            compute=Compute(device=place, precision="fp32", compile="off"),
         )
         students.append(load(tmp_path / place))
     exact, fast = (quantized_layers(student.network) for student in students)
@@ -183,7 +183,7 @@ def test_fine_tuning_on_the_device_helps_as_on_the_cpu(finetune, resnet20_file, 
             output=tmp_path / f"{steps}",
             finetune=finetune if steps else "none",
             training=settings if steps else None,
-            compute=Compute("cuda"),
+            compute=Compute(device="cuda"),
         ).agreement
         for steps in (0, 1)
     ]

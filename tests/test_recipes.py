@@ -30,7 +30,7 @@ CASES = [(name, preset) for name in recipe_names() for preset in module_of(name)
 
 def a_record(teacher):
     """Logits of made-up images, made ready to draw from."""
-    keeper = GaussianKeeper({LOGITS: torch.zeros(1, 10)}, RecordSettings("top-layer"), 10)
+    keeper = GaussianKeeper({LOGITS: torch.zeros(1, 10)}, RecordSettings(kind="top-layer"), 10)
     keeper.update([20 * torch.randn(200, 10)], torch.arange(200) % 10, torch.arange(200))
     about = Description("top-layer", (LOGITS,), 200, (20,) * 10, "", **keeper.details())
     return GaussianSampler(Record(about, keeper.tensors()), teacher)

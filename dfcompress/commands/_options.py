@@ -101,7 +101,7 @@ def _load_all(models: tuple[Path, ...], **card: Any) -> list[Classifier]:
 def _compute(device: str, precision: str, compile: str, seed: int) -> Compute:
     from dfcompress.device import Compute
 
-    return Compute(device, precision, compile, seed)  # type: ignore[arg-type]
+    return Compute(device=device, precision=precision, compile=compile, seed=seed)  # type: ignore[arg-type]
 
 
 def _synthesis(
@@ -125,15 +125,15 @@ def _synthesis(
     overrides: dict[str, Any] = {name: value for name, value in short.items() if value is not None}
     overrides |= assignments(settings, "--set")
     return Synthesis(
-        recipe,
-        preset,
-        overrides,
-        images,
-        labels,
-        tuple(name.strip() for name in only.split(",")) if only else (),
-        _groups(groups),
-        preview_every,
-        _records(records, no_records),
+        recipe=recipe,
+        preset=preset,
+        settings=overrides,
+        images=images,
+        labels=labels,
+        classes=tuple(name.strip() for name in only.split(",")) if only else (),
+        groups=_groups(groups),
+        preview_every=preview_every,
+        records=_records(records, no_records),
     )
 
 
@@ -174,7 +174,7 @@ def _calibration(
 def _gates(max_drop: float | None, min_agreement: float | None) -> Gates:
     from dfcompress.verbs._gates import Gates
 
-    return Gates(max_drop, min_agreement)
+    return Gates(max_drop=max_drop, min_agreement=min_agreement)
 
 
 def _groups(text: str) -> int | Literal["auto"]:

@@ -14,7 +14,7 @@ from dfcompress.errors import BadInput
 from dfcompress.randomness import generator, seed_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """What training does to images, each drawn anew for every image and step.
 

@@ -35,7 +35,7 @@ WeightKind = Literal["auto", "symmetric", "asymmetric"]
 ASYMMETRIC: Mapping[WeightKind, Collection[int]] = {"auto": (2, 3), "symmetric": (), "asymmetric": WIDTHS}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """How ranges are found: `inputs` by minmax, percentile or mse; `weights` by minmax or mse; on `steps` batches of
     256 shifted and flipped images, drawn with `replacement` or every image once before any comes again. With `signed`

@@ -47,7 +47,7 @@ STRETCH = (-0.1, 1.1)  # The rectified sigmoid's range, so that 0 and 1 are reac
 SHARPNESS = (20.0, 2.0)  # β of the regulariser, from first to last.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reconstruction:
     """Settings: `steps` a unit, in batches of `batch_size`; Adam at `lr` for the rounding, at `input_lr` for the steps
     of activations; `rounding` weighs the push to whole integers, which begins after the share `warmup` of the steps;

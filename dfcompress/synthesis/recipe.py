@@ -176,7 +176,7 @@ def choose(
     return choice
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Synthesis:
     """Which images to make: the recipe, its preset, settings that override the preset's, how many (None: as many as the
     verb makes by default), and of what.

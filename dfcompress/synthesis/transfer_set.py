@@ -159,7 +159,9 @@ def _alike(synthesis: Synthesis, recipe: str, images: int) -> Synthesis:
     own = choose(recipe).settings
     asked = {name: synthesis.settings[name] for name in ("steps", "batch_size") if name in synthesis.settings}
     asked = {name: value for name, value in asked.items() if name in own}
-    return Synthesis(recipe, None, asked, images, groups=synthesis.groups, records=synthesis.records)
+    return Synthesis(
+        recipe=recipe, preset=None, settings=asked, images=images, groups=synthesis.groups, records=synthesis.records
+    )
 
 
 def _together(sets: Sequence[Tensor]) -> Tensor:

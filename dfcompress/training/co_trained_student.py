@@ -38,7 +38,9 @@ class CoTrainedStudent:
         self.is_kept, self.repair = is_kept, repair
         self.student, self.teacher, self.temperature = student.eval(), teacher, temperature
         augmentation = Augmentation(shift=4, flip=True, mixup=1.0)
-        self.training = Training(steps, lr, batch_size, freeze_batchnorm=repair, augmentation=augmentation)
+        self.training = Training(
+            steps=steps, lr=lr, batch_size=batch_size, freeze_batchnorm=repair, augmentation=augmentation
+        )
         # A lesson is too short for the compiler's time to come back.
         self.compute = replace(compute, compile="off")
 

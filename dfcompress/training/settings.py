@@ -13,7 +13,7 @@ from dfcompress.training import optimizers
 Schedule = Literal["cosine", "multistep", "constant"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """Settings of the loop.
 

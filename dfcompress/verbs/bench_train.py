@@ -73,7 +73,7 @@ def bench_train(
     if precision != "fp32":
         rows["+" + precision] = own = replace(own, precision=precision)
     # Steps enough that asking once about each image pays.
-    changing = Training(10**6, lr=0.1, batch_size=batch_size, augmentation=Augmentation(shift=SHIFT, flip=True))
+    changing = Training(steps=10**6, lr=0.1, batch_size=batch_size, augmentation=Augmentation(shift=SHIFT, flip=True))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         files = stack.enter_context(closing(_files(images, folder, batch_size)))

@@ -58,7 +58,7 @@ Finetuning = Literal["blocks+lsq", "lsq", "blocks", "kd", "none"]
 Method = Literal["default", "paper"]
 
 AS_THE_PAPER = Augmentation(shift=4, flip=True, mixup=1.0)
-KD = Training(400, 0.01, 256, weight_decay=1e-4, freeze_batchnorm=True, augmentation=AS_THE_PAPER)
+KD = Training(steps=400, lr=0.01, batch_size=256, weight_decay=1e-4, freeze_batchnorm=True, augmentation=AS_THE_PAPER)
 LSQ = replace(KD, lr=0.003)  # Steps are small numbers: a clipped gradient at 0.01 moves some too far.
 FINETUNING: Mapping[Finetuning, Training | Reconstruction | None] = {
     "blocks+lsq": LSQ,
@@ -75,7 +75,9 @@ OBJECTIVES: Mapping[Finetuning, Mapping[str, float]] = {
 }
 CALIBRATIONS: Mapping[Method, Calibration] = {
     "default": Calibration(),
-    "paper": Calibration("minmax", "minmax", steps=200, correction=False, weight_grid="asymmetric", replacement=True),
+    "paper": Calibration(
+        inputs="minmax", weights="minmax", steps=200, correction=False, weight_grid="asymmetric", replacement=True
+    ),
 }
 FINETUNED_BY: Mapping[Method, Finetuning] = {"default": "blocks+lsq", "paper": "kd"}
 # Haroush et al. 2020, section 4.2: CIFAR's ResNet-44, and ImageNet's ResNet-18.

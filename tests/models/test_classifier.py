@@ -23,6 +23,6 @@ def test_work_is_multiply_accumulates_and_the_elements_of_every_layer():
 def test_a_small_network_is_compiled_where_it_is_trained_long():
     """LeNet-5 has so few multiply-accumulates that by them alone it would not be."""
     a_pass = work_of(net("lenet5_bn")) * 128
-    compute = Compute("cpu", "fp32")
+    compute = Compute(device="cpu", precision="fp32")
     assert resolve_execution(compute, 12_000 * 5 * a_pass).compile
     assert not resolve_execution(compute, 1_000 * 5 * a_pass).compile

@@ -52,4 +52,4 @@ def test_what_is_no_class_is_refused(how, classes, message):
 
 def test_recipes_without_labels_take_no_classes():
     with pytest.raises(BadInput, match="towards no class"):
-        choose_recipe(Synthesis("bns", classes=("1",)), CARD, None)
+        choose_recipe(Synthesis(recipe="bns", classes=("1",)), CARD, None)

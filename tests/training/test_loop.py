@@ -36,7 +36,7 @@ from dfcompress.training.settings import Training
 from dfcompress.training.steps import training_mode
 
 CARD = ModelCard("tiny", 4, (1, 8, 8), (0.5,), (0.25,))
-EAGER = Compute("cpu", "fp32", "off")
+EAGER = Compute(device="cpu", precision="fp32", compile="off")
 TRAINING = Training(steps=40, lr=0.2, batch_size=32)
 
 
@@ -473,10 +473,10 @@ def test_the_multistep_schedule_falls_at_its_milestones_and_clip_0_leaves_gradie
 def test_a_student_that_cannot_learn_in_the_precision_asked_for_is_refused_before_any_work():
     card = ModelCard("odd", odd_networks.CLASSES, odd_networks.SIZE, (0.5,) * 3, (0.25,) * 3)
     student, training = Classifier(odd_networks.trained("scattered"), card), Training(steps=2, lr=0.1, batch_size=4)
-    require_trainable(student, training, Compute("cpu", "fp32", "off"), [8])
-    require_trainable(student, training, Compute("cpu", "auto", "off"), [8])
+    require_trainable(student, training, Compute(device="cpu", precision="fp32", compile="off"), [8])
+    require_trainable(student, training, Compute(device="cpu", precision="auto", compile="off"), [8])
     with pytest.raises(BadInput, match="odd cannot be computed in bf16"):
-        require_trainable(student, training, Compute("cpu", "bf16", "off"), [8])
+        require_trainable(student, training, Compute(device="cpu", precision="bf16", compile="off"), [8])
 
 
 @pytest.mark.parametrize(("names", "precision"), [(("prelu", "plain"), "bf16"), (("plain", "scattered"), "fp32")])
@@ -485,7 +485,7 @@ def test_the_precision_is_tried_with_student_and_teacher_and_stored(names, preci
     card = ModelCard("odd", odd_networks.CLASSES, odd_networks.SIZE, (0.5,) * 3, (0.25,) * 3)
     student, teacher = (Classifier(odd_networks.trained(name), card) for name in names)
     training = Training(steps=2, lr=0.1, batch_size=4)
-    auto = Compute("cpu", "auto", "off")
+    auto = Compute(device="cpu", precision="auto", compile="off")
     shown = torch.randint(0, 256, (8, *odd_networks.SIZE), dtype=torch.uint8)
     trained = Trainer(student, Distillation(teacher, [kd(2.0)]), training, compute=auto, folder=tmp_path).fit(shown)
     assert trained.execution.precision == precision

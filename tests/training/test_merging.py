@@ -22,7 +22,7 @@ from dfcompress.training.ood_score import BatchNormOodScore
 from dfcompress.training.settings import Training
 from dfcompress.verbs.merge import usual_training
 
-EAGER = Compute("cpu", "fp32", "off")
+EAGER = Compute(device="cpu", precision="fp32", compile="off")
 
 
 def teacher(names=None, classes=2, name="t", size=(1, 4, 4), seed=0):

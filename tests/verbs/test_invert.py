@@ -32,7 +32,7 @@ from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training.loop import Trainer
 from dfcompress.verbs.invert import invert, learner, plans
 
-EAGER = Compute("cpu", "fp32", "off")
+EAGER = Compute(device="cpu", precision="fp32", compile="off")
 SMALL = Synthesis(images=12, settings={"steps": 3, "batch_size": 8})
 
 
@@ -212,7 +212,7 @@ def test_metrics_hold_each_shard_once_with_its_health(made):
 def adaptive(resnet20_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adaptive") / "set"
     settings = {"steps": 3, "batch_size": 8, "student_steps": 3, "student_batch_size": 8}
-    asked = Synthesis("adaptive-deepinversion", "fast-cifar10", settings, images=24)
+    asked = Synthesis(recipe="adaptive-deepinversion", preset="fast-cifar10", settings=settings, images=24)
     return invert(resnet20_file, output=folder, synthesis=asked, compute=EAGER), folder, asked
 
 
@@ -277,7 +277,10 @@ def odd(name):
 @pytest.mark.usefixtures("native_bf16")
 @pytest.mark.parametrize(("name", "precision"), [("prelu", "bf16"), ("scattered", "fp32")])
 def test_the_precision_is_tried_before_images_are_made_and_stored_with_them(name, precision, tmp_path, capsys):
-    auto, made = Compute("cpu", "auto", "off"), Synthesis(images=8, settings={"steps": 2, "batch_size": 4})
+    auto, made = (
+        Compute(device="cpu", precision="auto", compile="off"),
+        Synthesis(images=8, settings={"steps": 2, "batch_size": 4}),
+    )
     planned = plans(TransferSetSource(odd(name), None, made, auto))
     assert [plan.execution.precision for plan in planned] == [precision]
     capsys.readouterr()
@@ -289,7 +292,7 @@ def test_the_precision_is_tried_before_images_are_made_and_stored_with_them(name
 
 
 def test_a_precision_that_a_network_cannot_compute_in_is_refused_where_it_was_asked_for(tmp_path):
-    bf16 = Compute("cpu", "bf16", "off")
+    bf16 = Compute(device="cpu", precision="bf16", compile="off")
     with pytest.raises(BadInput, match=r"scattered cannot be computed in bf16: .*--precision auto"):
         invert(odd("scattered"), output=tmp_path / "set", synthesis=SMALL, compute=bf16)
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -299,7 +302,10 @@ def test_a_precision_that_a_network_cannot_compute_in_is_refused_where_it_was_as
 def test_a_network_whose_layers_in_place_spoil_its_gradient_is_refused_by_plan_and_verb(precision, tmp_path):
     between = nn.Sequential(nn.Sigmoid(), nn.ELU(inplace=True))
     network = odd_networks.settled(odd_networks.Net(between), odd_networks.SIZE)
-    teacher, compute = Classifier(network, odd("plain").card, name="spoilt"), Compute("cpu", precision, "off")
+    teacher, compute = (
+        Classifier(network, odd("plain").card, name="spoilt"),
+        Compute(device="cpu", precision=precision, compile="off"),
+    )
     with pytest.raises(BadInput, match=r"^spoilt cannot be differentiated: .*inplace operation.*inplace=False"):
         plans(TransferSetSource(teacher, None, SMALL, compute))
     with pytest.raises(BadInput, match=r"^spoilt cannot be differentiated: .*inplace operation.*inplace=False"):
@@ -321,8 +327,8 @@ def test_lessons_take_the_precision_that_is_stored_with_the_set(resnet20_file, t
     for native in (False, True):
         monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda native=native: native)
         settings = {"steps": 1, "batch_size": 4, "student_steps": 1, "student_batch_size": 4}
-        asked = Synthesis("adaptive-deepinversion", "fast-cifar10", settings, images=8)
-        job, auto = resolve(load(resnet20_file), asked), Compute("cpu", "auto", "off")
+        asked = Synthesis(recipe="adaptive-deepinversion", preset="fast-cifar10", settings=settings, images=8)
+        job, auto = resolve(load(resnet20_file), asked), Compute(device="cpu", precision="auto", compile="off")
         folder = tmp_path / f"{native}"
         pupil = learner(job.teacher, job.recipe(), None, auto)
         folder.mkdir()
@@ -345,7 +351,9 @@ def test_lessons_take_the_precision_that_is_stored_with_the_set(resnet20_file, t
 def test_images_of_one_round_say_that_no_lesson_takes_place(images, settings, remedy, resnet20_file, tmp_path, capsys):
     def notices(images, **settings):
         folder, usual = tmp_path / str(images), {"steps": 1, "student_steps": 1, "student_batch_size": 4}
-        asked = Synthesis("adaptive-deepinversion", "fast-cifar10", {**usual, **settings}, images=images)
+        asked = Synthesis(
+            recipe="adaptive-deepinversion", preset="fast-cifar10", settings={**usual, **settings}, images=images
+        )
         invert(resnet20_file, output=folder, synthesis=asked, compute=EAGER, overwrite=True)
         return capsys.readouterr().err
 

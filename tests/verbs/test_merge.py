@@ -32,7 +32,7 @@ from dfcompress.verbs.distill import DISTILLATION, distill
 from dfcompress.verbs.merge import merge, usual_training
 
 DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
-EAGER = Compute("cpu", "fp32", "off")
+EAGER = Compute(device="cpu", precision="fp32", compile="off")
 FEW = Synthesis(images=64, settings={"steps": 2, "batch_size": 32})
 SHORT = replace(DISTILLATION, steps=4, batch_size=16)
 
@@ -293,7 +293,7 @@ def test_images_between_models_are_not_cropped():
 
 
 ADAPTIVE = Synthesis(
-    "adaptive-deepinversion",
+    recipe="adaptive-deepinversion",
     images=96,
     settings={"steps": 2, "batch_size": 32, "student_steps": 3, "student_batch_size": 16},
 )

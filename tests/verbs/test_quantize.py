@@ -31,7 +31,7 @@ from dfcompress.verbs.invert import learner
 from dfcompress.verbs.quantize import LSQ, quantize, usual_calibration, usual_images, usual_tuning
 
 DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
-EAGER = Compute("cpu", "fp32", "off", 0)
+EAGER = Compute(device="cpu", precision="fp32", compile="off", seed=0)
 SAVING = "import sys; from dfcompress import cli, run; run.SAVE_EVERY_SECONDS = 0.0; sys.exit(cli.run(sys.argv[1:]))"
 
 
@@ -66,7 +66,7 @@ def test_what_was_measured_is_what_is_loaded_to_the_bit(tmp_path, monkeypatch):
 
     writing = _finish.save
     monkeypatch.setattr(_finish, "save", lambda student, folder: (saved.append(student), writing(student, folder)))
-    training = Training(3, 0.01, 32, freeze_batchnorm=True)
+    training = Training(steps=3, lr=0.01, batch_size=32, freeze_batchnorm=True)
     quantize(DEMO, data=DEMO, output=tmp_path / "out", training=training, compute=EAGER)
     images = torch.rand(16, 1, 32, 32)
     assert torch.equal(load(tmp_path / "out")(images), saved[0](images))
@@ -159,7 +159,7 @@ def test_a_competitor_under_repair_learns_at_a_fifth_of_the_rate():
 def test_adaptive_images_compete_with_what_quantization_leaves_of_the_model(tmp_path):
     """It begins with the model's own weights and statistics, learns without losing these, and depends on the bits."""
     settings = {"steps": 2, "batch_size": 16, "student_steps": 2, "student_batch_size": 8}
-    asked = Synthesis("adaptive-deepinversion", images=32, settings=settings)
+    asked = Synthesis(recipe="adaptive-deepinversion", images=32, settings=settings)
     shards = []
     for bits in ("2w2a", "8w8a"):
         folder = tmp_path / bits
@@ -179,7 +179,7 @@ def test_adaptive_images_compete_with_what_quantization_leaves_of_the_model(tmp_
 def test_correction_and_ranges_are_settings_of_calibration(tmp_path):
     shas = set()
     for number, calibration in enumerate(
-        [Calibration(), Calibration(correction=False), Calibration(weights="minmax"), Calibration("minmax")]
+        [Calibration(), Calibration(correction=False), Calibration(weights="minmax"), Calibration(inputs="minmax")]
     ):
         done = quantize(
             DEMO, data=DEMO, output=tmp_path / str(number), finetune="none", calibration=calibration, compute=EAGER
@@ -296,7 +296,7 @@ def test_calibration_with_replacement_fills_a_batch_from_fewer_images_and_depend
         ({"method": "papers"}, "no --method 'papers'"),
         ({"calibration": {"step": 3}}, "no setting of calibration called 'step'. Did you mean 'steps'"),
         ({"calibration": {"weight_grid": "skewed"}}, "no --weight-grid 'skewed'"),
-        ({"finetune": "blocks", "training": Training(3, 0.1, 8)}, "not set by a Training"),
+        ({"finetune": "blocks", "training": Training(steps=3, lr=0.1, batch_size=8)}, "not set by a Training"),
         ({"finetune": "lsq", "training": Reconstruction()}, "not set by a Reconstruction"),
         ({"objectives": {"feature": 1.0}}, "No objective looks at"),
         ({"objectives": {"kd": 1.0, "iqs": 1.0}}, "no objective 'iqs'"),

@@ -33,7 +33,7 @@ from dfcompress.verbs.inspect import inspect
 from dfcompress.verbs.invert import invert
 from dfcompress.verbs.record import record
 
-EAGER = Compute("cpu", "fp32", "off")
+EAGER = Compute(device="cpu", precision="fp32", compile="off")
 FEW = Synthesis(images=12, settings={"steps": 4, "batch_size": 8})
 
 
@@ -78,7 +78,7 @@ def test_one_pass_keeps_what_two_passes_find(released, activations):
 
 
 def test_what_is_said_is_what_is_in_the_file(lenet_folder, images_file, tmp_path):
-    made = record(lenet_folder, data=images_file, keeping=RecordSettings("top-layer"), output=tmp_path / "x")
+    made = record(lenet_folder, data=images_file, keeping=RecordSettings(kind="top-layer"), output=tmp_path / "x")
     assert made.bytes == (tmp_path / "x").stat().st_size
     assert made.units == {LOGITS: 10}
     assert made.classes == [30] * 10
@@ -93,7 +93,7 @@ def test_a_dry_run_tells_the_size_and_writes_nothing(lenet_folder, images_file, 
 
 
 def test_layers_are_chosen_by_pattern(lenet_folder, images_file, tmp_path):
-    keeping = RecordSettings("bn-equivalent", layers=["conv*"])
+    keeping = RecordSettings(kind="bn-equivalent", layers=["conv*"])
     assert set(record(lenet_folder, data=images_file, keeping=keeping, output=tmp_path / "x").units) == {
         "conv1",
         "conv2",
@@ -106,13 +106,13 @@ def test_a_class_of_few_images_is_refused_unless_classes_are_pooled(lenet_folder
     with pytest.raises(BadInput, match="Class 0 has 30 images, fewer than --min-images 31"):
         record(lenet_folder, data=images_file, keeping=RecordSettings(min_images=31), output=tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
-    keeping = RecordSettings("top-layer", pooled=True, min_images=31)
+    keeping = RecordSettings(kind="top-layer", pooled=True, min_images=31)
     record(lenet_folder, data=images_file, keeping=keeping, output=tmp_path / "x")
 
 
 def test_a_network_without_dropout_has_no_filters_to_fix(lenet_folder, images_file, tmp_path):
     with pytest.raises(BadInput, match="no dropout layer"):
-        record(lenet_folder, data=images_file, keeping=RecordSettings(FIXED_DROPOUT), output=tmp_path / "x")
+        record(lenet_folder, data=images_file, keeping=RecordSettings(kind=FIXED_DROPOUT), output=tmp_path / "x")
 
 
 def test_where_it_cannot_be_written_is_refused_before_any_work(lenet_folder, images_file, tmp_path):
@@ -147,7 +147,7 @@ def test_what_cannot_be_kept_is_refused(options, message):
 
 def test_a_folder_of_mnist_is_recorded_from_its_training_part(lenet_folder, mnist_folder, tmp_path):
     made = record(
-        lenet_folder, data=mnist_folder, keeping=RecordSettings("top-layer"), output=tmp_path / "x", dry_run=True
+        lenet_folder, data=mnist_folder, keeping=RecordSettings(kind="top-layer"), output=tmp_path / "x", dry_run=True
     )
     assert made.images == 60_000
 
@@ -246,7 +246,7 @@ def test_the_compiled_step_of_fixed_filters_is_the_eager_one(hinton, tmp_path):
     np.savez(
         tmp_path / "d.npz", images=random.integers(0, 256, (200, 1, 28, 28), dtype=np.uint8), labels=np.arange(200) % 10
     )
-    keeping = RecordSettings("all-layers-dropout", covariance="diagonal")
+    keeping = RecordSettings(kind="all-layers-dropout", covariance="diagonal")
     record(hinton, data=tmp_path / "d.npz", keeping=keeping, output=tmp_path / "r")
     source = GaussianSampler(Record.load(tmp_path / "r", hinton), hinton)
     recipe = choose("activation-records", "fast-all-layers", {"steps": 5, "batch_size": 8}).build()
@@ -308,7 +308,7 @@ def test_a_network_without_batchnorm_or_record_is_refused(lenet_folder, tmp_path
 
 
 def test_pooled_classes_intend_no_class(lenet_folder, images_file, tmp_path):
-    record(lenet_folder, data=images_file, keeping=RecordSettings("top-layer", pooled=True), output=tmp_path / "r")
+    record(lenet_folder, data=images_file, keeping=RecordSettings(kind="top-layer", pooled=True), output=tmp_path / "r")
     made = invert(lenet_folder, output=tmp_path / "set", synthesis=replace(FEW, records=tmp_path / "r"), compute=EAGER)
     assert made.teacher_top1 is None
 

@@ -13,7 +13,7 @@ from dfcompress.errors import BadInput
 from dfcompress.synthesis.records import BN_EQUIVALENT, GAUSSIAN, KINDS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecordSettings:
     """What to keep: the kind, and for those it concerns, how.
 

@@ -65,7 +65,7 @@ def test_a_singular_covariance_is_factored():
 
 def test_logits_are_divided_by_the_temperature():
     logits = torch.randn(30, 10)
-    keeper = GaussianKeeper({"logits": logits[:1]}, RecordSettings("top-layer", temperature=4.0), 1)
+    keeper = GaussianKeeper({"logits": logits[:1]}, RecordSettings(kind="top-layer", temperature=4.0), 1)
     keeper.update([logits], torch.zeros(30, dtype=torch.long), torch.arange(30))
     torch.testing.assert_close(keeper.tensors()["mean.logits"][0], logits.mean(0) / 4)
 
