@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -232,10 +233,40 @@ def read_record(path: Path) -> dict[str, Any]:
     """The record of an earlier run; raises `BadInput` where it is none."""
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-        record["options"].items()
+        record["options"].items(), record["verb"].lower()
         return record
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{path} is not a record of dfcompress.", "Name another folder.") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What `run.json` tells of a run: how its numbers came about.
+
+    `options` are what the result depends on; `plan` is what was to be done, None in records of version 0.1;
+    `measurements` are the verb's result as JSON, None where the run is not finished. `seconds` are those of each part
+    of the last invocation, and of all of it (`invocation`).
+    """
+
+    folder: Path
+    verb: str
+    options: Mapping[str, Any]
+    versions: Mapping[str, str]
+    finished: bool = False
+    plan: Mapping[str, Any] | None = None
+    measurements: Mapping[str, Any] | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    processor: str | None = None
+
+    @classmethod
+    def read(cls, folder: str | Path) -> RunRecord:
+        """The record of the run whose folder this is; raises `BadInput` where there is none."""
+        path = Path(folder) / RECORD
+        if not path.is_file():
+            raise BadInput(f"{folder} holds no {RECORD}.", "Name the folder of a run.")
+        values = {"versions": {}, **read_record(path)}
+        return cls(folder=Path(folder), **{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
 
 def _umask() -> int:

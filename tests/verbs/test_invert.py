@@ -107,8 +107,8 @@ def test_a_folder_of_somebody_else_is_never_overwritten(resnet20_file, tmp_path)
 def test_other_networks_can_classify_the_images(resnet20_file, tmp_path):
     result = invert(resnet20_file, output=tmp_path / "set", synthesis=SMALL, compute=EAGER, verify=[resnet20_file])
     (verified,) = result.verify
-    assert (verified["checkpoint"], verified["top1"]) == ("resnet20-12fca82f", result.teacher_top1)
-    assert verified["bn_divergence"] == pytest.approx(result.bn_divergence, rel=1e-4)
+    assert (verified.checkpoint, verified.top1) == ("resnet20-12fca82f", result.teacher_top1)
+    assert verified.bn_divergence == pytest.approx(result.bn_divergence, rel=1e-4)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("resnet20_file", 0.0157), ("resnet44_file", 0.0218)])

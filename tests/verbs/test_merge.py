@@ -61,8 +61,8 @@ def test_what_a_merge_leaves_behind(two, tmp_path):
     student = load(result.checkpoint)
     assert student.card.class_names == ("x", "y", "z", "w")
     assert student.card.input_size == (1, 32, 32)
-    assert [teacher["checkpoint"] for teacher in result.teachers] == ["a", "b"]
-    assert all(0 <= share <= 1 for teacher in result.teachers for share in teacher["blocks"])
+    assert [teacher.checkpoint for teacher in result.teachers] == ["a", "b"]
+    assert all(0 <= share <= 1 for teacher in result.teachers for share in teacher.blocks)
     for number in (1, 2):
         for name, images in (("synthetic", 32), ("synthetic-bns", 32)):
             made = SyntheticSet(tmp_path / "out" / f"teacher-{number}" / name)
@@ -146,10 +146,10 @@ def test_real_images_report_each_teacher_and_all_together(two, tmp_path):
     save_npz(tmp_path / "b.npz", images[labels >= 2], labels[labels >= 2] - 2)
     together = merged(two, tmp_path / "out", eval_data=[one]).evaluation.results
     apart = merged(two, tmp_path / "out2", eval_data=[tmp_path / "a.npz", tmp_path / "b.npz"]).evaluation.results
-    assert [row["images"] for row in together] == ["a", "a", "b", "b", "all", "all"]
-    assert [row["total"] for row in together] == [30, 30, 20, 20, 40, 40]
-    assert [row["correct"] for row in together][:4] == [row["correct"] for row in apart][:4]
-    assert [row["total"] for row in apart][4:] == [50, 50]
+    assert [row.images for row in together] == ["a", "a", "b", "b", "all", "all"]
+    assert [row.total for row in together] == [30, 30, 20, 20, 40, 40]
+    assert [row.correct for row in together][:4] == [row.correct for row in apart][:4]
+    assert [row.total for row in apart][4:] == [50, 50]
 
 
 def save_npz(path, images, labels):
@@ -192,8 +192,8 @@ def test_distill_reports_held_out_and_unseen_images_and_keeps_them_apart(tmp_pat
         DEMO, student="half", output=tmp_path / "out", synthesis=FEW, training=SHORT, unseen=32, compute=EAGER
     )
     (followed,) = result.teachers
-    assert 0 <= followed["held_out"] <= 1
-    assert 0 <= followed["unseen"] <= 1
+    assert 0 <= followed.held_out <= 1
+    assert 0 <= followed.unseen <= 1
     unseen = SyntheticSet(tmp_path / "out" / "unseen").manifest
     assert (unseen["recipe"]["name"], unseen["seed"], unseen["images"]) == ("bns-inception", 1, 32)
 
