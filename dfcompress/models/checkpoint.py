@@ -23,17 +23,8 @@ from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models import packing
 from dfcompress.models.answers import gives_logits, require_exclusive, take_logits
-from dfcompress.models.architectures import (
-    HALF,
-    SMALL_INPUT,
-    TRANSFORMERS,
-    Architecture,
-    architectures,
-    named,
-    plain,
-    runs_code,
-    tensors_of,
-)
+from dfcompress.models.architecture import SMALL_INPUT, Architecture, tensors_of
+from dfcompress.models.architectures import HALF, architectures, named, plain, runs_code
 from dfcompress.models.batchnorms import has_foreign_batchnorms, plain_batchnorms
 from dfcompress.models.card import (
     CIFAR_MEAN,
@@ -47,7 +38,7 @@ from dfcompress.models.card import (
 )
 from dfcompress.models.classifier import STEADY, Classifier, load_tensors, pass_once, why_not_run
 from dfcompress.models.fake_quantizers import dequantized, is_quantized
-from dfcompress.models.huggingface import card_of, is_of_transformers, take_rgb
+from dfcompress.models.huggingface import TRANSFORMERS, card_of, is_of_transformers, take_rgb
 from dfcompress.models.plain import is_plain, make_plain
 from dfcompress.models.recognition import MISSING, Recognised, differences, first, fit_to, recognise, why_in_part
 from dfcompress.models.safe_reading import (

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from dfcompress.errors import BadInput
 from dfcompress.models.answers import take_logits, why_not_exclusive
-from dfcompress.models.architectures import HALF, SMALL_INPUT, TRANSFORMERS, architectures, named
+from dfcompress.models.architecture import SMALL_INPUT
+from dfcompress.models.architectures import HALF, architectures, named
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, why_not_run
 from dfcompress.models.fake_quantizers import dequantized
+from dfcompress.models.huggingface import TRANSFORMERS
 from dfcompress.models.plain import make_plain
 from dfcompress.settings import AUTO
 from dfcompress.training.layer_init import init_from_teacher
