@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from dfcompress.models.plain import make_plain
+from dfcompress.models.resizing import resized
 
 SMALL_INPUT = 64
 
@@ -42,6 +45,7 @@ class Architecture:
     `mean` and `std` are what its released weights expect, where that is not what is usual for the size.
     `foreign` networks come from a factory of the user's. They have the channels that it gives them, and its number of
     classes where 0 are asked for, or where it takes no `num_classes`.
+    `make` gives a network of the usual widths; `widths` are those of layers that have others (see `resizing`).
     """
 
     name: str
@@ -54,6 +58,12 @@ class Architecture:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     foreign: bool = False
+    widths: tuple[tuple[str, tuple[int, int]], ...] = ()
+
+    def build(self, classes: int, channels: int) -> nn.Module:
+        """The network, its weights as they are initialised; raises `BadInput` where it cannot have the widths."""
+        network = self.make(classes, channels)
+        return resized(make_plain(network), dict(self.widths)) if self.widths else network
 
     def ignores(self, name: str) -> bool:
         """Whether a tensor is one that only training needs."""
@@ -65,11 +75,11 @@ class Architecture:
         (Building under `torch.device("meta")` fails for networks that compute with tensors in their constructor.)
         """
         if self.foreign:
-            return self.make(classes, channels)
+            return self.build(classes, channels)
         # torch types the hook as giving nothing, and documents that what it gives replaces the parameter.
         hook = register_module_parameter_registration_hook(_without_storage)  # type: ignore[arg-type]
         try:
-            return self.make(classes, channels)
+            return self.build(classes, channels)
         finally:
             hook.remove()
 
@@ -81,5 +91,9 @@ def _without_storage(module: nn.Module, name: str, parameter: nn.Parameter | Non
 @cache
 def tensors_of(architecture: Architecture, classes: int, channels: int) -> dict[str, torch.Size]:
     """Names and shapes of an architecture's tensors, without `num_batches_tracked`, at next to no cost."""
-    state = architecture.make_empty(classes, channels).state_dict()
+    network = replace(architecture, widths=()).make_empty(classes, channels)
+    if architecture.widths:
+        # Buffers, too, take no memory then: widths come from strangers' files.
+        network = resized(make_plain(network).to("meta"), dict(architecture.widths))
+    state = network.state_dict()
     return {name: tensor.shape for name, tensor in state.items() if not name.endswith("num_batches_tracked")}

@@ -26,7 +26,7 @@ from dfcompress.errors import BadInput
 from dfcompress.models.architecture import Architecture, Naming
 from dfcompress.models.huggingface import TRANSFORMERS, architecture_of
 from dfcompress.models.plain import make_plain
-from dfcompress.models.resizing import halved
+from dfcompress.models.resizing import half_of, resized
 
 HALF = "half:"
 
@@ -52,14 +52,19 @@ def find(name: str) -> Architecture:
     return known[name]
 
 
-def named(spec: str, config: Mapping[str, Any] | None = None) -> Architecture:
+def named(
+    spec: str, config: Mapping[str, Any] | None = None, widths: Mapping[str, tuple[int, int]] | None = None
+) -> Architecture:
     """The architecture that `--arch` names: NAME, timm:NAME, file.py:factory, package.module:factory, or half:... of
-    these with half the channels; or the one that a card names, `transformers:TYPE`, with the card's `config`.
+    these with half the channels; or the one that a card names, `transformers:TYPE`, with the card's `config`. `widths`
+    are a card's, too: those of the layers that have others than the name says.
 
     Code runs only because the user named it; a factory is called without arguments, or with `num_classes` where that is
     known and it takes it.
     Raises `BadInput` where there is no such thing.
     """
+    if widths:
+        return replace(named(spec, config), widths=tuple(widths.items()), tensors=None, namings=(Naming(),))
     if spec.startswith(HALF):
         whole = named(spec.removeprefix(HALF), config)
         return replace(whole, name=spec, make=partial(_make_half, whole), tensors=None, namings=(Naming(),))
@@ -93,7 +98,8 @@ def _make_plain(make: Callable[[int, int], nn.Module], classes: int, channels: i
 
 
 def _make_half(whole: Architecture, classes: int, channels: int) -> nn.Module:
-    return halved(make_plain(whole.make(classes, channels)))
+    network = make_plain(whole.make(classes, channels))
+    return resized(network, half_of(network))
 
 
 def _make_foreign(factory: Callable[..., object], spec: str, classes: int, channels: int) -> nn.Module:
