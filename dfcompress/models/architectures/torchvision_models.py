@@ -7,7 +7,7 @@ from functools import partial
 import torchvision.models
 from torch import nn
 
-from dfcompress.models.architectures import Architecture, Naming
+from dfcompress.models.architecture import Architecture, Naming
 
 # Tensors in each state dict, so that recognising a file does not build eighty networks; a test compares them.
 TENSORS: dict[str, int] = {
