@@ -35,6 +35,7 @@ from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.run import save_state, write_atomically
 from dfcompress.synthesis.labels import Labels
+from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.quality import BatchQuality, QualityCheck
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice
 from dfcompress.synthesis.spec import SynthesisSpec
@@ -144,7 +145,7 @@ def execution_of(job: SynthesisSpec, compute: Compute, student: Classifier | Non
     teacher, recipe, images = job.teacher, job.recipe(), job.images
     batch_size = min(recipe.batch_size, images)
     execution = resolve_execution(compute, work_in(recipe, teacher, -(-images // batch_size) * batch_size))
-    student = (student or teacher) if recipe.needs_student else None
+    student = (student or teacher) if Want.STUDENT in recipe.wants else None
 
     source = job.source()
 
