@@ -33,7 +33,7 @@ from dfcompress.quantization.calibration import Calibration, calibrated, calibra
 from dfcompress.quantization.layer_report import REPORT, layer_report, named_bytes
 from dfcompress.quantization.mixed_precision import require_reachable, with_widths
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct
-from dfcompress.run import Run, running, write_json
+from dfcompress.run import STATE, Run, running, write_json
 from dfcompress.settings import AUTO, replace_settings, with_defaults
 from dfcompress.synthesis.recipe import Recipe, Synthesis
 from dfcompress.synthesis.transfer_set import NONE, TransferSetSource
@@ -84,7 +84,7 @@ FINETUNED_BY: Mapping[Method, Finetuning] = {"default": "blocks+lsq", "paper": "
 SMALL = 64
 PAPER_KD, PAPER_KD_LARGE = replace(KD, steps=16_000, batch_size=512), replace(KD, steps=44_000)
 RECIPE, PAPER_PRESET, IMAGES = "bns-inception", "paper-cifar10", 2048
-BITS, BLOCKS = "bits.partial", "blocks.partial"
+BITS, BLOCKS = f"bits{STATE}", f"blocks{STATE}"
 
 
 def quantize(
