@@ -448,7 +448,7 @@ class Work:
 
     def start_phase(self, phase: Phase) -> None:
         """A fresh optimiser for `stage`."""
-        capturable = device.can_capture(self.labels.device)
+        capturable = device.is_cuda(self.labels.device)
         self.optimizer = torch.optim.Adam(self.parameters, betas=phase.betas, fused=True, capturable=capturable)
         self._follow_rate()
         self.drawn, self.captured, self.uncaptured = [], None, 0
