@@ -197,5 +197,6 @@ def _with_config(stored: StoredModel, path: Path) -> StoredModel:
         "mean": pretrained.get("mean"),
         "std": pretrained.get("std"),
         "class_names": pretrained.get("label_names") or config.get("label_names"),
+        "widths": config.get("widths"),
     }
     return replace(stored, card={**{name: value for name, value in stated.items() if value}, **stored.card})

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from dfcompress import console
+from dfcompress import console, schedules
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.settings import parse, unknown
@@ -55,11 +54,7 @@ class Phase:
 
     def rate(self, step: int) -> float:
         """Learning rate of `step`, counted from 0."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        if self.schedule == "constant":
-            return self.lr
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+        return schedules.rate(step, peak=self.lr, steps=self.steps, schedule=self.schedule, warmup=self.warmup)
 
 
 @dataclass(frozen=True)

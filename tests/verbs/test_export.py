@@ -6,10 +6,12 @@ import copy
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from uneven_networks import UNEVEN, uneven
 
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.evaluation import onnx_check
@@ -22,6 +24,7 @@ from dfcompress.models.fake_quantizers import WIDTHS, Scheme, freeze, quantize_l
 from dfcompress.quantization.bits import Bits, assign, layers_of, parse_bits
 from dfcompress.quantization.observers import calibrate, fit_weights
 from dfcompress.verbs import export as export_module
+from dfcompress.verbs.evaluate import evaluate
 from dfcompress.verbs.export import export, rehearse, require_kernels, require_packages
 
 onnx = pytest.importorskip("onnx")
@@ -101,6 +104,27 @@ def test_a_network_goes_through_the_whole_chain(architecture, size, tmp_path):
     assert exported.equal >= 0.98 * exported.images
     assert exported.median_difference < 0.02 * student(images).std()
     assert exported.bytes < 0.25 * 4 * sum(parameter.numel() for parameter in classifier.network.parameters())
+
+
+@pytest.mark.parametrize(
+    "name", [next(iter(UNEVEN)), *(pytest.param(n, marks=pytest.mark.slow) for n in [*UNEVEN][1:])]
+)
+@torch.no_grad()
+def test_uneven_widths_go_through_the_whole_chain_to_an_evaluation(name, tmp_path):
+    classifier = uneven(name)
+    student = quantized(classifier, "4w4a", ends=None)
+    loaded, exported = through(student, tmp_path / "student")
+    images = pictures(classifier.card.input_size[0], 32, 64)
+    assert torch.equal(loaded(images), student(images))
+    assert exported.equal >= 0.98 * exported.images
+    save(classifier, tmp_path / "teacher")
+    pixels = (images * 255).round().byte()
+    labels = classifier(pixels / 255).argmax(1)
+    np.savez(tmp_path / "images.npz", images=pixels.numpy(), labels=labels.numpy())
+    found = evaluate([tmp_path / "teacher", tmp_path / "student"], data=tmp_path / "images.npz", device="cpu")
+    teacher, student_row = found.results
+    assert teacher["correct"] == 64
+    assert student_row["correct"] == (loaded(pixels / 255).argmax(1) == labels).sum()
 
 
 SYMMETRIC = [(bits, ()) for bits in ("2w2a", "2w4a", "4w2a", "3w3a", "4w4a", "5w6a", "8w8a", "4w32a")]

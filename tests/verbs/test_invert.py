@@ -28,9 +28,8 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis import set_builder
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.spec import resolve
-from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training.loop import Trainer
-from dfcompress.verbs.invert import invert, learner, plans
+from dfcompress.verbs.invert import invert, learner
 
 EAGER = Compute(device="cpu", precision="fp32", compile="off")
 SMALL = Synthesis(images=12, settings={"steps": 3, "batch_size": 8})
@@ -294,8 +293,8 @@ def test_the_precision_is_tried_before_images_are_made_and_stored_with_them(name
         Compute(device="cpu", precision="auto", compile="off"),
         Synthesis(images=8, settings={"steps": 2, "batch_size": 4}),
     )
-    planned = plans(TransferSetSource(odd(name), None, made, auto))
-    assert [plan.execution.precision for plan in planned] == [precision]
+    estimated = invert.plan(odd(name), synthesis=made, compute=auto).estimates()
+    assert [estimate.execution.precision for estimate in estimated] == [precision]
     capsys.readouterr()
     console.configure(console.NORMAL)
     invert(odd(name), output=tmp_path / "set", synthesis=made, compute=auto)
@@ -320,7 +319,7 @@ def test_a_network_whose_layers_in_place_spoil_its_gradient_is_refused_by_plan_a
         Compute(device="cpu", precision=precision, compile="off"),
     )
     with pytest.raises(BadInput, match=r"^spoilt cannot be differentiated: .*inplace operation.*inplace=False"):
-        plans(TransferSetSource(teacher, None, SMALL, compute))
+        invert.plan(teacher, synthesis=SMALL, compute=compute).estimates()
     with pytest.raises(BadInput, match=r"^spoilt cannot be differentiated: .*inplace operation.*inplace=False"):
         invert(teacher, output=tmp_path / "set", synthesis=SMALL, compute=compute)
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -338,6 +339,9 @@ def test_calibration_with_replacement_fills_a_batch_from_fewer_images_and_depend
         ({"calibration": {"weight_grid": "skewed"}}, "no --weight-grid 'skewed'"),
         ({"finetune": "blocks", "training": Training(steps=3, lr=0.1, batch_size=8)}, "not set by a Training"),
         ({"finetune": "lsq", "training": Reconstruction()}, "not set by a Reconstruction"),
+        ({"finetune": "lsq", "rounding": {"steps": 3}}, "has no rounding before its training"),
+        ({"finetune": "blocks", "rounding": Reconstruction()}, "has no rounding before its training"),
+        ({"rounding": {"step": 3}}, "no setting of rounding called 'step'. Did you mean 'steps'"),
         ({"objectives": {"feature": 1.0}}, "No objective looks at"),
         ({"objectives": {"kd": 1.0, "iqs": 1.0}}, "no objective 'iqs'"),
     ],
@@ -384,6 +388,40 @@ def test_single_settings_are_changed_by_name(tmp_path):
     assert (options["training"]["steps"], options["training"]["batch_size"]) == (2, 8)
     assert options["training"]["lr"] == LSQ.lr
     assert options["rounding"] is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "rounded", "trained"),
+    [
+        ({}, BEFORE_LSQ, LSQ.steps),
+        ({"rounding": {"steps": 2, "drop": 0.25}}, replace(BEFORE_LSQ, steps=2, drop=0.25), LSQ.steps),
+        ({"rounding": Reconstruction(lr=0.5)}, Reconstruction(lr=0.5), LSQ.steps),
+        ({"rounding": {"steps": 0}}, None, LSQ.steps),
+        ({"training": {"steps": 0}}, None, None),
+        ({"rounding": {"lr": 0.5}, "training": {"steps": 0}}, replace(BEFORE_LSQ, lr=0.5), None),
+    ],
+)
+def test_both_halves_of_the_fine_tuning_are_settable(asked, rounded, trained):
+    planned = quantize.plan(DEMO, data=DEMO, compute=EAGER, **asked).settings
+    assert planned["rounding"] == rounded
+    assert (planned["training"].steps if planned["training"] else None) == trained
+
+
+def test_settings_of_the_rounding_reach_the_reconstruction(tmp_path, monkeypatch):
+    seen = []
+    learn = importlib.import_module("dfcompress.verbs.quantize").reconstruct
+    monkeypatch.setattr(
+        "dfcompress.verbs.quantize.reconstruct",
+        lambda *networks_and_settings, **others: (
+            seen.append(networks_and_settings[3]) or learn(*networks_and_settings, **others)
+        ),
+    )
+    asked = {"data": DEMO, "calibration": {"steps": 1}, "compute": EAGER, "training": {"steps": 1, "batch_size": 8}}
+    done = quantize(DEMO, output=tmp_path / "out", rounding={"steps": 1, "batch_size": 8}, **asked)
+    assert seen == [replace(BEFORE_LSQ, steps=1, batch_size=8)]
+    options = json.loads((tmp_path / "out" / "run.json").read_text())["options"]
+    assert (options["rounding"]["steps"], options["training"]["steps"]) == (1, 1)
+    assert done.seconds["rounding"] > 0
 
 
 def test_what_cannot_be_exported_is_told_before_anything_is_made(tmp_path, monkeypatch):
