@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
-import random
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+from dfcompress.cli import run
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput, DfcompressError, GateNotMet
@@ -36,29 +37,68 @@ EAGER = Compute(device="cpu", precision="fp32", compile="off", seed=0)
 SAVING = "import sys; from dfcompress import cli, run; run.SAVE_EVERY_SECONDS = 0.0; sys.exit(cli.run(sys.argv[1:]))"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("finetune", "steps"), [("lsq", "300"), ("blocks", "150"), ("blocks+lsq", "200")])
-def test_a_killed_quantization_resumes_to_the_same_bytes(finetune, steps, tmp_path):
-    """SIGKILL a real process at a random moment of its fine-tuning, and run the line again."""
-    asked = (
-        f"--bits 3w3a --finetune {finetune} --train-steps {steps} --train-batch-size 32 --compile off --precision fp32"
-    )
+def line_of(finetune, output):
+    """A command that makes its images, calibrates and fine-tunes in a second or two."""
+    asked = f"--bits 3w3a --finetune {finetune} --train-steps 60 --train-batch-size 32 --compile off --precision fp32"
     made = "--images 64 --steps 10 --batch-size 32 --calibration-steps 2 -q"
-    command = [sys.executable, "-c", SAVING, "quantize", str(DEMO), *asked.split(), *made.split()]
-    subprocess.run([*command, "-o", tmp_path / "whole"], check=True)
-    folder = tmp_path / "killed"
-    process = subprocess.Popen([*command, "-o", folder])
-    begun = "blocks.partial" if finetune == "blocks" else "training.partial"
-    while not (folder / begun).exists() and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(delay := random.uniform(0, 0.5))
+    return ["quantize", str(DEMO), *asked.split(), *made.split(), "-o", str(output)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A function: the folder of an undisturbed run of that fine-tuning."""
+
+    @cache
+    def whole(finetune):
+        folder = tmp_path_factory.mktemp("whole") / finetune
+        assert run(line_of(finetune, folder)) == 0
+        return folder
+
+    return whole
+
+
+@pytest.fixture
+def few_steps_of_rounding(monkeypatch):
+    """Of the first half of `blocks+lsq`."""
+    monkeypatch.setattr("dfcompress.verbs.quantize.BEFORE_LSQ", replace(BEFORE_LSQ, steps=40))
+
+
+def resumes_to(whole, folder, finetune):
+    assert not (folder / "model.safetensors").exists()
+    assert run([*line_of(finetune, folder), "--resume"]) == 0
+    for name in ("model.safetensors", "quantization.json"):
+        assert (folder / name).read_bytes() == (whole(finetune) / name).read_bytes()
+    assert not list(folder.glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_a_killed_reconstruction_resumes_to_the_same_bytes(whole, tmp_path):
+    """SIGKILL a real process when its first units are done, and run the line again."""
+    process = subprocess.Popen([sys.executable, "-c", SAVING, *line_of("blocks", tmp_path / "killed")])
+    while not (tmp_path / "killed" / "blocks.partial").exists() and process.poll() is None:
+        time.sleep(0.001)
     process.kill()
     process.wait()
-    assert not (folder / "model.safetensors").exists(), delay
-    subprocess.run([*command, "-o", folder, "--resume"], check=True)
-    for name in ("model.safetensors", "quantization.json"):
-        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), delay
-    assert not list(folder.glob("*.partial"))
+    resumes_to(whole, tmp_path / "killed", "blocks")
+
+
+@pytest.mark.usefixtures("few_steps_of_rounding")
+@pytest.mark.parametrize(
+    ("finetune", "state", "saves"),
+    [
+        ("blocks", "blocks.partial", 3),
+        ("lsq", "training.partial", 30),
+        ("blocks+lsq", "blocks.partial", 2),
+        ("blocks+lsq", "training.partial", 1),
+    ],
+)
+def test_a_quantization_that_ends_between_two_states_resumes_to_the_same_bytes(
+    finetune, state, saves, whole, killed_at_save, tmp_path
+):
+    with killed_at_save(state, saves):
+        run(line_of(finetune, tmp_path / "ended"))
+    assert (tmp_path / "ended" / state).exists()
+    resumes_to(whole, tmp_path / "ended", finetune)
 
 
 def test_what_was_measured_is_what_is_loaded_to_the_bit(tmp_path, monkeypatch):
