@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 )
 @_options.synthesis(images="1024; of paper 4096")
 @_options.training(steps="12000; of paper 125 epochs", lr=0.05, batch_size="128; of paper 64 a model")
-@_options.mix
-@_options.unseen
+@_options.second_recipe
+@_options.probe_images
 @_options.output
 @_options.compute
 @_options.reporting
@@ -56,8 +56,8 @@ def merge(
     eval_data: tuple[Path, ...],
     synthesis: Synthesis,
     training: dict[str, Any],
-    mix: str,
-    unseen: int,
+    second_recipe: str,
+    probe_images: int,
     compute: Compute,
     output: Path | None,
     resume: bool,
@@ -84,9 +84,11 @@ def merge(
             class_map=class_map,
             seed=compute.seed,
         )
-        own, mix = usual_images(method, synthesis, mix)  # type: ignore[arg-type]
+        own, second_recipe = usual_images(method, synthesis, second_recipe)  # type: ignore[arg-type]
         architecture = pupil.card.architecture
-        supplies = image_supplies(models, data, own, compute, mix=mix, unseen=unseen, student=architecture)
+        supplies = image_supplies(
+            models, data, own, compute, mix=second_recipe, unseen=probe_images, student=architecture
+        )
         counts = list(map(len, supplies))
         usual = with_defaults(usual_training(method, min(counts), len(models)), training)  # type: ignore[arg-type]
         require_trainable(pupil, usual, compute, counts)
@@ -102,8 +104,8 @@ def merge(
         output=output,
         synthesis=synthesis,
         training=training,
-        mix=mix,
-        unseen=unseen,
+        mix=second_recipe,
+        unseen=probe_images,
         compute=compute,
         eval_data=eval_data,
         resume=resume,

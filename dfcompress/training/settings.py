@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from dfcompress.data.pool import Augmentation
 from dfcompress.errors import BadInput
-from dfcompress.training import optimizers
+from dfcompress.training import OptimizerBackend, OptimizerName
 
 Schedule = Literal["cosine", "multistep", "constant"]
 
@@ -29,8 +29,8 @@ class Training:
     steps: int
     lr: float
     batch_size: int
-    optimizer: optimizers.Name = "sgd"
-    backend: optimizers.Backend = "auto"
+    optimizer: OptimizerName = "sgd"
+    backend: OptimizerBackend = "auto"
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
@@ -54,8 +54,8 @@ class Training:
         if not 0 < self.lr < math.inf:
             raise BadInput(f"--train-lr {self.lr} is not a rate.", "Use a number above 0.")
         choices = (
-            ("optimizer", self.optimizer, optimizers.NAMES),
-            ("optimizer-backend", self.backend, optimizers.BACKENDS),
+            ("optimizer", self.optimizer, get_args(OptimizerName)),
+            ("optimizer-backend", self.backend, get_args(OptimizerBackend)),
             ("schedule", self.schedule, get_args(Schedule)),
         )
         for what, name, names in choices:

@@ -24,9 +24,10 @@ from dfcompress.run import running
 from dfcompress.settings import AUTO, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.transfer_set import TransferSetSource
+from dfcompress.training import OF_FEATURES
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import Trainer, require_trainable
-from dfcompress.training.objectives import OF_FEATURES, make_objectives
+from dfcompress.training.objectives import make_objectives
 from dfcompress.training.settings import Training
 from dfcompress.training.student import begin_student
 from dfcompress.verbs._finish import Compressed, evaluator, load_finished, same_classes, save_and_measure
@@ -152,7 +153,7 @@ def image_supply(
         learner=lambda recipe: learner(teacher, recipe, pupil if live else architecture, compute, is_kept=live),
     )
     if live and not supply.adaptive:
-        raise BadInput("Nothing competes with the student.", "Give --live an adaptive recipe and no --data.")
+        raise BadInput("Nothing competes with the student.", "Give --co-train an adaptive recipe and no --data.")
     require_trainable(pupil, training, compute, [len(supply)])
     if min(len(supply), training.batch_size) < 2:
         raise BadInput("Batches of one image cannot train BatchNorm.", "Use more --images or --train-batch-size.")

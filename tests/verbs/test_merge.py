@@ -92,8 +92,9 @@ SAVING = "import sys; from dfcompress import cli, run; run.SAVE_EVERY_SECONDS = 
 def test_a_killed_command_resumes_to_the_same_bytes(verb, until, two, tmp_path):
     """SIGKILL a real process at a random moment of its images or of its training, and run the line again."""
     models = two if verb == "merge" else two[:1]
-    asked = "--student lenet5_bn_half --images 96 --steps 30 --batch-size 32 --unseen 0 --compile off --precision fp32"
-    line = [verb, *map(str, models), *asked.split(), "--train-steps", "400", "--train-batch-size", "16", "-q"]
+    asked = "--student lenet5_bn_half --images 96 --steps 30 --batch-size 32 --probe-images 0"
+    asked += " --compile off --precision fp32 --train-steps 400 --train-batch-size 16 -q"
+    line = [verb, *map(str, models), *asked.split()]
     command = [sys.executable, "-c", SAVING, *line]
     subprocess.run([*command, "-o", tmp_path / "whole"], check=True)
     folder = tmp_path / "killed"
@@ -334,7 +335,7 @@ def test_a_live_student_resumes_to_the_same_weights(tmp_path, lost):
 
 def test_live_without_an_adaptive_recipe_is_refused(tmp_path):
     folder = teacher(tmp_path / "t")
-    with pytest.raises(BadInput, match="--live"):
+    with pytest.raises(BadInput, match="--co-train"):
         distilled(folder, tmp_path / "out", live=True, synthesis=FEW)
     assert not (tmp_path / "out").exists()
 
