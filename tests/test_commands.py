@@ -572,7 +572,7 @@ def test_the_model_may_be_named_by_the_environment_or_the_configuration(capsys, 
 
 def test_a_student_begins_with_the_weights_of_a_quantized_model(capsys, tmp_path):
     answer(capsys, "quantize", DEMO, "--data", DEMO, "--finetune", "none", "--bits", "8w8a", "-o", "packed")
-    line = ["distill", DEMO, "--student-init", "packed", "--data", DEMO, "--unseen", "0", "--train-steps", "0"]
+    line = ["distill", DEMO, "--student-init", "packed", "--data", DEMO, "--probe-images", "0", "--train-steps", "0"]
     code, out, _ = answer(capsys, *line, "-o", "student", "--json", "--eval-data", DEMO)
     rows = json.loads(out)["evaluation"]["results"]
     assert code == 0

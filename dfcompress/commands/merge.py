@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 )
 @_options.synthesis(images="1024; of paper 4096")
 @_options.training(steps="12000; of paper 125 epochs", lr=0.05, batch_size="128; of paper 64 a model")
-@_options.mix
-@_options.unseen
+@_options.second_recipe
+@_options.probe_images
 @_options.output
 @_options.compute
 @_options.reporting
@@ -57,8 +57,8 @@ def merge(
     eval_data: tuple[Path, ...],
     synthesis: Synthesis,
     training: dict[str, Any],
-    mix: str,
-    unseen: int,
+    second_recipe: str,
+    probe_images: int,
     compute: Compute,
     output: Path | None,
     resume: bool,
@@ -79,8 +79,8 @@ def merge(
         output=output,
         synthesis=synthesis,
         training=training,
-        mix=mix,
-        unseen=unseen,
+        mix=second_recipe,
+        unseen=probe_images,
         compute=compute,
         eval_data=eval_data,
         resume=resume,

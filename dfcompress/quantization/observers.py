@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ from dfcompress.models.fake_quantizers import (
     quantized_layers,
 )
 from dfcompress.models.hooks import hooked_inputs
-
-InputRule = Literal["minmax", "percentile", "mse"]
-WeightRule = Literal["minmax", "mse"]
+from dfcompress.quantization import InputRule, WeightRule
 
 CHUNK = 16
 PERCENTILE = 0.999

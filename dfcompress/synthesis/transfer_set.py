@@ -145,9 +145,13 @@ def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Synt
     if mix == NONE:
         return {SYNTHETIC: first}
     if mix == first.choice.name:
-        raise BadInput(f"--mix {mix} is the recipe that is mixed.", "Name another one, or --mix none.")
+        raise BadInput(
+            f"--second-recipe {mix} is the recipe that is mixed.", "Name another one, or --second-recipe none."
+        )
     if synthesis.classes or synthesis.labels != BALANCED:
-        raise BadInput("--mix makes images of all classes.", "Use --mix none with --classes and --labels.")
+        raise BadInput(
+            "--second-recipe makes images of all classes.", "Use --second-recipe none with --classes and --labels."
+        )
     half = first.images // 2
     return {
         SYNTHETIC: replace(first, synthesis=replace(synthesis, images=first.images - half)),

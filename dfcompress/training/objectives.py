@@ -16,9 +16,7 @@ from torch.nn import functional as F
 
 from dfcompress.errors import BadInput
 from dfcompress.models.stages import Stage
-
-OF_FEATURES = ("feature", "attention", "iq")
-NAMES = ("kd", "ce", "mse-logits", *OF_FEATURES)
+from dfcompress.training import OBJECTIVES, OF_FEATURES
 
 
 class Answer(NamedTuple):
@@ -147,8 +145,8 @@ def make_objectives(
         raise BadInput("No objective looks at the student's answers.", "Add kd, ce or mse-logits.")
     made = []
     for name, weight in weights.items():
-        if name not in NAMES:
-            raise BadInput(f"There is no objective {name!r}.", f"Known: {', '.join(NAMES)}.")
+        if name not in OBJECTIVES:
+            raise BadInput(f"There is no objective {name!r}.", f"Known: {', '.join(OBJECTIVES)}.")
         if name == "iq" and any(own.channels != given.channels for own, given in pairs):
             raise BadInput("Objective iq compares equally many channels.", "Use feature, which adapts them.")
         if not 0 < weight < math.inf:

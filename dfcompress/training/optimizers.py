@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,8 @@ from torch.optim import Optimizer
 from dfcompress import console
 from dfcompress.device import is_cuda
 from dfcompress.errors import BadInput
+from dfcompress.training import OptimizerBackend, OptimizerName
 from dfcompress.training.apex_probe import State, probe
-
-Name = Literal["sgd", "adam", "adamw", "lamb", "novograd"]
-Backend = Literal["auto", "torch", "apex"]
-NAMES, BACKENDS = get_args(Name), get_args(Backend)
 
 BETAS = {"adam": (0.9, 0.999), "adamw": (0.9, 0.999), "lamb": (0.9, 0.999), "novograd": (0.95, 0.98)}
 EPS = {"adam": 1e-8, "adamw": 1e-8, "lamb": 1e-6, "novograd": 1e-8}
@@ -124,7 +121,7 @@ def _trust_ratios(weights: list[Tensor], updates: tuple[Tensor, ...]) -> list[Te
     return [torch.where((own > 0) & (other > 0), own / other, 1.0) for own, other in pairs]
 
 
-def choose_backend(name: Name, backend: Backend, device: torch.device) -> Literal["torch", "apex"]:
+def choose_backend(name: OptimizerName, backend: OptimizerBackend, device: torch.device) -> Literal["torch", "apex"]:
     """Who computes: `auto` takes apex only where it has what torch has not, and is proven to work on this machine.
 
     That is fused LAMB and NovoGrad; students are trained in fp32 with bf16 products, where torch's own fused kernels
@@ -148,7 +145,7 @@ def choose_backend(name: Name, backend: Backend, device: torch.device) -> Litera
 
 
 def make_optimizer(
-    name: Name,
+    name: OptimizerName,
     groups: Iterable[dict[str, Any]],
     *,
     backend: Literal["torch", "apex"],
@@ -173,7 +170,7 @@ def make_optimizer(
     return (Lamb if name == "lamb" else NovoGrad)(groups, **settings)
 
 
-def _apex(name: Name, groups: list[dict[str, Any]], lr: float) -> Optimizer:
+def _apex(name: OptimizerName, groups: list[dict[str, Any]], lr: float) -> Optimizer:
     from apex import optimizers as apex
 
     settings: dict[str, Any] = {"lr": lr, "betas": BETAS[name], "eps": EPS[name], "weight_decay": 0.0}
@@ -200,7 +197,7 @@ def disagreement(device: torch.device) -> float:
     return max(_difference(name, device) for name in ("adam", "adamw", "lamb", "novograd"))
 
 
-def _difference(name: Name, device: torch.device) -> float:
+def _difference(name: OptimizerName, device: torch.device) -> float:
     shapes, random = ((8, 4, 3, 3), (16,)), torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=random) for shape in shapes]
     steps = [[torch.randn(shape, generator=random) for shape in shapes] for _ in range(3)]

@@ -9,7 +9,7 @@ from typing import get_args
 from dfcompress import schedules
 from dfcompress.data.pool import Augmentation
 from dfcompress.errors import BadInput
-from dfcompress.training import optimizers
+from dfcompress.training import OptimizerBackend, OptimizerName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class Training:
     steps: int
     lr: float
     batch_size: int
-    optimizer: optimizers.Name = "sgd"
-    backend: optimizers.Backend = "auto"
+    optimizer: OptimizerName = "sgd"
+    backend: OptimizerBackend = "auto"
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
@@ -53,8 +53,8 @@ class Training:
         if not 0 < self.lr < math.inf:
             raise BadInput(f"--train-lr {self.lr} is not a rate.", "Use a number above 0.")
         choices = (
-            ("optimizer", self.optimizer, optimizers.NAMES),
-            ("optimizer-backend", self.backend, optimizers.BACKENDS),
+            ("optimizer", self.optimizer, get_args(OptimizerName)),
+            ("optimizer-backend", self.backend, get_args(OptimizerBackend)),
             ("schedule", self.schedule, get_args(schedules.Schedule)),
         )
         for what, name, names in choices:

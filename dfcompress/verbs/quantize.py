@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,18 +37,17 @@ from dfcompress.run import STATE, Run, write_json
 from dfcompress.settings import AUTO, replace_settings, with_defaults
 from dfcompress.synthesis.recipe import Recipe, Synthesis
 from dfcompress.synthesis.transfer_set import NONE, TransferSetSource
+from dfcompress.training import OF_FEATURES
 from dfcompress.training.co_trained_student import CoTrainedStudent
 from dfcompress.training.distiller import Distillation
-from dfcompress.training.objectives import OF_FEATURES, Objective, make_objectives
+from dfcompress.training.objectives import Objective, make_objectives
 from dfcompress.training.settings import Training
+from dfcompress.verbs import Finetuning, QuantizationMethod, Target
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed, evaluator
 from dfcompress.verbs._plan import Outcome, Plan, Step, planned
-from dfcompress.verbs.export import Target, rehearse, require_kernels, require_packages
+from dfcompress.verbs.export import rehearse, require_kernels, require_packages
 from dfcompress.verbs.invert import learner
-
-Finetuning = Literal["blocks+lsq", "lsq", "blocks", "kd", "none"]
-Method = Literal["default", "paper"]
 
 AS_THE_PAPER = Augmentation(shift=4, flip=True, mixup=1.0)
 KD = Training(steps=400, lr=0.01, batch_size=256, weight_decay=1e-4, freeze_batchnorm=True, augmentation=AS_THE_PAPER)
@@ -76,13 +75,13 @@ OBJECTIVES: Mapping[Finetuning, Mapping[str, float]] = {
 # momentum 0.9, decay 1e-4, warm-up for 5 % of the steps, the gradient's norm cut at 5, mixup from Beta(1, 1); crops are
 # shifts by up to 4 pixels that repeat the edge. A batch has no more images than there are, and one image in sixteen is
 # held out.
-CALIBRATIONS: Mapping[Method, Calibration] = {
+CALIBRATIONS: Mapping[QuantizationMethod, Calibration] = {
     "default": Calibration(),
     "paper": Calibration(
         inputs="minmax", weights="minmax", steps=200, correction=False, weight_grid="asymmetric", replacement=True
     ),
 }
-FINETUNED_BY: Mapping[Method, Finetuning] = {"default": "blocks+lsq", "paper": "kd"}
+FINETUNED_BY: Mapping[QuantizationMethod, Finetuning] = {"default": "blocks+lsq", "paper": "kd"}
 # Haroush et al. 2020, section 4.2: CIFAR's ResNet-44, and ImageNet's ResNet-18.
 SMALL = 64
 PAPER_KD, PAPER_KD_LARGE = replace(KD, steps=16_000, batch_size=512), replace(KD, steps=44_000)
@@ -103,7 +102,7 @@ def quantize(
     output: str | Path | None = None,
     synthesis: Synthesis = Synthesis(),
     mix: str = AUTO,
-    method: Method = "default",
+    method: QuantizationMethod = "default",
     calibration: Calibration | Mapping[str, Any] | None = None,
     finetune: Finetuning | None = None,
     rounding: Reconstruction | Mapping[str, Any] | None = None,
@@ -300,7 +299,9 @@ def wanted_bits(
     return wanted
 
 
-def usual_images(method: Method, teacher: Classifier, synthesis: Synthesis, mix: str) -> tuple[Synthesis, str]:
+def usual_images(
+    method: QuantizationMethod, teacher: Classifier, synthesis: Synthesis, mix: str
+) -> tuple[Synthesis, str]:
     """What is made unless a recipe is named: images whose statistics are those of the training data, as far as the
     teacher knows them; the paper's for its method, and nothing mixed in, unless that was asked for.
     """
@@ -312,7 +313,7 @@ def usual_images(method: Method, teacher: Classifier, synthesis: Synthesis, mix:
     return replace(synthesis, recipe=RECIPE, preset=PAPER_PRESET if method == "paper" else None), mix
 
 
-def usual_calibration(method: Method, given: Calibration | Mapping[str, Any] | None) -> Calibration:
+def usual_calibration(method: QuantizationMethod, given: Calibration | Mapping[str, Any] | None) -> Calibration:
     """The settings of calibration, a method's own or with changes; raises `BadInput` for a method or a setting that is
     none.
     """
@@ -327,7 +328,7 @@ def usual_tuning(
     finetune: Finetuning,
     given: Training | Reconstruction | Mapping[str, Any] | None,
     *,
-    method: Method,
+    method: QuantizationMethod,
     input_size: tuple[int, int, int],
 ) -> Training | Reconstruction | None:
     """The settings of fine-tuning, a method's usual ones or with changes; raises `BadInput` where those given are of

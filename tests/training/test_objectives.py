@@ -10,7 +10,8 @@ from torch import nn
 
 from dfcompress.errors import BadInput
 from dfcompress.models.stages import Stage
-from dfcompress.training.objectives import NAMES, Answer, attention, ce, feature, iq, kd, make_objectives, mse_logits
+from dfcompress.training import OBJECTIVES
+from dfcompress.training.objectives import Answer, attention, ce, feature, iq, kd, make_objectives, mse_logits
 
 
 def test_kd_is_the_softened_divergence_times_the_temperature_squared():
@@ -85,8 +86,8 @@ def test_a_weight_multiplies_and_keeps_the_name():
 
 def test_every_objective_is_made_by_its_name():
     pairs = [(Stage("a", 3), Stage("b", 3))]
-    made = make_objectives(dict.fromkeys(NAMES, 0.5), temperature=4.0, pairs=pairs, seed=0)
-    assert tuple(objective.name for objective in made) == NAMES
+    made = make_objectives(dict.fromkeys(OBJECTIVES, 0.5), temperature=4.0, pairs=pairs, seed=0)
+    assert tuple(objective.name for objective in made) == OBJECTIVES
     assert {objective.weight for objective in made} == {0.5}
 
 

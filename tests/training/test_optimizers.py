@@ -6,6 +6,7 @@ import copy
 import math
 import sys
 import textwrap
+from typing import get_args
 
 import pytest
 import torch
@@ -17,14 +18,15 @@ from dfcompress.distributed import World
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.training import apex_probe, optimizers
+from dfcompress.training import OptimizerName, apex_probe, optimizers
 from dfcompress.training.apex_probe import Apex, State, probe
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.objectives import kd
-from dfcompress.training.optimizers import NAMES, choose_backend, make_optimizer
+from dfcompress.training.optimizers import choose_backend, make_optimizer
 from dfcompress.training.settings import Training
 from dfcompress.training.steps import Steps
 
+NAMES = get_args(OptimizerName)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GRADIENTS = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(1))
 START = torch.randn(2, 3, generator=torch.Generator().manual_seed(2))

@@ -86,7 +86,8 @@ def test_a_command_that_ends_between_two_states_resumes_to_the_same_bytes(
 ):
     """In the middle of its images, and in the middle of its training."""
     models = two if verb == "merge" else two[:1]
-    made = "--student lenet5_bn_half --images 96 --steps 6 --batch-size 32 --unseen 0 --compile off --precision fp32"
+    made = "--student lenet5_bn_half --images 96 --steps 6 --batch-size 32 --probe-images 0 --compile off"
+    made += " --precision fp32"
     line = [verb, *map(str, models), *made.split(), "--train-steps", "40", "--train-batch-size", "16", "-q"]
     whole, ended = tmp_path / "whole", tmp_path / "ended"
     assert run([*line, "-o", str(whole)]) == 0
@@ -323,7 +324,7 @@ def test_a_live_student_resumes_to_the_same_weights(tmp_path, lost):
 
 def test_live_without_an_adaptive_recipe_is_refused(tmp_path):
     folder = teacher(tmp_path / "t")
-    with pytest.raises(BadInput, match="--live"):
+    with pytest.raises(BadInput, match="--co-train"):
         distilled(folder, tmp_path / "out", live=True, synthesis=FEW)
     assert not (tmp_path / "out").exists()
 

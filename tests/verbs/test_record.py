@@ -133,7 +133,7 @@ def test_synthetic_images_are_no_training_images(lenet_folder, released, tmp_pat
     [
         ({"kind": "all"}, "no kind of record"),
         ({"covariance": "block:x"}, "--covariance"),
-        ({"keep": 0.0}, "--keep"),
+        ({"keep": 0.0}, "--coefficients"),
         ({"temperature": 0.0}, "--temperature"),
         ({"per_class": 0}, "--per-class"),
         ({"kind": "spectral-all", "pooled": True}, "does not pool"),
