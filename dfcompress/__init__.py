@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from dfcompress.synthesis.records.accumulator import RecordSettings as RecordSettings
     from dfcompress.training.settings import Training as Training
     from dfcompress.verbs._finish import Compressed as Compressed
-    from dfcompress.verbs._finish import TeacherReport as TeacherReport
     from dfcompress.verbs._gates import Gates as Gates
     from dfcompress.verbs.bench_step import bench_step as bench_step
     from dfcompress.verbs.bench_train import bench_train as bench_train
@@ -81,7 +80,7 @@ _MODULES = {
     "synthesis.recipe": ["Phase", "Recipe", "Synthesis"],
     "synthesis.records.accumulator": ["RecordSettings"],
     "training.settings": ["Training"],
-    "verbs._finish": ["Compressed", "TeacherReport"],
+    "verbs._finish": ["Compressed"],
     "verbs._gates": ["Gates"],
     "verbs.bench_step": ["bench_step"],
     "verbs.bench_train": ["bench_train"],

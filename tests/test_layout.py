@@ -6,7 +6,8 @@ import ast
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ FLOORS = (
     {"verbs"},
     {"synthesis", "training", "quantization", "evaluation"},
     {"models", "data"},
-    {"run", "errors", "console", "device", "distributed", "randomness", "settings"},
+    {"run", "errors", "console", "device", "distributed", "randomness", "schedules", "settings"},
 )
 SIDE_BY_SIDE = (FLOORS[-2], FLOORS[-1])
 
@@ -67,6 +68,20 @@ def _may_import(path: Path, target: str) -> bool:
 def test_imports_go_downwards_only(path):
     wrong = [name for name in _imported(path) if not _may_import(path, name)]
     assert not wrong, f"{path} imports upwards or sideways: {wrong}"
+
+
+def test_no_two_files_import_each_other():
+    """Nor do longer rings of files: an import inside a function counts, too."""
+    files = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in MODULES}
+    imported = {name: {_file_of(each, files) for each in _imported(path)} - {name, ""} for name, path in files.items()}
+    list(TopologicalSorter(imported).static_order())  # raises CycleError, naming the ring
+
+
+def _file_of(name: str, files: Collection[str]) -> str:
+    """The file that an imported name stands in; nothing for the package's own door."""
+    while name and name not in files:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def test_every_verb_is_a_file_of_its_name():

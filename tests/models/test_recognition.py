@@ -11,7 +11,8 @@ import torchvision.models
 from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models import architectures as room
-from dfcompress.models.architectures import Architecture, architectures, find, tensors_of, torchvision_models
+from dfcompress.models.architecture import Architecture, tensors_of
+from dfcompress.models.architectures import architectures, find, torchvision_models
 from dfcompress.models.classifier import load_tensors
 from dfcompress.models.recognition import fit_to, recognise
 from dfcompress.models.safe_reading import read

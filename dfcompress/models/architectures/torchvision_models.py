@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import nn
 
-from dfcompress.models.architectures import Architecture, Naming
+from dfcompress.models.architecture import Architecture, Naming
 
 # Every name, with the tensors in its state dict, so that recognising a file neither builds eighty networks nor imports
 # torchvision; a test compares both.
