@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 from click.core import ParameterSource
@@ -31,15 +31,14 @@ if TYPE_CHECKING:
     from dfcompress.synthesis.records.accumulator import RecordSettings
     from dfcompress.verbs._gates import Gates
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-Decorator = Callable[[Command], Command]
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 PATH = click.Path(path_type=Path)
 
 
 def group(name: str, build: Callable[..., Any], *options: Decorator) -> Decorator:
     """Options that reach the command as one argument `name`, made by `build` from their values."""
 
-    def decorate(command: Command) -> Command:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def with_value(*args: Any, **values: Any) -> Any:
             own = {key: values.pop(key) for key in keys}
@@ -50,7 +49,7 @@ def group(name: str, build: Callable[..., Any], *options: Decorator) -> Decorato
             option(with_value)
         added: list[click.Parameter] = with_value.__click_params__[before:]  # type: ignore[attr-defined]
         keys = [parameter.name for parameter in added if parameter.expose_value]
-        return with_value  # type: ignore[return-value]
+        return with_value
 
     return decorate
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -165,9 +165,12 @@ class Trainer:
         # Gradients and statistics are exchanged by hooks, which a compiled network would not run.
         return replace(execution, device=device.as_mine(execution.device), compile=False, threads=device.threads_here())
 
-    def _saved_state(self) -> dict | None:
+    def _saved_state(self) -> dict[str, Any] | None:
         path = self.folder / PARTIAL if self.folder else None
-        return torch.load(path, weights_only=True, map_location="cpu") if path and path.exists() else None
+        if path is None or not path.exists():
+            return None
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        return state
 
     def _save(self, steps: Steps) -> None:
         self._check_finite(steps)

@@ -174,6 +174,7 @@ def _apex(name: OptimizerName, groups: list[dict[str, Any]], lr: float) -> Optim
     from apex import optimizers as apex
 
     settings: dict[str, Any] = {"lr": lr, "betas": BETAS[name], "eps": EPS[name], "weight_decay": 0.0}
+    optimizer: Optimizer
     if name == "lamb":
         optimizer = apex.FusedLAMB(groups, **settings, max_grad_norm=math.inf)
     elif name == "novograd":
@@ -194,7 +195,8 @@ def _match_layouts(optimizer: Optimizer, *_: Any) -> None:
 
 def disagreement(device: torch.device) -> float:
     """The largest difference, relative to the largest weight, between apex and torch after three steps."""
-    return max(_difference(name, device) for name in ("adam", "adamw", "lamb", "novograd"))
+    names: tuple[OptimizerName, ...] = ("adam", "adamw", "lamb", "novograd")
+    return max(_difference(name, device) for name in names)
 
 
 def _difference(name: OptimizerName, device: torch.device) -> float:
@@ -202,10 +204,11 @@ def _difference(name: OptimizerName, device: torch.device) -> float:
     starts = [torch.randn(shape, generator=random) for shape in shapes]
     steps = [[torch.randn(shape, generator=random) for shape in shapes] for _ in range(3)]
     ends = []
-    for backend in ("torch", "apex"):
+    backends: tuple[Literal["torch", "apex"], ...] = ("torch", "apex")
+    for backend in backends:
         weights = [nn.Parameter(start.clone().to(device)) for start in starts]
         groups = [{"params": [weight], "weight_decay": 0.1 * (weight.dim() > 1)} for weight in weights]
-        optimizer = make_optimizer(name, groups, backend=backend, lr=0.01, momentum=0.0)  # type: ignore[arg-type]
+        optimizer = make_optimizer(name, groups, backend=backend, lr=0.01, momentum=0.0)
         for gradients in steps:
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient.clone().to(device)

@@ -89,7 +89,7 @@ class _SynchronisedBatchNorm(_BatchNorm):
         errors = features - centre.view(shape)
         var = _Mean.apply(errors.square().mean(axes))
         self._remember(centre.detach(), var.detach() * count / max(1, count - 1))
-        normal = errors * (var + self.eps).rsqrt().view(shape)
+        normal: Tensor = errors * (var + self.eps).rsqrt().view(shape)
         if self.affine:
             normal = normal * self.weight.view(shape) + self.bias.view(shape)
         return normal.to(input.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -134,7 +134,7 @@ class Steps:
         }
         save_state(path, state)
 
-    def load(self, state: dict) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what was saved."""
         self.student.load_state_dict(state["student"])
         self.teaching.own.load_state_dict(state["own"])

@@ -21,9 +21,10 @@ from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training.distiller import Distiller
 from dfcompress.training.loop import Trained, Trainer, require_trainable
 from dfcompress.training.settings import Training
+from dfcompress.verbs import Target
 from dfcompress.verbs._finish import Compressed, Measure, Taught, load_finished, save_and_measure
 from dfcompress.verbs._plan import Outcome, Plan, Step, Synthesize
-from dfcompress.verbs.export import FILE, Target, sampled, write_compared
+from dfcompress.verbs.export import FILE, sampled, write_compared
 
 
 @dataclass(frozen=True)

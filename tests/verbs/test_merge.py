@@ -324,7 +324,7 @@ def test_a_live_student_resumes_to_the_same_weights(tmp_path, lost):
 
 def test_live_without_an_adaptive_recipe_is_refused(tmp_path):
     folder = teacher(tmp_path / "t")
-    with pytest.raises(BadInput, match="--co-train"):
+    with pytest.raises(BadInput, match="--live"):
         distilled(folder, tmp_path / "out", live=True, synthesis=FEW)
     assert not (tmp_path / "out").exists()
 
