@@ -28,7 +28,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import Scheme, freeze, is_quantized, learn_steps
 from dfcompress.models.stages import stages_of
 from dfcompress.models.statistics import why_no_statistics
-from dfcompress.quantization.bits import USUAL_ENDS, Wanted, assign, layers_of, parse_bits, parse_ends
+from dfcompress.quantization.bits import USUAL_ENDS, RequestedBits, assign, layers_of, parse_bits, parse_ends
 from dfcompress.quantization.calibration import Calibration, calibrated, calibrated_on_noise
 from dfcompress.quantization.layer_report import REPORT, layer_report, named_bytes
 from dfcompress.quantization.mixed_precision import require_reachable, with_widths
@@ -225,7 +225,7 @@ def quantize(
 
 
 def competitor(
-    teacher: Classifier, wanted: Mapping[str, Wanted], calibration: Calibration, compute: Compute, recipe: Recipe
+    teacher: Classifier, wanted: Mapping[str, RequestedBits], calibration: Calibration, compute: Compute, recipe: Recipe
 ) -> CoTrainedStudent | None:
     """The student that a recipe's images compete with: what quantization leaves of the teacher, repaired in its lessons
     as by `kd` (Yin et al. 2020 let images compete with the student of the application).
@@ -244,7 +244,7 @@ def wanted_bits(
     layer_bits: Mapping[str, str],
     size_ratio: float | None,
     scheme: Scheme,
-) -> dict[str, Wanted]:
+) -> dict[str, RequestedBits]:
     """What the options ask of each of the `layers`; raises `BadInput` where that cannot be."""
     asked = parse_bits(bits)
     wanted = assign(layers, asked, ends=parse_ends(first_last_bits), layer_bits=layer_bits)
@@ -323,7 +323,9 @@ def _objectives(
     return make_objectives(weights, temperature=temperature, pairs=pairs, seed=seed)
 
 
-def _require_exportable(target: Target, teacher: Classifier, wanted: Mapping[str, Wanted], scheme: Scheme) -> None:
+def _require_exportable(
+    target: Target, teacher: Classifier, wanted: Mapping[str, RequestedBits], scheme: Scheme
+) -> None:
     """Raise `BadInput` or `DfcompressError` where the model could not be exported at the bits wanted."""
     require_packages(target)
     asked = {name: (each.weights, each.activations) for name, each in wanted.items()}
