@@ -90,7 +90,7 @@ def _load(
         input_size=numbers(input_size, "--input-size", int, "x") if input_size else None,
         mean=numbers(mean, "--mean") if mean else None,
         std=numbers(std, "--std") if std else None,
-        classes=class_names,
+        class_names=class_names,
     )
 
 

@@ -70,7 +70,7 @@ def load(
     input_size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    classes: str | Path | None = None,
+    class_names: str | Path | None = None,
 ) -> Classifier:
     """The classifier that a checkpoint holds: frozen, in evaluation mode, fp32, on the CPU; its network answers with
     logits and has plain weights (see `take_logits` and `make_plain`).
@@ -79,7 +79,7 @@ def load(
     `arch` names the architecture where it is not recognised (NAME, timm:NAME, file.py:factory,
     package.module:factory); with `match_by_order` tensors are matched by order and shape, whatever their names.
     `num_classes` is handed to a factory that takes it. `input_size` (channels, height, width), `mean`, `std` and
-    `classes` (a file of class names) override the card.
+    `class_names` (a text file, one name a line) override the card.
     Raises `BadInput` for anything that cannot be used, saying what was found.
     """
     path = _as_path(path)
@@ -94,7 +94,7 @@ def load(
         "input_size": input_size,
         "mean": mean,
         "std": std,
-        "class_names": _names(Path(classes)) if classes else None,
+        "class_names": _names(Path(class_names)) if class_names else None,
     }
     given = _checked(given, "the command line")
     if arch and arch != stated.get("architecture"):
