@@ -16,6 +16,7 @@ import click
 from dfcompress import console
 from dfcompress.commands import _config
 from dfcompress.errors import BadInput
+from dfcompress.quantization.observers import range_rules
 from dfcompress.settings import assignments
 from dfcompress.synthesis.recipes import recipe_names
 from dfcompress.synthesis.records import KINDS
@@ -365,13 +366,13 @@ calibration = group(
     _calibration,
     click.option(
         "--calibrate",
-        type=click.Choice(["minmax", "percentile", "mse"]),
+        type=click.Choice(range_rules()),
         show_default="mse; minmax of paper",
         help="Rule for the range of activations.",
     ),
     click.option(
         "--weight-ranges",
-        type=click.Choice(["minmax", "mse"]),
+        type=click.Choice(range_rules()),
         show_default="mse; minmax of paper",
         help="Rule for the range of weights.",
     ),

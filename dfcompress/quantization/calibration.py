@@ -22,7 +22,7 @@ from dfcompress.models.fake_quantizers import WIDTHS, Scheme, quantize_layers
 from dfcompress.quantization.bias_correction import correct, images_to_correct_on
 from dfcompress.quantization.bits import Bits, RequestedBits
 from dfcompress.quantization.mixed_precision import IMAGES, choose_bits, sensitivities, with_widths
-from dfcompress.quantization.observers import InputRule, WeightRule, calibrate, fit_weights, require_rules
+from dfcompress.quantization.ranges import calibrate, fit_weights, require_rules
 from dfcompress.randomness import generator, seed_of
 from dfcompress.run import write_json
 
@@ -37,14 +37,14 @@ ASYMMETRIC: Mapping[WeightKind, Collection[int]] = {"auto": (2, 3), "symmetric":
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How ranges are found: `inputs` by minmax, percentile or mse; `weights` by minmax or mse; on `steps` batches of
-    256 shifted and flipped images, drawn with `replacement` or every image once before any comes again. With `signed`
+    """How ranges are found: of `inputs` and of `weights` by a rule of the folder `observers`; on `steps` batches of 256
+    shifted and flipped images, drawn with `replacement` or every image once before any comes again. With `signed`
     grids of activations have zero point 0; `weight_grid` says where those of weights have one (`ASYMMETRIC`). With
     `correction` BatchNorms and biases take over what quantization shifts.
     """
 
-    inputs: InputRule = "mse"
-    weights: WeightRule = "mse"
+    inputs: str = "mse"
+    weights: str = "mse"
     steps: int = 16
     signed: bool = False
     correction: bool = True

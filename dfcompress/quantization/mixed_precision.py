@@ -29,7 +29,7 @@ from dfcompress.models.fake_quantizers import (
     quantized_layers,
 )
 from dfcompress.quantization.bits import Bits, RequestedBits
-from dfcompress.quantization.observers import fit_weights
+from dfcompress.quantization.ranges import fit_weights
 
 IMAGES = 128
 LONGEST_SCALE = 0.00012345678901234567  # As many digits as one of fp32 can have.

@@ -17,7 +17,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import WIDTHS, Scheme, freeze, quantize_layers
 from dfcompress.quantization.bits import RequestedBits
 from dfcompress.quantization.mixed_precision import _cheapest, choose_bits, require_reachable, sensitivities
-from dfcompress.quantization.observers import calibrate
+from dfcompress.quantization.ranges import calibrate
 
 LAYERS = ("0", "2", "4", "8")
 

@@ -19,7 +19,7 @@ from dfcompress.models.fake_quantizers import freeze, quantize_layers, quantized
 from dfcompress.quantization import reconstruction
 from dfcompress.quantization.bits import layers_of
 from dfcompress.quantization.layer_report import signal_to_noise
-from dfcompress.quantization.observers import calibrate, fit_weights
+from dfcompress.quantization.ranges import calibrate, fit_weights
 from dfcompress.quantization.reconstruction import Reconstruction, images_that_fit, reconstruct, units_of
 
 QUICK = Reconstruction(steps=60, batch_size=16, lr=0.03)
