@@ -468,12 +468,12 @@ def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         "config": (dict, lambda value: isinstance(value.get("model_type"), str), "an object with a model_type"),
     }
     checked: dict[str, Any] = {}
-    for name, (kind, is_right, wanted) in kinds.items():
+    for name, (kind, is_right, form) in kinds.items():
         value = values.get(name)
         if value is None:
             continue
         if not isinstance(value, kind) or not is_right(value):
-            raise BadInput(f"{where}: {name} is {value!r}.", f"It must be {wanted}.")
+            raise BadInput(f"{where}: {name} is {value!r}.", f"It must be {form}.")
         checked[name] = tuple(value) if isinstance(value, (list, tuple)) else value
     if values.get("widths") is not None:
         checked["widths"] = _widths(values["widths"], where)
@@ -498,7 +498,7 @@ def _widths(values: object, where: str) -> dict[str, tuple[int, int]]:
         is_pair = isinstance(channels, (list, tuple)) and len(channels) == 2
         if not is_pair or not all(_is_size(each) and each <= WIDEST for each in channels):
             raise BadInput(f"{where}: the widths of {name!r} are {str(channels)[:40]}.", f"Give {WIDTHS}.")
-    return {name: (taken, given) for name, (taken, given) in values.items()}
+    return {name: (c_in, c_out) for name, (c_in, c_out) in values.items()}
 
 
 def _is_number(value: object) -> bool:
