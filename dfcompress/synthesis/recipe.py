@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from dfcompress import console
+from dfcompress import console, schedules
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.settings import parse, unknown
 from dfcompress.synthesis import recipes
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.labels import BALANCED
-from dfcompress.synthesis.losses import Loss
+from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, Loss, Want
 from dfcompress.synthesis.recipes import recipe_names
 from dfcompress.synthesis.records import BN_EQUIVALENT
 from dfcompress.synthesis.records.record_file import Description
@@ -55,11 +54,7 @@ class Phase:
 
     def rate(self, step: int) -> float:
         """Learning rate of `step`, counted from 0."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        if self.schedule == "constant":
-            return self.lr
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+        return schedules.rate(step, peak=self.lr, steps=self.steps, schedule=self.schedule, warmup=self.warmup)
 
 
 @dataclass(frozen=True)
@@ -97,24 +92,19 @@ class Recipe:
             raise BadInput(f"A batch of {self.batch_size} images is none.", "Use --batch-size 1 or more.")
 
     @property
+    def wants(self) -> frozenset[Want | LayerOutput | ChannelMeans]:
+        """What any of the losses wants to be recorded."""
+        return frozenset(want for loss in self.losses for want in loss.wants)
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that any of the losses looks at by name, sorted."""
+        return sorted({want.layer for want in self.wants if not isinstance(want, Want)})
+
+    @property
     def label_free(self) -> bool:
         """Whether nothing steers the images towards a class; their label is then the teacher's answer."""
-        return not any(loss.needs_labels for loss in self.losses)
-
-    @property
-    def needs_moments(self) -> bool:
-        """Whether a loss looks at statistics of BatchNorms, or at recorded ones."""
-        return any(loss.needs_moments for loss in self.losses)
-
-    @property
-    def needs_targets(self) -> bool:
-        """Whether a loss compares with activations out of a record."""
-        return any(loss.needs_targets for loss in self.losses)
-
-    @property
-    def needs_student(self) -> bool:
-        """Whether the images compete with a student that learns while they are made."""
-        return any(loss.needs_student for loss in self.losses)
+        return Want.LABELS not in self.wants
 
     @property
     def steps(self) -> int:
