@@ -15,6 +15,7 @@ from dfcompress.models.checkpoint import load
 from dfcompress.models.fake_quantizers import quantized_layers
 from dfcompress.models.stages import shared_stages
 from dfcompress.quantization.calibration import Calibration
+from dfcompress.quantization.observers import range_rules
 from dfcompress.quantization.reconstruction import Reconstruction
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import Synthesizer
@@ -148,7 +149,7 @@ def test_the_bench_of_training_runs(resnet20_file):
     assert [row["name"] for row in rows] == ["plain", "+pool", "+compiled", "+bf16", "+cached"]
 
 
-@pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("rule", range_rules())
 def test_ranges_and_weights_are_those_of_the_cpu(rule, resnet20_file, cifar10_train_file, tmp_path):
     students = []
     for place in ("cpu", "cuda"):

@@ -28,7 +28,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import Scheme, freeze, is_quantized, learn_steps
 from dfcompress.models.stages import stages_of
 from dfcompress.models.statistics import why_no_statistics
-from dfcompress.quantization.bits import USUAL_ENDS, Layers, Wanted, assign, layers_of, parse_bits, parse_ends
+from dfcompress.quantization.bits import USUAL_ENDS, Layers, RequestedBits, assign, layers_of, parse_bits, parse_ends
 from dfcompress.quantization.calibration import Calibrated, Calibration, calibrated, calibrated_on_noise
 from dfcompress.quantization.layer_report import REPORT, layer_report, named_bytes
 from dfcompress.quantization.mixed_precision import require_reachable, with_widths
@@ -186,7 +186,7 @@ class Calibrate:
     student: Classifier
     teacher: Classifier
     settings: Calibration
-    wanted: Mapping[str, Wanted]
+    wanted: Mapping[str, RequestedBits]
     size_ratio: float | None
     compute: Compute
 
@@ -241,7 +241,7 @@ def _freeze(
     student: Classifier,
     teacher: Classifier,
     layers: Layers,
-    wanted: Mapping[str, Wanted],
+    wanted: Mapping[str, RequestedBits],
     run: Run,
     found: Mapping[str, Outcome],
 ) -> None:
@@ -270,7 +270,7 @@ def _layers(teacher: Classifier) -> Layers:
 
 
 def competitor(
-    teacher: Classifier, wanted: Mapping[str, Wanted], calibration: Calibration, compute: Compute, recipe: Recipe
+    teacher: Classifier, wanted: Mapping[str, RequestedBits], calibration: Calibration, compute: Compute, recipe: Recipe
 ) -> CoTrainedStudent | None:
     """The student that a recipe's images compete with: what quantization leaves of the teacher, repaired in its lessons
     as by `kd` (Yin et al. 2020 let images compete with the student of the application).
@@ -289,7 +289,7 @@ def wanted_bits(
     layer_bits: Mapping[str, str] | None,
     size_ratio: float | None,
     scheme: Scheme,
-) -> dict[str, Wanted]:
+) -> dict[str, RequestedBits]:
     """What the options ask of each of the `layers`; raises `BadInput` where that cannot be."""
     asked = parse_bits(bits)
     wanted = assign(layers, asked, ends=parse_ends(first_last_bits), layer_bits=layer_bits or {})
@@ -394,7 +394,7 @@ def _objectives(
 
 
 def _require_exportable(
-    target: Target | None, teacher: Classifier, wanted: Mapping[str, Wanted], scheme: Scheme
+    target: Target | None, teacher: Classifier, wanted: Mapping[str, RequestedBits], scheme: Scheme
 ) -> None:
     """Raise `BadInput` or `DfcompressError` where the model could not be exported at the bits wanted, which should not
     cost an hour of work.
