@@ -29,6 +29,7 @@ class Run:
     asked for, it belongs to another job, or it cannot be written.
     `options` are the resolved options that the result depends on: a resumed run must have the same.
     `inputs` are paths the run reads, which overwriting must not delete.
+    `renamed` has for an option the values that older versions wrote, and what they are called now.
     `earlier` are the measurements of a resumed run that was already finished.
     Of several processes the leading one alone touches the folder.
     """
@@ -42,9 +43,11 @@ class Run:
         inputs: Sequence[str | Path | None] = (),
         resume: bool = False,
         overwrite: bool = False,
+        renamed: Mapping[str, Mapping[str, str]] = {},
     ) -> None:
         self.verb, self.folder, self.options = verb, folder, json.loads(json.dumps(options, default=str))
         self.inputs = [Path(path) for path in inputs if path is not None]
+        self.renamed = renamed
         self.seconds: dict[str, float] = {}
         self.earlier: Mapping[str, Any] | None = None
         if world().is_main:
@@ -104,6 +107,7 @@ class Run:
             )
         for name in sorted(self.options.keys() | before["options"].keys()):
             old, new = before["options"].get(name), self.options.get(name)
+            old = self.renamed[name].get(old, old) if name in self.renamed else old
             if old != new:
                 raise BadInput(
                     f"{self.folder} was started with {name} = {old!r}, now it is {new!r}.",
@@ -157,10 +161,11 @@ def running(
     inputs: Sequence[str | Path | None] = (),
     resume: bool = False,
     overwrite: bool = False,
+    renamed: Mapping[str, Mapping[str, str]] = {},
 ) -> Iterator[Run]:
     """A `Run` in all processes of a job: the leading one opens the folder, and where one fails the others end too."""
     with world().session():
-        yield Run(verb, folder, options, inputs=inputs, resume=resume, overwrite=overwrite)
+        yield Run(verb, folder, options, inputs=inputs, resume=resume, overwrite=overwrite, renamed=renamed)
 
 
 class Clock:

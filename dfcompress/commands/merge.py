@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dfcompress.commands import _options, _summary
+from dfcompress.training.multi_teacher import NAMES
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 @_options.student_init
 @click.option(
     "--method",
-    type=click.Choice(["all-logits", "paper"]),
-    default="all-logits",
+    type=click.Choice(NAMES),
+    default="logit-matching",
     show_default=True,
-    help="Merging method: all-logits (ours) or paper (Shapira and Sidi 2020).",
+    help="Merging method: logit-matching (ours; alias all-logits) or shapira-sidi (their paper of 2020; alias paper).",
 )
 @click.option("--class-map", type=_options.PATH, help="JSON file with a list of class names for each teacher.")
 @click.option(
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
     type=_options.PATH,
     help="Real images to report accuracy on: one source, or one per teacher.",
 )
-@_options.synthesis(images="1024; of paper 4096")
-@_options.training(steps="12000; of paper 125 epochs", lr=0.05, batch_size="128; of paper 64 a model")
+@_options.synthesis(images="1024; of shapira-sidi 4096")
+@_options.training(steps="12000; of shapira-sidi 125 epochs", lr=0.05, batch_size="128; of shapira-sidi 64 a model")
 @_options.mix
 @_options.unseen
 @_options.output
@@ -70,25 +71,27 @@ def merge(
 
     from dfcompress.settings import with_defaults
     from dfcompress.training.loop import require_trainable
+    from dfcompress.training.multi_teacher import merging_method
     from dfcompress.verbs.invert import plans
-    from dfcompress.verbs.merge import begin_merged, image_supplies, merge, usual_images, usual_training
+    from dfcompress.verbs.merge import begin_merged, image_supplies, merge, usual_images
 
     if student_init == "none":
         student_init = None
     if dry_run:
+        merging = merging_method(method)
         (pupil, *_), _ = begin_merged(
             models,
             student,
             student_init,
-            method=method,  # type: ignore[arg-type]
+            method=merging,
             class_map=class_map,
             seed=compute.seed,
         )
-        own, mix = usual_images(method, synthesis, mix)  # type: ignore[arg-type]
+        own, mix = usual_images(merging, synthesis, mix)
         architecture = pupil.card.architecture
         supplies = image_supplies(models, data, own, compute, mix=mix, unseen=unseen, student=architecture)
         counts = list(map(len, supplies))
-        usual = with_defaults(usual_training(method, min(counts), len(models)), training)  # type: ignore[arg-type]
+        usual = with_defaults(merging.training(min(counts), len(models)), training)
         require_trainable(pupil, usual, compute, counts)
         _summary.plan(*plans(*supplies), as_json=as_json, training=dataclasses.asdict(usual))
         return

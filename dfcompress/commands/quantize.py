@@ -134,7 +134,7 @@ def quantize(
         finetune = finetune or FINETUNED_BY[method]
         tuning = usual_tuning(finetune, training, method=method, input_size=model.card.input_size)
         competing = partial(competitor, model, wanted, calibrating, compute)
-        supply = TransferSetSource(model, data, synthesis, compute, mix=mix, learner=competing)
+        supply = TransferSetSource(model, data, synthesis, compute, second_recipe=mix, learner=competing)
         if isinstance(tuning, Training):
             require_trainable(model, tuning, compute, [len(supply)], repair=True)
         rounding = BEFORE_LSQ if tuning and finetune == "blocks+lsq" else None

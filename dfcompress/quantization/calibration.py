@@ -111,12 +111,13 @@ def calibration_batches(images: Tensor, calibration: Calibration, *, seed: int) 
     augmentation = Augmentation(shift=4, flip=images.shape[1] > 1)
     if not calibration.replacement:
         pool = ImagePool(images, augmentation=augmentation, batch_size=BATCH, seed=seed)
-        yield from (pool.batch(step) for step in range(calibration.steps))
+        yield from (pool.batch(step).images for step in range(calibration.steps))
         return
     for step in range(calibration.steps):
         drawn = torch.randint(len(images), (BATCH,), generator=generator("calibration draw", seed, step))
         own = seed_of("calibration batch", seed, step)
-        yield ImagePool(images[drawn.to(images.device)], augmentation=augmentation, batch_size=BATCH, seed=own).batch(0)
+        pool = ImagePool(images[drawn.to(images.device)], augmentation=augmentation, batch_size=BATCH, seed=own)
+        yield pool.batch(0).images
 
 
 def calibrated_on_noise(

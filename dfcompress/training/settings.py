@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
+from torch import Tensor
+
 from dfcompress import schedules
-from dfcompress.data.pool import Augmentation
+from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.errors import BadInput
 from dfcompress.training import optimizers
 
@@ -65,6 +68,15 @@ class Training:
                 raise BadInput(f"{what} {share} is no share below 1.", "Use 0 to leave it out.")
         if self.clip < 0 or self.weight_decay < 0:
             raise BadInput("clip or weight_decay is negative.", "Use 0 to leave it out.")
+
+    def pool(self, *sets: Tensor, labels: Sequence[Tensor] | None = None, seed: int) -> ImagePool:
+        """Stored images `(N, C, H, W)`, one set for each teacher, in the batches of this training.
+
+        Grey images are not mirrored: they are mostly characters, which a flip turns into other ones.
+        """
+        flip = self.augmentation.flip and sets[0].shape[1] > 1
+        augmentation = replace(self.augmentation, flip=flip)
+        return ImagePool(*sets, labels=labels, augmentation=augmentation, batch_size=self.batch_size, seed=seed)
 
     def rate(self, step: int) -> float:
         """Learning rate of `step`, counted from 0."""

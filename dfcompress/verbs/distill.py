@@ -119,8 +119,9 @@ def distill(
         if result := load_finished(run, pupil, measure):
             return result
         images = supply.gather(run.folder)
-        teaching = Distillation(teacher, terms)
-        trained = Trainer(pupil, teaching, training, compute=compute, folder=run.folder).fit(images.train)
+        pool = training.pool(images.train, labels=[images.train_labels], seed=compute.seed)
+        distiller = Distillation(teacher, terms)
+        trained = Trainer(pupil, distiller, training, compute=compute, folder=run.folder).fit(pool)
         return save_and_measure(
             run, pupil, [same_classes(teacher, images)], trained=asdict(trained), device=compute.device, measure=measure
         )
@@ -147,8 +148,8 @@ def image_supply(
         data,
         synthesis.counted(IMAGES),
         compute,
-        mix=mix,
-        unseen=unseen,
+        second_recipe=mix,
+        probe_images=unseen,
         learner=lambda recipe: learner(teacher, recipe, pupil if live else architecture, compute, is_kept=live),
     )
     if live and not supply.adaptive:

@@ -159,7 +159,7 @@ def quantize(
         data,
         synthesis,
         compute,
-        mix=mix,
+        second_recipe=mix,
         learner=partial(competitor, teacher, wanted, calibration, compute),
     )
     if isinstance(tuning, Training):
@@ -353,5 +353,5 @@ def _finetuned(
     assert isinstance(tuning, Training)
     if finetune != "kd":
         learn_steps(student.network)
-    teaching = Distillation(teacher, terms)
-    return Trainer(student, teaching, tuning, compute=compute, folder=run.folder, repair=True).fit(images)
+    distiller = Distillation(teacher, terms)
+    return Trainer(student, distiller, tuning, compute=compute, folder=run.folder, repair=True).fit(images)
