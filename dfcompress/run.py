@@ -107,7 +107,7 @@ class Run:
             )
         for name in sorted(self.options.keys() | before["options"].keys()):
             old, new = before["options"].get(name), self.options.get(name)
-            old = self.renamed[name].get(old, old) if name in self.renamed else old
+            old = self.renamed[name].get(old, old) if name in self.renamed else _without_removed(old, new)
             if old != new:
                 raise BadInput(
                     f"{self.folder} was started with {name} = {old!r}, now it is {new!r}.",
@@ -217,6 +217,13 @@ def write_atomically(path: Path) -> Iterator[Path]:
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _without_removed(old: Any, new: Any) -> Any:
+    """An option of an earlier record without the settings that newer versions have not, where those were off."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {name: value for name, value in old.items() if name in new or value}
+    return old
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

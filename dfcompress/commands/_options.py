@@ -452,7 +452,7 @@ def training(*, steps: int | str, lr: float | str, batch_size: int | str) -> Dec
         click.option(
             "--train-batch-size", type=click.IntRange(1), show_default=str(batch_size), help="Images per training step."
         ),
-        click.option("--optimizer", show_default="sgd", help="Optimizer: sgd, adam, adamw, lamb or novograd."),
+        click.option("--optimizer", show_default="sgd", help="Optimizer: sgd, adam, adamw or lamb."),
         click.option(
             "--optimizer-backend", show_default="auto", help="Implementation of the optimizer: auto, torch or apex."
         ),

@@ -93,7 +93,6 @@ class Trainer:
             self._save(steps)
             if self.folder and self.everyone.is_main:
                 self._write_metrics(self.folder / METRICS, steps)
-        steps.finish()
         self._check_weights()
         seconds = steps.clock.seconds
         rate = round(steps.done * steps.source.batch_size / seconds, 1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import ClassVar, get_args
 
 from torch import Tensor
 
@@ -19,13 +19,12 @@ from dfcompress.training import optimizers
 class Training:
     """Settings of the loop.
 
-    `optimizer` is sgd (`momentum`, by default in the form of `nesterov`), adam, adamw, lamb or novograd, computed by
-    `backend`; `weight_decay` is for weights alone, with `decay_all` also for biases and BatchNorm. The rate is warmed
-    up linearly over `warmup` (a share of the steps), then falls along a cosine to 0, is multiplied by `gamma` at each
-    of the `milestones` (shares of the steps) of the `multistep` schedule, or stays `constant`. The gradient's norm is
-    cut at `clip`, 0 leaves it. With `ema` the result is the exponential average of the weights of all steps with that
-    decay. With `freeze_batchnorm` running statistics stay. `dropout` is the share of the last layer's input that is
-    dropped while the student trains, beside what its architecture drops; the result has no such layer.
+    `optimizer` is sgd (`momentum`, by default in the form of `nesterov`), adam, adamw or lamb, computed by `backend`;
+    `weight_decay` is for weights alone, with `decay_all` also for biases and BatchNorm. The rate is warmed up linearly
+    over `warmup` (a share of the steps), then falls along a cosine to 0, is multiplied by `gamma` at each of the
+    `milestones` (shares of the steps) of the `multistep` schedule, or stays `constant`. The gradient's norm is cut at
+    `clip`, 0 leaves it. With `freeze_batchnorm` running statistics stay. `dropout` is the share of the last layer's
+    input that is dropped while the student trains, beside what its architecture drops; the result has no such layer.
     """
 
     steps: int
@@ -42,10 +41,14 @@ class Training:
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
     clip: float = 5.0
-    ema: float = 0.0
     freeze_batchnorm: bool = False
     dropout: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
+
+    REMOVED: ClassVar[Mapping[str, str]] = {
+        "ema": "Leave it out: the cosine schedule serves the same end.",
+        "novograd": "Use lamb, or sgd.",
+    }
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for settings that cannot be."""
@@ -61,9 +64,11 @@ class Training:
             ("schedule", self.schedule, get_args(schedules.Schedule)),
         )
         for what, name, names in choices:
+            if name in self.REMOVED:
+                raise BadInput(f"The {what} {name!r} was removed.", self.REMOVED[name])
             if name not in names:
                 raise BadInput(f"There is no {what} {name!r}.", f"Known: {', '.join(names)}.")
-        for what in ("momentum", "warmup", "ema", "dropout"):
+        for what in ("momentum", "warmup", "dropout"):
             if not 0 <= (share := getattr(self, what)) < 1:
                 raise BadInput(f"{what} {share} is no share below 1.", "Use 0 to leave it out.")
         if self.clip < 0 or self.weight_decay < 0:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dfcompress import device
 from dfcompress.data.batches import Batch, BatchSource, RepeatingSource
@@ -71,8 +70,6 @@ class Steps:
             momentum=training.momentum,
             nesterov=training.nesterov,
         )
-        average = get_ema_multi_avg_fn(training.ema)
-        self._average = AveragedModel(student, multi_avg_fn=average, use_buffers=True) if training.ema else None
         self._targets, self._losses = self._functions()
         self._kept = self._kept_targets()
 
@@ -106,17 +103,10 @@ class Steps:
         if self.training.clip:
             nn.utils.clip_grad_norm_(self._parameters, self.training.clip)
         self._optimizer.step()
-        if self._average:
-            self._average.update_parameters(self.student)
         self._history.append(parallel.mean(values, self.everyone))
         self.distiller.update(self._history[-1])
         self.seconds.append(self.clock.seconds)
         self.done += 1
-
-    def finish(self) -> None:
-        """Give the student the averaged weights, where they are the result."""
-        if self._average and self.done:
-            self.student.load_state_dict(self._average.module.state_dict())
 
     def save(self, path: Path) -> None:
         """Write everything that the next step depends on."""
@@ -128,7 +118,6 @@ class Steps:
             "student": self.student.state_dict(),
             "module": self.distiller.module.state_dict(),
             "source": self.source.state_dict(),
-            "average": self._average.state_dict() if self._average else None,
             "optimizer": self._optimizer.state_dict(),
             "values": self.values,
             "seconds": self.seconds,
@@ -143,10 +132,7 @@ class Steps:
         old = state.get("own", {})
         self.distiller.module.load_state_dict(state.get("module", old), strict=not old)
         self.source.load_state_dict(state.get("source", {}))
-        if self._average:
-            self._average.load_state_dict(state["average"])
-        if state["step"]:  # Before, there is none, and apex's NovoGrad refuses to take it.
-            self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(state["optimizer"])
         self.done = state["step"]
         self.clock.go_on_from(state["clock"])
         self.seconds = state["seconds"]

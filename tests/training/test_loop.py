@@ -28,6 +28,7 @@ from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages
+from dfcompress.settings import with_defaults
 from dfcompress.training.class_map import ClassMap
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import PARTIAL, Trainer, require_passes, require_trainable
@@ -438,28 +439,16 @@ def test_kept_targets_are_those_of_every_step():
         torch.testing.assert_close(kept[name], asked[name], rtol=1e-3, atol=1e-5)
 
 
-def test_the_averaged_weights_are_the_result_and_survive_a_resume(tmp_path):
-    training, weights = replace(TRAINING, ema=0.9, steps=12), []
-    with trainer(training).ready(images()) as steps:
-        for done in range(12):
-            steps.take()
-            weights.append(steps.student.network[0].weight.detach().clone())
-            if done == 4:
-                steps.save(tmp_path / PARTIAL)
-    expected = weights[0]
-    for later in weights[1:]:
-        expected = 0.9 * expected + 0.1 * later
-    whole, _ = fitted(training)
-    torch.testing.assert_close(whole.network[0].weight, expected, rtol=1e-5, atol=1e-6)
-    resumed, _ = fitted(training, folder=tmp_path)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
-
-
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"steps": -1}, {"ema": 1.0}, {"clip": -1.0}])
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"steps": -1}, {"warmup": 1.0}, {"clip": -1.0}])
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(BadInput):
         replace(TRAINING, **wrong)
+
+
+@pytest.mark.parametrize(("name", "value"), [("ema", "0.99"), ("optimizer", "novograd")])
+def test_what_was_removed_says_what_to_use(name, value):
+    with pytest.raises(BadInput, match=r"was removed.*(Leave it out|Use lamb)"):
+        with_defaults(TRAINING, {name: value})
 
 
 def test_the_multistep_schedule_falls_at_its_milestones_and_clip_0_leaves_gradients():
