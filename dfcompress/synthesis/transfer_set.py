@@ -60,8 +60,8 @@ class TransferSetSource:
     ) -> None:
         self.compute = compute
         places = _parts(data)
-        given = [SyntheticSet(place) for place in places if (place / MANIFEST).exists()]
-        for synthetic in given:
+        synthetic_sets = [SyntheticSet(place) for place in places if (place / MANIFEST).exists()]
+        for synthetic in synthetic_sets:
             synthetic.require_complete()
         self.sources = [open_images(place, teacher.card, part="train") for place in places]
         self.specs = {} if self.sources else _specs(teacher, synthesis, second_recipe)
@@ -72,7 +72,7 @@ class TransferSetSource:
         self.probe = None
         if probe_images and not why_no_statistics(informed.network):
             used = {spec.choice.name for spec in self.specs.values()}
-            used |= {synthetic.manifest["recipe"]["name"] for synthetic in given}
+            used |= {synthetic.manifest["recipe"]["name"] for synthetic in synthetic_sets}
             recipe = next((name for name in OTHER_RECIPES if name not in used), OTHER_RECIPES[-1])
             self.probe = resolve(informed, replace(_alike(synthesis, recipe, probe_images), records=None))
 
@@ -82,7 +82,7 @@ class TransferSetSource:
         return [path for spec in self.specs.values() for path in spec.inputs]
 
     def origin(self) -> dict[str, Any] | None:
-        """What images that are made depend on besides the teacher, None where they are there."""
+        """What the synthesized images depend on besides the teacher, None where all images are there already."""
         return {name: spec.origin() for name, spec in self.specs.items()} or None
 
     @property
@@ -129,12 +129,12 @@ class TransferSetSource:
 
 
 def _parts(data: str | Path | None) -> list[Path]:
-    """Where the images of `data` lie: the sets that a run made, in one folder or one for each teacher, or one place."""
+    """Where the images of `data` lie: the sets in a run's folder, or in its folder of each teacher, or one place."""
     if data is None:
         return []
     sets = f"{SYNTHETIC}*/{MANIFEST}"
-    made = [path.parent for pattern in (sets, f"{OF_TEACHER}*/{sets}") for path in Path(data).glob(pattern)]
-    return sorted(made) if made and not (Path(data) / MANIFEST).exists() else [Path(data)]
+    of_run = [path.parent for pattern in (sets, f"{OF_TEACHER}*/{sets}") for path in Path(data).glob(pattern)]
+    return sorted(of_run) if of_run and not (Path(data) / MANIFEST).exists() else [Path(data)]
 
 
 def _gathered(sources: Sequence[ImageSource]) -> tuple[Tensor, Tensor]:

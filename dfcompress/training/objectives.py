@@ -147,7 +147,7 @@ def make_objectives(
     """
     if all(name in OF_FEATURES for name in weights):
         raise BadInput("No objective compares the student's logits.", "Add kd, ce or mse-logits.")
-    made = []
+    objectives = []
     for name, weight in weights.items():
         if name not in NAMES:
             raise BadInput(f"There is no objective {name!r}.", f"Known: {', '.join(NAMES)}.")
@@ -157,8 +157,8 @@ def make_objectives(
             raise BadInput(f"The weight {weight} of objective {name} is not positive.", "Leave the objective out.")
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)
-            made.append(weight * _make(name, temperature, pairs))
-    return made
+            objectives.append(weight * _make(name, temperature, pairs))
+    return objectives
 
 
 def _make(name: str, temperature: float, pairs: Sequence[tuple[Stage, Stage]]) -> Objective:

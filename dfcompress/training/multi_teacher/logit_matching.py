@@ -24,6 +24,7 @@ from dfcompress.training.ood_score import BatchNormOodScore
 from dfcompress.training.settings import Training
 
 PARTS = ("logits", "block", "agreement")
+# Chosen on the first 10,000 training images of MNIST and of Fashion-MNIST, before any test image was counted.
 BLOCK_WEIGHT = 0.1
 OOD_SCALE, LARGEST_SHIFT = 16.0, 4.0
 BALANCE = 4.0
