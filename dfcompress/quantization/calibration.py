@@ -111,13 +111,13 @@ def calibration_batches(images: Tensor, calibration: Calibration, *, seed: int) 
     augmentation = Augmentation(shift=4, flip=images.shape[1] > 1)
     if not calibration.replacement:
         pool = ImagePool(images, augmentation=augmentation, batch_size=BATCH, seed=seed)
-        yield from (pool.batch(step) for step in range(calibration.steps))
+        yield from (pool.batch(step).images for step in range(calibration.steps))
         return
     for step in range(calibration.steps):
         drawn = torch.randint(len(images), (BATCH,), generator=generator("calibration draw", seed, step))
         batch_seed = seed_of("calibration batch", seed, step)
         drawn_images = images[drawn.to(images.device)]
-        yield ImagePool(drawn_images, augmentation=augmentation, batch_size=BATCH, seed=batch_seed).batch(0)
+        yield ImagePool(drawn_images, augmentation=augmentation, batch_size=BATCH, seed=batch_seed).batch(0).images
 
 
 def calibrated_on_noise(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dfcompress import console
 from dfcompress.data.pool import Augmentation
@@ -36,7 +35,7 @@ from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction
 from dfcompress.run import STATE, Run, write_json
 from dfcompress.settings import AUTO, replace_settings, with_defaults
 from dfcompress.synthesis.recipe import Recipe, Synthesis
-from dfcompress.synthesis.transfer_set import NONE, TransferSetSource
+from dfcompress.synthesis.transfer_set import NONE, TransferSet, TransferSetSource
 from dfcompress.training import OF_FEATURES
 from dfcompress.training.co_trained_student import CoTrainedStudent
 from dfcompress.training.distiller import Distillation
@@ -142,7 +141,7 @@ def quantize(
     if not data:
         synthesis, mix = usual_images(method, teacher, synthesis, mix)
     competing = partial(competitor, teacher, wanted, calibration, compute)
-    source = TransferSetSource(teacher, data, synthesis, compute, mix=mix, learner=competing)
+    source = TransferSetSource(teacher, data, synthesis, compute, second_recipe=mix, learner=competing)
     steps: dict[str, Step | None] = {
         "calibration": Calibrate(student, teacher, calibration, wanted, size_ratio, compute),
         "rounding": _step(student, teacher, finetune, rounding, terms, compute),
@@ -190,14 +189,14 @@ class Calibrate:
     size_ratio: float | None
     compute: Compute
 
-    def take(self, run: Run, sets: Sequence[Tensor]) -> Calibrated:
+    def take(self, run: Run, sets: Sequence[TransferSet]) -> Calibrated:
         """Calibrate on the one set."""
         with run.timed("calibration"):
             return calibrated(
                 self.student,
                 self.teacher,
                 self.wanted,
-                sets[0],
+                sets[0].train,
                 self.settings,
                 self.compute,
                 size_ratio=self.size_ratio,
@@ -214,10 +213,10 @@ class Round:
     settings: Reconstruction
     seed: int
 
-    def take(self, run: Run, sets: Sequence[Tensor]) -> Reconstructed:
+    def take(self, run: Run, sets: Sequence[TransferSet]) -> Reconstructed:
         """Learn it on the one set."""
         state = run.folder / BLOCKS
-        return reconstruct(self.student, self.teacher, sets[0], self.settings, seed=self.seed, state=state)
+        return reconstruct(self.student, self.teacher, sets[0].train, self.settings, seed=self.seed, state=state)
 
 
 def _step(
