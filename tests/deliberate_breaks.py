@@ -125,7 +125,7 @@ BREAKS = [
         "synthesis/synthesizer.py",
         'generator("noise", self.seed, shard)',
         'generator("noise", self.seed, 0)',
-        "tests/synthesis/test_synthesizer.py -k seed_and_shard",
+        "tests/synthesis/test_synthesizer.py -k noise_of_its_own",
     ),
     Break(
         "synthesis resumes with an optimiser of its own",

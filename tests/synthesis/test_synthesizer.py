@@ -95,6 +95,13 @@ def test_a_batch_depends_on_seed_and_shard_alone(teacher):
     assert not torch.equal(first, synthesizer(teacher, 2, seed=4).batch(1, LABELS).images)
 
 
+def test_every_shard_starts_from_noise_of_its_own(teacher):
+    """Views are drawn for each shard too, and would make different images out of the same noise."""
+    barely = synthesizer(teacher, 1, lr=1e-12)
+    first, second = (barely.batch(shard, LABELS).images for shard in (0, 1))
+    assert (first - second).abs().mean() > 0.1
+
+
 def test_work_taken_up_from_a_file_ends_in_the_same_images(teacher, tmp_path):
     whole = synthesizer(teacher, 6, preset="fast-cifar10").batch(0, LABELS).images
     interrupted = synthesizer(teacher, 6, preset="fast-cifar10")
