@@ -17,7 +17,7 @@ from typing import Any
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput, DfcompressError
 
-RECORD = "run.json"
+RECORD, METRICS = "run.json", "metrics.jsonl"
 STATE = ".partial"  # The suffix of files that unfinished work is resumed from.
 SAVE_EVERY_SECONDS = 20.0
 

@@ -13,6 +13,7 @@ from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import bn_divergence
 from dfcompress.models.checkpoint import load
 from dfcompress.models.recorder import LOGITS
+from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.recipes import recipe_names
 from dfcompress.synthesis.records.accumulator import RecordSettings
@@ -64,9 +65,9 @@ def test_a_few_steps_of_every_preset_lower_its_objective(name, preset, resnet20_
     overrides |= {"half_steps": 6, "warmup": 0} if preset == "repo-imagenet" else {}
     recipe = choose(name, preset, overrides).build()
     teacher = load(resnet20_file)
-    student = load(resnet20_file) if recipe.needs_student else None
+    student = load(resnet20_file) if Want.STUDENT in recipe.wants else None
     execution = Execution("cpu", "fp32", False, 1, "")
-    source = a_record(teacher) if recipe.needs_targets else None
+    source = a_record(teacher) if Want.TARGETS in recipe.wants else None
     batch = Synthesizer(recipe, teacher, execution, student=student, source=source).batch(0, torch.arange(8))
     assert batch.images.shape == (8, 3, 32, 32)
     assert batch.images.isfinite().all()

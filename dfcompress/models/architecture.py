@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dfcompress.models.plain import make_plain
 from dfcompress.models.resizing import resized
+from dfcompress.models.safe_reading import without_counters
 
 SMALL_INPUT = 64
 
@@ -90,10 +91,9 @@ def _without_storage(module: nn.Module, name: str, parameter: nn.Parameter | Non
 
 @cache
 def tensors_of(architecture: Architecture, classes: int, channels: int) -> dict[str, torch.Size]:
-    """Names and shapes of an architecture's tensors, without `num_batches_tracked`, at next to no cost."""
+    """Names and shapes of an architecture's tensors, without counters, at next to no cost."""
     network = replace(architecture, widths=()).make_empty(classes, channels)
     if architecture.widths:
         # Buffers, too, take no memory then: widths come from strangers' files.
         network = resized(make_plain(network).to("meta"), dict(architecture.widths))
-    state = network.state_dict()
-    return {name: tensor.shape for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    return {name: tensor.shape for name, tensor in without_counters(network.state_dict()).items()}

@@ -45,7 +45,6 @@ from dfcompress.models.resizing import REMEDY
 from dfcompress.models.safe_reading import (
     CARD_KEY,
     CONFIG,
-    COUNTERS,
     QUANTIZATION_KEY,
     WEIGHTS,
     StoredModel,
@@ -54,6 +53,7 @@ from dfcompress.models.safe_reading import (
     serialised,
     sha256,
     weights_file,
+    without_counters,
 )
 from dfcompress.models.statistics import require_variances
 from dfcompress.run import write_atomically, write_json
@@ -166,7 +166,7 @@ def load_saved(folder: Path, classifier: Classifier) -> Classifier:
 def _is_built_by_name(classifier: Classifier) -> bool:
     """Whether the name on the card leads to a network with these tensors."""
     card = classifier.card
-    tensors = {name: value for name, value in classifier.network.state_dict().items() if not name.endswith(COUNTERS)}
+    tensors = without_counters(classifier.network.state_dict())
     with suppress(BadInput):
         return any(
             {name: value.shape for name, value in tensors.items()} == tensors_of(form, card.classes, card.input_size[0])
@@ -277,8 +277,7 @@ def write_sidecar(classifier: Classifier) -> Path:
 
 def state_bytes(network: nn.Module) -> int:
     """Bytes of a network's parameters and buffers in fp32, without BatchNorm's counters."""
-    tensors = network.state_dict().items()
-    return sum(4 * tensor.numel() for name, tensor in tensors if not name.endswith(COUNTERS))
+    return sum(4 * tensor.numel() for tensor in without_counters(network.state_dict()).values())
 
 
 def _fit_of(architecture: Architecture, tensors: Mapping[str, Tensor], path: Path, classes: int = 0) -> Recognised:

@@ -6,14 +6,14 @@ which may run in bf16; nothing in it stops `torch.compile(fullgraph=True)`.
 Both make the same `Recording` of each image, and `traces` turns a recording into what losses are values of.
 
 Statistics are known of what goes into a BatchNorm, and of what passes a `KnownStatistics`.
-Outputs are those of weighted layers, before their activation function; `LOGITS` stands for the network's answer.
+The output of any module can be recorded, by the module's name; `LOGITS` stands for the network's answer.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from dfcompress import console
+from dfcompress.errors import BadInput
 from dfcompress.models.batchnorms import EPS, eps_of
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import (
@@ -36,6 +37,7 @@ from dfcompress.models.hooks import (
 )
 from dfcompress.models.plain_layers import after_normalising, plain_kind
 from dfcompress.models.statistics import KnownStatistics, named_statistics_layers
+from dfcompress.settings import unknown
 
 LOGITS = "logits"
 
@@ -55,13 +57,14 @@ class LayerMoments(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """Logits `(N, classes)` in fp32, a record of every layer with known statistics in the order of the forward pass,
-    and the outputs asked for, each `(N, units)` in fp32.
+    """Logits `(N, classes)` in fp32, the moments of every layer with known statistics in the order of the forward pass,
+    and by layer the outputs `(N, ...)` and the channel means `(N, C)` that were wanted, in fp32.
     """
 
     logits: Tensor
     layers: tuple[LayerMoments, ...]
-    outputs: tuple[Tensor, ...] = ()
+    outputs: Mapping[str, Tensor]
+    channel_means: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Moments:
 
 
 class Target(NamedTuple):
-    """What the outputs of one layer shall be, `(N, units)`, and what their differences are multiplied by, `()`."""
+    """What the output of one layer shall be, `(N, units)`, and what their differences are multiplied by, `()`."""
 
     values: Tensor
     scale: Tensor
@@ -131,16 +134,17 @@ class Target(NamedTuple):
 class Trace:
     """What one batch showed: normalised `images` `(N, C, H, W)` as the teacher saw them, their `labels` `(N,)`,
     `logits` `(N, classes)`, the `moments` of all layers with known statistics in the order of the forward pass (None
-    where no loss wants them), the `outputs` `(N, units)` of layers and the `targets` they shall have (both empty
-    without a record of activations), and `student_logits` where a student watches.
+    where no loss wants them), by layer the `outputs` `(N, ...)` and `channel_means` `(N, C)` that a loss wants and the
+    `targets` that an activation record sets, and `student_logits` where the images compete with a student.
     """
 
     images: Tensor
     labels: Tensor
     logits: Tensor
-    moments: Moments | None
-    outputs: tuple[Tensor, ...] = ()
-    targets: tuple[Target, ...] = ()
+    moments: Moments | None = None
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    channel_means: Mapping[str, Tensor] = field(default_factory=dict)
+    targets: Mapping[str, Target] = field(default_factory=dict)
     student_logits: Tensor | None = None
 
 
@@ -149,28 +153,32 @@ def traces(
     labels: Tensor,
     recording: Recording,
     *,
-    targets: Sequence[Target] = (),
+    targets: Mapping[str, Target] | None = None,
     student_logits: Tensor | None = None,
     groups: int = 1,
 ) -> list[Trace]:
     """The traces of `groups` equal batches that went through the network together, each with its own statistics.
 
-    `labels` and `targets` may be fewer than `images`, where views show each image several times.
+    `labels` and `targets` may be fewer than `images`, where transforms show each image several times.
     """
     copies = len(images) // len(labels)
     result = []
     for group in range(groups):
-        seen = slice(group * len(images) // groups, (group + 1) * len(images) // groups)
-        own = slice(group * len(labels) // groups, (group + 1) * len(labels) // groups)
+        shown = slice(group * len(images) // groups, (group + 1) * len(images) // groups)
+        labelled = slice(group * len(labels) // groups, (group + 1) * len(labels) // groups)
         result.append(
             Trace(
-                images[seen],
-                labels[own].repeat(copies),
-                recording.logits[seen],
-                Moments.of(recording.layers, seen) if recording.layers else None,
-                tuple(output[seen] for output in recording.outputs),
-                tuple(Target(target.values[own].repeat(copies, 1), target.scale) for target in targets),
-                None if student_logits is None else student_logits[seen],
+                images=images[shown],
+                labels=labels[labelled].repeat(copies),
+                logits=recording.logits[shown],
+                moments=Moments.of(recording.layers, shown) if recording.layers else None,
+                outputs={layer: output[shown] for layer, output in recording.outputs.items()},
+                channel_means={layer: means[shown] for layer, means in recording.channel_means.items()},
+                targets={
+                    layer: Target(target.values[labelled].repeat(copies, 1), target.scale)
+                    for layer, target in (targets or {}).items()
+                },
+                student_logits=None if student_logits is None else student_logits[shown],
             )
         )
     return result
@@ -202,13 +210,41 @@ def outputs_of_one_image(classifier: Classifier) -> dict[str, Tensor]:
     return {**hidden, LOGITS: logits}
 
 
+@torch.no_grad()
+def require_outputs(classifier: Classifier, layers: Iterable[str]) -> None:
+    """Raise `BadInput` where a network has no layer of one of these names, or one whose output cannot be recorded: a
+    layer must run once in a pass, and give one tensor with a value for every image.
+    """
+    names = _require_layers(classifier.network, layers)
+    outputs: dict[str, list[object]] = {name: [] for name in names}
+    with hooked_outputs(classifier.network, names, lambda name, output: outputs[name].append(output)):
+        pass_once(classifier)
+    for name, given in outputs.items():
+        if not (len(given) == 1 and isinstance(given[0], Tensor) and given[0].dim() > 1 and len(given[0]) == 1):
+            raise BadInput(
+                f"The output of layer {name!r} cannot be recorded: it runs {len(given)} times in a pass of "
+                f"{classifier.name}, or gives something else than one tensor (N, ...).",
+                "Name another layer.",
+            )
+
+
+def _require_layers(network: nn.Module, layers: Iterable[str]) -> list[str]:
+    """The names without that of the answer; raises `BadInput` with the nearest one where there is no such layer."""
+    known = [name for name, _ in network.named_modules() if name]
+    names = [name for name in layers if name != LOGITS]
+    for name in names:
+        if name not in known:
+            raise unknown("layer", name, known)
+    return names
+
+
 def channels_of(layer: nn.Module) -> int:
     """How many channels a weighted layer's output has."""
     return int(getattr(layer, "out_channels", 0) or getattr(layer, "out_features", 0))
 
 
 def channel_axis(layer: nn.Module) -> int:
-    """Where a weighted layer's output has its channels."""
+    """Where a layer's output has its channels: last behind a linear layer, else second."""
     return -1 if isinstance(layer, nn.Linear) else 1
 
 
@@ -246,30 +282,35 @@ def _mean_of_image(features: Tensor) -> Tensor:
 
 
 class _Recorder:
-    """What both recorders do with one forward pass: `layers` and `outputs` fill while the network runs."""
+    """What both recorders do with one forward pass: `_layers`, `_outputs` and `_means` fill while the network runs."""
 
-    def __init__(self, network: nn.Module, outputs: Sequence[str], *, flat: bool = True) -> None:
-        self.network, self._wanted, self._flat = network, outputs, flat
-        self._hidden = [name for name in outputs if name != LOGITS]
+    def __init__(self, network: nn.Module, outputs: Sequence[str], channel_means: Sequence[str]) -> None:
+        self.network, self._recorded = network, outputs
+        self._hidden = _require_layers(network, outputs)
+        self._averaged = {name: network.get_submodule(name) for name in _require_layers(network, channel_means)}
         self._layers: list[LayerMoments] = []
         self._outputs: dict[str, Tensor] = {}
+        self._means: dict[str, Tensor] = {}
 
     def _pass(self, images: Tensor) -> Recording:
         self._layers.clear()  # A pass that failed may have left some.
         logits = self.network(images).float()
         self._outputs[LOGITS] = logits
-        outputs = tuple(self._output(name) for name in self._wanted)
-        layers = tuple(self._layers)
+        # In one memory layout, so that a loss reads the units of a convolution's output in the order of their names.
+        outputs = {name: self._outputs[name].contiguous() for name in self._recorded}
+        layers, means = tuple(self._layers), dict(self._means)
         self._layers.clear()
         self._outputs.clear()
-        return Recording(logits, layers, outputs)
-
-    def _output(self, name: str) -> Tensor:
-        output = self._outputs[name]
-        return output.flatten(1) if self._flat else output
+        self._means.clear()
+        return Recording(logits, layers, outputs, means)
 
     def _keep(self, name: str, output: Tensor) -> None:
         self._outputs[name] = output
+
+    def _average(self, name: str, output: Tensor) -> None:
+        """Keep the channel means; they are taken at once, so the output itself is not copied."""
+        features = output.movedim(channel_axis(self._averaged[name]), 1).to(torch.float32, copy=True)
+        self._means[name] = _mean_of_image(features)
 
     def _recording(self, layers: Mapping[str, nn.Module]) -> Hook:
         """The hook that records what goes into these layers. The sums are taken at once, so they need no copy."""
@@ -279,19 +320,27 @@ class _Recorder:
 class HookRecorder(_Recorder):
     """Records through forward hooks, which are there while a pass runs; the network itself is not changed.
 
-    Outputs keep their shape where they shall not be `flat`.
+    Raises `BadInput` where there is no layer whose output or channel means are wanted.
     """
 
     def __init__(
-        self, network: nn.Module, *, moments: bool = False, outputs: Sequence[str] = (), flat: bool = True
+        self,
+        network: nn.Module,
+        *,
+        moments: bool = False,
+        outputs: Sequence[str] = (),
+        channel_means: Sequence[str] = (),
     ) -> None:
-        super().__init__(network, outputs, flat=flat)
+        super().__init__(network, outputs, channel_means)
         self._with_statistics = named_statistics_layers(network) if moments else {}
 
     def __call__(self, images: Tensor) -> Recording:
         """One forward pass of normalised images `(N, C, H, W)`."""
-        recording = hooked_inputs(self.network, self._with_statistics, self._recording(self._with_statistics))
-        with recording, kept_outputs(self.network, self._hidden, self._keep, dtype=torch.float32):
+        with (
+            hooked_inputs(self.network, self._with_statistics, self._recording(self._with_statistics)),
+            kept_outputs(self.network, self._hidden, self._keep, dtype=torch.float32),
+            hooked_outputs(self.network, self._averaged, self._average),
+        ):
             return self._pass(images)
 
 
@@ -301,6 +350,7 @@ class FusedRecorder(_Recorder):
     The copy is channels_last; its convolutions and linear layers, and whatever else `torch.autocast` runs so, run in
     `precision`; images, BatchNorm arithmetic, records and logits stay fp32.
     With `dropout` its dropout layers multiply by the filters that each pass is given.
+    Raises `BadInput` where there is no layer whose output or channel means are wanted.
     """
 
     def __init__(
@@ -309,10 +359,11 @@ class FusedRecorder(_Recorder):
         *,
         moments: bool = False,
         outputs: Sequence[str] = (),
+        channel_means: Sequence[str] = (),
         dropout: bool = False,
         precision: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(copy.deepcopy(network).eval().requires_grad_(False), outputs)
+        super().__init__(copy.deepcopy(network).eval().requires_grad_(False), outputs, channel_means)
         self._filters: list[Tensor] = []
         self._precision = precision
         with_statistics = named_statistics_layers(self.network) if moments else {}
@@ -328,6 +379,7 @@ class FusedRecorder(_Recorder):
         dropouts = [name for name, module in self.network.named_modules() if dropout and isinstance(module, DROPOUTS)]
         hook_outputs(self.network, dropouts, lambda _, output: output * self._filters.pop(0))
         keep_outputs(self.network, self._hidden, self._keep, dtype=torch.float32)
+        hook_outputs(self.network, self._averaged, self._average)
         self.network.to(memory_format=torch.channels_last)
 
     def __call__(self, images: Tensor, filters: Sequence[Tensor] = ()) -> Recording:

@@ -1,15 +1,17 @@
 """What the images are asked to minimise: one function a loss, reduced exactly as its paper reduces it.
 
     losses = [class_cross_entropy(), 10.0 * bn_distance(), 2.5e-5 * total_variation()]
+    quiet = Loss("quiet", lambda trace: trace.outputs["layer4"].abs().mean(), wants=(LayerOutput("layer4"),))
 
-A loss is a scalar of a `Trace`; weighting it keeps its name in the log.
+A loss is a scalar of a `Trace`; weighting it keeps its name in the log. It says what it `wants` to find there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -19,17 +21,41 @@ from dfcompress.errors import BadInput
 from dfcompress.models.recorder import LayerMoments, Moments, Trace, moments_of
 
 
+class Want(Enum):
+    """What a loss may want besides images and logits: the moments of the layers with known statistics, the targets that
+    an activation record sets (and the outputs of its layers), the labels, the logits of a student.
+
+    A recipe none of whose losses wants labels steers its images towards no class.
+    """
+
+    MOMENTS = "moments"
+    TARGETS = "targets"
+    LABELS = "labels"
+    STUDENT = "student"
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    """Wants `trace.outputs[layer]`, the output `(N, ...)` of the module of that name."""
+
+    layer: str
+
+
+@dataclass(frozen=True)
+class ChannelMeans:
+    """Wants `trace.channel_means[layer]`, the output's mean over each image's positions, `(N, C)`."""
+
+    layer: str
+
+
 @dataclass(frozen=True)
 class Loss:
-    """A named, weighted scalar of a `Trace`, and what it needs to be there."""
+    """A named, weighted scalar of a `Trace`, and what it wants to be recorded there."""
 
     name: str
     value: Callable[[Trace], Tensor]
     weight: float = 1.0
-    needs_moments: bool = False
-    needs_targets: bool = False
-    needs_labels: bool = False
-    needs_student: bool = False
+    wants: Sequence[Want | LayerOutput | ChannelMeans] = ()
 
     def __rmul__(self, weight: float) -> Loss:
         return replace(self, weight=weight * self.weight)
@@ -37,7 +63,7 @@ class Loss:
 
 def class_cross_entropy() -> Loss:
     """Cross-entropy of the teacher's logits against the intended class, mean over the batch (Yin 2020, L(x̂, y))."""
-    return Loss("cross_entropy", lambda trace: F.cross_entropy(trace.logits, trace.labels), needs_labels=True)
+    return Loss("cross_entropy", lambda trace: F.cross_entropy(trace.logits, trace.labels), wants=(Want.LABELS,))
 
 
 def inception(scale: float = 100.0) -> Loss:
@@ -51,7 +77,7 @@ def inception(scale: float = 100.0) -> Loss:
         intended = trace.logits.gather(1, trace.labels[:, None])
         return (-intended / scale).exp().mean()
 
-    return Loss("inception", value, needs_labels=True)
+    return Loss("inception", value, wants=(Want.LABELS,))
 
 
 def competition(temperature: float = 3.0) -> Loss:
@@ -70,7 +96,7 @@ def competition(temperature: float = 3.0) -> Loss:
         divergence = 0.5 * (teacher.exp() * (teacher - middle) + student.exp() * (student - middle)).sum(1)
         return 1 - divergence.mean()
 
-    return Loss("competition", value, needs_student=True)
+    return Loss("competition", value, wants=(Want.STUDENT,))
 
 
 def bn_distance(first: float = 1.0) -> Loss:
@@ -84,7 +110,7 @@ def bn_distance(first: float = 1.0) -> Loss:
         distances = trace.moments.distances()
         return first * distances[0] + distances[1:].sum()
 
-    return Loss("bn_distance", value, needs_moments=True)
+    return Loss("bn_distance", value, wants=(Want.MOMENTS,))
 
 
 def bn_divergence() -> Loss:
@@ -97,7 +123,7 @@ def bn_divergence() -> Loss:
         at_input = Moments.of([_pixels(trace)])
         return torch.cat([at_input.divergences(), trace.moments.divergences()]).mean()
 
-    return Loss("bn_divergence", value, needs_moments=True)
+    return Loss("bn_divergence", value, wants=(Want.MOMENTS,))
 
 
 def pixel_divergence() -> Loss:
@@ -138,13 +164,15 @@ def activation_distance(leak: float = 0.0, *, later: float = 1.0, summed: bool =
 
     def value(trace: Trace) -> Tensor:
         squares = [
-            (F.leaky_relu(target.values, leak) - F.leaky_relu(output, leak)).mul(target.scale).square()
-            for output, target in zip(trace.outputs, trace.targets, strict=True)
+            (F.leaky_relu(target.values, leak) - F.leaky_relu(trace.outputs[layer].flatten(1), leak))
+            .mul(target.scale)
+            .square()
+            for layer, target in trace.targets.items()
         ]
         distances = [(square.sum(1) if summed else square.mean(1)).mean() for square in squares]
         return torch.stack([later**depth * distance for depth, distance in enumerate(distances)]).sum()
 
-    return Loss("activation_distance", value, needs_targets=True, needs_labels=not pooled)
+    return Loss("activation_distance", value, wants=(Want.TARGETS,) if pooled else (Want.TARGETS, Want.LABELS))
 
 
 def total_variation() -> Loss:

@@ -14,6 +14,7 @@ from dfcompress.device import exact_fp32
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import HookRecorder, Moments
 from dfcompress.randomness import generator
+from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.recipe import Recipe
 from dfcompress.synthesis.synthesizer import Batch
 
@@ -61,7 +62,7 @@ class QualityCheck:
 
     def __init__(self, recipe: Recipe, teacher: Classifier) -> None:
         self.recipe, self.teacher = recipe, teacher
-        self._statistics = recipe.needs_moments
+        self._statistics = Want.MOMENTS in recipe.wants
         self._of_noise: dict[int, float] = {}
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from dfcompress.settings import parse, unknown
 from dfcompress.synthesis import recipes
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.labels import BALANCED
-from dfcompress.synthesis.losses import Loss
+from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, Loss, Want
 from dfcompress.synthesis.recipes import recipe_names
 from dfcompress.synthesis.records import BN_EQUIVALENT
 from dfcompress.synthesis.records.record_file import Description
@@ -92,24 +92,19 @@ class Recipe:
             raise BadInput(f"A batch of {self.batch_size} images is none.", "Use --batch-size 1 or more.")
 
     @property
+    def wants(self) -> frozenset[Want | LayerOutput | ChannelMeans]:
+        """What any of the losses wants to be recorded."""
+        return frozenset(want for loss in self.losses for want in loss.wants)
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that any of the losses looks at by name, sorted."""
+        return sorted({want.layer for want in self.wants if not isinstance(want, Want)})
+
+    @property
     def label_free(self) -> bool:
         """Whether nothing steers the images towards a class; their label is then the teacher's answer."""
-        return not any(loss.needs_labels for loss in self.losses)
-
-    @property
-    def needs_moments(self) -> bool:
-        """Whether a loss looks at statistics of BatchNorms, or at recorded ones."""
-        return any(loss.needs_moments for loss in self.losses)
-
-    @property
-    def needs_targets(self) -> bool:
-        """Whether a loss compares with activations out of a record."""
-        return any(loss.needs_targets for loss in self.losses)
-
-    @property
-    def needs_student(self) -> bool:
-        """Whether the images compete with a student that learns while they are made."""
-        return any(loss.needs_student for loss in self.losses)
+        return Want.LABELS not in self.wants
 
     @property
     def steps(self) -> int:

@@ -23,8 +23,8 @@ from dfcompress.device import (
     Execution,
     Precision,
     as_mine,
-    can_capture,
     computing,
+    is_cuda,
     processor_name,
     resolve_execution,
     threads_here,
@@ -33,14 +33,14 @@ from dfcompress.device import (
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, work_of
-from dfcompress.run import save_state, write_atomically
+from dfcompress.run import METRICS, STATE, save_state, write_atomically
 from dfcompress.synthesis.labels import Labels
+from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.quality import BatchQuality, QualityCheck
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice
 from dfcompress.synthesis.spec import SynthesisSpec
 from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch, try_step
 
-METRICS = "metrics.jsonl"
 PREVIEW = "preview.png"
 STUDENT_STATE = "lessons.pt"
 PREVIEW_IMAGES = 80
@@ -129,7 +129,7 @@ def _groups(job: SynthesisSpec, batch_size: int, execution: Execution) -> int:
     batches = -(-job.images // batch_size)
     if job.synthesis.groups != "auto":
         return min(job.synthesis.groups, batches)
-    if not can_capture(torch.device(execution.device)):
+    if not is_cuda(torch.device(execution.device)):
         return 1
     height, width = job.teacher.card.input_size[1:]
     fit, for_everybody = PIXELS_A_STEP // (batch_size * height * width), batches // world().count
@@ -144,7 +144,7 @@ def execution_of(job: SynthesisSpec, compute: Compute, student: Classifier | Non
     teacher, recipe, images = job.teacher, job.recipe(), job.images
     batch_size = min(recipe.batch_size, images)
     execution = resolve_execution(compute, work_in(recipe, teacher, -(-images // batch_size) * batch_size))
-    student = (student or teacher) if recipe.needs_student else None
+    student = (student or teacher) if Want.STUDENT in recipe.wants else None
 
     source = job.source()
 
@@ -210,7 +210,7 @@ class _SetBuilder:
         absent = set(self.synthetic.missing_shards())
         if world().is_main:
             for shard in set(shards) - absent:  # Killed between writing a shard and deleting its state.
-                self.synthetic.shard_path(shard).with_suffix(".partial").unlink(missing_ok=True)
+                self.synthetic.shard_path(shard).with_suffix(STATE).unlink(missing_ok=True)
         missing = world().broadcast([unit for unit in units if absent & set(unit)])
         if not missing:
             return
@@ -222,7 +222,7 @@ class _SetBuilder:
             written: Future | None = None
             for unit in world().claim(missing):
                 labels = {shard: self.labels.of_batch(shard, self.batch_size, seed=self.seed) for shard in unit}
-                partial = self.synthetic.shard_path(unit[0]).with_suffix(".partial")
+                partial = self.synthetic.shard_path(unit[0]).with_suffix(STATE)
                 batches = synthesizer.batches(labels, partial=partial, watch=self._watch())
                 self._warn(health := [checkup.examine(batch) for batch in batches])
                 if written:

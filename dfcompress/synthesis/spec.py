@@ -9,8 +9,10 @@ from typing import Any
 from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.recorder import require_outputs
 from dfcompress.models.statistics import require_statistics
 from dfcompress.synthesis.labels import Labels, choose_labels
+from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis, choose_recipe
 from dfcompress.synthesis.records import BN_EQUIVALENT, GAUSSIAN, SPECTRAL
 from dfcompress.synthesis.records.bn_equivalent import with_statistics
@@ -44,7 +46,7 @@ class SynthesisSpec:
 
     def source(self) -> TargetSampler | None:
         """The record's activations made ready to draw from, where the recipe asks for some."""
-        if self.record is None or not self.recipe().needs_targets:
+        if self.record is None or Want.TARGETS not in self.recipe().wants:
             return None
         family = SpectralSampler if self.record.about.kind in SPECTRAL else GaussianSampler
         return family(self.record, self.teacher)
@@ -71,12 +73,12 @@ def resolve(teacher: Classifier, synthesis: Synthesis) -> SynthesisSpec:
     labels = choose_labels(synthesis.labels, synthesis.classes, teacher.card)
     recipe = choice.build()
     kind = record.about.kind if record else None
-    if recipe.needs_targets and kind in (None, BN_EQUIVALENT):
+    if Want.TARGETS in recipe.wants and kind in (None, BN_EQUIVALENT):
         raise BadInput(
             f"Recipe {choice.name} needs a record of activations.",
             "Give it with --records; `dfcompress record` makes one.",
         )
-    if record and not (recipe.needs_moments if kind == BN_EQUIVALENT else recipe.needs_targets):
+    if record and (Want.MOMENTS if kind == BN_EQUIVALENT else Want.TARGETS) not in recipe.wants:
         console.notice(f"Recipe {choice.name} does not use the record of kind {kind}.")
         record = None
     elif record:
@@ -85,8 +87,9 @@ def resolve(teacher: Classifier, synthesis: Synthesis) -> SynthesisSpec:
         teacher = with_statistics(teacher, record)
     elif record and kind in GAUSSIAN:
         require_gaussians(record, teacher)
-    if recipe.needs_moments:
+    if Want.MOMENTS in recipe.wants:
         require_statistics(teacher)
+    require_outputs(teacher, recipe.layers)
     return SynthesisSpec(teacher, record, synthesis, choice, labels)
 
 

@@ -26,6 +26,7 @@ from dfcompress.models.recorder import FusedRecorder, Recording, Target, traces
 from dfcompress.randomness import generator
 from dfcompress.run import Clock, save_state
 from dfcompress.synthesis.images import Images, PixelStatistics
+from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, Want
 from dfcompress.synthesis.recipe import Phase, Recipe
 from dfcompress.synthesis.records.targets import BatchTargets, TargetSampler
 
@@ -87,14 +88,15 @@ class Synthesizer:
         self.source, self.pixels = source, pixels
         recorder = FusedRecorder(
             self.teacher.network,
-            moments=recipe.needs_moments,
-            outputs=source.layers if source else (),
+            moments=Want.MOMENTS in recipe.wants,
+            outputs=outputs_of(recipe, source),
+            channel_means=sorted(want.layer for want in recipe.wants if isinstance(want, ChannelMeans)),
             dropout=source is not None and source.fixes_dropout,
             precision=device.PRECISIONS[execution.precision],
         )
         self._network = self._fast(recorder)
         self._student: Callable[[Tensor], Tensor] | None = None
-        if recipe.needs_student:
+        if Want.STUDENT in recipe.wants:
             assert student is not None, "a recipe that competes with a student needs one"
             self.learned(student)
         self._losses = self._fast(losses_of(recipe))
@@ -339,6 +341,13 @@ class Synthesizer:
         return dict(zip((loss.name for loss in self.recipe.losses), values.tolist(), strict=True))
 
 
+def outputs_of(recipe: Recipe, source: TargetSampler | None) -> list[str]:
+    """The layers whose outputs the recorder keeps: the record's, and those that losses name."""
+    recorded = list(source.layers) if source else []
+    wanted = {want.layer for want in recipe.wants if isinstance(want, LayerOutput)}
+    return recorded + sorted(wanted.difference(recorded))
+
+
 def transforms_of(phase: Phase) -> Callable[..., Tensor]:
     """The function (images, drawn tensors) → what the teacher sees."""
     counts = [len(transform.sample((1, 1, 2, 2), torch.Generator())) for transform in phase.transforms]
@@ -363,7 +372,7 @@ def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor]]:
         seen: Tensor,
         labels: Tensor,
         recording: Recording,
-        targets: Sequence[Target] = (),
+        targets: Mapping[str, Target] | None = None,
         student_logits: Tensor | None = None,
         groups: int = 1,
     ) -> tuple[Tensor, Tensor]:
@@ -396,7 +405,7 @@ def seconds_per_step(
     recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int, source: TargetSampler | None = None
 ) -> float:
     """Seconds one step takes in the recipe's last stage, the best of those after the first, or after its capture."""
-    student = copy.deepcopy(teacher) if recipe.needs_student else None
+    student = copy.deepcopy(teacher) if Want.STUDENT in recipe.wants else None
     synthesizer = Synthesizer(recipe, teacher, execution, student=student, source=source)
     work = synthesizer.begin({0: torch.arange(batch_size) % teacher.card.classes})
     last, times = recipe.phases[-1], []
@@ -439,7 +448,7 @@ class Work:
 
     def start_phase(self, phase: Phase) -> None:
         """A fresh optimiser for `stage`."""
-        capturable = device.can_capture(self.labels.device)
+        capturable = device.is_cuda(self.labels.device)
         self.optimizer = torch.optim.Adam(self.parameters, betas=phase.betas, fused=True, capturable=capturable)
         self._follow_rate()
         self.drawn, self.captured, self.uncaptured = [], None, 0

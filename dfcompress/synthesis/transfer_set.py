@@ -20,6 +20,7 @@ from dfcompress.models.statistics import why_no_statistics
 from dfcompress.randomness import generator
 from dfcompress.settings import AUTO
 from dfcompress.synthesis.labels import BALANCED
+from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.recipe import Recipe, Synthesis, choose
 from dfcompress.synthesis.set_builder import Learner, build_set, seconds_of
 from dfcompress.synthesis.spec import SynthesisSpec, resolve
@@ -138,7 +139,7 @@ def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Synt
     """What to make, by the folder it is made in."""
     first = resolve(teacher, synthesis)
     if mix == AUTO:
-        informed = not why_no_statistics(first.teacher.network) and not first.recipe().needs_targets
+        informed = not why_no_statistics(first.teacher.network) and Want.TARGETS not in first.recipe().wants
         free = synthesis.labels == BALANCED and not synthesis.classes and first.images > 1
         mix = OTHER_RECIPES[0] if informed and free and first.choice.name != OTHER_RECIPES[0] else NONE
     if mix == NONE:

@@ -33,7 +33,7 @@ from dfcompress.quantization.calibration import Calibrated, Calibration, calibra
 from dfcompress.quantization.layer_report import REPORT, layer_report, named_bytes
 from dfcompress.quantization.mixed_precision import require_reachable, with_widths
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct
-from dfcompress.run import Run, write_json
+from dfcompress.run import STATE, Run, write_json
 from dfcompress.settings import AUTO, replace_settings, with_defaults
 from dfcompress.synthesis.recipe import Recipe, Synthesis
 from dfcompress.synthesis.transfer_set import NONE, TransferSetSource
@@ -88,7 +88,7 @@ SMALL = 64
 PAPER_KD, PAPER_KD_LARGE = replace(KD, steps=16_000, batch_size=512), replace(KD, steps=44_000)
 RECIPE, PAPER_PRESET, IMAGES = "bns-inception", "paper-cifar10", 2048
 ROUNDING_SETTING = "setting of rounding called"
-BITS, BLOCKS = "bits.partial", "blocks.partial"
+BITS, BLOCKS = f"bits{STATE}", f"blocks{STATE}"
 
 
 @planned

@@ -201,10 +201,11 @@ def _see(
     size = max(1, min(BATCH_SIZE, NUMBERS_A_BATCH // sum(output[0].numel() for output in layers.values())))
     batches = source.batches(size, first=everyone.rank, every=everyone.count)
     total = -(-len(source) // size)
-    recorder = HookRecorder(teacher.network, outputs=list(layers), flat=keeper.flat)
+    recorder = HookRecorder(teacher.network, outputs=list(layers))
     with evaluating(teacher), exact_fp32(), console.progress("batch", total) as progress:
         for number, (images, labels) in enumerate(batches):
-            outputs = recorder(teacher.normalise(images.to(teacher.mean.device))).outputs
+            recorded = recorder(teacher.normalise(images.to(teacher.mean.device))).outputs.values()
+            outputs = [output.flatten(1) if keeper.flat else output for output in recorded]
             if not all(output.isfinite().all() for output in outputs):
                 raise DfcompressError("The network answers with NaN or infinity.", "Its weights or its card are wrong.")
             first = (everyone.rank + number * everyone.count) * size

@@ -7,10 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
-from dfcompress.models.recorder import FusedRecorder, HookRecorder
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.recorder import FusedRecorder, HookRecorder, require_outputs
 from dfcompress.models.statistics import statistics_layers
-from dfcompress.synthesis.recipe import choose
+from dfcompress.synthesis.images import Pixels
+from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, Loss
+from dfcompress.synthesis.recipe import Recipe, choose
 from dfcompress.synthesis.synthesizer import losses_of
 
 
@@ -126,5 +131,57 @@ def test_outputs_are_those_before_an_activation_that_works_in_place(make):
     recording = recorder(images)
     hidden = network[1](images.flatten(1))
     assert (hidden < 0).any()
-    torch.testing.assert_close(recording.outputs[0], hidden)
-    torch.testing.assert_close(recording.outputs[1], network[3](hidden.relu()))
+    torch.testing.assert_close(recording.outputs["1"], hidden)
+    torch.testing.assert_close(recording.outputs["logits"], network[3](hidden.relu()))
+
+
+@pytest.mark.parametrize("layer", ["layer2.0.conv1", "layer2.0.bn1", "layer3", "fc"])
+def test_a_loss_on_any_layer_has_the_value_and_gradient_of_the_hooks(teacher, batch, layer):
+    """No record is needed; the channel means are those of the output."""
+    recipe = Recipe(
+        images=Pixels(),
+        batch_size=32,
+        losses=[
+            Loss("loud", lambda trace: trace.outputs[layer].square().mean(), wants=[LayerOutput(layer)]),
+            Loss("even", lambda trace: trace.channel_means[layer].var(1).sum(), wants=[ChannelMeans(layer)]),
+        ],
+    )
+    found = []
+    for make in (HookRecorder, FusedRecorder):
+        images = batch[0].clone().requires_grad_(True)
+        recording = make(teacher.network, outputs=[layer], channel_means=[layer])(images)
+        total, values = losses_of(recipe)(images, batch[1], recording)
+        found.append((recording, values[0], torch.autograd.grad(total, images)[0]))
+    (recording, values, gradient), (fused, fused_values, fused_gradient) = found
+    torch.testing.assert_close(fused_values, values, rtol=1e-4, atol=1e-5)
+    assert (fused_gradient - gradient).norm() < 2e-3 * gradient.norm()
+    assert gradient.norm() > 0
+    for each in (recording, fused):
+        output = each.outputs[layer]
+        means = output.mean((2, 3)) if output.dim() > 2 else output
+        torch.testing.assert_close(each.channel_means[layer], means, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [HookRecorder, FusedRecorder])
+def test_channel_means_are_those_before_an_activation_that_works_in_place(make):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 5, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(5, 2)).eval()
+    images = torch.randn(4, 3, 2, 2)
+    recording = make(network, channel_means=["0"])(images)
+    torch.testing.assert_close(recording.channel_means["0"], network[0](images).mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [HookRecorder, FusedRecorder])
+@pytest.mark.parametrize("kind", ["outputs", "channel_means"])
+def test_a_layer_that_is_not_there_is_refused_with_the_nearest_name(teacher, make, kind):
+    with pytest.raises(BadInput, match=r"no layer 'layr3'\. Did you mean 'layer3'\?"):
+        make(teacher.network, **{kind: ["layr3"]})
+
+
+def test_the_output_of_a_layer_that_runs_twice_is_refused():
+    twice = nn.ReLU()
+    network = nn.Sequential(nn.Conv2d(3, 2, 2), twice, nn.Conv2d(2, 2, 1), twice, nn.Flatten(), nn.Linear(2, 5))
+    classifier = Classifier(network.eval(), ModelCard("twice", 5, (3, 2, 2), (0.5,) * 3, (0.5,) * 3))
+    require_outputs(classifier, ["0", "4", "logits"])
+    with pytest.raises(BadInput, match=r"'1' cannot be recorded: it runs 2 times .*Name another layer"):
+        require_outputs(classifier, ["1"])

@@ -24,8 +24,14 @@ from dfcompress.synthesis.losses import (
 from dfcompress.synthesis.recipe import choose
 
 
-def trace(images=None, logits=None, labels=None, moments=None, outputs=(), targets=(), student_logits=None):
-    return Trace(images, labels, logits, moments, tuple(outputs), tuple(targets), student_logits)
+def trace(images=None, logits=None, labels=None, moments=None, student_logits=None):
+    return Trace(images, labels, logits, moments, student_logits=student_logits)
+
+
+def recorded(outputs, targets):
+    """Of layers called 0, 1 and so on."""
+    by_layer = (dict(zip("012", values, strict=False)) for values in (outputs, targets))
+    return Trace(None, None, None, **dict(zip(("outputs", "targets"), by_layer, strict=True)))
 
 
 def moments(*layers):
@@ -138,11 +144,11 @@ def test_activation_distance_sums_means_of_squared_differences_behind_the_relu()
         Target(torch.tensor([[0.0], [4.0]]), torch.tensor(0.25)),
     ]
     first, second = (4 + 0 + 9 + 0) / 4, (4 + 1) / 2
-    value = activation_distance().value(trace(outputs=outputs, targets=targets))
+    value = activation_distance().value(recorded(outputs, targets))
     assert value.item() == pytest.approx(first + second)
-    later = activation_distance(later=0.1).value(trace(outputs=outputs, targets=targets))
+    later = activation_distance(later=0.1).value(recorded(outputs, targets))
     assert later.item() == pytest.approx(first + 0.1 * second)
-    leaking = activation_distance(1.0).value(trace(outputs=outputs, targets=targets))
+    leaking = activation_distance(1.0).value(recorded(outputs, targets))
     assert leaking.item() == pytest.approx((4 + 1 + 16 + 0) / 4 + second)
 
 
@@ -157,7 +163,7 @@ def test_the_published_spectral_loss_is_the_sum_over_all_units_without_relu():
     ]
     recipe = choose("activation-records", "paper-spectral").build()
     (loss,) = recipe.losses
-    value = loss.weight * loss.value(trace(outputs=outputs, targets=targets))
+    value = loss.weight * loss.value(recorded(outputs, targets))
     assert value.item() == pytest.approx(((4 + 1 + 9) + (16 + 0 + 16)) / 2)
 
 
@@ -165,7 +171,7 @@ def test_a_unit_that_is_off_moves_only_with_a_leak():
     for leak, moves in ((0.0, False), (0.1, True)):
         output = torch.tensor([[-1.0]], requires_grad=True)
         target = Target(torch.tensor([[2.0]]), torch.tensor(1.0))
-        value = activation_distance(leak).value(trace(outputs=[output], targets=[target]))
+        value = activation_distance(leak).value(recorded([output], [target]))
         assert bool(torch.autograd.grad(value, output)[0].abs() > 0) == moves
 
 

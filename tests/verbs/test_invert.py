@@ -68,7 +68,8 @@ def test_the_manifest_says_what_made_the_images(made):
 
 def test_there_is_a_picture_a_log_and_a_record(made):
     result, folder = made
-    assert Image.open(folder / "preview.png").size[0] > 320
+    with Image.open(folder / "preview.png") as picture:
+        assert picture.size[0] > 320
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["shard"] for line in lines if "seconds" in line] == [0, 1]
     record = json.loads((folder / "run.json").read_text())

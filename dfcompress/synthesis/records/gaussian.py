@@ -196,8 +196,10 @@ class GaussianSampler:
 
     def ask(self, labels: Tensor, random: torch.Generator) -> BatchTargets:
         """A sample for every layer, each drawn on its own, and a filter for every dropout layer."""
-        values = [layer.sample(labels, random) for layer in self._gaussians]
-        targets = tuple(Target(own / scale, scale) for own, scale in zip(values, self._scales, strict=True))
+        targets = {
+            layer: Target(gaussian.sample(labels, random) / scale, scale)
+            for layer, gaussian, scale in zip(self.layers, self._gaussians, self._scales, strict=True)
+        }
         return BatchTargets(targets, tuple(_filter(*each, len(labels), random) for each in self._dropouts))
 
 

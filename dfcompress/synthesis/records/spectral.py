@@ -212,7 +212,8 @@ class SpectralSampler:
     def ask(self, labels: Tensor, random: torch.Generator) -> BatchTargets:
         """An activation of its class for every image, drawn from those that were kept."""
         places = torch.tensor([self._one_of(label, random) for label in labels.tolist()])
-        return BatchTargets(tuple(Target(layer[places], torch.tensor(1.0)) for layer in self._examples))
+        examples = zip(self.layers, self._examples, strict=True)
+        return BatchTargets({layer: Target(outputs[places], torch.tensor(1.0)) for layer, outputs in examples})
 
     def _one_of(self, label: int, random: torch.Generator) -> int:
         own = (self._labels == label).nonzero().flatten()

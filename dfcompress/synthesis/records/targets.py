@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -13,25 +14,27 @@ from dfcompress.models.recorder import Target
 
 @dataclass(frozen=True)
 class BatchTargets:
-    """What a batch is asked for: `targets` of the record's layers, and `filters` that dropout layers multiply by, held
-    for all steps; `(N, ...)` each.
+    """What a record sets for a batch: `targets` by layer, and `filters` that dropout layers multiply by, held for all
+    steps; `(N, ...)` each.
     """
 
-    targets: tuple[Target, ...] = ()
+    targets: Mapping[str, Target] = field(default_factory=dict)
     filters: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device) -> BatchTargets:
         """The same on a device."""
-        targets = tuple(Target(values.to(device), scale.to(device)) for values, scale in self.targets)
+        targets = {
+            layer: Target(values.to(device), scale.to(device)) for layer, (values, scale) in self.targets.items()
+        }
         return BatchTargets(targets, tuple(tensor.to(device) for tensor in self.filters))
 
     @staticmethod
     def together(parts: list[BatchTargets]) -> BatchTargets:
         """Of several batches, one after the other."""
-        targets = tuple(
-            Target(torch.cat([own.values for own in same]), same[0].scale)
-            for same in zip(*(part.targets for part in parts), strict=True)
-        )
+        targets = {
+            layer: Target(torch.cat([part.targets[layer].values for part in parts]), target.scale)
+            for layer, target in parts[0].targets.items()
+        }
         return BatchTargets(targets, tuple(map(torch.cat, zip(*(part.filters for part in parts), strict=True))))
 
 
