@@ -47,10 +47,10 @@ def invert(
     from functools import partial
 
     from dfcompress.synthesis.transfer_set import TransferSetSource
-    from dfcompress.verbs.invert import IMAGES, invert, learner, plans
+    from dfcompress.verbs.invert import IMAGES, co_trained_student, invert, plans
 
     if dry_run:
-        competitor = partial(learner, model, student=student, compute=compute)
+        competitor = partial(co_trained_student, model, student=student, compute=compute)
         supply = TransferSetSource(model, None, synthesis.counted(IMAGES), compute, learner=competitor)
         _summary.plan(*plans(supply), as_json=as_json)
         return

@@ -21,8 +21,8 @@ from dfcompress.randomness import generator
 from dfcompress.settings import AUTO
 from dfcompress.synthesis.labels import BALANCED
 from dfcompress.synthesis.losses import Want
-from dfcompress.synthesis.recipe import Recipe, Synthesis, choose
-from dfcompress.synthesis.set_builder import Learner, build_set, seconds_of
+from dfcompress.synthesis.recipe import Recipe, Synthesis, settings_of
+from dfcompress.synthesis.set_builder import UpdatedStudent, build_set, seconds_of
 from dfcompress.synthesis.spec import SynthesisSpec, resolve
 
 HELD_OUT_SHARE = 1 / 16
@@ -55,7 +55,7 @@ class TransferSetSource:
         *,
         mix: str = NONE,
         unseen: int = 0,
-        learner: Callable[[Recipe], Learner | None] = lambda recipe: None,
+        learner: Callable[[Recipe], UpdatedStudent | None] = lambda recipe: None,
     ) -> None:
         self.compute = compute
         places = _parts(data)
@@ -66,7 +66,7 @@ class TransferSetSource:
         self.jobs = {} if self.sources else _jobs(teacher, synthesis, mix)
         if self.sources and (mix not in (AUTO, NONE) or replace(synthesis, images=1) != Synthesis(images=1)):
             console.notice("The images are those of --data: options of synthesis make no others to train on.")
-        self.learners = {name: learner(job.recipe()) for name, job in self.jobs.items()}
+        self.learners = {name: learner(job.recipe) for name, job in self.jobs.items()}
         informed = next((job.teacher for job in self.jobs.values()), teacher)
         self.unseen = None
         if unseen and not why_no_statistics(informed.network):
@@ -96,7 +96,7 @@ class TransferSetSource:
     @property
     def adaptive(self) -> bool:
         """Whether images are made that compete with a student."""
-        return any(job.recipe().student_updates for job in self.jobs.values())
+        return any(job.recipe.student_updates for job in self.jobs.values())
 
     def __len__(self) -> int:
         """How many images there are to train on."""
@@ -106,7 +106,7 @@ class TransferSetSource:
     def gather(self, folder: Path) -> TransferSet:
         """All images as they are stored; one in sixteen is held out."""
         made = [
-            build_set(job, folder / name, self.compute, learner=self.learners[name]) for name, job in self.jobs.items()
+            build_set(job, folder / name, self.compute, student=self.learners[name]) for name, job in self.jobs.items()
         ]
         images = _together([_stored(source) for source in [*self.sources, *made]])
         seconds = sum(map(seconds_of, made))
@@ -139,7 +139,7 @@ def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Synt
     """What to make, by the folder it is made in."""
     first = resolve(teacher, synthesis)
     if mix == AUTO:
-        informed = not why_no_statistics(first.teacher.network) and Want.TARGETS not in first.recipe().wants
+        informed = not why_no_statistics(first.teacher.network) and Want.TARGETS not in first.recipe.wants
         free = synthesis.labels == BALANCED and not synthesis.classes and first.images > 1
         mix = OTHER_RECIPES[0] if informed and free and first.choice.name != OTHER_RECIPES[0] else NONE
     if mix == NONE:
@@ -157,7 +157,7 @@ def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Synt
 
 def _alike(synthesis: Synthesis, recipe: str, images: int) -> Synthesis:
     """What was asked for, by another recipe: its settings are its own, but for steps and the size of batches."""
-    own = choose(recipe).settings
+    own = settings_of(recipe)
     asked = {name: synthesis.settings[name] for name in ("steps", "batch_size") if name in synthesis.settings}
     asked = {name: value for name, value in asked.items() if name in own}
     return Synthesis(

@@ -30,7 +30,7 @@ from dfcompress.training.objectives import OF_FEATURES, make_objectives
 from dfcompress.training.settings import Training
 from dfcompress.training.student import begin_student
 from dfcompress.verbs._finish import Compressed, evaluator, load_finished, same_classes, save_and_measure
-from dfcompress.verbs.invert import learner
+from dfcompress.verbs.invert import co_trained_student
 
 DISTILLATION = Training(
     steps=6000,
@@ -149,7 +149,7 @@ def image_supply(
         compute,
         mix=mix,
         unseen=unseen,
-        learner=lambda recipe: learner(teacher, recipe, pupil if live else architecture, compute, is_kept=live),
+        learner=lambda recipe: co_trained_student(teacher, recipe, pupil if live else architecture, compute),
     )
     if live and not supply.adaptive:
         raise BadInput("Nothing competes with the student.", "Give --live an adaptive recipe and no --data.")

@@ -33,7 +33,7 @@ from dfcompress.training.student import make_student
 from dfcompress.verbs.evaluate import placed
 
 IMAGES = 1024
-# By the distillation loss on ResNet-20's training images at the end of one lesson of 60 steps of 64, at a rate of 0.05
+# By the distillation loss on ResNet-20's training images at the end of one update of 60 steps of 64, at a rate of 0.05
 # and of 0.01: 20.6 and 14.1 at 2w4a, 1.64 and 0.87 at 4w4a.
 UNDER_REPAIR = 0.2
 
@@ -84,34 +84,34 @@ def invert(
     """
     teacher = as_classifier(checkpoint)
     others = [as_classifier(other) for other in verify]
-    job = resolve(teacher, synthesis.counted(IMAGES))
-    pupil = learner(teacher, job.recipe(), student, compute)
+    spec = resolve(teacher, synthesis.counted(IMAGES))
+    competitor = co_trained_student(teacher, spec.recipe, student, compute)
     options = {
-        **job.origin(),
+        **spec.origin(),
         **asdict(compute),
         "teacher": teacher.identity(),
         "student": student,
     }
     folder = Path(output or f"{teacher.name}-invert")
-    inputs = [teacher.path, *job.inputs]
+    inputs = [teacher.path, *spec.inputs]
     with running("invert", folder, options, inputs=inputs, resume=resume, overwrite=overwrite) as run:
-        synthetic = build_set(job, folder, compute, learner=pupil)
+        synthetic = build_set(spec, folder, compute, student=competitor)
         result = None
         if world().is_main:
-            result = _measured(job, synthetic, others, resolve_device(compute.device)).to_json()
+            result = _measured(spec, synthetic, others, resolve_device(compute.device)).to_json()
             run.finish(result)
         return Inversion(**world().broadcast(result))
 
 
 def _measured(
-    job: SynthesisSpec, synthetic: SyntheticSet, others: Sequence[Classifier], target: torch.device
+    spec: SynthesisSpec, synthetic: SyntheticSet, others: Sequence[Classifier], target: torch.device
 ) -> Inversion:
-    teacher = job.teacher
+    teacher = spec.teacher
     counts = torch.zeros(teacher.card.classes, dtype=torch.long)
     for shard in synthetic.shards:
         counts += synthetic.read_shard(shard)[1].bincount(minlength=teacher.card.classes)
     with placed(teacher, target):
-        top1 = None if job.recipe().label_free else share_correct(teacher, synthetic)
+        top1 = None if spec.recipe.label_free else share_correct(teacher, synthetic)
         divergence = _divergence(teacher, synthetic)
     return Inversion(
         output=str(synthetic.folder),
@@ -141,34 +141,36 @@ def _divergence(classifier: Classifier, synthetic: SyntheticSet) -> float | None
     return bn_divergence(classifier, synthetic.batches(synthetic.manifest["batch_size"]))
 
 
-def learner(
+def co_trained_student(
     teacher: Classifier,
     recipe: Recipe,
     student: Classifier | str | None,
     compute: Compute,
     *,
-    is_kept: bool = False,
     repair: bool = False,
 ) -> CoTrainedStudent | None:
-    """The student that a recipe's images compete with, None where it needs none.
+    """The student that a recipe's images compete with, None where the recipe updates none.
 
-    `student` names its architecture, by default the teacher's own, or is the network that learns: one that is used
-    afterwards (`is_kept`), or a quantized one whose lessons `repair` it, at a fifth of the recipe's rate.
+    `student` names its architecture, by default the teacher's own, or is the network that is trained: a quantized one
+    is under `repair`, at a fifth of the recipe's rate.
     Raises `BadInput` where there is no such architecture, or it cannot learn.
     """
     if recipe.student_updates is None:
         return None
-    if isinstance(student, Classifier):
-        own = student
-    else:
-        own, _ = make_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
-    steps, batch_size = recipe.student_updates.steps, recipe.student_updates.batch_size
-    lr = recipe.student_updates.lr * (UNDER_REPAIR if repair else 1.0)
-    pupil = CoTrainedStudent(
-        own, teacher, steps=steps, lr=lr, batch_size=batch_size, compute=compute, is_kept=is_kept, repair=repair
+    if not isinstance(student, Classifier):
+        student, _ = make_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
+    updates = recipe.student_updates
+    co_trained = CoTrainedStudent(
+        student,
+        teacher,
+        steps=updates.steps,
+        lr=updates.lr * (UNDER_REPAIR if repair else 1.0),
+        batch_size=updates.batch_size,
+        compute=compute,
+        repair=repair,
     )
-    require_passes(own, pupil.training, repair=repair)
-    return pupil
+    require_passes(student, co_trained.training, repair=repair)
+    return co_trained
 
 
 @dataclass(frozen=True)
@@ -193,20 +195,20 @@ def plans(*supplies: TransferSetSource) -> list[SynthesisPlan]:
 
     Raises `BadInput` as the verb does, where a network fails in the precision that was asked for, or in any.
     """
-    return [_plan(job, supply.compute, student) for supply in supplies for job, student in supply.made]
+    return [_plan(spec, supply.compute, student) for supply in supplies for spec, student in supply.made]
 
 
-def _plan(job: SynthesisSpec, compute: Compute, student: Classifier | None) -> SynthesisPlan:
-    recipe = job.recipe()
-    batch_size = min(recipe.batch_size, job.images)
-    batches = -(-job.images // batch_size)
-    execution = execution_of(job, compute, student)
-    one = _eager_seconds(job, execution, batch_size)
+def _plan(spec: SynthesisSpec, compute: Compute, student: Classifier | None) -> SynthesisPlan:
+    recipe = spec.recipe
+    batch_size = min(recipe.batch_size, spec.images)
+    batches = -(-spec.images // batch_size)
+    execution = execution_of(spec, compute, student)
+    one = _eager_seconds(spec, execution, batch_size)
     seconds = predicted_seconds(execution, one * recipe.steps * batches)
     memory = peak_memory_bytes(torch.device(execution.device))
-    return SynthesisPlan(job.choice, job.images, batches, recipe.steps, execution, float(f"{seconds:.3g}"), memory)
+    return SynthesisPlan(spec.choice, spec.images, batches, recipe.steps, execution, float(f"{seconds:.3g}"), memory)
 
 
-def _eager_seconds(job: SynthesisSpec, execution: Execution, batch_size: int) -> float:
-    recipe, eager = job.recipe(), replace(execution, compile=False)
-    return seconds_per_step(recipe, job.teacher, eager, batch_size, job.source()) if recipe.steps else 0.0
+def _eager_seconds(spec: SynthesisSpec, execution: Execution, batch_size: int) -> float:
+    recipe, eager = spec.recipe, replace(execution, compile=False)
+    return seconds_per_step(recipe, spec.teacher, eager, batch_size, spec.source()) if recipe.steps else 0.0

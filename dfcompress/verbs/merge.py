@@ -38,7 +38,7 @@ from dfcompress.training.student import Begun, begin_student
 from dfcompress.verbs._finish import Compressed, TeacherReport, load_finished, save_and_measure
 from dfcompress.verbs._merged import evaluate_merged, open_test_images
 from dfcompress.verbs.evaluate import Evaluation
-from dfcompress.verbs.invert import learner
+from dfcompress.verbs.invert import co_trained_student
 
 MERGING = Training(
     steps=12000,
@@ -115,7 +115,7 @@ def image_supplies(
             replace(compute, seed=compute.seed + number),
             mix=mix,
             unseen=unseen,
-            learner=partial(learner, teacher, student=student, compute=compute),
+            learner=partial(co_trained_student, teacher, student=student, compute=compute),
         )
         for number, (teacher, its_data) in enumerate(zip_longest(teachers, data))
     ]

@@ -52,7 +52,7 @@ from dfcompress.verbs.export import (
     sampled,
     write_compared,
 )
-from dfcompress.verbs.invert import learner
+from dfcompress.verbs.invert import co_trained_student
 
 Finetuning = Literal["blocks+lsq", "lsq", "blocks", "kd", "none"]
 Method = Literal["default", "paper"]
@@ -227,13 +227,13 @@ def quantize(
 def competitor(
     teacher: Classifier, wanted: Mapping[str, Wanted], calibration: Calibration, compute: Compute, recipe: Recipe
 ) -> CoTrainedStudent | None:
-    """The student that a recipe's images compete with: what quantization leaves of the teacher, repaired in its lessons
+    """The student that a recipe's images compete with: what quantization leaves of the teacher, repaired in its updates
     as by `kd` (Yin et al. 2020 let images compete with the student of the application).
     """
     if recipe.student_updates is None:
         return None
     student = calibrated_on_noise(teacher, wanted, calibration, seed=compute.seed)
-    return learner(teacher, recipe, student, compute, repair=True)
+    return co_trained_student(teacher, recipe, student, compute, repair=True)
 
 
 def wanted_bits(
