@@ -31,7 +31,7 @@ from dfcompress.training.student import begin_student
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed, evaluator
 from dfcompress.verbs._plan import Plan, planned
-from dfcompress.verbs.invert import learner
+from dfcompress.verbs.invert import co_trained_student
 
 DISTILLATION = Training(
     steps=6000,
@@ -97,7 +97,7 @@ def distill(
         compute,
         second_recipe=mix,
         probe_images=unseen,
-        learner=lambda recipe: learner(teacher, recipe, competing, compute, is_kept=live),
+        learner=lambda recipe: co_trained_student(teacher, recipe, competing, compute),
     )
     if live and not source.adaptive:
         raise BadInput("Nothing competes with the student.", "Give --co-train an adaptive recipe and no --data.")

@@ -29,7 +29,7 @@ from dfcompress.verbs import export
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._gates import Gates
 from dfcompress.verbs.evaluate import Evaluation, Score
-from dfcompress.verbs.invert import learner
+from dfcompress.verbs.invert import co_trained_student
 from dfcompress.verbs.quantize import BEFORE_LSQ, LSQ, quantize, usual_calibration, usual_images, usual_tuning
 
 DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
@@ -190,9 +190,9 @@ def test_images_of_one_run_serve_another(tmp_path):
 
 
 def test_a_competitor_under_repair_learns_at_a_fifth_of_the_rate():
-    teacher, recipe = load(DEMO), choose("adaptive-deepinversion", overrides={"student_lr": 0.05}).build()
-    assert learner(teacher, recipe, None, EAGER).training.lr == 0.05
-    repaired = learner(teacher, recipe, load(DEMO), EAGER, repair=True)
+    teacher, recipe = load(DEMO), choose("adaptive-deepinversion", overrides={"student_lr": 0.05}).recipe
+    assert co_trained_student(teacher, recipe, None, EAGER).training.lr == 0.05
+    repaired = co_trained_student(teacher, recipe, load(DEMO), EAGER, repair=True)
     assert repaired.training.lr == pytest.approx(0.01)
     assert repaired.training.freeze_batchnorm
 
