@@ -33,7 +33,7 @@ CASES = {
 }
 SHARED = (4, 5)
 # `real` is the ceiling: the same method on each teacher's own training images.
-ROWS = {"all-logits": "", "paper": "--method paper", "real": "--data"}
+ROWS = {"all-logits": "", "paper": "--method shapira-sidi", "real": "--data"}
 
 
 def measure(given: argparse.Namespace, case: str, row: str, seed: int) -> dict:
@@ -45,7 +45,9 @@ def measure(given: argparse.Namespace, case: str, row: str, seed: int) -> dict:
     if row == "real":
         how = " ".join(f"{how} {learnt_from(given, *each)}" for each in zip(CASES[case], tests, strict=True))
     where = given.output / f"{case.replace(' ', '-')}-{row}-{seed}"
-    line = f"merge {teachers} --student {ARCHITECTURE} {how} {shown} --unseen 0 --seed {seed} -o {where} --overwrite"
+    line = (
+        f"merge {teachers} --student {ARCHITECTURE} {how} {shown} --probe-images 0 --seed {seed} -o {where} --overwrite"
+    )
     result = run(line)
     measured = {"seconds": result["seconds"], **result["evaluation"]}
     return {**measured, "shared": shared(where, given.mnist)} if case == "two shared" else measured

@@ -19,7 +19,7 @@ from measuring import Rows, run
 
 RECIPES = {"synthetic": "bns-inception", "synthetic-bns": "bns"}
 EACH = 1024
-NOISE = "--recipe gaussian --mix none --images 1024 --calibration-steps 4 --precision fp32 --compile off"
+NOISE = "--recipe gaussian --second-recipe none --images 1024 --calibration-steps 4 --precision fp32 --compile off"
 SHORT = "--finetune kd --train-steps 100 --train-batch-size 128"
 
 CALIBRATED = {

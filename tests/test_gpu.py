@@ -22,7 +22,7 @@ from dfcompress.synthesis.synthesizer import Synthesizer
 from dfcompress.training.class_map import ClassMap
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import Trainer
-from dfcompress.training.merging import Merging
+from dfcompress.training.multi_teacher.logit_matching import LogitMatching
 from dfcompress.training.objectives import feature, kd
 from dfcompress.training.settings import Training
 from dfcompress.training.student import make_student
@@ -129,10 +129,11 @@ def trained(teachers, compute):
     shown = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     student, _ = make_student("cifar_resnet20", teachers[0].card, seed=0)
     if len(teachers) == 1:
-        teaching = Distillation(teachers[0], [kd(4.0), 10.0 * feature(shared_stages(student, teachers[0]))])
+        distiller = Distillation(teachers[0], [kd(4.0), 10.0 * feature(shared_stages(student, teachers[0]))])
     else:
-        teaching = Merging(teachers, ClassMap((torch.arange(10),) * len(teachers), 10))
-    return Trainer(student, teaching, TRAINING, compute=compute).fit(*[shown] * len(teachers)).losses
+        distiller = LogitMatching(teachers, ClassMap((torch.arange(10),) * len(teachers), 10))
+    pool = TRAINING.pool(*[shown] * len(teachers), seed=compute.seed)
+    return Trainer(student, distiller, TRAINING, compute=compute).fit(pool).losses
 
 
 @pytest.mark.parametrize("count", [1, 2])

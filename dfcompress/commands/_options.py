@@ -7,19 +7,23 @@ The value is built only when the command runs, so parsing imports no torch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
+from click.core import ParameterSource
 
 from dfcompress import console
 from dfcompress.commands import _config
 from dfcompress.errors import BadInput
+from dfcompress.quantization import WeightGridKind
 from dfcompress.quantization.observers import range_rules
 from dfcompress.settings import assignments
 from dfcompress.synthesis.recipes import recipe_names
 from dfcompress.synthesis.records import KINDS
+from dfcompress.training import OBJECTIVES, OptimizerBackend, OptimizerName
+from dfcompress.verbs import Target
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
@@ -28,15 +32,14 @@ if TYPE_CHECKING:
     from dfcompress.synthesis.records.accumulator import RecordSettings
     from dfcompress.verbs._gates import Gates
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-Decorator = Callable[[Command], Command]
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 PATH = click.Path(path_type=Path)
 
 
 def group(name: str, build: Callable[..., Any], *options: Decorator) -> Decorator:
     """Options that reach the command as one argument `name`, made by `build` from their values."""
 
-    def decorate(command: Command) -> Command:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def with_value(*args: Any, **values: Any) -> Any:
             own = {key: values.pop(key) for key in keys}
@@ -47,14 +50,47 @@ def group(name: str, build: Callable[..., Any], *options: Decorator) -> Decorato
             option(with_value)
         added: list[click.Parameter] = with_value.__click_params__[before:]  # type: ignore[attr-defined]
         keys = [parameter.name for parameter in added if parameter.expose_value]
-        return with_value  # type: ignore[return-value]
+        return with_value
 
     return decorate
+
+
+class _Renamed(click.Option):
+    """An option that is also taken by its former name, with a notice."""
+
+    def __init__(self, *arguments: Any, former: str, **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.former = former
+
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, ParameterSource]:
+        """The value and where it is from; the one of the former name where only that was given."""
+        former = next(parameter for parameter in ctx.command.params if self.former in parameter.opts)
+        (new, source), (old, old_source) = super().consume_value(ctx, opts), former.consume_value(ctx, opts)
+        if old_source is ParameterSource.DEFAULT:
+            return new, source
+        console.notice(f"{self.former} is now {self.opts[0]}; the old name goes in the next version.")
+        return (old, old_source) if source is ParameterSource.DEFAULT else (new, source)
+
+
+def renamed(former: str, *declarations: str, **attributes: Any) -> Decorator:
+    """An option that had another name in the version before, and has it for one more, hidden: on the command line, in
+    the environment and in the configuration file.
+    """
+    kind = {"is_flag": True} if attributes.get("is_flag") else {"type": str}
+    return together(
+        click.option(*declarations, cls=_Renamed, former=former, **attributes),
+        click.option(former, f"former_{former.strip('-')}", hidden=True, expose_value=False, **kind),
+    )
 
 
 def together(*decorators: Decorator) -> Decorator:
     """Several decorators as one, in the order of the help page."""
     return lambda command: functools.reduce(lambda inner, decorator: decorator(inner), reversed(decorators), command)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def example(line: str) -> str:
@@ -196,7 +232,10 @@ def _verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], N
 
 def _speaking(name: str, letter: str, level: int, explanation: str) -> Decorator:
     flags = (f"-{letter}", f"--{name}")
-    return click.option(*flags, is_flag=True, expose_value=False, callback=_verbosity(level), help=explanation)
+    # Eager, so that notices about other options obey it.
+    return click.option(
+        *flags, is_flag=True, is_eager=True, expose_value=False, callback=_verbosity(level), help=explanation
+    )
 
 
 loading = together(
@@ -319,7 +358,13 @@ keeping = group(
     click.option(
         "--layers", multiple=True, metavar="PATTERN", help="Record only the layers that match, for instance 'conv*'."
     ),
-    click.option("--pooled", is_flag=True, help="Gaussian kinds: one set of statistics for all classes together."),
+    renamed(
+        "--pooled",
+        "--class-independent",
+        "pooled",
+        is_flag=True,
+        help="Gaussian kinds: one set of statistics for all classes together.",
+    ),
     click.option(
         "--covariance",
         default="auto",
@@ -340,8 +385,10 @@ keeping = group(
         show_default=True,
         help="Spectral kinds: activations stored per class.",
     ),
-    click.option(
+    renamed(
         "--keep",
+        "--coefficients",
+        "keep",
         type=float,
         default=0.1,
         show_default=True,
@@ -378,7 +425,7 @@ calibration = group(
     ),
     click.option(
         "--weight-grid",
-        type=click.Choice(["auto", "symmetric", "asymmetric"]),
+        type=click.Choice(get_args(WeightGridKind)),
         show_default="auto; asymmetric of paper",
         help="Give weights a zero point per output channel (asymmetric), or none (symmetric).",
     ),
@@ -410,7 +457,7 @@ calibration = group(
 
 target = click.option(
     "--target",
-    type=click.Choice(["onnxruntime", "tensorrt"]),
+    type=click.Choice(get_args(Target)),
     default="onnxruntime",
     show_default=True,
     help="Runtime of the ONNX file; tensorrt accepts only signed 8-bit grids.",
@@ -453,9 +500,11 @@ def training(*, steps: int | str, lr: float | str, batch_size: int | str) -> Dec
         click.option(
             "--train-batch-size", type=click.IntRange(1), show_default=str(batch_size), help="Images per training step."
         ),
-        click.option("--optimizer", show_default="sgd", help="Optimizer: sgd, adam, adamw, lamb or novograd."),
+        click.option("--optimizer", show_default="sgd", help=f"Optimizer: {_listed(get_args(OptimizerName))}."),
         click.option(
-            "--optimizer-backend", show_default="auto", help="Implementation of the optimizer: auto, torch or apex."
+            "--optimizer-backend",
+            show_default="auto",
+            help=f"Implementation of the optimizer: {_listed(get_args(OptimizerBackend))}.",
         ),
         click.option(
             "--train-set",
@@ -515,7 +564,7 @@ objectives = group(
         "--objective",
         multiple=True,
         metavar="NAME[=WEIGHT]",
-        help="Distillation losses with weights: kd, ce, mse-logits, feature, attention, iq.",
+        help=f"Distillation losses with weights: {', '.join(OBJECTIVES)}.",
     ),
 )
 temperature = click.option(
@@ -525,20 +574,23 @@ temperature = click.option(
     show_default=True,
     help="Temperature of the distillation losses; both models' logits are divided by it.",
 )
-mix = click.option(
+second_recipe = renamed(
     "--mix",
+    "--second-recipe",
     type=click.Choice(["auto", "none", *recipe_names()]),
     default="auto",
     show_default=True,
     help="Second recipe, for half of the images; auto: bns if the model has BatchNorm statistics; none: no second.",
 )
-live = click.option(
+co_train = renamed(
     "--live",
+    "--co-train",
     is_flag=True,
     help="Let an adaptive recipe's images compete with the student itself, which trains between their rounds.",
 )
-unseen = click.option(
+probe_images = renamed(
     "--unseen",
+    "--probe-images",
     type=click.IntRange(0),
     default=128,
     show_default=True,

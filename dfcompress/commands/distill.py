@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 @_options.training(steps=6000, lr=0.1, batch_size=128)
 @_options.objectives
 @_options.temperature
-@_options.mix
-@_options.live
-@_options.unseen
+@_options.second_recipe
+@_options.co_train
+@_options.probe_images
 @_options.output
 @_options.compute
 @_options.reporting
@@ -41,9 +41,9 @@ def distill(
     training: dict[str, Any],
     objectives: dict[str, float] | None,
     temperature: float,
-    mix: str,
-    live: bool,
-    unseen: int,
+    second_recipe: str,
+    co_train: bool,
+    probe_images: int,
     compute: Compute,
     output: Path | None,
     resume: bool,
@@ -64,9 +64,9 @@ def distill(
         training=training,
         objectives=objectives,
         temperature=temperature,
-        mix=mix,
-        live=live,
-        unseen=unseen,
+        mix=second_recipe,
+        live=co_train,
+        unseen=probe_images,
         compute=compute,
         eval_data=eval_data,
         resume=resume,

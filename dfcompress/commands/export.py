@@ -9,10 +9,10 @@ import click
 
 from dfcompress import console
 from dfcompress.commands import _options, _summary
+from dfcompress.verbs import Target
 
 if TYPE_CHECKING:
     from dfcompress.models.classifier import Classifier
-    from dfcompress.verbs.export import Target
 
 
 @click.command(epilog=_options.example("dfcompress export resnet20-4w4a -o resnet20.onnx"))

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from dfcompress.commands import _options, _summary
 from dfcompress.errors import BadInput
 from dfcompress.settings import assignments
+from dfcompress.verbs import Finetuning, QuantizationMethod, Target
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.models.classifier import Classifier
     from dfcompress.synthesis.recipe import Synthesis
     from dfcompress.verbs._gates import Gates
-    from dfcompress.verbs.export import Target
-    from dfcompress.verbs.quantize import Finetuning, Method
 
 
 @click.command(epilog=_options.example("dfcompress quantize resnet20.pt --bits 4w4a -o resnet20-4w4a"))
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
 @_options.synthesis(images=2048)
 @click.option(
     "--method",
-    type=click.Choice(["default", "paper"]),
+    type=click.Choice(get_args(QuantizationMethod)),
     default="default",
     show_default=True,
     help="Default settings: ours, or those of Haroush et al. 2020 (paper); other options override them.",
@@ -56,7 +55,7 @@ if TYPE_CHECKING:
 @_options.calibration
 @click.option(
     "--finetune",
-    type=click.Choice(["blocks+lsq", "lsq", "blocks", "kd", "none"]),
+    type=click.Choice(get_args(Finetuning)),
     show_default="blocks+lsq; kd of paper",
     help="Fine-tuning: rounding by blocks, then weights and steps (lsq); one of the two; weights only (kd); none.",
 )
@@ -76,7 +75,7 @@ if TYPE_CHECKING:
 @_options.temperature
 @click.option("--export", type=click.Choice(["onnx"]), help="Also write model.onnx and check it in onnxruntime.")
 @_options.target
-@_options.mix
+@_options.second_recipe
 @_options.gates
 @_options.output
 @_options.compute
@@ -90,7 +89,7 @@ def quantize(
     data: Path | None,
     eval_data: Path | None,
     synthesis: Synthesis,
-    method: Method,
+    method: QuantizationMethod,
     calibration: dict[str, Any],
     finetune: Finetuning | None,
     rounding: tuple[str, ...],
@@ -99,7 +98,7 @@ def quantize(
     temperature: float,
     export: str | None,
     target: Target,
-    mix: str,
+    second_recipe: str,
     gates: Gates,
     compute: Compute,
     output: Path | None,
@@ -126,7 +125,7 @@ def quantize(
         data=data,
         output=output,
         synthesis=synthesis,
-        mix=mix,
+        mix=second_recipe,
         method=method,
         calibration=calibration,
         finetune=finetune,

@@ -115,7 +115,8 @@ class Session:
         return round(1000 * min(seconds), 2)
 
     def _run(self, images: Tensor) -> NDArray[np.float32]:
-        return self._session.run(None, {self._session.get_inputs()[0].name: images.numpy()})[0]
+        logits: NDArray[np.float32] = self._session.run(None, {self._session.get_inputs()[0].name: images.numpy()})[0]
+        return logits
 
 
 @torch.no_grad()

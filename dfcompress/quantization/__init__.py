@@ -1,0 +1,5 @@
+"""Few-bit networks. Names that options take are here, so that `--help` shows them without importing torch."""
+
+from typing import Literal
+
+WeightGridKind = Literal["auto", "symmetric", "asymmetric"]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from dfcompress.distributed import world
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import WIDTHS, Scheme, quantize_layers
+from dfcompress.quantization import WeightGridKind
 from dfcompress.quantization.bias_correction import correct, images_to_correct_on
 from dfcompress.quantization.bits import Bits, RequestedBits
 from dfcompress.quantization.mixed_precision import IMAGES, choose_bits, sensitivities, with_widths
@@ -28,11 +29,10 @@ from dfcompress.run import write_json
 
 BATCH = 256
 NOISE, UNCHOSEN = 64, 4
-WeightKind = Literal["auto", "symmetric", "asymmetric"]
 # Where one more value pays. ResNet-20, all layers alike, calibrated only, of 1,000 training images (float 999),
 # symmetric and asymmetric: 652 and 743 at 2w4a, 922 and 947 at 3w4a, 974 and 972 at 4w4a.
 # TensorRT takes symmetric ones alone, of 8 bits.
-ASYMMETRIC: Mapping[WeightKind, Collection[int]] = {"auto": (2, 3), "symmetric": (), "asymmetric": WIDTHS}
+ASYMMETRIC: Mapping[WeightGridKind, Collection[int]] = {"auto": (2, 3), "symmetric": (), "asymmetric": WIDTHS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +48,13 @@ class Calibration:
     steps: int = 16
     signed: bool = False
     correction: bool = True
-    weight_grid: WeightKind = "auto"
+    weight_grid: WeightGridKind = "auto"
     replacement: bool = False
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for settings that cannot be."""
         require_rules(self.inputs, self.weights)
-        if self.weight_grid not in get_args(WeightKind):
+        if self.weight_grid not in get_args(WeightGridKind):
             raise BadInput(f"There is no --weight-grid {self.weight_grid!r}.", f"Known: {', '.join(ASYMMETRIC)}.")
         if self.steps < 1:
             raise BadInput("Calibration takes at least one batch of images.", "Use 16.")
@@ -111,13 +111,13 @@ def calibration_batches(images: Tensor, calibration: Calibration, *, seed: int) 
     augmentation = Augmentation(shift=4, flip=images.shape[1] > 1)
     if not calibration.replacement:
         pool = ImagePool(images, augmentation=augmentation, batch_size=BATCH, seed=seed)
-        yield from (pool.batch(step) for step in range(calibration.steps))
+        yield from (pool.batch(step).images for step in range(calibration.steps))
         return
     for step in range(calibration.steps):
         drawn = torch.randint(len(images), (BATCH,), generator=generator("calibration draw", seed, step))
         batch_seed = seed_of("calibration batch", seed, step)
         drawn_images = images[drawn.to(images.device)]
-        yield ImagePool(drawn_images, augmentation=augmentation, batch_size=BATCH, seed=batch_seed).batch(0)
+        yield ImagePool(drawn_images, augmentation=augmentation, batch_size=BATCH, seed=batch_seed).batch(0).images
 
 
 def calibrated_on_noise(

@@ -1,7 +1,7 @@
 """`distill`: a checkpoint in, a smaller student out.
 
 dfcompress.distill("resnet44.pt", student="cifar_resnet20")
-dfcompress.distill("resnet44.pt", student="half", objectives={"kd": 1.0, "attention": 100.0})
+dfcompress.distill("resnet44.pt", student="half", objectives={"kd": 1.0, "attention": 10.0})
 dfcompress.distill("resnet44.pt", student="cifar_resnet20", data="images", training={"steps": 500})
 """
 
@@ -23,8 +23,9 @@ from dfcompress.models.stages import shared_stages, stages_in_common
 from dfcompress.settings import AUTO, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.transfer_set import TransferSetSource
+from dfcompress.training import OF_FEATURES
 from dfcompress.training.distiller import Distillation
-from dfcompress.training.objectives import OF_FEATURES, Objective, make_objectives
+from dfcompress.training.objectives import Objective, make_objectives
 from dfcompress.training.settings import Training
 from dfcompress.training.student import begin_student
 from dfcompress.verbs._compression import Compression, Train
@@ -94,12 +95,12 @@ def distill(
         data,
         synthesis.counted(IMAGES),
         compute,
-        mix=mix,
-        unseen=unseen,
+        second_recipe=mix,
+        probe_images=unseen,
         learner=lambda recipe: learner(teacher, recipe, competing, compute, is_kept=live),
     )
     if live and not source.adaptive:
-        raise BadInput("Nothing competes with the student.", "Give --live an adaptive recipe and no --data.")
+        raise BadInput("Nothing competes with the student.", "Give --co-train an adaptive recipe and no --data.")
     if min(len(source), training.batch_size) < 2:
         raise BadInput("Batches of one image cannot train BatchNorm.", "Use more --images or --train-batch-size.")
     options = {

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ from dfcompress.quantization.onnx import write_onnx
 from dfcompress.randomness import generator
 from dfcompress.run import write_atomically
 from dfcompress.synthesis.transfer_set import SYNTHETIC
-
-Target = Literal["onnxruntime", "tensorrt"]
+from dfcompress.verbs import Target
 
 FILE = "model.onnx"
 INT8 = 8

@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from dfcompress import console
 from dfcompress.data.pool import Augmentation
@@ -36,19 +35,18 @@ from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction
 from dfcompress.run import STATE, Run, write_json
 from dfcompress.settings import AUTO, replace_settings, with_defaults
 from dfcompress.synthesis.recipe import Recipe, Synthesis
-from dfcompress.synthesis.transfer_set import NONE, TransferSetSource
+from dfcompress.synthesis.transfer_set import NONE, TransferSet, TransferSetSource
+from dfcompress.training import OF_FEATURES
 from dfcompress.training.co_trained_student import CoTrainedStudent
 from dfcompress.training.distiller import Distillation
-from dfcompress.training.objectives import OF_FEATURES, Objective, make_objectives
+from dfcompress.training.objectives import Objective, make_objectives
 from dfcompress.training.settings import Training
+from dfcompress.verbs import Finetuning, QuantizationMethod, Target
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed, evaluator
 from dfcompress.verbs._plan import Outcome, Plan, Step, planned
-from dfcompress.verbs.export import Target, rehearse, require_kernels, require_packages
+from dfcompress.verbs.export import rehearse, require_kernels, require_packages
 from dfcompress.verbs.invert import learner
-
-Finetuning = Literal["blocks+lsq", "lsq", "blocks", "kd", "none"]
-Method = Literal["default", "paper"]
 
 AS_THE_PAPER = Augmentation(shift=4, flip=True, mixup=1.0)
 KD = Training(steps=400, lr=0.01, batch_size=256, weight_decay=1e-4, freeze_batchnorm=True, augmentation=AS_THE_PAPER)
@@ -76,13 +74,13 @@ OBJECTIVES: Mapping[Finetuning, Mapping[str, float]] = {
 # momentum 0.9, decay 1e-4, warm-up for 5 % of the steps, the gradient's norm cut at 5, mixup from Beta(1, 1); crops are
 # shifts by up to 4 pixels that repeat the edge. A batch has no more images than there are, and one image in sixteen is
 # held out.
-CALIBRATIONS: Mapping[Method, Calibration] = {
+CALIBRATIONS: Mapping[QuantizationMethod, Calibration] = {
     "default": Calibration(),
     "paper": Calibration(
         inputs="minmax", weights="minmax", steps=200, correction=False, weight_grid="asymmetric", replacement=True
     ),
 }
-FINETUNED_BY: Mapping[Method, Finetuning] = {"default": "blocks+lsq", "paper": "kd"}
+FINETUNED_BY: Mapping[QuantizationMethod, Finetuning] = {"default": "blocks+lsq", "paper": "kd"}
 # Haroush et al. 2020, section 4.2: CIFAR's ResNet-44, and ImageNet's ResNet-18.
 SMALL = 64
 PAPER_KD, PAPER_KD_LARGE = replace(KD, steps=16_000, batch_size=512), replace(KD, steps=44_000)
@@ -103,7 +101,7 @@ def quantize(
     output: str | Path | None = None,
     synthesis: Synthesis = Synthesis(),
     mix: str = AUTO,
-    method: Method = "default",
+    method: QuantizationMethod = "default",
     calibration: Calibration | Mapping[str, Any] | None = None,
     finetune: Finetuning | None = None,
     rounding: Reconstruction | Mapping[str, Any] | None = None,
@@ -143,7 +141,7 @@ def quantize(
     if not data:
         synthesis, mix = usual_images(method, teacher, synthesis, mix)
     competing = partial(competitor, teacher, wanted, calibration, compute)
-    source = TransferSetSource(teacher, data, synthesis, compute, mix=mix, learner=competing)
+    source = TransferSetSource(teacher, data, synthesis, compute, second_recipe=mix, learner=competing)
     steps: dict[str, Step | None] = {
         "calibration": Calibrate(student, teacher, calibration, wanted, size_ratio, compute),
         "rounding": _step(student, teacher, finetune, rounding, terms, compute),
@@ -191,14 +189,14 @@ class Calibrate:
     size_ratio: float | None
     compute: Compute
 
-    def take(self, run: Run, sets: Sequence[Tensor]) -> Calibrated:
+    def take(self, run: Run, sets: Sequence[TransferSet]) -> Calibrated:
         """Calibrate on the one set."""
         with run.timed("calibration"):
             return calibrated(
                 self.student,
                 self.teacher,
                 self.wanted,
-                sets[0],
+                sets[0].train,
                 self.settings,
                 self.compute,
                 size_ratio=self.size_ratio,
@@ -215,10 +213,10 @@ class Round:
     settings: Reconstruction
     seed: int
 
-    def take(self, run: Run, sets: Sequence[Tensor]) -> Reconstructed:
+    def take(self, run: Run, sets: Sequence[TransferSet]) -> Reconstructed:
         """Learn it on the one set."""
         state = run.folder / BLOCKS
-        return reconstruct(self.student, self.teacher, sets[0], self.settings, seed=self.seed, state=state)
+        return reconstruct(self.student, self.teacher, sets[0].train, self.settings, seed=self.seed, state=state)
 
 
 def _step(
@@ -300,7 +298,9 @@ def wanted_bits(
     return wanted
 
 
-def usual_images(method: Method, teacher: Classifier, synthesis: Synthesis, mix: str) -> tuple[Synthesis, str]:
+def usual_images(
+    method: QuantizationMethod, teacher: Classifier, synthesis: Synthesis, mix: str
+) -> tuple[Synthesis, str]:
     """What is made unless a recipe is named: images whose statistics are those of the training data, as far as the
     teacher knows them; the paper's for its method, and nothing mixed in, unless that was asked for.
     """
@@ -312,7 +312,7 @@ def usual_images(method: Method, teacher: Classifier, synthesis: Synthesis, mix:
     return replace(synthesis, recipe=RECIPE, preset=PAPER_PRESET if method == "paper" else None), mix
 
 
-def usual_calibration(method: Method, given: Calibration | Mapping[str, Any] | None) -> Calibration:
+def usual_calibration(method: QuantizationMethod, given: Calibration | Mapping[str, Any] | None) -> Calibration:
     """The settings of calibration, a method's own or with changes; raises `BadInput` for a method or a setting that is
     none.
     """
@@ -327,7 +327,7 @@ def usual_tuning(
     finetune: Finetuning,
     given: Training | Reconstruction | Mapping[str, Any] | None,
     *,
-    method: Method,
+    method: QuantizationMethod,
     input_size: tuple[int, int, int],
 ) -> Training | Reconstruction | None:
     """The settings of fine-tuning, a method's usual ones or with changes; raises `BadInput` where those given are of

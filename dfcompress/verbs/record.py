@@ -149,7 +149,7 @@ def _require_enough_images(counts: Sequence[int], keeping: RecordSettings) -> No
             raise BadInput(
                 f"Class {label} has {count} images, fewer than --min-images {keeping.min_images}: a record would know"
                 " too little of the class, or tell too much of them.",
-                "Give more images, or keep classes together with --pooled or --kind bn-equivalent.",
+                "Give more images, or keep classes together with --class-independent or --kind bn-equivalent.",
             )
     if sum(counts) < 2:
         raise BadInput("One image has no variance.", "Give more images.")

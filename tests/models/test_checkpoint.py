@@ -500,7 +500,7 @@ def test_a_classifier_made_in_python_is_quantized_to_the_end(tmp_path):
     calibration = Calibration(steps=1)
     done = quantize(given, data=images, output=tmp_path / "out", finetune="none", calibration=calibration)
     assert done.bytes_ratio < 0.9
-    assert done.teachers[0]["agreement"] > 0.5
+    assert done.teachers[0].agreement > 0.5
     assert load(tmp_path / "out", arch=f"{SPEC}weight_norm_hook").card.classes == 10
 
 

@@ -37,7 +37,7 @@ class RecordSettings:
         if self.kind not in KINDS:
             raise BadInput(f"There is no kind of record {self.kind!r}.", f"Known: {', '.join(KINDS)}.")
         if not 0 < self.keep <= 1:
-            raise BadInput(f"--keep {self.keep} is no share.", "Use a number above 0, up to 1.")
+            raise BadInput(f"--coefficients {self.keep} is no share.", "Use a number above 0, up to 1.")
         if not 0 < self.temperature < math.inf:
             raise BadInput(f"--temperature {self.temperature} is not positive.", "8 is the paper's.")
         if self.min_images < 2:
@@ -47,7 +47,7 @@ class RecordSettings:
         if self.covariance not in ("auto", "full", "diagonal") and self.block is None:
             raise BadInput(f"--covariance {self.covariance!r} is not understood.", "auto, full, block:N or diagonal.")
         if self.pooled and self.kind not in GAUSSIAN:
-            raise BadInput(f"A record of kind {self.kind} does not pool classes.", "Leave out --pooled.")
+            raise BadInput(f"A record of kind {self.kind} does not pool classes.", "Leave out --class-independent.")
 
     @property
     def block(self) -> int | None:

@@ -27,7 +27,7 @@ from dfcompress.synthesis.records.targets import BatchTargets
 AUTO_RECORD_BYTES = 256 * 2**20
 # Into how many blocks `--covariance auto` takes the largest layer apart until the record is as small as that.
 PARTS = [1, *(parts * 2**power for power in range(16) for parts in (2, 3))]
-LESS = "Use a smaller --covariance (block:N or diagonal), --pooled, fewer --layers, or --kind top-layer."
+LESS = "Use a smaller --covariance (block:N or diagonal), --class-independent, fewer --layers, or --kind top-layer."
 JITTER = [10.0**exponent for exponent in range(-10, 1)]
 
 
@@ -128,6 +128,7 @@ def cholesky(covariance: Tensor) -> Tensor:
     unit = diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     for share in JITTER:
         diagonal += share * unit
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(covariance)
         if not failed.any():
             return factor
