@@ -143,7 +143,9 @@ def execution_of(job: SynthesisSpec, compute: Compute, student: Classifier | Non
     """
     teacher, recipe, images = job.teacher, job.recipe(), job.images
     batch_size = min(recipe.batch_size, images)
-    execution = resolve_execution(compute, work_in(recipe, teacher, -(-images // batch_size) * batch_size))
+    batches = -(-images // batch_size)
+    work = work_in(recipe, teacher, batches * batch_size)
+    execution = resolve_execution(compute, work, steps=batches * recipe.steps)
     student = (student or teacher) if Want.STUDENT in recipe.wants else None
 
     source = job.source()
@@ -195,7 +197,8 @@ class _SetBuilder:
         self.labels = Labels(**manifest["labels"])
         self.recipe = RecipeChoice(**manifest["recipe"]).build()
         stored = Execution(**manifest["execution"])
-        self.execution = replace(stored, device=as_mine(stored.device), threads=threads_here())
+        threads = min(stored.threads, threads_here())
+        self.execution = replace(stored, device=as_mine(stored.device), threads=threads)
         self.preview_every = job.synthesis.preview_every
         self.synthesizer: Synthesizer | None = None
         self.told: set[str] = set()
