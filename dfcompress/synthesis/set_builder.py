@@ -147,7 +147,9 @@ def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | No
     """
     teacher, recipe, images = spec.teacher, spec.recipe, spec.images
     batch_size = min(recipe.batch_size, images)
-    execution = resolve_execution(compute, work_in(recipe, teacher, -(-images // batch_size) * batch_size))
+    batches = -(-images // batch_size)
+    work = work_in(recipe, teacher, batches * batch_size)
+    execution = resolve_execution(compute, work, steps=batches * recipe.steps)
     student = (student or teacher) if Want.STUDENT in recipe.wants else None
     source = spec.source()
 
@@ -199,7 +201,8 @@ class _SetBuilder:
         self.seed, self.batch_size = manifest["seed"], manifest["batch_size"]
         self.labels = Labels(**manifest["labels"])
         stored = Execution(**manifest["execution"])
-        self.execution = replace(stored, device=as_mine(stored.device), threads=threads_here())
+        threads = min(stored.threads, threads_here())
+        self.execution = replace(stored, device=as_mine(stored.device), threads=threads)
         self.preview_every = spec.synthesis.preview_every
         self.synthesizer: Synthesizer | None = None
         self.warned: set[str] = set()

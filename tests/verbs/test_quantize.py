@@ -101,6 +101,25 @@ def test_a_quantization_that_ends_between_two_states_resumes_to_the_same_bytes(
     resumes_to(whole, tmp_path / "ended", finetune)
 
 
+def test_a_small_network_is_quantized_in_one_thread_and_the_others_are_given_back(monkeypatch, tmp_path):
+    """In two threads, with a busy second core, the demo's network would take fifteen times the CPU time."""
+    seen, linear = set(), torch.nn.functional.linear
+
+    def watched(input, *rest):
+        if len(input) > 2:  # One or two images are looked at before any work.
+            seen.add(torch.get_num_threads())
+        return linear(input, *rest)
+
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    torch.set_num_threads(2)
+    quick = Synthesis(images=64, settings={"steps": 2, "batch_size": 32})
+    rounding, training = {"steps": 2}, {"steps": 2, "batch_size": 32}
+    quantize(DEMO, synthesis=quick, rounding=rounding, training=training, compute=EAGER, output=tmp_path / "q")
+    assert seen == {1}
+    assert torch.get_num_threads() == 2
+
+
 def test_what_was_measured_is_what_is_loaded_to_the_bit(tmp_path, monkeypatch):
     saved = []
     from dfcompress.verbs import _finish
