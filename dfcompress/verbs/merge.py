@@ -96,8 +96,8 @@ def merge(
     training: Training | Mapping[str, Any] | None = None,
     method: Method = "all-logits",
     class_map: str | Path | None = None,
-    mix: str = AUTO,
-    unseen: int = 128,
+    second_recipe: str | None = AUTO,
+    probe_images: int = 128,
     compute: Compute = Compute(),
     eval_data: Sequence[str | Path] = (),
     resume: bool = False,
@@ -110,10 +110,11 @@ def merge(
     for different ones. The student takes images of the largest size and the most colours among the teachers'. It begins
     with the layers of the first teacher that has its form, or a deeper one (see `init_from_teacher`), but in the
     paper's method; `student_init` is a checkpoint to begin with instead, or None.
-    `method` is `all-logits` (ours) or `paper` (Shapira and Sidi 2020), see `Merging`; where no recipe or `mix` is
-    given, they are the method's own, and so is the training, of which `training` may change single settings.
+    `method` is `all-logits` (ours) or `paper` (Shapira and Sidi 2020), see `Merging`; where no recipe or
+    `second_recipe` is given, they are the method's own, and so is the training, of which `training` may change single
+    settings.
     `data` are synthetic sets or real images, one for each teacher; without them `synthesis.images` each are made first,
-    half of them by the recipe `mix`, and kept in `<output>/teacher-1/synthetic` and so on.
+    half of them by `second_recipe`, and kept in `<output>/teacher-1/synthetic` and so on.
     The folder `output` (default: `<checkpoint>-merge`) holds the student (`model.safetensors`, `config.json`),
     `metrics.jsonl` and `run.json`. `eval_data` are real images that only report: one source with the student's classes,
     or one for each teacher.
@@ -135,8 +136,8 @@ def merge(
     )
     console.notice(sentence)
     architecture = student_model.card.architecture
-    synthesis, mix = usual_images(method, synthesis, mix)
-    sources = _sources(teachers, data, synthesis, compute, mix=mix, unseen=unseen, student=architecture)
+    synthesis, mix = usual_images(method, synthesis, second_recipe or NONE)
+    sources = _sources(teachers, data, synthesis, compute, mix=mix, unseen=probe_images, student=architecture)
     training = with_defaults(usual_training(method, min(map(len, sources)), len(teachers)), training)
     options = {
         "teachers": [teacher.identity() for teacher in teachers],
@@ -145,7 +146,7 @@ def merge(
         "method": method,
         "outputs": [outputs.tolist() for outputs in classes.of],
         "data": list(map(str, data)),
-        "unseen": unseen,
+        "unseen": probe_images,
         "synthesis": [source.origin() for source in sources],
     }
     train = Train(student_model, Merging(teachers, classes, method=method), training, compute)
