@@ -484,6 +484,17 @@ def test_a_dry_run_tells_of_the_rounding_before_lsq(capsys):
         assert json.loads(out)["rounding"] == (asdict(rounding) if rounding else None)
 
 
+def test_none_on_the_command_line_is_nothing_in_python(capsys, tmp_path):
+    none = ["--student-init", "none", "--second-recipe", "none"]
+    line = ["distill", DEMO, "--student", "lenet5_bn", *none, *QUICK, "--dry-run", "--json"]
+    planned = json.loads(answer(capsys, *line, "--probe-images", "0")[1])
+    assert [each["images"] for each in planned["synthesis"]] == [16]
+    asked = {"synthesis": Synthesis(images=16), "second_recipe": None, "probe_images": 0}
+    plan = distill.plan(DEMO, student="lenet5_bn", student_init=None, **asked)
+    assert len(plan.synthesis) == 1
+    assert plan.options["student_init"] is None
+
+
 FEW = ["--data", DEMO, "--compile", "off", "--train-steps", "2", "-o", "packed", "--json"]
 
 

@@ -100,7 +100,7 @@ def quantize(
     data: str | Path | None = None,
     output: str | Path | None = None,
     synthesis: Synthesis = Synthesis(),
-    mix: str = AUTO,
+    second_recipe: str | None = AUTO,
     method: QuantizationMethod = "default",
     calibration: Calibration | Mapping[str, Any] | None = None,
     finetune: Finetuning | None = None,
@@ -122,10 +122,9 @@ def quantize(
     `finetune`: `blocks` learns the rounding block by block, `lsq` trains weights and steps to follow the float model,
     `blocks+lsq` does the one after the other, `kd` trains the weights with ranges frozen, `none` only calibrates.
     `training` changes or replaces its settings (`FINETUNING`); of `blocks+lsq` these are the second half's, and
-    `rounding` the first's (`BEFORE_LSQ`). `objectives` change what is followed (`OBJECTIVES`).
-    `method` gives all of these their defaults: ours, or the published ones (`paper`, see `CALIBRATIONS`).
+    `rounding` the first's (`BEFORE_LSQ`); `objectives` are followed. `method` sets all defaults: ours or the `paper`'s.
     `data` is a synthetic set, the folder of a run that made some, or real images; without it images are made first,
-    usually by `bns-inception`, and half of them by the recipe `mix` (see `TransferSetSource`).
+    usually by `bns-inception`, and half of them by `second_recipe` (see `TransferSetSource`).
     `export` also writes `model.onnx` for that runtime and checks it. The folder `output` (default:
     `<checkpoint>-quantize`) holds the packed model (`model.safetensors`, `config.json`), `quantization.json` (every
     layer), `metrics.jsonl` (but of `blocks`), `run.json` and the images made; on real `eval_data` it is only reported.
@@ -138,6 +137,7 @@ def quantize(
     wanted = wanted_bits(teacher, layers.quantizable, bits, first_last_bits, layer_bits, size_ratio, calibration.scheme)
     terms = _objectives(teacher, finetune, objectives, temperature=temperature, seed=compute.seed)
     _require_exportable(export, teacher, wanted, calibration.scheme)
+    mix = second_recipe or NONE
     if not data:
         synthesis, mix = usual_images(method, teacher, synthesis, mix)
     competing = partial(competitor, teacher, wanted, calibration, compute)

@@ -400,6 +400,12 @@ def test_a_recipe_is_built_once_for_every_set(verb, recipes, tmp_path, monkeypat
     else:
         training = {"steps": 1, "batch_size": 2}
         distill(
-            DEMO, student="half", output=tmp_path / "run", synthesis=small, compute=EAGER, training=training, unseen=2
+            DEMO,
+            student="half",
+            output=tmp_path / "run",
+            synthesis=small,
+            compute=EAGER,
+            training=training,
+            probe_images=2,
         )
     assert len(built) == recipes

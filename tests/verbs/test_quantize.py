@@ -223,7 +223,7 @@ def test_adaptive_images_compete_with_what_quantization_leaves_of_the_model(tmp_
     shards = []
     for bits in ("2w2a", "8w8a"):
         folder = tmp_path / bits
-        quantize(DEMO, bits=bits, finetune="none", mix="none", synthesis=asked, output=folder, compute=EAGER)
+        quantize(DEMO, bits=bits, finetune="none", second_recipe=None, synthesis=asked, output=folder, compute=EAGER)
         lessons = torch.load(folder / "synthetic" / "lessons.pt", weights_only=True)
         assert lessons["lesson"] == 1
         teacher = load(DEMO).state_dict()
