@@ -41,7 +41,8 @@ def line_of(finetune, output):
     """A command that makes its images, calibrates and fine-tunes in a second or two."""
     asked = f"--bits 3w3a --finetune {finetune} --train-steps 60 --train-batch-size 32 --compile off --precision fp32"
     made = "--images 64 --steps 10 --batch-size 32 --calibration-steps 2 -q"
-    return ["quantize", str(DEMO), *asked.split(), *made.split(), "-o", str(output)]
+    rounded = ["--rounding-set", "steps=40"] if finetune == "blocks+lsq" else []
+    return ["quantize", str(DEMO), *asked.split(), *rounded, *made.split(), "-o", str(output)]
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +56,6 @@ def whole(tmp_path_factory):
         return folder
 
     return whole
-
-
-@pytest.fixture
-def few_steps_of_rounding(monkeypatch):
-    """Of the first half of `blocks+lsq`."""
-    monkeypatch.setattr("dfcompress.verbs.quantize.BEFORE_LSQ", replace(BEFORE_LSQ, steps=40))
 
 
 def resumes_to(whole, folder, finetune):
@@ -82,7 +77,6 @@ def test_a_killed_reconstruction_resumes_to_the_same_bytes(whole, tmp_path):
     resumes_to(whole, tmp_path / "killed", "blocks")
 
 
-@pytest.mark.usefixtures("few_steps_of_rounding")
 @pytest.mark.parametrize(
     ("finetune", "state", "saves"),
     [
@@ -127,7 +121,7 @@ def test_what_was_measured_is_what_is_loaded_to_the_bit(tmp_path, monkeypatch):
     writing = _finish.save
     monkeypatch.setattr(_finish, "save", lambda student, folder: (saved.append(student), writing(student, folder)))
     training = Training(steps=3, lr=0.01, batch_size=32, freeze_batchnorm=True)
-    quantize(DEMO, data=DEMO, output=tmp_path / "out", training=training, compute=EAGER)
+    quantize(DEMO, data=DEMO, output=tmp_path / "out", rounding={"steps": 3}, training=training, compute=EAGER)
     images = torch.rand(16, 1, 32, 32)
     assert torch.equal(load(tmp_path / "out")(images), saved[0](images))
 
