@@ -45,7 +45,7 @@ def resolve_device(name: str = "auto") -> torch.device:
         raise BadInput(f"--device {name!r} is no device.", "Use auto, cpu, cuda or cuda:N.") from None
     if device.type not in ("cpu", "cuda"):
         raise BadInput(f"--device {name!r} is not supported.", "Use auto, cpu, cuda or cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if is_cuda(device) and (device.index or 0) >= torch.cuda.device_count():
         raise BadInput(
             f"--device {name!r}: this process sees {torch.cuda.device_count()} CUDA devices.",
             "Use --device auto, or the number of one of them." if has_cuda() else "Use --device cpu.",
@@ -105,7 +105,7 @@ def resolve_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: tor
         raise BadInput("--precision fp16 is not there yet: it needs loss scaling.", "Use bf16 or fp32.")
     if name != "auto":
         return PRECISIONS[name]
-    if device.type == "cuda":
+    if is_cuda(device):
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
 
@@ -137,7 +137,7 @@ def missing_to_compile(device: torch.device) -> str | None:
 
     For CUDA Triton builds its launcher with a C compiler; for a CPU kernels are C++. Both include Python.h.
     """
-    if device.type == "cuda":
+    if is_cuda(device):
         if importlib.util.find_spec("triton") is None:
             return "Triton"
         if not _first_of(os.environ.get("CC", "gcc"), "gcc", "clang"):
@@ -196,11 +196,6 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..
     return made  # type: ignore[no-any-return]
 
 
-def can_capture(device: torch.device) -> bool:
-    """Whether a step can be captured and replayed as one graph there."""
-    return device.type == "cuda"
-
-
 def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """`step` on the current device as one CUDA graph: replaying it costs one launch. It must have run before, and use
     the same memory every time. Where capturing fails, `step` itself, with a notice.
@@ -257,7 +252,7 @@ def as_mine(stored: str) -> str:
 
     Raises `BadInput` where this process has none.
     """
-    return _own_cuda() if can_capture(torch.device(stored)) and world().count > 1 else stored
+    return _own_cuda() if is_cuda(torch.device(stored)) and world().count > 1 else stored
 
 
 @contextmanager
@@ -322,7 +317,7 @@ def release_freed_memory() -> None:
 
 def processor_name(device: torch.device) -> str:
     """What the results were computed on, for `run.json`."""
-    if device.type == "cuda":
+    if is_cuda(device):
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -392,13 +387,13 @@ def _index(device: torch.device) -> int:
 
 def synchronize(device: torch.device) -> None:
     """Wait for the device, so that a clock read afterwards counts its work."""
-    if device.type == "cuda":
+    if is_cuda(device):
         torch.cuda.synchronize(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process has held so far: on the GPU for CUDA, resident for a CPU."""
-    if device.type == "cuda":
+    if is_cuda(device):
         return torch.cuda.max_memory_allocated(device)
     import resource
 
@@ -461,7 +456,7 @@ def resolve_execution(compute: Compute, work: float) -> Execution:
     eager = Execution(str(device), precision, False, threads_here(), processor_name(device))
     if compute.compile == "off":
         return eager
-    eager = replace(eager, capture=can_capture(device))
+    eager = replace(eager, capture=is_cuda(device))
     if missing := missing_to_compile(device):
         console.notice(f"No {missing} found: running eagerly, several times slower.")
         return eager

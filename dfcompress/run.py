@@ -17,7 +17,7 @@ from typing import Any
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput, DfcompressError
 
-RECORD = "run.json"
+RECORD, METRICS = "run.json", "metrics.jsonl"
 STATE = ".partial"  # The suffix of files that unfinished work is resumed from.
 SAVE_EVERY_SECONDS = 20.0
 
@@ -28,7 +28,7 @@ class Run:
     Raises `BadInput` where the folder cannot be used: it holds something and neither `resume` nor `overwrite` was
     asked for, it belongs to another job, or it cannot be written.
     `options` are the resolved options that the result depends on: a resumed run must have the same.
-    `inputs` are paths the run reads, which overwriting must not delete.
+    `inputs` are paths the run reads, which overwriting must not delete; `plan` is what it will do, kept to be read.
     `earlier` are the measurements of a resumed run that was already finished.
     Of several processes the leading one alone touches the folder.
     """
@@ -40,10 +40,12 @@ class Run:
         options: Mapping[str, Any],
         *,
         inputs: Sequence[str | Path | None] = (),
+        plan: Mapping[str, Any] | None = None,
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
         self.verb, self.folder, self.options = verb, folder, json.loads(json.dumps(options, default=str))
+        self.plan = plan
         self.inputs = [Path(path) for path in inputs if path is not None]
         self.seconds: dict[str, float] = {}
         self.earlier: Mapping[str, Any] | None = None
@@ -144,7 +146,8 @@ class Run:
         versions = {name: metadata.version(name) for name in ("dfcompress", "torch")} | {
             "python": platform.python_version()
         }
-        record = {"verb": self.verb, "options": self.options, "versions": versions, **values}
+        planned = {} if self.plan is None else {"plan": self.plan}
+        record = {"verb": self.verb, "options": self.options, **planned, "versions": versions, **values}
         write_json(self.folder / RECORD, record)
 
 
@@ -155,12 +158,13 @@ def running(
     options: Mapping[str, Any],
     *,
     inputs: Sequence[str | Path | None] = (),
+    plan: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> Iterator[Run]:
     """A `Run` in all processes of a job: the leading one opens the folder, and where one fails the others end too."""
     with world().session():
-        yield Run(verb, folder, options, inputs=inputs, resume=resume, overwrite=overwrite)
+        yield Run(verb, folder, options, inputs=inputs, plan=plan, resume=resume, overwrite=overwrite)
 
 
 class Clock:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gzip
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pair import Pair
 
 from dfcompress.models.architectures import find
 from dfcompress.models.card import MNIST_MEAN, MNIST_STD, ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
+from dfcompress.run import write_atomically
 
 # Small tensors on two threads wait for each other: with the second core busy, the suite takes several times as long.
 os.environ["OMP_NUM_THREADS"] = "1"  # Of the processes that tests start; `one_thread_a_test` is for this one.
@@ -67,6 +71,47 @@ def mnist_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for packed in shared_file("mnist").glob("*.gz"):
         (folder / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
     return folder
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two processes of one job, for all tests that need such."""
+    pair = Pair(tmp_path_factory.mktemp("pair"))
+    yield pair
+    pair.close()
+
+
+class Killed(BaseException):
+    """Ends work as a kill would: nothing of ours catches it."""
+
+
+@pytest.fixture
+def killed_at_save(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], AbstractContextManager[None]]:
+    """A function of a file's pattern and of a number: inside its context the work saves its state after every step, and
+    ends when it is about to write such a state once more than so often.
+    """
+
+    @contextmanager
+    def killed_at_save(pattern: str, saves: int) -> Iterator[None]:
+        written: list[Path] = []
+
+        def write(path: Path) -> AbstractContextManager[Path]:
+            if fnmatch(path.name, pattern):
+                if len(written) == saves:
+                    raise Killed
+                written.append(path)
+            return write_atomically(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("dfcompress.run.SAVE_EVERY_SECONDS", 0.0)
+            patched.setattr("dfcompress.run.write_atomically", write)
+            try:
+                yield
+            except Killed:
+                return
+        pytest.fail(f"The work ended by itself after {len(written)} saves of {pattern}.")
+
+    return killed_at_save
 
 
 @pytest.fixture(params=["forward", "backward"])

@@ -122,6 +122,8 @@ def test_the_module_runs_as_a_program():
         (["quantize", DEMO, "--finetune", "blocks", "--optimizer", "adam"], "called 'optimizer'"),
         (["quantize", DEMO, "--finetune", "blocks", "--train-lr", "0"], "no reconstruction"),
         (["quantize", DEMO, "--finetune", "blocks", "--objective", "kd"], "follows no --objective"),
+        (["quantize", DEMO, "--finetune", "lsq", "--rounding-set", "steps=1"], "Use --finetune blocks+lsq"),
+        (["quantize", DEMO, "--rounding-set", "step=1"], "called 'step'"),
         (["quantize", DEMO, "--target", "tensorrt"], "Add --export onnx"),
         (["quantize", DEMO, "--bits", "auto", "--size-ratio", "0.1", "--layer-bits", "*=4w4a"], "no layer left"),
         (["quantize", DEMO, "--bits", "9w9a", "--dry-run"], "9-bit weights"),
@@ -469,7 +471,13 @@ def test_a_verb_has_the_same_defaults_on_the_command_line_and_in_python(name):
 
 
 def test_a_dry_run_tells_of_the_rounding_before_lsq(capsys):
-    for asked, rounding in ([], BEFORE_LSQ), (["--finetune", "lsq"], None), (["--train-steps", "0"], None):
+    for asked, rounding in (
+        ([], BEFORE_LSQ),
+        (["--finetune", "lsq"], None),
+        (["--train-steps", "0"], None),
+        (["--rounding-set", "steps=7", "--rounding-set", "lr=0.5"], replace(BEFORE_LSQ, steps=7, lr=0.5)),
+        (["--rounding-set", "steps=0"], None),
+    ):
         _, out, _ = answer(capsys, "quantize", DEMO, "--data", DEMO, *asked, "--dry-run", "--json")
         assert json.loads(out)["rounding"] == (asdict(rounding) if rounding else None)
 

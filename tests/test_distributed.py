@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pair import launched
 from safetensors.torch import load_file
 from torch import nn
 
+from dfcompress import cli
 from dfcompress.device import Execution
 from dfcompress.distributed import World, first_host, world
 from dfcompress.errors import BadInput
@@ -35,81 +36,99 @@ EAGER = ["--compile", "off", "--precision", "fp32", "--device", "cpu"]
 TINY = ["--images", "28", "--batch-size", "4", "--steps", "9", *EAGER]
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("shard-*"))}
+    shards = sorted(folder.glob("shard-*.safetensors"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards}
 
 
-SAVING = "import sys; from dfcompress import cli, run; run.SAVE_EVERY_SECONDS = 0.0; sys.exit(cli.run(sys.argv[1:]))"
+# Saves after every step, sleeps in each, and believes after 3 seconds that a process is gone, not after 10.
+DYING = """
+import sys, time
+from dfcompress import cli, distributed, run
+from dfcompress.synthesis.synthesizer import Synthesizer
+
+def slowly(synthesizer, work, step=Synthesizer.step):
+    time.sleep(0.15)
+    step(synthesizer, work)
+
+Synthesizer.step = slowly
+run.SAVE_EVERY_SECONDS, distributed.LOST_AFTER_SECONDS = 0.0, 3.0
+sys.exit(cli.run(sys.argv[1:]))
+"""
 
 
-def start(count, arguments, *, launcher=True, verb="invert", saving=False):
-    """A command in `count` processes, by torchrun or with its variables set by hand; saving after every step."""
-    command = [*(["-c", SAVING] if saving else ["-m", "dfcompress"]), verb, *map(str, arguments)]
-    if launcher:
-        run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-        return [subprocess.Popen([*run, "--master-port", free_port(), *command], stderr=subprocess.PIPE, text=True)]
-    return launched(count, command)
+def torchrun(count, *arguments):
+    """A command in `count` processes of torchrun: its exit code and what it says on its error stream."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command = [*launcher, "-m", "dfcompress", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, done.stderr
 
 
-def launched(count, command):
-    """So many processes of Python, with the variables that torchrun would set."""
-    shared = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+def doomed(*arguments):
+    """Two processes of a command, one of which will be killed."""
+    return launched(2, ["-c", DYING, *map(str, arguments)])
+
+
+def alone(*arguments):
+    """A command in this process."""
+    assert cli.run([*map(str, arguments)]) == 0
+
+
+def wait_for(sign, process):
+    """Until `sign()`, or until the process has ended."""
+    while not sign() and process.poll() is None:
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
-def alone(resnet20_file, tmp_path_factory):
+def shards_of_one(resnet20_file, tmp_path_factory):
     """The shards that one process makes, by the number of batches side by side."""
     made = {}
     for groups in ("1", "2"):
         folder = tmp_path_factory.mktemp("alone") / "set"
-        command = [sys.executable, "-m", "dfcompress", "invert", resnet20_file, *TINY, "--groups", groups, "-o", folder]
-        subprocess.run(command, check=True)
+        alone("invert", resnet20_file, *TINY, "--groups", groups, "-q", "-o", folder)
         made[groups] = digests(folder)
     return made
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("count", "groups"), [(2, "1"), (4, "1"), (2, "2")])
-def test_any_number_of_processes_makes_the_shards_of_one(count, groups, alone, resnet20_file, tmp_path):
-    folder = tmp_path / "set"
-    (run,) = start(count, [resnet20_file, *TINY, "--groups", groups, "-o", folder])
-    _, errors = run.communicate(timeout=300)
-    assert run.returncode == 0, errors
-    assert digests(folder) == alone[groups]
-    assert not list(folder.glob("*.partial"))
+def require_both(folder):
+    """Raise where one process made all shards."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     assert len({line["process"] for line in lines if "process" in line}) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", ["1", "2"])
+def test_two_processes_make_the_shards_of_one(groups, pair, shards_of_one, resnet20_file, tmp_path):
+    folder = tmp_path / "set"
+    ended = pair.run("invert", resnet20_file, *TINY, "--groups", groups, "-o", folder)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert digests(folder) == shards_of_one[groups]
+    assert not list(folder.glob("*.partial"))
+    require_both(folder)
+
+
+@pytest.mark.release
+def test_four_processes_of_torchrun_make_the_shards_of_one(shards_of_one, resnet20_file, tmp_path):
+    folder = tmp_path / "set"
+    code, errors = torchrun(4, "invert", resnet20_file, *TINY, "--groups", "1", "-o", folder)
+    assert code == 0, errors
+    assert digests(folder) == shards_of_one["1"]
+    require_both(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_dead_process_ends_the_run_with_one_message(dead, resnet20_file, tmp_path):
     folder = tmp_path / "set"
-    long = [*TINY[:4], "--steps", "100000", *TINY[6:], "--groups", "1"]
-    processes = start(2, [resnet20_file, *long, "-o", folder], launcher=False)
-    deadline = time.monotonic() + 120
-    while not (folder / "dataset.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(5)  # Into the steps.
+    long = [*TINY[:4], "--steps", "100000", *EAGER, "--groups", "1"]
+    processes = doomed("invert", resnet20_file, *long, "-o", folder)
+    wait_for(lambda: len(list(folder.glob("shard-*.partial"))) == 2, processes[0])  # Both are in their steps.
     processes[dead].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     _, errors = processes[1 - dead].communicate(timeout=60)
+    processes[dead].communicate()
     assert time.monotonic() - killed < 30
     assert processes[1 - dead].returncode == 1
     assert errors.count("dfcompress: ") == 1
@@ -117,29 +136,25 @@ def test_a_dead_process_ends_the_run_with_one_message(dead, resnet20_file, tmp_p
 
 
 @pytest.mark.slow
-def test_resuming_after_a_death_ends_in_the_same_bytes(resnet20_file, tmp_path):
+def test_resuming_after_a_death_ends_in_the_same_bytes(shards_of_one, resnet20_file, tmp_path):
     """One of two processes dies after the first shard; one process finishes the rest."""
-    asked = [resnet20_file, "--images", "40", "--batch-size", "4", "--steps", "80", *TINY[6:]]
-    command = [sys.executable, "-m", "dfcompress", "invert", *asked]
-    subprocess.run([*command, "-o", tmp_path / "whole"], check=True)
-    folder = tmp_path / "set"
-    leader, other = start(2, [*asked, "-o", folder], launcher=False)
-    while not list(folder.glob("shard-*.safetensors")) and leader.poll() is None:
-        time.sleep(0.02)
+    asked = ["invert", resnet20_file, *TINY, "--groups", "1", "-q", "-o", tmp_path / "set"]
+    leader, other = doomed(*asked)
+    wait_for(lambda: list((tmp_path / "set").glob("shard-*.safetensors")), leader)
     other.kill()
-    leader.communicate(timeout=60)
+    for process in (leader, other):
+        process.communicate(timeout=60)
     assert leader.returncode == 1
-    assert 0 < len(list(folder.glob("shard-*.safetensors"))) < 10
-    subprocess.run([*command, "-o", folder, "--resume"], check=True)
-    assert digests(folder) == digests(tmp_path / "whole")
+    assert 0 < len(digests(tmp_path / "set")) < len(shards_of_one["1"])
+    alone(*asked, "--resume")
+    assert digests(tmp_path / "set") == shards_of_one["1"]
 
 
 @pytest.mark.slow
-def test_a_usage_error_is_printed_once(resnet20_file, tmp_path):
+def test_a_usage_error_is_printed_once_under_torchrun(resnet20_file, tmp_path):
     (tmp_path / "mine.txt").write_text("not to be touched")
-    (run,) = start(2, [resnet20_file, *TINY, "-o", tmp_path])
-    _, errors = run.communicate(timeout=120)
-    assert run.returncode != 0
+    code, errors = torchrun(2, "invert", resnet20_file, *TINY, "-o", tmp_path)
+    assert code != 0
     assert errors.count("is not empty") == 1
     assert (tmp_path / "mine.txt").read_text() == "not to be touched"
 
@@ -152,8 +167,7 @@ TRAINED = ["--train-steps", "12", "--train-batch-size", "16", *EAGER, "-q"]
 def noise(tmp_path_factory):
     """A set of 64 images that cost nothing to make."""
     folder = tmp_path_factory.mktemp("noise") / "set"
-    asked = [DEMO, "--recipe", "gaussian", "--images", "64", "-o", folder]
-    subprocess.run([sys.executable, "-m", "dfcompress", "invert", *asked], check=True)
+    alone("invert", DEMO, "--recipe", "gaussian", "--images", "64", "-q", "-o", folder)
     return folder
 
 
@@ -203,7 +217,7 @@ PUBLISHED = ["--calibrate", "minmax", "--weight-ranges", "minmax", "--no-correct
         ("quantize", ["--bits", "3w32a", "--train-lr", "0.0003", "--finetune", "lsq"], "kd"),
     ],
 )
-def test_two_processes_train_as_one_does(verb, asked, loss, noise, tmp_path):
+def test_two_processes_train_as_one_does(verb, asked, loss, pair, noise, tmp_path):
     """The same loss curve up to rounding, through BatchNorm, whose statistics are of the whole batch.
 
     Rates are small: at the usual 0.1 a unit at the kink of its ReLU goes the other way on some processors, and the
@@ -214,15 +228,14 @@ def test_two_processes_train_as_one_does(verb, asked, loss, noise, tmp_path):
         teachers, data = [DEMO, another_teacher(tmp_path / "another")], 2 * data
     unseen = [] if verb == "quantize" else ["--unseen", "0"]
     asked = [*teachers, *asked, *data, *unseen, *TRAINED]
-    subprocess.run([sys.executable, "-m", "dfcompress", verb, *asked, "-o", tmp_path / "one"], check=True)
-    (run,) = start(2, [*asked, "-o", tmp_path / "two"], verb=verb)
-    _, errors = run.communicate(timeout=180)
-    assert run.returncode == 0, errors
-    assert "Warning" not in errors
+    alone(verb, *asked, "-o", tmp_path / "one")
+    for code, errors in pair.run(verb, *asked, "-o", tmp_path / "two"):
+        assert code == 0, errors
+        assert "Warning" not in errors
     # With quantized activations a rounding apart becomes a level apart after some steps; without, it does not.
     compared = slice(6 if "8w8a" in asked else None)
-    alone, shared = (losses(tmp_path / name, loss)[compared] for name in ("one", "two"))
-    assert shared == pytest.approx(alone, rel=1e-3 if verb == "quantize" else 1e-5)
+    wanted, shared = (losses(tmp_path / name, loss)[compared] for name in ("one", "two"))
+    assert shared == pytest.approx(wanted, rel=1e-3 if verb == "quantize" else 1e-5)
     if verb == "quantize":  # So may a weight be.
         return
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
@@ -244,61 +257,55 @@ class Network(nn.Sequential):
 
 
 @pytest.mark.slow
-def test_two_processes_train_a_network_with_weights_that_it_never_calls(noise, tmp_path):
+def test_two_processes_train_a_network_with_weights_that_it_never_calls(pair, noise, tmp_path):
     """Auxiliary heads of a network under repair, for one; torch waits for gradients of all parameters unless told."""
     (tmp_path / "net.py").write_text(NEVER_CALLED)
     namespace: dict = {"__name__": "net"}
+    torch.manual_seed(0)
     exec(NEVER_CALLED, namespace)
     torch.save(namespace["Network"]().state_dict(), tmp_path / "net.pt")
-    of_it = ["--arch", f"{tmp_path / 'net.py'}:Network", "--input-size", "1x32x32", "--bits", "3w32a"]
+    of_it = [
+        "--arch",
+        f"{tmp_path / 'net.py'}:Network",
+        "--input-size",
+        "1x32x32",
+        "--bits",
+        "3w32a",
+        "--first-last-bits",
+        "same",
+    ]
     asked = [tmp_path / "net.pt", *of_it, "--finetune", "kd", "--data", noise, *TRAINED]
-    subprocess.run([sys.executable, "-m", "dfcompress", "quantize", *asked, "-o", tmp_path / "one"], check=True)
-    (run,) = start(2, [*asked, "-o", tmp_path / "two"], verb="quantize")
-    _, errors = run.communicate(timeout=180)
-    assert run.returncode == 0, errors
-    alone, shared = (losses(tmp_path / name, "kd") for name in ("one", "two"))
-    assert shared == pytest.approx(alone, rel=1e-3)
+    alone("quantize", *asked, "-o", tmp_path / "one")
+    ended = pair.run("quantize", *asked, "-o", tmp_path / "two")
+    assert [code for code, _ in ended] == [0, 0], ended
+    wanted, shared = (losses(tmp_path / name, "kd") for name in ("one", "two"))
+    assert shared == pytest.approx(wanted, rel=1e-3)
 
 
 @pytest.mark.slow
-def test_two_processes_resume_a_training_to_the_same_bits(noise, tmp_path):
+def test_two_processes_resume_a_training_to_the_same_bits(pair, noise, tmp_path):
     """SIGKILL one of two in the middle of the training; both again end where an undisturbed run does."""
-    asked = [
-        DEMO,
-        "--student",
-        "lenet5_bn_half",
-        "--data",
-        noise,
-        "--unseen",
-        "0",
-        "--train-steps",
-        "150",
-        *TRAINED[2:],
-    ]
-    for process in (whole := start(2, [*asked, "-o", tmp_path / "whole"], verb="distill", launcher=False)):
-        process.communicate(timeout=180)
-    assert [process.returncode for process in whole] == [0, 0]
+    student = ["--student", "lenet5_bn_half", "--unseen", "0", "--train-steps", "150", *TRAINED[2:]]
+    asked = ["distill", DEMO, "--data", noise, *student]
+    assert [code for code, _ in pair.run(*asked, "-o", tmp_path / "whole")] == [0, 0]
     folder = tmp_path / "killed"
-    leader, other = start(2, [*asked, "-o", folder], verb="distill", launcher=False, saving=True)
-    while trained_steps(folder) < 20 and leader.poll() is None:
-        time.sleep(0.02)
+    leader, other = doomed(*asked, "-o", folder)
+    wait_for(lambda: trained_steps(folder) >= 20, leader)
     other.send_signal(signal.SIGKILL)
-    leader.communicate(timeout=60)
+    for process in (leader, other):
+        process.communicate(timeout=60)
     assert leader.returncode == 1
     assert 20 <= trained_steps(folder) < 150
-    for process in (again := start(2, [*asked, "-o", folder, "--resume"], verb="distill", launcher=False)):
-        process.communicate(timeout=180)
-    assert [process.returncode for process in again] == [0, 0]
+    assert [code for code, _ in pair.run(*asked, "-o", folder, "--resume")] == [0, 0]
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
-def test_batches_that_cannot_be_shared_out_are_refused(noise, tmp_path):
+def test_batches_that_cannot_be_shared_out_are_refused(pair, noise, tmp_path):
     asked = [DEMO, "--student", "lenet5_bn_half", "--data", noise, "--unseen", "0", *TRAINED]
-    (run,) = start(2, [*asked, "--train-batch-size", "15", "-o", tmp_path / "two"], verb="distill")
-    _, errors = run.communicate(timeout=120)
-    assert run.returncode != 0
-    assert "do not divide among 2 processes" in errors
+    leader, _ = pair.run("distill", *asked, "--train-batch-size", "15", "-o", tmp_path / "two")
+    assert leader.code == 2
+    assert "do not divide among 2 processes" in leader.errors
 
 
 def test_statistics_of_a_shared_batch_are_those_of_the_whole(monkeypatch):
@@ -394,13 +401,12 @@ def test_variables_that_are_no_numbers_are_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_adaptive_recipe_finishes_in_two_processes(tmp_path):
+def test_an_adaptive_recipe_finishes_in_two_processes(pair, tmp_path):
     """One process gives the lessons; the other waits for it and not in a collective operation."""
     asked = [DEMO, "--recipe", "adaptive-deepinversion", "--images", "16", "--batch-size", "8", "--steps", "2"]
     asked += ["--set", "round_batches=1", *EAGER, "-q", "-o", tmp_path / "set"]
-    (run,) = start(2, asked)
-    _, errors = run.communicate(timeout=240)
-    assert run.returncode == 0, errors
+    ended = pair.run("invert", *asked)
+    assert [code for code, _ in ended] == [0, 0], ended
     assert len(digests(tmp_path / "set")) == 2
 
 

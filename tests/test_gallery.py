@@ -78,7 +78,7 @@ def test_a_network_of_an_odd_layer_goes_through(name, tmp_path, said):
     assert batchnorms == UNFOLDED.get(name, 0)
 
 
-KNOWN = ("mobilenet_v2", "shufflenet_v2_x0_5", "timm:test_efficientnet")
+KNOWN = (pytest.param("mobilenet_v2", marks=pytest.mark.release), "shufflenet_v2_x0_5", "timm:test_efficientnet")
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -9,37 +9,30 @@ from dfcompress import console
 if TYPE_CHECKING:
     from dfcompress.evaluation.onnx_check import Exported
     from dfcompress.verbs._finish import Compressed
+    from dfcompress.verbs._plan import Plan, SynthesisEstimate
     from dfcompress.verbs.evaluate import Evaluation
-    from dfcompress.verbs.invert import SynthesisPlan
 
 
-def plan(
-    *planned: SynthesisPlan,
-    as_json: bool,
-    **parts: dict[str, Any] | None,
-) -> None:
-    """What a dry run found: nothing was touched. Without `planned` the images are there already.
-
-    `parts` are the settings of each later part of the work, None where it does not take place.
-    """
+def plan(planned: Plan[Any], *, as_json: bool) -> None:
+    """What a verb would do, with estimates; nothing was touched. Parts that do not take place are null in JSON."""
     if as_json:
-        console.result_json({"synthesis": [each.to_json() for each in planned], **parts})
+        console.result_json({"synthesis": [each.to_json() for each in planned.estimates()], **planned.settings_json()})
         return
-    for each in planned:
+    for each in planned.estimates():
         _synthesis(each)
-    for part, settings in parts.items():
+    for part, settings in planned.settings_json().items():
         if settings:
             console.result(f"{part}: " + " ".join(f"{name}={value}" for name, value in settings.items()))
 
 
-def _synthesis(planned: SynthesisPlan) -> None:
-    settings = " ".join(f"{name}={value}" for name, value in planned.recipe.settings.items())
-    how = planned.execution
-    console.result(f"recipe {planned.recipe.name}, preset {planned.recipe.preset}: {settings}")
-    console.result(f"{planned.images} images in {planned.batches} batches of {planned.steps} steps")
+def _synthesis(estimate: SynthesisEstimate) -> None:
+    recipe, how = estimate.recipe, estimate.execution
+    settings = " ".join(f"{name}={value}" for name, value in recipe.settings.items())
+    console.result(f"recipe {recipe.name}, preset {recipe.preset}: {settings}")
+    console.result(f"{estimate.images} images in {estimate.batches} batches of {estimate.steps} steps")
     compiled = "compiled" if how.compile else "eager"
     console.result(f"on {how.device} in {how.precision}, {compiled}, {how.threads} threads")
-    console.result(f"about {planned.seconds:.0f} s of synthesis and {planned.memory_bytes / 2**30:.1f} GiB of memory")
+    console.result(f"about {estimate.seconds:.0f} s of synthesis and {estimate.memory_bytes / 2**30:.1f} GiB of memory")
 
 
 def evaluation(measured: Evaluation) -> None:

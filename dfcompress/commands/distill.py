@@ -52,24 +52,12 @@ def distill(
     as_json: bool,
 ) -> None:
     """Train a smaller student on images made from the model."""
-    import dataclasses
+    from dfcompress.verbs.distill import distill
 
-    from dfcompress.settings import with_defaults
-    from dfcompress.training.student import begin_student
-    from dfcompress.verbs.distill import DISTILLATION, distill, image_supply
-    from dfcompress.verbs.invert import plans
-
-    student_init = None if student_init == "none" else student_init
-    if dry_run:
-        usual = with_defaults(DISTILLATION, training)
-        pupil, *_ = begin_student(student, model.card, init=student_init, teachers=[(model, None)], seed=compute.seed)
-        supply = image_supply(model, pupil, data, synthesis, compute, training=usual, mix=mix, unseen=unseen, live=live)
-        _summary.plan(*plans(supply), as_json=as_json, training=dataclasses.asdict(usual))
-        return
-    result = distill(
+    plan = distill.plan(
         model,
         student=student,
-        student_init=student_init,
+        student_init=None if student_init == "none" else student_init,
         data=data,
         output=output,
         synthesis=synthesis,
@@ -84,4 +72,7 @@ def distill(
         resume=resume,
         overwrite=overwrite,
     )
-    _summary.compressed(result, as_json=as_json)
+    if dry_run:
+        _summary.plan(plan, as_json=as_json)
+    else:
+        _summary.compressed(plan.execute(), as_json=as_json)

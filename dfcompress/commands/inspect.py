@@ -34,9 +34,10 @@ def inspect(model: Classifier, write_card: bool, as_json: bool) -> None:
 
 def _print(found: Inspection) -> None:
     card, origin = found.card, found.card.origin
+    widths = ", of other widths" if card.widths else ""
     facts = [
         ("checkpoint", found.checkpoint, ""),
-        ("architecture", found.architecture, origin.get("architecture", "")),
+        ("architecture", found.architecture + widths, origin.get("architecture", "")),
         ("classes", str(found.classes), origin.get("classes", "")),
         ("answers with", found.answers, ""),
         ("class names", ", ".join(card.class_names or ()) or "none", origin.get("class_names", "")),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.models.classifier import Classifier
     from dfcompress.synthesis.recipe import Synthesis
+    from dfcompress.verbs.invert import Inversion
 
 
 @click.command(epilog=_options.example("dfcompress invert resnet20.pt --images 2048 -o images"))
@@ -44,17 +45,9 @@ def invert(
     as_json: bool,
 ) -> None:
     """Make images from a checkpoint and nothing else."""
-    from functools import partial
+    from dfcompress.verbs.invert import invert
 
-    from dfcompress.synthesis.transfer_set import TransferSetSource
-    from dfcompress.verbs.invert import IMAGES, co_trained_student, invert, plans
-
-    if dry_run:
-        competitor = partial(co_trained_student, model, student=student, compute=compute)
-        supply = TransferSetSource(model, None, synthesis.counted(IMAGES), compute, learner=competitor)
-        _summary.plan(*plans(supply), as_json=as_json)
-        return
-    made = invert(
+    plan = invert.plan(
         model,
         output=output,
         synthesis=synthesis,
@@ -64,6 +57,13 @@ def invert(
         resume=resume,
         overwrite=overwrite,
     )
+    if dry_run:
+        _summary.plan(plan, as_json=as_json)
+    else:
+        _print(plan.execute(), as_json=as_json)
+
+
+def _print(made: Inversion, *, as_json: bool) -> None:
     if as_json:
         console.result_json(made.to_json())
         return

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.models.classifier import Classifier
     from dfcompress.synthesis.recipe import Synthesis
+    from dfcompress.training.merging import Method
 
 
 @click.command(epilog=_options.example("dfcompress merge t1.pt t2.pt --student resnet18 -o merged"))
@@ -50,7 +51,7 @@ def merge(
     models: list[Classifier],
     student: str | None,
     student_init: str | None,
-    method: str,
+    method: Method,
     class_map: Path | None,
     data: tuple[Path, ...],
     eval_data: tuple[Path, ...],
@@ -66,37 +67,13 @@ def merge(
     as_json: bool,
 ) -> None:
     """Train one student that knows the classes of several models, on images made from each."""
-    import dataclasses
+    from dfcompress.verbs.merge import merge
 
-    from dfcompress.settings import with_defaults
-    from dfcompress.training.loop import require_trainable
-    from dfcompress.verbs.invert import plans
-    from dfcompress.verbs.merge import begin_merged, image_supplies, merge, usual_images, usual_training
-
-    if student_init == "none":
-        student_init = None
-    if dry_run:
-        (pupil, *_), _ = begin_merged(
-            models,
-            student,
-            student_init,
-            method=method,  # type: ignore[arg-type]
-            class_map=class_map,
-            seed=compute.seed,
-        )
-        own, mix = usual_images(method, synthesis, mix)  # type: ignore[arg-type]
-        architecture = pupil.card.architecture
-        supplies = image_supplies(models, data, own, compute, mix=mix, unseen=unseen, student=architecture)
-        counts = list(map(len, supplies))
-        usual = with_defaults(usual_training(method, min(counts), len(models)), training)  # type: ignore[arg-type]
-        require_trainable(pupil, usual, compute, counts)
-        _summary.plan(*plans(*supplies), as_json=as_json, training=dataclasses.asdict(usual))
-        return
-    result = merge(
+    plan = merge.plan(
         models,
         student=student,
-        student_init=student_init,
-        method=method,  # type: ignore[arg-type]
+        student_init=None if student_init == "none" else student_init,
+        method=method,
         class_map=class_map,
         data=data,
         output=output,
@@ -109,4 +86,7 @@ def merge(
         resume=resume,
         overwrite=overwrite,
     )
-    _summary.compressed(result, as_json=as_json)
+    if dry_run:
+        _summary.plan(plan, as_json=as_json)
+    else:
+        _summary.compressed(plan.execute(), as_json=as_json)

@@ -9,12 +9,14 @@ import click
 
 from dfcompress.commands import _options, _summary
 from dfcompress.errors import BadInput
+from dfcompress.settings import assignments
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.models.classifier import Classifier
     from dfcompress.synthesis.recipe import Synthesis
     from dfcompress.verbs._gates import Gates
+    from dfcompress.verbs.export import Target
     from dfcompress.verbs.quantize import Finetuning, Method
 
 
@@ -58,6 +60,13 @@ if TYPE_CHECKING:
     show_default="blocks+lsq; kd of paper",
     help="Fine-tuning: rounding by blocks, then weights and steps (lsq); one of the two; weights only (kd); none.",
 )
+@click.option(
+    "--rounding-set",
+    "rounding",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Override one setting of the rounding that blocks+lsq learns first; steps=0 leaves it out.",
+)
 @_options.training(
     steps="400; 1000 of blocks; 16000 of paper",
     lr="0.003; 0.01 of blocks, kd",
@@ -84,11 +93,12 @@ def quantize(
     method: Method,
     calibration: dict[str, Any],
     finetune: Finetuning | None,
+    rounding: tuple[str, ...],
     training: dict[str, Any],
     objectives: dict[str, float] | None,
     temperature: float,
     export: str | None,
-    target: str,
+    target: Target,
     mix: str,
     gates: Gates,
     compute: Compute,
@@ -99,58 +109,19 @@ def quantize(
     as_json: bool,
 ) -> None:
     """Make a few-bit model, calibrated and fine-tuned on images made from it."""
-    import dataclasses
     import json
-    from functools import partial
 
-    from dfcompress.quantization.bits import layers_of
     from dfcompress.quantization.layer_report import REPORT
-    from dfcompress.settings import assignments
-    from dfcompress.synthesis.transfer_set import TransferSetSource
-    from dfcompress.training.loop import require_trainable
-    from dfcompress.training.settings import Training
-    from dfcompress.verbs.invert import plans
-    from dfcompress.verbs.quantize import (
-        BEFORE_LSQ,
-        FINETUNED_BY,
-        competitor,
-        quantize,
-        usual_calibration,
-        usual_images,
-        usual_tuning,
-        wanted_bits,
-    )
+    from dfcompress.verbs.quantize import quantize
 
     gates.require_images(eval_data)
-    patterns = assignments(layer_bits, "--layer-bits")
     if target != "onnxruntime" and not export:
         raise BadInput(f"--target {target} is of the file that --export writes.", "Add --export onnx.")
-    if dry_run:
-        layers = layers_of(model).quantizable
-        calibrating = usual_calibration(method, calibration)
-        wanted = wanted_bits(model, layers, bits, first_last_bits, patterns, size_ratio, calibrating.scheme)
-        if not data:
-            synthesis, mix = usual_images(method, model, synthesis, mix)
-        finetune = finetune or FINETUNED_BY[method]
-        tuning = usual_tuning(finetune, training, method=method, input_size=model.card.input_size)
-        competing = partial(competitor, model, wanted, calibrating, compute)
-        supply = TransferSetSource(model, data, synthesis, compute, mix=mix, learner=competing)
-        if isinstance(tuning, Training):
-            require_trainable(model, tuning, compute, [len(supply)], repair=True)
-        rounding = BEFORE_LSQ if tuning and finetune == "blocks+lsq" else None
-        _summary.plan(
-            *plans(supply),
-            as_json=as_json,
-            calibration=dataclasses.asdict(calibrating),
-            rounding=dataclasses.asdict(rounding) if rounding else None,
-            training=dataclasses.asdict(tuning) if tuning else None,
-        )
-        return
-    result = quantize(
+    plan = quantize.plan(
         model,
         bits=bits,
         first_last_bits=first_last_bits,
-        layer_bits=patterns,
+        layer_bits=assignments(layer_bits, "--layer-bits"),
         size_ratio=size_ratio,
         data=data,
         output=output,
@@ -159,15 +130,20 @@ def quantize(
         method=method,
         calibration=calibration,
         finetune=finetune,
+        rounding=assignments(rounding, "--rounding-set"),
         training=training,
         objectives=objectives,
         temperature=temperature,
-        export=target if export else None,  # type: ignore[arg-type]
+        export=target if export else None,
         compute=compute,
         eval_data=eval_data,
         resume=resume,
         overwrite=overwrite,
     )
+    if dry_run:
+        _summary.plan(plan, as_json=as_json)
+        return
+    result = plan.execute()
     _summary.compressed(result, as_json=as_json)
     if not as_json:
         _summary.layers(json.loads((Path(result.output) / REPORT).read_text()))

@@ -143,12 +143,12 @@ def cut_out(images: Tensor, share: float, centres: Tensor) -> Tensor:
     """
     height, width = images.shape[2:]
     centres = centres.to(images.device)
-    rows = _near(height, centres[:, 0], share)[:, None, :, None]
-    columns = _near(width, centres[:, 1], share)[:, None, None, :]
+    rows = near(height, centres[:, 0], share)[:, None, :, None]
+    columns = near(width, centres[:, 1], share)[:, None, None, :]
     return torch.where(rows & columns, images.mean((1, 2, 3), keepdim=True), images)
 
 
-def _near(pixels: int, centre: Tensor, size: float) -> Tensor:
+def near(pixels: int, centre: Tensor, size: float) -> Tensor:
     """Where a pixel `(N, pixels)` is within `size` / 2 of `centre`, in shares of the side."""
     place = (torch.arange(pixels, device=centre.device) + 0.5) / pixels
     return (place - centre[:, None]).abs() <= size / 2

@@ -14,11 +14,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from dfcompress.models.classifier import Classifier, evaluating, pass_once
 from dfcompress.models.hooks import hooked_inputs
-from dfcompress.models.plain_layers import BATCHNORMS, is_altered
+from dfcompress.models.plain_layers import BATCHNORMS, COUNTER, NORMALISING, is_altered
 
 OF_RANK: dict[int, type[_BatchNorm]] = dict(enumerate((BATCHNORMS[0], *BATCHNORMS), start=2))
 EPS = 1e-5  # torch's, for layers that state none.
-_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _CLOSE = 1e-4  # Of a channel's largest output; rounding is 1e-6 of it.
 
 
@@ -100,9 +99,9 @@ def _has_only_batchnorms_tensors(module: nn.Module) -> bool:
     if is_altered(module) or (isinstance(module, _BatchNorm) and [*module.children()]):
         return False
     tensors = _own_tensors(module)
-    if not tensors.keys() <= _TENSORS or ("weight" in tensors) != ("bias" in tensors):
+    if not tensors.keys() <= {*NORMALISING, COUNTER} or ("weight" in tensors) != ("bias" in tensors):
         return False
-    return all(tensor.shape == mean.shape for name, tensor in tensors.items() if name != "num_batches_tracked")
+    return all(tensor.shape == mean.shape for name, tensor in tensors.items() if name != COUNTER)
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:

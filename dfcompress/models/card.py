@@ -19,6 +19,7 @@ class ModelCard:
     """What one must know to use the weights.
 
     `input_size` is (channels, height, width) in pixels, `mean` and `std` are per channel of images in [0, 1].
+    `widths` are the channels in and out of each layer that has others than its architecture (see `resizing`).
     `origin` says of each field whether the user gave it, the file stated it (*read*), the tensors imply it
     (*recognised*), or it is what is usual (*assumed*). `config` is what transformers builds a network from.
     """
@@ -31,16 +32,17 @@ class ModelCard:
     class_names: tuple[str, ...] | None = None
     origin: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Any] | None = None
+    widths: Mapping[str, tuple[int, int]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The card as plain JSON values."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {name: value for name, value in values.items() if name != "config" or value}
+        return {name: value for name, value in values.items() if name not in ("config", "widths") or value}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelCard:
         """The card that `to_json` wrote."""
-        names = values.get("class_names")
+        names, widths = values.get("class_names"), values.get("widths") or {}
         return cls(
             architecture=values["architecture"],
             classes=int(values["classes"]),
@@ -50,4 +52,5 @@ class ModelCard:
             class_names=tuple(names) if names else None,
             origin=dict(values.get("origin", {})),
             config=values.get("config"),
+            widths={name: (taken, given) for name, (taken, given) in widths.items()} or None,
         )

@@ -23,17 +23,8 @@ from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models import packing
 from dfcompress.models.answers import gives_logits, require_exclusive, take_logits
-from dfcompress.models.architectures import (
-    HALF,
-    SMALL_INPUT,
-    TRANSFORMERS,
-    Architecture,
-    architectures,
-    named,
-    plain,
-    runs_code,
-    tensors_of,
-)
+from dfcompress.models.architecture import SMALL_INPUT, Architecture, tensors_of
+from dfcompress.models.architectures import HALF, architectures, named, plain, runs_code
 from dfcompress.models.batchnorms import has_foreign_batchnorms, plain_batchnorms
 from dfcompress.models.card import (
     CIFAR_MEAN,
@@ -47,13 +38,13 @@ from dfcompress.models.card import (
 )
 from dfcompress.models.classifier import STEADY, Classifier, load_tensors, pass_once, why_not_run
 from dfcompress.models.fake_quantizers import dequantized, is_quantized
-from dfcompress.models.huggingface import card_of, is_of_transformers, take_rgb
+from dfcompress.models.huggingface import TRANSFORMERS, card_of, is_of_transformers, take_rgb
 from dfcompress.models.plain import is_plain, make_plain
 from dfcompress.models.recognition import MISSING, Recognised, differences, first, fit_to, recognise, why_in_part
+from dfcompress.models.resizing import REMEDY
 from dfcompress.models.safe_reading import (
     CARD_KEY,
     CONFIG,
-    COUNTERS,
     QUANTIZATION_KEY,
     WEIGHTS,
     StoredModel,
@@ -62,6 +53,7 @@ from dfcompress.models.safe_reading import (
     serialised,
     sha256,
     weights_file,
+    without_counters,
 )
 from dfcompress.models.statistics import require_variances
 from dfcompress.run import write_atomically, write_json
@@ -105,13 +97,15 @@ def load(
         "class_names": _names(Path(classes)) if classes else None,
     }
     given = _checked(given, "the command line")
+    if arch and arch != stated.get("architecture"):
+        stated.pop("widths", None)  # They are of the layers of another network.
     known = given.get("classes", stated.get("classes", 0))
     if stored.quantization is not None:
         fit = _fit_of_packed(arch, stated | given, stored, path)
     elif match_by_order:
         fit = _fit_by_order(arch, stored.tensors, path, known)
     elif arch:
-        fit = _fit_of(named(arch), stored.tensors, path, known)
+        fit = _fit_of(named(arch, widths=stated.get("widths")), stored.tensors, path, known)
     elif "architecture" in stated:
         fit = _fit_of_stated(stated, stored.tensors, path, known)
     else:
@@ -172,11 +166,11 @@ def load_saved(folder: Path, classifier: Classifier) -> Classifier:
 def _is_built_by_name(classifier: Classifier) -> bool:
     """Whether the name on the card leads to a network with these tensors."""
     card = classifier.card
-    tensors = {name: value for name, value in classifier.network.state_dict().items() if not name.endswith(COUNTERS)}
+    tensors = without_counters(classifier.network.state_dict())
     with suppress(BadInput):
         return any(
             {name: value.shape for name, value in tensors.items()} == tensors_of(form, card.classes, card.input_size[0])
-            for form in _forms(named(card.architecture, card.config))
+            for form in _forms(named(card.architecture, card.config, card.widths))
         )
     return False
 
@@ -259,6 +253,8 @@ def _files(classifier: Classifier) -> tuple[bytes, dict[str, Any]]:
             "label_names": card["class_names"],
         },
     }
+    if classifier.card.widths:
+        config["widths"] = card["widths"]
     if is_quantized(classifier.network):
         tensors, quantization = packing.pack_network(classifier.network)
         metadata[QUANTIZATION_KEY] = json.dumps(quantization, separators=(",", ":"))
@@ -281,8 +277,7 @@ def write_sidecar(classifier: Classifier) -> Path:
 
 def state_bytes(network: nn.Module) -> int:
     """Bytes of a network's parameters and buffers in fp32, without BatchNorm's counters."""
-    tensors = network.state_dict().items()
-    return sum(4 * tensor.numel() for name, tensor in tensors if not name.endswith(COUNTERS))
+    return sum(4 * tensor.numel() for tensor in without_counters(network.state_dict()).values())
 
 
 def _fit_of(architecture: Architecture, tensors: Mapping[str, Tensor], path: Path, classes: int = 0) -> Recognised:
@@ -291,9 +286,8 @@ def _fit_of(architecture: Architecture, tensors: Mapping[str, Tensor], path: Pat
         if fit := fit_to(form, tensors, str(path), classes):
             return fit
     found = differences(architecture, tensors, classes)
-    raise BadInput(
-        f"{path} is not {architecture.name}: {first(found)}.", _remedy(architecture, tensors, path, classes, found)
-    )
+    name = architecture.name + (" of the widths that its card states" if architecture.widths else "")
+    raise BadInput(f"{path} is not {name}: {first(found)}.", _remedy(architecture, tensors, path, classes, found))
 
 
 def _forms(architecture: Architecture) -> list[Architecture]:
@@ -305,6 +299,8 @@ def _remedy(
     architecture: Architecture, tensors: Mapping[str, Tensor], path: Path, classes: int, found: list[str]
 ) -> str:
     """What helps against the differences found between a file and the architecture that was named for it."""
+    if architecture.widths:
+        return REMEDY
     if not architecture.foreign:
         with suppress(BadInput):
             return f"It is {recognise(tensors, str(path)).architecture.name}: leave --arch out, or name that."
@@ -321,8 +317,8 @@ def _fit_of_stated(stated: Mapping[str, Any], tensors: Mapping[str, Tensor], pat
     """The architecture that a file states: ours by name, else timm's, else the one its tensors tell; never code."""
     name = stated["architecture"]
     _refuse_code(name, None, path)
-    if name.startswith((HALF, TRANSFORMERS)):
-        return _fit_of(named(name, stated.get("config")), tensors, path, classes)
+    if name.startswith((HALF, TRANSFORMERS)) or stated.get("widths"):
+        return _fit_of(named(name, stated.get("config"), stated.get("widths")), tensors, path, classes)
     if name in architectures() and (fit := fit_to(architectures()[name], tensors, str(path))):
         return fit
     timm_name = name.removeprefix("timm:")
@@ -385,7 +381,7 @@ def _fit_of_packed(arch: str | None, card: Mapping[str, Any], stored: StoredMode
     _refuse_code(name, arch, path)
     if name != arch and name not in architectures() and not name.startswith(("timm:", HALF, TRANSFORMERS)):
         raise BadInput(f"{path} states the architecture {name!r}, which is not known.", "Add --arch file.py:factory.")
-    architecture = named(name, card.get("config"))
+    architecture = named(name, card.get("config"), card.get("widths"))
     _require_room(architecture, classes, card["input_size"][0], stored, path)
     return Recognised(architecture, architecture.namings[0], classes, card["input_size"][0], {})
 
@@ -406,7 +402,7 @@ def _refuse_code(stated: str, arch: str | None, path: Path) -> None:
 
 
 def _packed(fit: Recognised, stored: StoredModel) -> nn.Module:
-    network = make_plain(fit.architecture.make(fit.classes, fit.channels))
+    network = make_plain(fit.architecture.build(fit.classes, fit.channels))
     packing.unpack_network(network, stored.tensors, stored.quantization)
     return network
 
@@ -441,6 +437,7 @@ def _card(fit: Recognised, stated: Mapping[str, Any], given: Mapping[str, Any]) 
         origin |= dict.fromkeys(layer, how)
     # A file may state a name that only its tensors made clear: timm's, or one of a later version.
     values["architecture"] = fit.architecture.name
+    values["widths"] = dict(fit.architecture.widths) or None
     _check_fits(values, fit)
     return ModelCard.from_json({**values, "origin": origin})
 
@@ -470,7 +467,7 @@ def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         "class_names": (listed, lambda value: all(isinstance(name, str) for name in value), "a list of names"),
         "config": (dict, lambda value: isinstance(value.get("model_type"), str), "an object with a model_type"),
     }
-    checked = {}
+    checked: dict[str, Any] = {}
     for name, (kind, is_right, wanted) in kinds.items():
         value = values.get(name)
         if value is None:
@@ -478,14 +475,30 @@ def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(value, kind) or not is_right(value):
             raise BadInput(f"{where}: {name} is {value!r}.", f"It must be {wanted}.")
         checked[name] = tuple(value) if isinstance(value, (list, tuple)) else value
+    if values.get("widths") is not None:
+        checked["widths"] = _widths(values["widths"], where)
     return checked
 
 
 SIZES, SHARES = "3 positive integers, CxHxW", "one share of 1 a channel"
+# So that the sizes of tensors are numbers of 64 bits: 2^20 by 2^20 channels of 11x11 pixels.
+WIDEST = 2**20
+WIDTHS = f"the channels in and out of each layer, from 1 to {WIDEST:,}"
 
 
 def _is_size(value: object) -> bool:
     return type(value) is int and value > 0
+
+
+def _widths(values: object, where: str) -> dict[str, tuple[int, int]]:
+    """The widths of a card; raises `BadInput` naming the layer whose widths are none."""
+    if not isinstance(values, dict):
+        raise BadInput(f"{where}: widths is {str(values)[:40]!r}.", f"It must be an object of {WIDTHS}.")
+    for name, channels in values.items():
+        is_pair = isinstance(channels, (list, tuple)) and len(channels) == 2
+        if not is_pair or not all(_is_size(each) and each <= WIDEST for each in channels):
+            raise BadInput(f"{where}: the widths of {name!r} are {str(channels)[:40]}.", f"Give {WIDTHS}.")
+    return {name: (taken, given) for name, (taken, given) in values.items()}
 
 
 def _is_number(value: object) -> bool:

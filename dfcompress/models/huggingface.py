@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from dfcompress.errors import BadInput, first_line
-from dfcompress.models.architectures import TRANSFORMERS, Architecture
+from dfcompress.models.architecture import Architecture
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import counted_runs
 from dfcompress.models.safe_reading import CONFIG, read_json
 
+TRANSFORMERS = "transformers:"
 PREPROCESSOR = "preprocessor_config.json"
 # What a folder's config says of how to build and where to find things, and not of the network.
 DROPPED = ("auto_map", "dtype", "torch_dtype", "use_pretrained_backbone", "_name_or_path", "quantization_config")

@@ -38,6 +38,7 @@ from dfcompress.models.fake_quantizers import (
     quantize_layers,
     quantized_layers,
 )
+from dfcompress.models.safe_reading import without_counters
 
 SYMMETRIC, ASYMMETRIC = 2, 3  # Versions: whether zero points of weights may occur.
 SCALES, ZERO_POINTS = "quantization.scales", "quantization.zero_points"
@@ -90,7 +91,7 @@ def pack_network(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
     `network` is quantized, calibrated and frozen; `ValueError` where it is not.
     """
     layers = quantized_layers(network)
-    tensors, grids = _plain_tensors(network), []
+    tensors, grids = without_counters(network.state_dict()), []
     for name, layer in layers.items():
         integers, grid = layer.integer_weight()
         del tensors[f"{name}.weight"]
@@ -103,12 +104,6 @@ def pack_network(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
     described = {name: _described(name, layer) for name, layer in layers.items()}
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return stored, {"version": ASYMMETRIC if zero_points else SYMMETRIC, "layers": described}
-
-
-def _plain_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The state dict without BatchNorm's counters, which only training reads."""
-    state = network.state_dict()
-    return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
 
 def _described(name: str, layer: QuantizedLayer) -> dict[str, Any]:
@@ -141,7 +136,7 @@ def unpack_network(network: nn.Module, tensors: Mapping[str, Tensor], quantizati
         quantized.set_integer_weight(integers[name], grids[name])
         quantized.input_grid = layers[name].input_grid
     # The quantized weights are in place already.
-    load_tensors(network, {name: tensors[name] for name in _plain_tensors(network) if name in tensors})
+    load_tensors(network, {name: tensors[name] for name in without_counters(network.state_dict()) if name in tensors})
 
 
 @dataclass(frozen=True)
@@ -186,7 +181,8 @@ def _parsed_layer(name: str, values: object) -> _PackedLayer:
 
 def _expected_tensors(network: nn.Module, layers: Mapping[str, _PackedLayer]) -> _Layout:
     """Type and shape of every tensor that a file of this network and these layers holds."""
-    expected = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in _plain_tensors(network).items()}
+    state = without_counters(network.state_dict())
+    expected = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in state.items()}
     channels = {True: 0, False: 0}  # By whether they are symmetric.
     for name in quantizable_layers(network, layers):
         _, shape = expected.pop(f"{name}.weight")

@@ -22,7 +22,7 @@ from dfcompress.device import exact_fp32
 from dfcompress.models.classifier import evaluating
 
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_NORMALISING = {"weight", "bias", "running_mean", "running_var"}
+NORMALISING, COUNTER = {"weight", "bias", "running_mean", "running_var"}, "num_batches_tracked"  # Of a BatchNorm.
 # Of the largest output. Both sides are one fp32 operation each, in the same order or nearly so.
 CLOSE = 1e-5
 # Deviations of the inputs: a layer that clamps at 6, or rounds to 1/255, computes something else for some of them only.
@@ -47,7 +47,7 @@ def after_normalising(module: nn.Module) -> nn.Module | None:
     if not isinstance(module, _BatchNorm) or module.running_mean is None or module.running_var is None:
         return None
     children = [*module.children()]
-    if is_altered(module) or not _owns(module, {*_NORMALISING, "num_batches_tracked"}):
+    if is_altered(module) or not _owns(module, {*NORMALISING, COUNTER}):
         return None
     after = nn.Sequential(*children) if children else nn.Identity()
     plain = type(module) in BATCHNORMS and not children
@@ -75,7 +75,7 @@ def _normalises(norm: _BatchNorm, after: nn.Module) -> bool:
     small as its eps and weights of 1, because an eps that it does not state hides behind a large variance, and all it
     does behind a weight of 0.
     """
-    tensors = {name: tensor for name, tensor in norm.state_dict(keep_vars=True).items() if name in _NORMALISING}
+    tensors = {name: tensor for name, tensor in norm.state_dict(keep_vars=True).items() if name in NORMALISING}
     ones = torch.ones_like(tensors["running_mean"])
     bare = {"running_mean": 0 * ones, "running_var": max(norm.eps, SMALL) * ones, "weight": ones}
     bare = tensors | {name: tensor for name, tensor in bare.items() if name in tensors}

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dfcompress import console
 from dfcompress.errors import BadInput
-from dfcompress.models.architectures import Architecture, Naming, architectures, tensors_of
+from dfcompress.models.architecture import Architecture, Naming, tensors_of
+from dfcompress.models.architectures import architectures
 
 SHOWN = 4
 MISSING = "is missing"

@@ -245,7 +245,7 @@ def channels_of(layer: nn.Module) -> int:
 
 
 def channel_axis(layer: nn.Module) -> int:
-    """Where a weighted layer's output has its channels."""
+    """Where a layer's output has its channels: last behind a linear layer, else second."""
     return -1 if isinstance(layer, nn.Linear) else 1
 
 

@@ -1,7 +1,17 @@
-"""The same network with half the channels."""
+"""The same network with other widths.
+
+    widths_of(network)                               # {"conv1": (3, 16), "bn1": (16, 16), ..., "fc": (64, 10)}
+    resized(network, half_of(network))               # what `half:NAME` names
+    resized(network, {"conv1": (3, 9), "bn1": (9, 9), "conv2": (9, 16)})
+
+Widths are the channels that a layer takes and the channels that it gives, by the layer's name; a normalising layer has
+one number for both. Depthwise convolutions have as many groups as channels, whatever these are; of other convolutions
+the number of groups stays. The caller knows which widths go together, those of residual additions for instance.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,55 +19,91 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from dfcompress.errors import BadInput
 
-def halved(network: nn.Module) -> nn.Module:
-    """The network itself, every layer changed to half the channels (rounded up), but for what goes in and comes out.
+# Where layers of a class keep the channels that they take and give.
+_WEIGHTED = {_ConvNd: ("in_channels", "out_channels"), nn.Linear: ("in_features", "out_features")}
+_NORMALISING = {_BatchNorm: "num_features", nn.GroupNorm: "num_channels", nn.LayerNorm: "normalized_shape"}
+_PLACES = _WEIGHTED | {kind: (place, place) for kind, place in _NORMALISING.items()}
 
-    Weights start anew, as each layer's own class initialises them. Networks whose forward pass counts channels itself
-    (transformers, for instance) cannot run afterwards.
+REMEDY = "Correct the widths on the model's card, or make the model again."
+
+
+def widths_of(network: nn.Module) -> dict[str, tuple[int, int]]:
+    """The widths of all layers that have some, quantized or not, in the order the layers are registered."""
+    return {name: _widths(layer) for name, layer in network.named_modules() if _places(layer)}
+
+
+def half_of(network: nn.Module) -> dict[str, tuple[int, int]]:
+    """Half the widths of a network, rounded up; what goes into its first layer and comes out of its last one stays."""
+    whole = widths_of(network)
+    half = {name: ((taken + 1) // 2, (given + 1) // 2) for name, (taken, given) in whole.items()}
+    weighted = [name for name in whole if isinstance(network.get_submodule(name), tuple(_WEIGHTED))]
+    for name in weighted[:1]:
+        half[name] = whole[name][0], half[name][1]
+    for name in weighted[-1:]:
+        half[name] = half[name][0], whole[name][1]
+    return half
+
+
+def resized(network: nn.Module, widths: Mapping[str, tuple[int, int]]) -> nn.Module:
+    """The network itself, its layers changed to the `widths` that name them; other layers stay as they are.
+
+    Weights start anew, as each layer's own class initialises them, on the device where they were. Networks whose
+    forward pass counts channels itself (transformers, for instance) cannot run afterwards.
+    Raises `BadInput`, before anything changes, for names that are no layers and widths that a layer cannot have.
     """
-    weighted = [module for module in network.modules() if isinstance(module, _ConvNd | nn.Linear)]
-    for module in network.modules():
-        if isinstance(module, _ConvNd | nn.Linear):
-            _halve_weighted(module, keep_in=module is weighted[0], keep_out=module is weighted[-1])
-        elif isinstance(module, _BatchNorm):
-            module.num_features = _half(module.num_features)
-            _renew(module, (module.num_features,))
-        elif isinstance(module, nn.GroupNorm):
-            module.num_channels = _half(module.num_channels)
-            module.num_groups = min(module.num_groups, module.num_channels)
-            _renew(module, (module.num_channels,))
-        elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
-            module.normalized_shape = (_half(module.normalized_shape[0]),)
-            _renew(module, module.normalized_shape)
+    layers = dict(network.named_modules())
+    groups = {name: _groups(name, layers.get(name), *channels) for name, channels in widths.items()}
+    for name, layer in layers.items():  # In their own order: initial weights are drawn one after the other.
+        if name in widths:
+            _resize(layer, *widths[name], groups[name])
     return network
 
 
-def _half(count: int) -> int:
-    return (count + 1) // 2
+def _places(layer: nn.Module) -> tuple[str, str] | None:
+    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
+        return None
+    return next((places for kind, places in _PLACES.items() if isinstance(layer, kind)), None)
 
 
-def _halve_weighted(layer: Any, *, keep_in: bool, keep_out: bool) -> None:
-    names = ("in_features", "out_features") if isinstance(layer, nn.Linear) else ("in_channels", "out_channels")
-    taken, given = (getattr(layer, name) for name in names)
-    groups = getattr(layer, "groups", 1)
-    if groups > 1 and groups == taken:  # Depthwise: as many groups as channels.
-        layer.groups = groups = _half(groups)
-    taken, given = taken if keep_in else _half(taken), given if keep_out else _half(given)
-    setattr(layer, names[0], taken)
-    setattr(layer, names[1], given)
-    outer, inner = (taken, given) if getattr(layer, "transposed", False) else (given, taken)
-    shape = (outer, inner // groups, *layer.weight.shape[2:])
-    layer.weight = nn.Parameter(torch.empty(shape, device=layer.weight.device))
-    if layer.bias is not None:
-        layer.bias = nn.Parameter(torch.empty(given, device=layer.bias.device))
+def _widths(layer: nn.Module) -> tuple[int, int]:
+    taken, given = (getattr(layer, place) for place in _places(layer) or ())
+    return (*taken, *given) if isinstance(layer, nn.LayerNorm) else (taken, given)
+
+
+def _groups(name: str, layer: nn.Module | None, taken: int, given: int) -> int:
+    """How many groups a layer of these widths has; raises `BadInput` where it cannot have them."""
+    if layer is None or not _places(layer):
+        raise BadInput(f"The widths name {name!r}, which is no layer that has widths.", REMEDY)
+    if isinstance(layer, tuple(_NORMALISING)) and taken != given:
+        raise BadInput(f"The widths of {name} are {taken} and {given}, and a normalising layer has one.", REMEDY)
+    if isinstance(layer, nn.GroupNorm):
+        groups = min(layer.num_groups, taken)
+    else:
+        groups = getattr(layer, "groups", 1)
+        groups = taken if groups > 1 and groups == _widths(layer)[0] else groups  # Depthwise.
+    if taken % groups or given % groups:
+        raise BadInput(f"The widths of {name} are {taken} and {given}, which {groups} groups cannot share.", REMEDY)
+    return groups
+
+
+def _resize(layer: Any, taken: int, given: int, groups: int) -> None:
+    for place, channels in zip(_places(layer) or (), (taken, given), strict=True):
+        setattr(layer, place, (channels,) if isinstance(layer, nn.LayerNorm) else channels)
+    weighted = isinstance(layer, tuple(_WEIGHTED))
+    if weighted:
+        if isinstance(layer, _ConvNd):
+            layer.groups = groups
+        outer, inner = (taken, given) if getattr(layer, "transposed", False) else (given, taken)
+        shapes = {"weight": (outer, inner // groups, *layer.weight.shape[2:]), "bias": (given,)}
+    else:
+        if isinstance(layer, nn.GroupNorm):
+            layer.num_groups = groups
+        shapes = {"weight": (given,), "bias": (given,), "running_mean": (given,), "running_var": (given,)}
+    for name, shape in shapes.items():
+        old = getattr(layer, name, None)
+        if old is not None:
+            new = torch.empty(shape, device=old.device)
+            setattr(layer, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
     layer.reset_parameters()
-
-
-def _renew(norm: Any, shape: tuple[int, ...]) -> None:
-    for name, parameter in list(norm.named_parameters(recurse=False)):
-        setattr(norm, name, nn.Parameter(torch.empty(shape, device=parameter.device)))
-    for name, buffer in list(norm.named_buffers(recurse=False)):
-        if buffer.dim():
-            setattr(norm, name, torch.empty(shape, device=buffer.device))
-    norm.reset_parameters()

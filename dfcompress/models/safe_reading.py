@@ -24,6 +24,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 PICKLED_WEIGHTS, INDEX = "pytorch_model.bin", ".index.json"  # Hugging Face's names
 CARD_KEY, QUANTIZATION_KEY = "dfcompress", "quantization"
 
+# Of BatchNorms and of averaged models: only training reads them.
 COUNTERS = ("num_batches_tracked", "n_averaged")
 
 
@@ -44,10 +45,15 @@ def read(path: Path) -> StoredModel:
     stored = _read_files(weights_files(path), path)
     if path.is_dir():
         stored = _with_config(stored, path / CONFIG)
-    kept = {name: tensor for name, tensor in stored.tensors.items() if not name.endswith(COUNTERS)}
+    kept = without_counters(stored.tensors)
     if not kept:
         raise BadInput(f"{path} holds no tensors.", "Name a checkpoint with weights.")
     return replace(stored, tensors={name: _usable(tensor, name, path) for name, tensor in kept.items()})
+
+
+def without_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that count in evaluation, by name."""
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTERS)}
 
 
 def weights_file(path: Path) -> Path:
@@ -197,5 +203,6 @@ def _with_config(stored: StoredModel, path: Path) -> StoredModel:
         "mean": pretrained.get("mean"),
         "std": pretrained.get("std"),
         "class_names": pretrained.get("label_names") or config.get("label_names"),
+        "widths": config.get("widths"),
     }
     return replace(stored, card={**{name: value for name, value in stated.items() if value}, **stored.card})

@@ -16,6 +16,7 @@ from dfcompress.device import exact_fp32
 from dfcompress.models.classifier import Classifier, count_runs, evaluating
 from dfcompress.models.fake_quantizers import QuantizedLayer
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
+from dfcompress.models.recorder import channel_axis
 
 PIXELS = 2**20  # Of all images that are seen at once,
 FEWEST = 64  # but never fewer images.
@@ -72,7 +73,7 @@ def _shifted(layer: nn.Module, output: Tensor, wanted: Tensor) -> Tensor:
     """The output of a layer whose bias has been moved so that it has the mean `wanted`."""
     shift = (wanted - _moments(layer, output)[0]).to(output.dtype)
     layer.get_parameter("bias").add_(shift)
-    axis = _channels_of(layer)
+    axis = channel_axis(layer)
     return (output.movedim(axis, -1) + shift).movedim(-1, axis)
 
 
@@ -89,13 +90,8 @@ def _renormalise(norm: _BatchNorm, features: Tensor, wanted_mean: Tensor, wanted
     norm.running_var.copy_(new_divisor - norm.eps)
 
 
-def _channels_of(module: nn.Module) -> int:
-    """The dimension of a module's channels: the last of a linear layer, else the second."""
-    return -1 if isinstance(module, nn.Linear) else 1
-
-
 def _moments(module: nn.Module, activations: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel `(C,)`, in float64."""
-    channels = activations.movedim(_channels_of(module), 0).flatten(1)
+    channels = activations.movedim(channel_axis(module), 0).flatten(1)
     variance, mean = torch.var_mean(channels.double(), dim=1, correction=0)
     return mean, variance

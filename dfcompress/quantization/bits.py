@@ -15,8 +15,8 @@ from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.fake_quantizers import FLOAT_BITS, WIDTHS, can_be_quantized
 from dfcompress.models.hooks import hooked_inputs
 from dfcompress.models.uses import unused_weights
+from dfcompress.settings import AUTO
 
-AUTO = "auto"
 FLOAT = "float"
 SAME = "same"
 USUAL_ENDS = 8

@@ -37,6 +37,7 @@ from dfcompress.models.fake_quantizers import (
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
 from dfcompress.randomness import generator, seed_of
 from dfcompress.run import Clock, save_state
+from dfcompress.schedules import cosine
 
 IMAGES = 1024  # Features of so many are in memory,
 FEATURES = 2**32  # or of fewer, so that they take no more bytes.
@@ -192,8 +193,8 @@ def _reconstruct_unit(
 def _sharpness(step: int, settings: Reconstruction) -> float:
     """β of a step: it falls along a cosine."""
     first, last = SHARPNESS
-    done = (step / settings.steps - settings.warmup) / (1 - settings.warmup)
-    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * done))
+    progress = (step / settings.steps - settings.warmup) / (1 - settings.warmup)
+    return cosine(progress, 1.0, first=first, last=last)
 
 
 class _Learner:

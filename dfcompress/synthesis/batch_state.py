@@ -67,7 +67,7 @@ class BatchState:
 
     def start_phase(self, *, betas: tuple[float, float]) -> None:
         """A fresh optimiser, and no captured step."""
-        capturable = device.can_capture(self.labels.device)
+        capturable = device.is_cuda(self.labels.device)
         groups = [{"params": parameters} for parameters in self._groups.values()]
         self.optimizer = torch.optim.Adam(groups, betas=betas, fused=True, capturable=capturable)
         self._follow_rates()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from dfcompress import console
+from dfcompress import console, schedules
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.settings import parse, unknown
@@ -57,11 +56,7 @@ class Phase:
     def rate(self, step: int, *, peak: float | None = None) -> float:
         """Learning rate of `step`, counted from 0; that of parameters with another peak rate than the phase's."""
         peak = self.lr if peak is None else peak
-        if step < self.warmup:
-            return peak * (step + 1) / self.warmup
-        if self.schedule == "constant":
-            return peak
-        return peak * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+        return schedules.rate(step, peak=peak, steps=self.steps, schedule=self.schedule, warmup=self.warmup)
 
 
 @dataclass(frozen=True)

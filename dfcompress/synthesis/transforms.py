@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
+from dfcompress.data.pool import near
+
 Drawn = tuple[Tensor, ...]
 
 
@@ -98,8 +100,8 @@ def random_crops(copies: int = 4, *, smallest: float = 0.75, cutout: float = 0.2
         rows = _resampling(height, side[:, 0], corner[:, 0], torch.zeros_like(mirrored))
         columns = _resampling(width, side[:, 0], corner[:, 1], mirrored)
         crops = torch.einsum("nih,nchw,njw->ncij", rows, images.repeat(copies, 1, 1, 1), columns)
-        kept_rows = _outside(height, centre[:, 0], cutout)
-        kept_columns = _outside(width, centre[:, 1], cutout)
+        kept_rows = (~near(height, centre[:, 0], cutout)).float()
+        kept_columns = (~near(width, centre[:, 1], cutout)).float()
         return crops * torch.maximum(kept_rows[:, None, :, None], kept_columns[:, None, None, :])
 
     return Transform(apply, sample)
@@ -111,12 +113,6 @@ def _resampling(pixels: int, side: Tensor, start: Tensor, mirrored: Tensor) -> T
     place = torch.where(mirrored[:, None] > 0, 1 - place, place)
     source = ((start[:, None] + side[:, None] * place) * pixels - 0.5).clamp(0, pixels - 1)
     return (1 - (source[:, :, None] - torch.arange(pixels, device=side.device)).abs()).clamp_min(0)
-
-
-def _outside(pixels: int, centre: Tensor, size: float) -> Tensor:
-    """1 where a pixel `(N, pixels)` is further than `size` / 2 from `centre`, else 0."""
-    place = (torch.arange(pixels, device=centre.device) + 0.5) / pixels
-    return ((place - centre[:, None]).abs() > size / 2).float()
 
 
 def _rolled(images: Tensor, offset: Tensor) -> Tensor:

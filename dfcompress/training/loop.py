@@ -20,14 +20,13 @@ from dfcompress.distributed import World, world
 from dfcompress.errors import NOT_IN_PLACE, BadInput, DfcompressError, first_line, is_of_layers_in_place
 from dfcompress.models.classifier import Classifier, main_logits, work_of
 from dfcompress.randomness import generator
-from dfcompress.run import write_atomically
+from dfcompress.run import METRICS, STATE, write_atomically
 from dfcompress.training import optimizers, parallel
 from dfcompress.training.distiller import Distiller
 from dfcompress.training.settings import Training
 from dfcompress.training.steps import Steps, dropping, layout_of, training_mode
 
-METRICS = "metrics.jsonl"
-PARTIAL = "training.partial"
+PARTIAL = f"training{STATE}"
 METRICS_POINTS = 100
 UNTRAINED = "Use --finetune none and, where images are made, a --recipe that is not adaptive: they train nothing."
 TRIED = 2  # Images of a trial: BatchNorm cannot normalise a single one whose features are 1x1.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
+from dfcompress import schedules
 from dfcompress.data.pool import Augmentation
 from dfcompress.errors import BadInput
 from dfcompress.training import optimizers
-
-Schedule = Literal["cosine", "multistep", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class Training:
     nesterov: bool = True
     weight_decay: float = 5e-4
     decay_all: bool = False
-    schedule: Schedule = "cosine"
+    schedule: schedules.Schedule = "cosine"
     warmup: float = 0.05
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
@@ -56,7 +55,7 @@ class Training:
         choices = (
             ("optimizer", self.optimizer, optimizers.NAMES),
             ("optimizer-backend", self.backend, optimizers.BACKENDS),
-            ("schedule", self.schedule, get_args(Schedule)),
+            ("schedule", self.schedule, get_args(schedules.Schedule)),
         )
         for what, name, names in choices:
             if name not in names:
@@ -69,11 +68,12 @@ class Training:
 
     def rate(self, step: int) -> float:
         """Learning rate of `step`, counted from 0."""
-        warmup = max(1, round(self.warmup * self.steps)) if self.warmup else 0
-        if step < warmup:
-            return self.lr * (step + 1) / warmup
-        if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
-        if self.schedule == "constant":
-            return self.lr
-        return self.lr * self.gamma ** sum(step >= milestone * self.steps for milestone in self.milestones)
+        return schedules.rate(
+            step,
+            peak=self.lr,
+            steps=self.steps,
+            schedule=self.schedule,
+            warmup=max(1, round(self.warmup * self.steps)) if self.warmup else 0,
+            milestones=self.milestones,
+            gamma=self.gamma,
+        )

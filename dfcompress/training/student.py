@@ -12,12 +12,15 @@ from torch import Tensor
 
 from dfcompress.errors import BadInput
 from dfcompress.models.answers import take_logits, why_not_exclusive
-from dfcompress.models.architectures import HALF, SMALL_INPUT, TRANSFORMERS, architectures, named
-from dfcompress.models.card import ModelCard
+from dfcompress.models.architecture import SMALL_INPUT, Architecture
+from dfcompress.models.architectures import HALF, architectures, named
+from dfcompress.models.card import ModelCard, Origin
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, why_not_run
 from dfcompress.models.fake_quantizers import dequantized
+from dfcompress.models.huggingface import TRANSFORMERS
 from dfcompress.models.plain import make_plain
+from dfcompress.models.resizing import half_of
 from dfcompress.settings import AUTO
 from dfcompress.training.layer_init import init_from_teacher
 
@@ -38,12 +41,15 @@ def make_student(
     if name is None:
         raise BadInput("No student was named.", "Give an architecture with --student, for instance half.")
     channels = card.input_size[0]
-    taken = _meant(name, card)
+    architecture = _architecture(name, card)
+    taken = architecture.name
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        network = named(taken, card.config).make(card.classes, channels)
+        network = architecture.build(card.classes, channels)
     config = card.config if TRANSFORMERS in taken else None
-    own = replace(card, architecture=taken, origin={**card.origin, "architecture": "given"}, config=config)
+    origin: dict[str, Origin] = {**card.origin, "architecture": "given"}
+    widths = dict(architecture.widths) or None
+    own = replace(card, architecture=taken, origin=origin, config=config, widths=widths)
     student = Classifier(make_plain(network), own)
     take_logits(student)
     if unfit := why_not_run(student) or why_not_exclusive(student):
@@ -86,6 +92,15 @@ def begin_student(
             student = Classifier(student.network, own)
             return Begun(student, f"{sentence} It begins with layers of {teacher.name}.", teacher.name)
     return Begun(student, sentence, None)
+
+
+def _architecture(name: str, card: ModelCard) -> Architecture:
+    """What a student's name means; half of a network of other widths is half of these."""
+    if name == "half" and card.widths:
+        whole = named(card.architecture, card.config, card.widths)
+        widths = half_of(whole.make_empty(card.classes, card.input_size[0]))
+        return named(card.architecture, card.config, widths)
+    return named(_meant(name, card), card.config)
 
 
 def _meant(name: str, card: ModelCard) -> str:

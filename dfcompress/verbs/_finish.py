@@ -4,7 +4,7 @@ teachers, and its accuracy if asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dfcompress import console
-from dfcompress.data.real import reshaped
+from dfcompress.data.real import open_images, reshaped
 from dfcompress.device import resolve_device
 from dfcompress.distributed import world
 from dfcompress.evaluation.metrics import answers
@@ -21,8 +21,10 @@ from dfcompress.evaluation.onnx_check import Exported
 from dfcompress.models.checkpoint import load_saved, save, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.safe_reading import file_bytes
+from dfcompress.quantization.reconstruction import Reconstructed
 from dfcompress.run import Run
 from dfcompress.synthesis.transfer_set import TransferSet, in_batches
+from dfcompress.training.loop import Trained
 from dfcompress.verbs.evaluate import Evaluation, evaluate, placed
 
 FEW_IMAGES = 30
@@ -70,7 +72,7 @@ class Compressed:
 
 
 @dataclass(frozen=True)
-class TeacherReport:
+class Taught:
     """A teacher, the images it taught with, and which of the student's classes each of its own is, `(classes,)`."""
 
     teacher: Classifier
@@ -78,14 +80,12 @@ class TeacherReport:
     outputs: Tensor
 
 
-def same_classes(teacher: Classifier, images: TransferSet) -> TeacherReport:
-    """A teacher whose classes are the student's."""
-    return TeacherReport(teacher, images, torch.arange(teacher.card.classes))
-
-
 def evaluator(data: str | Path | None, teacher: Classifier, device: str) -> Measure:
-    """Counts teacher and student on real images, where there are some."""
-    return lambda saved: evaluate([teacher, saved], data=data, device=device) if data is not None else None
+    """Counts teacher and student on real images, where there are some; raises `BadInput` where they do not fit."""
+    if data is None:
+        return lambda saved: None
+    open_images(data, teacher.card)  # A wrong path should not cost an hour of work.
+    return lambda saved: evaluate([teacher, saved], data=data, device=device)
 
 
 def load_finished(run: Run, student: Classifier, measure: Measure) -> Compressed | None:
@@ -102,16 +102,16 @@ def load_finished(run: Run, student: Classifier, measure: Measure) -> Compressed
 def save_and_measure(
     run: Run,
     student: Classifier,
-    taught: Sequence[TeacherReport],
+    taught: Sequence[Taught],
     *,
-    trained: Mapping[str, Any] | None,
+    trained: Trained | Reconstructed | None,
     device: str,
     measure: Measure,
     export: Callable[[Classifier], Exported] | None = None,
 ) -> Compressed:
     """Save `student` in the run's folder, measure what was saved beside the teachers, and close the run.
 
-    `trained` is what the record tells of the training, its `seconds` among it.
+    `trained` is what the training told, for `run.json`.
     """
     if not world().is_main:
         return Compressed.from_json(world().broadcast())
@@ -124,7 +124,7 @@ def save_and_measure(
     seconds = {
         "synthesis": sum(each.images.synthesis_seconds for each in taught),
         **run.seconds,
-        "training": trained["seconds"] if trained else 0.0,
+        "training": trained.seconds if trained else 0.0,
     }
     size = file_bytes(run.folder)
     result = Compressed(
@@ -140,12 +140,12 @@ def save_and_measure(
         evaluation=measure(saved),
         export=export(saved) if export else None,
     )
-    run.finish({**result.to_json(), "training": trained})
+    run.finish({**result.to_json(), "training": asdict(trained) if trained else None})
     return Compressed.from_json(world().broadcast(result.to_json()))
 
 
 def _followed(
-    student: Classifier, taught: Sequence[TeacherReport], target: torch.device
+    student: Classifier, taught: Sequence[Taught], target: torch.device
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """How far the student follows each teacher, and what looks wrong; computed on `target`."""
     teachers, warnings = [], []
@@ -168,7 +168,7 @@ def _followed(
     return teachers, warnings
 
 
-def _answers(student: Classifier, taught: TeacherReport, images: Tensor) -> tuple[Tensor, Tensor] | None:
+def _answers(student: Classifier, taught: Taught, images: Tensor) -> tuple[Tensor, Tensor] | None:
     """The student's classes and the teacher's, as the student counts them; None without images."""
     if not len(images):
         return None

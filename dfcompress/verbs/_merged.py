@@ -16,6 +16,7 @@ from dfcompress.device import exact_fp32, resolve_device
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import TOP, Predictions
 from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.verbs._finish import Measure
 from dfcompress.verbs.evaluate import Evaluation, counted, placed
 
 LARGEST_LOGIT = "the teachers' largest logit"
@@ -31,10 +32,15 @@ class _Asked:
     largest: Tensor
 
 
-def open_test_images(
-    data: Sequence[str | Path], student: Classifier, teachers: Sequence[Classifier]
-) -> list[ImageSource]:
-    """One source whose labels are the student's classes, or one for each teacher with the labels it knows.
+def merged_evaluator(
+    data: Sequence[str | Path],
+    student: Classifier,
+    teachers: Sequence[Classifier],
+    outputs: Sequence[Tensor],
+    device: str,
+) -> Measure:
+    """Counts teachers and student on real images, where there are some: on one source whose labels are the student's
+    classes, or on one for each teacher with the labels it knows.
 
     Raises `BadInput` for any other number, and for images that do not fit.
     """
@@ -44,7 +50,10 @@ def open_test_images(
             "Give one with the student's classes, or one for each teacher in order.",
         )
     cards = [student.card] if len(data) == 1 else [teacher.card for teacher in teachers]
-    return [open_images(path, card) for path, card in zip(data, cards, strict=False)]
+    sources = [open_images(path, card) for path, card in zip(data, cards, strict=False)]
+    if not sources:
+        return lambda saved: None
+    return lambda saved: evaluate_merged(saved, teachers, outputs, sources, device=device)
 
 
 def evaluate_merged(

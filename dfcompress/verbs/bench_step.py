@@ -47,7 +47,7 @@ def bench_step(
     precision = device.precision_name(device.resolve_precision(compute.precision, target))
     compiled = compute.compile != "off" and device.can_compile(target)
     eager = Execution(str(target), "fp32", False, torch.get_num_threads(), "")
-    fast = replace(eager, compile=compiled, capture=compute.compile != "off" and device.can_capture(target))
+    fast = replace(eager, compile=compiled, capture=compute.compile != "off" and device.is_cuda(target))
     fp32, bf16 = torch.float32, torch.bfloat16
     steps = {
         "published": _published(teacher, batch_size, target, fp32),
@@ -61,7 +61,7 @@ def bench_step(
         steps["+compiled"] = _ours(teacher, batch_size, fast)
     steps["ours"] = _ours(teacher, batch_size, replace(fast, precision=precision))
     times = interleaved(steps, rounds=rounds, warm_up=WARM_UP, target=target)
-    flops = _flops(teacher, batch_size) if device.can_capture(target) else None
+    flops = _flops(teacher, batch_size) if device.is_cuda(target) else None
     rows = [row(name, seconds, batch_size, flops) for name, seconds in times.items()]
     return Bench(rows, batch_size, rounds, device.processor_name(target), _ceilings(target))
 
@@ -76,7 +76,7 @@ def _flops(teacher: Classifier, batch_size: int) -> int:
 
 def _ceilings(target: torch.device) -> dict[str, float] | None:
     """What the device reaches in a large bf16 product and in a large copy; None on a CPU."""
-    if not device.can_capture(target):
+    if not device.is_cuda(target):
         return None
     matrix = torch.randn(CEILING_SIDE, CEILING_SIDE, device=target, dtype=torch.bfloat16)
     copied = torch.empty_like(matrix)

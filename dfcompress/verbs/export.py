@@ -29,6 +29,7 @@ from dfcompress.quantization.mixed_precision import uncalibrated
 from dfcompress.quantization.onnx import write_onnx
 from dfcompress.randomness import generator
 from dfcompress.run import write_atomically
+from dfcompress.synthesis.transfer_set import SYNTHETIC
 
 Target = Literal["onnxruntime", "tensorrt"]
 
@@ -131,7 +132,7 @@ def _beside(classifier: Classifier) -> Path:
 
 def _images(classifier: Classifier, data: str | Path | None) -> Tensor:
     """Images `(N, C, H, W)` in [0, 1] to compare on, `CHECKED` at most."""
-    made = classifier.path / "synthetic" if classifier.path else None
+    made = classifier.path / SYNTHETIC if classifier.path else None
     if data is None and made is not None and (made / MANIFEST).exists():
         data = made
     if data is None:

@@ -8,28 +8,27 @@ dfcompress.invert(dfcompress.load("net.pt", arch="net.py:make"), output="images"
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import Compute, Execution, peak_memory_bytes, predicted_seconds, resolve_device
+from dfcompress.device import Compute, resolve_device
 from dfcompress.distributed import world
 from dfcompress.evaluation.metrics import bn_divergence, share_correct
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.statistics import why_no_statistics
-from dfcompress.run import running
-from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis
-from dfcompress.synthesis.set_builder import build_set, execution_of, seconds_of, warnings_of
+from dfcompress.run import Run
+from dfcompress.synthesis.recipe import Recipe, Synthesis
+from dfcompress.synthesis.set_builder import build_set, seconds_of, warnings_of
 from dfcompress.synthesis.spec import SynthesisSpec, resolve
-from dfcompress.synthesis.synthesizer import seconds_per_step
-from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training.co_trained_student import CoTrainedStudent
 from dfcompress.training.loop import require_passes
 from dfcompress.training.student import make_student
+from dfcompress.verbs._plan import Plan, Synthesize, planned
 from dfcompress.verbs.evaluate import placed
 
 IMAGES = 1024
@@ -62,6 +61,7 @@ class Inversion:
         return asdict(self)
 
 
+@planned
 def invert(
     checkpoint: str | Path | Classifier,
     *,
@@ -72,7 +72,7 @@ def invert(
     verify: Sequence[str | Path | Classifier] = (),
     resume: bool = False,
     overwrite: bool = False,
-) -> Inversion:
+) -> Plan[Inversion]:
     """Make a synthetic set from a checkpoint and nothing else.
 
     The folder `output` (default: `<checkpoint>-invert`) holds the shards, `dataset.json`, `preview.png`,
@@ -85,22 +85,27 @@ def invert(
     teacher = as_classifier(checkpoint)
     others = [as_classifier(other) for other in verify]
     spec = resolve(teacher, synthesis.counted(IMAGES))
-    competitor = co_trained_student(teacher, spec.recipe, student, compute)
-    options = {
-        **spec.origin(),
-        **asdict(compute),
-        "teacher": teacher.identity(),
-        "student": student,
-    }
-    folder = Path(output or f"{teacher.name}-invert")
-    inputs = [teacher.path, *spec.inputs]
-    with running("invert", folder, options, inputs=inputs, resume=resume, overwrite=overwrite) as run:
-        synthetic = build_set(spec, folder, compute, student=competitor)
+    competing = co_trained_student(teacher, spec.recipe, student, compute)
+
+    def work(plan: Plan[Inversion], run: Run) -> Inversion:
+        (made,) = plan.synthesis
+        synthetic = build_set(made.spec, run.folder, made.compute, student=competing)
         result = None
         if world().is_main:
-            result = _measured(spec, synthetic, others, resolve_device(compute.device)).to_json()
+            result = _measured(made.spec, synthetic, others, resolve_device(compute.device)).to_json()
             run.finish(result)
         return Inversion(**world().broadcast(result))
+
+    return Plan(
+        verb="invert",
+        folder=Path(output or f"{teacher.name}-invert"),
+        options={**spec.origin(), **asdict(compute), "teacher": teacher.identity(), "student": student},
+        inputs=[teacher.path, *spec.inputs],
+        synthesis=[Synthesize(spec, compute, competing.student if competing else None)],
+        work=work,
+        resume=resume,
+        overwrite=overwrite,
+    )
 
 
 def _measured(
@@ -171,44 +176,3 @@ def co_trained_student(
     )
     require_passes(student, co_trained.training, repair=repair)
     return co_trained
-
-
-@dataclass(frozen=True)
-class SynthesisPlan:
-    """What a synthesis would do: everything resolved, and an estimate of its seconds and of this process's memory."""
-
-    recipe: RecipeChoice
-    images: int
-    batches: int
-    steps: int
-    execution: Execution
-    seconds: float
-    memory_bytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as `--dry-run --json` prints them."""
-        return asdict(self)
-
-
-def plans(*supplies: TransferSetSource) -> list[SynthesisPlan]:
-    """The sets that a verb of these supplies would make. Times a few eager steps of each and touches nothing.
-
-    Raises `BadInput` as the verb does, where a network fails in the precision that was asked for, or in any.
-    """
-    return [_plan(spec, supply.compute, student) for supply in supplies for spec, student in supply.made]
-
-
-def _plan(spec: SynthesisSpec, compute: Compute, student: Classifier | None) -> SynthesisPlan:
-    recipe = spec.recipe
-    batch_size = min(recipe.batch_size, spec.images)
-    batches = -(-spec.images // batch_size)
-    execution = execution_of(spec, compute, student)
-    one = _eager_seconds(spec, execution, batch_size)
-    seconds = predicted_seconds(execution, one * recipe.steps * batches)
-    memory = peak_memory_bytes(torch.device(execution.device))
-    return SynthesisPlan(spec.choice, spec.images, batches, recipe.steps, execution, float(f"{seconds:.3g}"), memory)
-
-
-def _eager_seconds(spec: SynthesisSpec, execution: Execution, batch_size: int) -> float:
-    recipe, eager = spec.recipe, replace(execution, compile=False)
-    return seconds_per_step(recipe, spec.teacher, eager, batch_size, spec.source()) if recipe.steps else 0.0

@@ -8,36 +8,30 @@ dfcompress.merge(["t1.pt", "t2.pt"], student="resnet18", method="paper")
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from dfcompress import console
 from dfcompress.data.pool import Augmentation
-from dfcompress.data.real import reshaped
-from dfcompress.data.synthetic_set import as_float, as_stored
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
-from dfcompress.run import running
 from dfcompress.settings import AUTO, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.transfer_set import NONE, OF_TEACHER, TransferSetSource
 from dfcompress.training.class_map import ClassMap, join_classes
-from dfcompress.training.loop import Trainer, require_trainable
 from dfcompress.training.merging import Merging, Method, require_method
 from dfcompress.training.settings import Training
-from dfcompress.training.student import Begun, begin_student
-from dfcompress.verbs._finish import Compressed, TeacherReport, load_finished, save_and_measure
-from dfcompress.verbs._merged import evaluate_merged, open_test_images
-from dfcompress.verbs.evaluate import Evaluation
+from dfcompress.training.student import begin_student
+from dfcompress.verbs._compression import Compression, Train
+from dfcompress.verbs._finish import Compressed
+from dfcompress.verbs._merged import merged_evaluator
+from dfcompress.verbs._plan import Plan, planned
 from dfcompress.verbs.invert import co_trained_student
 
 MERGING = Training(
@@ -90,59 +84,7 @@ def usual_images(method: Method, synthesis: Synthesis, mix: str) -> tuple[Synthe
     return synthesis, NONE if mix == AUTO else mix
 
 
-def image_supplies(
-    teachers: Sequence[Classifier],
-    data: Sequence[str | Path],
-    synthesis: Synthesis,
-    compute: Compute,
-    *,
-    mix: str,
-    unseen: int = 0,
-    student: str | None = None,
-) -> list[TransferSetSource]:
-    """Where the images of each teacher come from; those that are made have seeds of their own.
-
-    `student` is the architecture that adaptive recipes let images compete with. Raises `BadInput` where `data` are
-    neither none nor one for each teacher.
-    """
-    if len(data) not in (0, len(teachers)):
-        raise BadInput(f"--data was given {len(data)} times for {len(teachers)} teachers.", "Give one for each.")
-    return [
-        TransferSetSource(
-            teacher,
-            its_data,
-            synthesis,
-            replace(compute, seed=compute.seed + number),
-            mix=mix,
-            unseen=unseen,
-            learner=partial(co_trained_student, teacher, student=student, compute=compute),
-        )
-        for number, (teacher, its_data) in enumerate(zip_longest(teachers, data))
-    ]
-
-
-def begin_merged(
-    teachers: Sequence[Classifier],
-    student: str | None,
-    init: str | Path | Classifier | None,
-    *,
-    method: Method,
-    class_map: str | Path | None,
-    seed: int,
-) -> tuple[Begun, ClassMap]:
-    """The student before it is taught, and its outputs; raises `BadInput` where the teachers cannot be merged."""
-    _check_different(teachers)
-    outputs = join_classes(teachers, class_map)
-    begun = begin_student(
-        student,
-        _common_card(teachers, outputs),
-        init=init,
-        teachers=list(zip(teachers, outputs.of, strict=True)) if method != "paper" else [],
-        seed=seed,
-    )
-    return begun, outputs
-
-
+@planned
 def merge(
     checkpoints: Sequence[str | Path | Classifier],
     *,
@@ -160,14 +102,14 @@ def merge(
     eval_data: Sequence[str | Path] = (),
     resume: bool = False,
     overwrite: bool = False,
-) -> Compressed:
+) -> Plan[Compressed]:
     """Train one student to answer for several teachers, on images made from each of them alone.
 
     Classes of one name become one output of the student, taught by every teacher that knows it; `class_map` is a JSON
     file with a list of names for each teacher, where the cards have none or others. Without names all classes are taken
     for different ones. The student takes images of the largest size and the most colours among the teachers'. It begins
-    with the layers of the first teacher that has its form, or a deeper one (see `inherit`), but in the paper's method;
-    `student_init` is a checkpoint to begin with instead, or None.
+    with the layers of the first teacher that has its form, or a deeper one (see `init_from_teacher`), but in the
+    paper's method; `student_init` is a checkpoint to begin with instead, or None.
     `method` is `all-logits` (ours) or `paper` (Shapira and Sidi 2020), see `Merging`; where no recipe or `mix` is
     given, they are the method's own, and so is the training, of which `training` may change single settings.
     `data` are synthetic sets or real images, one for each teacher; without them `synthesis.images` each are made first,
@@ -182,44 +124,72 @@ def merge(
     if synthesis.records not in (None, "beside"):
         raise BadInput(f"--records {synthesis.records} is of one model.", "Put each record beside its model.")
     teachers = [as_classifier(checkpoint) for checkpoint in checkpoints]
-    (pupil, fitted, begun), outputs = begin_merged(
-        teachers, student, student_init, method=method, class_map=class_map, seed=compute.seed
+    _check_different(teachers)
+    classes = join_classes(teachers, class_map)
+    student_model, sentence, origin = begin_student(
+        student,
+        _common_card(teachers, classes),
+        init=student_init,
+        teachers=list(zip(teachers, classes.of, strict=True)) if method != "paper" else [],
+        seed=compute.seed,
     )
-    architecture = pupil.card.architecture
+    console.notice(sentence)
+    architecture = student_model.card.architecture
     synthesis, mix = usual_images(method, synthesis, mix)
-    supplies = image_supplies(teachers, data, synthesis, compute, mix=mix, unseen=unseen, student=architecture)
-    training = with_defaults(usual_training(method, min(map(len, supplies)), len(teachers)), training)
-    require_trainable(pupil, training, compute, list(map(len, supplies)))
-    tests = open_test_images(eval_data, pupil, teachers)  # A wrong path should not cost an hour of work.
-
-    def measure(saved: Classifier) -> Evaluation | None:
-        return evaluate_merged(saved, teachers, outputs.of, tests, device=compute.device) if tests else None
-
+    sources = _sources(teachers, data, synthesis, compute, mix=mix, unseen=unseen, student=architecture)
+    training = with_defaults(usual_training(method, min(map(len, sources)), len(teachers)), training)
     options = {
         "teachers": [teacher.identity() for teacher in teachers],
         "student": architecture,
-        "student_init": begun,
+        "student_init": origin,
         "method": method,
-        "outputs": [own.tolist() for own in outputs.of],
+        "outputs": [outputs.tolist() for outputs in classes.of],
         "data": list(map(str, data)),
         "unseen": unseen,
-        "synthesis": [supply.origin() for supply in supplies],
-        "training": asdict(training),
-        **asdict(compute),
+        "synthesis": [source.origin() for source in sources],
     }
-    inputs = [*(teacher.path for teacher in teachers), pupil.path, class_map, *data, *eval_data]
-    inputs += [path for supply in supplies for path in supply.inputs]
-    folder = Path(output or f"{teachers[0].name}-merge")
-    with running("merge", folder, options, inputs=inputs, resume=resume, overwrite=overwrite) as run:
-        console.notice(fitted)
-        if result := load_finished(run, pupil, measure):
-            return result
-        images = [supply.gather(run.folder / f"{OF_TEACHER}{number}") for number, supply in enumerate(supplies, 1)]
-        teaching = Merging(teachers, outputs, method=method)
-        sets = [_in_form(some.train, pupil.card.input_size) for some in images]
-        trained = Trainer(pupil, teaching, training, compute=compute, folder=run.folder).fit(*sets)
-        taught = [TeacherReport(*each) for each in zip(teachers, images, outputs.of, strict=True)]
-        return save_and_measure(run, pupil, taught, trained=asdict(trained), device=compute.device, measure=measure)
+    train = Train(student_model, Merging(teachers, classes, method=method), training, compute)
+    inputs = [class_map, *data, *eval_data]
+    return Compression(
+        verb="merge",
+        student=student_model,
+        teachers=teachers,
+        outputs=classes.of,
+        sources={f"{OF_TEACHER}{number}": source for number, source in enumerate(sources, 1)},
+        measure=merged_evaluator(eval_data, student_model, teachers, classes.of, compute.device),
+        compute=compute,
+    ).plan({"training": train}, options, inputs, output, resume=resume, overwrite=overwrite)
+
+
+def _sources(
+    teachers: Sequence[Classifier],
+    data: Sequence[str | Path],
+    synthesis: Synthesis,
+    compute: Compute,
+    *,
+    mix: str,
+    unseen: int,
+    student: str,
+) -> list[TransferSetSource]:
+    """Where the images of each teacher come from; those that are made have seeds of their own.
+
+    `student` is the architecture that adaptive recipes let images compete with. Raises `BadInput` where `data` are
+    neither none nor one for each teacher.
+    """
+    if len(data) not in (0, len(teachers)):
+        raise BadInput(f"--data was given {len(data)} times for {len(teachers)} teachers.", "Give one for each.")
+    return [
+        TransferSetSource(
+            teacher,
+            of_teacher,
+            synthesis,
+            replace(compute, seed=compute.seed + number),
+            mix=mix,
+            unseen=unseen,
+            learner=partial(co_trained_student, teacher, student=student, compute=compute),
+        )
+        for number, (teacher, of_teacher) in enumerate(zip_longest(teachers, data))
+    ]
 
 
 def _check_different(teachers: Sequence[Classifier]) -> None:
@@ -250,11 +220,3 @@ def _common_card(teachers: Sequence[Classifier], outputs: ClassMap) -> ModelCard
         return tuple(sum(values) / len(values) for values in zip(*wide, strict=True))
 
     return ModelCard(teachers[0].card.architecture, outputs.count, size, middle("mean"), middle("std"), outputs.names)
-
-
-def _in_form(images: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """Stored images fitted to another size and number of channels."""
-    if images.shape[1:] == torch.Size(size):
-        return images
-    parts = [reshaped(as_float(some), size) for some in images.split(256)]
-    return torch.cat([as_stored(part, in_range=images.dtype == torch.uint8) for part in parts])

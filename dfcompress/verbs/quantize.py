@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from dfcompress import console
 from dfcompress.data.pool import Augmentation
-from dfcompress.data.real import open_images
 from dfcompress.device import Compute
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
@@ -28,30 +28,23 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import Scheme, freeze, is_quantized, learn_steps
 from dfcompress.models.stages import stages_of
 from dfcompress.models.statistics import why_no_statistics
-from dfcompress.quantization.bits import USUAL_ENDS, Wanted, assign, layers_of, parse_bits, parse_ends
-from dfcompress.quantization.calibration import Calibration, calibrated, calibrated_on_noise
+from dfcompress.quantization.bits import USUAL_ENDS, Layers, Wanted, assign, layers_of, parse_bits, parse_ends
+from dfcompress.quantization.calibration import Calibrated, Calibration, calibrated, calibrated_on_noise
 from dfcompress.quantization.layer_report import REPORT, layer_report, named_bytes
 from dfcompress.quantization.mixed_precision import require_reachable, with_widths
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct
-from dfcompress.run import Run, running, write_json
+from dfcompress.run import STATE, Run, write_json
 from dfcompress.settings import AUTO, replace_settings, with_defaults
 from dfcompress.synthesis.recipe import Recipe, Synthesis
 from dfcompress.synthesis.transfer_set import NONE, TransferSetSource
 from dfcompress.training.co_trained_student import CoTrainedStudent
 from dfcompress.training.distiller import Distillation
-from dfcompress.training.loop import Trained, Trainer, require_trainable
 from dfcompress.training.objectives import OF_FEATURES, Objective, make_objectives
 from dfcompress.training.settings import Training
-from dfcompress.verbs._finish import Compressed, evaluator, load_finished, same_classes, save_and_measure
-from dfcompress.verbs.export import (
-    FILE,
-    Target,
-    rehearse,
-    require_kernels,
-    require_packages,
-    sampled,
-    write_compared,
-)
+from dfcompress.verbs._compression import Compression, Train
+from dfcompress.verbs._finish import Compressed, evaluator
+from dfcompress.verbs._plan import Outcome, Plan, Step, planned
+from dfcompress.verbs.export import Target, rehearse, require_kernels, require_packages
 from dfcompress.verbs.invert import co_trained_student
 
 Finetuning = Literal["blocks+lsq", "lsq", "blocks", "kd", "none"]
@@ -60,6 +53,7 @@ Method = Literal["default", "paper"]
 AS_THE_PAPER = Augmentation(shift=4, flip=True, mixup=1.0)
 KD = Training(steps=400, lr=0.01, batch_size=256, weight_decay=1e-4, freeze_batchnorm=True, augmentation=AS_THE_PAPER)
 LSQ = replace(KD, lr=0.003)  # Steps are small numbers: a clipped gradient at 0.01 moves some too far.
+# `lsq` is of Esser et al. 2020, `kd` of Haroush et al. 2020, section 4.2; BatchNorm's statistics stay as corrected.
 FINETUNING: Mapping[Finetuning, Training | Reconstruction | None] = {
     "blocks+lsq": LSQ,
     "lsq": LSQ,
@@ -73,6 +67,15 @@ OBJECTIVES: Mapping[Finetuning, Mapping[str, float]] = {
     "lsq": {"kd": 1.0, "feature": 10.0},
     "kd": {"kd": 1.0, "iq": 0.001},
 }
+# Haroush et al. 2020, section 4: weights are asymmetric and their ranges each channel's ends; ranges of inputs are the
+# mean ends of chunks of 16 images, on 200 batches of 256 drawn with replacement; nothing is corrected; `kd` with the
+# `iq` loss for 16,000 steps of 512 images (as ResNet-44 on CIFAR-10), or 44,000 of 256 where images have more than 64
+# pixels a side (as ResNet-18 on ImageNet); images by `bns-inception` alone, preset `paper-cifar10`.
+# Ours, where the paper says nothing: layers quantize their inputs and not their outputs; zero is on the grid of
+# weights; ranges are seen through the float network and averaged plainly; temperature 4, SGD's rate 0.01, Nesterov
+# momentum 0.9, decay 1e-4, warm-up for 5 % of the steps, the gradient's norm cut at 5, mixup from Beta(1, 1); crops are
+# shifts by up to 4 pixels that repeat the edge. A batch has no more images than there are, and one image in sixteen is
+# held out.
 CALIBRATIONS: Mapping[Method, Calibration] = {
     "default": Calibration(),
     "paper": Calibration(
@@ -84,9 +87,11 @@ FINETUNED_BY: Mapping[Method, Finetuning] = {"default": "blocks+lsq", "paper": "
 SMALL = 64
 PAPER_KD, PAPER_KD_LARGE = replace(KD, steps=16_000, batch_size=512), replace(KD, steps=44_000)
 RECIPE, PAPER_PRESET, IMAGES = "bns-inception", "paper-cifar10", 2048
-BITS, BLOCKS = "bits.partial", "blocks.partial"
+ROUNDING_SETTING = "setting of rounding called"
+BITS, BLOCKS = f"bits{STATE}", f"blocks{STATE}"
 
 
+@planned
 def quantize(
     checkpoint: str | Path | Classifier,
     *,
@@ -101,6 +106,7 @@ def quantize(
     method: Method = "default",
     calibration: Calibration | Mapping[str, Any] | None = None,
     finetune: Finetuning | None = None,
+    rounding: Reconstruction | Mapping[str, Any] | None = None,
     training: Training | Reconstruction | Mapping[str, Any] | None = None,
     objectives: Mapping[str, float] | None = None,
     temperature: float = 4.0,
@@ -109,119 +115,159 @@ def quantize(
     eval_data: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
-) -> Compressed:
-    """Quantize, calibrate and fine-tune a model on images made from itself.
+) -> Plan[Compressed]:
+    """Quantize, calibrate and fine-tune a model on images made from itself; raises `BadInput` where it cannot.
 
     `bits` are those of weights and activations, `first_last_bits` those of the first and the last layer (`same`: as
     all others), `layer_bits` those of layers by name pattern, or `float`. With `bits="auto"` weights get 2 to 8 bits
     each, by what they cost on the images, so that the file is at most `size_ratio` of the model in fp32.
-    `finetune`: `blocks` learns the rounding block by block, `lsq` trains weights and steps to follow the float model
-    (Esser et al. 2020), `blocks+lsq` does the one after the other, `kd` trains the weights with ranges frozen (Haroush
-    et al. 2020, section 4.2), `none` only calibrates. `training` changes single ones of its usual settings
-    (`FINETUNING`), or replaces them, `objectives` what is followed (`OBJECTIVES`).
-    BatchNorm's statistics stay as they are corrected.
-    `method="paper"` is that of Haroush et al. 2020, section 4: weights are asymmetric and their ranges each channel's
-    ends; ranges of inputs are the mean ends of chunks of 16 images, on 200 batches of 256 drawn with replacement;
-    nothing is corrected; `kd` with the `iq` loss for 16,000 steps of 512 images (as ResNet-44 on CIFAR-10), or 44,000
-    of 256 where images have more than 64 pixels a side (as ResNet-18 on ImageNet); images by `bns-inception` alone,
-    preset `paper-cifar10`. `calibration`, `finetune`, `training`, `synthesis` and `mix` change single ones of these.
-    Ours, where the paper says nothing: layers quantize their inputs and not their outputs; zero is on the grid of
-    weights; ranges are seen through the float network and averaged plainly; temperature 4, SGD's rate 0.01, Nesterov
-    momentum 0.9, decay 1e-4, warm-up for 5 % of the steps, the gradient's norm cut at 5, mixup from Beta(1, 1); crops
-    are shifts by up to 4 pixels that repeat the edge. A batch has no more images than there are, and one image in
-    sixteen is held out.
-    `data` is a synthetic set, the folder of a run that made some, or real images; without it images are made first, by
-    `bns-inception` unless another recipe is named, half of them by the recipe `mix` (see `TransferSetSource`), and kept
-    in `<output>/synthetic` and `<output>/synthetic-<mix>`.
-    `export` also writes `model.onnx` for `onnxruntime` or `tensorrt` and checks it (see `dfcompress.export`).
-    The folder `output` (default: `<checkpoint>-quantize`) holds the packed model (`model.safetensors`, `config.json`),
-    `quantization.json` (every layer), `metrics.jsonl` (but of `blocks`) and `run.json`. `eval_data` are real images
-    that only report.
-    Raises `BadInput` where the model, the bits or the data cannot be used.
+    `finetune`: `blocks` learns the rounding block by block, `lsq` trains weights and steps to follow the float model,
+    `blocks+lsq` does the one after the other, `kd` trains the weights with ranges frozen, `none` only calibrates.
+    `training` changes or replaces its settings (`FINETUNING`); of `blocks+lsq` these are the second half's, and
+    `rounding` the first's (`BEFORE_LSQ`). `objectives` change what is followed (`OBJECTIVES`).
+    `method` gives all of these their defaults: ours, or the published ones (`paper`, see `CALIBRATIONS`).
+    `data` is a synthetic set, the folder of a run that made some, or real images; without it images are made first,
+    usually by `bns-inception`, and half of them by the recipe `mix` (see `TransferSetSource`).
+    `export` also writes `model.onnx` for that runtime and checks it. The folder `output` (default:
+    `<checkpoint>-quantize`) holds the packed model (`model.safetensors`, `config.json`), `quantization.json` (every
+    layer), `metrics.jsonl` (but of `blocks`), `run.json` and the images made; on real `eval_data` it is only reported.
     """
-    teacher = as_classifier(checkpoint)
-    if is_quantized(teacher.network):
-        raise BadInput(f"{teacher.name} is quantized already.", "Give the model it was made from.")
+    teacher = _in_float(as_classifier(checkpoint))
     calibration, finetune = usual_calibration(method, calibration), finetune or FINETUNED_BY[method]
-    student, layers = copy.deepcopy(teacher), layers_of(teacher)
-    wanted = wanted_bits(
-        teacher, layers.quantizable, bits, first_last_bits, layer_bits or {}, size_ratio, calibration.scheme
-    )
     tuning = usual_tuning(finetune, training, method=method, input_size=teacher.card.input_size)
+    rounding = usual_rounding(finetune, rounding, tuning)
+    student, layers = copy.deepcopy(teacher), _layers(teacher)
+    wanted = wanted_bits(teacher, layers.quantizable, bits, first_last_bits, layer_bits, size_ratio, calibration.scheme)
     terms = _objectives(teacher, finetune, objectives, temperature=temperature, seed=compute.seed)
-    if export:
-        # What cannot be exported should not cost an hour of work.
-        _require_exportable(export, teacher, wanted, calibration.scheme)
+    _require_exportable(export, teacher, wanted, calibration.scheme)
     if not data:
         synthesis, mix = usual_images(method, teacher, synthesis, mix)
-    supply = TransferSetSource(
-        teacher,
-        data,
-        synthesis,
-        compute,
-        mix=mix,
-        learner=partial(competitor, teacher, wanted, calibration, compute),
-    )
-    if isinstance(tuning, Training):
-        require_trainable(student, tuning, compute, [len(supply)], repair=True)
+    competing = partial(competitor, teacher, wanted, calibration, compute)
+    source = TransferSetSource(teacher, data, synthesis, compute, mix=mix, learner=competing)
+    steps: dict[str, Step | None] = {
+        "calibration": Calibrate(student, teacher, calibration, wanted, size_ratio, compute),
+        "rounding": _step(student, teacher, finetune, rounding, terms, compute),
+        "training": _step(student, teacher, finetune, tuning, terms, compute),
+    }
     options = {
         "teacher": teacher.identity(),
         "bits": {name: asdict(each) for name, each in wanted.items()},
         "size_ratio": size_ratio,
         "method": method,
-        "calibration": asdict(calibration),
         "finetune": finetune,
         "objectives": {term.name: term.weight for term in terms},
         "temperature": temperature,
         "export": export,
         "data": data,
-        "synthesis": supply.origin(),
-        "rounding": asdict(BEFORE_LSQ) if tuning and finetune == "blocks+lsq" else None,
-        "training": asdict(tuning) if tuning else None,
-        **asdict(compute),
+        "synthesis": source.origin(),
     }
-    if eval_data is not None:
-        open_images(eval_data, teacher.card)  # A wrong path should not cost an hour of work.
-    measure = evaluator(eval_data, teacher, compute.device)
-    folder = Path(output or f"{teacher.name}-quantize")
-    inputs = [teacher.path, data, eval_data, *supply.inputs]
-    with running("quantize", folder, options, inputs=inputs, resume=resume, overwrite=overwrite) as run:
-        if result := load_finished(run, student, measure):
-            return result
-        for name, kind in layers.others.items():
-            console.notice(f"Layer {name} is a {kind}, which cannot be quantized: it stays in float.")
-        if layers.unused:
-            console.notice(f"Evaluation does not use {named_bytes(layers.unused)}: the file holds them in float.")
-        images = supply.gather(run.folder)
+    return Compression(
+        verb="quantize",
+        student=student,
+        teachers=[teacher],
+        outputs=[torch.arange(teacher.card.classes)],
+        sources={"": source},
+        measure=evaluator(eval_data, teacher, compute.device),
+        compute=compute,
+        complete=partial(_freeze, student, teacher, layers, wanted),
+        export=export,
+    ).plan(steps, options, [data, eval_data], output, resume=resume, overwrite=overwrite)
+
+
+def _in_float(teacher: Classifier) -> Classifier:
+    if is_quantized(teacher.network):
+        raise BadInput(f"{teacher.name} is quantized already.", "Give the model it was made from.")
+    return teacher
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Give every layer of the student that is `wanted` its bits, its ranges and its correction."""
+
+    student: Classifier
+    teacher: Classifier
+    settings: Calibration
+    wanted: Mapping[str, Wanted]
+    size_ratio: float | None
+    compute: Compute
+
+    def take(self, run: Run, sets: Sequence[Tensor]) -> Calibrated:
+        """Calibrate on the one set."""
         with run.timed("calibration"):
-            found = calibrated(
-                student,
-                teacher,
-                wanted,
-                images.train,
-                calibration,
-                compute,
-                size_ratio=size_ratio,
+            return calibrated(
+                self.student,
+                self.teacher,
+                self.wanted,
+                sets[0],
+                self.settings,
+                self.compute,
+                size_ratio=self.size_ratio,
                 bits=run.folder / BITS,
             )
-        trained = _finetuned(student, teacher, finetune, tuning, terms, images.train, compute, run)
-        freeze(student.network)
-        if world().is_main:
-            left = layers.others | {name: "float" for name in layers.quantizable if name not in wanted}
-            report = layer_report(
-                student, teacher, found.few, sensitivity=found.sensitivity, left=left, unused=layers.unused
-            )
-            write_json(run.folder / REPORT, report)
-        written = partial(write_compared, path=run.folder / FILE, images=sampled(images.train))
-        return save_and_measure(
-            run,
-            student,
-            [same_classes(teacher, images)],
-            trained=asdict(trained) if trained else None,
-            device=compute.device,
-            measure=measure,
-            export=partial(written, target=export) if export else None,
+
+
+@dataclass(frozen=True)
+class Round:
+    """Learn the rounding of the calibrated student's weights, block by block."""
+
+    student: Classifier
+    teacher: Classifier
+    settings: Reconstruction
+    seed: int
+
+    def take(self, run: Run, sets: Sequence[Tensor]) -> Reconstructed:
+        """Learn it on the one set."""
+        state = run.folder / BLOCKS
+        return reconstruct(self.student, self.teacher, sets[0], self.settings, seed=self.seed, state=state)
+
+
+def _step(
+    student: Classifier,
+    teacher: Classifier,
+    finetune: Finetuning,
+    settings: Training | Reconstruction | None,
+    terms: Sequence[Objective],
+    compute: Compute,
+) -> Round | Train | None:
+    """The part of fine-tuning that has these settings."""
+    if settings is None:
+        return None
+    if isinstance(settings, Reconstruction):
+        return Round(student, teacher, settings, compute.seed)
+    prepare = learn_steps if finetune != "kd" else None
+    return Train(student, Distillation(teacher, terms), settings, compute, repair=True, prepare=prepare)
+
+
+def _freeze(
+    student: Classifier,
+    teacher: Classifier,
+    layers: Layers,
+    wanted: Mapping[str, Wanted],
+    run: Run,
+    found: Mapping[str, Outcome],
+) -> None:
+    """Turn weights into integers, and write what was done to each layer."""
+    freeze(student.network)
+    if isinstance(rounded := found.get("rounding"), Reconstructed):
+        run.seconds["rounding"] = rounded.seconds
+    measured = found["calibration"]
+    assert isinstance(measured, Calibrated)
+    if world().is_main:
+        left = layers.others | {name: "float" for name in layers.quantizable if name not in wanted}
+        report = layer_report(
+            student, teacher, measured.few, sensitivity=measured.sensitivity, left=left, unused=layers.unused
         )
+        write_json(run.folder / REPORT, report)
+
+
+def _layers(teacher: Classifier) -> Layers:
+    """The layers of a network; those that stay in float are named."""
+    layers = layers_of(teacher)
+    for name, kind in layers.others.items():
+        console.notice(f"Layer {name} is a {kind}, which cannot be quantized: it stays in float.")
+    if layers.unused:
+        console.notice(f"Evaluation does not use {named_bytes(layers.unused)}: the file holds them in float.")
+    return layers
 
 
 def competitor(
@@ -241,13 +287,13 @@ def wanted_bits(
     layers: Sequence[str],
     bits: str,
     first_last_bits: int | str,
-    layer_bits: Mapping[str, str],
+    layer_bits: Mapping[str, str] | None,
     size_ratio: float | None,
     scheme: Scheme,
 ) -> dict[str, Wanted]:
     """What the options ask of each of the `layers`; raises `BadInput` where that cannot be."""
     asked = parse_bits(bits)
-    wanted = assign(layers, asked, ends=parse_ends(first_last_bits), layer_bits=layer_bits)
+    wanted = assign(layers, asked, ends=parse_ends(first_last_bits), layer_bits=layer_bits or {})
     if asked.weights is None and all(each.weights for each in wanted.values()):
         raise BadInput("--bits auto has no layer left to choose for.", "Use --first-last-bits same, or fewer patterns.")
     require_reachable(teacher, wanted, size_ratio, scheme)
@@ -304,6 +350,29 @@ def usual_tuning(
     return chosen if chosen.steps else None
 
 
+def usual_rounding(
+    finetune: Finetuning,
+    given: Reconstruction | Mapping[str, Any] | None,
+    tuning: Training | Reconstruction | None,
+) -> Reconstruction | None:
+    """The settings of the rounding that `blocks+lsq` learns before the training `tuning`, as usual or with changes;
+    without training there is none unless it was asked for.
+
+    Raises `BadInput` where the fine-tuning has no such half.
+    """
+    if finetune != "blocks+lsq":
+        if given:
+            raise BadInput(
+                f"--finetune {finetune} has no rounding before its training.",
+                "Use --finetune blocks+lsq, or --train-set with --finetune blocks.",
+            )
+        return None
+    if not given and tuning is None:
+        return None
+    chosen = given if isinstance(given, Reconstruction) else replace_settings(BEFORE_LSQ, given or {}, ROUNDING_SETTING)
+    return chosen if chosen.steps else None
+
+
 def _objectives(
     teacher: Classifier, finetune: Finetuning, asked: Mapping[str, float] | None, *, temperature: float, seed: int
 ) -> list[Objective]:
@@ -323,35 +392,15 @@ def _objectives(
     return make_objectives(weights, temperature=temperature, pairs=pairs, seed=seed)
 
 
-def _require_exportable(target: Target, teacher: Classifier, wanted: Mapping[str, Wanted], scheme: Scheme) -> None:
-    """Raise `BadInput` or `DfcompressError` where the model could not be exported at the bits wanted."""
+def _require_exportable(
+    target: Target | None, teacher: Classifier, wanted: Mapping[str, Wanted], scheme: Scheme
+) -> None:
+    """Raise `BadInput` or `DfcompressError` where the model could not be exported at the bits wanted, which should not
+    cost an hour of work.
+    """
+    if target is None:
+        return
     require_packages(target)
     asked = {name: (each.weights, each.activations) for name, each in wanted.items()}
     require_kernels(target, asked, scheme)
     rehearse(teacher, with_widths(wanted, {}), scheme)
-
-
-def _finetuned(
-    student: Classifier,
-    teacher: Classifier,
-    finetune: Finetuning,
-    tuning: Training | Reconstruction | None,
-    terms: Sequence[Objective],
-    images: Tensor,
-    compute: Compute,
-    run: Run,
-) -> Trained | Reconstructed | None:
-    """Train the calibrated student as asked."""
-    if tuning is None:
-        return None
-    before = tuning if isinstance(tuning, Reconstruction) else BEFORE_LSQ if finetune == "blocks+lsq" else None
-    if before:
-        rounded = reconstruct(student, teacher, images, before, seed=compute.seed, state=run.folder / BLOCKS)
-        if isinstance(tuning, Reconstruction):
-            return rounded
-        run.seconds["rounding"] = rounded.seconds
-    assert isinstance(tuning, Training)
-    if finetune != "kd":
-        learn_steps(student.network)
-    teaching = Distillation(teacher, terms)
-    return Trainer(student, teaching, tuning, compute=compute, folder=run.folder, repair=True).fit(images)

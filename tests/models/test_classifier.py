@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
 from dfcompress.device import Compute, resolve_execution
 from dfcompress.models.architectures import find
 from dfcompress.models.card import MNIST_MEAN, MNIST_STD, ModelCard
-from dfcompress.models.classifier import Classifier, multiply_accumulates, work_of
+from dfcompress.models.classifier import Classifier, multiply_accumulates, pass_once, work_of
 
 
 def net(name: str) -> Classifier:
@@ -26,3 +30,19 @@ def test_a_small_network_is_compiled_where_it_is_trained_long():
     compute = Compute(device="cpu", precision="fp32")
     assert resolve_execution(compute, 12_000 * 5 * a_pass).compile
     assert not resolve_execution(compute, 1_000 * 5 * a_pass).compile
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(nn.Conv2d(1, 4, 3, groups=1), nn.Flatten(), nn.LazyLinear(10)),
+        nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(1024, 4, 32), nn.Flatten(), nn.Linear(1024, 10)),
+    ],
+    ids=["convolution", "attention"],
+)
+def test_multiply_accumulates_are_those_of_torchs_own_counter(network):
+    classifier = Classifier(network, ModelCard("network", 10, (1, 32, 32), MNIST_MEAN, MNIST_STD))
+    pass_once(classifier)
+    with FlopCounterMode(display=False) as counter:
+        pass_once(classifier)
+    assert 2 * multiply_accumulates(classifier) == counter.get_total_flops() > 2 * 10_000

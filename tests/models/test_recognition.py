@@ -11,7 +11,8 @@ import torchvision.models
 from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models import architectures as room
-from dfcompress.models.architectures import Architecture, architectures, find, tensors_of
+from dfcompress.models.architecture import Architecture, tensors_of
+from dfcompress.models.architectures import architectures, find, torchvision_models
 from dfcompress.models.classifier import load_tensors
 from dfcompress.models.recognition import fit_to, recognise
 from dfcompress.models.safe_reading import read
@@ -54,6 +55,11 @@ def test_every_network_with_a_convolution_takes_other_channels(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_number_of_tensors_that_a_network_states_is_right(name):
     assert find(name).tensors in (None, len(tensors_of(find(name), 10, find(name).channels)))
+
+
+def test_every_network_of_torchvision_has_its_name():
+    """The table of names stands in for torchvision, which is imported only to build a network."""
+    assert list(torchvision_models.TENSORS) == torchvision.models.list_models(module=torchvision.models)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import odd_networks
 import pytest
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import nn
 from torchvision.ops import DropBlock2d, StochasticDepth
 
@@ -372,43 +371,35 @@ def test_dropout_depends_on_the_seed_and_not_on_what_ran_before():
 KILLED = """
 import sys
 sys.path.insert(0, {tests!r})
-import torch
 from pathlib import Path
-from dataclasses import replace
-from pathlib import Path
-from safetensors.torch import save_file
 from dfcompress import run
-from training.test_loop import EAGER, TRAINING, fitted
+from training.test_loop import fitted
 run.SAVE_EVERY_SECONDS = 0.0
-compute = replace(EAGER, precision={precision!r})
-student, _ = fitted(replace(TRAINING, steps=400), compute=compute, folder=Path({folder!r}))
-save_file(student.network.state_dict(), {result!r})
+fitted(folder=Path({folder!r}))
 """
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_killed_training_resumes_to_the_same_weights(precision, tmp_path):
+def test_a_killed_training_resumes_to_the_same_weights(tmp_path):
     """SIGKILL a real process in the middle, run it again, and compare with one that was left alone."""
-    results = {}
-    for name in ("whole", "killed"):
-        folder = tmp_path / name
-        folder.mkdir()
-        tests = str(Path(__file__).parents[1])
-        result = str(folder / "student.safetensors")
-        code = KILLED.format(tests=tests, folder=str(folder), result=result, precision=precision)
-        process = subprocess.Popen([sys.executable, "-c", code])
-        if name == "killed":
-            while not (folder / "training.partial").exists() and process.poll() is None:
-                time.sleep(0.005)
-            time.sleep(0.3)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            assert (folder / "training.partial").exists()
-            assert not (folder / "student.safetensors").exists()
-            process = subprocess.Popen([sys.executable, "-c", code])
-        assert process.wait() == 0
-        results[name] = load_file(folder / "student.safetensors")
-    assert all(torch.equal(results["whole"][key], results["killed"][key]) for key in results["whole"])
+    code = KILLED.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", code])
+    while not (tmp_path / PARTIAL).exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert torch.load(tmp_path / PARTIAL, weights_only=True)["step"] < TRAINING.steps
+    whole, resumed = fitted()[0].state_dict(), fitted(folder=tmp_path)[0].state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_that_ends_between_two_states_resumes_to_the_same_weights(precision, killed_at_save, tmp_path):
+    compute = replace(EAGER, precision=precision)
+    with killed_at_save(PARTIAL, 20):
+        fitted(compute=compute, folder=tmp_path)
+    assert torch.load(tmp_path / PARTIAL, weights_only=True)["step"] == 19
+    whole, resumed = (fitted(compute=compute, folder=folder)[0].state_dict() for folder in (None, tmp_path))
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 def test_answers_kept_for_later_are_those_of_every_step():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from uneven_networks import uneven
 
 from dfcompress.errors import BadInput
 from dfcompress.models.architectures import find, named, runs_code
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.resizing import half_of, widths_of
 from dfcompress.models.stages import shared_stages, stage_outputs, stages_of
 from dfcompress.training.student import make_student
 
@@ -50,6 +52,18 @@ def test_half_of_half_is_saved_and_read_without_being_named_again(tmp_path):
     assert loaded.card.architecture == "half:half:cifar_resnet20"
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(loaded(images), student.eval()(images))
+
+
+def test_half_of_uneven_widths_is_half_of_each(tmp_path):
+    teacher = uneven("cifar_resnet20")
+    student, _ = make_student("half", teacher.card, seed=0)
+    assert widths_of(student.network) == half_of(teacher.network)
+    assert student.card.architecture == "cifar_resnet20"
+    save(student, tmp_path)
+    assert load(tmp_path).card.widths == half_of(teacher.network)
+    whole, _ = make_student("cifar_resnet20", teacher.card, seed=0)
+    assert whole.card.widths is None
+    assert whole.network.fc.in_features == 64
 
 
 def test_only_a_users_own_factory_is_code():

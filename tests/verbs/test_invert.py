@@ -29,10 +29,9 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis import set_builder
 from dfcompress.synthesis.recipe import Recipe, Synthesis
 from dfcompress.synthesis.spec import resolve
-from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training.loop import Trainer
 from dfcompress.verbs.distill import distill
-from dfcompress.verbs.invert import co_trained_student, invert, plans
+from dfcompress.verbs.invert import co_trained_student, invert
 
 DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
 EAGER = Compute(device="cpu", precision="fp32", compile="off")
@@ -40,7 +39,8 @@ SMALL = Synthesis(images=12, settings={"steps": 3, "batch_size": 8})
 
 
 def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("shard-*"))}
+    shards = sorted(folder.glob("shard-*.safetensors"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards}
 
 
 @pytest.fixture(scope="module")
@@ -126,34 +126,46 @@ def test_the_divergence_of_real_images_is_the_known_one(name, expected, request,
     )
 
 
+LONGER = Synthesis(images=12, settings={"steps": 40, "batch_size": 8})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(resnet20_file, tmp_path_factory):
+    """The shards of a set of two batches that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "set"
+    invert(resnet20_file, output=folder, synthesis=LONGER, compute=EAGER)
+    return digests(folder)
+
+
 @pytest.mark.slow
-def test_killed_three_times_it_still_ends_in_the_same_bytes(made, resnet20_file, tmp_path):
-    """Real processes, SIGKILL at random moments; their state is saved often so that every kill meets work."""
-    synthesis = "Synthesis(images=12, settings={'steps': 60, 'batch_size': 8})"
+def test_a_killed_synthesis_ends_in_the_same_bytes(undisturbed, resnet20_file, tmp_path):
+    """SIGKILL a real process in its steps; it saves after each, so that the kill may meet it writing."""
     code = (
-        "import sys; from dfcompress import run; run.SAVE_EVERY_SECONDS = 0.2\n"
+        "import sys; from dfcompress import run; run.SAVE_EVERY_SECONDS = 0.0\n"
         "from dfcompress.verbs.invert import invert, Synthesis; from dfcompress.device import Compute\n"
-        f"invert({str(resnet20_file)!r}, output=sys.argv[1], synthesis={synthesis},"
-        " compute=Compute('cpu', 'fp32', 'off'), resume=sys.argv[2] == 'resume')"
+        f"invert({str(resnet20_file)!r}, output=sys.argv[1], synthesis={LONGER!r}, compute={EAGER!r})"
     )
-
-    def start(folder, how):
-        return subprocess.Popen([sys.executable, "-c", code, str(folder), how])
-
-    assert start(tmp_path / "whole", "new").wait() == 0
-    moments = random.Random(4)
-    folder, how = tmp_path / "killed", "new"
-    for _ in range(3):
-        process = start(folder, how)
-        while not list(folder.glob("*.partial")) and process.poll() is None:
-            time.sleep(0.02)
-        time.sleep(moments.uniform(0.0, 0.6))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        how = "resume"
-    assert start(folder, "resume").wait() == 0
-    assert digests(folder) == digests(tmp_path / "whole")
+    folder = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", code, folder])
+    while not list(folder.glob("*.partial")) and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(random.Random(0).uniform(0.0, 0.3))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(digests(folder)) < 2
+    invert(resnet20_file, output=folder, synthesis=LONGER, compute=EAGER, resume=True)
+    assert digests(folder) == undisturbed
     assert not list(folder.glob("*.partial"))
+
+
+def test_ended_three_times_it_still_ends_in_the_same_bytes(undisturbed, killed_at_save, resnet20_file, tmp_path):
+    """Twice in its first batch, once in its second."""
+    for state, saves in (("shard-00000.partial", 10), ("shard-00000.partial", 20), ("shard-00001.partial", 5)):
+        with killed_at_save(state, saves):
+            resume = (tmp_path / "set").exists()
+            invert(resnet20_file, output=tmp_path / "set", synthesis=LONGER, compute=EAGER, resume=resume)
+    invert(resnet20_file, output=tmp_path / "set", synthesis=LONGER, compute=EAGER, resume=True)
+    assert digests(tmp_path / "set") == undisturbed
 
 
 FULL_DISK = """
@@ -284,8 +296,8 @@ def test_the_precision_is_tried_before_images_are_made_and_stored_with_them(name
         Compute(device="cpu", precision="auto", compile="off"),
         Synthesis(images=8, settings={"steps": 2, "batch_size": 4}),
     )
-    planned = plans(TransferSetSource(odd(name), None, made, auto))
-    assert [plan.execution.precision for plan in planned] == [precision]
+    estimated = invert.plan(odd(name), synthesis=made, compute=auto).estimates()
+    assert [estimate.execution.precision for estimate in estimated] == [precision]
     capsys.readouterr()
     console.configure(console.NORMAL)
     invert(odd(name), output=tmp_path / "set", synthesis=made, compute=auto)
@@ -310,7 +322,7 @@ def test_a_network_whose_layers_in_place_spoil_its_gradient_is_refused_by_plan_a
         Compute(device="cpu", precision=precision, compile="off"),
     )
     with pytest.raises(BadInput, match=r"^spoilt cannot be differentiated: .*inplace operation.*inplace=False"):
-        plans(TransferSetSource(teacher, None, SMALL, compute))
+        invert.plan(teacher, synthesis=SMALL, compute=compute).estimates()
     with pytest.raises(BadInput, match=r"^spoilt cannot be differentiated: .*inplace operation.*inplace=False"):
         invert(teacher, output=tmp_path / "set", synthesis=SMALL, compute=compute)
     assert not list(tmp_path.rglob("*.safetensors"))

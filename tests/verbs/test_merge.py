@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,30 +79,23 @@ def test_the_same_line_resumes_to_the_same_bytes(two, tmp_path):
     assert load(other.checkpoint).sha256 == load(first.checkpoint).sha256
 
 
-SAVING = "import sys; from dfcompress import cli, run; run.SAVE_EVERY_SECONDS = 0.0; sys.exit(cli.run(sys.argv[1:]))"
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["merge", "distill"])
-@pytest.mark.parametrize("until", ["images", "training"])
-def test_a_killed_command_resumes_to_the_same_bytes(verb, until, two, tmp_path):
-    """SIGKILL a real process at a random moment of its images or of its training, and run the line again."""
+@pytest.mark.parametrize(("state", "saves"), [("shard-00000.partial", 3), ("training.partial", 25)])
+def test_a_command_that_ends_between_two_states_resumes_to_the_same_bytes(
+    verb, state, saves, two, killed_at_save, tmp_path
+):
+    """In the middle of its images, and in the middle of its training."""
     models = two if verb == "merge" else two[:1]
-    asked = "--student lenet5_bn_half --images 96 --steps 30 --batch-size 32 --unseen 0 --compile off --precision fp32"
-    line = [verb, *map(str, models), *asked.split(), "--train-steps", "400", "--train-batch-size", "16", "-q"]
-    command = [sys.executable, "-c", SAVING, *line]
-    subprocess.run([*command, "-o", tmp_path / "whole"], check=True)
-    folder = tmp_path / "killed"
-    process = subprocess.Popen([*command, "-o", folder])
-    sign = "training.partial" if until == "training" else "shard-*.partial"
-    while not list(folder.rglob(sign)) and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(delay := random.uniform(0, 0.5))
-    process.kill()
-    process.wait()
-    assert not (folder / "model.safetensors").exists(), delay
-    subprocess.run([*command, "-o", folder, "--resume"], check=True)
-    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes(), delay
+    made = "--student lenet5_bn_half --images 96 --steps 6 --batch-size 32 --unseen 0 --compile off --precision fp32"
+    line = [verb, *map(str, models), *made.split(), "--train-steps", "40", "--train-batch-size", "16", "-q"]
+    whole, ended = tmp_path / "whole", tmp_path / "ended"
+    assert run([*line, "-o", str(whole)]) == 0
+    with killed_at_save(state, saves):
+        run([*line, "-o", str(ended)])
+    assert list(ended.rglob(state))
+    assert not (ended / "model.safetensors").exists()
+    assert run([*line, "-o", str(ended), "--resume"]) == 0
+    assert (ended / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_teachers_of_grey_and_colour_and_of_two_sizes_share_the_larger_form(tmp_path):

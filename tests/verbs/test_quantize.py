@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import random
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+from dfcompress.cli import run
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput, DfcompressError, GateNotMet
@@ -28,36 +30,75 @@ from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._gates import Gates
 from dfcompress.verbs.evaluate import Evaluation
 from dfcompress.verbs.invert import co_trained_student
-from dfcompress.verbs.quantize import LSQ, quantize, usual_calibration, usual_images, usual_tuning
+from dfcompress.verbs.quantize import BEFORE_LSQ, LSQ, quantize, usual_calibration, usual_images, usual_tuning
 
 DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
 EAGER = Compute(device="cpu", precision="fp32", compile="off", seed=0)
 SAVING = "import sys; from dfcompress import cli, run; run.SAVE_EVERY_SECONDS = 0.0; sys.exit(cli.run(sys.argv[1:]))"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("finetune", "steps"), [("lsq", "300"), ("blocks", "150"), ("blocks+lsq", "200")])
-def test_a_killed_quantization_resumes_to_the_same_bytes(finetune, steps, tmp_path):
-    """SIGKILL a real process at a random moment of its fine-tuning, and run the line again."""
-    asked = (
-        f"--bits 3w3a --finetune {finetune} --train-steps {steps} --train-batch-size 32 --compile off --precision fp32"
-    )
+def line_of(finetune, output):
+    """A command that makes its images, calibrates and fine-tunes in a second or two."""
+    asked = f"--bits 3w3a --finetune {finetune} --train-steps 60 --train-batch-size 32 --compile off --precision fp32"
     made = "--images 64 --steps 10 --batch-size 32 --calibration-steps 2 -q"
-    command = [sys.executable, "-c", SAVING, "quantize", str(DEMO), *asked.split(), *made.split()]
-    subprocess.run([*command, "-o", tmp_path / "whole"], check=True)
-    folder = tmp_path / "killed"
-    process = subprocess.Popen([*command, "-o", folder])
-    begun = "blocks.partial" if finetune == "blocks" else "training.partial"
-    while not (folder / begun).exists() and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(delay := random.uniform(0, 0.5))
+    return ["quantize", str(DEMO), *asked.split(), *made.split(), "-o", str(output)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A function: the folder of an undisturbed run of that fine-tuning."""
+
+    @cache
+    def whole(finetune):
+        folder = tmp_path_factory.mktemp("whole") / finetune
+        assert run(line_of(finetune, folder)) == 0
+        return folder
+
+    return whole
+
+
+@pytest.fixture
+def few_steps_of_rounding(monkeypatch):
+    """Of the first half of `blocks+lsq`."""
+    monkeypatch.setattr("dfcompress.verbs.quantize.BEFORE_LSQ", replace(BEFORE_LSQ, steps=40))
+
+
+def resumes_to(whole, folder, finetune):
+    assert not (folder / "model.safetensors").exists()
+    assert run([*line_of(finetune, folder), "--resume"]) == 0
+    for name in ("model.safetensors", "quantization.json"):
+        assert (folder / name).read_bytes() == (whole(finetune) / name).read_bytes()
+    assert not list(folder.glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_a_killed_reconstruction_resumes_to_the_same_bytes(whole, tmp_path):
+    """SIGKILL a real process when its first units are done, and run the line again."""
+    process = subprocess.Popen([sys.executable, "-c", SAVING, *line_of("blocks", tmp_path / "killed")])
+    while not (tmp_path / "killed" / "blocks.partial").exists() and process.poll() is None:
+        time.sleep(0.001)
     process.kill()
     process.wait()
-    assert not (folder / "model.safetensors").exists(), delay
-    subprocess.run([*command, "-o", folder, "--resume"], check=True)
-    for name in ("model.safetensors", "quantization.json"):
-        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), delay
-    assert not list(folder.glob("*.partial"))
+    resumes_to(whole, tmp_path / "killed", "blocks")
+
+
+@pytest.mark.usefixtures("few_steps_of_rounding")
+@pytest.mark.parametrize(
+    ("finetune", "state", "saves"),
+    [
+        ("blocks", "blocks.partial", 3),
+        ("lsq", "training.partial", 30),
+        ("blocks+lsq", "blocks.partial", 2),
+        ("blocks+lsq", "training.partial", 1),
+    ],
+)
+def test_a_quantization_that_ends_between_two_states_resumes_to_the_same_bytes(
+    finetune, state, saves, whole, killed_at_save, tmp_path
+):
+    with killed_at_save(state, saves):
+        run(line_of(finetune, tmp_path / "ended"))
+    assert (tmp_path / "ended" / state).exists()
+    resumes_to(whole, tmp_path / "ended", finetune)
 
 
 def test_what_was_measured_is_what_is_loaded_to_the_bit(tmp_path, monkeypatch):
@@ -298,6 +339,9 @@ def test_calibration_with_replacement_fills_a_batch_from_fewer_images_and_depend
         ({"calibration": {"weight_grid": "skewed"}}, "no --weight-grid 'skewed'"),
         ({"finetune": "blocks", "training": Training(steps=3, lr=0.1, batch_size=8)}, "not set by a Training"),
         ({"finetune": "lsq", "training": Reconstruction()}, "not set by a Reconstruction"),
+        ({"finetune": "lsq", "rounding": {"steps": 3}}, "has no rounding before its training"),
+        ({"finetune": "blocks", "rounding": Reconstruction()}, "has no rounding before its training"),
+        ({"rounding": {"step": 3}}, "no setting of rounding called 'step'. Did you mean 'steps'"),
         ({"objectives": {"feature": 1.0}}, "No objective looks at"),
         ({"objectives": {"kd": 1.0, "iqs": 1.0}}, "no objective 'iqs'"),
     ],
@@ -344,6 +388,40 @@ def test_single_settings_are_changed_by_name(tmp_path):
     assert (options["training"]["steps"], options["training"]["batch_size"]) == (2, 8)
     assert options["training"]["lr"] == LSQ.lr
     assert options["rounding"] is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "rounded", "trained"),
+    [
+        ({}, BEFORE_LSQ, LSQ.steps),
+        ({"rounding": {"steps": 2, "drop": 0.25}}, replace(BEFORE_LSQ, steps=2, drop=0.25), LSQ.steps),
+        ({"rounding": Reconstruction(lr=0.5)}, Reconstruction(lr=0.5), LSQ.steps),
+        ({"rounding": {"steps": 0}}, None, LSQ.steps),
+        ({"training": {"steps": 0}}, None, None),
+        ({"rounding": {"lr": 0.5}, "training": {"steps": 0}}, replace(BEFORE_LSQ, lr=0.5), None),
+    ],
+)
+def test_both_halves_of_the_fine_tuning_are_settable(asked, rounded, trained):
+    planned = quantize.plan(DEMO, data=DEMO, compute=EAGER, **asked).settings
+    assert planned["rounding"] == rounded
+    assert (planned["training"].steps if planned["training"] else None) == trained
+
+
+def test_settings_of_the_rounding_reach_the_reconstruction(tmp_path, monkeypatch):
+    seen = []
+    learn = importlib.import_module("dfcompress.verbs.quantize").reconstruct
+    monkeypatch.setattr(
+        "dfcompress.verbs.quantize.reconstruct",
+        lambda *networks_and_settings, **others: (
+            seen.append(networks_and_settings[3]) or learn(*networks_and_settings, **others)
+        ),
+    )
+    asked = {"data": DEMO, "calibration": {"steps": 1}, "compute": EAGER, "training": {"steps": 1, "batch_size": 8}}
+    done = quantize(DEMO, output=tmp_path / "out", rounding={"steps": 1, "batch_size": 8}, **asked)
+    assert seen == [replace(BEFORE_LSQ, steps=1, batch_size=8)]
+    options = json.loads((tmp_path / "out" / "run.json").read_text())["options"]
+    assert (options["rounding"]["steps"], options["training"]["steps"]) == (1, 1)
+    assert done.seconds["rounding"] > 0
 
 
 def test_what_cannot_be_exported_is_told_before_anything_is_made(tmp_path, monkeypatch):

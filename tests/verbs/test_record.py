@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -155,28 +153,17 @@ def test_a_folder_of_mnist_is_recorded_from_its_training_part(lenet_folder, mnis
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["all-layers", "spectral-all", "bn-equivalent"])
-def test_two_processes_make_the_record_of_one_up_to_rounding(kind, lenet_folder, tmp_path):
+def test_two_processes_make_the_record_of_one_up_to_rounding(kind, pair, lenet_folder, tmp_path):
     random = np.random.default_rng(1)
     images = random.integers(0, 256, (1200, 1, 32, 32), dtype=np.uint8)  # Three batches: one process sees two.
     np.savez(tmp_path / "data.npz", images=images, labels=np.arange(1200) % 10)
-    asked = [
-        "record",
-        lenet_folder,
-        "--data",
-        "data.npz",
-        "--kind",
-        kind,
-        "--covariance",
-        "block:32",
-        "--device",
-        "cpu",
-    ]
+    asked = ["--data", tmp_path / "data.npz", "--kind", kind, "--covariance", "block:32", "--device", "cpu"]
     if kind in SPECTRAL:
         asked += ["--layers", "fc*", "--layers", "logits"]
-    one = [sys.executable, "-m", "dfcompress", *map(str, asked), "-o", "one"]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    subprocess.run(one, check=True, cwd=tmp_path)
-    subprocess.run([sys.executable, *launcher, *one[1:-1], "two"], check=True, cwd=tmp_path)
+    asked = ["record", lenet_folder, *asked, "-q", "-o"]
+    assert run([*map(str, asked), str(tmp_path / "one")]) == 0
+    ended = pair.run(*asked, tmp_path / "two")
+    assert [code for code, _ in ended] == [0, 0], ended
     single, both = load_file(tmp_path / "one"), load_file(tmp_path / "two")
     assert single.keys() == both.keys()
     for name, tensor in single.items():

@@ -11,91 +11,24 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
-import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dfcompress.errors import BadInput
+from dfcompress.models.architecture import Architecture, Naming
+from dfcompress.models.huggingface import TRANSFORMERS, architecture_of
 from dfcompress.models.plain import make_plain
-from dfcompress.models.resizing import halved
+from dfcompress.models.resizing import half_of, resized
 
-SMALL_INPUT = 64
 HALF = "half:"
-TRANSFORMERS = "transformers:"
-
-
-@dataclass(frozen=True)
-class Naming:
-    """How a family of released files spells the tensors: regular expressions and what they become in our names.
-
-    `mean` and `std` are those that everybody who uses this naming trained with, where that is known.
-    """
-
-    renames: tuple[tuple[str, str], ...] = ()
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-    def renamed(self, name: str) -> str:
-        """A tensor's name in our spelling."""
-        for pattern, replacement in self.renames:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A network that can be built for any number of classes and input channels.
-
-    `size` is the usual height and width of its input in pixels, None where it is not known.
-    `tensors` is the number of tensors in its state dict (without `num_batches_tracked`), where known: it spares
-    building a network only to see that it is another one. `ignored` matches tensors that only training needs.
-    `mean` and `std` are what its released weights expect, where that is not what is usual for the size.
-    `foreign` networks come from a factory of the user's. They have the channels that it gives them, and its number of
-    classes where 0 are asked for, or where it takes no `num_classes`.
-    """
-
-    name: str
-    make: Callable[[int, int], nn.Module]
-    size: int | None
-    channels: int = 3
-    tensors: int | None = None
-    ignored: str | None = None
-    namings: tuple[Naming, ...] = (Naming(),)
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    foreign: bool = False
-
-    def ignores(self, name: str) -> bool:
-        """Whether a tensor is one that only training needs."""
-        return self.ignored is not None and re.match(self.ignored, name) is not None
-
-    def make_empty(self, classes: int, channels: int) -> nn.Module:
-        """The network with parameters on the meta device, where they take neither memory nor time to initialise.
-
-        (Building under `torch.device("meta")` fails for networks that compute with tensors in their constructor.)
-        """
-        if self.foreign:
-            return self.make(classes, channels)
-        # torch types the hook as giving nothing, and documents that what it gives replaces the parameter.
-        hook = register_module_parameter_registration_hook(_without_storage)  # type: ignore[arg-type]
-        try:
-            return self.make(classes, channels)
-        finally:
-            hook.remove()
-
-
-def _without_storage(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-    return None if parameter is None else nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 
 @cache
@@ -109,13 +42,6 @@ def architectures() -> dict[str, Architecture]:
     return {architecture.name: architecture for architecture in found}
 
 
-@cache
-def tensors_of(architecture: Architecture, classes: int, channels: int) -> dict[str, torch.Size]:
-    """Names and shapes of an architecture's tensors, without `num_batches_tracked`, at next to no cost."""
-    state = architecture.make_empty(classes, channels).state_dict()
-    return {name: tensor.shape for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-
-
 def find(name: str) -> Architecture:
     """The architecture of that name; raises `BadInput` with the nearest names where there is none."""
     known = architectures()
@@ -126,20 +52,23 @@ def find(name: str) -> Architecture:
     return known[name]
 
 
-def named(spec: str, config: Mapping[str, Any] | None = None) -> Architecture:
+def named(
+    spec: str, config: Mapping[str, Any] | None = None, widths: Mapping[str, tuple[int, int]] | None = None
+) -> Architecture:
     """The architecture that `--arch` names: NAME, timm:NAME, file.py:factory, package.module:factory, or half:... of
-    these with half the channels; or the one that a card names, `transformers:TYPE`, with the card's `config`.
+    these with half the channels; or the one that a card names, `transformers:TYPE`, with the card's `config`. `widths`
+    are a card's, too: those of the layers that have others than the name says.
 
     Code runs only because the user named it; a factory is called without arguments, or with `num_classes` where that is
     known and it takes it.
     Raises `BadInput` where there is no such thing.
     """
+    if widths:
+        return replace(named(spec, config), widths=tuple(widths.items()), tensors=None, namings=(Naming(),))
     if spec.startswith(HALF):
         whole = named(spec.removeprefix(HALF), config)
         return replace(whole, name=spec, make=partial(_make_half, whole), tensors=None, namings=(Naming(),))
     if spec.startswith(TRANSFORMERS):
-        from dfcompress.models.huggingface import architecture_of
-
         return architecture_of(spec, config)
     place, colon, name = spec.rpartition(":")
     if not colon:
@@ -169,7 +98,8 @@ def _make_plain(make: Callable[[int, int], nn.Module], classes: int, channels: i
 
 
 def _make_half(whole: Architecture, classes: int, channels: int) -> nn.Module:
-    return halved(make_plain(whole.make(classes, channels)))
+    network = make_plain(whole.make(classes, channels))
+    return resized(network, half_of(network))
 
 
 def _make_foreign(factory: Callable[..., object], spec: str, classes: int, channels: int) -> nn.Module:

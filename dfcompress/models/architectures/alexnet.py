@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dfcompress.models.architectures import Architecture
+from dfcompress.models.architecture import Architecture
 
 
 class HalfAlexNet(nn.Sequential):

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfcompress.models.architectures import Architecture, Naming
+from dfcompress.models.architecture import Architecture, Naming
 from dfcompress.models.card import IMAGENET_MEAN, IMAGENET_STD
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from dfcompress.models.architectures import Architecture
+from dfcompress.models.architecture import Architecture
 
 LAYERS: dict[int, tuple[int | str, ...]] = {
     11: (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfcompress.models.architectures import Architecture
+from dfcompress.models.architecture import Architecture
 
 
 class HintonMLP(nn.Module):

@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import nn
 
-from dfcompress.models.architectures import Architecture
+from dfcompress.models.architecture import Architecture
 
 
 class LeNet5(nn.Sequential):

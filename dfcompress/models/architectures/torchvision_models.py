@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import torchvision.models
 from torch import nn
 
-from dfcompress.models.architectures import Architecture, Naming
+from dfcompress.models.architecture import Architecture, Naming
 
-# Tensors in each state dict, so that recognising a file does not build eighty networks; a test compares them.
+# Every name, with the tensors in its state dict, so that recognising a file neither builds eighty networks nor imports
+# torchvision; a test compares both.
 TENSORS: dict[str, int] = {
     "alexnet": 16,
     "convnext_base": 344,
@@ -111,6 +111,8 @@ EARLY_DENSENET = Naming(renames=((r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r
 
 
 def _make(name: str, classes: int, channels: int) -> nn.Module:
+    import torchvision.models
+
     options = {"aux_logits": False, "init_weights": False} if name in _WITH_AUXILIARY_HEADS else {}
     network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
     if channels != 3:
@@ -146,8 +148,6 @@ def _is_resnet(name: str) -> bool:
 # The many small-image ResNets released under kuangliu/pytorch-cifar's names.
 KUANGLIU = Naming(renames=((r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc.")))
 
-NAMES = torchvision.models.list_models(module=torchvision.models)
-
 
 def _architecture(name: str) -> Architecture:
     auxiliary = name in _WITH_AUXILIARY_HEADS
@@ -155,7 +155,7 @@ def _architecture(name: str) -> Architecture:
         name,
         partial(_make, name),
         SIZES.get(name, 224),
-        tensors=TENSORS.get(name),
+        tensors=TENSORS[name],
         ignored=r"(aux\d|AuxLogits)\." if auxiliary else None,
         namings=(Naming(), EARLY_DENSENET) if name.startswith("densenet") else (Naming(),),
         mean=_HALF if auxiliary else None,
@@ -165,10 +165,10 @@ def _architecture(name: str) -> Architecture:
 
 def _small_architecture(name: str) -> Architecture:
     make = partial(_make_small, name)
-    return Architecture(f"cifar_{name}", make, 32, tensors=TENSORS.get(name), namings=(Naming(), KUANGLIU))
+    return Architecture(f"cifar_{name}", make, 32, tensors=TENSORS[name], namings=(Naming(), KUANGLIU))
 
 
 ARCHITECTURES = [
-    *(_architecture(name) for name in NAMES),
-    *(_small_architecture(name) for name in NAMES if _is_resnet(name)),
+    *(_architecture(name) for name in TENSORS),
+    *(_small_architecture(name) for name in TENSORS if _is_resnet(name)),
 ]

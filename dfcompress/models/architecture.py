@@ -1,0 +1,99 @@
+"""`Architecture`: a network that can be built for any number of classes, and how released files spell its tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from dfcompress.models.plain import make_plain
+from dfcompress.models.resizing import resized
+from dfcompress.models.safe_reading import without_counters
+
+SMALL_INPUT = 64
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a family of released files spells the tensors: regular expressions and what they become in our names.
+
+    `mean` and `std` are those that everybody who uses this naming trained with, where that is known.
+    """
+
+    renames: tuple[tuple[str, str], ...] = ()
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def renamed(self, name: str) -> str:
+        """A tensor's name in our spelling."""
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network that can be built for any number of classes and input channels.
+
+    `size` is the usual height and width of its input in pixels, None where it is not known.
+    `tensors` is the number of tensors in its state dict (without `num_batches_tracked`), where known: it spares
+    building a network only to see that it is another one. `ignored` matches tensors that only training needs.
+    `mean` and `std` are what its released weights expect, where that is not what is usual for the size.
+    `foreign` networks come from a factory of the user's. They have the channels that it gives them, and its number of
+    classes where 0 are asked for, or where it takes no `num_classes`.
+    `make` gives a network of the usual widths; `widths` are those of layers that have others (see `resizing`).
+    """
+
+    name: str
+    make: Callable[[int, int], nn.Module]
+    size: int | None
+    channels: int = 3
+    tensors: int | None = None
+    ignored: str | None = None
+    namings: tuple[Naming, ...] = (Naming(),)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    foreign: bool = False
+    widths: tuple[tuple[str, tuple[int, int]], ...] = ()
+
+    def build(self, classes: int, channels: int) -> nn.Module:
+        """The network, its weights as they are initialised; raises `BadInput` where it cannot have the widths."""
+        network = self.make(classes, channels)
+        return resized(make_plain(network), dict(self.widths)) if self.widths else network
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor is one that only training needs."""
+        return self.ignored is not None and re.match(self.ignored, name) is not None
+
+    def make_empty(self, classes: int, channels: int) -> nn.Module:
+        """The network with parameters on the meta device, where they take neither memory nor time to initialise.
+
+        (Building under `torch.device("meta")` fails for networks that compute with tensors in their constructor.)
+        """
+        if self.foreign:
+            return self.build(classes, channels)
+        # torch types the hook as giving nothing, and documents that what it gives replaces the parameter.
+        hook = register_module_parameter_registration_hook(_without_storage)  # type: ignore[arg-type]
+        try:
+            return self.build(classes, channels)
+        finally:
+            hook.remove()
+
+
+def _without_storage(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    return None if parameter is None else nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+
+@cache
+def tensors_of(architecture: Architecture, classes: int, channels: int) -> dict[str, torch.Size]:
+    """Names and shapes of an architecture's tensors, without counters, at next to no cost."""
+    network = replace(architecture, widths=()).make_empty(classes, channels)
+    if architecture.widths:
+        # Buffers, too, take no memory then: widths come from strangers' files.
+        network = resized(make_plain(network).to("meta"), dict(architecture.widths))
+    return {name: tensor.shape for name, tensor in without_counters(network.state_dict()).items()}

@@ -1,0 +1,137 @@
+"""What `distill`, `merge` and `quantize` do alike: images for a student, steps that change it, its file, its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfcompress.data.real import reshaped
+from dfcompress.data.synthetic_set import as_float, as_stored
+from dfcompress.device import Compute
+from dfcompress.models.classifier import Classifier
+from dfcompress.quantization.calibration import Calibrated
+from dfcompress.run import Run
+from dfcompress.synthesis.transfer_set import TransferSetSource
+from dfcompress.training.distiller import Distiller
+from dfcompress.training.loop import Trained, Trainer, require_trainable
+from dfcompress.training.settings import Training
+from dfcompress.verbs._finish import Compressed, Measure, Taught, load_finished, save_and_measure
+from dfcompress.verbs._plan import Outcome, Plan, Step, Synthesize
+from dfcompress.verbs.export import FILE, Target, sampled, write_compared
+
+
+@dataclass(frozen=True)
+class Train:
+    """Training of the student by a distiller; `prepare` is done to its network first. With `repair` it is a trained
+    network that keeps what it knows (see `Trainer`).
+    """
+
+    student: Classifier
+    distiller: Distiller
+    settings: Training
+    compute: Compute
+    repair: bool = False
+    prepare: Callable[[nn.Module], None] | None = None
+
+    def require_possible(self, sets: Sequence[int]) -> None:
+        """Raise `BadInput` where the student cannot be trained on sets of so many images."""
+        require_trainable(self.student, self.settings, self.compute, sets, repair=self.repair)
+
+    def take(self, run: Run, sets: Sequence[Tensor]) -> Trained:
+        """Train on all sets."""
+        if self.prepare:
+            self.prepare(self.student.network)
+        trainer = Trainer(
+            self.student, self.distiller, self.settings, compute=self.compute, folder=run.folder, repair=self.repair
+        )
+        return trainer.fit(*sets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """What distinguishes a verb that compresses, besides the steps that change its student.
+
+    `teachers` answer with the student's classes `outputs`, one tensor `(classes,)` for each. `sources` give the images
+    of each teacher, by the folder inside the run's in which they are made. `complete` does what is left to do between
+    the last step and saving, with what each step found. `export` is the runtime of an ONNX file that is written beside
+    the model.
+    """
+
+    verb: str
+    student: Classifier
+    teachers: Sequence[Classifier]
+    outputs: Sequence[Tensor]
+    sources: Mapping[str, TransferSetSource]
+    measure: Measure
+    compute: Compute
+    complete: Callable[[Run, Mapping[str, Outcome]], None] | None = None
+    export: Target | None = None
+
+    def plan(
+        self,
+        steps: Mapping[str, Step | None],
+        options: Mapping[str, Any],
+        inputs: Sequence[str | Path | None],
+        output: str | Path | None,
+        *,
+        resume: bool,
+        overwrite: bool,
+    ) -> Plan[Compressed]:
+        """The plan; `options` and `inputs` are those of the verb alone.
+
+        Raises `BadInput` where the student cannot be trained on so many images.
+        """
+        sources = self.sources.values()
+        for step in steps.values():
+            if isinstance(step, Train):
+                step.require_possible([len(source) for source in sources])
+        read = [*self.teachers, self.student]
+        return Plan(
+            verb=self.verb,
+            folder=Path(output or f"{self.teachers[0].name}-{self.verb}"),
+            options={**options, **asdict(self.compute)},
+            inputs=[*(each.path for each in read), *inputs, *(path for source in sources for path in source.inputs)],
+            synthesis=[Synthesize(spec, source.compute, other) for source in sources for spec, other in source.made],
+            steps=steps,
+            work=self.work,
+            resume=resume,
+            overwrite=overwrite,
+        )
+
+    def work(self, plan: Plan[Compressed], run: Run) -> Compressed:
+        """Gather the images, take every step of the plan, save the student, and measure what was saved."""
+        if result := load_finished(run, self.student, self.measure):
+            return result
+        images = [source.gather(run.folder / folder) for folder, source in self.sources.items()]
+        sets = [_in_form(each.train, self.student.card.input_size) for each in images]
+        found = {part: step.take(run, sets) for part, step in plan.steps.items() if step}
+        trained = found.get("training")
+        assert not isinstance(trained, Calibrated)
+        if self.complete:
+            self.complete(run, found)
+        export = None
+        if self.export:
+            export = partial(write_compared, path=run.folder / FILE, images=sampled(sets[0]), target=self.export)
+        return save_and_measure(
+            run,
+            self.student,
+            [Taught(*each) for each in zip(self.teachers, images, self.outputs, strict=True)],
+            trained=trained,
+            device=self.compute.device,
+            measure=self.measure,
+            export=export,
+        )
+
+
+def _in_form(images: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Stored images fitted to another size and number of channels."""
+    if images.shape[1:] == torch.Size(size):
+        return images
+    parts = [reshaped(as_float(some), size) for some in images.split(256)]
+    return torch.cat([as_stored(part, in_range=images.dtype == torch.uint8) for part in parts])

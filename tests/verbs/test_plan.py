@@ -1,0 +1,86 @@
+"""A plan is one thing: what a dry run prints, what a verb does, and what `run.json` keeps."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfcompress.device import Compute
+from dfcompress.models.checkpoint import load
+from dfcompress.models.classifier import Classifier
+from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.verbs.distill import distill
+from dfcompress.verbs.invert import invert
+from dfcompress.verbs.merge import merge
+from dfcompress.verbs.quantize import quantize
+
+DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
+EAGER = Compute(device="cpu", precision="fp32", compile="off")
+FEW = Synthesis(images=16, settings={"steps": 1, "batch_size": 16})
+SHORT = {"synthesis": FEW, "compute": EAGER, "training": {"steps": 1, "batch_size": 8}}
+VERBS = {
+    "invert": lambda folder: invert.plan(DEMO, output=folder, synthesis=FEW, compute=EAGER),
+    "distill": lambda folder: distill.plan(DEMO, student="half", output=folder, **SHORT),
+    "merge": lambda folder: merge.plan([DEMO, another()], student="half", output=folder, **SHORT),
+    "quantize": lambda folder: quantize.plan(DEMO, output=folder, finetune="lsq", **SHORT),
+}
+
+
+def another() -> Classifier:
+    """The demo's teacher under another name, with other classes."""
+    demo = load(DEMO)
+    names = tuple(f"other {number}" for number in range(10))
+    return Classifier(demo.network, replace(demo.card, class_names=names), name="other", sha256="other")
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_is_planned_is_what_is_made_and_what_the_record_keeps(verb, tmp_path):
+    plan = VERBS[verb](tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    plan.execute()
+    kept = record(tmp_path / "out")["plan"]
+    assert kept == json.loads(json.dumps(plan.to_json()))
+    manifests = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("dataset.json")]
+    made = [(each["recipe"], each["images"], len(each["shards"])) for each in manifests]
+    told = [(each["recipe"], each["images"], each["batches"]) for each in kept["synthesis"]]
+    assert sorted(told, key=str) == sorted(made, key=str)
+    assert plan.steps.keys() <= record(tmp_path / "out")["options"].keys()
+
+
+@pytest.mark.parametrize("verb", [invert, distill, merge, quantize], ids=lambda verb: verb.__name__)
+def test_a_verb_and_its_plan_have_one_signature(verb):
+    called, planned = inspect.signature(verb), inspect.signature(verb.plan)
+    assert called.parameters == planned.parameters
+    assert planned.return_annotation == f"Plan[{called.return_annotation}]"
+    assert verb.__doc__ == verb.plan.__doc__
+
+
+def test_what_the_plan_leaves_out_is_not_done(tmp_path):
+    """The verb executes the plan, and nothing besides it."""
+    plan = distill.plan(DEMO, student_init=DEMO, data=DEMO, unseen=0, output=tmp_path / "out", **SHORT)
+    result = replace(plan, steps={"training": None}).execute()
+    assert record(tmp_path / "out")["plan"] == {"synthesis": [], "training": None}
+    teacher = load(DEMO).state_dict()
+    assert all(torch.equal(value, teacher[name]) for name, value in load(result.checkpoint).state_dict().items())
+
+
+def test_a_run_whose_record_holds_no_plan_goes_on(tmp_path):
+    """So older versions wrote it."""
+    first = VERBS["distill"](tmp_path / "out").execute()
+    whole = load(first.checkpoint).sha256
+    older = record(tmp_path / "out")
+    del older["plan"], older["measurements"]
+    (tmp_path / "out" / "run.json").write_text(json.dumps(older))
+    (tmp_path / "out" / "model.safetensors").unlink()
+    resumed = distill(DEMO, student="half", output=tmp_path / "out", resume=True, **SHORT)
+    assert load(resumed.checkpoint).sha256 == whole
+    assert record(tmp_path / "out")["plan"]["training"]["steps"] == 1
