@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Run:
     asked for, it belongs to another job, or it cannot be written.
     `options` are the resolved options that the result depends on: a resumed run must have the same.
     `inputs` are paths the run reads, which overwriting must not delete; `plan` is what it will do, kept to be read.
+    `renamed` has for an option the values that older versions wrote, and what they are called now.
     `earlier` are the measurements of a resumed run that was already finished.
     Of several processes the leading one alone touches the folder.
     """
@@ -43,10 +45,12 @@ class Run:
         plan: Mapping[str, Any] | None = None,
         resume: bool = False,
         overwrite: bool = False,
+        renamed: Mapping[str, Mapping[str, str]] = {},
     ) -> None:
         self.verb, self.folder, self.options = verb, folder, json.loads(json.dumps(options, default=str))
         self.plan = plan
         self.inputs = [Path(path) for path in inputs if path is not None]
+        self.renamed = renamed
         self.seconds: dict[str, float] = {}
         self.earlier: Mapping[str, Any] | None = None
         if world().is_main:
@@ -106,6 +110,7 @@ class Run:
             )
         for name in sorted(self.options.keys() | before["options"].keys()):
             old, new = before["options"].get(name), self.options.get(name)
+            old = self.renamed[name].get(old, old) if name in self.renamed else _without_removed(old, new)
             if old != new:
                 raise BadInput(
                     f"{self.folder} was started with {name} = {old!r}, now it is {new!r}.",
@@ -161,10 +166,11 @@ def running(
     plan: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    renamed: Mapping[str, Mapping[str, str]] = {},
 ) -> Iterator[Run]:
     """A `Run` in all processes of a job: the leading one opens the folder, and where one fails the others end too."""
     with world().session():
-        yield Run(verb, folder, options, inputs=inputs, plan=plan, resume=resume, overwrite=overwrite)
+        yield Run(verb, folder, options, inputs=inputs, plan=plan, resume=resume, overwrite=overwrite, renamed=renamed)
 
 
 class Clock:
@@ -218,6 +224,13 @@ def write_atomically(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _without_removed(old: Any, new: Any) -> Any:
+    """An option of an earlier record without the settings that newer versions have not, where those were off."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {name: value for name, value in old.items() if name in new or value}
+    return old
+
+
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write tensors and numbers for `torch.load(weights_only=True)`, atomically."""
     import torch
@@ -232,10 +245,40 @@ def read_record(path: Path) -> dict[str, Any]:
     """The record of an earlier run; raises `BadInput` where it is none."""
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-        record["options"].items()
+        record["options"].items(), record["verb"].lower()
         return record
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{path} is not a record of dfcompress.", "Name another folder.") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What `run.json` tells of a run: how its numbers came about.
+
+    `options` are what the result depends on; `plan` is what was to be done, None in records of version 0.1;
+    `measurements` are the verb's result as JSON, None where the run is not finished. `seconds` are those of each part
+    of the last invocation, and of all of it (`invocation`).
+    """
+
+    folder: Path
+    verb: str
+    options: Mapping[str, Any]
+    versions: Mapping[str, str]
+    finished: bool = False
+    plan: Mapping[str, Any] | None = None
+    measurements: Mapping[str, Any] | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    processor: str | None = None
+
+    @classmethod
+    def read(cls, folder: str | Path) -> RunRecord:
+        """The record of the run whose folder this is; raises `BadInput` where there is none."""
+        path = Path(folder) / RECORD
+        if not path.is_file():
+            raise BadInput(f"{folder} holds no {RECORD}.", "Name the folder of a run.")
+        values = {"versions": {}, **read_record(path)}
+        return cls(folder=Path(folder), **{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
 
 def _umask() -> int:

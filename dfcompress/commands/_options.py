@@ -17,7 +17,8 @@ from click.core import ParameterSource
 from dfcompress import console
 from dfcompress.commands import _config
 from dfcompress.errors import BadInput
-from dfcompress.quantization import InputRule, WeightGridKind, WeightRule
+from dfcompress.quantization import WeightGridKind
+from dfcompress.quantization.observers import range_rules
 from dfcompress.settings import assignments
 from dfcompress.synthesis.recipes import recipe_names
 from dfcompress.synthesis.records import KINDS
@@ -126,7 +127,7 @@ def _load(
         input_size=numbers(input_size, "--input-size", int, "x") if input_size else None,
         mean=numbers(mean, "--mean") if mean else None,
         std=numbers(std, "--std") if std else None,
-        classes=class_names,
+        class_names=class_names,
     )
 
 
@@ -412,13 +413,13 @@ calibration = group(
     _calibration,
     click.option(
         "--calibrate",
-        type=click.Choice(get_args(InputRule)),
+        type=click.Choice(range_rules()),
         show_default="mse; minmax of paper",
         help="Rule for the range of activations.",
     ),
     click.option(
         "--weight-ranges",
-        type=click.Choice(get_args(WeightRule)),
+        type=click.Choice(range_rules()),
         show_default="mse; minmax of paper",
         help="Rule for the range of weights.",
     ),

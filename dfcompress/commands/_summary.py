@@ -37,17 +37,17 @@ def _synthesis(estimate: SynthesisEstimate) -> None:
 
 def evaluation(measured: Evaluation) -> None:
     """Counts and shares of every checkpoint; which images, where they differ."""
-    which = ["images"] if any("images" in row for row in measured.results) else []
+    which = ["images"] if any(score.images for score in measured.results) else []
     rows = [
         [
-            row["checkpoint"],
-            *(row[name] for name in which),
-            f"{row['correct']}/{row['total']}",
-            f"{row['top1']:.2%}",
-            "" if row["top5"] is None else f"{row['top5']:.2%}",
-            "" if row["agreement"] is None else f"{row['agreement']:.2%}",
+            score.checkpoint,
+            *([score.images or ""] if which else []),
+            f"{score.correct}/{score.total}",
+            f"{score.top1:.2%}",
+            "" if score.top5 is None else f"{score.top5:.2%}",
+            "" if score.agreement is None else f"{score.agreement:.2%}",
         ]
-        for row in measured.results
+        for score in measured.results
     ]
     console.table(["checkpoint", *which, "correct", "top-1", "top-5", "agreement"], rows)
 
@@ -106,8 +106,8 @@ def compressed(result: Compressed, *, as_json: bool) -> None:
     columns = ["agrees with", "its images", "held out", "unseen"]
     blocks = [f"taken for {number}" for number, _ in enumerate(result.teachers, 1)] if several else []
     rows = [
-        [teacher["checkpoint"], *(_share(teacher[name]) for name in ("agreement", "held_out", "unseen"))]
-        + ([_share(share) for share in teacher["blocks"]] if several else [])
+        [teacher.checkpoint, _share(teacher.agreement), _share(teacher.held_out), _share(teacher.unseen)]
+        + [_share(share) for share in teacher.blocks or []]
         for teacher in result.teachers
     ]
     console.table(columns + blocks, rows)

@@ -32,11 +32,11 @@ def demo(output: Path, resume: bool, overwrite: bool, compute: Compute, as_json:
         return
     rows = [
         [
-            row["model"],
-            f"{row['correct']}/{row['total']}",
-            f"{row['top1']:.2%}",
-            f"{row['bytes']:,}",
-            f"{row['seconds']:.0f}",
+            row.model,
+            f"{row.score.correct}/{row.score.total}",
+            f"{row.score.top1:.2%}",
+            f"{row.bytes:,}",
+            f"{row.seconds:.0f}",
         ]
         for row in shown.rows
     ]

@@ -57,7 +57,7 @@ def _print(found: Inspection) -> None:
         console.result(f"{'normalisation':<18}{_normalisation(found.normalisation)}")
     for ability in found.can:
         why = f": {ability.why}" if ability.why else ""
-        console.result(f"{ability.verb:<18}{'yes' if ability.possible else 'no'}{why}")
+        console.result(f"{ability.verb.replace('_', ' '):<18}{'yes' if ability.possible else 'no'}{why}")
     if found.card_file:
         console.result(f"card written to {found.card_file}")
 

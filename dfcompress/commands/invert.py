@@ -77,5 +77,5 @@ def _print(made: Inversion, *, as_json: bool) -> None:
     for warning in made.warnings:
         console.result(f"warning: {warning}")
     for other in made.verify:
-        divergence = "" if other["bn_divergence"] is None else f", J_KL {other['bn_divergence']:.4f}"
-        console.result(f"{other['checkpoint']} classifies {other['top1']:.1%} as intended{divergence}")
+        divergence = "" if other.bn_divergence is None else f", J_KL {other.bn_divergence:.4f}"
+        console.result(f"{other.checkpoint} classifies {other.top1:.1%} as intended{divergence}")

@@ -163,7 +163,7 @@ def work_of(classifier: Classifier) -> int:
 
     def note(name: str, output: Any) -> None:
         nonlocal written
-        written += sum(given.numel() for given in tree_leaves(output) if isinstance(given, Tensor))
+        written += sum(tensor.numel() for tensor in tree_leaves(output) if isinstance(tensor, Tensor))
 
     leaves = [name for name, layer in classifier.named_modules() if not [*layer.children()]]
     with hooked_outputs(classifier, leaves, note):

@@ -4,8 +4,8 @@ teachers, and its accuracy if asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from dfcompress.device import resolve_device
 from dfcompress.distributed import world
 from dfcompress.evaluation.metrics import answers
 from dfcompress.evaluation.onnx_check import Exported
-from dfcompress.models.checkpoint import load_saved, save, state_bytes
+from dfcompress.models.checkpoint import load, load_saved, save, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.safe_reading import file_bytes
 from dfcompress.quantization.reconstruction import Reconstructed
@@ -31,16 +31,29 @@ FEW_IMAGES = 30
 Measure = Callable[[Classifier], Evaluation | None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherReport:
+    """How far the student follows one teacher: shares of images, in [0, 1], on which both give the same class.
+
+    `agreement` is of the images trained on, `held_out` of others of the same set, `unseen` of probe images of another
+    seed and recipe; None where there are none. `blocks` are the shares of its held-out images that the student takes
+    for classes of each teacher; None where there is one teacher.
+    """
+
+    checkpoint: str
+    agreement: float
+    held_out: float | None
+    unseen: float | None
+    blocks: list[float | None] | None
+
+
 @dataclass(frozen=True)
 class Compressed:
     """A finished run.
 
-    `checkpoint` is the folder that every command reads; `bytes` the size of its `model.safetensors`;
-    `bytes_ratio` that size against the given models' tensors in fp32, all together; `agreement` the share of the images
-    trained on where student and teacher answer the same, the mean over the teachers. `teachers` has for each
-    `agreement`, the same on images `held_out` from that set and on `unseen` ones of another seed and recipe (None
-    where there are none), and `blocks`, the share of its held-out images that the student takes for each teacher's
-    classes (one teacher: None). `warnings` say where that looks wrong.
+    `checkpoint` is the folder that every command reads, and `load` too; `bytes` the size of its `model.safetensors`;
+    `bytes_ratio` that size against the given models' tensors in fp32, all together; `seconds` those of each part and
+    their `total`; `agreement` the mean of that with each of the `teachers`. `warnings` say what looks wrong.
     `evaluation` is there where real images were given, `export` where an ONNX file was asked for.
     """
 
@@ -51,7 +64,7 @@ class Compressed:
     parameters: int
     seconds: dict[str, float]
     agreement: float
-    teachers: list[dict[str, Any]]
+    teachers: list[TeacherReport]
     warnings: list[str]
     evaluation: Evaluation | None
     export: Exported | None = None
@@ -61,14 +74,20 @@ class Compressed:
         return {**asdict(self), "evaluation": self.evaluation.to_json() if self.evaluation else None}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Compressed:
-        """The result that `to_json` gave."""
+    def from_json(cls, values: Mapping[str, Any]) -> Compressed:
+        """The result that `to_json` gave, or that the measurements of a run's record hold."""
         evaluation, export = values["evaluation"], values.get("export")
         read = {
-            "evaluation": Evaluation(evaluation["results"]) if evaluation else None,
+            **values,
+            "teachers": [TeacherReport(**teacher) for teacher in values["teachers"]],
+            "evaluation": Evaluation.from_json(evaluation) if evaluation else None,
             "export": Exported(**export) if export else None,
         }
-        return cls(**{**values, **read})
+        return cls(**{field.name: read[field.name] for field in fields(cls)})
+
+    def load(self, *, arch: str | None = None) -> Classifier:
+        """The model that was written; `arch` names its architecture where that is code of your own."""
+        return load(self.checkpoint, arch=arch)
 
 
 @dataclass(frozen=True)
@@ -93,7 +112,7 @@ def load_finished(run: Run, student: Classifier, measure: Measure) -> Compressed
     if run.earlier is None:
         return None
     console.notice(f"{run.folder} is already finished.")
-    values = {name: value for name, value in run.earlier.items() if name != "training"}
+    values = dict(run.earlier)
     if world().is_main and (anew := measure(load_saved(run.folder, student))):
         values["evaluation"] = anew.to_json()
     return Compressed.from_json(world().broadcast(values))
@@ -134,7 +153,7 @@ def save_and_measure(
         bytes_ratio=round(size / sum(state_bytes(each.teacher.network) for each in taught), 4),
         parameters=sum(parameter.numel() for parameter in saved.network.parameters()),
         seconds={part: round(value, 2) for part, value in {**seconds, "total": sum(seconds.values())}.items()},
-        agreement=sum(teacher["agreement"] for teacher in teachers) / len(teachers),
+        agreement=sum(teacher.agreement for teacher in teachers) / len(teachers),
         teachers=teachers,
         warnings=warnings,
         evaluation=measure(saved),
@@ -146,7 +165,7 @@ def save_and_measure(
 
 def _followed(
     student: Classifier, taught: Sequence[Taught], target: torch.device
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[list[TeacherReport], list[str]]:
     """How far the student follows each teacher, and what looks wrong; computed on `target`."""
     teachers, warnings = [], []
     for each in taught:
@@ -154,10 +173,13 @@ def _followed(
         with placed(student, target), placed(each.teacher, target):
             held_out = _answers(student, each, each.images.held_out)
             agreement = _agreement(_answers(student, each, each.images.train)) or 0.0
-            unseen = _agreement(_answers(student, each, each.images.unseen))
+            unseen = _agreement(_answers(student, each, each.images.probe))
         blocks = [_share_in(held_out, other.outputs) for other in taught] if len(taught) > 1 else None
-        shares = {"agreement": agreement, "held_out": _agreement(held_out), "unseen": unseen}
-        teachers.append({"checkpoint": name, **shares, "blocks": blocks})
+        teachers.append(
+            TeacherReport(
+                checkpoint=name, agreement=agreement, held_out=_agreement(held_out), unseen=unseen, blocks=blocks
+            )
+        )
         if held_out and (warning := _collapse(*held_out)):
             warnings.append(f"{name}: {warning}")
         if unseen is not None and unseen < agreement / 2:
@@ -173,9 +195,9 @@ def _answers(student: Classifier, taught: Taught, images: Tensor) -> tuple[Tenso
     if not len(images):
         return None
     size = student.card.input_size
-    own = answers(student, ((reshaped(some, size), labels) for some, labels in in_batches(images)))
-    given = answers(taught.teacher, in_batches(images))
-    return own.classes[:, 0], taught.outputs[given.classes[:, 0]]
+    by_student = answers(student, ((reshaped(some, size), labels) for some, labels in in_batches(images)))
+    by_teacher = answers(taught.teacher, in_batches(images))
+    return by_student.classes[:, 0], taught.outputs[by_teacher.classes[:, 0]]
 
 
 def _agreement(both: tuple[Tensor, Tensor] | None) -> float | None:
@@ -186,11 +208,11 @@ def _share_in(both: tuple[Tensor, Tensor] | None, outputs: Tensor) -> float | No
     return None if both is None else float(torch.isin(both[0], outputs).double().mean())
 
 
-def _collapse(own: Tensor, given: Tensor) -> str | None:
+def _collapse(by_student: Tensor, by_teacher: Tensor) -> str | None:
     """A student that gives up half of the classes has collapsed, whatever share of images that is; few cannot tell."""
-    if len(given) < FEW_IMAGES:
+    if len(by_teacher) < FEW_IMAGES:
         return None
-    known, answered = given.unique(), own.unique()
+    known, answered = by_teacher.unique(), by_student.unique()
     missing = known[~torch.isin(known, answered)].tolist()
     if 2 * len(missing) < len(known):
         return None

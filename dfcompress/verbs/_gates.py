@@ -35,16 +35,16 @@ class Gates:
         """Raise `GateNotMet` where the result misses one, or no image was held out to tell."""
         if self.min_agreement is not None:
             for teacher in result.teachers:
-                self._check_agreement(teacher["checkpoint"], teacher["held_out"])
+                self._check_agreement(teacher.checkpoint, teacher.held_out)
         if self.max_drop is not None:
             self.require_images(result.output if result.evaluation else None)
             assert result.evaluation
-            teacher, own = result.evaluation.results[:2]
+            of_teacher, of_student = result.evaluation.results[:2]
             # By counts: shares are not exact, and a loss of just so many points is allowed.
-            drop = 100 * (teacher["correct"] - own["correct"]) / own["total"]
+            drop = 100 * (of_teacher.correct - of_student.correct) / of_student.total
             if drop > self.max_drop:
                 raise GateNotMet(
-                    f"{own['checkpoint']} loses {drop:.2f} points, more than --max-drop {self.max_drop:g}."
+                    f"{of_student.checkpoint} loses {drop:.2f} points, more than --max-drop {self.max_drop:g}."
                 )
 
     def _check_agreement(self, teacher: str, held_out: float | None) -> None:

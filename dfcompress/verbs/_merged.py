@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +16,13 @@ from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import TOP, Predictions
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.verbs._finish import Measure
-from dfcompress.verbs.evaluate import Evaluation, counted, placed
+from dfcompress.verbs.evaluate import Evaluation, placed, score
 
 LARGEST_LOGIT = "the teachers' largest logit"
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Answers:
     """What everybody answered to one source of images, as classes of the student."""
 
     labels: Tensor
@@ -74,23 +73,24 @@ def evaluate_merged(
     with ExitStack() as stack:
         for network in (student, *teachers):
             stack.enter_context(placed(network, target))
-        asked = [
+        answered = [
             _ask(student, teachers, outputs, source, None if len(sources) == 1 else number, target)
             for number, source in enumerate(sources)
         ]
-    name, rows = str(student.path or student.name), []
-    for number, (teacher, own) in enumerate(zip(teachers, outputs, strict=True)):
-        answer = asked[0] if len(sources) == 1 else asked[number]
-        its_own = torch.isin(answer.labels, own)
-        if its_own.any():
-            given = Predictions(answer.teachers[number][its_own], answer.labels[its_own])
-            learnt = Predictions(answer.student[its_own], answer.labels[its_own])
-            rows += [_row(str(teacher.path or teacher.name), teacher.name, given, given)]
-            rows += [_row(name, teacher.name, learnt, given)]
-    labels = torch.cat([each.labels for each in asked])
-    rows += [_row(LARGEST_LOGIT, "all", Predictions(torch.cat([each.largest for each in asked]), labels), None)]
-    rows += [_row(name, "all", Predictions(torch.cat([each.student for each in asked]), labels), None)]
-    return Evaluation(rows)
+    name, scores = str(student.path or student.name), []
+    for number, (teacher, classes) in enumerate(zip(teachers, outputs, strict=True)):
+        answer = answered[0] if len(sources) == 1 else answered[number]
+        of_teacher = torch.isin(answer.labels, classes)
+        if of_teacher.any():
+            by_teacher = Predictions(answer.teachers[number][of_teacher], answer.labels[of_teacher])
+            by_student = Predictions(answer.student[of_teacher], answer.labels[of_teacher])
+            scores += [score(str(teacher.path or teacher.name), by_teacher, by_teacher, images=teacher.name)]
+            scores += [score(name, by_student, by_teacher, images=teacher.name)]
+    labels = torch.cat([each.labels for each in answered])
+    largest = Predictions(torch.cat([each.largest for each in answered]), labels)
+    by_student = Predictions(torch.cat([each.student for each in answered]), labels)
+    scores += [score(LARGEST_LOGIT, largest, None, images="all"), score(name, by_student, None, images="all")]
+    return Evaluation(scores)
 
 
 @torch.no_grad()
@@ -101,20 +101,21 @@ def _ask(
     source: ImageSource,
     number: int | None,
     target: torch.device,
-) -> _Asked:
+) -> _Answers:
     """Everybody's answers to a source of teacher `number`'s images, or of all teachers' where that is None."""
     every = torch.cat(list(outputs))
-    labels, own, largest = [], [], []
-    theirs: list[list[Tensor]] = [[] for _ in teachers]
+    labels, by_student, largest = [], [], []
+    by_teachers: list[list[Tensor]] = [[] for _ in teachers]
     with exact_fp32():
         for images, truth in source.batches(256):
             labels.append(truth if number is None else outputs[number][truth])
-            own.append(_best(_logits(student, images.to(target))))
-            given = [_logits(teacher, images.to(target)) for teacher in teachers]
-            largest.append(every[_best(torch.cat(given, 1))])
-            for kept, classes, logits in zip(theirs, outputs, given, strict=True):
-                kept.append(classes[_best(logits)])
-    return _Asked(torch.cat(labels), torch.cat(own), [torch.cat(kept) for kept in theirs], torch.cat(largest))
+            by_student.append(_best(_logits(student, images.to(target))))
+            teacher_logits = [_logits(teacher, images.to(target)) for teacher in teachers]
+            largest.append(every[_best(torch.cat(teacher_logits, 1))])
+            for by_teacher, classes, logits in zip(by_teachers, outputs, teacher_logits, strict=True):
+                by_teacher.append(classes[_best(logits)])
+    each = [torch.cat(by_teacher) for by_teacher in by_teachers]
+    return _Answers(torch.cat(labels), torch.cat(by_student), each, torch.cat(largest))
 
 
 def _logits(classifier: Classifier, images: Tensor) -> Tensor:
@@ -125,7 +126,3 @@ def _logits(classifier: Classifier, images: Tensor) -> Tensor:
 
 def _best(logits: Tensor) -> Tensor:
     return logits.topk(min(TOP, logits.shape[1])).indices.cpu()
-
-
-def _row(checkpoint: str, images: str, answers: Predictions, first: Predictions | None) -> dict[str, Any]:
-    return {**counted(checkpoint, answers, first), "images": images}

@@ -19,7 +19,7 @@ from dfcompress.run import Run
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.set_builder import PREVIEW
 from dfcompress.verbs.distill import DISTILLATION, distill
-from dfcompress.verbs.evaluate import evaluate
+from dfcompress.verbs.evaluate import Score, evaluate
 from dfcompress.verbs.inspect import Inspection, inspect
 from dfcompress.verbs.invert import Inversion, invert
 from dfcompress.verbs.quantize import LSQ, quantize
@@ -32,19 +32,33 @@ BITS = "4w4a"
 
 
 @dataclass(frozen=True)
+class DemoRow:
+    """A model of the demo, its score on the real test images, the bytes of its file, and the seconds to make it."""
+
+    model: str
+    score: Score
+    bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The score's fields and the others side by side."""
+        return {**self.score.to_json(), "model": self.model, "bytes": self.bytes, "seconds": self.seconds}
+
+
+@dataclass(frozen=True)
 class Demo:
-    """What the demo showed: one row a model with its right answers on the real test images, bytes and seconds."""
+    """What the demo showed: its teacher, the images, a row for each model, and the seconds of everything."""
 
     output: str
     picture: str
     teacher: Inspection
     images: Inversion
-    rows: list[dict[str, Any]]
+    rows: list[DemoRow]
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
         """The fields as `--json` prints them."""
-        return {**asdict(self), "teacher": self.teacher.to_json()}
+        return {**asdict(self), "teacher": self.teacher.to_json(), "rows": [row.to_json() for row in self.rows]}
 
 
 def demo(
@@ -89,13 +103,12 @@ def demo(
             **_step(run, "quantized", resume),
         )
         measured = evaluate([teacher, student.checkpoint, packed.checkpoint], data=FILES, device=compute.device)
-    sizes = [file_bytes(FILES), student.bytes, packed.bytes]
-    seconds = [0.0, student.seconds["total"], made.seconds + packed.seconds["total"]]
+    of_teacher, of_student, of_packed = measured.results
+    packed_seconds = made.seconds + packed.seconds["total"]
     rows = [
-        {**row, "model": name, "bytes": size, "seconds": round(took, 1)}
-        for row, name, size, took in zip(
-            measured.results, ["teacher", "half-width student", f"teacher {BITS}"], sizes, seconds, strict=True
-        )
+        DemoRow("teacher", of_teacher, file_bytes(FILES), 0.0),
+        DemoRow("half-width student", of_student, student.bytes, round(student.seconds["total"], 1)),
+        DemoRow(f"teacher {BITS}", of_packed, packed.bytes, round(packed_seconds, 1)),
     ]
     result = Demo(
         str(run.folder), str(Path(made.output) / PREVIEW), inspect(teacher), made, rows, round(run.seconds["total"], 1)

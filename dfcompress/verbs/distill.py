@@ -1,7 +1,7 @@
 """`distill`: a checkpoint in, a smaller student out.
 
 dfcompress.distill("resnet44.pt", student="cifar_resnet20")
-dfcompress.distill("resnet44.pt", student="half", objectives={"kd": 1.0, "attention": 100.0})
+dfcompress.distill("resnet44.pt", student="half", objectives={"kd": 1.0, "attention": 10.0})
 dfcompress.distill("resnet44.pt", student="cifar_resnet20", data="images", training={"steps": 500})
 """
 
@@ -95,8 +95,8 @@ def distill(
         data,
         synthesis.counted(IMAGES),
         compute,
-        mix=mix,
-        unseen=unseen,
+        second_recipe=mix,
+        probe_images=unseen,
         learner=lambda recipe: learner(teacher, recipe, competing, compute, is_kept=live),
     )
     if live and not source.adaptive:

@@ -6,9 +6,9 @@ dfcompress.evaluate(["resnet20.pt", "resnet20-quantize"], data="images", fail_un
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -25,27 +25,52 @@ from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One entry of `results` a checkpoint, in the order given; every share is in [0, 1].
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How often a checkpoint is right: on `correct` of `total` images; every share is in [0, 1].
 
-    `checkpoint`, `correct` of `total` images, `top1`, its `standard_error`, `top5` (None for fewer than five
-    classes), and `agreement`: the share of images on which it answers as the first checkpoint does.
+    `top1` has its `standard_error`; `top5` is None for fewer than five classes. `agreement` is the share of images on
+    which it answers as the first checkpoint does, None where there is nobody to agree with. After merging, `images`
+    names the teacher whose images they are, or `all`; else it is None.
     """
 
-    results: list[dict[str, Any]]
+    checkpoint: str
+    correct: int
+    total: int
+    top1: float
+    standard_error: float
+    top5: float | None
+    agreement: float | None
+    images: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as `--json` prints them; `images` only where it is known."""
+        values = asdict(self)
+        return values if self.images is not None else {name: values[name] for name in values if name != "images"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One `Score` a checkpoint, in the order given."""
+
+    results: list[Score]
     fail_under: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields as `--json` prints them."""
-        return {"results": self.results}
+        return {"results": [score.to_json() for score in self.results]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
+        """The evaluation that `to_json` gave."""
+        return cls([Score(**score) for score in values["results"]])
 
     def check_gate(self) -> None:
         """Raise `GateNotMet` where the top-1 of any checkpoint is below `fail_under`."""
-        for result in self.results:
-            if self.fail_under is not None and result["top1"] < self.fail_under:
+        for score in self.results:
+            if self.fail_under is not None and score.top1 < self.fail_under:
                 raise GateNotMet(
-                    f"{result['checkpoint']} is right on {result['top1']:.2%} of the images, "
+                    f"{score.checkpoint} is right on {score.top1:.2%} of the images, "
                     f"below --fail-under {self.fail_under:.2%}."
                 )
 
@@ -73,11 +98,11 @@ def evaluate(
     names = [str(classifier.path or classifier.name) for classifier in classifiers]
     _check_same_classes(names, classifiers)
     sources = _open_for_each(data, classifiers)
-    given = [
+    answered = [
         _ask(name, classifier, source, target, batch_size)
         for name, classifier, source in zip(names, classifiers, sources, strict=True)
     ]
-    return Evaluation([counted(name, answer, given[0]) for name, answer in zip(names, given, strict=True)], gate)
+    return Evaluation([score(name, each, answered[0]) for name, each in zip(names, answered, strict=True)], gate)
 
 
 def as_share(fail_under: float) -> float:
@@ -130,15 +155,16 @@ def placed(classifier: Classifier, target: torch.device) -> Iterator[None]:
         classifier.to(home)
 
 
-def counted(name: str, own: Predictions, first: Predictions | None) -> dict[str, Any]:
-    """One entry of an `Evaluation`; without `first` there is nobody to agree with."""
-    correct, total = own.correct(), len(own)
-    return {
-        "checkpoint": name,
-        "correct": correct,
-        "total": total,
-        "top1": correct / total,
-        "standard_error": standard_error(correct, total),
-        "top5": own.correct(TOP) / total if own.classes.shape[1] == TOP else None,
-        "agreement": own.agreement(first) if first else None,
-    }
+def score(name: str, answers: Predictions, first: Predictions | None, *, images: str | None = None) -> Score:
+    """The score of a checkpoint's answers; without `first` there is nobody to agree with."""
+    correct, total = answers.correct(), len(answers)
+    return Score(
+        checkpoint=name,
+        correct=correct,
+        total=total,
+        top1=correct / total,
+        standard_error=standard_error(correct, total),
+        top5=answers.correct(TOP) / total if answers.classes.shape[1] == TOP else None,
+        agreement=answers.agreement(first) if first else None,
+        images=images,
+    )

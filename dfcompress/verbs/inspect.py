@@ -6,6 +6,7 @@ dfcompress.inspect(dfcompress.load("net.pt", arch="net.py:make"), write_card=Tru
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,21 +100,82 @@ def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) ->
     )
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What decides which verbs can serve a model: why its classes are not exclusive, why no images can be made from its
+    own statistics (None where nothing stands in the way), whether a record is beside it, whether it is quantized, and
+    the channels of its images.
+    """
+
+    not_exclusive: str | None
+    no_statistics: str | None
+    with_record: bool
+    quantized: bool
+    channels: int
+
+
+# A need answers with whether the verb can serve the model, and with what is missing.
+_Need = Callable[[_Facts], tuple[bool, str]]
+
+
+def _classes(facts: _Facts) -> tuple[bool, str]:
+    return facts.not_exclusive is None, facts.not_exclusive or ""
+
+
+def _float_weights(facts: _Facts) -> tuple[bool, str]:
+    return not facts.quantized, "it is quantized already" if facts.quantized else ""
+
+
+def _statistics(facts: _Facts) -> tuple[bool, str]:
+    return facts.no_statistics is None, facts.no_statistics or ""
+
+
+def _pictures(facts: _Facts) -> tuple[bool, str]:
+    fits = facts.channels in (1, 3)
+    return fits, "" if fits else f"its images have {facts.channels} channels, and PNG files 1 or 3"
+
+
+def _images(instead: str, *, optional: bool) -> _Need:
+    """Images that can be made from the model and its record, or else what comes by the options `instead`; where these
+    are `optional`, the verb has others to do without images of its own.
+    """
+
+    def need(facts: _Facts) -> tuple[bool, str]:
+        if facts.with_record or facts.no_statistics is None:
+            return True, ""
+        return optional, f"needs {instead}, as {facts.no_statistics}"
+
+    return need
+
+
+# Every verb that takes a model, but `inspect` itself; tests/verbs/test_inspect.py compares with their signatures.
+NEEDS: Mapping[str, Sequence[_Need]] = {
+    "invert": [_classes, _images("--records", optional=False)],
+    "distill": [_classes, _images("--data or --records", optional=True)],
+    "merge": [_classes, _images("--data", optional=True)],
+    "quantize": [_classes, _float_weights, _images("--data or --records", optional=True)],
+    "record": [_classes],
+    "evaluate": [_classes],
+    "export": [],
+    "bench_step": [_classes, _statistics],
+    "bench_train": [_classes, _pictures],
+}
+
+
 def abilities(classifier: Classifier, *, with_record: bool = False) -> list[Ability]:
     """What each verb can do with a model, and with the record beside it if there is one."""
-    exported = Ability("export", True)
-    if unfit := why_not_exclusive(classifier):
-        verbs = ("invert", "distill", "merge", "quantize", "evaluate")
-        return [*(Ability(verb, False, unfit.why) for verb in verbs), exported]
-    why = None if with_record else why_no_statistics(classifier.network)
-    makes_images = why is None
-    from_data = "" if makes_images else f"needs --data or --records, as {why}"
-    packed = is_quantized(classifier.network)
-    return [
-        Ability("invert", makes_images, "" if why is None else f"needs --records, as {why}"),
-        Ability("distill", True, from_data),
-        Ability("merge", True, "" if why is None else f"needs --data, as {why}"),
-        Ability("quantize", not packed, "it is quantized already" if packed else from_data),
-        Ability("evaluate", True),
-        exported,
-    ]
+    unfit = why_not_exclusive(classifier)
+    facts = _Facts(
+        not_exclusive=unfit.why if unfit else None,
+        no_statistics=why_no_statistics(classifier.network),
+        with_record=with_record,
+        quantized=is_quantized(classifier.network),
+        channels=classifier.card.input_size[0],
+    )
+    return [_ability(verb, [need(facts) for need in needs]) for verb, needs in NEEDS.items()]
+
+
+def _ability(verb: str, judged: Sequence[tuple[bool, str]]) -> Ability:
+    """The first need with something to say decides."""
+    possible, why = next((each for each in judged if each[1]), (True, ""))
+    return Ability(verb, possible, why)

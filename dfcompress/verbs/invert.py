@@ -7,7 +7,7 @@ dfcompress.invert(dfcompress.load("net.pt", arch="net.py:make"), output="images"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,17 @@ UNDER_REPAIR = 0.2
 
 
 @dataclass(frozen=True)
+class Verification:
+    """How another network takes the images: the share that it classifies as intended, and its J_KL, None where it
+    remembers no statistics.
+    """
+
+    checkpoint: str
+    top1: float
+    bn_divergence: float | None
+
+
+@dataclass(frozen=True)
 class Inversion:
     """What `invert` made.
 
@@ -52,13 +63,18 @@ class Inversion:
     seconds: float
     teacher_top1: float | None
     bn_divergence: float | None
-    verify: list[dict[str, Any]]
+    verify: list[Verification]
     classes: list[int]
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """The fields as `--json` prints them."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Inversion:
+        """The result that `to_json` gave."""
+        return cls(**{**values, "verify": [Verification(**each) for each in values["verify"]]})
 
 
 @planned
@@ -94,7 +110,7 @@ def invert(
         if world().is_main:
             result = _measured(made.spec, synthetic, others, resolve_device(compute.device)).to_json()
             run.finish(result)
-        return Inversion(**world().broadcast(result))
+        return Inversion.from_json(world().broadcast(result))
 
     return Plan(
         verb="invert",
@@ -130,14 +146,9 @@ def _measured(
     )
 
 
-def _verified(other: Classifier, synthetic: SyntheticSet, target: torch.device) -> dict[str, Any]:
-    """How another network takes the images; its J_KL is None where it remembers no statistics."""
+def _verified(other: Classifier, synthetic: SyntheticSet, target: torch.device) -> Verification:
     with placed(other, target):
-        return {
-            "checkpoint": other.name,
-            "top1": share_correct(other, synthetic),
-            "bn_divergence": _divergence(other, synthetic),
-        }
+        return Verification(other.name, share_correct(other, synthetic), _divergence(other, synthetic))
 
 
 def _divergence(classifier: Classifier, synthetic: SyntheticSet) -> float | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from PIL import Image
 
 from dfcompress.errors import BadInput, GateNotMet
 from dfcompress.models.checkpoint import load
-from dfcompress.verbs.evaluate import Evaluation, as_share, evaluate
+from dfcompress.verbs.evaluate import Evaluation, Score, as_share, evaluate
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+A_SCORE = Score(checkpoint="a", correct=1, total=1, top1=1.0, standard_error=0.0, top5=None, agreement=None)
 DEMO = Path(str(resources.files("dfcompress") / "demo_files"))
 
 
@@ -26,24 +27,25 @@ def both(resnet20_file, resnet44_file, cifar10_test_file) -> Evaluation:
 
 
 def test_released_checkpoints_get_their_known_counts(both):
-    assert [(row["correct"], row["total"]) for row in both.results] == [(776, 846), (793, 846)]
-    assert [row["top1"] for row in both.results] == [776 / 846, 793 / 846]
+    assert [(row.correct, row.total) for row in both.results] == [(776, 846), (793, 846)]
+    assert [row.top1 for row in both.results] == [776 / 846, 793 / 846]
 
 
 def test_agreement_is_with_the_first_checkpoint(both):
     first, second = both.results
-    assert first["agreement"] == 1.0
-    assert round(second["agreement"] * 846) == 791
+    assert first.agreement == 1.0
+    assert round(second.agreement * 846) == 791
 
 
 def test_top5_counts_labels_among_the_five_best(both):
-    assert [round(row["top5"] * 846) for row in both.results] == [844, 845]
+    assert [round(row.top5 * 846) for row in both.results] == [844, 845]
 
 
 def test_results_are_plain_json_with_the_fields_that_stay(both, resnet20_file):
     row = json.loads(json.dumps(both.to_json()))["results"][0]
-    assert {"checkpoint", "correct", "total", "top1", "top5", "agreement"} <= row.keys()
+    assert list(row) == ["checkpoint", "correct", "total", "top1", "standard_error", "top5", "agreement"]
     assert row["checkpoint"] == str(resnet20_file)
+    assert Evaluation.from_json(both.to_json()) == both
 
 
 @pytest.fixture(scope="module")
@@ -71,20 +73,20 @@ def test_every_kind_of_source_gives_the_same_counts(tmp_path, resnet20_file, fir
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / f"{index}.png")
     sources = [first_100, tmp_path / "nhwc.npz", tmp_path / "pictures"]
-    counts = [evaluate([resnet20_file], data=source, device="cpu").results[0]["correct"] for source in sources]
+    counts = [evaluate([resnet20_file], data=source, device="cpu").results[0].correct for source in sources]
     assert counts == [94, 94, 94]
 
 
 def test_a_loaded_classifier_is_taken_as_well(resnet20_file, first_100):
     loaded = load(resnet20_file)
     row = evaluate([loaded], data=first_100, device="cpu").results[0]
-    assert (row["checkpoint"], row["correct"]) == (str(resnet20_file), 94)
+    assert (row.checkpoint, row.correct) == (str(resnet20_file), 94)
 
 
 @pytest.mark.parametrize("fail_under", [0.95, 95])
 def test_a_gate_that_is_not_met_is_raised_after_the_counts(fail_under, resnet20_file, first_100):
     evaluation = evaluate([resnet20_file], data=first_100, device="cpu", fail_under=fail_under)
-    assert evaluation.results[0]["correct"] == 94
+    assert evaluation.results[0].correct == 94
     with pytest.raises(GateNotMet, match=r"right on 94\.00% of the images, below --fail-under 95\.00%") as raised:
         evaluation.check_gate()
     assert raised.value.exit_code == 3
@@ -103,10 +105,10 @@ def test_a_gate_holds_for_every_checkpoint(both):
 
 def test_a_percentage_that_is_just_reached_passes():
     for correct in range(501, 1000):
-        just = Evaluation([{"checkpoint": "a", "top1": correct / 1000}], fail_under=as_share(correct / 10))
+        just = Evaluation([replace(A_SCORE, top1=correct / 1000)], fail_under=as_share(correct / 10))
         just.check_gate()
         with pytest.raises(GateNotMet):
-            dataclasses.replace(just, fail_under=as_share((correct + 1) / 10)).check_gate()
+            replace(just, fail_under=as_share((correct + 1) / 10)).check_gate()
 
 
 @pytest.mark.parametrize("fail_under", [-0.1, 100.5, float("nan")])
@@ -123,14 +125,14 @@ def test_no_checkpoint_is_refused():
 def test_different_numbers_of_classes_are_refused(resnet20_file, first_100):
     first, second = load(resnet20_file), load(resnet20_file)
     second.network.fc = torch.nn.Linear(64, 100)
-    second.card = dataclasses.replace(second.card, classes=100)
+    second.card = replace(second.card, classes=100)
     with pytest.raises(BadInput, match=r"has 10 classes, .* has 100"):
         evaluate([first, second], data=first_100)
 
 
 def test_the_demo_teacher_gets_its_count_on_the_shipped_test_images():
     row = evaluate([DEMO], data=DEMO, device="cpu").results[0]
-    assert (row["correct"], row["total"]) == (9951, 10_000)
+    assert (row.correct, row.total) == (9951, 10_000)
 
 
 def test_the_demo_files_take_at_most_2_million_bytes():

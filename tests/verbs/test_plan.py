@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from dfcompress.device import Compute
+from dfcompress.errors import BadInput
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
+from dfcompress.run import RunRecord
 from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs.distill import distill
 from dfcompress.verbs.invert import invert
 from dfcompress.verbs.merge import merge
@@ -71,6 +74,22 @@ def test_what_the_plan_leaves_out_is_not_done(tmp_path):
     assert record(tmp_path / "out")["plan"] == {"synthesis": [], "training": None}
     teacher = load(DEMO).state_dict()
     assert all(torch.equal(value, teacher[name]) for name, value in load(result.checkpoint).state_dict().items())
+
+
+def test_what_a_run_says_of_itself_is_read_as_objects(tmp_path):
+    """For whoever compares runs: the record, and from its measurements the result with its rows."""
+    result = VERBS["distill"](tmp_path / "out").execute()
+    kept = RunRecord.read(tmp_path / "out")
+    assert (kept.verb, kept.finished, kept.options["student"]) == ("distill", True, "half:lenet5_bn")
+    assert Compressed.from_json(kept.measurements or {}) == result
+    assert json.loads(json.dumps(result.to_json())).items() <= (kept.measurements or {}).items()
+    with pytest.raises(BadInput, match=r"holds no run\.json"):
+        RunRecord.read(tmp_path)
+
+
+def test_a_result_loads_the_model_that_was_written(tmp_path):
+    result = quantize(DEMO, data=DEMO, finetune="none", compute=EAGER, output=tmp_path / "out")
+    assert result.load().sha256 == load(tmp_path / "out").sha256
 
 
 def test_a_run_whose_record_holds_no_plan_goes_on(tmp_path):

@@ -28,7 +28,7 @@ from dfcompress.training.settings import Training
 from dfcompress.verbs import export
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._gates import Gates
-from dfcompress.verbs.evaluate import Evaluation
+from dfcompress.verbs.evaluate import Evaluation, Score
 from dfcompress.verbs.invert import learner
 from dfcompress.verbs.quantize import BEFORE_LSQ, LSQ, quantize, usual_calibration, usual_images, usual_tuning
 
@@ -384,12 +384,18 @@ def test_a_gate_without_what_it_counts_is_bad_input(tmp_path):
     Gates().check(done)
 
 
+def scored(name, correct, total=1000):
+    share = correct / total
+    return Score(
+        checkpoint=name, correct=correct, total=total, top1=share, standard_error=0.0, top5=None, agreement=None
+    )
+
+
 def test_a_loss_of_just_so_many_points_is_allowed():
     """In floating point 100 · (0.93 − 0.92) is more than 1."""
     for correct in range(100, 1001):
-        rows = [{"checkpoint": "teacher", "correct": correct, "total": 1000, "top1": correct / 1000}]
-        rows += [{"checkpoint": "own", "correct": correct - 10, "total": 1000, "top1": (correct - 10) / 1000}]
-        result = Compressed("", "", 1, 1.0, 1, {}, 1.0, [], [], Evaluation(rows))
+        scores = [scored("teacher", correct), scored("student", correct - 10)]
+        result = Compressed("", "", 1, 1.0, 1, {}, 1.0, [], [], Evaluation(scores))
         Gates(max_drop=1.0).check(result)
         with pytest.raises(GateNotMet, match=r"loses 1\.00 points"):
             Gates(max_drop=0.99).check(result)
