@@ -230,6 +230,11 @@ def _verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], N
     return configure
 
 
+def _nothing(ctx: click.Context, parameter: click.Parameter, value: str) -> str | None:
+    """`none` on the command line is None in Python."""
+    return None if value == "none" else value
+
+
 def _speaking(name: str, letter: str, level: int, explanation: str) -> Decorator:
     flags = (f"-{letter}", f"--{name}")
     # Eager, so that notices about other options obey it.
@@ -553,6 +558,7 @@ student = click.option(
 student_init = click.option(
     "--student-init",
     default="auto",
+    callback=_nothing,
     show_default=True,
     metavar="auto|none|CHECKPOINT",
     help="Initial weights: a checkpoint, none, or auto (layers of a teacher of the same, perhaps deeper, form).",
@@ -579,6 +585,7 @@ second_recipe = renamed(
     "--second-recipe",
     type=click.Choice(["auto", "none", *recipe_names()]),
     default="auto",
+    callback=_nothing,
     show_default=True,
     help="Second recipe, for half of the images; auto: bns if the model has BatchNorm statistics; none: no second.",
 )

@@ -47,7 +47,7 @@ def record(
     made = record(
         model,
         data=data,
-        keeping=keeping,
+        settings=keeping,
         output=output,
         device=device,
         seed=seed,

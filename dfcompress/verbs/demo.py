@@ -87,7 +87,7 @@ def demo(
             student=STUDENT,
             synthesis=TAUGHT,
             training=training,
-            unseen=0,
+            probe_images=0,
             compute=compute,
             **_step(run, "student", resume),
         )

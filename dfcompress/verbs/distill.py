@@ -22,7 +22,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages, stages_in_common
 from dfcompress.settings import AUTO, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.transfer_set import TransferSetSource
+from dfcompress.synthesis.transfer_set import NONE, TransferSetSource
 from dfcompress.training import OF_FEATURES
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.objectives import Objective, make_objectives
@@ -31,7 +31,7 @@ from dfcompress.training.student import begin_student
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed, evaluator
 from dfcompress.verbs._plan import Plan, planned
-from dfcompress.verbs.invert import learner
+from dfcompress.verbs.invert import co_trained_student
 
 DISTILLATION = Training(
     steps=6000,
@@ -42,7 +42,7 @@ DISTILLATION = Training(
 )
 KD: Mapping[str, float] = {"kd": 1.0}
 KD_AND_FEATURES: Mapping[str, float] = {"kd": 1.0, "feature": 10.0}
-IMAGES, UNSEEN = 2048, 128
+IMAGES, PROBE_IMAGES = 2048, 128
 
 
 @planned
@@ -57,9 +57,9 @@ def distill(
     training: Training | Mapping[str, Any] | None = None,
     objectives: Mapping[str, float] | None = None,
     temperature: float = 4.0,
-    mix: str = AUTO,
-    live: bool = False,
-    unseen: int = UNSEEN,
+    second_recipe: str | None = AUTO,
+    co_train: bool = False,
+    probe_images: int = PROBE_IMAGES,
     compute: Compute = Compute(),
     eval_data: str | Path | None = None,
     resume: bool = False,
@@ -73,9 +73,10 @@ def distill(
     of it (see `init_from_teacher`). `objectives` are weights of kd (Hinton 2015), ce, mse-logits, feature and
     attention; by default kd, and ten times feature where the features of both networks have equally many channels.
     `training` changes single settings of the usual ones (`DISTILLATION`), or replaces them.
-    `data` is a synthetic set, or real images; without it images are made first, half of them by the recipe `mix` (see
-    `TransferSetSource`). `unseen` images of another seed and recipe are made to ask both about, and never trained on.
-    With `live` the images compete with the student itself, which learns between the rounds of an adaptive recipe
+    `data` is a synthetic set, or real images; without it images are made first, half of them by `second_recipe`
+    (None: all by one, see `TransferSetSource`). `probe_images` more, of another seed and recipe, tell how often student
+    and teacher agree on what neither was trained on.
+    With `co_train` the images compete with the student itself, which learns between the rounds of an adaptive recipe
     (`adaptive-deepinversion`) and is trained on from there; else with one of its architecture that is left behind.
     The folder `output` (default: `<checkpoint>-distill`) holds the student (`model.safetensors`, `config.json`), the
     images that were made, `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
@@ -89,17 +90,17 @@ def distill(
     console.notice(sentence)
     _warn_if_larger(student_model, teacher)
     terms = _objectives(student_model, teacher, objectives, temperature=temperature, seed=compute.seed)
-    competing = student_model if live else student_model.card.architecture
+    competing = student_model if co_train else student_model.card.architecture
     source = TransferSetSource(
         teacher,
         data,
         synthesis.counted(IMAGES),
         compute,
-        second_recipe=mix,
-        probe_images=unseen,
-        learner=lambda recipe: learner(teacher, recipe, competing, compute, is_kept=live),
+        second_recipe=second_recipe or NONE,
+        probe_images=probe_images,
+        learner=lambda recipe: co_trained_student(teacher, recipe, competing, compute),
     )
-    if live and not source.adaptive:
+    if co_train and not source.adaptive:
         raise BadInput("Nothing competes with the student.", "Give --co-train an adaptive recipe and no --data.")
     if min(len(source), training.batch_size) < 2:
         raise BadInput("Batches of one image cannot train BatchNorm.", "Use more --images or --train-batch-size.")
@@ -110,8 +111,8 @@ def distill(
         "objectives": {term.name: term.weight for term in terms},
         "temperature": temperature,
         "data": data,
-        "live": live,
-        "unseen": unseen,
+        "live": co_train,
+        "unseen": probe_images,
         "synthesis": source.origin(),
     }
     train = Train(student_model, Distillation(teacher, terms), training, compute)

@@ -22,7 +22,7 @@ from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.settings import AUTO, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.transfer_set import OF_TEACHER, TransferSetSource
+from dfcompress.synthesis.transfer_set import NONE, OF_TEACHER, TransferSetSource
 from dfcompress.training.class_map import ClassMap, join_classes
 from dfcompress.training.multi_teacher import ALIASES, MethodName, merging_method, method_name
 from dfcompress.training.multi_teacher.method import MergingMethod
@@ -32,17 +32,17 @@ from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._merged import merged_evaluator
 from dfcompress.verbs._plan import Plan, planned
-from dfcompress.verbs.invert import learner
+from dfcompress.verbs.invert import co_trained_student
 
 GREY, COLOUR = 1, 3
 
 
-def usual_images(method: MergingMethod, synthesis: Synthesis, mix: str) -> tuple[Synthesis, str]:
+def usual_images(method: MergingMethod, synthesis: Synthesis, second_recipe: str) -> tuple[Synthesis, str]:
     """What is synthesized for each teacher, and the second recipe: the method's, where nothing else is asked for."""
     synthesis = synthesis.counted(method.images)
     if synthesis.recipe is None and synthesis.preset is None:
         synthesis = replace(synthesis, recipe=method.recipe, preset=method.preset)
-    return synthesis, method.second_recipe if mix == AUTO else mix
+    return synthesis, method.second_recipe if second_recipe == AUTO else second_recipe
 
 
 @planned
@@ -57,8 +57,8 @@ def merge(
     training: Training | Mapping[str, Any] | None = None,
     method: MethodName = "logit-matching",
     class_map: str | Path | None = None,
-    mix: str = AUTO,
-    unseen: int = 128,
+    second_recipe: str | None = AUTO,
+    probe_images: int = 128,
     compute: Compute = Compute(),
     eval_data: Sequence[str | Path] = (),
     resume: bool = False,
@@ -72,10 +72,10 @@ def merge(
     with the layers of the first teacher that has its form, or a deeper one (see `init_from_teacher`), but in
     `shapira-sidi`; `student_init` is a checkpoint to begin with instead, or None.
     `method` is `logit-matching` (ours) or `shapira-sidi` (Shapira and Sidi 2020), a file each in
-    `training/multi_teacher/`; `all-logits` and `paper` are their older names. Where no recipe or `mix` is given, they
-    are the method's own, and so is the training, of which `training` may change single settings.
+    `training/multi_teacher/`; `all-logits` and `paper` are their older names. Where no recipe or `second_recipe` is
+    given, they are the method's own, and so is the training, of which `training` may change single settings.
     `data` are synthetic sets or real images, one for each teacher; without them `synthesis.images` each are made first,
-    half of them by the recipe `mix`, and kept in `<output>/teacher-1/synthetic` and so on.
+    half of them by `second_recipe`, and kept in `<output>/teacher-1/synthetic` and so on.
     The folder `output` (default: `<checkpoint>-merge`) holds the student (`model.safetensors`, `config.json`),
     `metrics.jsonl` and `run.json`. `eval_data` are real images that only report: one source with the student's classes,
     or one for each teacher.
@@ -97,8 +97,10 @@ def merge(
     )
     console.notice(sentence)
     architecture = student_model.card.architecture
-    synthesis, mix = usual_images(merging, synthesis, mix)
-    sources = _sources(teachers, data, synthesis, compute, mix=mix, unseen=unseen, student=architecture)
+    synthesis, mixed = usual_images(merging, synthesis, second_recipe or NONE)
+    sources = _sources(
+        teachers, data, synthesis, compute, second_recipe=mixed, probe_images=probe_images, student=architecture
+    )
     training = with_defaults(merging.training(min(map(len, sources)), len(teachers)), training)
     options = {
         "teachers": [teacher.identity() for teacher in teachers],
@@ -107,7 +109,7 @@ def merge(
         "method": method_name(method),
         "outputs": [outputs.tolist() for outputs in classes.of],
         "data": list(map(str, data)),
-        "unseen": unseen,
+        "unseen": probe_images,
         "synthesis": [source.origin() for source in sources],
     }
     train = Train(student_model, merging.distiller(teachers, classes), training, compute)
@@ -130,8 +132,8 @@ def _sources(
     synthesis: Synthesis,
     compute: Compute,
     *,
-    mix: str,
-    unseen: int,
+    second_recipe: str,
+    probe_images: int,
     student: str,
 ) -> list[TransferSetSource]:
     """Where the images of each teacher come from; those that are made have seeds of their own.
@@ -147,9 +149,9 @@ def _sources(
             of_teacher,
             synthesis,
             replace(compute, seed=compute.seed + number),
-            second_recipe=mix,
-            probe_images=unseen,
-            learner=partial(learner, teacher, student=student, compute=compute),
+            second_recipe=second_recipe,
+            probe_images=probe_images,
+            learner=partial(co_trained_student, teacher, student=student, compute=compute),
         )
         for number, (teacher, of_teacher) in enumerate(zip_longest(teachers, data))
     ]

@@ -46,7 +46,7 @@ from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed, evaluator
 from dfcompress.verbs._plan import Outcome, Plan, Step, planned
 from dfcompress.verbs.export import rehearse, require_kernels, require_packages
-from dfcompress.verbs.invert import learner
+from dfcompress.verbs.invert import co_trained_student
 
 AS_THE_PAPER = Augmentation(shift=4, flip=True, mixup=1.0)
 KD = Training(steps=400, lr=0.01, batch_size=256, weight_decay=1e-4, freeze_batchnorm=True, augmentation=AS_THE_PAPER)
@@ -100,7 +100,7 @@ def quantize(
     data: str | Path | None = None,
     output: str | Path | None = None,
     synthesis: Synthesis = Synthesis(),
-    mix: str = AUTO,
+    second_recipe: str | None = AUTO,
     method: QuantizationMethod = "default",
     calibration: Calibration | Mapping[str, Any] | None = None,
     finetune: Finetuning | None = None,
@@ -122,10 +122,9 @@ def quantize(
     `finetune`: `blocks` learns the rounding block by block, `lsq` trains weights and steps to follow the float model,
     `blocks+lsq` does the one after the other, `kd` trains the weights with ranges frozen, `none` only calibrates.
     `training` changes or replaces its settings (`FINETUNING`); of `blocks+lsq` these are the second half's, and
-    `rounding` the first's (`BEFORE_LSQ`). `objectives` change what is followed (`OBJECTIVES`).
-    `method` gives all of these their defaults: ours, or the published ones (`paper`, see `CALIBRATIONS`).
+    `rounding` the first's (`BEFORE_LSQ`); `objectives` are followed. `method` sets all defaults: ours or the `paper`'s.
     `data` is a synthetic set, the folder of a run that made some, or real images; without it images are made first,
-    usually by `bns-inception`, and half of them by the recipe `mix` (see `TransferSetSource`).
+    usually by `bns-inception`, and half of them by `second_recipe` (see `TransferSetSource`).
     `export` also writes `model.onnx` for that runtime and checks it. The folder `output` (default:
     `<checkpoint>-quantize`) holds the packed model (`model.safetensors`, `config.json`), `quantization.json` (every
     layer), `metrics.jsonl` (but of `blocks`), `run.json` and the images made; on real `eval_data` it is only reported.
@@ -138,6 +137,7 @@ def quantize(
     wanted = wanted_bits(teacher, layers.quantizable, bits, first_last_bits, layer_bits, size_ratio, calibration.scheme)
     terms = _objectives(teacher, finetune, objectives, temperature=temperature, seed=compute.seed)
     _require_exportable(export, teacher, wanted, calibration.scheme)
+    mix = second_recipe or NONE
     if not data:
         synthesis, mix = usual_images(method, teacher, synthesis, mix)
     competing = partial(competitor, teacher, wanted, calibration, compute)
@@ -216,9 +216,9 @@ class Round:
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Reconstructed:
         """Learn it on the one set."""
         state = run.folder / BLOCKS
-        step = 3.0 * self.settings.batch_size * work_of(self.teacher) / max(1, len(units_of(self.student)))
-        with threads(threads_for(step)):
-            return reconstruct(self.student, self.teacher, sets[0].train, self.settings, seed=self.seed, state=state)
+        images, step = sets[0].train, 3.0 * self.settings.batch_size * work_of(self.teacher)
+        with threads(threads_for(step / max(1, len(units_of(self.student))))):
+            return reconstruct(self.student, self.teacher, images, self.settings, seed=self.seed, state=state)
 
 
 def _step(
@@ -274,13 +274,13 @@ def _layers(teacher: Classifier) -> Layers:
 def competitor(
     teacher: Classifier, wanted: Mapping[str, RequestedBits], calibration: Calibration, compute: Compute, recipe: Recipe
 ) -> CoTrainedStudent | None:
-    """The student that a recipe's images compete with: what quantization leaves of the teacher, repaired in its lessons
+    """The student that a recipe's images compete with: what quantization leaves of the teacher, repaired in its updates
     as by `kd` (Yin et al. 2020 let images compete with the student of the application).
     """
     if recipe.student_updates is None:
         return None
     student = calibrated_on_noise(teacher, wanted, calibration, seed=compute.seed)
-    return learner(teacher, recipe, student, compute, repair=True)
+    return co_trained_student(teacher, recipe, student, compute, repair=True)
 
 
 def wanted_bits(

@@ -1,7 +1,7 @@
 """`record`: what the owner of a model computes on the training data, to release beside the weights.
 
-dfcompress.record("hinton.pt", data="train", keeping=RecordSettings(kind="all-layers"))
-dfcompress.record("vgg16.pt", data="train", keeping=RecordSettings(kind="bn-equivalent"), output="vgg16.safetensors")
+dfcompress.record("hinton.pt", data="train", settings=RecordSettings(kind="all-layers"))
+dfcompress.record("vgg16.pt", data="train", settings=RecordSettings(kind="bn-equivalent"), output="vgg16.safetensors")
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def record(
     checkpoint: str | Path | Classifier,
     *,
     data: str | Path,
-    keeping: RecordSettings = RecordSettings(),
+    settings: RecordSettings = RecordSettings(),
     output: str | Path | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -91,13 +91,13 @@ def record(
     if isinstance(source, SyntheticSet):
         raise BadInput(f"{data} is a synthetic set.", "A record is made from the images the model was trained on.")
     counts = source.labels.bincount(minlength=teacher.card.classes).tolist()
-    _require_enough_images(counts, keeping)
-    outputs = _layers(teacher, keeping)
+    _require_enough_images(counts, settings)
+    outputs = _layers(teacher, settings)
     data_bytes = len(source) * math.prod(source.size)
-    keeper = _keeper(teacher, outputs, keeping, source.labels, data_bytes, seed)
+    keeper = _keeper(teacher, outputs, settings, source.labels, data_bytes, seed)
     recorded = Recorded(
         output=str(path),
-        kind=keeping.kind,
+        kind=settings.kind,
         units={layer: output[0].numel() for layer, output in outputs.items()},
         images=len(source),
         classes=counts,
@@ -106,7 +106,7 @@ def record(
         memory_bytes=keeper.memory_bytes,
         details=keeper.details(),
     )
-    for notice in (*_notices(recorded, keeping), *keeper.notices()):
+    for notice in (*_notices(recorded, settings), *keeper.notices()):
         console.notice(notice)
     if dry_run:
         return recorded
@@ -114,7 +114,7 @@ def record(
         pixels = _see(teacher, source, outputs, keeper, path)
         if world().is_main:
             about = Description(
-                kind=keeping.kind,
+                kind=settings.kind,
                 layers=tuple(outputs),
                 images=len(source),
                 class_counts=tuple(counts),
@@ -143,11 +143,11 @@ def _path(teacher: Classifier, output: str | Path | None, *, overwrite: bool) ->
     return path
 
 
-def _require_enough_images(counts: Sequence[int], keeping: RecordSettings) -> None:
+def _require_enough_images(counts: Sequence[int], settings: RecordSettings) -> None:
     for label, count in enumerate(counts):
-        if keeping.keeps_classes_apart and count < keeping.min_images:
+        if settings.keeps_classes_apart and count < settings.min_images:
             raise BadInput(
-                f"Class {label} has {count} images, fewer than --min-images {keeping.min_images}: a record would know"
+                f"Class {label} has {count} images, fewer than --min-images {settings.min_images}: a record would know"
                 " too little of the class, or tell too much of them.",
                 "Give more images, or keep classes together with --class-independent or --kind bn-equivalent.",
             )
@@ -155,14 +155,14 @@ def _require_enough_images(counts: Sequence[int], keeping: RecordSettings) -> No
         raise BadInput("One image has no variance.", "Give more images.")
 
 
-def _layers(teacher: Classifier, keeping: RecordSettings) -> dict[str, Tensor]:
+def _layers(teacher: Classifier, settings: RecordSettings) -> dict[str, Tensor]:
     """The layers a kind of record knows, in the order of the forward pass, with their outputs for one image."""
     outputs = outputs_of_one_image(teacher)
-    if keeping.kind == "top-layer":
+    if settings.kind == "top-layer":
         return {LOGITS: outputs[LOGITS]}
-    if keeping.kind == BN_EQUIVALENT:
+    if settings.kind == BN_EQUIVALENT:
         del outputs[LOGITS]
-    patterns = keeping.layers or ["*"]
+    patterns = settings.layers or ["*"]
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in outputs):
             raise BadInput(f"--layers {pattern!r} matches no layer.", f"Known: {', '.join(outputs)}.")
@@ -170,22 +170,27 @@ def _layers(teacher: Classifier, keeping: RecordSettings) -> dict[str, Tensor]:
 
 
 def _keeper(
-    teacher: Classifier, outputs: dict[str, Tensor], keeping: RecordSettings, labels: Tensor, data_bytes: int, seed: int
+    teacher: Classifier,
+    outputs: dict[str, Tensor],
+    settings: RecordSettings,
+    labels: Tensor,
+    data_bytes: int,
+    seed: int,
 ) -> RecordAccumulator:
-    if keeping.kind == BN_EQUIVALENT:
+    if settings.kind == BN_EQUIVALENT:
         return StatisticsKeeper(teacher.network, outputs)
-    if keeping.kind in SPECTRAL:
+    if settings.kind in SPECTRAL:
         random = generator("record", seed)
-        return SpectralKeeper(teacher, list(outputs), keeping, labels, data_bytes=data_bytes, random=random)
-    if keeping.kind == FIXED_DROPOUT:
+        return SpectralKeeper(teacher, list(outputs), settings, labels, data_bytes=data_bytes, random=random)
+    if settings.kind == FIXED_DROPOUT:
         dropouts(teacher)  # Refuses a network without.
-    return GaussianKeeper(outputs, keeping, teacher.card.classes)
+    return GaussianKeeper(outputs, settings, teacher.card.classes)
 
 
-def _notices(recorded: Recorded, keeping: RecordSettings) -> list[str]:
+def _notices(recorded: Recorded, settings: RecordSettings) -> list[str]:
     sizes = f"{recorded.bytes / 2**20:,.1f} MiB of record, {recorded.data_bytes / 2**20:,.1f} MiB of data"
     found = [f"Keeping {recorded.kind} of {len(recorded.units)} layers: {sizes}."]
-    if keeping.keeps_classes_apart and keeping.kind not in SPECTRAL:
+    if settings.keeps_classes_apart and settings.kind not in SPECTRAL:
         found.append(f"It tells of every class on its own; behind the smallest are {min(recorded.classes)} images.")
     return found
 

@@ -198,7 +198,7 @@ def test_the_command_merges_as_typed(two, tmp_path, capsys, monkeypatch):
 
 def test_distill_reports_held_out_and_unseen_images_and_keeps_them_apart(tmp_path):
     result = distill(
-        DEMO, student="half", output=tmp_path / "out", synthesis=FEW, training=SHORT, unseen=32, compute=EAGER
+        DEMO, student="half", output=tmp_path / "out", synthesis=FEW, training=SHORT, probe_images=32, compute=EAGER
     )
     (followed,) = result.teachers
     assert 0 <= followed.held_out <= 1
@@ -208,9 +208,11 @@ def test_distill_reports_held_out_and_unseen_images_and_keeps_them_apart(tmp_pat
 
 
 def test_unseen_images_are_of_no_recipe_that_was_learnt_from(tmp_path, capsys):
-    first = distill(DEMO, student="half", output=tmp_path / "a", synthesis=FEW, training=SHORT, compute=EAGER, unseen=0)
+    first = distill(
+        DEMO, student="half", output=tmp_path / "a", synthesis=FEW, training=SHORT, compute=EAGER, probe_images=0
+    )
     few = replace(FEW, preset="fast-mnist")
-    asked = {"synthesis": few, "training": {"steps": 2, "batch_size": 8}, "compute": EAGER, "unseen": 32}
+    asked = {"synthesis": few, "training": {"steps": 2, "batch_size": 8}, "compute": EAGER, "probe_images": 32}
     console.configure(console.NORMAL)
     distill(DEMO, student="half", output=tmp_path / "b", data=first.output, **asked)
     console.configure(console.QUIET)
@@ -227,8 +229,8 @@ def test_every_objective_trains_a_student(tmp_path, name):
         synthesis=FEW,
         training=SHORT,
         objectives={"kd": 1.0, name: 0.5},
-        unseen=0,
-        mix="none",
+        probe_images=0,
+        second_recipe=None,
         compute=EAGER,
     )
     lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
@@ -244,10 +246,12 @@ def test_a_student_that_gives_up_half_of_the_classes_has_collapsed():
 
 def test_a_recipe_is_not_mixed_with_itself_and_not_with_chosen_classes(tmp_path):
     with pytest.raises(BadInput, match="is the first recipe, too"):
-        distill(DEMO, student="half", output=tmp_path / "out", synthesis=FEW, mix="deepinversion", compute=EAGER)
+        distill(
+            DEMO, student="half", output=tmp_path / "out", synthesis=FEW, second_recipe="deepinversion", compute=EAGER
+        )
     some = replace(FEW, classes=("3",))
     with pytest.raises(BadInput, match="all classes"):
-        distill(DEMO, student="half", output=tmp_path / "out", synthesis=some, mix="bns", compute=EAGER)
+        distill(DEMO, student="half", output=tmp_path / "out", synthesis=some, second_recipe="bns", compute=EAGER)
     assert not (tmp_path / "out").exists()
 
 
@@ -290,7 +294,13 @@ def test_the_teacher_is_not_trained_where_the_student_starts_from_it(tmp_path):
     teacher = load(DEMO)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     distill(
-        teacher, student_init=teacher, output=tmp_path / "out", synthesis=FEW, training=SHORT, unseen=0, compute=EAGER
+        teacher,
+        student_init=teacher,
+        output=tmp_path / "out",
+        synthesis=FEW,
+        training=SHORT,
+        probe_images=0,
+        compute=EAGER,
     )
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 
@@ -309,14 +319,20 @@ ADAPTIVE = Synthesis(
 
 
 def distilled(folder, output, **options):
-    asked = {"synthesis": ADAPTIVE, "training": SHORT, "compute": EAGER, "mix": "none", "unseen": 0} | options
+    asked = {
+        "synthesis": ADAPTIVE,
+        "training": SHORT,
+        "compute": EAGER,
+        "second_recipe": None,
+        "probe_images": 0,
+    } | options
     return distill(folder, student="lenet5_bn_half", output=output, **asked)
 
 
 def test_a_live_student_goes_on_from_its_last_lesson(tmp_path):
     """With no training of its own the student is what the lessons made of it; otherwise it is as it was made."""
     folder, none = teacher(tmp_path / "t"), replace(SHORT, steps=0)
-    live = distilled(folder, tmp_path / "live", training=none, live=True)
+    live = distilled(folder, tmp_path / "live", training=none, co_train=True)
     other = distilled(folder, tmp_path / "other", training=none)
     lessons = torch.load(tmp_path / "live" / "synthetic" / "lessons.pt", weights_only=True)
     assert lessons["lesson"] == 2
@@ -330,21 +346,21 @@ def test_a_live_student_goes_on_from_its_last_lesson(tmp_path):
 def test_a_live_student_resumes_to_the_same_weights(tmp_path, lost):
     """From the middle of the images, whose shard may be an earlier one than the lessons, and from their end."""
     folder = teacher(tmp_path / "t")
-    whole = load(distilled(folder, tmp_path / "out", live=True).checkpoint).state_dict()
+    whole = load(distilled(folder, tmp_path / "out", co_train=True).checkpoint).state_dict()
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     del record["measurements"]
     (tmp_path / "out" / "run.json").write_text(json.dumps(record))
     (tmp_path / "out" / "model.safetensors").unlink()
     if lost:
         (tmp_path / "out" / "synthetic" / lost).unlink()
-    resumed = load(distilled(folder, tmp_path / "out", live=True, resume=True).checkpoint).state_dict()
+    resumed = load(distilled(folder, tmp_path / "out", co_train=True, resume=True).checkpoint).state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_live_without_an_adaptive_recipe_is_refused(tmp_path):
     folder = teacher(tmp_path / "t")
     with pytest.raises(BadInput, match="--co-train"):
-        distilled(folder, tmp_path / "out", live=True, synthesis=FEW)
+        distilled(folder, tmp_path / "out", co_train=True, synthesis=FEW)
     assert not (tmp_path / "out").exists()
 
 
@@ -353,7 +369,14 @@ def test_live_without_an_adaptive_recipe_is_refused(tmp_path):
 )
 def test_features_are_followed_by_default_where_they_have_equal_widths(tmp_path, student, objectives):
     none = replace(SHORT, steps=0)
-    asked = {"synthesis": FEW, "training": none, "compute": EAGER, "mix": "none", "unseen": 0, "student_init": None}
+    asked = {
+        "synthesis": FEW,
+        "training": none,
+        "compute": EAGER,
+        "second_recipe": None,
+        "probe_images": 0,
+        "student_init": None,
+    }
     distill(teacher(tmp_path / "t"), student=student, output=tmp_path / "out", **asked)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["options"]["objectives"] == objectives
 
@@ -362,7 +385,7 @@ def test_a_merged_student_begins_with_the_first_teacher_of_its_form(tmp_path):
     """With no training the student answers for that teacher's classes as it does."""
     other = teacher(tmp_path / "a", ("p", "q"), 2, architecture="lenet5_bn_half", seed=1)
     its = teacher(tmp_path / "b", ("r", "s", "t"), seed=2)
-    asked = {"synthesis": FEW, "training": {"steps": 0}, "compute": EAGER, "mix": "none", "unseen": 0}
+    asked = {"synthesis": FEW, "training": {"steps": 0}, "compute": EAGER, "second_recipe": None, "probe_images": 0}
     shown = torch.rand(4, 1, 32, 32)
     for name, init in (("begun", "auto"), ("fresh", None)):
         result = merge([other, its], student="lenet5_bn", student_init=init, output=tmp_path / name, **asked)

@@ -69,7 +69,7 @@ def test_a_verb_and_its_plan_have_one_signature(verb):
 
 def test_what_the_plan_leaves_out_is_not_done(tmp_path):
     """The verb executes the plan, and nothing besides it."""
-    plan = distill.plan(DEMO, student_init=DEMO, data=DEMO, unseen=0, output=tmp_path / "out", **SHORT)
+    plan = distill.plan(DEMO, student_init=DEMO, data=DEMO, probe_images=0, output=tmp_path / "out", **SHORT)
     result = replace(plan, steps={"training": None}).execute()
     assert record(tmp_path / "out")["plan"] == {"synthesis": [], "training": None}
     teacher = load(DEMO).state_dict()

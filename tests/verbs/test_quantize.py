@@ -29,7 +29,7 @@ from dfcompress.verbs import export
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._gates import Gates
 from dfcompress.verbs.evaluate import Evaluation, Score
-from dfcompress.verbs.invert import learner
+from dfcompress.verbs.invert import co_trained_student
 from dfcompress.verbs.quantize import BEFORE_LSQ, LSQ, quantize, usual_calibration, usual_images, usual_tuning
 
 DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
@@ -41,7 +41,8 @@ def line_of(finetune, output):
     """A command that makes its images, calibrates and fine-tunes in a second or two."""
     asked = f"--bits 3w3a --finetune {finetune} --train-steps 60 --train-batch-size 32 --compile off --precision fp32"
     made = "--images 64 --steps 10 --batch-size 32 --calibration-steps 2 -q"
-    return ["quantize", str(DEMO), *asked.split(), *made.split(), "-o", str(output)]
+    rounded = ["--rounding-set", "steps=40"] if finetune == "blocks+lsq" else []
+    return ["quantize", str(DEMO), *asked.split(), *rounded, *made.split(), "-o", str(output)]
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +56,6 @@ def whole(tmp_path_factory):
         return folder
 
     return whole
-
-
-@pytest.fixture
-def few_steps_of_rounding(monkeypatch):
-    """Of the first half of `blocks+lsq`."""
-    monkeypatch.setattr("dfcompress.verbs.quantize.BEFORE_LSQ", replace(BEFORE_LSQ, steps=40))
 
 
 def resumes_to(whole, folder, finetune):
@@ -82,7 +77,6 @@ def test_a_killed_reconstruction_resumes_to_the_same_bytes(whole, tmp_path):
     resumes_to(whole, tmp_path / "killed", "blocks")
 
 
-@pytest.mark.usefixtures("few_steps_of_rounding")
 @pytest.mark.parametrize(
     ("finetune", "state", "saves"),
     [
@@ -127,7 +121,7 @@ def test_what_was_measured_is_what_is_loaded_to_the_bit(tmp_path, monkeypatch):
     writing = _finish.save
     monkeypatch.setattr(_finish, "save", lambda student, folder: (saved.append(student), writing(student, folder)))
     training = Training(steps=3, lr=0.01, batch_size=32, freeze_batchnorm=True)
-    quantize(DEMO, data=DEMO, output=tmp_path / "out", training=training, compute=EAGER)
+    quantize(DEMO, data=DEMO, output=tmp_path / "out", rounding={"steps": 3}, training=training, compute=EAGER)
     images = torch.rand(16, 1, 32, 32)
     assert torch.equal(load(tmp_path / "out")(images), saved[0](images))
 
@@ -209,9 +203,9 @@ def test_images_of_one_run_serve_another(tmp_path):
 
 
 def test_a_competitor_under_repair_learns_at_a_fifth_of_the_rate():
-    teacher, recipe = load(DEMO), choose("adaptive-deepinversion", overrides={"student_lr": 0.05}).build()
-    assert learner(teacher, recipe, None, EAGER).training.lr == 0.05
-    repaired = learner(teacher, recipe, load(DEMO), EAGER, repair=True)
+    teacher, recipe = load(DEMO), choose("adaptive-deepinversion", overrides={"student_lr": 0.05}).recipe
+    assert co_trained_student(teacher, recipe, None, EAGER).training.lr == 0.05
+    repaired = co_trained_student(teacher, recipe, load(DEMO), EAGER, repair=True)
     assert repaired.training.lr == pytest.approx(0.01)
     assert repaired.training.freeze_batchnorm
 
@@ -223,7 +217,7 @@ def test_adaptive_images_compete_with_what_quantization_leaves_of_the_model(tmp_
     shards = []
     for bits in ("2w2a", "8w8a"):
         folder = tmp_path / bits
-        quantize(DEMO, bits=bits, finetune="none", mix="none", synthesis=asked, output=folder, compute=EAGER)
+        quantize(DEMO, bits=bits, finetune="none", second_recipe=None, synthesis=asked, output=folder, compute=EAGER)
         lessons = torch.load(folder / "synthetic" / "lessons.pt", weights_only=True)
         assert lessons["lesson"] == 1
         teacher = load(DEMO).state_dict()

@@ -46,7 +46,7 @@ def released(lenet_folder, images_file, tmp_path_factory):
         # Of all layers, the classes' means alone would be over a tenth of these few images.
         layers = ["fc*", LOGITS] if kind in SPECTRAL else []
         keeping = RecordSettings(kind=kind, layers=layers, per_class=2, covariance="block:64")
-        record(lenet_folder, data=images_file, keeping=keeping, output=file)
+        record(lenet_folder, data=images_file, settings=keeping, output=file)
     return files
 
 
@@ -77,7 +77,7 @@ def test_one_pass_keeps_what_two_passes_find(released, activations):
 
 
 def test_what_is_said_is_what_is_in_the_file(lenet_folder, images_file, tmp_path):
-    made = record(lenet_folder, data=images_file, keeping=RecordSettings(kind="top-layer"), output=tmp_path / "x")
+    made = record(lenet_folder, data=images_file, settings=RecordSettings(kind="top-layer"), output=tmp_path / "x")
     assert made.bytes == (tmp_path / "x").stat().st_size
     assert made.units == {LOGITS: 10}
     assert made.classes == [30] * 10
@@ -93,25 +93,25 @@ def test_a_dry_run_tells_the_size_and_writes_nothing(lenet_folder, images_file, 
 
 def test_layers_are_chosen_by_pattern(lenet_folder, images_file, tmp_path):
     keeping = RecordSettings(kind="bn-equivalent", layers=["conv*"])
-    assert set(record(lenet_folder, data=images_file, keeping=keeping, output=tmp_path / "x").units) == {
+    assert set(record(lenet_folder, data=images_file, settings=keeping, output=tmp_path / "x").units) == {
         "conv1",
         "conv2",
     }
     with pytest.raises(BadInput, match="matches no layer"):
-        record(lenet_folder, data=images_file, keeping=RecordSettings(layers=["conf*"]), output=tmp_path / "y")
+        record(lenet_folder, data=images_file, settings=RecordSettings(layers=["conf*"]), output=tmp_path / "y")
 
 
 def test_a_class_of_few_images_is_refused_unless_classes_are_pooled(lenet_folder, images_file, tmp_path):
     with pytest.raises(BadInput, match="Class 0 has 30 images, fewer than --min-images 31"):
-        record(lenet_folder, data=images_file, keeping=RecordSettings(min_images=31), output=tmp_path / "x")
+        record(lenet_folder, data=images_file, settings=RecordSettings(min_images=31), output=tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
     keeping = RecordSettings(kind="top-layer", pooled=True, min_images=31)
-    record(lenet_folder, data=images_file, keeping=keeping, output=tmp_path / "x")
+    record(lenet_folder, data=images_file, settings=keeping, output=tmp_path / "x")
 
 
 def test_a_network_without_dropout_has_no_filters_to_fix(lenet_folder, images_file, tmp_path):
     with pytest.raises(BadInput, match="no dropout layer"):
-        record(lenet_folder, data=images_file, keeping=RecordSettings(kind=FIXED_DROPOUT), output=tmp_path / "x")
+        record(lenet_folder, data=images_file, settings=RecordSettings(kind=FIXED_DROPOUT), output=tmp_path / "x")
 
 
 def test_where_it_cannot_be_written_is_refused_before_any_work(lenet_folder, images_file, tmp_path):
@@ -146,7 +146,7 @@ def test_what_cannot_be_kept_is_refused(options, message):
 
 def test_a_folder_of_mnist_is_recorded_from_its_training_part(lenet_folder, mnist_folder, tmp_path):
     made = record(
-        lenet_folder, data=mnist_folder, keeping=RecordSettings(kind="top-layer"), output=tmp_path / "x", dry_run=True
+        lenet_folder, data=mnist_folder, settings=RecordSettings(kind="top-layer"), output=tmp_path / "x", dry_run=True
     )
     assert made.images == 60_000
 
@@ -235,9 +235,9 @@ def test_the_compiled_step_of_fixed_filters_is_the_eager_one(hinton, tmp_path):
         tmp_path / "d.npz", images=random.integers(0, 256, (200, 1, 28, 28), dtype=np.uint8), labels=np.arange(200) % 10
     )
     keeping = RecordSettings(kind="all-layers-dropout", covariance="diagonal")
-    record(hinton, data=tmp_path / "d.npz", keeping=keeping, output=tmp_path / "r")
+    record(hinton, data=tmp_path / "d.npz", settings=keeping, output=tmp_path / "r")
     source = GaussianSampler(Record.load(tmp_path / "r", hinton), hinton)
-    recipe = choose("activation-records", "fast-all-layers", {"steps": 5, "batch_size": 8}).build()
+    recipe = choose("activation-records", "fast-all-layers", {"steps": 5, "batch_size": 8}).recipe
     made = [
         Synthesizer(recipe, hinton, Execution("cpu", "fp32", compiled, 1, ""), source=source).batch(0, torch.arange(8))
         for compiled in (False, True)
@@ -296,7 +296,9 @@ def test_a_network_without_batchnorm_or_record_is_refused(lenet_folder, tmp_path
 
 
 def test_pooled_classes_intend_no_class(lenet_folder, images_file, tmp_path):
-    record(lenet_folder, data=images_file, keeping=RecordSettings(kind="top-layer", pooled=True), output=tmp_path / "r")
+    record(
+        lenet_folder, data=images_file, settings=RecordSettings(kind="top-layer", pooled=True), output=tmp_path / "r"
+    )
     made = invert(lenet_folder, output=tmp_path / "set", synthesis=replace(FEW, records=tmp_path / "r"), compute=EAGER)
     assert made.teacher_top1 is None
 
