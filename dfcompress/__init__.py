@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from dfcompress.training.settings import Training as Training
     from dfcompress.verbs._finish import Compressed as Compressed
     from dfcompress.verbs._gates import Gates as Gates
+    from dfcompress.verbs._plan import Plan as Plan
+    from dfcompress.verbs._plan import SynthesisEstimate as SynthesisEstimate
     from dfcompress.verbs.bench_step import bench_step as bench_step
     from dfcompress.verbs.bench_train import bench_train as bench_train
     from dfcompress.verbs.demo import Demo as Demo
@@ -82,6 +84,7 @@ _MODULES = {
     "training.settings": ["Training"],
     "verbs._finish": ["Compressed"],
     "verbs._gates": ["Gates"],
+    "verbs._plan": ["Plan", "SynthesisEstimate"],
     "verbs.bench_step": ["bench_step"],
     "verbs.bench_train": ["bench_train"],
     "verbs.demo": ["Demo", "demo"],

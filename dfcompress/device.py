@@ -38,7 +38,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     if name == "auto":
         if not has_cuda():
             return torch.device("cpu")
-        return torch.device("cuda" if world().count == 1 else _own_cuda())
+        return torch.device("cuda" if world().world_size == 1 else _own_cuda())
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -248,11 +248,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def as_mine(stored: str) -> str:
-    """The device that another process of the job, or an earlier one, computed on, as this process has it.
+    """Map a stored device name to this process's own GPU (`cuda:<local_rank>`); CPU names are unchanged.
 
     Raises `BadInput` where this process has none.
     """
-    return _own_cuda() if is_cuda(torch.device(stored)) and world().count > 1 else stored
+    return _own_cuda() if is_cuda(torch.device(stored)) and world().world_size > 1 else stored
 
 
 @contextmanager
@@ -269,11 +269,11 @@ def threads(count: int) -> Iterator[None]:
 def threads_here() -> int:
     """Threads for this process: what the user or the library set, or its share where several share the machine."""
     everyone = world()
-    if everyone.count == 1:
+    if everyone.world_size == 1:
         return torch.get_num_threads()
     # Launchers that bind processes to cores have shared them already.
     cores, bound = os.cpu_count() or 1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    return max(1, min(bound, cores // everyone.local_count))
+    return max(1, min(bound, cores // everyone.local_world_size))
 
 
 # Training steps in one thread and in two, in ms, best of three on two cores with a dozen other programs: LeNet-5 of 32

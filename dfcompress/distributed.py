@@ -1,7 +1,12 @@
 """Several processes, one job: started by `torchrun` or by SLURM, they share units of work through a key-value store.
 
-No process is needed for a result that another one makes: which process makes a unit changes nothing about it.
-A process that dies ends the others within seconds.
+    with world().session():                      # join the others
+        for shard in world().claim(missing):     # each shard is given to one process
+            make(shard)
+        world().barrier()
+
+Operations that `torch.distributed` has too have its names. It does not matter which process makes a unit: the bytes are
+the same. Where a process dies, the others end within seconds.
 """
 
 from __future__ import annotations
@@ -28,31 +33,33 @@ TERMINATED = 143
 
 
 class World:
-    """This process and the others of its job; alone, everything here is immediate.
+    """This process, of `rank` 0 to `world_size` − 1 in its job, and the others; a job of one process never waits.
 
-    `rank` counts from 0, the rank that leads: it alone prints, decides and measures.
+    Rank 0 is the main process: it alone prints, decides and measures. `local_rank` and `local_world_size` count the
+    processes on this machine.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, local_count: int = 1) -> None:
-        self.rank, self.count, self.local_rank, self.local_count = rank, count, local_rank, local_count
+    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0, local_world_size: int = 1) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.local_rank, self.local_world_size = local_rank, local_world_size
         self._all: Any = None
         self._store: Any = None
         self._calls = self._jobs = 0
-        self._connected = False
+        self._has_process_group = False
         self._over = threading.Event()
 
     @property
     def is_main(self) -> bool:
         """Whether this is the process that decides and prints."""
-        return self.rank == 0 or self.count == 1
+        return self.rank == 0 or self.world_size == 1
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Join the others; where one fails or dies, the rest end too.
+        """Join the other processes; while inside, a process that fails or dies ends all of them.
 
         Raises `DfcompressError` where the others do not come.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             yield
             return
         self._join()
@@ -61,10 +68,10 @@ class World:
         try:
             with self._watching():
                 yield
-                self._disconnect()
+                self._destroy_process_group()
                 self._ask("set", f"done/{self.rank}", "")
                 if self.is_main:  # It may keep the store, so it leaves last.
-                    self._wait_for([f"done/{rank}" for rank in range(self.count)])
+                    self._wait_for([f"done/{rank}" for rank in range(self.world_size)])
         except BaseException as error:
             with suppress(RuntimeError):
                 self._store.set("failed", "" if self.is_main else f"process {self.rank}: {error}")
@@ -75,7 +82,7 @@ class World:
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """Watch over the others inside, in a thread that has ended afterwards.
+        """Run a thread that watches the other processes; it has ended when the block is left.
 
         The interpreter kills threads that are left at its end; one that is inside the store then takes the process
         along: "terminate called without an active exception".
@@ -90,8 +97,8 @@ class World:
             watcher.join(LOST_AFTER_SECONDS)  # A store whose keeper is gone may not answer.
 
     def broadcast(self, value: Any = None) -> Any:
-        """What the leading process passes here, on every process; a JSON value."""
-        if self.count == 1:
+        """The value that the main process passes, a JSON value, in every process."""
+        if self.world_size == 1:
             return value
         key = self._next("broadcast")
         if self.is_main:
@@ -100,44 +107,46 @@ class World:
         return json.loads(self._ask("get", key))
 
     def all_gather(self, value: Any) -> list[Any]:
-        """What every process passes here, by rank; JSON values."""
-        if self.count == 1:
+        """The values that all processes pass, JSON values, in the order of their ranks."""
+        if self.world_size == 1:
             return [value]
         key = self._next("all_gather")
-        keys = [f"{key}/{rank}" for rank in range(self.count)]
+        keys = [f"{key}/{rank}" for rank in range(self.world_size)]
         self._ask("set", keys[self.rank], json.dumps(value))
         self._wait_for(keys)
         return [json.loads(self._ask("get", each)) for each in keys]
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self.count > 1:
+        """Wait until every process has come to this call."""
+        if self.world_size > 1:
             key = self._next("barrier")
             self._ask("set", f"{key}/{self.rank}", "")
-            self._wait_for([f"{key}/{rank}" for rank in range(self.count)])
+            self._wait_for([f"{key}/{rank}" for rank in range(self.world_size)])
 
-    def connect(self, backend: str) -> None:
-        """Make torch's collective operations work between the processes, over `nccl` or `gloo`, until work ends."""
+    def init_process_group(self, backend: str) -> None:
+        """Start torch's process group over `nccl` or `gloo`, for collective operations on tensors, until the session
+        ends.
+        """
         from torch import distributed
 
-        if not self._connected:
+        if not self._has_process_group:
             store = distributed.PrefixStore("collective", self._store)
-            distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.count)
-            self._connected = True
+            distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
+            self._has_process_group = True
 
-    def _disconnect(self) -> None:
+    def _destroy_process_group(self) -> None:
         from torch import distributed
 
-        if self._connected:
+        if self._has_process_group:
             distributed.destroy_process_group()
-            self._connected = False
+            self._has_process_group = False
 
     def claim(self, units: Sequence[Any]) -> Iterator[Any]:
-        """The units this process shall do: each is given to one process, whoever asks first.
+        """Yield units to do in this process: each unit goes to the process that asks first.
 
         Every process must pass the same units.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             yield from units
             return
         key = self._next("share")
@@ -153,10 +162,10 @@ class World:
 
         try:
             if self._all is None:
-                self._all, _, _ = next(distributed.rendezvous("env://", self.rank, self.count, timeout=JOINING))
+                self._all, _, _ = next(distributed.rendezvous("env://", self.rank, self.world_size, timeout=JOINING))
         except (RuntimeError, ValueError) as error:
             raise DfcompressError(
-                f"Process {self.rank} of {self.count} cannot join the others: {first_line(error)}.",
+                f"Process {self.rank} of {self.world_size} cannot join the others: {first_line(error)}.",
                 "Start all of them with torchrun or srun.",
             ) from None
         self._jobs += 1
@@ -167,15 +176,15 @@ class World:
             time.sleep(0.05)
 
     def _ask(self, operation: str, *arguments: Any) -> Any:
-        """An operation of the store; the run is over where the process that keeps it is gone."""
+        """Do an operation of the store; end this process where the main process, which keeps the store, is gone."""
         try:
             return getattr(self._store, operation)(*arguments)
         except RuntimeError:
-            self._end(f"process 0 of {self.count} is gone", lost=0)
+            self._end(f"process 0 of {self.world_size} is gone", lost=0)
 
     def _watch(self) -> None:
-        """Say that this process lives, and end it where another one does no more."""
-        heard = dict.fromkeys(range(self.count), (0, time.monotonic()))
+        """Write a heartbeat, and end this process where another one has failed or has no heartbeat any more."""
+        heard = dict.fromkeys(range(self.world_size), (0, time.monotonic()))
         beat = 0
         while not self._over.wait(BEAT_SECONDS):
             beat += 1
@@ -183,14 +192,14 @@ class World:
                 self._store.set(f"beat/{self.rank}", str(beat))
                 if self._store.check(["failed"]) and not self._over.is_set():
                     self._end(self._store.get("failed").decode())
-                lost = next((rank for rank in range(self.count) if self._is_lost(rank, heard)), None)
+                lost = next((rank for rank in range(self.world_size) if self._is_lost(rank, heard)), None)
             except RuntimeError:
                 lost = 0
             if lost is not None and not self._over.is_set():
-                self._end(f"process {lost} of {self.count} is gone", lost=lost)
+                self._end(f"process {lost} of {self.world_size} is gone", lost=lost)
 
     def _is_lost(self, rank: int, heard: dict[int, tuple[int, float]]) -> bool:
-        """Whether a process has not been heard of for too long; `heard` holds its last beat, and when that was."""
+        """Whether a process had no new heartbeat for too long; `heard` holds its last one, and when it was read."""
         if self._store.check([f"done/{rank}"]):
             return False
         key, now = f"beat/{rank}", time.monotonic()
@@ -201,7 +210,7 @@ class World:
         return now - heard[rank][1] > patience
 
     def _end(self, why: str, *, lost: int | None = None, code: int = 1) -> None:
-        """End this process at once; one of those that are left says why, unless that was said."""
+        """End this process at once; one of the processes that are left prints why, where there is something to say."""
         if why and self.rank == (1 if lost == 0 else 0):
             console.last_words(f"dfcompress: {why}; the same line with --resume goes on.")
         os._exit(code)
@@ -226,7 +235,7 @@ def world() -> World:
 
 
 def _from_slurm(variables: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would set, from the variables of a SLURM step; steps of one job get ports of their own."""
+    """The variables that torchrun sets, from those of a SLURM step; every step of a job has its own port."""
     step = 100 * int(variables.get("SLURM_JOB_ID", "0")) + int(variables.get("SLURM_STEP_ID", "0"))
     tasks = variables["SLURM_STEP_NUM_TASKS"]
     return {

@@ -29,14 +29,14 @@ def parse(name: str, value: Any, default: Any) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
         if kind is tuple and isinstance(value, str):
             return tuple(type(default[0])(part) for part in value.split(","))
-        parse = kind(value)
+        converted = kind(value)
     except (KeyError, ValueError, TypeError):
         raise BadInput(
             f"{name} = {value!r} is not a value of type {kind.__name__}.", f"Its default is {default!r}."
         ) from None
-    if isinstance(parse, int | float) and (parse < 0 or not math.isfinite(parse)):
+    if isinstance(converted, int | float) and (converted < 0 or not math.isfinite(converted)):
         raise BadInput(f"{name} = {value!r} is negative or not finite.", "Use a number from 0 up.")
-    return parse
+    return converted
 
 
 def assignments(texts: Sequence[str], option: str) -> dict[str, str]:
@@ -66,13 +66,16 @@ def replace_settings(settings: Settings, changes: Mapping[str, Any], what: str) 
             raise unknown(what, name, sorted(places))
         place, default = places[name]
         inner.setdefault(place, {})[name] = parse(name, value, default)
-    own = inner.pop("", {})
+    outer = inner.pop("", {})
     parts = {place: dataclasses.replace(getattr(settings, place), **values) for place, values in inner.items()}
-    return dataclasses.replace(settings, **own, **parts)  # type: ignore[type-var]
+    return dataclasses.replace(settings, **outer, **parts)  # type: ignore[type-var]
 
 
 def with_defaults(usual: Settings, given: Settings | Mapping[str, Any] | None) -> Settings:
-    """The settings of a training as they are given, or the usual ones with single changes; raises as `changed` does."""
+    """`given` where it is complete settings, else the `usual` ones with the changes that it names.
+
+    Raises as `replace_settings` does.
+    """
     if given is None or isinstance(given, Mapping):
         return replace_settings(usual, given or {}, "setting of training called")
     return given

@@ -41,6 +41,9 @@ reveal_type(images)  # -> "dfcompress.verbs.invert.Inversion"
 reveal_type(small)  # -> "dfcompress.verbs._finish.Compressed"
 reveal_type(small.bytes_ratio)  # -> "float"
 reveal_type(dfcompress.quantize(teacher, bits="4w4a"))  # -> "dfcompress.verbs._finish.Compressed"
+plan = dfcompress.distill.plan(teacher, student="half")
+reveal_type(plan)  # -> "dfcompress.verbs._plan.Plan[dfcompress.verbs._finish.Compressed]"
+reveal_type(plan.estimates()[0].seconds)  # -> "float"
 reveal_type(dfcompress.merge([teacher, "other.pt"]))  # -> "dfcompress.verbs._finish.Compressed"
 reveal_type(dfcompress.record(teacher, data="train"))  # -> "dfcompress.verbs.record.Recorded"
 reveal_type(dfcompress.evaluate([teacher], data="test"))  # -> "dfcompress.verbs.evaluate.Evaluation"
@@ -58,6 +61,7 @@ dfcompress.distil("resnet44.pt")
 dfcompress.distill("resnet44.pt", studnet="half")
 dfcompress.distill("resnet44.pt", temperature="hot")
 dfcompress.distill("resnet44.pt", "half")
+dfcompress.distill.plan("resnet44.pt", studnet="half")
 dfcompress.invert(3)
 dfcompress.invert("resnet20.pt", synthesis={"images": 512})
 dfcompress.quantize("resnet20.pt", bits=4)

@@ -390,7 +390,7 @@ def test_slurm_variables_are_understood(monkeypatch):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     found = world.__wrapped__()
-    assert (found.rank, found.count, found.local_rank, found.local_count) == (3, 4, 1, 2)
+    assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == (3, 4, 1, 2)
     assert os.environ["MASTER_ADDR"] == "gpu1"
 
 

@@ -136,7 +136,7 @@ def _groups(spec: SynthesisSpec, batch_size: int, execution: Execution) -> int:
     if not is_cuda(torch.device(execution.device)):
         return 1
     height, width = spec.teacher.card.input_size[1:]
-    fit, for_everybody = PIXELS_A_STEP // (batch_size * height * width), batches // world().count
+    fit, for_everybody = PIXELS_A_STEP // (batch_size * height * width), batches // world().world_size
     return max(1, min(fit, for_everybody))
 
 

@@ -160,7 +160,7 @@ class Trainer:
 
     def _mine(self, execution: Execution) -> Execution:
         """What was resolved, perhaps by another process, as this one has it."""
-        if self.everyone.count == 1:
+        if self.everyone.world_size == 1:
             return execution
         # Gradients and statistics are exchanged by hooks, which a compiled network would not run.
         threads = min(execution.threads, device.threads_here())

@@ -19,27 +19,27 @@ from dfcompress.models.plain_layers import BATCHNORMS
 
 def require_shares(share: int, everyone: World) -> None:
     """Raise `BadInput` where so many images of each set cannot be shared out equally."""
-    if share % everyone.count:
+    if share % everyone.world_size:
         raise BadInput(
-            f"{share} images of each set in a batch do not divide among {everyone.count} processes.",
-            f"Use --train-batch-size and --images so that {everyone.count} divides them.",
+            f"{share} images of each set in a batch do not divide among {everyone.world_size} processes.",
+            f"Use --train-batch-size and --images so that {everyone.world_size} divides them.",
         )
 
 
 def require_plain(network: nn.Module, everyone: World) -> None:
     """Raise `BadInput` for a BatchNorm of another class, which may do more than normalise, in several processes."""
     for module in network.modules():
-        if everyone.count > 1 and isinstance(module, _BatchNorm) and type(module) not in BATCHNORMS:
+        if everyone.world_size > 1 and isinstance(module, _BatchNorm) and type(module) not in BATCHNORMS:
             name = type(module).__name__
             raise BadInput(f"A {name} cannot be trained by several processes.", "Train this student in one process.")
 
 
 def replicated(module: nn.Module, everyone: World) -> nn.Module:
     """The module, whose gradients are averaged over the processes where there are several."""
-    if everyone.count == 1:
+    if everyone.world_size == 1:
         return module
     device = identity(next(module.parameters()).device)
-    everyone.connect(collective_backend(everyone.all_gather(device)))
+    everyone.init_process_group(collective_backend(everyone.all_gather(device)))
     # Every step uses the same parameters, and none waits for those that are in no step (an auxiliary head's).
     replica = nn.parallel.DistributedDataParallel(module, static_graph=True)
     replica.broadcast_buffers = False  # They are the same everywhere: statistics are those of the whole batch.
@@ -48,10 +48,10 @@ def replicated(module: nn.Module, everyone: World) -> nn.Module:
 
 def mean(values: Tensor, everyone: World) -> Tensor:
     """The mean over the processes."""
-    if everyone.count == 1:
+    if everyone.world_size == 1:
         return values
     distributed.all_reduce(values)
-    return values / everyone.count
+    return values / everyone.world_size
 
 
 @contextmanager
@@ -61,7 +61,9 @@ def synchronised(network: nn.Module, everyone: World) -> Iterator[None]:
     Raises `BadInput` for a BatchNorm of a class of its own, which may do more than normalise.
     """
     require_plain(network, everyone)
-    layers = [module for module in network.modules() if isinstance(module, _BatchNorm)] if everyone.count > 1 else []
+    layers = (
+        [module for module in network.modules() if isinstance(module, _BatchNorm)] if everyone.world_size > 1 else []
+    )
     classes = [type(layer) for layer in layers]
     for layer in layers:
         layer.__class__ = _SynchronisedBatchNorm
@@ -84,7 +86,7 @@ class _SynchronisedBatchNorm(_BatchNorm):
             return super().forward(input)
         features, axes = input.float(), [0, *range(2, input.dim())]
         shape = (1, -1, *[1] * (input.dim() - 2))
-        count = world().count * features.numel() // features.shape[1]
+        count = world().world_size * features.numel() // features.shape[1]
         centre = _Mean.apply(features.mean(axes))
         errors = features - centre.view(shape)
         var = _Mean.apply(errors.square().mean(axes))

@@ -90,7 +90,7 @@ class Steps:
 
     def _take(self) -> None:
         # Dropout, too, depends on the step alone, and on the process where there are several.
-        process = [self.everyone.rank] * (self.everyone.count > 1)
+        process = [self.everyone.rank] * (self.everyone.world_size > 1)
         device.seed(torch.device(self.execution.device), seed_of("dropout", self.seed, self.done, *process))
         batch = self.source.batch(self.done).part(self._mine)
         if self.execution.precision != "fp32":
@@ -141,7 +141,7 @@ class Steps:
     @property
     def _mine(self) -> slice:
         """Which images of a batch are this process's."""
-        return slice(self.everyone.rank, None, self.everyone.count)
+        return slice(self.everyone.rank, None, self.everyone.world_size)
 
     def _targets_of(self, batch: Batch) -> tuple[Tensor, ...]:
         if self._kept is None:

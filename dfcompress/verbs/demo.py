@@ -72,7 +72,7 @@ def demo(
 
     Raises `BadInput` where the folder cannot be used.
     """
-    if world().count > 1:
+    if world().world_size > 1:
         raise BadInput("demo runs in one process.", "Start it without torchrun.")
     run = Run("demo", Path(output), asdict(compute), resume=resume, overwrite=overwrite)
     teacher = load(FILES)

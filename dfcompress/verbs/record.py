@@ -204,7 +204,7 @@ def _see(
     pixels = StreamingMoments(1, teacher.card.input_size[0], 1)
     # Large outputs of many images at once would fill the memory; the same for every process.
     size = max(1, min(BATCH_SIZE, NUMBERS_A_BATCH // sum(output[0].numel() for output in layers.values())))
-    batches = source.batches(size, first=everyone.rank, every=everyone.count)
+    batches = source.batches(size, first=everyone.rank, every=everyone.world_size)
     total = -(-len(source) // size)
     recorder = HookRecorder(teacher.network, outputs=list(layers))
     with evaluating(teacher), exact_fp32(), console.progress("batch", total) as progress:
@@ -213,10 +213,10 @@ def _see(
             outputs = [output.flatten(1) if keeper.flat else output for output in recorded]
             if not all(output.isfinite().all() for output in outputs):
                 raise DfcompressError("The network answers with NaN or infinity.", "Its weights or its card are wrong.")
-            first = (everyone.rank + number * everyone.count) * size
+            first = (everyone.rank + number * everyone.world_size) * size
             keeper.update([output.cpu() for output in outputs], labels, torch.arange(first, first + len(images)))
             pixels.update(images.movedim(1, -1).flatten(0, -2))
-            progress.update(min(total, (number + 1) * everyone.count))
+            progress.update(min(total, (number + 1) * everyone.world_size))
     _gather(keeper, pixels, path)
     return pixels
 
@@ -224,7 +224,7 @@ def _see(
 def _gather(keeper: RecordAccumulator, pixels: StreamingMoments, path: Path) -> None:
     """Bring what all processes saw to the leading one, through files beside the record."""
     everyone = world()
-    parts = [path.with_name(f".{path.name}.{rank}") for rank in range(everyone.count)]
+    parts = [path.with_name(f".{path.name}.{rank}") for rank in range(everyone.world_size)]
     if not everyone.is_main:
         save_file(keeper.state() | states({"pixels": pixels}), parts[everyone.rank])
     everyone.barrier()

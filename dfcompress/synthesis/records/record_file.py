@@ -144,7 +144,7 @@ def tensor_bytes(expected: Expected) -> int:
 
 def require_memory(what: str, needed: float, remedy: str) -> None:
     """Raise `BadInput` where something takes more than this process's half of the machine's memory."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world().local_count
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world().local_world_size
     if needed > MEMORY_SHARE * memory:
         raise BadInput(
             f"{what} takes {needed / 2**30:,.1f} GiB, more than half of a process's share of the memory.",
