@@ -30,6 +30,7 @@ class Run:
     asked for, it belongs to another job, or it cannot be written.
     `options` are the resolved options that the result depends on: a resumed run must have the same.
     `inputs` are paths the run reads, which overwriting must not delete; `plan` is what it will do, kept to be read.
+    `renamed` has for an option the values that older versions wrote, and what they are called now.
     `earlier` are the measurements of a resumed run that was already finished.
     Of several processes the leading one alone touches the folder.
     """
@@ -44,10 +45,12 @@ class Run:
         plan: Mapping[str, Any] | None = None,
         resume: bool = False,
         overwrite: bool = False,
+        renamed: Mapping[str, Mapping[str, str]] = {},
     ) -> None:
         self.verb, self.folder, self.options = verb, folder, json.loads(json.dumps(options, default=str))
         self.plan = plan
         self.inputs = [Path(path) for path in inputs if path is not None]
+        self.renamed = renamed
         self.seconds: dict[str, float] = {}
         self.earlier: Mapping[str, Any] | None = None
         if world().is_main:
@@ -107,6 +110,7 @@ class Run:
             )
         for name in sorted(self.options.keys() | before["options"].keys()):
             old, new = before["options"].get(name), self.options.get(name)
+            old = self.renamed[name].get(old, old) if name in self.renamed else _without_removed(old, new)
             if old != new:
                 raise BadInput(
                     f"{self.folder} was started with {name} = {old!r}, now it is {new!r}.",
@@ -162,10 +166,11 @@ def running(
     plan: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    renamed: Mapping[str, Mapping[str, str]] = {},
 ) -> Iterator[Run]:
     """A `Run` in all processes of a job: the leading one opens the folder, and where one fails the others end too."""
     with world().session():
-        yield Run(verb, folder, options, inputs=inputs, plan=plan, resume=resume, overwrite=overwrite)
+        yield Run(verb, folder, options, inputs=inputs, plan=plan, resume=resume, overwrite=overwrite, renamed=renamed)
 
 
 class Clock:
@@ -217,6 +222,13 @@ def write_atomically(path: Path) -> Iterator[Path]:
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _without_removed(old: Any, new: Any) -> Any:
+    """An option of an earlier record without the settings that newer versions have not, where those were off."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {name: value for name, value in old.items() if name in new or value}
+    return old
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

@@ -54,11 +54,14 @@ def assignments(texts: Sequence[str], option: str) -> dict[str, str]:
 def replace_settings(settings: Settings, changes: Mapping[str, Any], what: str) -> Settings:
     """A frozen dataclass with some fields changed, also those of the dataclasses in it; text is converted.
 
-    Raises `BadInput` for names that are no fields, with a suggestion, and for values of the wrong type.
+    Raises `BadInput` for names that are no fields, with a suggestion, for those that the class lists as `REMOVED`, with
+    what to do instead, and for values of the wrong type.
     """
     places = _fields(settings)
     inner: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
+        if name in getattr(settings, "REMOVED", {}):
+            raise BadInput(f"The {what} {name!r} was removed.", settings.REMOVED[name])  # type: ignore[attr-defined]
         if name not in places:
             raise unknown(what, name, sorted(places))
         place, default = places[name]

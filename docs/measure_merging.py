@@ -33,7 +33,7 @@ CASES = {
 }
 SHARED = (4, 5)
 # `real` is the ceiling: the same method on each teacher's own training images.
-ROWS = {"all-logits": "", "paper": "--method paper", "real": "--data"}
+ROWS = {"all-logits": "", "paper": "--method shapira-sidi", "real": "--data"}
 
 
 def measure(given: argparse.Namespace, case: str, row: str, seed: int) -> dict:

@@ -50,17 +50,20 @@ def images_of(folder: Path, names: tuple[str, ...], chosen: list[int]) -> tuple[
 def train(classifier: Classifier, images: Tensor, labels: Tensor, epochs: int, device: str) -> None:
     """Cross-entropy under bf16 autocast."""
     classifier.to(device).to(memory_format=torch.channels_last).train()
-    pool = ImagePool(images.to(device), augmentation=Augmentation(shift=4, flip=True), batch_size=BATCH_SIZE)
-    labels, steps = labels.to(device), epochs * (len(images) // BATCH_SIZE)
+    augmentation = Augmentation(shift=4, flip=True)
+    pool = ImagePool(images, labels=[labels], augmentation=augmentation, batch_size=BATCH_SIZE)
+    pool.to(torch.device(device))
+    steps = epochs * (len(images) // BATCH_SIZE)
     optimizer = torch.optim.SGD(
         classifier.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with console.progress("step", steps) as progress:
         for step in range(steps):
+            batch = pool.batch(step)
             with torch.autocast(device, torch.bfloat16):
-                logits = classifier(pool.batch(step).contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits.float(), labels[pool.places(step)])
+                logits = classifier(batch.images.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), batch.labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

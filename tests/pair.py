@@ -15,10 +15,12 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
 COUNT = 2
+LONGEST_SECONDS = 300.0  # Of a command; on a busy machine one takes 20.
 
 
 class Ended(NamedTuple):
@@ -41,14 +43,21 @@ class Pair:
         for process in self.processes:
             process.stdin.write(json.dumps([*map(str, arguments)]) + "\n")
             process.stdin.flush()
-        codes = [process.stdout.readline() or process.wait(60) for process in self.processes]
+        impatient = threading.Timer(LONGEST_SECONDS, self._kill)
+        impatient.start()
+        codes = [process.stdout.readline() or process.wait() for process in self.processes]
+        impatient.cancel()
         errors = [file.read_bytes()[begin:].decode() for file, begin in zip(self.files, begins, strict=True)]
         return [Ended(int(code), error) for code, error in zip(codes, errors, strict=True)]
 
     def close(self) -> None:
+        self._kill()
+        for process in self.processes:
+            process.communicate()
+
+    def _kill(self) -> None:
         for process in self.processes:
             process.kill()
-            process.communicate()
 
     def _start(self) -> None:
         self.close()

@@ -22,10 +22,12 @@ from dfcompress.device import Compute
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.training.merging import METHODS
+from dfcompress.training.multi_teacher import NAMES as METHODS
+from dfcompress.training.multi_teacher import merging_method
+from dfcompress.training.multi_teacher.logit_matching import TRAINING as MATCHED
 from dfcompress.verbs.distill import DISTILLATION, distill
 from dfcompress.verbs.invert import invert
-from dfcompress.verbs.merge import MERGING, merge
+from dfcompress.verbs.merge import merge
 from dfcompress.verbs.quantize import BEFORE_LSQ, FINETUNING, quantize, usual_calibration
 
 COMMANDS = root.list_commands(None)
@@ -383,7 +385,7 @@ def test_a_factory_of_the_users_own_is_quantized_and_read_again_when_named(capsy
 
 def test_what_help_says_of_training_is_what_the_verbs_do():
     """Help must not import torch, so it repeats names and numbers that belong to the verbs."""
-    usual = {"distill": DISTILLATION, "merge": MERGING, "quantize": FINETUNING["blocks+lsq"]}
+    usual = {"distill": DISTILLATION, "merge": MATCHED, "quantize": FINETUNING["blocks+lsq"]}
     for name, training in usual.items():
         told = {parameter.name: parameter for parameter in root.get_command(None, name).params}
         for field in ("steps", "lr", "batch_size"):
@@ -455,9 +457,9 @@ def test_a_dry_run_on_the_command_line_plans_the_sets_that_the_verb_makes_in_pyt
 def test_help_tells_how_many_images_a_verb_makes(name):
     """The verb's own number stands in its module; help must not import torch, so it repeats it."""
     module = _module(name)
-    usual, _, paper = _parameters(name)["images"].show_default.partition("; of paper ")
-    assert usual == str(module.IMAGES)
-    assert paper == (str(module.PAPER_IMAGES) if name == "merge" else "")
+    usual, _, others = _parameters(name)["images"].show_default.partition("; of ")
+    assert usual == str(merging_method("logit-matching").images if name == "merge" else module.IMAGES)
+    assert others == (f"shapira-sidi {merging_method('shapira-sidi').images}" if name == "merge" else "")
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name in dfcompress.__all__])

@@ -43,7 +43,8 @@ def test_the_demo_at_a_fifth_of_its_size_ends_in_smaller_models_that_work(tmp_pa
     assert run(["demo", "--json", "-q"]) == 0
     shown = json.loads(capsys.readouterr().out)
     require_smaller_models_that_work(shown, student=2000, quantized=9850)
-    assert Image.open(tmp_path / shown["picture"]).size[0] > 300
+    with Image.open(tmp_path / shown["picture"]) as picture:
+        assert picture.size[0] > 300
 
 
 @pytest.mark.release

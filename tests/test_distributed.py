@@ -226,7 +226,7 @@ def test_two_processes_train_as_one_does(verb, asked, loss, pair, noise, tmp_pat
     teachers, data = [DEMO], ["--data", noise]
     if verb == "merge":
         teachers, data = [DEMO, another_teacher(tmp_path / "another")], 2 * data
-    unseen = [] if verb == "quantize" else ["--unseen", "0"]
+    unseen = [] if verb == "quantize" else ["--probe-images", "0"]
     asked = [*teachers, *asked, *data, *unseen, *TRAINED]
     alone(verb, *asked, "-o", tmp_path / "one")
     for code, errors in pair.run(verb, *asked, "-o", tmp_path / "two"):
@@ -285,7 +285,7 @@ def test_two_processes_train_a_network_with_weights_that_it_never_calls(pair, no
 @pytest.mark.slow
 def test_two_processes_resume_a_training_to_the_same_bits(pair, noise, tmp_path):
     """SIGKILL one of two in the middle of the training; both again end where an undisturbed run does."""
-    student = ["--student", "lenet5_bn_half", "--unseen", "0", "--train-steps", "150", *TRAINED[2:]]
+    student = ["--student", "lenet5_bn_half", "--probe-images", "0", "--train-steps", "150", *TRAINED[2:]]
     asked = ["distill", DEMO, "--data", noise, *student]
     assert [code for code, _ in pair.run(*asked, "-o", tmp_path / "whole")] == [0, 0]
     folder = tmp_path / "killed"
@@ -302,7 +302,7 @@ def test_two_processes_resume_a_training_to_the_same_bits(pair, noise, tmp_path)
 
 @pytest.mark.slow
 def test_batches_that_cannot_be_shared_out_are_refused(pair, noise, tmp_path):
-    asked = [DEMO, "--student", "lenet5_bn_half", "--data", noise, "--unseen", "0", *TRAINED]
+    asked = [DEMO, "--student", "lenet5_bn_half", "--data", noise, "--probe-images", "0", *TRAINED]
     leader, _ = pair.run("distill", *asked, "--train-batch-size", "15", "-o", tmp_path / "two")
     assert leader.code == 2
     assert "do not divide among 2 processes" in leader.errors

@@ -54,7 +54,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_option_that_is_mentioned_exists(page):
     known = {"--help", "--version", "--upgrade", "--extra-index-url", "--nproc-per-node", "--ntasks", "--gpus-per-task"}
-    known |= {"--no-deps", "--no-build-isolation", "--no-index", "--durations"}  # Of pip and pytest.
+    known |= {"--no-deps", "--no-build-isolation", "--no-index", "--durations", "--dist"}  # Of pip and pytest.
     known |= {"--only", "--seeds", "--sources"}  # Of docs/measure_quantization.py.
     for name in COMMANDS:
         command = root.get_command(click.Context(root), name)

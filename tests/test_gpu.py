@@ -15,13 +15,14 @@ from dfcompress.models.checkpoint import load
 from dfcompress.models.fake_quantizers import quantized_layers
 from dfcompress.models.stages import shared_stages
 from dfcompress.quantization.calibration import Calibration
+from dfcompress.quantization.observers import range_rules
 from dfcompress.quantization.reconstruction import Reconstruction
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import Synthesizer
 from dfcompress.training.class_map import ClassMap
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import Trainer
-from dfcompress.training.merging import Merging
+from dfcompress.training.multi_teacher.logit_matching import LogitMatching
 from dfcompress.training.objectives import feature, kd
 from dfcompress.training.settings import Training
 from dfcompress.training.student import make_student
@@ -128,10 +129,11 @@ def trained(teachers, compute):
     shown = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     student, _ = make_student("cifar_resnet20", teachers[0].card, seed=0)
     if len(teachers) == 1:
-        teaching = Distillation(teachers[0], [kd(4.0), 10.0 * feature(shared_stages(student, teachers[0]))])
+        distiller = Distillation(teachers[0], [kd(4.0), 10.0 * feature(shared_stages(student, teachers[0]))])
     else:
-        teaching = Merging(teachers, ClassMap((torch.arange(10),) * len(teachers), 10))
-    return Trainer(student, teaching, TRAINING, compute=compute).fit(*[shown] * len(teachers)).losses
+        distiller = LogitMatching(teachers, ClassMap((torch.arange(10),) * len(teachers), 10))
+    pool = TRAINING.pool(*[shown] * len(teachers), seed=compute.seed)
+    return Trainer(student, distiller, TRAINING, compute=compute).fit(pool).losses
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -148,7 +150,7 @@ def test_the_bench_of_training_runs(resnet20_file):
     assert [row["name"] for row in rows] == ["plain", "+pool", "+compiled", "+bf16", "+cached"]
 
 
-@pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("rule", range_rules())
 def test_ranges_and_weights_are_those_of_the_cpu(rule, resnet20_file, cifar10_train_file, tmp_path):
     students = []
     for place in ("cpu", "cuda"):

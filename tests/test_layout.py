@@ -77,6 +77,18 @@ def test_no_two_files_import_each_other():
     list(TopologicalSorter(imported).static_order())  # raises CycleError, naming the ring
 
 
+def test_the_ground_floor_holds_what_several_rooms_need():
+    """A file of `models/` or `data/` that a single room above imports, and no other file of the two, stands there."""
+    files = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in MODULES}
+    rooms: dict[str, set[str]] = {file: set() for file in ("", *files)}
+    for user, path in files.items():
+        for imported in _imported(path):
+            rooms[_file_of(imported, files)].add(user.split(".")[0])
+    ground = [file for file in files if file.startswith(("models.", "data.")) and ".architectures." not in file]
+    assert len(ground) > 20
+    assert [file for file in ground if len(rooms[file]) < 2 and not rooms[file] & FLOORS[-2]] == []
+
+
 def _file_of(name: str, files: Collection[str]) -> str:
     """The file that an imported name stands in; nothing for the package's own door."""
     while name and name not in files:

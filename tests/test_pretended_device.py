@@ -92,7 +92,7 @@ def test_two_devices_of_one_process_each_capture_their_own_steps(tmp_path):
         place: ["invert", DEMO, *MADE[:-1], place, "--steps", STEPS, "-o", tmp_path / place]
         for place in ("gpu:0", "gpu:1")
     }
-    distilled = ["distill", DEMO, "--student", "half", "--unseen", 0, "--data", tmp_path / "gpu:0", *TRAINED]
+    distilled = ["distill", DEMO, "--student", "half", "--probe-images", 0, "--data", tmp_path / "gpu:0", *TRAINED]
     commands["distill"] = [*distilled, "--train-batch-size", 4, "-o", tmp_path / "student"]
     ended = pretend(commands, devices=2)
     assert ended["gpu:0"]["replays"] == ended["gpu:1"]["replays"] > 0
@@ -102,7 +102,7 @@ def test_two_devices_of_one_process_each_capture_their_own_steps(tmp_path):
 def test_every_verb_runs(digits, another, tmp_path):
     images = tmp_path / "images"
     given = ["--data", images, "--eval-data", digits]
-    distilled = ["distill", DEMO, "--student", "half", "--unseen", 0, *given, *TRAINED]
+    distilled = ["distill", DEMO, "--student", "half", "--probe-images", 0, *given, *TRAINED]
     unchanged = ["--train-set", "shift=0", "--train-set", "flip=false", "--train-set", "mixup=0"]
     quantized = ["quantize", DEMO, *given, "--train-steps", 3, "--device", "gpu"]
     twice = ["--data", images, "--data", images]
@@ -113,7 +113,7 @@ def test_every_verb_runs(digits, another, tmp_path):
         "distill": [*distilled, *OBJECTIVES, "-o"],
         "distill, asked once": [*distilled, *unchanged, "-o"],
         "distill by lamb": [*distilled, "--optimizer", "lamb", "--train-set", "ema=0.9", "-o"],
-        "merge": ["merge", DEMO, another, "--student", "half", *twice, *TRAINED, "--unseen", 0, "-o"],
+        "merge": ["merge", DEMO, another, "--student", "half", *twice, *TRAINED, "--probe-images", 0, "-o"],
         "lsq": [*quantized, "--finetune", "lsq", "-o"],
         "kd": [*quantized, "--finetune", "kd", "-o"],
         "blocks": [*quantized, "--finetune", "blocks", "-o"],

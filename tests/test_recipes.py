@@ -66,7 +66,7 @@ def test_a_few_steps_of_every_preset_lower_its_objective(name, preset, resnet20_
     recipe = choose(name, preset, overrides).build()
     teacher = load(resnet20_file)
     student = load(resnet20_file) if Want.STUDENT in recipe.wants else None
-    execution = Execution("cpu", "fp32", False, 2, "")
+    execution = Execution("cpu", "fp32", False, 1, "")
     source = a_record(teacher) if Want.TARGETS in recipe.wants else None
     batch = Synthesizer(recipe, teacher, execution, student=student, source=source).batch(0, torch.arange(8))
     assert batch.images.shape == (8, 3, 32, 32)
@@ -79,7 +79,7 @@ def test_a_few_steps_of_every_preset_lower_its_objective(name, preset, resnet20_
 def test_gaussian_images_are_standard_normal_where_the_network_sees_them(resnet20_file):
     teacher = load(resnet20_file)
     recipe = choose("gaussian").build()
-    batch = Synthesizer(recipe, teacher, Execution("cpu", "fp32", False, 2, "")).batch(0, torch.zeros(256).long())
+    batch = Synthesizer(recipe, teacher, Execution("cpu", "fp32", False, 1, "")).batch(0, torch.zeros(256).long())
     seen = teacher.normalise(batch.images)
     assert seen.mean().item() == pytest.approx(0.0, abs=0.01)
     assert seen.std().item() == pytest.approx(1.0, abs=0.01)

@@ -58,6 +58,20 @@ def test_overwriting_starts_anew_but_only_what_dfcompress_made(tmp_path):
         Run("invert", tmp_path / "run", {"seed": 4}, overwrite=True)
 
 
+def test_a_record_of_an_older_version_resumes_where_only_names_have_changed(tmp_path):
+    """A value has another name, and a setting that was off is gone; where it was on, the job is another."""
+    written = {"method": "all-logits", "training": {"steps": 3, "ema": 0.0}}
+    now = {"method": "logit-matching", "training": {"steps": 3}}
+    renamed = {"method": {"all-logits": "logit-matching"}}
+    Run("merge", tmp_path / "run", written).finish({})
+    assert Run("merge", tmp_path / "run", now, resume=True, renamed=renamed).earlier == {}
+    with pytest.raises(BadInput, match="method = 'all-logits'"):
+        Run("merge", tmp_path / "run", now, resume=True)
+    Run("merge", tmp_path / "other", {"training": {"steps": 3, "ema": 0.9}}).finish({})
+    with pytest.raises(BadInput, match="training"):
+        Run("merge", tmp_path / "other", {"training": {"steps": 3}}, resume=True)
+
+
 def test_a_folder_whose_overwriting_was_killed_is_ours_and_is_not_resumed(tmp_path, monkeypatch):
     Run("invert", tmp_path / "run", {"seed": 3}).finish({"images": 5})
     for name in ("a", "b"):

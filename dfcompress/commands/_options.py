@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 from click.core import ParameterSource
@@ -17,7 +17,8 @@ from click.core import ParameterSource
 from dfcompress import console
 from dfcompress.commands import _config
 from dfcompress.errors import BadInput
-from dfcompress.quantization import InputRule, WeightGridKind, WeightRule
+from dfcompress.quantization import WeightGridKind
+from dfcompress.quantization.observers import range_rules
 from dfcompress.settings import assignments
 from dfcompress.synthesis.recipes import recipe_names
 from dfcompress.synthesis.records import KINDS
@@ -31,15 +32,14 @@ if TYPE_CHECKING:
     from dfcompress.synthesis.records.accumulator import RecordSettings
     from dfcompress.verbs._gates import Gates
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-Decorator = Callable[[Command], Command]
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 PATH = click.Path(path_type=Path)
 
 
 def group(name: str, build: Callable[..., Any], *options: Decorator) -> Decorator:
     """Options that reach the command as one argument `name`, made by `build` from their values."""
 
-    def decorate(command: Command) -> Command:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def with_value(*args: Any, **values: Any) -> Any:
             own = {key: values.pop(key) for key in keys}
@@ -50,7 +50,7 @@ def group(name: str, build: Callable[..., Any], *options: Decorator) -> Decorato
             option(with_value)
         added: list[click.Parameter] = with_value.__click_params__[before:]  # type: ignore[attr-defined]
         keys = [parameter.name for parameter in added if parameter.expose_value]
-        return with_value  # type: ignore[return-value]
+        return with_value
 
     return decorate
 
@@ -127,7 +127,7 @@ def _load(
         input_size=numbers(input_size, "--input-size", int, "x") if input_size else None,
         mean=numbers(mean, "--mean") if mean else None,
         std=numbers(std, "--std") if std else None,
-        classes=class_names,
+        class_names=class_names,
     )
 
 
@@ -418,13 +418,13 @@ calibration = group(
     _calibration,
     click.option(
         "--calibrate",
-        type=click.Choice(get_args(InputRule)),
+        type=click.Choice(range_rules()),
         show_default="mse; minmax of paper",
         help="Rule for the range of activations.",
     ),
     click.option(
         "--weight-ranges",
-        type=click.Choice(get_args(WeightRule)),
+        type=click.Choice(range_rules()),
         show_default="mse; minmax of paper",
         help="Rule for the range of weights.",
     ),

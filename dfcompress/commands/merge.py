@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dfcompress.commands import _options, _summary
+from dfcompress.training.multi_teacher import NAMES
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 @_options.student_init
 @click.option(
     "--method",
-    type=click.Choice(["all-logits", "paper"]),
-    default="all-logits",
+    type=click.Choice(NAMES),
+    default="logit-matching",
     show_default=True,
-    help="Merging method: all-logits (ours) or paper (Shapira and Sidi 2020).",
+    help="Merging method: logit-matching (ours; alias all-logits) or shapira-sidi (their paper of 2020; alias paper).",
 )
 @click.option("--class-map", type=_options.PATH, help="JSON file with a list of class names for each teacher.")
 @click.option(
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
     type=_options.PATH,
     help="Real images to report accuracy on: one source, or one per teacher.",
 )
-@_options.synthesis(images="1024; of paper 4096")
-@_options.training(steps="12000; of paper 125 epochs", lr=0.05, batch_size="128; of paper 64 a model")
+@_options.synthesis(images="1024; of shapira-sidi 4096")
+@_options.training(steps="12000; of shapira-sidi 125 epochs", lr=0.05, batch_size="128; of shapira-sidi 64 a model")
 @_options.second_recipe
 @_options.probe_images
 @_options.output

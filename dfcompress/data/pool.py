@@ -1,14 +1,17 @@
-"""`ImagePool`: all images of a set, or of several, on the device, drawn and augmented there."""
+"""`ImagePool`: all images of a set, or of several, as stored on the device, drawn and augmented there."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dfcompress.data.batches import UNLABELLED, Batch
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.errors import BadInput
 from dfcompress.randomness import generator, seed_of
@@ -41,22 +44,39 @@ class Augmentation:
 
 
 class ImagePool:
-    """Endless batches out of stored images; the batch of a step is a pure function of (seed, step).
+    """A `BatchSource` of stored images; the batch of a step is a pure function of (seed, step), so it has no state.
 
-    Each of `sets` `(N, C, H, W)`, all of one image shape, is uint8, or float16 in units of [0, 1], on any device, where
-    the batches come out too. A batch holds equally many images of each set, set after set, and never more than the
-    smallest set has; every image of a set is drawn once before any is drawn again.
+    Each of `sets` `(N, C, H, W)`, one for each teacher and all of one image shape, is uint8, or float16 in units of
+    [0, 1]; only the images of a batch are ever in float. `labels` are the classes of each set's images, int64 `(N,)`,
+    where they are known. A batch holds equally many images of each set, set after set, and never more than the smallest
+    set has; every image of a set is drawn once before any is drawn again.
     """
 
-    def __init__(self, *sets: Tensor, augmentation: Augmentation, batch_size: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *sets: Tensor,
+        labels: Sequence[Tensor] | None = None,
+        augmentation: Augmentation,
+        batch_size: int,
+        seed: int = 0,
+    ) -> None:
         self.sets, self.augmentation, self.seed = sets, augmentation, seed
+        self.labels = labels or [torch.full((len(images),), UNLABELLED) for images in sets]
         self.share = min(batch_size // len(sets), *map(len, sets))
         self.batch_size = self.share * len(sets)
+        self.to(sets[0].device)
 
-    @property
-    def sources(self) -> Tensor:
-        """The number of the set of each image of a batch, `(batch_size,)`."""
-        return torch.arange(len(self.sets), device=self.sets[0].device).repeat_interleave(self.share)
+    def to(self, device: torch.device) -> None:
+        """Put the stored images, and so the batches, on `device`."""
+        self.sets = tuple(images.to(device) for images in self.sets)
+        self.labels = [labels.to(device) for labels in self.labels]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the step says all."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to go on from."""
 
     def drawn(self, step: int) -> list[Tensor]:
         """Which images of each set are in the batch of `step`, counted from 0."""
@@ -68,14 +88,29 @@ class ImagePool:
         drawn = zip(starts, self.drawn(step), strict=True)
         return torch.cat([start + chosen for start, chosen in drawn]).to(self.sets[0].device)
 
-    def batch(self, step: int) -> Tensor:
-        """Float images `(batch_size, C, H, W)` in units of [0, 1]: those of `step`."""
-        drawn = zip(self.sets, self.drawn(step), strict=True)
-        parts = [
-            self._augmented(as_float(images[chosen.to(images.device)]), number, step)
-            for number, (images, chosen) in enumerate(drawn)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def batch(self, step: int) -> Batch:
+        """The images of `step`, changed as the augmentation says; an image mixed with another one keeps its label."""
+        parts = []
+        for number, (images, labels, drawn) in enumerate(zip(self.sets, self.labels, self.drawn(step), strict=True)):
+            rows = drawn.to(images.device)
+            shown = self._augmented(as_float(images[rows]), number, step)
+            parts.append(_of_set(number, shown, labels[rows]))
+        return parts[0] if len(parts) == 1 else Batch(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    @property
+    def images(self) -> int:
+        """How many images all sets have together."""
+        return sum(map(len, self.sets))
+
+    def repeated(self) -> Iterator[Batch] | None:
+        """All images, set after set, in batches; None where the augmentation changes them."""
+        if self.augmentation != Augmentation():
+            return None
+        return (
+            _of_set(number, as_float(some), named)
+            for number, (images, labels) in enumerate(zip(self.sets, self.labels, strict=True))
+            for some, named in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True)
+        )
 
     def _augmented(self, images: Tensor, number: int, step: int) -> Tensor:
         random, change = generator("augment", *self._key(number, step)), self.augmentation
@@ -102,6 +137,10 @@ class ImagePool:
 
     def _key(self, number: int, count: int) -> tuple[int, ...]:
         return (self.seed, count, number) if number else (self.seed, count)
+
+
+def _of_set(number: int, images: Tensor, labels: Tensor) -> Batch:
+    return Batch(images, labels, torch.full((len(images),), number, device=images.device))
 
 
 def random_offsets(count: int, shift: int, random: torch.Generator) -> Tensor:

@@ -134,17 +134,17 @@ def _within(
 
 def _usual(channels: int) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
     """Normalisations that people train with, (mean, std) by what they are called."""
-    own: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}
+    of_data_sets: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}
     if channels == 1:
-        own = {"MNIST's mean and std": (MNIST_MEAN, MNIST_STD)}
+        of_data_sets = {"MNIST's mean and std": (MNIST_MEAN, MNIST_STD)}
     elif channels == 3:
-        own = {
+        of_data_sets = {
             "ImageNet's mean and std": (IMAGENET_MEAN, IMAGENET_STD),
             "CIFAR's mean and std": (CIFAR_MEAN, CIFAR_STD),
         }
     return {
         RAW: ((0.0,) * channels, (1.0,) * channels),
-        **own,
+        **of_data_sets,
         "images in [−1, 1]": ((0.5,) * channels, (0.5,) * channels),
         BYTES: ((0.0,) * channels, (1 / 255,) * channels),
     }
@@ -169,30 +169,31 @@ def _first_layers(classifier: Classifier) -> FirstLayers | None:
     """
     network, channels = classifier.network, classifier.card.input_size[0]
     modules = {name: each for name, each in network.named_modules() if isinstance(each, (nn.Conv2d, _BatchNorm))}
-    given: dict[str, Tensor] = {}
-    own: list[Tensor] = []  # The convolution's tensor itself, to know it again by what it is, not by its values.
+    conv_inputs: dict[str, Tensor] = {}
+    # The convolution's tensor itself, to know it again by what it is, not by its values.
+    conv_outputs: list[Tensor] = []
     outputs: list[Tensor] = []
     found: list[_BatchNorm] = []
 
     def see_input(name: str, features: Tensor) -> None:
         module = modules[name]
-        if isinstance(module, nn.Conv2d) and not given:
-            given[name] = features.clone()
-        elif isinstance(module, _BatchNorm) and any(features is output for output in own):
+        if isinstance(module, nn.Conv2d) and not conv_inputs:
+            conv_inputs[name] = features.clone()
+        elif isinstance(module, _BatchNorm) and any(features is output for output in conv_outputs):
             found.append(module)
 
     def see_output(name: str, features: Tensor) -> None:
-        if name in given and not own:
-            own.append(features)
+        if name in conv_inputs and not conv_outputs:
+            conv_outputs.append(features)
             outputs.append(features.clone())
 
     images = _probes(classifier)
     with evaluating(network), hooked_inputs(network, modules, see_input), hooked_outputs(network, modules, see_output):
         network(images)
-    conv = next((modules[name] for name in given), None)
+    conv = next((modules[name] for name in conv_inputs), None)
     if not found or not isinstance(conv, nn.Conv2d) or not _tells(conv, found[0], channels=channels):
         return None
-    before = _affine(images, *given.values())
+    before = _affine(images, *conv_inputs.values())
     if before is None:
         return None
     (output,) = outputs
@@ -213,16 +214,16 @@ def _probes(classifier: Classifier) -> Tensor:
     return images.to(classifier.mean.device)
 
 
-def _affine(images: Tensor, given: Tensor) -> tuple[Tensor, Tensor] | None:
+def _affine(images: Tensor, features: Tensor) -> tuple[Tensor, Tensor] | None:
     """Scale and offset `(C,)` of what was done to the probe images; None where it is no such map."""
-    if given.shape != images.shape:
+    if features.shape != images.shape:
         return None
     channels = images.shape[1]
-    offset = given[0].mean((1, 2))
-    scale = torch.stack([given[1 + channel, channel].mean() for channel in range(channels)]) - offset
+    offset = features[0].mean((1, 2))
+    scale = torch.stack([features[1 + channel, channel].mean() for channel in range(channels)]) - offset
     expected = images * scale.view(-1, 1, 1) + offset.view(-1, 1, 1)
     # Rounding: the values of a network on 0..255 reach 255.
-    fits = torch.allclose(given, expected, rtol=1e-3, atol=1e-3 * float(scale.abs().max()))
+    fits = torch.allclose(features, expected, rtol=1e-3, atol=1e-3 * float(scale.abs().max()))
     return (scale, offset) if fits and bool((scale != 0).all()) else None
 
 

@@ -56,10 +56,10 @@ def compare(classifier: Classifier, path: Path, fp32: Path, images: Tensor, *, t
 
     Raises `DfcompressError` where onnxruntime does not load a file.
     """
-    own = _answers(classifier, images)
+    expected = _answers(classifier, images)
     exact, usual = Session(path, rewriting=False), _rewriting(path)
-    given = exact(images)
-    different = (given - own).abs()
+    answers = exact(images)
+    different = (answers - expected).abs()
     whole = file_bytes(classifier.path) if classifier.path else None
     return Exported(
         path=str(path),
@@ -67,8 +67,8 @@ def compare(classifier: Classifier, path: Path, fp32: Path, images: Tensor, *, t
         bytes=path.stat().st_size,
         bytes_ratio=round(path.stat().st_size / whole, 4) if whole else None,
         images=len(images),
-        equal=_equal(given, own),
-        equal_rewritten=_equal(usual(images), own) if usual else None,
+        equal=_equal(answers, expected),
+        equal_rewritten=_equal(usual(images), expected) if usual else None,
         median_difference=different.median().item(),
         largest_difference=different.max().item(),
         milliseconds=(usual or exact).milliseconds(images),
@@ -115,7 +115,8 @@ class Session:
         return round(1000 * min(seconds), 2)
 
     def _run(self, images: Tensor) -> NDArray[np.float32]:
-        return self._session.run(None, {self._session.get_inputs()[0].name: images.numpy()})[0]
+        logits: NDArray[np.float32] = self._session.run(None, {self._session.get_inputs()[0].name: images.numpy()})[0]
+        return logits
 
 
 @torch.no_grad()

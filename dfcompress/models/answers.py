@@ -214,6 +214,6 @@ def _last_softmax(classifier: Classifier) -> list[str]:
     # No copies: what counts is whether the answer is the very tensor.
     with hooked_outputs(classifier.network, softmaxes, lambda name, output: outputs[name].append(output)):
         answer = _answer(classifier)
-    last = [softmaxes[name] for name, given in outputs.items() if len(given) == 1 and given[0] is answer]
+    last = [softmaxes[name] for name, answers in outputs.items() if len(answers) == 1 and answers[0] is answer]
     names = classifier.network.named_modules(remove_duplicate=False)
     return [name for name, module in names if name and module in last]

@@ -106,8 +106,8 @@ def _has_only_batchnorms_tensors(module: nn.Module) -> bool:
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """A module's tensors by name, its children's left out."""
-    own = {*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))}
-    return {name: tensor for name, tensor in module.state_dict().items() if name in own}
+    names = {*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))}
+    return {name: tensor for name, tensor in module.state_dict().items() if name in names}
 
 
 def _ranks(classifier: Classifier) -> dict[nn.Module, int]:
@@ -160,8 +160,8 @@ def _eps_to_try(module: nn.Module, rank: int) -> float:
 def _bare(module: nn.Module, var: float) -> dict[str, Tensor]:
     """A module's tensors where mean and bias are 0, weights 1, and all variances `var`."""
     values = {"running_mean": 0, "running_var": var, "weight": 1, "bias": 0}
-    own = _own_tensors(module)
-    return {name: torch.full_like(own[name], value) for name, value in values.items() if name in own}
+    tensors = _own_tensors(module)
+    return {name: torch.full_like(tensors[name], value) for name, value in values.items() if name in tensors}
 
 
 def _answer_alike(plain: nn.Module, module: nn.Module, instead: dict[str, Tensor], rank: int) -> bool:

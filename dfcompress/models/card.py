@@ -52,5 +52,5 @@ class ModelCard:
             class_names=tuple(names) if names else None,
             origin=dict(values.get("origin", {})),
             config=values.get("config"),
-            widths={name: (taken, given) for name, (taken, given) in widths.items()} or None,
+            widths={name: (c_in, c_out) for name, (c_in, c_out) in widths.items()} or None,
         )

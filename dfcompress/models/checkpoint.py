@@ -70,7 +70,7 @@ def load(
     input_size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    classes: str | Path | None = None,
+    class_names: str | Path | None = None,
 ) -> Classifier:
     """The classifier that a checkpoint holds: frozen, in evaluation mode, fp32, on the CPU; its network answers with
     logits and has plain weights (see `take_logits` and `make_plain`).
@@ -79,7 +79,7 @@ def load(
     `arch` names the architecture where it is not recognised (NAME, timm:NAME, file.py:factory,
     package.module:factory); with `match_by_order` tensors are matched by order and shape, whatever their names.
     `num_classes` is handed to a factory that takes it. `input_size` (channels, height, width), `mean`, `std` and
-    `classes` (a file of class names) override the card.
+    `class_names` (a text file, one name a line) override the card.
     Raises `BadInput` for anything that cannot be used, saying what was found.
     """
     path = _as_path(path)
@@ -94,7 +94,7 @@ def load(
         "input_size": input_size,
         "mean": mean,
         "std": std,
-        "class_names": _names(Path(classes)) if classes else None,
+        "class_names": _names(Path(class_names)) if class_names else None,
     }
     given = _checked(given, "the command line")
     if arch and arch != stated.get("architecture"):
@@ -468,12 +468,12 @@ def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         "config": (dict, lambda value: isinstance(value.get("model_type"), str), "an object with a model_type"),
     }
     checked: dict[str, Any] = {}
-    for name, (kind, is_right, wanted) in kinds.items():
+    for name, (kind, is_right, form) in kinds.items():
         value = values.get(name)
         if value is None:
             continue
         if not isinstance(value, kind) or not is_right(value):
-            raise BadInput(f"{where}: {name} is {value!r}.", f"It must be {wanted}.")
+            raise BadInput(f"{where}: {name} is {value!r}.", f"It must be {form}.")
         checked[name] = tuple(value) if isinstance(value, (list, tuple)) else value
     if values.get("widths") is not None:
         checked["widths"] = _widths(values["widths"], where)
@@ -498,7 +498,7 @@ def _widths(values: object, where: str) -> dict[str, tuple[int, int]]:
         is_pair = isinstance(channels, (list, tuple)) and len(channels) == 2
         if not is_pair or not all(_is_size(each) and each <= WIDEST for each in channels):
             raise BadInput(f"{where}: the widths of {name!r} are {str(channels)[:40]}.", f"Give {WIDTHS}.")
-    return {name: (taken, given) for name, (taken, given) in values.items()}
+    return {name: (c_in, c_out) for name, (c_in, c_out) in values.items()}
 
 
 def _is_number(value: object) -> bool:

@@ -44,7 +44,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(N, classes)` of images `(N, C, H, W)` in [0, 1]."""
-        answer = self.network(self.normalise(images))
+        answer: Tensor = self.network(self.normalise(images))
         return main_logits(answer) if self.training else answer
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -111,12 +111,14 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 def pass_once(classifier: Classifier) -> Tensor:
     """Logits `(1, classes)` of one black image, for what hooks see of it."""
     with evaluating(classifier):
-        return classifier(torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device))
+        logits: Tensor = classifier(torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device))
+    return logits
 
 
 def multiply_accumulates(classifier: Classifier) -> int:
     """Multiply-accumulates of one image in convolutions, linear layers and attention."""
-    with _Operations() as operations:
+    operations = _Operations()
+    with operations:
         pass_once(classifier)
     return operations.flops // 2  # torch's formulas take a multiplication and an addition as two.
 
@@ -128,8 +130,8 @@ class _Operations(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
+        self.flops: int = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -161,7 +163,7 @@ def work_of(classifier: Classifier) -> int:
 
     def note(name: str, output: Any) -> None:
         nonlocal written
-        written += sum(given.numel() for given in tree_leaves(output) if isinstance(given, Tensor))
+        written += sum(tensor.numel() for tensor in tree_leaves(output) if isinstance(tensor, Tensor))
 
     leaves = [name for name, layer in classifier.named_modules() if not [*layer.children()]]
     with hooked_outputs(classifier, leaves, note):

@@ -260,7 +260,7 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Let the grid follow the layer to another device."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
         self.weight_grid = self.weight_grid.to(self.weight.device)
         return self
 
@@ -270,7 +270,8 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Features of `input` `(N, C, H, W)`."""
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        features: Tensor = self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        return features
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -395,7 +396,7 @@ def freeze(network: nn.Module) -> None:
 
 def largest_integer(bits: int) -> int:
     """The largest magnitude of a weight's integers: the narrow range leaves −2^(bits − 1) unused."""
-    return 2 ** (bits - 1) - 1
+    return (1 << (bits - 1)) - 1
 
 
 def on_learnt_grid(values: Tensor, step: Tensor, lowest: Any, highest: Any) -> Tensor:

@@ -34,13 +34,13 @@ def hook_inputs(network: nn.Module, names: Iterable[str], hook: Hook) -> list[Re
     """
 
     def before(name: str) -> Callable[..., tuple[Any, Any] | None]:
-        def run(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any] | None:
-            if given:
-                put = hook(name, given[0])
-                return None if put is None else ((put, *given[1:]), named)
+        def run(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any] | None:
+            if arguments:
+                replacement = hook(name, arguments[0])
+                return None if replacement is None else ((replacement, *arguments[1:]), named)
             key = next(iter(named))
-            put = hook(name, named[key])
-            return None if put is None else ((), {**named, key: put})
+            replacement = hook(name, named[key])
+            return None if replacement is None else ((), {**named, key: replacement})
 
         return run
 
@@ -55,7 +55,7 @@ def hook_outputs(network: nn.Module, names: Iterable[str], hook: Hook) -> list[R
     """
 
     def after(name: str) -> Callable[..., Any]:
-        return lambda module, given, output: hook(name, output)
+        return lambda module, arguments, output: hook(name, output)
 
     modules = [(name, network.get_submodule(name)) for name in names]
     return [module.register_forward_hook(after(name)) for name, module in modules]
@@ -107,8 +107,10 @@ def counted_runs(network: nn.Module, names: Iterable[str]) -> Iterator[Counter[s
     runs: Counter[str] = Counter()
 
     def count(name: str) -> Callable[..., None]:
-        def run(module: nn.Module, given: Any, named: Any, output: Any) -> None:
-            plain = len(given) == 1 and not named and isinstance(given[0], Tensor) and isinstance(output, Tensor)
+        def run(module: nn.Module, arguments: Any, named: Any, output: Any) -> None:
+            plain = (
+                len(arguments) == 1 and not named and isinstance(arguments[0], Tensor) and isinstance(output, Tensor)
+            )
             runs[name] += 1 if plain else MANY
 
         return run

@@ -117,9 +117,9 @@ def _make(name: str, values: Mapping[str, Any], classes: int, channels: int) -> 
 
 def _config(values: Mapping[str, Any], where: str) -> Any:
     """transformers' own object for the values of a config.json."""
-    kept = {name: value for name, value in values.items() if name not in (*DROPPED, "model_type")}
+    settings = {name: value for name, value in values.items() if name not in (*DROPPED, "model_type")}
     try:
-        config = _transformers(where).AutoConfig.for_model(values["model_type"], **kept)
+        config = _transformers(where).AutoConfig.for_model(values["model_type"], **settings)
     except BadInput:
         raise
     except Exception as error:
@@ -134,8 +134,8 @@ def _processed(path: Path) -> Tensor:
     images = [colour.view(3, 1, 1).expand(3, PROBED, PROBED).contiguous().numpy() for colour in colours]
     try:
         processor = processors.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        given = processor(images, return_tensors="pt", input_data_format="channels_first")
-        values: Tensor = given["pixel_values"].float()
+        processed = processor(images, return_tensors="pt", input_data_format="channels_first")
+        values: Tensor = processed["pixel_values"].float()
     except Exception as error:
         raise BadInput(f"{path / PREPROCESSOR} cannot be used: {first_line(error)}.", UPDATE) from None
     return values

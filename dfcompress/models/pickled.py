@@ -278,7 +278,8 @@ class Machine(pickle._Unpickler):
         kind, first, *rest = pid
         if kind == "module":
             self.carries_source = True
-            return first
+            code: Name = first
+            return code
         if kind != "storage":
             raise pickle.UnpicklingError(f"persistent id of kind {str(kind)[:40]!r}")
         key, dtype = str(rest[0]), STORAGES[first.text.rpartition(".")[2]]

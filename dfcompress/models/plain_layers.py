@@ -66,8 +66,8 @@ def is_altered(module: nn.Module) -> bool:
 
 def _owns(module: nn.Module, allowed: set[str]) -> bool:
     """Whether a module has a weight entry and no tensor beside the allowed ones: a parametrised layer has others."""
-    own = {**module._parameters, **module._buffers}
-    return "weight" in own and own.keys() <= allowed
+    tensors = {**module._parameters, **module._buffers}
+    return "weight" in tensors and tensors.keys() <= allowed
 
 
 def _normalises(norm: _BatchNorm, after: nn.Module) -> bool:
@@ -83,32 +83,32 @@ def _normalises(norm: _BatchNorm, after: nn.Module) -> bool:
 
 
 def _normalises_by(tensors: Mapping[str, Tensor], norm: _BatchNorm, after: nn.Module) -> bool:
-    def own(features: Tensor) -> Tensor:
+    def module_forward(features: Tensor) -> Tensor:
         answer: Tensor = functional_call(norm, dict(tensors), (features,))
         return answer
 
-    def torchs(features: Tensor) -> Tensor:
+    def torch_forward(features: Tensor) -> Tensor:
         mean, var = tensors["running_mean"], tensors["running_var"]
         answer: Tensor = after(
             F.batch_norm(features, mean, var, tensors.get("weight"), tensors.get("bias"), eps=norm.eps)
         )
         return answer
 
-    return _agree(norm, own, torchs, _inputs_to_normalise(norm, tensors))
+    return _agree(norm, module_forward, torch_forward, _inputs_to_normalise(norm, tensors))
 
 
 @torch.no_grad()
 def _agree(
     module: nn.Module,
-    own: Callable[[Tensor], Tensor],
-    torchs: Callable[[Tensor], Tensor],
+    module_forward: Callable[[Tensor], Tensor],
+    torch_forward: Callable[[Tensor], Tensor],
     probes: Iterator[Tensor],
 ) -> bool:
     """Whether a module, by its own way, gives for all probes what torch's operation gives."""
     with evaluating(module), exact_fp32():
         for probe in probes:
             try:
-                found, expected = own(probe.clone()), torchs(probe.clone())
+                found, expected = module_forward(probe.clone()), torch_forward(probe.clone())
             except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError):
                 return False
             if found.shape != expected.shape:

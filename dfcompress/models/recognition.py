@@ -92,11 +92,11 @@ class _File:
             for name in self.tensors:
                 parts = name.split(".")
                 for start in range(len(parts)):
-                    own = [part for part in parts[start:] if part not in WRAPPERS]
-                    if own and own[0] == parts[start]:
+                    unwrapped = [part for part in parts[start:] if part not in WRAPPERS]
+                    if unwrapped and unwrapped[0] == parts[start]:
                         inner = "".join(f"{part}." for part in parts[start:] if part in WRAPPERS)
                         prefix = "".join(f"{part}." for part in parts[:start])
-                        found[naming.renamed(".".join(own))][prefix, inner] = name
+                        found[naming.renamed(".".join(unwrapped))][prefix, inner] = name
             self._endings[naming] = found
         return self._endings[naming]
 
@@ -293,7 +293,7 @@ def _others(
     """The file's tensors that are none of the architecture's, nor such as only training needs."""
     taken = set(names.values())
     spellings = {name: [naming.renamed(name.removeprefix(prefix)) for prefix in prefixes] for name in file.tensors}
-    return [name for name, own in spellings.items() if name not in taken and not any(map(architecture.ignores, own))]
+    return [name for name, each in spellings.items() if name not in taken and not any(map(architecture.ignores, each))]
 
 
 def _found(

@@ -99,7 +99,8 @@ class Moments:
     def distances(self) -> Tensor:
         """‖μ̂ − μ‖₂ + ‖σ̂² − σ²‖₂ of every layer `(layers,)`, hats measured, norms over its channels (Yin 2020)."""
         of_means, of_variances = self._by_layer(self.mean_error), self._by_layer(self.var - self.running_var)
-        return torch.linalg.vector_norm(of_means, dim=1) + torch.linalg.vector_norm(of_variances, dim=1)
+        distances: Tensor = torch.linalg.vector_norm(of_means, dim=1) + torch.linalg.vector_norm(of_variances, dim=1)
+        return distances
 
     def divergences(self, eps: float = 1e-8) -> Tensor:
         """KL(N(μ̂, σ̂²) ‖ N(μ, σ²)) of every layer `(layers,)`, mean over its channels, hats measured, `eps` added to σ̂²
@@ -371,7 +372,7 @@ class FusedRecorder(_Recorder):
             after = after_normalising(module)
             if after is not None:
                 module.__class__ = _RecordingBatchNorm
-                _RecordingBatchNorm.prepare(module, self._layers if name in with_statistics else None, after)  # type: ignore[arg-type]
+                _RecordingBatchNorm.prepare(module, self._layers if name in with_statistics else None, after)
                 with_statistics.pop(name, None)
             elif precision != torch.float32 and plain_kind(module):
                 module.to(precision)  # Once, instead of in every pass.
@@ -417,14 +418,16 @@ class _RecordingBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name, by which a network may hand it over.
         if self.seen is None:
-            return self.after(_normalised(input, self.scale, self.shift))
+            features: Tensor = self.after(_normalised(input, self.scale, self.shift))
+            return features
         assert self.running_mean is not None
         assert self.running_var is not None
         normalised, mean_error, square_error = _NormaliseAndRecord.apply(
             input, self.running_mean, self.scale, self.shift
         )
         self.seen.append(LayerMoments(mean_error, square_error, self.running_var, self.lack))
-        return self.after(normalised)
+        features = self.after(normalised)
+        return features
 
 
 def _normalised(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

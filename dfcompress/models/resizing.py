@@ -36,14 +36,15 @@ def widths_of(network: nn.Module) -> dict[str, tuple[int, int]]:
 
 def half_of(network: nn.Module) -> dict[str, tuple[int, int]]:
     """Half the widths of a network, rounded up; what goes into its first layer and comes out of its last one stays."""
-    whole = widths_of(network)
-    half = {name: ((taken + 1) // 2, (given + 1) // 2) for name, (taken, given) in whole.items()}
-    weighted = [name for name in whole if isinstance(network.get_submodule(name), tuple(_WEIGHTED))]
-    for name in weighted[:1]:
-        half[name] = whole[name][0], half[name][1]
-    for name in weighted[-1:]:
-        half[name] = half[name][0], whole[name][1]
-    return half
+    widths = widths_of(network)
+    weighted = [name for name in widths if isinstance(network.get_submodule(name), tuple(_WEIGHTED))]
+    return {
+        name: (
+            c_in if name in weighted[:1] else (c_in + 1) // 2,
+            c_out if name in weighted[-1:] else (c_out + 1) // 2,
+        )
+        for name, (c_in, c_out) in widths.items()
+    }
 
 
 def resized(network: nn.Module, widths: Mapping[str, tuple[int, int]]) -> nn.Module:
@@ -68,39 +69,37 @@ def _places(layer: nn.Module) -> tuple[str, str] | None:
 
 
 def _widths(layer: nn.Module) -> tuple[int, int]:
-    taken, given = (getattr(layer, place) for place in _places(layer) or ())
-    return (*taken, *given) if isinstance(layer, nn.LayerNorm) else (taken, given)
+    c_in, c_out = (getattr(layer, place) for place in _places(layer) or ())
+    return (*c_in, *c_out) if isinstance(layer, nn.LayerNorm) else (c_in, c_out)
 
 
-def _groups(name: str, layer: nn.Module | None, taken: int, given: int) -> int:
+def _groups(name: str, layer: nn.Module | None, c_in: int, c_out: int) -> int:
     """How many groups a layer of these widths has; raises `BadInput` where it cannot have them."""
     if layer is None or not _places(layer):
         raise BadInput(f"The widths name {name!r}, which is no layer that has widths.", REMEDY)
-    if isinstance(layer, tuple(_NORMALISING)) and taken != given:
-        raise BadInput(f"The widths of {name} are {taken} and {given}, and a normalising layer has one.", REMEDY)
+    if isinstance(layer, tuple(_NORMALISING)) and c_in != c_out:
+        raise BadInput(f"The widths of {name} are {c_in} and {c_out}, and a normalising layer has one.", REMEDY)
+    groups = getattr(layer, "groups", 1)
     if isinstance(layer, nn.GroupNorm):
-        groups = min(layer.num_groups, taken)
-    else:
-        groups = getattr(layer, "groups", 1)
-        groups = taken if groups > 1 and groups == _widths(layer)[0] else groups  # Depthwise.
-    if taken % groups or given % groups:
-        raise BadInput(f"The widths of {name} are {taken} and {given}, which {groups} groups cannot share.", REMEDY)
+        groups = min(layer.num_groups, c_in)
+    elif groups > 1 and groups == _widths(layer)[0]:  # Depthwise.
+        groups = c_in
+    if c_in % groups or c_out % groups:
+        raise BadInput(f"The widths of {name} are {c_in} and {c_out}, which {groups} groups cannot share.", REMEDY)
     return groups
 
 
-def _resize(layer: Any, taken: int, given: int, groups: int) -> None:
-    for place, channels in zip(_places(layer) or (), (taken, given), strict=True):
+def _resize(layer: Any, c_in: int, c_out: int, groups: int) -> None:
+    for place, channels in zip(_places(layer) or (), (c_in, c_out), strict=True):
         setattr(layer, place, (channels,) if isinstance(layer, nn.LayerNorm) else channels)
-    weighted = isinstance(layer, tuple(_WEIGHTED))
-    if weighted:
-        if isinstance(layer, _ConvNd):
-            layer.groups = groups
-        outer, inner = (taken, given) if getattr(layer, "transposed", False) else (given, taken)
-        shapes = {"weight": (outer, inner // groups, *layer.weight.shape[2:]), "bias": (given,)}
-    else:
-        if isinstance(layer, nn.GroupNorm):
-            layer.num_groups = groups
-        shapes = {"weight": (given,), "bias": (given,), "running_mean": (given,), "running_var": (given,)}
+    if isinstance(layer, _ConvNd):
+        layer.groups = groups
+    if isinstance(layer, nn.GroupNorm):
+        layer.num_groups = groups
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (c_out,))
+    if not isinstance(layer, tuple(_NORMALISING)):
+        outer, inner = (c_in, c_out) if getattr(layer, "transposed", False) else (c_out, c_in)
+        shapes["weight"] = (outer, inner // groups, *layer.weight.shape[2:])
     for name, shape in shapes.items():
         old = getattr(layer, name, None)
         if old is not None:

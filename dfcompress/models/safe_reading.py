@@ -45,10 +45,10 @@ def read(path: Path) -> StoredModel:
     stored = _read_files(weights_files(path), path)
     if path.is_dir():
         stored = _with_config(stored, path / CONFIG)
-    kept = without_counters(stored.tensors)
-    if not kept:
+    tensors = without_counters(stored.tensors)
+    if not tensors:
         raise BadInput(f"{path} holds no tensors.", "Name a checkpoint with weights.")
-    return replace(stored, tensors={name: _usable(tensor, name, path) for name, tensor in kept.items()})
+    return replace(stored, tensors={name: _usable(tensor, name, path) for name, tensor in tensors.items()})
 
 
 def without_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -54,8 +54,8 @@ def stages_of(classifier: Classifier) -> dict[Resolution, Stage]:
 
 def stages_in_common(student: Classifier, teacher: Classifier) -> list[tuple[Stage, Stage]]:
     """The stages of both at the resolutions that both have."""
-    own, given = stages_of(student), stages_of(teacher)
-    return [(own[size], given[size]) for size in own if size in given]
+    of_student, of_teacher = stages_of(student), stages_of(teacher)
+    return [(of_student[size], of_teacher[size]) for size in of_student if size in of_teacher]
 
 
 def shared_stages(student: Classifier, teacher: Classifier) -> list[tuple[Stage, Stage]]:

@@ -2,6 +2,4 @@
 
 from typing import Literal
 
-InputRule = Literal["minmax", "percentile", "mse"]
-WeightRule = Literal["minmax", "mse"]
 WeightGridKind = Literal["auto", "symmetric", "asymmetric"]

@@ -38,16 +38,16 @@ def correct(student: Classifier, teacher: Classifier, images: Tensor) -> None:
     `teacher` is the same network in float. One pass of each: what the student's layer sees is corrected already.
     """
     norms, biased = _correctable(student)
-    wanted: dict[str, tuple[Tensor, Tensor]] = {}
+    teacher_moments: dict[str, tuple[Tensor, Tensor]] = {}
 
     def note(name: str, features: Tensor) -> None:
-        wanted[name] = _moments(student.network.get_submodule(name), features)
+        teacher_moments[name] = _moments(student.network.get_submodule(name), features)
 
     def renormalise(name: str, features: Tensor) -> None:
-        _renormalise(norms[name], features, *wanted[name])
+        _renormalise(norms[name], features, *teacher_moments[name])
 
     def shift(name: str, output: Tensor) -> Tensor:
-        return _shifted(biased[name], output, wanted[name][0])
+        return _shifted(biased[name], output, teacher_moments[name][0])
 
     for classifier, of_norms, of_biased in ((teacher, note, note), (student, renormalise, shift)):
         inputs = hooked_inputs(classifier.network, norms, of_norms)
@@ -69,24 +69,24 @@ def _correctable(student: Classifier) -> tuple[dict[str, _BatchNorm], dict[str, 
     )
 
 
-def _shifted(layer: nn.Module, output: Tensor, wanted: Tensor) -> Tensor:
-    """The output of a layer whose bias has been moved so that it has the mean `wanted`."""
-    shift = (wanted - _moments(layer, output)[0]).to(output.dtype)
+def _shifted(layer: nn.Module, output: Tensor, teacher_mean: Tensor) -> Tensor:
+    """The output of a layer whose bias has been moved so that it has the teacher's mean."""
+    shift = (teacher_mean - _moments(layer, output)[0]).to(output.dtype)
     layer.get_parameter("bias").add_(shift)
     axis = channel_axis(layer)
     return (output.movedim(axis, -1) + shift).movedim(-1, axis)
 
 
-def _renormalise(norm: _BatchNorm, features: Tensor, wanted_mean: Tensor, wanted_variance: Tensor) -> None:
-    """Let a BatchNorm that is about to run take over how its input's statistics differ from those wanted."""
+def _renormalise(norm: _BatchNorm, features: Tensor, teacher_mean: Tensor, teacher_variance: Tensor) -> None:
+    """Let a BatchNorm that is about to run take over how its input's statistics differ from the teacher's."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     mean, variance = _moments(norm, features)
     divisor = norm.running_var.double() + norm.eps
-    moves = torch.minimum(variance, wanted_variance) > STILL * divisor
+    moves = torch.minimum(variance, teacher_variance) > STILL * divisor
     # BatchNorm adds eps whatever the variance, so it cannot divide by less.
-    new_divisor = (divisor * torch.where(moves, variance / wanted_variance, 1.0)).clamp_min(norm.eps)
-    norm.running_mean.copy_(mean + (norm.running_mean - wanted_mean) * (new_divisor / divisor).sqrt())
+    new_divisor = (divisor * torch.where(moves, variance / teacher_variance, 1.0)).clamp_min(norm.eps)
+    norm.running_mean.copy_(mean + (norm.running_mean - teacher_mean) * (new_divisor / divisor).sqrt())
     norm.running_var.copy_(new_divisor - norm.eps)
 
 

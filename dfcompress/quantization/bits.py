@@ -14,7 +14,7 @@ from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.fake_quantizers import FLOAT_BITS, WIDTHS, can_be_quantized
 from dfcompress.models.hooks import hooked_inputs
-from dfcompress.models.uses import unused_weights
+from dfcompress.quantization.uses import unused_weights
 from dfcompress.settings import AUTO
 
 FLOAT = "float"
@@ -36,15 +36,15 @@ class Bits(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Bits that were asked for: `weights` is None where sensitivity shall decide."""
+class RequestedBits:
+    """The user's choice of bits for a layer: `weights` is None where sensitivity decides."""
 
     weights: int | None
     activations: int
 
 
-def parse_bits(text: str, option: str = "--bits") -> Wanted:
-    """What `4w4a`, `w4a4` or `autow4a` asks for; `auto` is `autow8a`.
+def parse_bits(text: str, option: str = "--bits") -> RequestedBits:
+    """The bits that `4w4a`, `w4a4` or `autow4a` requests; `auto` is `autow8a`.
 
     Raises `BadInput` where the text is none of these, or names widths outside 2 to 8 (and 32 for activations).
     """
@@ -60,7 +60,7 @@ def parse_bits(text: str, option: str = "--bits") -> Wanted:
             f"{option} {text!r}: {activations}-bit activations are not supported.",
             f"Use 2 to 8 bits, or {FLOAT_BITS} to leave them in float: 4w4a, 4w{FLOAT_BITS}a.",
         )
-    return Wanted(weights, activations)
+    return RequestedBits(weights, activations)
 
 
 def parse_ends(text: str | int) -> int | None:
@@ -73,19 +73,19 @@ def parse_ends(text: str | int) -> int | None:
 
 
 def assign(
-    layers: Sequence[str], wanted: Wanted, *, ends: int | None, layer_bits: Mapping[str, str]
-) -> dict[str, Wanted]:
-    """What is asked of each of the `layers`, which are in execution order; layers left in float are not in it.
+    layers: Sequence[str], body_bits: RequestedBits, *, ends: int | None, layer_bits: Mapping[str, str]
+) -> dict[str, RequestedBits]:
+    """The requested bits of each of the `layers`, which are in execution order, without the layers left in float.
 
     The first and the last get `ends` for weights and activations (the "ends" of Haroush et al. 2020), all others
-    `wanted`; activations that `wanted` leaves in float stay so at the ends too. `layer_bits` says otherwise for layers
-    whose names match a pattern (`layer1.*`): bits, or `float`; the last match counts.
+    `body_bits`; where these leave activations in float, activations stay so at the ends too. `layer_bits` says
+    otherwise for layers whose names match a pattern (`layer1.*`): bits, or `float`; the last match counts.
     Raises `BadInput` for a pattern that matches nothing.
     """
-    asked = dict.fromkeys(layers, wanted)
+    requested = dict.fromkeys(layers, body_bits)
     if ends:
-        at_ends = Wanted(ends, FLOAT_BITS if wanted.activations == FLOAT_BITS else ends)
-        asked |= {layers[0]: at_ends, layers[-1]: at_ends}
+        end_bits = RequestedBits(ends, FLOAT_BITS if body_bits.activations == FLOAT_BITS else ends)
+        requested |= {layers[0]: end_bits, layers[-1]: end_bits}
     for pattern, text in layer_bits.items():
         matching = [name for name in layers if fnmatchcase(name, pattern)]
         if not matching:
@@ -93,12 +93,12 @@ def assign(
                 f"--layer-bits {pattern!r} matches no layer that can be quantized.", f"Layers: {', '.join(layers)}."
             )
         for name in matching:
-            asked.pop(name, None)
+            requested.pop(name, None)
             if text != FLOAT:
-                asked[name] = parse_bits(text, f"--layer-bits {pattern}")
-    if not asked:
+                requested[name] = parse_bits(text, f"--layer-bits {pattern}")
+    if not requested:
         raise BadInput("--layer-bits leaves every layer in float.", "There is nothing to quantize.")
-    return {name: asked[name] for name in layers if name in asked}
+    return {name: requested[name] for name in layers if name in requested}
 
 
 class Layers(NamedTuple):
@@ -122,7 +122,7 @@ def layers_of(classifier: Classifier) -> Layers:
     with hooked_inputs(classifier.network, weighted, note):
         pass_once(classifier)
     quantizable = [name for name, module in called.items() if can_be_quantized(module)]
-    # What a block has of its own around such layers is a scale or a position, and no layer.
+    # The parameters of a block around such layers are a scale or a position, and no layer.
     blocks = {name for name in called if any(layer.startswith(f"{name}.".lstrip(".")) for layer in quantizable)}
     others = {
         name: type(module).__name__

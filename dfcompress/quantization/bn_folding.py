@@ -15,7 +15,7 @@ from dfcompress.models.fake_quantizers import (
 )
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
 from dfcompress.models.plain_layers import after_normalising, plain_kind
-from dfcompress.models.uses import Uses, place
+from dfcompress.quantization.uses import Uses, place
 
 
 @torch.no_grad()
@@ -33,8 +33,8 @@ def fold_batchnorms(classifier: Classifier) -> list[str]:
         assert isinstance(norm, _BatchNorm)
         assert after is not None
         _fold(classifier.network.get_submodule(layer_name), norm)
-        parent, _, own = norm_name.rpartition(".")
-        setattr(classifier.network.get_submodule(parent), own, after)
+        parent, _, child = norm_name.rpartition(".")
+        setattr(classifier.network.get_submodule(parent), child, after)
     return list(pairs)
 
 
@@ -43,26 +43,26 @@ def _pairs(classifier: Classifier) -> dict[str, str]:
     modules = dict(classifier.network.named_modules())
     layers = [name for name, module in modules.items() if isinstance(module, QuantizedLayer) or plain_kind(module)]
     norms = [name for name, module in modules.items() if after_normalising(module) is not None]
-    made: dict[int, str] = {}
-    taken: dict[str, int] = {}
+    layer_of_output: dict[int, str] = {}
+    input_of_norm: dict[str, int] = {}
     runs: Counter[str] = Counter()
 
     def note_input(norm: str, features: Tensor) -> None:
         runs[norm] += 1
-        taken[norm] = place(features)
+        input_of_norm[norm] = place(features)
 
     def note_output(layer: str, features: Tensor) -> None:
         runs[layer] += 1
-        made[place(features)] = layer
+        layer_of_output[place(features)] = layer
 
     # Only where tensors lie is noted, and `uses` keeps them all alive: nothing needs a copy.
     network, uses = classifier.network, Uses()
     with hooked_inputs(network, norms, note_input), hooked_outputs(network, layers, note_output), uses:
         pass_once(classifier)
     return {
-        norm: made[where]
-        for norm, where in taken.items()
-        if where in made and uses.count[where] == 1 and runs[norm] == runs[made[where]] == 1
+        norm: layer_of_output[where]
+        for norm, where in input_of_norm.items()
+        if where in layer_of_output and uses.count[where] == 1 and runs[norm] == runs[layer_of_output[where]] == 1
     }
 
 

@@ -19,11 +19,11 @@ from dfcompress.distributed import world
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import WIDTHS, Scheme, quantize_layers
-from dfcompress.quantization import InputRule, WeightGridKind, WeightRule
+from dfcompress.quantization import WeightGridKind
 from dfcompress.quantization.bias_correction import correct, images_to_correct_on
-from dfcompress.quantization.bits import Bits, Wanted
+from dfcompress.quantization.bits import Bits, RequestedBits
 from dfcompress.quantization.mixed_precision import IMAGES, choose_bits, sensitivities, with_widths
-from dfcompress.quantization.observers import calibrate, fit_weights, require_rules
+from dfcompress.quantization.ranges import calibrate, fit_weights, require_rules
 from dfcompress.randomness import generator, seed_of
 from dfcompress.run import write_json
 
@@ -37,14 +37,14 @@ ASYMMETRIC: Mapping[WeightGridKind, Collection[int]] = {"auto": (2, 3), "symmetr
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How ranges are found: `inputs` by minmax, percentile or mse; `weights` by minmax or mse; on `steps` batches of
-    256 shifted and flipped images, drawn with `replacement` or every image once before any comes again. With `signed`
+    """How ranges are found: of `inputs` and of `weights` by a rule of the folder `observers`; on `steps` batches of 256
+    shifted and flipped images, drawn with `replacement` or every image once before any comes again. With `signed`
     grids of activations have zero point 0; `weight_grid` says where those of weights have one (`ASYMMETRIC`). With
     `correction` BatchNorms and biases take over what quantization shifts.
     """
 
-    inputs: InputRule = "mse"
-    weights: WeightRule = "mse"
+    inputs: str = "mse"
+    weights: str = "mse"
     steps: int = 16
     signed: bool = False
     correction: bool = True
@@ -75,7 +75,7 @@ class Calibrated(NamedTuple):
 def calibrated(
     student: Classifier,
     teacher: Classifier,
-    wanted: Mapping[str, Wanted],
+    requested: Mapping[str, RequestedBits],
     images: Tensor,
     calibration: Calibration,
     compute: Compute,
@@ -93,7 +93,7 @@ def calibrated(
     mixed = images[torch.randperm(len(images), generator=generator("calibration", compute.seed))]
     few = as_float(mixed[:IMAGES].to(target))
     chosen = _chosen_once(
-        bits, lambda: choose_bits(teacher, wanted, few, size_ratio=size_ratio, scheme=calibration.scheme)
+        bits, lambda: choose_bits(teacher, requested, few, size_ratio=size_ratio, scheme=calibration.scheme)
     )
     quantize_layers(student.to(target).network, chosen, asymmetric=calibration.scheme.asymmetric)
     fit_weights(student, rule=calibration.weights)
@@ -111,26 +111,26 @@ def calibration_batches(images: Tensor, calibration: Calibration, *, seed: int) 
     augmentation = Augmentation(shift=4, flip=images.shape[1] > 1)
     if not calibration.replacement:
         pool = ImagePool(images, augmentation=augmentation, batch_size=BATCH, seed=seed)
-        yield from (pool.batch(step) for step in range(calibration.steps))
+        yield from (pool.batch(step).images for step in range(calibration.steps))
         return
     for step in range(calibration.steps):
         drawn = torch.randint(len(images), (BATCH,), generator=generator("calibration draw", seed, step))
-        own = seed_of("calibration batch", seed, step)
-        yield ImagePool(images[drawn.to(images.device)], augmentation=augmentation, batch_size=BATCH, seed=own).batch(0)
+        batch_seed = seed_of("calibration batch", seed, step)
+        drawn_images = images[drawn.to(images.device)]
+        yield ImagePool(drawn_images, augmentation=augmentation, batch_size=BATCH, seed=batch_seed).batch(0).images
 
 
 def calibrated_on_noise(
-    teacher: Classifier, wanted: Mapping[str, Wanted], calibration: Calibration, *, seed: int
+    teacher: Classifier, requested: Mapping[str, RequestedBits], calibration: Calibration, *, seed: int
 ) -> Classifier:
-    """What the teacher becomes at the bits wanted, as far as that can be told before there are images of it.
+    """What the teacher becomes at the requested bits, as far as that can be told before there are images of it.
 
     Ranges of inputs are those of 64 images of normalised noise, N(0, 1); nothing is corrected, and weights whose bits
     are to be chosen have 4. Adaptive images compete with it.
     """
     student = copy.deepcopy(teacher)
-    quantize_layers(
-        student.network, with_widths(wanted, dict.fromkeys(wanted, UNCHOSEN)), asymmetric=calibration.scheme.asymmetric
-    )
+    bits = with_widths(requested, dict.fromkeys(requested, UNCHOSEN))
+    quantize_layers(student.network, bits, asymmetric=calibration.scheme.asymmetric)
     fit_weights(student, rule=calibration.weights)
     noise = torch.randn(NOISE, *teacher.card.input_size, generator=generator("noise", seed))
     shown = teacher.denormalise(noise.to(teacher.mean.device))
@@ -142,5 +142,5 @@ def _chosen_once(path: Path, choose: Callable[[], dict[str, Bits]]) -> dict[str,
     """What `choose` gives, the same for all processes and resumes: measurements may differ in their last bits."""
     if world().is_main and not path.exists():
         write_json(path, choose())
-    told = world().broadcast(json.loads(path.read_text()) if world().is_main else None)
-    return {name: Bits(*bits) for name, bits in told.items()}
+    shared = world().broadcast(json.loads(path.read_text()) if world().is_main else None)
+    return {name: Bits(*bits) for name, bits in shared.items()}

@@ -28,8 +28,8 @@ from dfcompress.models.fake_quantizers import (
     quantize_layers,
     quantized_layers,
 )
-from dfcompress.quantization.bits import Bits, Wanted
-from dfcompress.quantization.observers import fit_weights
+from dfcompress.quantization.bits import Bits, RequestedBits
+from dfcompress.quantization.ranges import fit_weights
 
 IMAGES = 128
 LONGEST_SCALE = 0.00012345678901234567  # As many digits as one of fp32 can have.
@@ -43,25 +43,25 @@ def sensitivities(quantized: Classifier, images: Tensor, layers: Sequence[str]) 
     found = {}
     with exact_fp32(), evaluating(quantized):
         with in_float(quantized.network):
-            wanted = quantized(images).log_softmax(1)
+            float_answers = quantized(images).log_softmax(1)
         for layer in layers:
             with in_float(quantized.network, but=layer):
                 answers = quantized(images).log_softmax(1)
-            found[layer] = F.kl_div(answers, wanted, log_target=True, reduction="batchmean").item()
+            found[layer] = F.kl_div(answers, float_answers, log_target=True, reduction="batchmean").item()
     return found
 
 
 def require_reachable(
-    teacher: Classifier, wanted: Mapping[str, Wanted], size_ratio: float | None, scheme: Scheme
+    teacher: Classifier, requested: Mapping[str, RequestedBits], size_ratio: float | None, scheme: Scheme
 ) -> None:
     """Raise `BadInput` where bits are to be chosen and `size_ratio` is missing or cannot be kept, or is not needed."""
-    if not _free(wanted):
+    if not _free(requested):
         if size_ratio is not None:
             raise BadInput("--size-ratio chooses bits, and all are given.", "Use --bits auto.")
         return
     if size_ratio is None or not 0 < size_ratio < 1:
         raise BadInput("--bits auto needs a share of the model's size.", "Add for instance --size-ratio 0.15.")
-    least = _file_bytes(teacher, with_widths(wanted, {}), scheme) / state_bytes(teacher.network)
+    least = _file_bytes(teacher, with_widths(requested, {}), scheme) / state_bytes(teacher.network)
     if least > size_ratio:
         raise BadInput(
             f"--size-ratio {size_ratio:g} cannot be kept: with {WIDTHS[0]}-bit weights the file is {least:.3f} of the "
@@ -71,33 +71,40 @@ def require_reachable(
 
 
 def choose_bits(
-    teacher: Classifier, wanted: Mapping[str, Wanted], images: Tensor, *, size_ratio: float | None, scheme: Scheme
+    teacher: Classifier,
+    requested: Mapping[str, RequestedBits],
+    images: Tensor,
+    *,
+    size_ratio: float | None,
+    scheme: Scheme,
 ) -> dict[str, Bits]:
-    """The bits of every layer: those asked for, and where none were, the ones that keep the file within `size_ratio` of
-    the teacher's tensors in fp32 at the least sum of sensitivities.
+    """The bits of every layer: the requested ones, and where there are none, those that keep the file within
+    `size_ratio` of the teacher's tensors in fp32 at the least sum of sensitivities.
 
     Sensitivities of 2 to 8 bits are measured on `images`; that they add up is an assumption. The choice among them is
     the best there is to the solver's tolerance (a knapsack of one width a layer, by `scipy.optimize.milp`). The kinds
     of grids that `scheme` says tell in the file and in the sensitivities.
     """
-    free = _free(wanted)
+    free = _free(requested)
     if not free or size_ratio is None:
-        return with_widths(wanted, {})
+        return with_widths(requested, {})
     weights = [teacher.network.get_parameter(f"{name}.weight") for name in free]
     sizes = np.array([[_weight_bytes(weight, width, scheme) for width in WIDTHS] for weight in weights])
-    room = size_ratio * state_bytes(teacher.network) - _file_bytes(teacher, with_widths(wanted, {}), scheme)
+    room = size_ratio * state_bytes(teacher.network) - _file_bytes(teacher, with_widths(requested, {}), scheme)
     chosen = _cheapest(_costs(teacher, free, images, scheme), sizes, room + sizes[:, 0].sum())
-    return with_widths(wanted, {name: WIDTHS[place] for name, place in zip(free, chosen, strict=True)})
+    return with_widths(requested, {name: WIDTHS[place] for name, place in zip(free, chosen, strict=True)})
 
 
-def _free(wanted: Mapping[str, Wanted]) -> list[str]:
+def _free(requested: Mapping[str, RequestedBits]) -> list[str]:
     """The layers whose bits are to be chosen."""
-    return [name for name, each in wanted.items() if each.weights is None]
+    return [name for name, each in requested.items() if each.weights is None]
 
 
-def with_widths(wanted: Mapping[str, Wanted], widths: Mapping[str, int]) -> dict[str, Bits]:
-    """Bits of all layers, the fewest where none were asked for or chosen."""
-    return {name: Bits(each.weights or widths.get(name, WIDTHS[0]), each.activations) for name, each in wanted.items()}
+def with_widths(requested: Mapping[str, RequestedBits], widths: Mapping[str, int]) -> dict[str, Bits]:
+    """Bits of all layers: as requested, else as chosen in `widths`, else the fewest there are."""
+    return {
+        name: Bits(each.weights or widths.get(name, WIDTHS[0]), each.activations) for name, each in requested.items()
+    }
 
 
 def _weight_bytes(weight: Tensor, bits: int, scheme: Scheme) -> int:

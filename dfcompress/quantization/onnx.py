@@ -109,11 +109,13 @@ class _Exported(QuantizedLayer):
         grid = self.input_grid
         if grid is None:
             return activations
-        return _on_grid(activations, grid.scale, grid.zero_point, grid.signed, self.input_bits)
+        quantized: Tensor = _on_grid(activations, grid.scale, grid.zero_point, grid.signed, self.input_bits)
+        return quantized
 
     def quantized_weight(self) -> Tensor:
         """What the integers stand for."""
-        return _weight_of(self.integers, self.scale, self.zero_point)
+        weight: Tensor = _weight_of(self.integers, self.scale, self.zero_point)
+        return weight
 
 
 class _ExportedConv2d(_Exported, QuantizedConv2d):

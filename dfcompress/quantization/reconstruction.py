@@ -44,8 +44,8 @@ FEATURES = 2**32  # or of fewer, so that they take no more bytes.
 LARGEST_UNIT = 4
 PASSED = 256  # Images of a forward pass.
 Side = Literal["input", "output"]
-STRETCH = (-0.1, 1.1)  # The rectified sigmoid's range, so that 0 and 1 are reached (AdaRound, eq. 23).
-SHARPNESS = (20.0, 2.0)  # β of the regulariser, from first to last.
+GAMMA, ZETA = -0.1, 1.1  # γ and ζ: the rectified sigmoid is stretched, so that 0 and 1 are reached (AdaRound, eq. 23).
+BETA = (20.0, 2.0)  # β of the rounding penalty, from first to last.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def reconstruct(
             progress.update(number + 1, error=losses[name])
             if state and world().is_main:
                 layers = {
-                    each: _kept(layer) for each, layer in quantized_layers(student.network).items() if layer.is_frozen
+                    each: _state(layer) for each, layer in quantized_layers(student.network).items() if layer.is_frozen
                 }
                 save_state(state, {"seconds": clock.seconds, "losses": losses, "layers": layers})
     return Reconstructed(len(names), settings.steps * len(names), clock.seconds, losses)
@@ -150,15 +150,15 @@ def _reconstruct_unit(
     """Learn one unit's rounding and input steps and freeze them; the error that is left, as a share of the variance."""
     unit = student.network.get_submodule(name)
     images = images[: images_that_fit(teacher, name)]
-    (own,) = _features(student, name, images, "input")
-    given, wanted = _features(teacher, name, images, "input", "output")
-    learners = {path: _Learner(layer) for path, layer in unit.named_modules() if isinstance(layer, QuantizedLayer)}
-    steps = [learner.step for learner in learners.values() if learner.step is not None]
-    groups = [{"params": [each.rise for each in learners.values()], "lr": settings.lr}]
+    (student_inputs,) = _features(student, name, images, "input")
+    teacher_inputs, teacher_outputs = _features(teacher, name, images, "input", "output")
+    roundings = {path: SoftRounding(layer) for path, layer in unit.named_modules() if isinstance(layer, QuantizedLayer)}
+    steps = [rounding.step for rounding in roundings.values() if rounding.step is not None]
+    groups = [{"params": [each.V for each in roundings.values()], "lr": settings.lr}]
     groups += [{"params": steps, "lr": settings.input_lr}] if steps else []
     optimizer = torch.optim.Adam(groups)
-    random = torch.Generator(device=own.device).manual_seed(seed)
-    channels = wanted.shape[1] if wanted.dim() == 4 else wanted.shape[-1]
+    random = torch.Generator(device=student_inputs.device).manual_seed(seed)
+    channels = teacher_outputs.shape[1] if teacher_outputs.dim() == 4 else teacher_outputs.shape[-1]
 
     def partly(whole: Tensor, other: Tensor) -> Tensor:
         """Some elements of one, the rest of the other."""
@@ -167,48 +167,49 @@ def _reconstruct_unit(
         )
 
     def quantize_partly(path: str, activations: Tensor) -> Tensor:
-        return partly(activations, learners[path].quantized_input(activations))
+        return partly(activations, roundings[path].quantized_input(activations))
 
-    with exact_fp32(), evaluating(unit), in_float(unit), hooked_inputs(unit, learners, quantize_partly):
+    with exact_fp32(), evaluating(unit), in_float(unit), hooked_inputs(unit, roundings, quantize_partly):
         for step in range(settings.steps):
-            some = torch.randint(len(own), (settings.batch_size,), generator=random, device=random.device)
-            weights = {f"{path}.weight".lstrip("."): learner.weight() for path, learner in learners.items()}
-            output = functional_call(unit, weights, (partly(given[some], own[some]),))
+            some = torch.randint(len(student_inputs), (settings.batch_size,), generator=random, device=random.device)
+            weights = {f"{path}.weight".lstrip("."): rounding.weight() for path, rounding in roundings.items()}
+            output = functional_call(unit, weights, (partly(teacher_inputs[some], student_inputs[some]),))
             # Summed over channels, the mean over images and pixels, as BRECQ has it.
-            loss = (output - wanted[some]).square().mean() * channels
+            loss = (output - teacher_outputs[some]).square().mean() * channels
             if step >= settings.warmup * settings.steps:
-                sharpness = _sharpness(step, settings)
-                loss = loss + settings.rounding * sum(each.indecision(sharpness) for each in learners.values())
+                beta = _beta(step, settings)
+                loss = loss + settings.rounding * sum(each.penalty(beta) for each in roundings.values())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    for learner in learners.values():
-        learner.settle()
-    del own, given
+    for rounding in roundings.values():
+        rounding.harden()
+    del student_inputs, teacher_inputs
     (output,) = _features(student, name, images, "output")
-    missed = output.sub_(wanted).square_().mean()
-    return (missed / wanted.var().clamp_min(1e-12)).item()
+    error = output.sub_(teacher_outputs).square_().mean()
+    return (error / teacher_outputs.var().clamp_min(1e-12)).item()
 
 
-def _sharpness(step: int, settings: Reconstruction) -> float:
+def _beta(step: int, settings: Reconstruction) -> float:
     """β of a step: it falls along a cosine."""
-    first, last = SHARPNESS
+    first, last = BETA
     progress = (step / settings.steps - settings.warmup) / (1 - settings.warmup)
     return cosine(progress, 1.0, first=first, last=last)
 
 
-class _Learner:
-    """What is learnt of one layer: how far each weight rises above the integer below it, and the step of its input."""
+class SoftRounding:
+    """The rounding of one layer while it is learnt: a weight is s·(⌊W / s⌋ + h(V)), of V `(weight's shape)` a parameter
+    and h(V) in [0, 1] (AdaRound, eq. 22); with the step of the layer's input, a parameter too.
+    """
 
     def __init__(self, layer: QuantizedLayer) -> None:
         self.layer, self.grid = layer, layer.grid_now()
         self.scale = per_channel(self.grid.scale, layer.weight)
         self.lowest, self.highest = self.grid.multiples(layer.weight)
         scaled = layer.weight.detach() / self.scale
-        self.below = scaled.floor()
-        low, high = STRETCH
-        # Where the rectified sigmoid gives the weight as it is.
-        self.rise = nn.Parameter(-torch.log((high - low) / (scaled - self.below - low) - 1))
+        self.floor = scaled.floor()
+        # h(V) begins at the fraction W / s − ⌊W / s⌋, so that the weight begins as it is.
+        self.V = nn.Parameter(-torch.log((ZETA - GAMMA) / (scaled - self.floor - GAMMA) - 1))
         self.step = layer.input_grid.as_step(layer.weight.device) if layer.input_grid else None
 
     def quantized_input(self, activations: Tensor) -> Tensor:
@@ -218,20 +219,20 @@ class _Learner:
 
     def weight(self) -> Tensor:
         """The weight between two values of the grid."""
-        return (self.below + self._share()).clamp(self.lowest, self.highest) * self.scale
+        return (self.floor + self.h()).clamp(self.lowest, self.highest) * self.scale
 
-    def indecision(self, sharpness: float) -> Tensor:
-        """How far all weights together are from whole integers (AdaRound, eq. 24)."""
-        return (1 - (2 * self._share() - 1).abs() ** sharpness).sum()
+    def h(self) -> Tensor:
+        """The rectified sigmoid h(V) = clip(σ(V)·(ζ − γ) + γ, 0, 1) (eq. 23)."""
+        return (self.V.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
-    def _share(self) -> Tensor:
-        low, high = STRETCH
-        return (self.rise.sigmoid() * (high - low) + low).clamp(0, 1)
+    def penalty(self, beta: float) -> Tensor:
+        """The rounding penalty Σ (1 − |2·h(V) − 1|^β), 0 where every h(V) is 0 or 1 (eq. 24)."""
+        return (1 - (2 * self.h() - 1).abs() ** beta).sum()
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def harden(self) -> None:
         """Freeze the layer at the nearest integers, and its grid."""
-        self.layer.set_integer_weight(self.grid.nearest(self.below + (self.rise > 0)), self.grid)
+        self.layer.set_integer_weight(self.grid.nearest(self.floor + (self.V > 0)), self.grid)
         if self.layer.input_grid and self.step is not None:
             self.layer.input_grid = self.layer.input_grid.with_step(self.step)
 
@@ -242,8 +243,8 @@ def images_that_fit(classifier: Classifier, name: str) -> int:
     As many as one forward pass takes are always allowed.
     """
     image = torch.zeros(1, *classifier.card.input_size, dtype=torch.uint8)
-    given, wanted = _features(classifier, name, image, "input", "output")
-    return max(PASSED, FEATURES // (2 * given.nbytes + wanted.nbytes))
+    inputs, outputs = _features(classifier, name, image, "input", "output")
+    return max(PASSED, FEATURES // (2 * inputs.nbytes + outputs.nbytes))
 
 
 class _EnoughError(Exception):
@@ -252,7 +253,7 @@ class _EnoughError(Exception):
 
 @torch.no_grad()
 def _features(classifier: Classifier, name: str, images: Tensor, *sides: Side) -> list[Tensor]:
-    """What goes into a module and what comes out of it, as asked, for all `images`, as stored; none is there twice."""
+    """The inputs and outputs (`sides`) of a module for all `images`, as stored; none is in memory twice."""
     found: dict[Side, Tensor] = {}
     done = 0
 
@@ -275,7 +276,7 @@ def _features(classifier: Classifier, name: str, images: Tensor, *sides: Side) -
     return [found[side] for side in sides]
 
 
-def _kept(layer: QuantizedLayer) -> dict[str, Any]:
+def _state(layer: QuantizedLayer) -> dict[str, Any]:
     integers, grid = layer.integer_weight()
     inputs = asdict(layer.input_grid) if layer.input_grid else None
     return {"integers": integers, "weight_grid": asdict(grid), "input_grid": inputs}

@@ -232,8 +232,9 @@ def image_norm(*, each: bool = False) -> Loss:
     """
 
     def value(trace: Trace) -> Tensor:
-        norms = torch.linalg.vector_norm(trace.images, dim=(1, 2, 3))
-        return norms.mean() if each else torch.linalg.vector_norm(norms)
+        norms: Tensor = torch.linalg.vector_norm(trace.images, dim=(1, 2, 3))
+        norm: Tensor = norms.mean() if each else torch.linalg.vector_norm(norms)
+        return norm
 
     return Loss("image_norm", value)
 
@@ -245,4 +246,5 @@ def _require_positive(name: str, value: float) -> None:
 
 def _norm(images: Tensor) -> Tensor:
     """L2 norm of a whole batch; each image first, so that the bits do not depend on the number of threads."""
-    return torch.linalg.vector_norm(torch.linalg.vector_norm(images, dim=(1, 2, 3)))
+    norm: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(images, dim=(1, 2, 3)))
+    return norm

@@ -163,13 +163,14 @@ def seconds_of(synthetic: SyntheticSet) -> float:
     """Seconds that the shards of a set took, from its `metrics.jsonl`, and the lessons between them; those of all
     processes together.
     """
-    shards = sum(line["seconds"] for line in _lines(synthetic.folder / METRICS) if "seconds" in line)
+    shards: float = sum(line["seconds"] for line in _lines(synthetic.folder / METRICS) if "seconds" in line)
     student_updates = synthetic.folder / STUDENT_STATE
     return round(shards + (_lessons(student_updates)["seconds"] if student_updates.exists() else 0.0), 2)
 
 
 def _lessons(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True, map_location="cpu")
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    return state
 
 
 def warnings_of(synthetic: SyntheticSet) -> list[str]:
@@ -219,7 +220,7 @@ class _SetBuilder:
         with computing(self.execution), ThreadPoolExecutor(1) as writer:
             checkup = QualityCheck(self.recipe, self.teacher)
             synthesizer = self._ready()
-            written: Future | None = None
+            written: Future[None] | None = None
             for unit in world().claim(missing):
                 labels = {shard: self.labels.of_batch(shard, self.batch_size, seed=self.seed) for shard in unit}
                 partial = self.synthetic.shard_path(unit[0]).with_suffix(STATE)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ class Synthesizer:
 
         self._student = logits
 
-    def _fast(self, function: Callable) -> Callable:
+    def _fast(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return device.compiled(function) if self.execution.compile else function
 
     def batch(self, shard: int, labels: Tensor, *, partial: Path | None = None, watch: Watch | None = None) -> Batch:

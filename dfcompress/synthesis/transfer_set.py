@@ -1,4 +1,4 @@
-"""Where a verb's training images come from: a synthetic set made or finished first, or images that are there."""
+"""The transfer set: the images that a student learns from (Hinton et al. 2015), synthesized first or there already."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ from dfcompress.synthesis.set_builder import Learner, build_set, seconds_of
 from dfcompress.synthesis.spec import SynthesisSpec, resolve
 
 HELD_OUT_SHARE = 1 / 16
-NONE = "none"
+FILLED = 256  # Images that are in memory as floats while a set is gathered: 154 MB at 224².
 SYNTHETIC = "synthetic"
 OF_TEACHER = "teacher-"
+PROBE = "unseen"  # The folder of the probe images, as version 0.1 called them.
 OTHER_RECIPES = ("bns", "deepinversion", "bns-inception")
 
 
 class TransferSetSource:
-    """Where a verb's training images come from: checked when made, gathered once the run has a folder.
+    """Where a transfer set comes from: checked at once, gathered when the run has a folder.
 
-    `data` is a synthetic set, the folder of a run that made some, or real images; None means that sets are made in the
-    run's folder, or finished there: half of the images by the chosen recipe in `synthetic`, half by the recipe `mix`
-    (as many steps, if some were asked for) in `synthetic-<mix>`. Images of one recipe share its artefacts, and a
-    student trained on two follows its teacher further. `auto` takes `bns` where the teacher's statistics are known and
-    no classes were asked for; `none` leaves all to the chosen recipe.
-    `unseen` more images are made in `unseen`, by another seed and a third recipe, to ask about and never to train on;
-    none where the statistics are not known.
-    `learner` makes the student that a recipe's images compete with, None for recipes that need none.
+    `data` is a synthetic set, the folder of a run that made some, or real images; None means that sets are synthesized
+    in the run's folder, or finished there: half of the images by the chosen recipe in `synthetic`, half by
+    `second_recipe` (as many steps, if some were asked for) in `synthetic-<second_recipe>`. Images of one recipe share
+    its artefacts, and a student trained on two follows its teacher further. `auto` takes `bns` where the teacher's
+    statistics are known and no classes were asked for; None leaves all to the chosen recipe.
+    So many `probe_images` are synthesized beside them, in `unseen`, by another seed and a third recipe, to compare
+    student and teacher on, and never to train on; none where the statistics are not known.
+    `learner` gives the student that a recipe's images compete with, None for recipes that need none.
     Raises `BadInput` where the data cannot be used, or nothing can be made from this teacher.
     """
 
@@ -53,100 +54,125 @@ class TransferSetSource:
         synthesis: Synthesis,
         compute: Compute,
         *,
-        mix: str = NONE,
-        unseen: int = 0,
+        second_recipe: str | None = None,
+        probe_images: int = 0,
         learner: Callable[[Recipe], Learner | None] = lambda recipe: None,
     ) -> None:
         self.compute = compute
         places = _parts(data)
-        given = [SyntheticSet(place) for place in places if (place / MANIFEST).exists()]
-        for synthetic in given:
+        synthetic_sets = [SyntheticSet(place) for place in places if (place / MANIFEST).exists()]
+        for synthetic in synthetic_sets:
             synthetic.require_complete()
         self.sources = [open_images(place, teacher.card, part="train") for place in places]
-        self.jobs = {} if self.sources else _jobs(teacher, synthesis, mix)
-        if self.sources and (mix not in (AUTO, NONE) or replace(synthesis, images=1) != Synthesis(images=1)):
+        self.specs = {} if self.sources else _specs(teacher, synthesis, second_recipe)
+        if self.sources and (second_recipe not in (AUTO, None) or replace(synthesis, images=1) != Synthesis(images=1)):
             console.notice("The images are those of --data: options of synthesis make no others to train on.")
-        self.learners = {name: learner(job.recipe()) for name, job in self.jobs.items()}
-        informed = next((job.teacher for job in self.jobs.values()), teacher)
-        self.unseen = None
-        if unseen and not why_no_statistics(informed.network):
-            used = {job.choice.name for job in self.jobs.values()}
-            used |= {synthetic.manifest["recipe"]["name"] for synthetic in given}
+        self.learners = {name: learner(spec.recipe()) for name, spec in self.specs.items()}
+        informed = next((spec.teacher for spec in self.specs.values()), teacher)
+        self.probe = None
+        if probe_images and not why_no_statistics(informed.network):
+            used = {spec.choice.name for spec in self.specs.values()}
+            used |= {synthetic.manifest["recipe"]["name"] for synthetic in synthetic_sets}
             recipe = next((name for name in OTHER_RECIPES if name not in used), OTHER_RECIPES[-1])
-            self.unseen = resolve(informed, replace(_alike(synthesis, recipe, unseen), records=None))
+            self.probe = resolve(informed, replace(_alike(synthesis, recipe, probe_images), records=None))
 
     @property
     def inputs(self) -> list[Path]:
         """The files that are read besides the teacher and `data`."""
-        return [path for job in self.jobs.values() for path in job.inputs]
+        return [path for spec in self.specs.values() for path in spec.inputs]
 
     def origin(self) -> dict[str, Any] | None:
-        """What images that are made depend on besides the teacher, None where they are there."""
-        return {name: job.origin() for name, job in self.jobs.items()} or None
+        """What the synthesized images depend on besides the teacher, None where all images are there already."""
+        return {name: spec.origin() for name, spec in self.specs.items()} or None
 
     @property
     def made(self) -> list[tuple[SynthesisSpec, Classifier | None]]:
-        """The sets that `gather` makes, the one that no student learns from last, each with what its images compete
-        with, if anything.
+        """The sets that `gather` synthesizes, the probe images last, each with the student that its images compete
+        with, if any.
         """
         students = {name: learner.student for name, learner in self.learners.items() if learner}
-        made = [(job, students.get(name)) for name, job in self.jobs.items()]
-        return made + ([(self.unseen, None)] if self.unseen else [])
+        sets = [(spec, students.get(name)) for name, spec in self.specs.items()]
+        return sets + ([(self.probe, None)] if self.probe else [])
 
     @property
     def adaptive(self) -> bool:
         """Whether images are made that compete with a student."""
-        return any(job.recipe().student_updates for job in self.jobs.values())
+        return any(spec.recipe().student_updates for spec in self.specs.values())
 
     def __len__(self) -> int:
         """How many images there are to train on."""
-        images = sum(map(len, self.sources)) + sum(job.images for job in self.jobs.values())
+        images = sum(map(len, self.sources)) + sum(spec.images for spec in self.specs.values())
         return images - _held_out(images)
 
     def gather(self, folder: Path) -> TransferSet:
-        """All images as they are stored; one in sixteen is held out."""
-        made = [
-            build_set(job, folder / name, self.compute, learner=self.learners[name]) for name, job in self.jobs.items()
+        """All images as they are stored, and their labels; one image in sixteen is held out."""
+        synthesized = [
+            build_set(spec, folder / name, self.compute, learner=self.learners[name])
+            for name, spec in self.specs.items()
         ]
-        images = _together([_stored(source) for source in [*self.sources, *made]])
-        seconds = sum(map(seconds_of, made))
-        unseen = images[:0]
-        if self.unseen:
-            other = build_set(self.unseen, folder / "unseen", replace(self.compute, seed=self.compute.seed + 1))
-            unseen, seconds = other.images, seconds + seconds_of(other)
+        images, labels = _gathered([*self.sources, *synthesized])
+        seconds = sum(map(seconds_of, synthesized))
+        probe = images[:0]
+        if self.probe:
+            probes = build_set(self.probe, folder / PROBE, replace(self.compute, seed=self.compute.seed + 1))
+            probe, seconds = probes.images, seconds + seconds_of(probes)
         order = torch.randperm(len(images), generator=generator("held-out", self.compute.seed))
         train, held_out = order[_held_out(len(images)) :].sort().values, order[: _held_out(len(images))]
-        return TransferSet(images[train], images[held_out], unseen, seconds)
+        return TransferSet(
+            train=images[train],
+            train_labels=labels[train],
+            held_out=images[held_out],
+            held_out_labels=labels[held_out],
+            probe=probe,
+            synthesis_seconds=seconds,
+        )
 
 
 def _parts(data: str | Path | None) -> list[Path]:
-    """Where the images of `data` lie: the sets that a run made, in one folder or one for each teacher, or one place."""
+    """Where the images of `data` lie: the sets in a run's folder, or in its folder of each teacher, or one place."""
     if data is None:
         return []
     sets = f"{SYNTHETIC}*/{MANIFEST}"
-    made = [path.parent for pattern in (sets, f"{OF_TEACHER}*/{sets}") for path in Path(data).glob(pattern)]
-    return sorted(made) if made and not (Path(data) / MANIFEST).exists() else [Path(data)]
+    of_run = [path.parent for pattern in (sets, f"{OF_TEACHER}*/{sets}") for path in Path(data).glob(pattern)]
+    return sorted(of_run) if of_run and not (Path(data) / MANIFEST).exists() else [Path(data)]
 
 
-def _stored(source: ImageSource) -> Tensor:
-    """All images of a source as they are stored."""
+def _gathered(sources: Sequence[ImageSource]) -> tuple[Tensor, Tensor]:
+    """All images of the sources as they are stored, and their labels.
+
+    The images are uint8 where those of all sources are, else float16 in units of [0, 1]; of a synthetic set they are
+    read shard by shard, and never more than `FILLED` are in memory as floats.
+    """
+    parts = [part for source in sources for part in _stored(source)]
+    labels = torch.cat([labels for _, labels in parts])
+    if len({images.dtype for images, _ in parts}) > 1:
+        parts = [
+            (as_float(some).to(torch.float16), labels) for images, labels in parts for some in images.split(FILLED)
+        ]
+    return torch.cat([images for images, _ in parts]), labels
+
+
+def _stored(source: ImageSource) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(source, SyntheticSet):
-        return source.images
-    return torch.cat([as_stored(some, in_range=True) for some, _ in source.batches(256)])
+        yield from map(source.read_shard, source.shards)
+        return
+    for images, labels in source.batches(FILLED):
+        yield as_stored(images, in_range=True), labels
 
 
-def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, SynthesisSpec]:
-    """What to make, by the folder it is made in."""
+def _specs(teacher: Classifier, synthesis: Synthesis, second_recipe: str | None) -> dict[str, SynthesisSpec]:
+    """What to synthesize, by the folder of the set."""
     first = resolve(teacher, synthesis)
-    if mix == AUTO:
+    if second_recipe == AUTO:
         informed = not why_no_statistics(first.teacher.network) and Want.TARGETS not in first.recipe().wants
         free = synthesis.labels == BALANCED and not synthesis.classes and first.images > 1
-        mix = OTHER_RECIPES[0] if informed and free and first.choice.name != OTHER_RECIPES[0] else NONE
-    if mix == NONE:
+        wanted = informed and free and first.choice.name != OTHER_RECIPES[0]
+        second_recipe = OTHER_RECIPES[0] if wanted else None
+    if second_recipe is None:
         return {SYNTHETIC: first}
-    if mix == first.choice.name:
+    if second_recipe == first.choice.name:
         raise BadInput(
-            f"--second-recipe {mix} is the recipe that is mixed.", "Name another one, or --second-recipe none."
+            f"--second-recipe {second_recipe} is the first recipe, too.", "Name another one, or --second-recipe none."
         )
     if synthesis.classes or synthesis.labels != BALANCED:
         raise BadInput(
@@ -155,40 +181,37 @@ def _jobs(teacher: Classifier, synthesis: Synthesis, mix: str) -> dict[str, Synt
     half = first.images // 2
     return {
         SYNTHETIC: replace(first, synthesis=replace(synthesis, images=first.images - half)),
-        f"{SYNTHETIC}-{mix}": resolve(teacher, _alike(synthesis, mix, half)),
+        f"{SYNTHETIC}-{second_recipe}": resolve(teacher, _alike(synthesis, second_recipe, half)),
     }
 
 
 def _alike(synthesis: Synthesis, recipe: str, images: int) -> Synthesis:
-    """What was asked for, by another recipe: its settings are its own, but for steps and the size of batches."""
-    own = choose(recipe).settings
-    asked = {name: synthesis.settings[name] for name in ("steps", "batch_size") if name in synthesis.settings}
-    asked = {name: value for name, value in asked.items() if name in own}
+    """The same synthesis by another recipe, with that recipe's settings but for steps and the size of batches."""
+    known = choose(recipe).settings
+    settings = {name: synthesis.settings[name] for name in ("steps", "batch_size") if name in synthesis.settings}
+    settings = {name: value for name, value in settings.items() if name in known}
     return Synthesis(
-        recipe=recipe, preset=None, settings=asked, images=images, groups=synthesis.groups, records=synthesis.records
+        recipe=recipe, preset=None, settings=settings, images=images, groups=synthesis.groups, records=synthesis.records
     )
-
-
-def _together(sets: Sequence[Tensor]) -> Tensor:
-    """Stored images of several sets as one: uint8 where all are, else float16 in units of [0, 1]."""
-    if len({images.dtype for images in sets}) == 1:
-        return torch.cat(list(sets))
-    return torch.cat([as_float(images).to(torch.float16) for images in sets])
 
 
 def _held_out(images: int) -> int:
     return int(images * HELD_OUT_SHARE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TransferSet:
-    """Images `(N, C, H, W)` as stored (uint8, or float16 in units of [0, 1]): to train on, held out from the same set,
-    and of another seed and recipe (none of those where there are no images); the seconds they took to make.
+    """Images `(N, C, H, W)` as stored (uint8, or float16 in units of [0, 1]) to train on, held out from the same sets,
+    and to probe with (of another seed and recipe, perhaps none), and the seconds of their synthesis.
+
+    Labels, int64 `(N,)`, are the classes that images were synthesized for, or the labels of real images.
     """
 
     train: Tensor
+    train_labels: Tensor
     held_out: Tensor
-    unseen: Tensor
+    held_out_labels: Tensor
+    probe: Tensor
     synthesis_seconds: float
 
 

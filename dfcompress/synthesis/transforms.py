@@ -44,7 +44,8 @@ def random_roll(pixels: int) -> Transform:
         return (torch.randint(-pixels, pixels + 1, (2,), generator=random),)
 
     def apply(images: Tensor, offset: Tensor) -> Tensor:
-        return _Reorder.apply(images, _rolled(images, offset), _rolled(images, -offset))
+        rolled: Tensor = _Reorder.apply(images, _rolled(images, offset), _rolled(images, -offset))
+        return rolled
 
     return Transform(apply, sample)
 
@@ -57,7 +58,8 @@ def random_flip(probability: float = 0.5) -> Transform:
 
     def apply(images: Tensor, mirrored: Tensor) -> Tensor:
         order = _mirrored(images, mirrored)
-        return _Reorder.apply(images, order, order)
+        flipped: Tensor = _Reorder.apply(images, order, order)
+        return flipped
 
     return Transform(apply, sample)
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-OptimizerName = Literal["sgd", "adam", "adamw", "lamb", "novograd"]
+OptimizerName = Literal["sgd", "adam", "adamw", "lamb"]
 OptimizerBackend = Literal["auto", "torch", "apex"]
 
 OF_FEATURES = ("feature", "attention", "iq")

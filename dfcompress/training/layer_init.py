@@ -12,31 +12,32 @@ Tree = dict[str, "Tree"]
 
 
 def init_from_teacher(student: Classifier, teacher: Classifier, outputs: Tensor | None = None) -> bool:
-    """Give the student the teacher's tensors, where it has the teacher's form or a shallower one; whether it has.
+    """Copy the teacher's tensors into a student of the teacher's form or of a shallower one; whether it was one.
 
-    It has where every one of its tensors has a counterpart of the same name and shape. Where `outputs` are given, they
-    are the student's for each of the teacher's classes in its last layer, and its others stay as they are; without them
-    both know the same classes, and a whole copy of the teacher would be no student. Of a longer row of blocks, which
-    are numbered, the first, the last and evenly spread ones between them are taken: residual networks lose little where
+    The form fits where every tensor of the student has a counterpart of the same name and shape. `outputs` are the
+    student's outputs for the teacher's classes: rows of its last layer, whose other rows stay. Without them both know
+    the same classes, and a whole copy of the teacher would be no student. Of a longer row of blocks, which are
+    numbered, the first, the last and evenly spread ones between them are taken: residual networks lose little where
     single blocks are left out (Veit et al. 2016).
     """
-    own, given = student.network.state_dict(), teacher.network.state_dict()
-    partners = dict(_partners(_tree(own), _tree(given)))
-    if len(own) > len(given) or (outputs is None and len(own) == len(given)):
+    student_tensors, teacher_tensors = student.network.state_dict(), teacher.network.state_dict()
+    partners = dict(_partners(_tree(student_tensors), _tree(teacher_tensors)))
+    deeper = len(teacher_tensors) - len(student_tensors)
+    if deeper < 0 or (outputs is None and deeper == 0):
         return False
-    head, begun = list(own)[-1].rpartition(".")[0], {}
-    for name, values in own.items():
-        theirs = given.get(partners.get(name, ""))
-        if theirs is None:
+    head, initial = list(student_tensors)[-1].rpartition(".")[0], {}
+    for name, values in student_tensors.items():
+        partner = teacher_tensors.get(partners.get(name, ""))
+        if partner is None:
             return False
-        theirs = theirs.to(values.device)
+        partner = partner.to(values.device)
         of_head = name.rpartition(".")[0] == head
-        if outputs is not None and of_head and theirs.shape == (len(outputs), *values.shape[1:]):
-            theirs = values.index_copy(0, outputs, theirs)
-        if theirs.shape != values.shape:
+        if outputs is not None and of_head and partner.shape == (len(outputs), *values.shape[1:]):
+            partner = values.index_copy(0, outputs, partner)
+        if partner.shape != values.shape:
             return False
-        begun[name] = theirs
-    load_tensors(student.network, begun)
+        initial[name] = partner
+    load_tensors(student.network, initial)
     return True
 
 
@@ -49,15 +50,15 @@ def _tree(names: Iterable[str]) -> Tree:
     return root
 
 
-def _partners(own: Tree, given: Tree) -> Iterable[tuple[str, str]]:
+def _partners(student: Tree, teacher: Tree) -> Iterable[tuple[str, str]]:
     """The counterpart of every name, where there is one."""
-    matched = {part: part for part in own if part in given}
-    if own and all(part.isdecimal() for part in (*own, *given)):
-        blocks, longer = sorted(own, key=int), sorted(given, key=int)
+    matched = {part: part for part in student if part in teacher}
+    if student and all(part.isdecimal() for part in (*student, *teacher)):
+        blocks, longer = sorted(student, key=int), sorted(teacher, key=int)
         last = max(1, len(blocks) - 1)
         matched = {block: longer[round(place * (len(longer) - 1) / last)] for place, block in enumerate(blocks)}
     for part, partner in matched.items():
-        if not own[part]:
+        if not student[part]:
             yield part, partner
-        for inner, theirs in _partners(own[part], given[partner]):
-            yield f"{part}.{inner}", f"{partner}.{theirs}"
+        for inner, partner_inner in _partners(student[part], teacher[partner]):
+            yield f"{part}.{inner}", f"{partner}.{partner_inner}"

@@ -1,4 +1,4 @@
-"""The only student loop: a student, what it is taught, and images in, a trained student out."""
+"""The only student loop: a student, a distiller and a source of batches in, a trained student out."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dfcompress import console, device
-from dfcompress.data.pool import ImagePool
+from dfcompress.data.batches import BatchSource
 from dfcompress.device import Compute, Execution, resolve_execution
 from dfcompress.distributed import World, world
 from dfcompress.errors import NOT_IN_PLACE, BadInput, DfcompressError, first_line, is_of_layers_in_place
@@ -34,8 +34,8 @@ TRIED = 2  # Images of a trial: BatchNorm cannot normalise a single one whose fe
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished loop tells: steps, seconds over all invocations, images a second, the last values of what it was
-    taught, and how it ran.
+    """What a finished loop tells: steps, seconds over all invocations, images a second, the last values of the
+    distiller's losses by name, and how it ran.
     """
 
     steps: int
@@ -46,10 +46,10 @@ class Trained:
 
 
 class Trainer:
-    """Trains `student` by a `Distiller`.
+    """Trains `student` by a `distiller`.
 
-    It learns from scratch, with the dropout that its architecture has, or is a trained network under `repair`, which
-    learns without (see `training_mode`).
+    The student learns from scratch, with the dropout that its architecture has, or is a trained network under `repair`,
+    which learns without (see `training_mode`).
     With `folder`, values and throughput go to `metrics.jsonl` there, and the state is kept in `training.partial` every
     20 seconds and at the end: a Trainer on a folder with such a file goes on from it, to the same bits.
     Whoever saves the result removes the file.
@@ -62,7 +62,7 @@ class Trainer:
     def __init__(
         self,
         student: Classifier,
-        teaching: Distiller,
+        distiller: Distiller,
         training: Training,
         *,
         compute: Compute,
@@ -70,16 +70,16 @@ class Trainer:
         alone: bool = False,
         repair: bool = False,
     ) -> None:
-        self.student, self.teaching, self.training = student, teaching, training
+        self.student, self.distiller, self.training = student, distiller, training
         self.compute, self.folder, self.repair = compute, folder, repair
         self.everyone = World() if alone else world()
 
-    def fit(self, *sets: Tensor) -> Trained:
-        """Train on stored images `(N, C, H, W)`, uint8 or float16 in units of [0, 1]: one set for each teacher.
+    def fit(self, source: BatchSource | Tensor) -> Trained:
+        """Train on the batches of a source; stored images `(N, C, H, W)` alone are shown as `Training.pool` shows them.
 
         Raises `DfcompressError` where a loss is not finite, `BadInput` where a batch cannot be shared out.
         """
-        with self.ready(*sets) as steps:
+        with self.ready(source) as steps:
             self._save(steps)  # The automatic choices, which a resume must obey, before the first step.
             with console.progress("training", self.training.steps) as progress:
                 while steps.done < self.training.steps:
@@ -92,33 +92,25 @@ class Trainer:
             self._save(steps)
             if self.folder and self.everyone.is_main:
                 self._write_metrics(self.folder / METRICS, steps)
-        steps.finish()
         self._check_weights()
         seconds = steps.clock.seconds
-        rate = round(steps.done * steps.pool.batch_size / seconds, 1)
+        rate = round(steps.done * steps.source.batch_size / seconds, 1)
         return Trained(steps.done, seconds, rate, steps.last, steps.execution)
 
     @contextmanager
-    def ready(self, *sets: Tensor) -> Iterator[Steps]:
-        """What `fit` takes, step by step, from where a saved state left off; inside, the networks are set up for it."""
+    def ready(self, source: BatchSource | Tensor) -> Iterator[Steps]:
+        """The steps of `fit`, from where a saved state left off; inside, the networks are set up for them."""
+        if isinstance(source, Tensor):
+            source = self.training.pool(source, seed=self.compute.seed)
         state = self._saved_state()
         execution = self._mine(Execution(**state["execution"]) if state else self._resolve())
         target = device.resolve_device(execution.device)
-        # Grey images are mostly characters, which a flip turns into other ones.
-        augmentation = replace(
-            self.training.augmentation, flip=self.training.augmentation.flip and sets[0].shape[1] > 1
-        )
-        pool = ImagePool(
-            *(images.to(target) for images in sets),
-            augmentation=augmentation,
-            batch_size=self.training.batch_size,
-            seed=self.compute.seed,
-        )
-        parallel.require_shares(pool.share, self.everyone)
+        source.to(target)
+        parallel.require_shares(source.batch_size // len(self.distiller.teachers), self.everyone)
         backend = state["backend"] if state else self._backend(target)
         with ExitStack() as stack:
             stack.enter_context(self._placed(target, execution))
-            stack.enter_context(self.teaching.listening(self.student))
+            stack.enter_context(self.distiller.attached(self.student))
             mode = training_mode(self.student, repair=self.repair, freeze_batchnorm=self.training.freeze_batchnorm)
             stack.enter_context(mode)
             stack.enter_context(dropping(self.student, self.training.dropout))
@@ -126,7 +118,14 @@ class Trainer:
             stack.enter_context(device.forked_randomness(target))
             with device.computing(execution):
                 steps = Steps(
-                    self.student, self.teaching, self.training, pool, execution, backend=backend, everyone=self.everyone
+                    self.student,
+                    self.distiller,
+                    self.training,
+                    source,
+                    execution,
+                    backend=backend,
+                    seed=self.compute.seed,
+                    everyone=self.everyone,
                 )
             if state:
                 steps.load(state)
@@ -137,26 +136,26 @@ class Trainer:
         """All networks on the device, and in the layout of the images; the teachers in the usual one afterwards."""
         layout = layout_of(execution)
         self.student.to(target).to(memory_format=layout)
-        self.teaching.own.to(target)
-        for teacher in self.teaching.teachers:
+        self.distiller.module.to(target)
+        for teacher in self.distiller.teachers:
             teacher.to(target).to(memory_format=layout).frozen()
         try:
             yield
         finally:
-            for teacher in self.teaching.teachers:
+            for teacher in self.distiller.teachers:
                 teacher.to(memory_format=torch.contiguous_format)
 
     def _resolve(self) -> Execution:
         """Forward passes of all, and the student's backward pass, twice as long; the precision is tried."""
-        work = sum(map(work_of, self.teaching.teachers)) + 3 * work_of(self.student)
+        work = sum(map(work_of, self.distiller.teachers)) + 3 * work_of(self.student)
         execution = resolve_execution(self.compute, float(work) * self.training.batch_size * self.training.steps)
-        execution = _tried(execution, self.compute, self.student, self.teaching.teachers, self.training, self.repair)
+        execution = _tried(execution, self.compute, self.student, self.distiller.teachers, self.training, self.repair)
         return replace(execution, precision=self.everyone.broadcast(execution.precision))
 
     def _backend(self, target: torch.device) -> Literal["torch", "apex"]:
         """Who computes the optimiser: apex only where every process has it, as all must take the same steps."""
-        own = optimizers.choose_backend(self.training.optimizer, self.training.backend, target)
-        return own if set(self.everyone.all_gather(own)) == {own} else "torch"
+        backend = optimizers.choose_backend(self.training.optimizer, self.training.backend, target)
+        return backend if set(self.everyone.all_gather(backend)) == {backend} else "torch"
 
     def _mine(self, execution: Execution) -> Execution:
         """What was resolved, perhaps by another process, as this one has it."""
@@ -165,9 +164,12 @@ class Trainer:
         # Gradients and statistics are exchanged by hooks, which a compiled network would not run.
         return replace(execution, device=device.as_mine(execution.device), compile=False, threads=device.threads_here())
 
-    def _saved_state(self) -> dict | None:
+    def _saved_state(self) -> dict[str, Any] | None:
         path = self.folder / PARTIAL if self.folder else None
-        return torch.load(path, weights_only=True, map_location="cpu") if path and path.exists() else None
+        if path is None or not path.exists():
+            return None
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        return state
 
     def _save(self, steps: Steps) -> None:
         self._check_finite(steps)
@@ -197,9 +199,9 @@ class Trainer:
             line = {
                 "step": step,
                 "lr": self.training.rate(step),
-                **dict(zip(self.teaching.names, history[step], strict=True)),
+                **dict(zip(self.distiller.names, history[step], strict=True)),
             }
-            rate = round((step - before) * steps.pool.batch_size / passed, 1) if passed > 0 else None
+            rate = round((step - before) * steps.source.batch_size / passed, 1) if passed > 0 else None
             lines.append({**line, "images_per_second": rate})
         with write_atomically(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,6 +1,6 @@
 """What the student is asked to minimise; `0.9 * kd(4.0) + ...` becomes a list of named, weighted terms.
 
-Nothing here sees a label: the teacher's answers are all there is.
+Nothing here sees a label: the teacher's predictions are all there is.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dfcompress.models.stages import Stage
 from dfcompress.training import OBJECTIVES, OF_FEATURES
 
 
-class Answer(NamedTuple):
-    """What a network says of a batch: logits `(N, classes)`, and features `(N, C, H, W)` of the stages asked for."""
+class Prediction(NamedTuple):
+    """What a network gives for a batch: logits `(N, classes)`, and features `(N, C, H, W)` of the stages compared."""
 
     logits: Tensor
     features: tuple[Tensor, ...] = ()
@@ -28,10 +28,12 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """A named, weighted scalar of (the student's answer, the teacher's); `adapters` are parameters of its own."""
+    """A named, weighted scalar of (the student's prediction, the teacher's); `adapters` are parameters that it trains
+    beside the student's.
+    """
 
     name: str
-    value: Callable[[Answer, Answer], Tensor]
+    value: Callable[[Prediction, Prediction], Tensor]
     weight: float = 1.0
     adapters: nn.Module = field(default_factory=nn.Module)
 
@@ -45,7 +47,7 @@ class Objective:
 
 
 def kd(temperature: float) -> Objective:
-    """τ²·KL(p_T ‖ p_S) of the answers softened by τ, mean over the batch (Hinton et al. 2015).
+    """τ²·KL(p_T ‖ p_S) of the predictions softened by τ, mean over the batch (Hinton et al. 2015).
 
     τ² keeps the gradient's size the same at every temperature. Raises `BadInput` where τ is not positive.
     """
@@ -53,9 +55,9 @@ def kd(temperature: float) -> Objective:
     if not 0 < temperature < math.inf:
         raise BadInput(f"--temperature {temperature} is not positive.", "4 is usual.")
 
-    def value(student: Answer, teacher: Answer) -> Tensor:
-        own, given = ((answer.logits / temperature).log_softmax(1) for answer in (student, teacher))
-        return F.kl_div(own, given, log_target=True, reduction="batchmean") * temperature**2
+    def value(student: Prediction, teacher: Prediction) -> Tensor:
+        student_log, teacher_log = ((each.logits / temperature).log_softmax(1) for each in (student, teacher))
+        return F.kl_div(student_log, teacher_log, log_target=True, reduction="batchmean") * temperature**2
 
     return Objective("kd", value)
 
@@ -77,26 +79,26 @@ def feature(pairs: Sequence[tuple[Stage, Stage]]) -> Objective:
     Mean over the stages (student's, teacher's) in `pairs` (after Romero et al. 2015, who take one and pretrain on it).
     Where both have equally many channels the convolutions begin as the identity.
     """
-    adapters = nn.ModuleList(_adapter(own.channels, given.channels) for own, given in pairs)
+    adapters = nn.ModuleList(_adapter(student.channels, teacher.channels) for student, teacher in pairs)
 
-    def value(student: Answer, teacher: Answer) -> Tensor:
+    def value(student: Prediction, teacher: Prediction) -> Tensor:
         adapted = [adapter(features) for adapter, features in zip(adapters, student.features, strict=True)]
         pairs = zip(adapted, teacher.features, strict=True)
-        return torch.stack([_share_of_variance(own.float(), given) for own, given in pairs]).mean()
+        return torch.stack([_share_of_variance(ours.float(), theirs) for ours, theirs in pairs]).mean()
 
     return Objective("feature", value, adapters=adapters)
 
 
-def _adapter(own: int, given: int) -> nn.Conv2d:
-    adapter = nn.Conv2d(own, given, 1, bias=own != given)
-    if own == given:
+def _adapter(student_channels: int, teacher_channels: int) -> nn.Conv2d:
+    adapter = nn.Conv2d(student_channels, teacher_channels, 1, bias=student_channels != teacher_channels)
+    if student_channels == teacher_channels:
         nn.init.dirac_(adapter.weight)
     return adapter
 
 
-def _share_of_variance(own: Tensor, given: Tensor) -> Tensor:
-    errors = (own - given).square().mean((1, 2, 3))
-    return (errors / given.var((1, 2, 3)).clamp_min(1e-6)).mean()
+def _share_of_variance(student: Tensor, teacher: Tensor) -> Tensor:
+    errors = (student - teacher).square().mean((1, 2, 3))
+    return (errors / teacher.var((1, 2, 3)).clamp_min(1e-6)).mean()
 
 
 def iq() -> Objective:
@@ -109,9 +111,9 @@ def iq() -> Objective:
     0.34 beside kd's 0.99 there, so that is how we read it.
     """
 
-    def value(student: Answer, teacher: Answer) -> Tensor:
+    def value(student: Prediction, teacher: Prediction) -> Tensor:
         pairs = zip(student.features, teacher.features, strict=True)
-        distances = [F.smooth_l1_loss(own, given, reduction="sum") / len(own) for own, given in pairs]
+        distances = [F.smooth_l1_loss(ours, theirs, reduction="sum") / len(ours) for ours, theirs in pairs]
         return torch.stack(distances).mean()
 
     return Objective("iq", value)
@@ -126,9 +128,9 @@ def attention() -> Objective:
     def attended(features: Tensor) -> Tensor:
         return F.normalize(features.square().mean(1).flatten(1))
 
-    def value(student: Answer, teacher: Answer) -> Tensor:
+    def value(student: Prediction, teacher: Prediction) -> Tensor:
         pairs = zip(student.features, teacher.features, strict=True)
-        distances = [(attended(own) - attended(given)).square().sum(1).mean() for own, given in pairs]
+        distances = [(attended(ours) - attended(theirs)).square().sum(1).mean() for ours, theirs in pairs]
         return torch.stack(distances).mean()
 
     return Objective("attention", value)
@@ -142,19 +144,19 @@ def make_objectives(
     Raises `BadInput` for a name or a weight that is none.
     """
     if all(name in OF_FEATURES for name in weights):
-        raise BadInput("No objective looks at the student's answers.", "Add kd, ce or mse-logits.")
-    made = []
+        raise BadInput("No objective compares the student's logits.", "Add kd, ce or mse-logits.")
+    objectives = []
     for name, weight in weights.items():
         if name not in OBJECTIVES:
             raise BadInput(f"There is no objective {name!r}.", f"Known: {', '.join(OBJECTIVES)}.")
-        if name == "iq" and any(own.channels != given.channels for own, given in pairs):
+        if name == "iq" and any(ours.channels != theirs.channels for ours, theirs in pairs):
             raise BadInput("Objective iq compares equally many channels.", "Use feature, which adapts them.")
         if not 0 < weight < math.inf:
             raise BadInput(f"The weight {weight} of objective {name} is not positive.", "Leave the objective out.")
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)
-            made.append(weight * _make(name, temperature, pairs))
-    return made
+            objectives.append(weight * _make(name, temperature, pairs))
+    return objectives
 
 
 def _make(name: str, temperature: float, pairs: Sequence[tuple[Stage, Stage]]) -> Objective:

@@ -1,4 +1,4 @@
-"""How foreign single images are to a network, by what it remembers of its training data."""
+"""The OOD score of single images: how far they are from what a network's BatchNorms remember of its training data."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ FLOOR = 1e-3
 
 
 class BatchNormOodScore:
-    """How foreign the images of a forward pass of `classifier` are to it, as long as it is listened to.
+    """The OOD scores of the images of a forward pass of `classifier`, while the score is attached to it.
 
-    That is KL(N(μ̂, σ̂²) ‖ N(μ, σ²)) between an image's own features (hats) and what a layer remembers, the mean over its
-    channels, and over the layers that see several positions of an image; a thousandth of σ² is added to σ̂².
+    The score is KL(N(μ̂, σ̂²) ‖ N(μ, σ²)) between an image's own features (hats) and what a layer remembers, the mean
+    over its channels, and over the layers that see several positions of an image; a thousandth of σ² is added to σ̂².
     """
 
     def __init__(self, classifier: Classifier) -> None:
@@ -31,12 +31,12 @@ class BatchNormOodScore:
 
     @property
     def is_known(self) -> bool:
-        """Whether there is a layer that tells."""
+        """Whether a layer remembers statistics that an image can be compared with."""
         return bool(self._layers)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Inside, every forward pass leaves here what `taken` tells; enter it before the network is compiled."""
+    def attached(self) -> Iterator[None]:
+        """Inside, every forward pass leaves its images' score for `taken`; enter it before the network is compiled."""
         with hooked_inputs(self._network, self._layers, self._note):
             try:
                 yield
@@ -44,7 +44,7 @@ class BatchNormOodScore:
                 self._seen.clear()
 
     def taken(self) -> Tensor:
-        """Of the images of the last pass, `(N,)`, 0 for what is just as the layers remember it."""
+        """The scores of the last pass, `(N,)`, 0 for an image that is just as the layers remember."""
         return torch.stack([self._seen[name] for name in self._layers]).mean(0)
 
     def _note(self, name: str, features: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The optimisers a student can be trained with, and who computes them: torch, or NVIDIA apex where it is proven here.
+"""The optimizers a student can be trained with, and who computes them: torch, or NVIDIA apex where it is proven here.
 
 Every setting is passed, because defaults differ: apex's FusedAdam is AdamW without decay, its FusedLAMB cuts the
 gradient's norm at 1, its FusedSGD skips bf16 parameters silently (so it is never taken).
@@ -6,75 +6,69 @@ gradient's norm at 1, its FusedSGD skips bf16 parameters silently (so it is neve
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dfcompress import console
-from dfcompress.device import is_cuda
-from dfcompress.errors import BadInput
+from dfcompress.device import has_cuda, is_cuda
+from dfcompress.errors import BadInput, first_line
 from dfcompress.training import OptimizerBackend, OptimizerName
-from dfcompress.training.apex_probe import State, probe
 
-BETAS = {"adam": (0.9, 0.999), "adamw": (0.9, 0.999), "lamb": (0.9, 0.999), "novograd": (0.95, 0.98)}
-EPS = {"adam": 1e-8, "adamw": 1e-8, "lamb": 1e-6, "novograd": 1e-8}
+FUSED = get_args(OptimizerName)[1:]  # Those that apex computes.
+
+BETAS = (0.9, 0.999)
+EPS = {"adam": 1e-8, "adamw": 1e-8, "lamb": 1e-6}
+
+ROUNDING = 1e-5  # Up to here apex and torch agree after three steps.
+# The errors of a package that was built without extensions, or for another torch, CUDA or GPU.
+APEX_FAILURES = (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError)
+BUILD = (
+    "Build it from NVIDIA's repository with its C++ and CUDA extensions, in this environment (--no-build-isolation) "
+    "and for this GPU (TORCH_CUDA_ARCH_LIST), or use --optimizer-backend torch."
+)
 
 
-class _OfMoments(Optimizer):
-    """An optimiser of two moments of the gradient, that steps all tensors of a group at once."""
+class Lamb(Optimizer):
+    """LAMB (You et al. 2020): Adam whose step for each tensor is scaled by φ = ‖w‖ / ‖update‖, all tensors at once.
 
-    betas: tuple[float, float]
-    eps: float
+    m = β₁m + (1 − β₁)g, v = β₂v + (1 − β₂)g², u = m̂ / (√v̂ + ε) + λw, w ← w − lr·φ·u.
+    Tensors without weight decay λ are not scaled (φ = 1), as in the authors' code: those are biases and BatchNorms.
+    """
 
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
         *,
         lr: float,
-        betas: tuple[float, float] | None = None,
-        eps: float | None = None,
+        betas: tuple[float, float] = BETAS,
+        eps: float = EPS["lamb"],
         weight_decay: float = 0.0,
     ) -> None:
-        betas, eps = betas or self.betas, self.eps if eps is None else eps
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step with the gradients that are there; `closure` is not used."""
         for group in self.param_groups:
-            weights = [weight for weight in group["params"] if weight.grad is not None]
-            if weights:
+            if weights := [weight for weight in group["params"] if weight.grad is not None]:
                 group["step"] += 1
                 self._update(group, weights, [weight.grad for weight in weights])
 
     def _update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
-        raise NotImplementedError
-
-    def _kept(self, weights: list[Tensor], name: str) -> list[Tensor]:
-        """A moment of every weight, 0 before the first step."""
-        for weight in weights:
-            if name not in self.state[weight]:
-                self.state[weight][name] = torch.zeros_like(weight)
-        return [self.state[weight][name] for weight in weights]
-
-
-class Lamb(_OfMoments):
-    """LAMB (You et al. 2020): Adam whose step for each tensor is scaled by φ = ‖w‖ / ‖update‖.
-
-    m = β₁m + (1 − β₁)g, v = β₂v + (1 − β₂)g², u = m̂ / (√v̂ + ε) + λw, w ← w − lr·φ·u.
-    Tensors without weight decay λ are not scaled (φ = 1), as in the authors' code: those are biases and BatchNorms.
-    """
-
-    betas, eps = BETAS["lamb"], EPS["lamb"]
-
-    def _update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
         (beta1, beta2), decay = group["betas"], group["weight_decay"]
-        means = self._kept(weights, "mean")
-        squares = self._kept(weights, "square")
+        for weight in weights:
+            self.state[weight] = self.state[weight] or {name: torch.zeros_like(weight) for name in ("mean", "square")}
+        means, squares = ([self.state[weight][name] for weight in weights] for name in ("mean", "square"))
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
@@ -84,57 +78,25 @@ class Lamb(_OfMoments):
         torch._foreach_div_(updates, roots)
         if decay:
             torch._foreach_add_(updates, weights, alpha=decay)
-            ratios = _trust_ratios(weights, updates)
+            norms = zip(torch._foreach_norm(weights), torch._foreach_norm(updates), strict=True)
+            ratios = [torch.where((weight > 0) & (update > 0), weight / update, 1.0) for weight, update in norms]
             updates = tuple(update * ratio for update, ratio in zip(updates, ratios, strict=True))
         torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
-class NovoGrad(_OfMoments):
-    """NovoGrad (Ginsburg et al. 2019): the second moment is one number a tensor, the norm of its gradient.
-
-    v = β₂v + (1 − β₂)‖g‖² (first v = ‖g‖²), m = β₁m + (1 − β₁)g, w ← w − lr·(m̂ / (√v̂ + ε) + λw).
-    As apex computes it, and unlike the paper: both moments are corrected for their bias, and the gradient is
-    normalised, and decay added, after the mean is taken.
-    """
-
-    betas, eps = BETAS["novograd"], EPS["novograd"]
-
-    def _update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
-        beta1, beta2 = group["betas"]
-        squares = [norm.square() for norm in torch._foreach_norm(gradients)]
-        for weight, square in zip(weights, squares, strict=True):
-            self.state[weight].setdefault("square", square)
-        moments = [self.state[weight]["square"] for weight in weights]
-        torch._foreach_lerp_(moments, squares, 1 - beta2)
-        means = self._kept(weights, "mean")
-        torch._foreach_lerp_(means, gradients, 1 - beta1)
-        roots = torch._foreach_sqrt(torch._foreach_div(moments, 1 - beta2 ** group["step"]))
-        torch._foreach_add_(roots, group["eps"])
-        updates = torch._foreach_div(torch._foreach_div(means, 1 - beta1 ** group["step"]), roots)
-        torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
-        torch._foreach_add_(weights, updates, alpha=-group["lr"])
-
-
-def _trust_ratios(weights: list[Tensor], updates: tuple[Tensor, ...]) -> list[Tensor]:
-    """‖w‖ / ‖update‖, or 1 where either is 0."""
-    pairs = zip(torch._foreach_norm(weights), torch._foreach_norm(updates), strict=True)
-    return [torch.where((own > 0) & (other > 0), own / other, 1.0) for own, other in pairs]
-
-
 def choose_backend(name: OptimizerName, backend: OptimizerBackend, device: torch.device) -> Literal["torch", "apex"]:
-    """Who computes: `auto` takes apex only where it has what torch has not, and is proven to work on this machine.
+    """Who computes: `auto` takes apex only for what torch has not fused, LAMB, and where it is proven to work.
 
-    That is fused LAMB and NovoGrad; students are trained in fp32 with bf16 products, where torch's own fused kernels
-    serve SGD and Adam.
+    Students are trained in fp32 with bf16 products, where torch's own fused kernels serve SGD and Adam.
     Raises `BadInput` where `apex` is asked for and cannot be used, saying what to do in that very case.
     """
-    if backend == "torch" or (backend == "auto" and (not is_cuda(device) or name not in ("lamb", "novograd"))):
+    if backend == "torch" or (backend == "auto" and (not is_cuda(device) or name != "lamb")):
         return "torch"
-    if backend == "apex" and name == "sgd":
-        raise BadInput("--optimizer sgd has no apex form: FusedSGD skips bf16 parameters silently.", "Leave apex out.")
+    if name not in FUSED:
+        raise BadInput(f"--optimizer {name} has no apex form: FusedSGD skips bf16 parameters silently.", "Use auto.")
     if not is_cuda(device):
         raise BadInput("--optimizer-backend apex computes on CUDA alone.", "Use auto, or a CUDA device.")
-    found = probe(disagreement, device)
+    found = probe(device)
     if found.state is State.READY:
         return "apex"
     if backend == "apex":
@@ -153,31 +115,27 @@ def make_optimizer(
     momentum: float,
     nesterov: bool = True,
 ) -> Optimizer:
-    """The optimiser over parameter groups, each with its own `weight_decay`; `momentum` is SGD's, `nesterov` its form.
+    """The optimizer over parameter groups, each with its own `weight_decay`; `momentum` is SGD's, `nesterov` its form.
 
     fp32 parameters on CUDA are updated by torch's fused kernels.
     """
     groups = list(groups)
-    if backend == "apex":
-        return _apex(name, groups, lr)
     fused = all(is_cuda(weight.device) for group in groups for weight in group["params"])
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=fused)
-    settings: dict[str, Any] = {"lr": lr, "betas": BETAS[name], "eps": EPS[name]}
-    if name in ("adam", "adamw"):
-        family = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-        return family(groups, **settings, weight_decay=0.0, fused=fused)
-    return (Lamb if name == "lamb" else NovoGrad)(groups, **settings)
+    settings: dict[str, Any] = {"lr": lr, "betas": BETAS, "eps": EPS[name], "weight_decay": 0.0}
+    if backend == "apex":
+        return _of_apex(name, groups, settings)
+    if name == "lamb":
+        return Lamb(groups, **settings)
+    return (torch.optim.Adam if name == "adam" else torch.optim.AdamW)(groups, **settings, fused=fused)
 
 
-def _apex(name: OptimizerName, groups: list[dict[str, Any]], lr: float) -> Optimizer:
+def _of_apex(name: OptimizerName, groups: list[dict[str, Any]], settings: dict[str, Any]) -> Optimizer:
     from apex import optimizers as apex
 
-    settings: dict[str, Any] = {"lr": lr, "betas": BETAS[name], "eps": EPS[name], "weight_decay": 0.0}
     if name == "lamb":
-        optimizer = apex.FusedLAMB(groups, **settings, max_grad_norm=math.inf)
-    elif name == "novograd":
-        optimizer = apex.FusedNovoGrad(groups, **settings)
+        optimizer: Optimizer = apex.FusedLAMB(groups, **settings, max_grad_norm=math.inf)
     else:
         optimizer = apex.FusedAdam(groups, **settings, adam_w_mode=name == "adamw")
     optimizer.register_step_pre_hook(_match_layouts)
@@ -192,12 +150,50 @@ def _match_layouts(optimizer: Optimizer, *_: Any) -> None:
                 weight.grad = torch.empty_like(weight).copy_(weight.grad)
 
 
-def disagreement(device: torch.device) -> float:
-    """The largest difference, relative to the largest weight, between apex and torch after three steps."""
-    return max(_difference(name, device) for name in ("adam", "adamw", "lamb", "novograd"))
+class State(Enum):
+    """The states of apex on a machine."""
+
+    ABSENT = "absent"
+    WRONG_PACKAGE = "wrong package"
+    NO_GPU = "no GPU"
+    BROKEN = "broken"
+    READY = "ready"
+
+
+@dataclass(frozen=True)
+class Apex:
+    """The state of apex on this machine, a sentence of what was found, and one of what to do."""
+
+    state: State
+    found: str
+    remedy: str = ""
+
+
+@cache
+def probe(device: torch.device) -> Apex:
+    """Whether apex can be used on `device`, this process's: asked once, believed after it has computed the right thing.
+
+    The package of the same name in package indexes is an unrelated web toolkit; nothing of it is executed.
+    """
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return Apex(State.ABSENT, "apex is not installed", BUILD)
+    if not any((Path(place) / "optimizers").is_dir() for place in spec.submodule_search_locations or []):
+        found = f"the installed package apex ({spec.origin}) is not NVIDIA's"
+        return Apex(State.WRONG_PACKAGE, found, f"Uninstall it: pip uninstall apex. {BUILD}")
+    if not has_cuda():
+        return Apex(State.NO_GPU, "there is no CUDA device", "Use --optimizer-backend torch.")
+    try:
+        difference = max(_difference(name, device) for name in FUSED)
+    except APEX_FAILURES as error:
+        return Apex(State.BROKEN, f"apex fails: {type(error).__name__}: {first_line(error)}", BUILD)
+    if not difference <= ROUNDING:
+        return Apex(State.BROKEN, f"apex and torch differ by {difference:.1g} after three steps", BUILD)
+    return Apex(State.READY, "apex agrees with torch")
 
 
 def _difference(name: OptimizerName, device: torch.device) -> float:
+    """The largest difference, relative to the largest weight, between apex and torch after three steps."""
     shapes, random = ((8, 4, 3, 3), (16,)), torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=random) for shape in shapes]
     steps = [[torch.randn(shape, generator=random) for shape in shapes] for _ in range(3)]
@@ -205,7 +201,7 @@ def _difference(name: OptimizerName, device: torch.device) -> float:
     for backend in ("torch", "apex"):
         weights = [nn.Parameter(start.clone().to(device)) for start in starts]
         groups = [{"params": [weight], "weight_decay": 0.1 * (weight.dim() > 1)} for weight in weights]
-        optimizer = make_optimizer(name, groups, backend=backend, lr=0.01, momentum=0.0)  # type: ignore[arg-type]
+        optimizer = make_optimizer(name, groups, backend=backend, lr=0.01, momentum=0.0)
         for gradients in steps:
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient.clone().to(device)

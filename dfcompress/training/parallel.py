@@ -38,8 +38,8 @@ def replicated(module: nn.Module, everyone: World) -> nn.Module:
     """The module, whose gradients are averaged over the processes where there are several."""
     if everyone.count == 1:
         return module
-    own = identity(next(module.parameters()).device)
-    everyone.connect(collective_backend(everyone.all_gather(own)))
+    device = identity(next(module.parameters()).device)
+    everyone.connect(collective_backend(everyone.all_gather(device)))
     # Every step uses the same parameters, and none waits for those that are in no step (an auxiliary head's).
     replica = nn.parallel.DistributedDataParallel(module, static_graph=True)
     replica.broadcast_buffers = False  # They are the same everywhere: statistics are those of the whole batch.
@@ -68,15 +68,15 @@ def synchronised(network: nn.Module, everyone: World) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, own in zip(layers, classes, strict=True):
-            layer.__class__ = own
+        for layer, before in zip(layers, classes, strict=True):
+            layer.__class__ = before
 
 
 class _SynchronisedBatchNorm(_BatchNorm):
     """BatchNorm over the images of all processes, which have equally many (torch's own works on CUDA alone)."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Whatever its own class took."""
+        """Accept any: the layer's class has checked it."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Features `(N, C, ...)`."""
@@ -89,7 +89,7 @@ class _SynchronisedBatchNorm(_BatchNorm):
         errors = features - centre.view(shape)
         var = _Mean.apply(errors.square().mean(axes))
         self._remember(centre.detach(), var.detach() * count / max(1, count - 1))
-        normal = errors * (var + self.eps).rsqrt().view(shape)
+        normal: Tensor = errors * (var + self.eps).rsqrt().view(shape)
         if self.affine:
             normal = normal * self.weight.view(shape) + self.bias.view(shape)
         return normal.to(input.dtype)

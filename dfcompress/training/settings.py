@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, get_args
+
+from torch import Tensor
 
 from dfcompress import schedules
-from dfcompress.data.pool import Augmentation
+from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.errors import BadInput
 from dfcompress.training import OptimizerBackend, OptimizerName
 
@@ -16,13 +19,12 @@ from dfcompress.training import OptimizerBackend, OptimizerName
 class Training:
     """Settings of the loop.
 
-    `optimizer` is sgd (`momentum`, by default in the form of `nesterov`), adam, adamw, lamb or novograd, computed by
-    `backend`; `weight_decay` is for weights alone, with `decay_all` also for biases and BatchNorm. The rate is warmed
-    up linearly over `warmup` (a share of the steps), then falls along a cosine to 0, is multiplied by `gamma` at each
-    of the `milestones` (shares of the steps) of the `multistep` schedule, or stays `constant`. The gradient's norm is
-    cut at `clip`, 0 leaves it. With `ema` the result is the exponential average of the weights of all steps with that
-    decay. With `freeze_batchnorm` running statistics stay. `dropout` is the share of the last layer's input that is
-    dropped while the student trains, beside what its architecture drops; the result has no such layer.
+    `optimizer` is sgd (`momentum`, by default in the form of `nesterov`), adam, adamw or lamb, computed by `backend`;
+    `weight_decay` is for weights alone, with `decay_all` also for biases and BatchNorm. The rate is warmed up linearly
+    over `warmup` (a share of the steps), then falls along a cosine to 0, is multiplied by `gamma` at each of the
+    `milestones` (shares of the steps) of the `multistep` schedule, or stays `constant`. The gradient's norm is cut at
+    `clip`, 0 leaves it. With `freeze_batchnorm` running statistics stay. `dropout` is the share of the last layer's
+    input that is dropped while the student trains, beside what its architecture drops; the result has no such layer.
     """
 
     steps: int
@@ -39,10 +41,14 @@ class Training:
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
     clip: float = 5.0
-    ema: float = 0.0
     freeze_batchnorm: bool = False
     dropout: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
+
+    REMOVED: ClassVar[Mapping[str, str]] = {
+        "ema": "Leave it out: the cosine schedule serves the same end.",
+        "novograd": "Use lamb, or sgd.",
+    }
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for settings that cannot be."""
@@ -58,13 +64,24 @@ class Training:
             ("schedule", self.schedule, get_args(schedules.Schedule)),
         )
         for what, name, names in choices:
+            if name in self.REMOVED:
+                raise BadInput(f"The {what} {name!r} was removed.", self.REMOVED[name])
             if name not in names:
                 raise BadInput(f"There is no {what} {name!r}.", f"Known: {', '.join(names)}.")
-        for what in ("momentum", "warmup", "ema", "dropout"):
+        for what in ("momentum", "warmup", "dropout"):
             if not 0 <= (share := getattr(self, what)) < 1:
                 raise BadInput(f"{what} {share} is no share below 1.", "Use 0 to leave it out.")
         if self.clip < 0 or self.weight_decay < 0:
             raise BadInput("clip or weight_decay is negative.", "Use 0 to leave it out.")
+
+    def pool(self, *sets: Tensor, labels: Sequence[Tensor] | None = None, seed: int) -> ImagePool:
+        """Stored images `(N, C, H, W)`, one set for each teacher, in the batches of this training.
+
+        Grey images are not mirrored: they are mostly characters, which a flip turns into other ones.
+        """
+        flip = self.augmentation.flip and sets[0].shape[1] > 1
+        augmentation = replace(self.augmentation, flip=flip)
+        return ImagePool(*sets, labels=labels, augmentation=augmentation, batch_size=self.batch_size, seed=seed)
 
     def rate(self, step: int) -> float:
         """Learning rate of `step`, counted from 0."""

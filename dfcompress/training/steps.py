@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dfcompress import device
-from dfcompress.data.pool import Augmentation, ImagePool
-from dfcompress.data.synthetic_set import as_float
+from dfcompress.data.batches import Batch, BatchSource, RepeatingSource
 from dfcompress.device import Execution
 from dfcompress.distributed import World
 from dfcompress.models.classifier import Classifier, pass_once
@@ -28,33 +26,35 @@ from dfcompress.training import optimizers, parallel
 from dfcompress.training.distiller import Distiller
 from dfcompress.training.settings import Training
 
-Teach = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-Learn = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
+Targets = Callable[[Batch], tuple[Tensor, ...]]
+Losses = Callable[[Batch, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
 
 
 class Steps:
     """An unfinished training and everything that its next step depends on.
 
-    `done` counts the steps taken. The networks must be where and as they are to compute; `everyone` shares a batch out.
+    `done` counts the steps taken. The networks and the source must be on the device and in the mode of the training;
+    `everyone` shares a batch out.
     """
 
     def __init__(
         self,
         student: Classifier,
-        teaching: Distiller,
+        distiller: Distiller,
         training: Training,
-        pool: ImagePool,
+        source: BatchSource,
         execution: Execution,
         *,
         backend: Literal["torch", "apex"],
+        seed: int,
         everyone: World,
     ) -> None:
-        self.student, self.teaching, self.training = student, teaching, training
-        self.pool, self.execution, self.backend, self.everyone = pool, execution, backend, everyone
-        self.done, self.clock = 0, Clock()
+        self.student, self.distiller, self.training = student, distiller, training
+        self.source, self.execution, self.backend, self.everyone = source, execution, backend, everyone
+        self.seed, self.done, self.clock = seed, 0, Clock()
         self.seconds: list[float] = []
         self._history: list[Tensor] = []
-        self._parameters = [*student.parameters(), *teaching.own.parameters()]
+        self._parameters = [*student.parameters(), *distiller.module.parameters()]
         # Weight decay belongs on weights: pulling BatchNorm's scale and the biases to 0 costs accuracy.
         weights = [each for each in self._parameters if each.dim() > 1]
         others = [each for each in self._parameters if each.dim() <= 1]
@@ -70,11 +70,8 @@ class Steps:
             momentum=training.momentum,
             nesterov=training.nesterov,
         )
-        average = get_ema_multi_avg_fn(training.ema)
-        self._average = AveragedModel(student, multi_avg_fn=average, use_buffers=True) if training.ema else None
-        self._teach, self._learn = self._functions()
-        self._sources = pool.sources[self._mine]
-        self._kept = self._taught_once()
+        self._targets, self._losses = self._functions()
+        self._kept = self._kept_targets()
 
     @property
     def values(self) -> Tensor:
@@ -84,7 +81,7 @@ class Steps:
     @property
     def last(self) -> dict[str, float]:
         """The values of the last step by name."""
-        return dict(zip(self.teaching.names, self._history[-1].tolist(), strict=True)) if self._history else {}
+        return dict(zip(self.distiller.names, self._history[-1].tolist(), strict=True)) if self._history else {}
 
     def take(self) -> None:
         """One step."""
@@ -94,11 +91,11 @@ class Steps:
     def _take(self) -> None:
         # Dropout, too, depends on the step alone, and on the process where there are several.
         process = [self.everyone.rank] * (self.everyone.count > 1)
-        device.seed(torch.device(self.execution.device), seed_of("dropout", self.pool.seed, self.done, *process))
-        images = self.pool.batch(self.done)[self._mine]
+        device.seed(torch.device(self.execution.device), seed_of("dropout", self.seed, self.done, *process))
+        batch = self.source.batch(self.done).part(self._mine)
         if self.execution.precision != "fp32":
-            images = images.contiguous(memory_format=layout_of(self.execution))
-        loss, values = self._learn(images, self._taught(images))
+            batch = batch._replace(images=batch.images.contiguous(memory_format=layout_of(self.execution)))
+        loss, values = self._losses(batch, self._targets_of(batch))
         for group in self._optimizer.param_groups:
             group["lr"] = self.training.rate(self.done)
         self._optimizer.zero_grad()
@@ -106,17 +103,10 @@ class Steps:
         if self.training.clip:
             nn.utils.clip_grad_norm_(self._parameters, self.training.clip)
         self._optimizer.step()
-        if self._average:
-            self._average.update_parameters(self.student)
         self._history.append(parallel.mean(values, self.everyone))
-        self.teaching.observe(self._history[-1])
+        self.distiller.update(self._history[-1])
         self.seconds.append(self.clock.seconds)
         self.done += 1
-
-    def finish(self) -> None:
-        """Give the student the averaged weights, where they are the result."""
-        if self._average and self.done:
-            self.student.load_state_dict(self._average.module.state_dict())
 
     def save(self, path: Path) -> None:
         """Write everything that the next step depends on."""
@@ -126,79 +116,78 @@ class Steps:
             "execution": asdict(self.execution),
             "backend": self.backend,
             "student": self.student.state_dict(),
-            "own": self.teaching.own.state_dict(),
-            "average": self._average.state_dict() if self._average else None,
+            "module": self.distiller.module.state_dict(),
+            "source": self.source.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "values": self.values,
             "seconds": self.seconds,
         }
         save_state(path, state)
 
-    def load(self, state: dict) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what was saved."""
         self.student.load_state_dict(state["student"])
-        self.teaching.own.load_state_dict(state["own"])
-        if self._average:
-            self._average.load_state_dict(state["average"])
-        if state["step"]:  # Before, there is none, and apex's NovoGrad refuses to take it.
-            self._optimizer.load_state_dict(state["optimizer"])
+        # A state of version 0.1 calls the module `own`, and its source has none. Of `--method paper` it also holds two
+        # buffers and, before the other values, a column for each teacher that nothing reads any more.
+        old = state.get("own", {})
+        self.distiller.module.load_state_dict(state.get("module", old), strict=not old)
+        self.source.load_state_dict(state.get("source", {}))
+        self._optimizer.load_state_dict(state["optimizer"])
         self.done = state["step"]
         self.clock.go_on_from(state["clock"])
         self.seconds = state["seconds"]
-        self._history = list(state["values"].to(self._parameters[0].device))
+        self._history = list(state["values"][:, -len(self.distiller.names) :].to(self._parameters[0].device))
 
     @property
     def _mine(self) -> slice:
         """Which images of a batch are this process's."""
         return slice(self.everyone.rank, None, self.everyone.count)
 
-    def _taught(self, images: Tensor) -> tuple[Tensor, ...]:
+    def _targets_of(self, batch: Batch) -> tuple[Tensor, ...]:
         if self._kept is None:
-            return self._teach(images, self._sources)
-        places = self.pool.places(self.done)[self._mine]
-        return tuple(part[places] for part in self._kept)
+            return self._targets(batch)
+        assert isinstance(self.source, RepeatingSource)
+        places = self.source.places(self.done)[self._mine]
+        return tuple(targets[places] for targets in self._kept)
 
-    def _taught_once(self) -> tuple[Tensor, ...] | None:
-        """What the teachers say of every image, where that is the same in every step and cheaper to keep."""
-        if self.pool.augmentation != Augmentation() or not self.teaching.repeatable:
+    def _kept_targets(self) -> tuple[Tensor, ...] | None:
+        """The targets of every image, where they are the same in every step and fewer than the training asks for."""
+        if not self.distiller.repeatable or not isinstance(self.source, RepeatingSource):
             return None
-        if self.training.steps * self.pool.batch_size <= sum(map(len, self.pool.sets)):
+        shown = self.training.steps * self.source.batch_size
+        if shown <= self.source.images or (repeated := self.source.repeated()) is None:
             return None
-        parts = [
-            self._teach(as_float(some), torch.full((len(some),), number, device=some.device))
-            for number, images in enumerate(self.pool.sets)
-            for some in images.split(self.pool.batch_size)
-        ]
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        parts = zip(*map(self._targets, repeated), strict=True)
+        return tuple(torch.cat(targets) for targets in parts)
 
-    def _functions(self) -> tuple[Teach, Learn]:
+    def _functions(self) -> tuple[Targets, Losses]:
         """The teachers' side of a step and the student's."""
         precision = device.PRECISIONS[self.execution.precision]
         low = torch.autocast(torch.device(self.execution.device).type, precision, enabled=precision != torch.float32)
-        teaching = self.teaching
+        distiller = self.distiller
 
-        def teach(images: Tensor, sources: Tensor) -> tuple[Tensor, ...]:
+        def targets(batch: Batch) -> tuple[Tensor, ...]:
             with torch.no_grad(), low:
-                return teaching.teach(images, sources)
+                return distiller.targets(batch)
 
-        lesson = _Lesson(self.student, teaching, low)
+        losses = _StudentSide(self.student, distiller, low)
         if self.execution.compile:
-            return device.compiled(teach, whole=False), device.compiled(lesson, whole=False)
-        return teach, parallel.replicated(lesson, self.everyone)
+            return device.compiled(targets, whole=False), device.compiled(losses, whole=False)
+        return targets, parallel.replicated(losses, self.everyone)
 
 
-class _Lesson(nn.Module):
+class _StudentSide(nn.Module):
     """The student's side of a step as one module: all that trains is in it."""
 
-    def __init__(self, student: Classifier, teaching: Distiller, low: torch.autocast) -> None:
+    def __init__(self, student: Classifier, distiller: Distiller, low: torch.autocast) -> None:
         super().__init__()
-        self.student, self.own, self._teaching, self._low = student, teaching.own, teaching, low
+        self.student, self.module, self._distiller, self._low = student, distiller.module, distiller, low
 
-    def forward(self, images: Tensor, taught: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, targets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The loss `()`, and the values `(values,)` it is made of."""
         with self._low:
-            values = self._teaching.compare(self.student, images, taught)
-        return (self._teaching.weights * values).sum(), values.detach()
+            values = self._distiller.losses(self.student, batch, targets)
+        return (self._distiller.weights * values).sum(), values.detach()
 
 
 def layout_of(execution: Execution) -> torch.memory_format:

@@ -28,7 +28,7 @@ from dfcompress.training.layer_init import init_from_teacher
 def make_student(
     name: str | None, card: ModelCard, *, init: str | Path | Classifier | None = None, seed: int
 ) -> tuple[Classifier, str]:
-    """A student for a teacher's card, and a sentence on what was taken.
+    """A student for a teacher's card, and a sentence that describes it.
 
     Classes, input and normalisation are the card's; `seed` decides the first weights.
     `half` means the card's own architecture with half the channels. At inputs of up to 64 pixels `resnet18` means its
@@ -49,8 +49,8 @@ def make_student(
     config = card.config if TRANSFORMERS in taken else None
     origin: dict[str, Origin] = {**card.origin, "architecture": "given"}
     widths = dict(architecture.widths) or None
-    own = replace(card, architecture=taken, origin=origin, config=config, widths=widths)
-    student = Classifier(make_plain(network), own)
+    student_card = replace(card, architecture=taken, origin=origin, config=config, widths=widths)
+    student = Classifier(make_plain(network), student_card)
     take_logits(student)
     if unfit := why_not_run(student) or why_not_exclusive(student):
         raise BadInput(f"--student {taken} does not fit the teacher: {unfit.why}.", "Name another --student.")
@@ -59,8 +59,8 @@ def make_student(
 
 
 class Begun(NamedTuple):
-    """A student before its training, a sentence on what was taken, and what it begins with: the identity of a
-    checkpoint, the name of a teacher, or None for random weights.
+    """A student before its training, a sentence that describes it, and where its weights come from: the identity of a
+    checkpoint, the name of a teacher, or None for random ones.
     """
 
     student: Classifier
@@ -76,10 +76,10 @@ def begin_student(
     teachers: Sequence[tuple[Classifier, Tensor | None]],
     seed: int,
 ) -> Begun:
-    """A student as `make_student` makes it, that begins with what `init` says.
+    """A student as `make_student` makes it, with the weights that `init` names.
 
-    That is a checkpoint, None for random weights, or `auto`: layers of the first of the `teachers` whose form it has
-    (see `inherit`), each with the student's outputs for its classes, or None.
+    Those of a checkpoint, random ones for None, or for `auto` the layers of the first of the `teachers` whose form it
+    has (see `init_from_teacher`); beside each teacher stand the student's outputs for its classes, or None.
     """
     if init != AUTO:
         student, sentence = make_student(name, card, init=init, seed=seed)
@@ -88,8 +88,8 @@ def begin_student(
     for teacher, outputs in teachers:
         if init_from_teacher(student, teacher, outputs):
             # Its first layer expects images normalised as the teacher's are.
-            own = replace(student.card, mean=teacher.card.mean, std=teacher.card.std)
-            student = Classifier(student.network, own)
+            student_card = replace(student.card, mean=teacher.card.mean, std=teacher.card.std)
+            student = Classifier(student.network, student_card)
             return Begun(student, f"{sentence} It begins with layers of {teacher.name}.", teacher.name)
     return Begun(student, sentence, None)
 
@@ -111,15 +111,21 @@ def _meant(name: str, card: ModelCard) -> str:
 
 
 def _from_checkpoint(name: str | None, card: ModelCard, start: Classifier) -> tuple[Classifier, str]:
-    own = start.card
-    if name is not None and own.architecture not in (name, _meant(name, card)):
-        raise BadInput(f"--student-init holds {own.architecture}, not {name}.", "Leave --student out.")
-    if (own.classes, own.input_size) != (card.classes, card.input_size):
-        theirs, ours = (f"{each.classes} classes of {'x'.join(map(str, each.input_size))}" for each in (own, card))
-        raise BadInput(f"--student-init is for {theirs}, the teacher for {ours}.", "Start from another checkpoint.")
-    kept = replace(own, class_names=card.class_names)
-    student = Classifier(dequantized(start.network), kept, name=start.name, sha256=start.sha256, path=start.path)
-    return student, f"Student: {own.architecture} from {start.name}, {_described(student)}"
+    found = start.card
+    if name is not None and found.architecture not in (name, _meant(name, card)):
+        raise BadInput(f"--student-init holds {found.architecture}, not {name}.", "Leave --student out.")
+    if (found.classes, found.input_size) != (card.classes, card.input_size):
+        of_student, of_teacher = (
+            f"{each.classes} classes of {'x'.join(map(str, each.input_size))}" for each in (found, card)
+        )
+        raise BadInput(
+            f"--student-init is for {of_student}, the teacher for {of_teacher}.", "Start from another checkpoint."
+        )
+    student_card = replace(found, class_names=card.class_names)
+    student = Classifier(
+        dequantized(start.network), student_card, name=start.name, sha256=start.sha256, path=start.path
+    )
+    return student, f"Student: {found.architecture} from {start.name}, {_described(student)}"
 
 
 def _described(student: Classifier) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from dfcompress.device import Compute
 from dfcompress.models.classifier import Classifier
 from dfcompress.quantization.calibration import Calibrated
 from dfcompress.run import Run
-from dfcompress.synthesis.transfer_set import TransferSetSource
+from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
 from dfcompress.training.distiller import Distiller
 from dfcompress.training.loop import Trained, Trainer, require_trainable
 from dfcompress.training.settings import Training
+from dfcompress.verbs import Target
 from dfcompress.verbs._finish import Compressed, Measure, Taught, load_finished, save_and_measure
 from dfcompress.verbs._plan import Outcome, Plan, Step, Synthesize
-from dfcompress.verbs.export import FILE, Target, sampled, write_compared
+from dfcompress.verbs.export import FILE, sampled, write_compared
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,15 @@ class Train:
         """Raise `BadInput` where the student cannot be trained on sets of so many images."""
         require_trainable(self.student, self.settings, self.compute, sets, repair=self.repair)
 
-    def take(self, run: Run, sets: Sequence[Tensor]) -> Trained:
+    def take(self, run: Run, sets: Sequence[TransferSet]) -> Trained:
         """Train on all sets."""
         if self.prepare:
             self.prepare(self.student.network)
         trainer = Trainer(
             self.student, self.distiller, self.settings, compute=self.compute, folder=run.folder, repair=self.repair
         )
-        return trainer.fit(*sets)
+        images, labels = [each.train for each in sets], [each.train_labels for each in sets]
+        return trainer.fit(self.settings.pool(*images, labels=labels, seed=self.compute.seed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class Compression:
     `teachers` answer with the student's classes `outputs`, one tensor `(classes,)` for each. `sources` give the images
     of each teacher, by the folder inside the run's in which they are made. `complete` does what is left to do between
     the last step and saving, with what each step found. `export` is the runtime of an ONNX file that is written beside
-    the model.
+    the model. `renamed` are values of options as older versions wrote them (see `Run`).
     """
 
     verb: str
@@ -72,6 +74,7 @@ class Compression:
     compute: Compute
     complete: Callable[[Run, Mapping[str, Outcome]], None] | None = None
     export: Target | None = None
+    renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def plan(
         self,
@@ -100,6 +103,7 @@ class Compression:
             synthesis=[Synthesize(spec, source.compute, other) for source in sources for spec, other in source.made],
             steps=steps,
             work=self.work,
+            renamed=self.renamed,
             resume=resume,
             overwrite=overwrite,
         )
@@ -109,7 +113,8 @@ class Compression:
         if result := load_finished(run, self.student, self.measure):
             return result
         images = [source.gather(run.folder / folder) for folder, source in self.sources.items()]
-        sets = [_in_form(each.train, self.student.card.input_size) for each in images]
+        size = self.student.card.input_size
+        sets = [replace(each, train=_in_form(each.train, size)) for each in images]
         found = {part: step.take(run, sets) for part, step in plan.steps.items() if step}
         trained = found.get("training")
         assert not isinstance(trained, Calibrated)
@@ -117,7 +122,7 @@ class Compression:
             self.complete(run, found)
         export = None
         if self.export:
-            export = partial(write_compared, path=run.folder / FILE, images=sampled(sets[0]), target=self.export)
+            export = partial(write_compared, path=run.folder / FILE, images=sampled(sets[0].train), target=self.export)
         return save_and_measure(
             run,
             self.student,

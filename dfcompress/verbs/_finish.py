@@ -173,7 +173,7 @@ def _followed(
         with placed(student, target), placed(each.teacher, target):
             held_out = _answers(student, each, each.images.held_out)
             agreement = _agreement(_answers(student, each, each.images.train)) or 0.0
-            unseen = _agreement(_answers(student, each, each.images.unseen))
+            unseen = _agreement(_answers(student, each, each.images.probe))
         blocks = [_share_in(held_out, other.outputs) for other in taught] if len(taught) > 1 else None
         teachers.append(
             TeacherReport(

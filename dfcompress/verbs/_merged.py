@@ -120,7 +120,8 @@ def _ask(
 
 def _logits(classifier: Classifier, images: Tensor) -> Tensor:
     with evaluating(classifier):
-        return classifier(reshaped(images, classifier.card.input_size)).float()
+        logits: Tensor = classifier(reshaped(images, classifier.card.input_size))
+    return logits.float()
 
 
 def _best(logits: Tensor) -> Tensor:

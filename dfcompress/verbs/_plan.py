@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor
 
 from dfcompress.device import Compute, Execution, peak_memory_bytes, predicted_seconds
 from dfcompress.models.classifier import Classifier
@@ -26,6 +25,7 @@ from dfcompress.synthesis.recipe import RecipeChoice
 from dfcompress.synthesis.set_builder import execution_of
 from dfcompress.synthesis.spec import SynthesisSpec
 from dfcompress.synthesis.synthesizer import seconds_per_step
+from dfcompress.synthesis.transfer_set import TransferSet
 from dfcompress.training.loop import Trained
 from dfcompress.training.settings import Training
 
@@ -100,8 +100,8 @@ class Step(Protocol):
     def settings(self) -> Settings:
         """Everything that can be set of it."""
 
-    def take(self, run: Run, sets: Sequence[Tensor]) -> Outcome:
-        """Do it with stored images in the student's form, one set `(N, C, H, W)` for each teacher."""
+    def take(self, run: Run, sets: Sequence[TransferSet]) -> Outcome:
+        """Do it with images in the student's form, one set for each teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,8 @@ class Plan(Generic[Result]):
 
     `--dry-run` prints it, `execute` does it, and `run.json` keeps it. `options`, and the steps' settings, are what the
     result depends on: a resumed run must have the same. `inputs` are the paths that are read, `folder` is where the
-    result goes. `work` does in an open run what the plan says. A plan is executed once, because its steps hold the
+    result goes. `renamed` are values of options as older versions wrote them (see `Run`).
+    `work` does in an open run what the plan says. A plan is executed once, because its steps hold the
     student that they change.
     """
 
@@ -122,6 +123,7 @@ class Plan(Generic[Result]):
     synthesis: Sequence[Synthesize]
     steps: Mapping[str, Step | None] = field(default_factory=dict)
     work: Callable[[Plan[Result], Run], Result]
+    renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     resume: bool = False
     overwrite: bool = False
 
@@ -142,6 +144,7 @@ class Plan(Generic[Result]):
             {**self.options, **self.settings_json()},
             inputs=self.inputs,
             plan=self.to_json(),
+            renamed=self.renamed,
             resume=self.resume,
             overwrite=self.overwrite,
         ) as run:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfcompress import device
-from dfcompress.device import Compute
+from dfcompress.device import Compute, Execution
 from dfcompress.evaluation.timing import Bench, Step, interleaved, row, seconds_of
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, multiply_accumulates
 from dfcompress.models.hooks import hook_inputs
 from dfcompress.models.statistics import named_statistics_layers, require_statistics
 from dfcompress.synthesis.recipe import choose
-from dfcompress.synthesis.synthesizer import STEPS_BEFORE_CAPTURE, Execution, Synthesizer
+from dfcompress.synthesis.synthesizer import STEPS_BEFORE_CAPTURE, Synthesizer
 
 WARM_UP = STEPS_BEFORE_CAPTURE + 2
 # Matrices of 128 MiB: more than a GPU's cache holds.

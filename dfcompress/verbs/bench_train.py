@@ -27,7 +27,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.randomness import generator
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import Trainer
-from dfcompress.training.objectives import Answer, kd
+from dfcompress.training.objectives import Prediction, kd
 from dfcompress.training.settings import Training
 from dfcompress.training.student import make_student
 
@@ -89,8 +89,8 @@ def bench_train(
 def _ours(
     stack: ExitStack, teacher: Classifier, student: Classifier, images: Tensor, training: Training, compute: Compute
 ) -> Step:
-    teaching = Distillation(copy.deepcopy(teacher), [kd(TEMPERATURE)])
-    trainer = Trainer(copy.deepcopy(student), teaching, training, compute=compute, alone=True)
+    distiller = Distillation(copy.deepcopy(teacher), [kd(TEMPERATURE)])
+    trainer = Trainer(copy.deepcopy(student), distiller, training, compute=compute, alone=True)
     return stack.enter_context(trainer.ready(images)).take
 
 
@@ -111,8 +111,8 @@ def _plain(
     def step() -> float:
         shown = next(batches).to(target)
         with torch.no_grad():
-            given = teacher(shown)
-        loss = objective.value(Answer(student(shown)), Answer(given))
+            teacher_logits = teacher(shown)
+        loss = objective.value(Prediction(student(shown)), Prediction(teacher_logits))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,7 +1,7 @@
 """`distill`: a checkpoint in, a smaller student out.
 
 dfcompress.distill("resnet44.pt", student="cifar_resnet20")
-dfcompress.distill("resnet44.pt", student="half", objectives={"kd": 1.0, "attention": 100.0})
+dfcompress.distill("resnet44.pt", student="half", objectives={"kd": 1.0, "attention": 10.0})
 dfcompress.distill("resnet44.pt", student="cifar_resnet20", data="images", training={"steps": 500})
 """
 
@@ -22,7 +22,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages, stages_in_common
 from dfcompress.settings import AUTO, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.transfer_set import NONE, TransferSetSource
+from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training import OF_FEATURES
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.objectives import Objective, make_objectives
@@ -96,8 +96,8 @@ def distill(
         data,
         synthesis.counted(IMAGES),
         compute,
-        mix=second_recipe or NONE,
-        unseen=probe_images,
+        second_recipe=second_recipe,
+        probe_images=probe_images,
         learner=lambda recipe: learner(teacher, recipe, competing, compute, is_kept=co_train),
     )
     if co_train and not source.adaptive:

@@ -23,8 +23,7 @@ from dfcompress.device import (
     resolve_device,
     resolve_precision,
 )
-from dfcompress.training.apex_probe import probe
-from dfcompress.training.optimizers import disagreement
+from dfcompress.training.optimizers import probe
 
 PACKAGES = ("dfcompress", "torch", "torchvision", "numpy", "safetensors", "timm", "onnx", "onnxruntime")
 
@@ -55,7 +54,7 @@ class Diagnosis:
 def doctor() -> Diagnosis:
     """Look at this machine; nothing is changed, and only apex's probe computes anything."""
     target = resolve_device("auto")
-    apex = probe(disagreement, target)
+    apex = probe(target)
     precision, missing, gpus = (
         precision_name(resolve_precision("auto", target)),
         missing_to_compile(target),
@@ -70,7 +69,7 @@ def doctor() -> Diagnosis:
     if precision == "fp32":
         advice.append("No bf16 instructions: convolutions run in fp32, which is slower.")
     if gpus and apex.remedy:
-        advice.append(f"LAMB and NovoGrad run without fused kernels: {apex.found}. {apex.remedy}")
+        advice.append(f"LAMB runs without fused kernels: {apex.found}. {apex.remedy}")
     return Diagnosis(
         {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         processor_name(torch.device("cpu")),

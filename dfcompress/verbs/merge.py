@@ -2,7 +2,7 @@
 
 dfcompress.merge(["digits-0-4.pt", "digits-5-9.pt"], student="lenet5_bn")
 dfcompress.merge(["t1.pt", "t2.pt"], student="resnet18", class_map="classes.json", eval_data=["test1", "test2"])
-dfcompress.merge(["t1.pt", "t2.pt"], student="resnet18", method="paper")
+dfcompress.merge(["t1.pt", "t2.pt"], student="resnet18", method="shapira-sidi")
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from dfcompress import console
-from dfcompress.data.pool import Augmentation
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
@@ -23,9 +22,10 @@ from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.settings import AUTO, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.transfer_set import NONE, OF_TEACHER, TransferSetSource
+from dfcompress.synthesis.transfer_set import OF_TEACHER, TransferSetSource
 from dfcompress.training.class_map import ClassMap, join_classes
-from dfcompress.training.merging import Merging, Method, require_method
+from dfcompress.training.multi_teacher import ALIASES, MethodName, merging_method, method_name
+from dfcompress.training.multi_teacher.method import MergingMethod
 from dfcompress.training.settings import Training
 from dfcompress.training.student import begin_student
 from dfcompress.verbs._compression import Compression, Train
@@ -34,54 +34,17 @@ from dfcompress.verbs._merged import merged_evaluator
 from dfcompress.verbs._plan import Plan, planned
 from dfcompress.verbs.invert import learner
 
-MERGING = Training(
-    steps=12000,
-    lr=0.05,
-    batch_size=128,
-    weight_decay=5e-4,
-    augmentation=Augmentation(shift=4, flip=True, mixup=1.0),
-)
-IMAGES = 1024
-PAPER_EPOCHS, PAPER_BATCH, PAPER_IMAGES = 125, 64, 4096
 GREY, COLOUR = 1, 3
 
 
-def usual_training(method: Method, images: int, teachers: int) -> Training:
-    """How a method trains where nothing else is asked for.
-
-    The paper's (experiment II) is SGD 0.05 with plain momentum 0.9 and decay 2e-4, the rate halved every 25 of 125
-    epochs, and a mini-batch of 64 of every teacher, which has `images` to train on; as in the released code all
-    parameters decay and the gradient is cut at 0.5. Images are not changed; the released code crops and flips them
-    once, before the training. Experiment I has `schedule="constant"` and `dropout=0.4`; where in the network, the paper
-    does not say.
-    """
-    if method != "paper":
-        return MERGING
-    return Training(
-        steps=PAPER_EPOCHS * max(1, images // PAPER_BATCH),
-        lr=0.05,
-        batch_size=PAPER_BATCH * teachers,
-        nesterov=False,
-        weight_decay=2e-4,
-        decay_all=True,
-        schedule="multistep",
-        warmup=0.0,
-        milestones=(0.2, 0.4, 0.6, 0.8),
-        gamma=0.5,
-        clip=0.5,
-    )
-
-
-def usual_images(method: Method, synthesis: Synthesis, mix: str) -> tuple[Synthesis, str]:
-    """What is made of each teacher: for the paper's method as many images as its released code makes, of its preset
-    where no recipe was named, and nothing mixed in, unless any of it was asked for.
-    """
-    if method != "paper":
-        return synthesis.counted(IMAGES), mix
-    synthesis = synthesis.counted(PAPER_IMAGES)
+def usual_images(
+    method: MergingMethod, synthesis: Synthesis, second_recipe: str | None
+) -> tuple[Synthesis, str | None]:
+    """What is synthesized for each teacher, and the second recipe: the method's, where nothing else is asked for."""
+    synthesis = synthesis.counted(method.images)
     if synthesis.recipe is None and synthesis.preset is None:
-        synthesis = replace(synthesis, recipe="deepinversion", preset="paper-merging")
-    return synthesis, NONE if mix == AUTO else mix
+        synthesis = replace(synthesis, recipe=method.recipe, preset=method.preset)
+    return synthesis, method.second_recipe if second_recipe == AUTO else second_recipe
 
 
 @planned
@@ -94,7 +57,7 @@ def merge(
     output: str | Path | None = None,
     synthesis: Synthesis = Synthesis(),
     training: Training | Mapping[str, Any] | None = None,
-    method: Method = "all-logits",
+    method: MethodName = "logit-matching",
     class_map: str | Path | None = None,
     second_recipe: str | None = AUTO,
     probe_images: int = 128,
@@ -108,11 +71,11 @@ def merge(
     Classes of one name become one output of the student, taught by every teacher that knows it; `class_map` is a JSON
     file with a list of names for each teacher, where the cards have none or others. Without names all classes are taken
     for different ones. The student takes images of the largest size and the most colours among the teachers'. It begins
-    with the layers of the first teacher that has its form, or a deeper one (see `init_from_teacher`), but in the
-    paper's method; `student_init` is a checkpoint to begin with instead, or None.
-    `method` is `all-logits` (ours) or `paper` (Shapira and Sidi 2020), see `Merging`; where no recipe or
-    `second_recipe` is given, they are the method's own, and so is the training, of which `training` may change single
-    settings.
+    with the layers of the first teacher that has its form, or a deeper one (see `init_from_teacher`), but in
+    `shapira-sidi`; `student_init` is a checkpoint to begin with instead, or None.
+    `method` is `logit-matching` (ours) or `shapira-sidi` (Shapira and Sidi 2020), a file each in
+    `training/multi_teacher/`; `all-logits` and `paper` are their older names. Where no recipe or `second_recipe` is
+    given, they are the method's own, and so is the training, of which `training` may change single settings.
     `data` are synthetic sets or real images, one for each teacher; without them `synthesis.images` each are made first,
     half of them by `second_recipe`, and kept in `<output>/teacher-1/synthetic` and so on.
     The folder `output` (default: `<checkpoint>-merge`) holds the student (`model.safetensors`, `config.json`),
@@ -121,7 +84,7 @@ def merge(
     Raises `BadInput` where the teachers cannot be merged: one checkpoint twice, class names that differ in spelling
     alone, images that have no common form.
     """
-    require_method(method)
+    merging = merging_method(method)
     if synthesis.records not in (None, "beside"):
         raise BadInput(f"--records {synthesis.records} is of one model.", "Put each record beside its model.")
     teachers = [as_classifier(checkpoint) for checkpoint in checkpoints]
@@ -131,25 +94,25 @@ def merge(
         student,
         _common_card(teachers, classes),
         init=student_init,
-        teachers=list(zip(teachers, classes.of, strict=True)) if method != "paper" else [],
+        teachers=list(zip(teachers, classes.of, strict=True)) if merging.layer_init else [],
         seed=compute.seed,
     )
     console.notice(sentence)
     architecture = student_model.card.architecture
-    synthesis, mix = usual_images(method, synthesis, second_recipe or NONE)
-    sources = _sources(teachers, data, synthesis, compute, mix=mix, unseen=probe_images, student=architecture)
-    training = with_defaults(usual_training(method, min(map(len, sources)), len(teachers)), training)
+    synthesis, second_recipe = usual_images(merging, synthesis, second_recipe)
+    sources = _sources(teachers, data, synthesis, compute, second_recipe, probe_images, student=architecture)
+    training = with_defaults(merging.training(min(map(len, sources)), len(teachers)), training)
     options = {
         "teachers": [teacher.identity() for teacher in teachers],
         "student": architecture,
         "student_init": origin,
-        "method": method,
+        "method": method_name(method),
         "outputs": [outputs.tolist() for outputs in classes.of],
         "data": list(map(str, data)),
         "unseen": probe_images,
         "synthesis": [source.origin() for source in sources],
     }
-    train = Train(student_model, Merging(teachers, classes, method=method), training, compute)
+    train = Train(student_model, merging.distiller(teachers, classes), training, compute)
     inputs = [class_map, *data, *eval_data]
     return Compression(
         verb="merge",
@@ -159,6 +122,7 @@ def merge(
         sources={f"{OF_TEACHER}{number}": source for number, source in enumerate(sources, 1)},
         measure=merged_evaluator(eval_data, student_model, teachers, classes.of, compute.device),
         compute=compute,
+        renamed={"method": ALIASES},
     ).plan({"training": train}, options, inputs, output, resume=resume, overwrite=overwrite)
 
 
@@ -167,9 +131,9 @@ def _sources(
     data: Sequence[str | Path],
     synthesis: Synthesis,
     compute: Compute,
+    second_recipe: str | None,
+    probe_images: int,
     *,
-    mix: str,
-    unseen: int,
     student: str,
 ) -> list[TransferSetSource]:
     """Where the images of each teacher come from; those that are made have seeds of their own.
@@ -185,8 +149,8 @@ def _sources(
             of_teacher,
             synthesis,
             replace(compute, seed=compute.seed + number),
-            mix=mix,
-            unseen=unseen,
+            second_recipe=second_recipe,
+            probe_images=probe_images,
             learner=partial(learner, teacher, student=student, compute=compute),
         )
         for number, (teacher, of_teacher) in enumerate(zip_longest(teachers, data))

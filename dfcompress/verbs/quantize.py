@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dfcompress import console
 from dfcompress.data.pool import Augmentation
@@ -28,7 +27,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import Scheme, freeze, is_quantized, learn_steps
 from dfcompress.models.stages import stages_of
 from dfcompress.models.statistics import why_no_statistics
-from dfcompress.quantization.bits import USUAL_ENDS, Layers, Wanted, assign, layers_of, parse_bits, parse_ends
+from dfcompress.quantization.bits import USUAL_ENDS, Layers, RequestedBits, assign, layers_of, parse_bits, parse_ends
 from dfcompress.quantization.calibration import Calibrated, Calibration, calibrated, calibrated_on_noise
 from dfcompress.quantization.layer_report import REPORT, layer_report, named_bytes
 from dfcompress.quantization.mixed_precision import require_reachable, with_widths
@@ -36,7 +35,7 @@ from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction
 from dfcompress.run import STATE, Run, write_json
 from dfcompress.settings import AUTO, replace_settings, with_defaults
 from dfcompress.synthesis.recipe import Recipe, Synthesis
-from dfcompress.synthesis.transfer_set import NONE, TransferSetSource
+from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
 from dfcompress.training import OF_FEATURES
 from dfcompress.training.co_trained_student import CoTrainedStudent
 from dfcompress.training.distiller import Distillation
@@ -138,11 +137,10 @@ def quantize(
     wanted = wanted_bits(teacher, layers.quantizable, bits, first_last_bits, layer_bits, size_ratio, calibration.scheme)
     terms = _objectives(teacher, finetune, objectives, temperature=temperature, seed=compute.seed)
     _require_exportable(export, teacher, wanted, calibration.scheme)
-    mix = second_recipe or NONE
     if not data:
-        synthesis, mix = usual_images(method, teacher, synthesis, mix)
+        synthesis, second_recipe = usual_images(method, teacher, synthesis, second_recipe)
     competing = partial(competitor, teacher, wanted, calibration, compute)
-    source = TransferSetSource(teacher, data, synthesis, compute, mix=mix, learner=competing)
+    source = TransferSetSource(teacher, data, synthesis, compute, second_recipe=second_recipe, learner=competing)
     steps: dict[str, Step | None] = {
         "calibration": Calibrate(student, teacher, calibration, wanted, size_ratio, compute),
         "rounding": _step(student, teacher, finetune, rounding, terms, compute),
@@ -186,18 +184,18 @@ class Calibrate:
     student: Classifier
     teacher: Classifier
     settings: Calibration
-    wanted: Mapping[str, Wanted]
+    wanted: Mapping[str, RequestedBits]
     size_ratio: float | None
     compute: Compute
 
-    def take(self, run: Run, sets: Sequence[Tensor]) -> Calibrated:
+    def take(self, run: Run, sets: Sequence[TransferSet]) -> Calibrated:
         """Calibrate on the one set."""
         with run.timed("calibration"):
             return calibrated(
                 self.student,
                 self.teacher,
                 self.wanted,
-                sets[0],
+                sets[0].train,
                 self.settings,
                 self.compute,
                 size_ratio=self.size_ratio,
@@ -214,10 +212,10 @@ class Round:
     settings: Reconstruction
     seed: int
 
-    def take(self, run: Run, sets: Sequence[Tensor]) -> Reconstructed:
+    def take(self, run: Run, sets: Sequence[TransferSet]) -> Reconstructed:
         """Learn it on the one set."""
         state = run.folder / BLOCKS
-        return reconstruct(self.student, self.teacher, sets[0], self.settings, seed=self.seed, state=state)
+        return reconstruct(self.student, self.teacher, sets[0].train, self.settings, seed=self.seed, state=state)
 
 
 def _step(
@@ -241,7 +239,7 @@ def _freeze(
     student: Classifier,
     teacher: Classifier,
     layers: Layers,
-    wanted: Mapping[str, Wanted],
+    wanted: Mapping[str, RequestedBits],
     run: Run,
     found: Mapping[str, Outcome],
 ) -> None:
@@ -270,7 +268,7 @@ def _layers(teacher: Classifier) -> Layers:
 
 
 def competitor(
-    teacher: Classifier, wanted: Mapping[str, Wanted], calibration: Calibration, compute: Compute, recipe: Recipe
+    teacher: Classifier, wanted: Mapping[str, RequestedBits], calibration: Calibration, compute: Compute, recipe: Recipe
 ) -> CoTrainedStudent | None:
     """The student that a recipe's images compete with: what quantization leaves of the teacher, repaired in its lessons
     as by `kd` (Yin et al. 2020 let images compete with the student of the application).
@@ -289,7 +287,7 @@ def wanted_bits(
     layer_bits: Mapping[str, str] | None,
     size_ratio: float | None,
     scheme: Scheme,
-) -> dict[str, Wanted]:
+) -> dict[str, RequestedBits]:
     """What the options ask of each of the `layers`; raises `BadInput` where that cannot be."""
     asked = parse_bits(bits)
     wanted = assign(layers, asked, ends=parse_ends(first_last_bits), layer_bits=layer_bits or {})
@@ -300,17 +298,17 @@ def wanted_bits(
 
 
 def usual_images(
-    method: QuantizationMethod, teacher: Classifier, synthesis: Synthesis, mix: str
-) -> tuple[Synthesis, str]:
+    method: QuantizationMethod, teacher: Classifier, synthesis: Synthesis, second_recipe: str | None
+) -> tuple[Synthesis, str | None]:
     """What is made unless a recipe is named: images whose statistics are those of the training data, as far as the
-    teacher knows them; the paper's for its method, and nothing mixed in, unless that was asked for.
+    teacher knows them; the paper's for its method, and no second recipe, unless one was asked for.
     """
     synthesis = synthesis.counted(IMAGES)
-    if method == "paper" and mix == AUTO:
-        mix = NONE
+    if method == "paper" and second_recipe == AUTO:
+        second_recipe = None
     if synthesis.recipe or synthesis.preset or why_no_statistics(teacher.network):
-        return synthesis, mix
-    return replace(synthesis, recipe=RECIPE, preset=PAPER_PRESET if method == "paper" else None), mix
+        return synthesis, second_recipe
+    return replace(synthesis, recipe=RECIPE, preset=PAPER_PRESET if method == "paper" else None), second_recipe
 
 
 def usual_calibration(method: QuantizationMethod, given: Calibration | Mapping[str, Any] | None) -> Calibration:
@@ -394,7 +392,7 @@ def _objectives(
 
 
 def _require_exportable(
-    target: Target | None, teacher: Classifier, wanted: Mapping[str, Wanted], scheme: Scheme
+    target: Target | None, teacher: Classifier, wanted: Mapping[str, RequestedBits], scheme: Scheme
 ) -> None:
     """Raise `BadInput` or `DfcompressError` where the model could not be exported at the bits wanted, which should not
     cost an hour of work.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from largest_float import LargestFloat
 
+from dfcompress.data.batches import UNLABELLED, RepeatingSource
 from dfcompress.data.pool import Augmentation, ImagePool, cut_out, flipped, jittered, mixed, shifted
 from dfcompress.errors import BadInput
 
@@ -15,18 +17,18 @@ def numbered(count):
 
 
 def numbers(batch):
-    return (batch[:, 0, 0, 0] * 255).round().long().tolist()
+    return (batch.images[:, 0, 0, 0] * 255).round().long().tolist()
 
 
 def test_the_batch_of_a_step_depends_on_seed_and_step_alone():
     augmentation = Augmentation(shift=2, flip=True, mixup=1.0)
     images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pool = ImagePool(images, augmentation=augmentation, batch_size=8, seed=5)
-    later = pool.batch(7)
+    later = pool.batch(7).images
     pool.batch(0)
-    assert torch.equal(pool.batch(7), later)
-    assert torch.equal(ImagePool(images, augmentation=augmentation, batch_size=8, seed=5).batch(7), later)
-    assert not torch.equal(ImagePool(images, augmentation=augmentation, batch_size=8, seed=6).batch(7), later)
+    assert torch.equal(pool.batch(7).images, later)
+    assert torch.equal(ImagePool(images, augmentation=augmentation, batch_size=8, seed=5).batch(7).images, later)
+    assert not torch.equal(ImagePool(images, augmentation=augmentation, batch_size=8, seed=6).batch(7).images, later)
 
 
 def test_every_image_is_drawn_once_an_epoch():
@@ -37,12 +39,12 @@ def test_every_image_is_drawn_once_an_epoch():
 
 
 def test_a_batch_is_never_larger_than_the_pool():
-    assert len(ImagePool(numbered(5), augmentation=Augmentation(), batch_size=64).batch(3)) == 5
+    assert len(ImagePool(numbered(5), augmentation=Augmentation(), batch_size=64).batch(3).images) == 5
 
 
 def test_stored_bytes_become_shares_of_one():
     images = torch.full((2, 1, 2, 2), 255, dtype=torch.uint8)
-    assert ImagePool(images, augmentation=Augmentation(), batch_size=2).batch(0).max().item() == 1.0
+    assert ImagePool(images, augmentation=Augmentation(), batch_size=2).batch(0).images.max().item() == 1.0
 
 
 def test_each_image_is_shifted_by_its_own_offset_and_its_edge_repeated():
@@ -71,7 +73,37 @@ def test_every_set_has_an_equal_share_of_each_batch():
         drawn = numbers(pool.batch(step))
         assert all(number < 12 for number in drawn[:4])
         assert all(100 <= number < 105 for number in drawn[4:])
-    assert pool.sources.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert pool.batch(0).sources.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_labels_stay_beside_their_images_in_every_order():
+    sets, labels = (numbered(12), 100 + numbered(5)), [10 * torch.arange(12), 10 * torch.arange(100, 105)]
+    pool = ImagePool(*sets, labels=labels, augmentation=Augmentation(shift=1), batch_size=9)
+    for step in range(4):
+        batch = pool.batch(step)
+        assert batch.labels.tolist() == [10 * number for number in numbers(batch)]
+        assert batch.part(slice(1, None, 2)).labels.tolist() == batch.labels.tolist()[1::2]
+    assert ImagePool(*sets, augmentation=Augmentation(), batch_size=8).batch(0).labels.tolist() == [UNLABELLED] * 8
+
+
+def test_places_name_the_images_of_a_batch_among_the_repeated_ones():
+    pool = ImagePool(numbered(12), 100 + numbered(5), augmentation=Augmentation(), batch_size=8)
+    assert isinstance(pool, RepeatingSource)
+    repeated = [number for batch in pool.repeated() for number in numbers(batch)]
+    assert len(repeated) == pool.images == 17
+    for step in range(4):
+        assert [repeated[place] for place in pool.places(step)] == numbers(pool.batch(step))
+    assert ImagePool(numbered(12), augmentation=Augmentation(shift=1), batch_size=8).repeated() is None
+
+
+def test_only_the_images_of_a_batch_are_in_float():
+    """A set of 224² stays the bytes it is stored as: nothing of the pool holds more floats than one batch has."""
+    images = torch.zeros(64, 3, 224, 224, dtype=torch.uint8)
+    pool = ImagePool(images, augmentation=Augmentation(shift=4, flip=True, mixup=1.0), batch_size=4)
+    with LargestFloat() as seen:
+        pool.batch(0)
+    assert pool.sets[0].data_ptr() == images.data_ptr(), "nothing was copied"
+    assert 0 < seen.elements <= 4 * 3 * 224 * 224
 
 
 def test_images_are_mixed_within_their_own_set():

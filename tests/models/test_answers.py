@@ -16,7 +16,7 @@ from dfcompress.models.answers import FIELD, LOGARITHMS, LOGITS, SOFTMAX, answer
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier, load, save
 from dfcompress.models.classifier import Classifier
-from dfcompress.training.objectives import Answer, kd
+from dfcompress.training.objectives import Prediction, kd
 from dfcompress.training.student import make_student
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -181,7 +181,7 @@ def test_a_trained_teacher_teaches_the_same_with_and_without_its_softmax(tmp_pat
     results = []
     for teacher in (plain, softmax):
         student = make_student("lenet5_half", plain.card, seed=0)[0]
-        loss = kd(4.0).value(Answer(student(images)), Answer(teacher(images)))
+        loss = kd(4.0).value(Prediction(student(images)), Prediction(teacher(images)))
         loss.backward()
         results.append((loss.detach(), student.network.fc3.weight.grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)

@@ -79,7 +79,7 @@ def test_with_cifars_own_mean_and_std_resnet20_is_right_on_777(resnet20_file, ci
 
 def test_each_value_says_how_it_is_known(resnet20_file, tmp_path):
     (tmp_path / "names").write_text("\n".join("abcdefghij"))
-    card = load(resnet20_file, classes=tmp_path / "names").card
+    card = load(resnet20_file, class_names=tmp_path / "names").card
     assert card.class_names == tuple("abcdefghij")
     assert card.origin == {
         "architecture": "recognised",
@@ -202,7 +202,7 @@ def test_options_that_do_not_fit_are_refused(options, message, lenet_file):
 def test_class_names_of_another_number_are_refused(lenet_file, tmp_path):
     (tmp_path / "names").write_text("cat\ndog\n")
     with pytest.raises(BadInput, match="2 class names for 10 classes"):
-        load(lenet_file, classes=tmp_path / "names")
+        load(lenet_file, class_names=tmp_path / "names")
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"mean": "0.5"}', '{"input_size": [1, 32, -32]}', '{"std": [null]}'])
@@ -298,7 +298,7 @@ def test_classes_and_channels_come_from_a_pass_and_not_from_the_order_of_definit
     classifier = load(path, arch=f"{SPEC}head_first", input_size=(3, 16, 16))
     assert (classifier.card.classes, len(classifier.card.mean)) == (7, 3)
     (tmp_path / "names").write_text("\n".join("abcdefg"))
-    named = load(path, arch=f"{SPEC}head_first", input_size=(3, 16, 16), classes=tmp_path / "names")
+    named = load(path, arch=f"{SPEC}head_first", input_size=(3, 16, 16), class_names=tmp_path / "names")
     assert named.card.class_names == tuple("abcdefg")
 
 

@@ -11,8 +11,8 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import can_be_quantized, quantize_layers, quantized_layers
 from dfcompress.models.plain_layers import after_normalising, plain_kind
-from dfcompress.models.uses import unused_weights
 from dfcompress.quantization.bn_folding import fold_batchnorms
+from dfcompress.quantization.uses import unused_weights
 
 timm_layers = pytest.importorskip("timm.layers")
 

@@ -13,7 +13,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import in_float, quantize_layers
 from dfcompress.models.hooks import kept_outputs
 from dfcompress.quantization.bias_correction import correct, images_to_correct_on
-from dfcompress.quantization.observers import calibrate
+from dfcompress.quantization.ranges import calibrate
 
 
 def teacher() -> Classifier:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.quantization.bits import Bits, Wanted, assign, layers_of, parse_bits, parse_ends
+from dfcompress.quantization.bits import Bits, RequestedBits, assign, layers_of, parse_bits, parse_ends
 
 
 class RegisteredBackwards(nn.Module):
@@ -36,12 +36,12 @@ LAYERS = ["stem", "layer1.0", "layer1.1", "head"]
 
 @pytest.mark.parametrize("text", ["4w8a", "w4a8", "4W8A"])
 def test_both_spellings_mean_the_same(text):
-    assert parse_bits(text) == Wanted(weights=4, activations=8)
+    assert parse_bits(text) == RequestedBits(weights=4, activations=8)
 
 
 @pytest.mark.parametrize(("text", "activations"), [("auto", 8), ("autow4a", 4), ("wautoa4", 4), ("autow32a", 32)])
 def test_auto_leaves_weights_open(text, activations):
-    assert parse_bits(text) == Wanted(None, activations)
+    assert parse_bits(text) == RequestedBits(None, activations)
 
 
 def test_bits_print_as_they_are_written():
@@ -60,28 +60,28 @@ def test_other_bits_are_refused_with_an_example(text):
 
 def test_the_first_and_the_last_layer_get_the_ends_bits():
     asked = assign(LAYERS, parse_bits("2w4a"), ends=8, layer_bits={})
-    assert asked["stem"] == Wanted(8, 8)
-    assert asked["layer1.0"] == asked["layer1.1"] == Wanted(2, 4)
-    assert asked["head"] == Wanted(8, 8)
+    assert asked["stem"] == RequestedBits(8, 8)
+    assert asked["layer1.0"] == asked["layer1.1"] == RequestedBits(2, 4)
+    assert asked["head"] == RequestedBits(8, 8)
 
 
 def test_the_ends_can_be_as_all_others():
     assert parse_ends("same") is None
-    assert set(assign(LAYERS, parse_bits("2w4a"), ends=None, layer_bits={}).values()) == {Wanted(2, 4)}
+    assert set(assign(LAYERS, parse_bits("2w4a"), ends=None, layer_bits={}).values()) == {RequestedBits(2, 4)}
 
 
 def test_float_activations_stay_float_at_the_ends():
-    assert assign(LAYERS, parse_bits("4w32a"), ends=8, layer_bits={})["stem"] == Wanted(8, 32)
+    assert assign(LAYERS, parse_bits("4w32a"), ends=8, layer_bits={})["stem"] == RequestedBits(8, 32)
 
 
 def test_patterns_beat_the_rest_and_the_last_match_counts():
     asked = assign(LAYERS, parse_bits("4w4a"), ends=8, layer_bits={"layer1.*": "2w2a", "*.1": "3w5a", "head": "float"})
-    assert asked == {"stem": Wanted(8, 8), "layer1.0": Wanted(2, 2), "layer1.1": Wanted(3, 5)}
+    assert asked == {"stem": RequestedBits(8, 8), "layer1.0": RequestedBits(2, 2), "layer1.1": RequestedBits(3, 5)}
 
 
 def test_a_layer_may_come_back_from_float():
     asked = assign(LAYERS, parse_bits("4w4a"), ends=8, layer_bits={"*": "float", "layer1.0": "4w8a"})
-    assert asked == {"layer1.0": Wanted(4, 8)}
+    assert asked == {"layer1.0": RequestedBits(4, 8)}
 
 
 def test_a_pattern_that_matches_nothing_is_refused():

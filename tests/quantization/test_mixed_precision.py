@@ -15,9 +15,9 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import save, saved_bytes, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import WIDTHS, Scheme, freeze, quantize_layers
-from dfcompress.quantization.bits import Wanted
+from dfcompress.quantization.bits import RequestedBits
 from dfcompress.quantization.mixed_precision import _cheapest, choose_bits, require_reachable, sensitivities
-from dfcompress.quantization.observers import calibrate
+from dfcompress.quantization.ranges import calibrate
 
 LAYERS = ("0", "2", "4", "8")
 
@@ -36,8 +36,8 @@ def images(count: int = 32) -> Tensor:
     return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def wanted(weights: int | None = None) -> dict[str, Wanted]:
-    return dict.fromkeys(LAYERS, Wanted(weights, 8))
+def wanted(weights: int | None = None) -> dict[str, RequestedBits]:
+    return dict.fromkeys(LAYERS, RequestedBits(weights, 8))
 
 
 def test_each_layer_is_asked_alone_and_fewer_bits_cost_more():
@@ -72,7 +72,7 @@ def test_the_file_keeps_the_size_and_uses_it(tmp_path, ratio, scheme):
 
 
 def test_bits_that_were_asked_for_stay_and_the_rest_is_chosen():
-    asked = wanted() | {"0": Wanted(8, 8)}
+    asked = wanted() | {"0": RequestedBits(8, 8)}
     assert choose_bits(teacher(), asked, images(), size_ratio=0.3, scheme=Scheme())["0"].weights == 8
     given = choose_bits(teacher(), wanted(3), images(), size_ratio=None, scheme=Scheme())
     assert given == dict.fromkeys(LAYERS, (3, 8))

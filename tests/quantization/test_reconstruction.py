@@ -19,7 +19,7 @@ from dfcompress.models.fake_quantizers import freeze, quantize_layers, quantized
 from dfcompress.quantization import reconstruction
 from dfcompress.quantization.bits import layers_of
 from dfcompress.quantization.layer_report import signal_to_noise
-from dfcompress.quantization.observers import calibrate, fit_weights
+from dfcompress.quantization.ranges import calibrate, fit_weights
 from dfcompress.quantization.reconstruction import Reconstruction, images_that_fit, reconstruct, units_of
 
 QUICK = Reconstruction(steps=60, batch_size=16, lr=0.03)
@@ -181,13 +181,13 @@ def test_networks_that_work_in_place_get_the_numbers_of_the_same_function_that_d
 
 def test_rounding_is_pushed_to_whole_integers_and_steps_of_inputs_are_learnt(monkeypatch: pytest.MonkeyPatch):
     shares: list[Tensor] = []
-    settle = reconstruction._Learner.settle
+    harden = reconstruction.SoftRounding.harden
 
-    def watched(learner: reconstruction._Learner) -> None:
-        shares.append(learner._share().detach().flatten())
-        settle(learner)
+    def watched(rounding: reconstruction.SoftRounding) -> None:
+        shares.append(rounding.h().detach().flatten())
+        harden(rounding)
 
-    monkeypatch.setattr(reconstruction._Learner, "settle", watched)
+    monkeypatch.setattr(reconstruction.SoftRounding, "harden", watched)
     float_classifier = teacher()
     student = calibrated(float_classifier)
     before = {name: layer.input_grid for name, layer in quantized_layers(student.network).items()}

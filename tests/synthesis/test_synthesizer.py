@@ -26,7 +26,7 @@ from dfcompress.run import Clock
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import SMALLER, Synthesizer, Work, losses_of
 
-EAGER = Execution("cpu", "fp32", False, 2, "")
+EAGER = Execution("cpu", "fp32", False, 1, "")
 LABELS = torch.arange(16) % 10
 
 
@@ -93,6 +93,13 @@ def test_a_batch_depends_on_seed_and_shard_alone(teacher):
     assert torch.equal(first, again)
     assert not torch.equal(first, synthesizer(teacher, 2).batch(2, LABELS).images)
     assert not torch.equal(first, synthesizer(teacher, 2, seed=4).batch(1, LABELS).images)
+
+
+def test_every_shard_starts_from_noise_of_its_own(teacher):
+    """Views are drawn for each shard too, and would make different images out of the same noise."""
+    barely = synthesizer(teacher, 1, lr=1e-12)
+    first, second = (barely.batch(shard, LABELS).images for shard in (0, 1))
+    assert (first - second).abs().mean() > 0.1
 
 
 def test_work_taken_up_from_a_file_ends_in_the_same_images(teacher, tmp_path):

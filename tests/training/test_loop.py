@@ -19,6 +19,7 @@ from torch import nn
 from torchvision.ops import DropBlock2d, StochasticDepth
 
 from dfcompress import console
+from dfcompress.data.batches import Batch
 from dfcompress.data.pool import Augmentation
 from dfcompress.device import Compute
 from dfcompress.distributed import World
@@ -26,11 +27,12 @@ from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages
+from dfcompress.settings import with_defaults
 from dfcompress.training.class_map import ClassMap
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import PARTIAL, Trainer, require_passes, require_trainable
-from dfcompress.training.merging import Merging
-from dfcompress.training.objectives import Answer, feature, kd
+from dfcompress.training.multi_teacher.logit_matching import LogitMatching
+from dfcompress.training.objectives import Prediction, feature, kd
 from dfcompress.training.settings import Training
 from dfcompress.training.steps import training_mode
 
@@ -76,7 +78,7 @@ def test_one_step_equals_plain_sgd_by_hand():
     student, _ = fitted(Training(steps=1, lr=0.2, batch_size=256, momentum=0.9, weight_decay=0.0, warmup=0.0, clip=1e9))
     expected, teacher = tiny(2).train(), tiny(1).eval()
     shown = images().float() / 255
-    kd(2.0).value(Answer(expected(shown)), Answer(teacher(shown).detach())).backward()
+    kd(2.0).value(Prediction(expected(shown)), Prediction(teacher(shown).detach())).backward()
     for got, wanted in zip(student.parameters(), expected.parameters(), strict=True):
         # Nesterov's first step is (1 + momentum) times the gradient.
         torch.testing.assert_close(got.detach(), wanted.detach() - 0.2 * 1.9 * wanted.grad, rtol=1e-4, atol=1e-6)
@@ -90,7 +92,7 @@ def test_momentum_may_be_plain_and_decay_may_be_of_all():
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01)
     for _ in range(2):
         optimizer.zero_grad()
-        kd(2.0).value(Answer(expected(shown)), Answer(teacher(shown).detach())).backward()
+        kd(2.0).value(Prediction(expected(shown)), Prediction(teacher(shown).detach())).backward()
         optimizer.step()
     for got, wanted in zip(student.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
@@ -171,8 +173,8 @@ def test_a_network_under_repair_trains_as_if_it_had_no_random_layer(kind, freeze
     def trained(layer, repair):
         student, training = tiny(2), replace(TRAINING, steps=3, freeze_batchnorm=freeze_batchnorm)
         student.network.insert(2, layer)
-        teaching = Distillation(tiny(1), [kd(2.0)])
-        Trainer(student, teaching, training, compute=EAGER, repair=repair).fit(images())
+        distiller = Distillation(tiny(1), [kd(2.0)])
+        Trainer(student, distiller, training, compute=EAGER, repair=repair).fit(images())
         return list(student.parameters())
 
     def without():
@@ -305,12 +307,12 @@ def test_bf16_reaches_nearly_the_loss_of_fp32():
 
 
 def taught(kind):
-    """A Teaching of that kind, some of which hear what networks do inside, and the sets it needs."""
+    """A distiller of that kind, some of which record what networks do inside, and how many sets it needs."""
     if kind == "merging":
         teachers = [tiny(1), tiny(3)]
         for teacher in teachers:
             teacher.train()(images().float() / 255)  # For BatchNorms that remember something.
-        return Merging([each.eval() for each in teachers], ClassMap((torch.arange(4), torch.arange(4)), 4)), 2
+        return LogitMatching([each.eval() for each in teachers], ClassMap((torch.arange(4), torch.arange(4)), 4)), 2
     pairs = shared_stages(tiny(2), tiny(1))
     return Distillation(tiny(1), [kd(2.0), *([feature(pairs)] if kind == "feature" else [])]), 1
 
@@ -321,9 +323,9 @@ def test_compiled_training_agrees_with_eager_training(kind):
     students = []
     for compile in ("off", "on"):
         torch.manual_seed(0)
-        (teaching, count), student = taught(kind), tiny(2)
-        trainer = Trainer(student, teaching, replace(TRAINING, steps=5), compute=replace(EAGER, compile=compile))
-        trained = trainer.fit(*[images()] * count)
+        (distiller, count), student = taught(kind), tiny(2)
+        trainer = Trainer(student, distiller, replace(TRAINING, steps=5), compute=replace(EAGER, compile=compile))
+        trained = trainer.fit(TRAINING.pool(*[images()] * count, seed=0))
         students.append((student, trained.losses))
     (eager, wanted_losses), (compiled, losses) = students
     assert losses == pytest.approx(wanted_losses, rel=1e-3, abs=1e-4)
@@ -402,24 +404,23 @@ def test_a_training_that_ends_between_two_states_resumes_to_the_same_weights(pre
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
-def test_answers_kept_for_later_are_those_of_every_step():
-    """With nothing that changes images the teacher is asked once, of sets of bytes and of float16 alike."""
+def test_kept_targets_are_those_of_every_step():
+    """Where nothing changes the images, the teacher sees each once, whether stored as bytes or as float16."""
 
-    class BatchTargets(Distillation):
-        repeatable = True
+    class Counted(Distillation):
         times = 0
 
-        def teach(self, images, sources):
-            BatchTargets.times += 1
-            return super().teach(images, sources)
+        def targets(self, batch):
+            Counted.times += 1
+            return super().targets(batch)
 
     def fitted_on(repeatable):
-        student, teaching = tiny(2), BatchTargets(tiny(1), [kd(2.0)])
-        teaching.repeatable = repeatable
-        BatchTargets.times = 0
+        student, distiller = tiny(2), Counted(tiny(1), [kd(2.0)])
+        distiller.repeatable = repeatable
+        Counted.times = 0
         halves = images()[:100], (images()[100:].float() / 255).half()
-        trained = Trainer(student, teaching, TRAINING, compute=EAGER).fit(*halves)
-        return BatchTargets.times, trained.losses["kd"], student.state_dict()
+        trained = Trainer(student, distiller, TRAINING, compute=EAGER).fit(TRAINING.pool(*halves, seed=0))
+        return Counted.times, trained.losses["kd"], student.state_dict()
 
     times, loss, kept = fitted_on(True)
     every, wanted, asked = fitted_on(False)
@@ -429,28 +430,16 @@ def test_answers_kept_for_later_are_those_of_every_step():
         torch.testing.assert_close(kept[name], asked[name], rtol=1e-3, atol=1e-5)
 
 
-def test_the_averaged_weights_are_the_result_and_survive_a_resume(tmp_path):
-    training, weights = replace(TRAINING, ema=0.9, steps=12), []
-    with trainer(training).ready(images()) as steps:
-        for done in range(12):
-            steps.take()
-            weights.append(steps.student.network[0].weight.detach().clone())
-            if done == 4:
-                steps.save(tmp_path / PARTIAL)
-    expected = weights[0]
-    for later in weights[1:]:
-        expected = 0.9 * expected + 0.1 * later
-    whole, _ = fitted(training)
-    torch.testing.assert_close(whole.network[0].weight, expected, rtol=1e-5, atol=1e-6)
-    resumed, _ = fitted(training, folder=tmp_path)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
-
-
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"steps": -1}, {"ema": 1.0}, {"clip": -1.0}])
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"steps": -1}, {"warmup": 1.0}, {"clip": -1.0}])
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(BadInput):
         replace(TRAINING, **wrong)
+
+
+@pytest.mark.parametrize(("name", "value"), [("ema", "0.99"), ("optimizer", "novograd")])
+def test_what_was_removed_says_what_to_use(name, value):
+    with pytest.raises(BadInput, match=r"was removed.*(Leave it out|Use lamb)"):
+        with_defaults(TRAINING, {name: value})
 
 
 def test_the_multistep_schedule_falls_at_its_milestones_and_clip_0_leaves_gradients():
@@ -495,8 +484,8 @@ def test_a_network_that_cannot_be_differentiated_teaches_and_does_not_learn():
     card = ModelCard("odd", odd_networks.CLASSES, odd_networks.SIZE, (0.5,) * 3, (0.25,) * 3)
     shown, training = torch.zeros(8, *odd_networks.SIZE, dtype=torch.uint8), Training(steps=1, lr=0.1, batch_size=4)
     plain, spoilt = Classifier(odd_networks.trained("plain"), card), of_layers_in_place()
-    teaching = Distillation(spoilt, [kd(2.0)])
-    assert Trainer(plain, teaching, training, compute=EAGER).fit(shown).execution.precision == "fp32"
+    distiller = Distillation(spoilt, [kd(2.0)])
+    assert Trainer(plain, distiller, training, compute=EAGER).fit(shown).execution.precision == "fp32"
     with pytest.raises(BadInput, match=r"cannot be differentiated: .*inplace operation.*inplace=False"):
         Trainer(spoilt, Distillation(plain, [kd(2.0)]), training, compute=EAGER).fit(shown)
 
@@ -521,3 +510,94 @@ def test_apex_computes_only_where_every_process_has_it(theirs, taken, monkeypatc
     trainer = Trainer(tiny(1), Distillation(tiny(2), [kd(2.0)]), TRAINING, compute=EAGER)
     trainer.everyone = Two()
     assert trainer._backend(torch.device("cpu")) == taken
+
+
+class Generated:
+    """A live source: a network renders the images of every step for the classes asked for, and changes meanwhile."""
+
+    batch_size = 32
+
+    def __init__(self):
+        torch.manual_seed(4)
+        self.network = nn.Sequential(nn.Linear(12, 64), nn.BatchNorm1d(64), nn.Sigmoid())
+        self.steps = []
+
+    @torch.no_grad()
+    def batch(self, step):
+        self.steps.append(step)
+        noise = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+        labels = torch.randint(4, (32,), generator=torch.Generator().manual_seed(step))
+        shown = self.network(torch.cat([noise, nn.functional.one_hot(labels, 4)], 1)).view(32, 1, 8, 8)
+        self.network[0].weight.mul_(1.05)
+        return Batch(shown, labels, torch.zeros(32, dtype=torch.long))
+
+    def to(self, device):
+        self.network.to(device)
+
+    def state_dict(self):
+        return self.network.state_dict()
+
+    def load_state_dict(self, state):
+        self.network.load_state_dict(state)
+
+
+class Listed:
+    """A live source that gives the batches of a list."""
+
+    def __init__(self, batches):
+        self.batches, self.batch_size = batches, len(batches[0].images)
+
+    def batch(self, step):
+        return self.batches[step]
+
+    def to(self, device):
+        pass
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state == {}
+
+
+def test_the_trainer_cannot_tell_a_live_source_from_a_pool():
+    """The same batches out of either give the same bits, and the labels of either reach the distiller."""
+
+    class Labelled(Distillation):
+        def targets(self, batch):
+            self.labels = [*getattr(self, "labels", []), batch.labels]
+            return super().targets(batch)
+
+    training = replace(TRAINING, steps=5, augmentation=Augmentation(shift=1))
+    labels = torch.arange(256) % 4
+    pool = training.pool(images(), labels=[labels], seed=3)
+    drawn = [pool.batch(step) for step in range(5)]
+    students = []
+    for source in (pool, Listed(drawn)):
+        student, distiller = tiny(2), Labelled(tiny(1), [kd(2.0)])
+        Trainer(student, distiller, training, compute=EAGER).fit(source)
+        assert [each.tolist() for each in distiller.labels] == [batch.labels.tolist() for batch in drawn]
+        students.append(student.state_dict())
+    assert all(torch.equal(value, students[1][name]) for name, value in students[0].items())
+
+
+@pytest.mark.parametrize("done", [0, 7])
+def test_a_training_on_a_live_source_resumes_to_the_same_bytes(done, tmp_path):
+    """All that the source has become is in the state: another source object goes on with it."""
+    training = replace(TRAINING, steps=12)
+
+    def fitted_on(source, folder=None):
+        student = tiny(2)
+        Trainer(student, Distillation(tiny(1), [kd(2.0)]), training, compute=EAGER, folder=folder).fit(source)
+        return {name: value.numpy().tobytes() for name, value in student.state_dict().items()}
+
+    whole = fitted_on(Generated())
+    with trainer(training, folder=tmp_path).ready(Generated()) as steps:
+        for _ in range(done):
+            steps.take()
+        steps.save(tmp_path / PARTIAL)
+    resumed = Generated()
+    assert fitted_on(resumed, tmp_path) == whole
+    assert resumed.steps == list(range(done, 12)), "every step is asked for once"
+    state = torch.load(tmp_path / PARTIAL, weights_only=True)
+    assert state["source"]["0.weight"].equal(resumed.network[0].weight)

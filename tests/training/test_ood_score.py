@@ -32,7 +32,7 @@ def test_it_is_the_divergence_of_one_images_pixels_from_what_is_remembered():
 def asked(made):
     shown = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     strange = BatchNormOodScore(made)
-    with strange.listening(), torch.no_grad():
+    with strange.attached(), torch.no_grad():
         made(shown)
         return shown, strange.taken()
 
@@ -56,6 +56,6 @@ def test_layers_of_one_position_tell_nothing():
 
 def test_the_network_is_left_as_it_was():
     made = network(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2))
-    with BatchNormOodScore(made).listening():
+    with BatchNormOodScore(made).attached():
         assert made.network[0]._forward_pre_hooks
     assert not made.network[0]._forward_pre_hooks

@@ -22,7 +22,7 @@ from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import WIDTHS, Scheme, freeze, quantize_layers
 from dfcompress.quantization.bits import Bits, assign, layers_of, parse_bits
-from dfcompress.quantization.observers import calibrate, fit_weights
+from dfcompress.quantization.ranges import calibrate, fit_weights
 from dfcompress.verbs import export as export_module
 from dfcompress.verbs.evaluate import evaluate
 from dfcompress.verbs.export import export, rehearse, require_kernels, require_packages

@@ -22,10 +22,11 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training.loop import METRICS
+from dfcompress.training.multi_teacher import merging_method
 from dfcompress.training.student import make_student
 from dfcompress.verbs._finish import _collapse
 from dfcompress.verbs.distill import DISTILLATION, distill
-from dfcompress.verbs.merge import merge, usual_training
+from dfcompress.verbs.merge import merge, usual_images
 
 DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
 EAGER = Compute(device="cpu", precision="fp32", compile="off")
@@ -116,12 +117,12 @@ def test_sets_that_are_fitted_to_the_student_are_still_known_as_sets(tmp_path):
     colour = teacher(tmp_path / "colour", size=(3, 24, 24), architecture="cifar_resnet20", seed=2)
     made = tmp_path / "out"
     for number, each in enumerate((grey, colour), 1):
-        TransferSetSource(load(each), None, FEW, EAGER, mix="bns").gather(made / f"teacher-{number}")
+        TransferSetSource(load(each), None, FEW, EAGER, second_recipe="bns").gather(made / f"teacher-{number}")
     classifier = load(teacher(tmp_path / "student", size=(3, 32, 32), architecture="cifar_resnet20"))
-    supply = TransferSetSource(classifier, made, FEW, EAGER, unseen=4)
+    supply = TransferSetSource(classifier, made, FEW, EAGER, probe_images=4)
     assert sum(map(len, supply.sources)) == 2 * FEW.images
-    assert supply.unseen is not None
-    assert supply.unseen.choice.name == "bns-inception"
+    assert supply.probe is not None
+    assert supply.probe.choice.name == "bns-inception"
     (made / "teacher-2" / "synthetic" / "shard-00000.safetensors").unlink()
     with pytest.raises(BadInput, match="not complete"):
         TransferSetSource(classifier, made, FEW, EAGER)
@@ -160,11 +161,29 @@ def test_what_cannot_be_merged_is_refused(two, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_papers_way_has_its_own_settings():
-    training = usual_training("paper", 4096, 2)
-    assert (training.steps, training.batch_size, training.lr) == (125 * 64, 128, 0.05)
-    assert [training.rate(epoch * 64) for epoch in (0, 24, 25, 50)] == [0.05, 0.05, 0.025, 0.0125]
-    assert training.augmentation == type(training.augmentation)()
+@pytest.mark.parametrize(("old", "new"), [("all-logits", "logit-matching"), ("paper", "shapira-sidi")])
+def test_a_run_that_was_started_by_the_older_name_of_its_method_resumes(old, new, two, tmp_path):
+    """The record of version 0.1 holds the older name; another method is still another job."""
+    first = merged(two, tmp_path / "out", method=new)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["options"]["method"] == new
+    record["options"]["method"] = old
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    assert merged(two, tmp_path / "out", method=new, resume=True) == first
+    assert merged(two, tmp_path / "out", method=old, resume=True) == first
+    record["options"]["method"] = "another"
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(BadInput, match="method"):
+        merged(two, tmp_path / "out", method=new, resume=True)
+
+
+def test_the_papers_way_makes_its_own_images_unless_others_are_asked_for():
+    method = merging_method("shapira-sidi")
+    synthesis, second = usual_images(method, Synthesis(), "auto")
+    assert (synthesis.recipe, synthesis.preset, synthesis.images) == ("deepinversion", "paper-merging", 4096)
+    assert second is None
+    synthesis, second = usual_images(method, Synthesis(recipe="bns", images=8), "deepinversion")
+    assert (synthesis.recipe, synthesis.preset, synthesis.images, second) == ("bns", None, 8, "deepinversion")
 
 
 def test_the_command_merges_as_typed(two, tmp_path, capsys, monkeypatch):
@@ -226,7 +245,7 @@ def test_a_student_that_gives_up_half_of_the_classes_has_collapsed():
 
 
 def test_a_recipe_is_not_mixed_with_itself_and_not_with_chosen_classes(tmp_path):
-    with pytest.raises(BadInput, match="is the recipe that is mixed"):
+    with pytest.raises(BadInput, match="is the first recipe, too"):
         distill(
             DEMO, student="half", output=tmp_path / "out", synthesis=FEW, second_recipe="deepinversion", compute=EAGER
         )
@@ -237,12 +256,12 @@ def test_a_recipe_is_not_mixed_with_itself_and_not_with_chosen_classes(tmp_path)
 
 
 def test_what_cannot_be_trained_is_refused_before_an_image_is_made(two, tmp_path):
-    with pytest.raises(BadInput, match="no method 'papr'"):
+    with pytest.raises(BadInput, match="no merging method 'papr'"):
         merged(two, tmp_path / "out", method="papr")
     wrong = replace(SHORT, optimizer="lamb", backend="apex")
     with pytest.raises(BadInput, match="CUDA alone"):
         distill(DEMO, student="half", output=tmp_path / "out", synthesis=FEW, training=wrong, compute=EAGER)
-    with pytest.raises(BadInput, match="looks at the student's answers"):
+    with pytest.raises(BadInput, match="compares the student's logits"):
         distill(DEMO, student="half", output=tmp_path / "out", objectives={"attention": 1.0}, compute=EAGER)
     assert not (tmp_path / "out").exists()
 

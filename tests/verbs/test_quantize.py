@@ -280,12 +280,12 @@ def test_two_and_three_bits_have_zero_points_by_default_and_none_where_they_are_
 
 def test_the_papers_images_are_of_one_recipe_unless_others_are_asked_for():
     teacher, some = load(DEMO), Synthesis(images=8)
-    made, mix = usual_images("paper", teacher, some, "auto")
-    assert (made.recipe, made.preset, mix) == ("bns-inception", "paper-cifar10", "none")
-    made, mix = usual_images("paper", teacher, replace(some, recipe="bns"), "deepinversion")
-    assert (made.recipe, made.preset, mix) == ("bns", None, "deepinversion")
-    made, mix = usual_images("default", teacher, some, "auto")
-    assert (made.recipe, made.preset, mix) == ("bns-inception", None, "auto")
+    made, second = usual_images("paper", teacher, some, "auto")
+    assert (made.recipe, made.preset, second) == ("bns-inception", "paper-cifar10", None)
+    made, second = usual_images("paper", teacher, replace(some, recipe="bns"), "deepinversion")
+    assert (made.recipe, made.preset, second) == ("bns", None, "deepinversion")
+    made, second = usual_images("default", teacher, some, "auto")
+    assert (made.recipe, made.preset, second) == ("bns-inception", None, "auto")
 
 
 def test_the_papers_weights_cover_each_channel_with_all_integers_and_nothing_is_corrected(tmp_path):

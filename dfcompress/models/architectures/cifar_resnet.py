@@ -50,7 +50,8 @@ class CifarResNet(nn.Module):
         """Logits `(N, classes)`."""
         features = F.relu(self.bn1(self.conv1(images)))
         features = self.layer3(self.layer2(self.layer1(features)))
-        return self.fc(features.mean((2, 3)))
+        logits: Tensor = self.fc(features.mean((2, 3)))
+        return logits
 
 
 def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:

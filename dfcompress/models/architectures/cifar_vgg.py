@@ -33,7 +33,8 @@ class CifarVGG(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(N, classes)`."""
-        return self.classifier(self.features(images).mean((2, 3)))
+        logits: Tensor = self.classifier(self.features(images).mean((2, 3)))
+        return logits
 
 
 ARCHITECTURES = [Architecture(name=f"cifar_vgg{depth}_bn", make=partial(CifarVGG, depth), size=32) for depth in LAYERS]

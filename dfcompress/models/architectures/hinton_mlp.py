@@ -25,7 +25,8 @@ class HintonMLP(nn.Module):
         features = self.drop_input(images.flatten(1))
         features = self.drop1(F.relu(self.fc1(features)))
         features = self.drop2(F.relu(self.fc2(features)))
-        return self.fc3(features)
+        logits: Tensor = self.fc3(features)
+        return logits
 
 
 ARCHITECTURES = [

@@ -24,7 +24,7 @@ class WideBlock(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Features `(N, channels, H / stride, W / stride)`."""
         active = F.relu(self.bn1(features))
-        residual = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        residual: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
         return residual + (features if self.convShortcut is None else self.convShortcut(active))
 
 
@@ -38,7 +38,8 @@ class WideStage(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features of the stage."""
-        return self.layer(features)
+        features = self.layer(features)
+        return features
 
 
 class WideResNet(nn.Module):
@@ -60,7 +61,8 @@ class WideResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(N, classes)`."""
         features = self.block3(self.block2(self.block1(self.conv1(images))))
-        return self.fc(F.relu(self.bn1(features)).mean((2, 3)))
+        logits: Tensor = self.fc(F.relu(self.bn1(features)).mean((2, 3)))
+        return logits
 
 
 ARCHITECTURES = [

@@ -128,6 +128,7 @@ def cholesky(covariance: Tensor) -> Tensor:
     unit = diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     for share in JITTER:
         diagonal += share * unit
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(covariance)
         if not failed.any():
             return factor

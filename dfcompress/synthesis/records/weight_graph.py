@@ -167,7 +167,8 @@ class WeightGraph:
         matrix = torch.cat(rows)
         values, vectors = torch.linalg.eigh((matrix + matrix.T).div_(2))
         order = values.abs().argsort(descending=True, stable=True)
-        return vectors.T[order].float().contiguous()
+        basis: Tensor = vectors.T[order].float().contiguous()
+        return basis
 
     def _restricted(self, signals: Tensor, places: Tensor, loops: Tensor) -> Tensor:
         whole = torch.zeros(len(signals), self.units, dtype=torch.float64)
@@ -177,7 +178,7 @@ class WeightGraph:
     def _loops(self, places: Tensor) -> Tensor:
         """Weights of loops, `(len(places),)`: up to a millionth of the matrix's norm, as a random signal tells it."""
         signal = torch.randn(1, len(places), generator=torch.Generator().manual_seed(0)).double()
-        norm = self._restricted(signal, places, torch.zeros(1)).norm()
+        norm: Tensor = self._restricted(signal, places, torch.zeros(1)).norm()
         return LOOPS * norm * torch.linspace(0, 1, len(places), dtype=torch.float64)
 
     def _leading(self, places: Tensor, loops: Tensor) -> Tensor:

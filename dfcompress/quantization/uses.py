@@ -14,14 +14,15 @@ from dfcompress.models.classifier import Classifier, pass_once
 
 def place(tensor: Tensor) -> int:
     """Tells tensors apart that are alive at the same time; a view has the place of its base."""
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 class Uses(TorchDispatchMode):
     """Counts inside how many operations take what lies in each place, and keeps all tensors alive."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.count: Counter[int] = Counter()
         self._alive: list[Any] = []
 

@@ -15,8 +15,12 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import InputGrid, freeze, quantize_layers, quantized_layers
 from dfcompress.models.packing import pack_network, unpack_network
+from dfcompress.quantization import observers
 from dfcompress.quantization.bits import layers_of
-from dfcompress.quantization.observers import SAMPLED, SHARES, _some_of, calibrate, fit_weights
+from dfcompress.quantization.calibration import Calibration
+from dfcompress.quantization.observers import range_rules
+from dfcompress.quantization.observers.mse import SAMPLED, SHARES, some_of
+from dfcompress.quantization.ranges import calibrate, fit_weights
 
 
 def one_layer_classifier(*, mean: float = 0.0, std: float = 1.0) -> Classifier:
@@ -95,7 +99,7 @@ class Overwritten(nn.Module):
         return (answers + (features.mul_(10) if self.inplace else features * 10)).flatten(1)
 
 
-@pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("rule", range_rules())
 def test_an_input_that_is_overwritten_later_has_the_range_it_had(rule):
     grids = []
     for inplace in (False, True):
@@ -117,15 +121,28 @@ def test_float_activations_get_no_range():
     assert quantized_layers(network)["0"].input_grid is None
 
 
-def test_percentiles_leave_the_rarest_values_out():
+HALFWAY = """
+import torch
+class Observer:
+    def see(self, activations): self.largest = activations.max().item()
+    def ends(self, covering): return 0.0, self.largest / 2
+def weight_shares(weight, kind): return torch.full((2, len(weight)), 0.5)
+"""
+
+
+def test_a_rule_is_one_file_in_the_folder(tmp_path, monkeypatch):
+    with pytest.raises(BadInput, match=r"no --calibrate 'halfway'\. Known: minmax, mse\."):
+        Calibration(inputs="halfway")
+    (tmp_path / "halfway.py").write_text(HALFWAY)
+    monkeypatch.setattr(observers, "__path__", [*observers.__path__, str(tmp_path)])
+    assert range_rules() == ["halfway", "minmax", "mse"]
+    assert Calibration(inputs="halfway", weights="halfway").inputs == "halfway"
     classifier = one_layer_classifier()
-    spikes = torch.rand(1600, 1, 1, 1)
-    spikes[::800] = 50.0
-    calibrate(classifier, [spikes.view(16, 1, 100, 1)], rule="percentile")
-    grid = quantized_layers(classifier.network)["0"].input_grid
-    plain = calibrated_grid(classifier, spikes.view(16, 1, 100, 1))
-    assert grid.scale * 255 == pytest.approx(50 * 0.4, rel=0.1)  # Between the first 99.9 % and the spikes.
-    assert plain.scale * 255 == pytest.approx(50)
+    calibrate(classifier, [pixels(0.2, 1.0)], rule="halfway")
+    fit_weights(classifier, rule="halfway")
+    layer = quantized_layers(classifier.network)["0"]
+    assert layer.input_grid == InputGrid.covering(0.0, 0.5, bits=8)
+    assert layer.weight_shares.tolist() == [[0.5, 0.5]] * 2
 
 
 def test_least_error_gives_up_a_few_far_values_at_few_bits():
@@ -147,7 +164,7 @@ def test_least_error_gives_up_a_few_far_values_at_few_bits():
 @pytest.mark.parametrize("shape", [(256, 64, 8, 8), (256, 16, 32, 32), (16, 3, 32, 32)])
 def test_a_sample_meets_every_row_column_and_channel(shape):
     numbered = torch.arange(int(np.prod(shape)), dtype=torch.float64).view(shape)
-    sample = _some_of(numbered.float()).long()
+    sample = some_of(numbered.float()).long()
     _, channels, height, width = shape
     assert len(sample) <= SAMPLED
     assert len((sample % width).unique()) == width
@@ -155,7 +172,7 @@ def test_a_sample_meets_every_row_column_and_channel(shape):
     assert len((sample // width // height % channels).unique()) == channels
 
 
-@pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("rule", range_rules())
 def test_what_a_later_layer_writes_over_a_layers_input_does_not_reach_its_range(rule):
     """Like a block that ends in `features.mul_(...)` on what its convolution was given."""
 
@@ -179,7 +196,7 @@ def test_what_a_later_layer_writes_over_a_layers_input_does_not_reach_its_range(
 
 def test_sampled_values_are_a_copy_and_hold_no_activations():
     activations = torch.rand(4, 64, 32, 32)
-    assert _some_of(activations).untyped_storage().nbytes() <= 4 * SAMPLED
+    assert some_of(activations).untyped_storage().nbytes() <= 4 * SAMPLED
 
 
 def test_signed_ranges_have_zero_point_zero_and_reach_the_farther_end():

@@ -1,0 +1,12 @@
+"""One file a rule for ranges of quantized layers; the folder is the registry of `--calibrate` and `--weight-ranges`.
+
+A rule's file holds `Observer`, which sees the inputs of one layer and then tells the ends of their range, and
+`weight_shares`, the shares of each output channel's lowest and highest weight that a grid covers.
+"""
+
+import pkgutil
+
+
+def range_rules() -> list[str]:
+    """All rules, as the options take them; imports none of them."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
