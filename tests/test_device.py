@@ -21,6 +21,7 @@ from dfcompress.device import (
     resolve_device,
     resolve_execution,
     resolve_precision,
+    threads,
     tried,
 )
 from dfcompress.distributed import World
@@ -41,14 +42,14 @@ LONG, SHORT = 1e15, 1e9  # Work.
 
 def test_a_long_job_is_compiled_and_a_short_one_is_not():
     compute = Compute(device="cpu", precision="fp32")
-    assert resolve_execution(compute, LONG).compile
-    assert not resolve_execution(compute, SHORT).compile
+    assert resolve_execution(compute, LONG, steps=1000).compile
+    assert not resolve_execution(compute, SHORT, steps=1000).compile
 
 
 @pytest.mark.usefixtures("no_compiler")
 def test_without_a_compiler_the_job_runs_eagerly_and_says_so_once(capsys):
     console.configure(console.NORMAL)
-    execution = resolve_execution(Compute(device="cpu", precision="fp32"), LONG)
+    execution = resolve_execution(Compute(device="cpu", precision="fp32"), LONG, steps=1000)
     console.configure(console.QUIET)
     assert not execution.compile
     assert capsys.readouterr().err.count("No C++ compiler found") == 1
@@ -58,7 +59,7 @@ def test_without_a_compiler_the_job_runs_eagerly_and_says_so_once(capsys):
 def test_asking_to_compile_without_a_compiler_is_refused():
     assert not can_compile(CPU)
     with pytest.raises(BadInput, match=r"Install g\+\+"):
-        resolve_execution(Compute(device="cpu", precision="fp32", compile="on"), LONG)
+        resolve_execution(Compute(device="cpu", precision="fp32", compile="on"), LONG, steps=1000)
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", "mps", "meta"])
@@ -75,7 +76,7 @@ def test_auto_precision_is_bf16_only_where_the_processor_has_it(monkeypatch):
 
 
 def in_bf16(compute: Compute):
-    return replace(resolve_execution(compute, SHORT), precision="bf16")
+    return replace(resolve_execution(compute, SHORT, steps=1000), precision="bf16")
 
 
 def mixed(execution) -> None:
@@ -199,7 +200,8 @@ def test_on_cuda_short_jobs_are_captured_without_being_compiled(gpus, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Stand-in 9000")
     monkeypatch.setattr(device, "missing_to_compile", lambda device: None)
     short, off = (
-        resolve_execution(Compute(device="cuda", precision="bf16", compile=way), SHORT) for way in ("auto", "off")
+        resolve_execution(Compute(device="cuda", precision="bf16", compile=way), SHORT, steps=1000)
+        for way in ("auto", "off")
     )
     assert (short.capture, short.compile) == (True, False)
     assert (off.capture, off.compile) == (False, False)
@@ -248,6 +250,23 @@ def test_computing_gives_back_what_it_borrows(gpus, precision, inside):
         assert cudnn_settings() == (inside or (*before[:3], True))
     assert cudnn_settings() == before
     assert torch.get_num_threads() == threads
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """A process that computes in two threads and whose user has not said so by OMP_NUM_THREADS."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    with threads(2):
+        yield
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_small_steps_have_one_thread_and_large_ones_all(monkeypatch):
+    compute = Compute(device="cpu", compile="off")
+    assert resolve_execution(compute, 2e12, steps=1000).threads == 1
+    assert resolve_execution(compute, 2e12, steps=10).threads == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert resolve_execution(compute, 2e12, steps=1000).threads == 2
 
 
 @pytest.mark.parametrize(

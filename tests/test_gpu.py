@@ -40,7 +40,7 @@ LABELS = torch.arange(64) % 10
 
 
 def made(file, execution, steps=100):
-    recipe = choose("deepinversion", "fast-cifar10", {"steps": steps, "batch_size": 64}).build()
+    recipe = choose("deepinversion", "fast-cifar10", {"steps": steps, "batch_size": 64}).recipe
     return Synthesizer(recipe, load(file), execution)
 
 
@@ -76,7 +76,7 @@ def test_the_step_is_really_captured_and_still_moves_the_images(name, index, res
     captures = []
     honest = device.captured
     monkeypatch.setattr(device, "captured", lambda step: captures.append(honest(step)) or captures[-1])
-    recipe = choose(name, None, {"steps": 10, "batch_size": 16}).build()
+    recipe = choose(name, None, {"steps": 10, "batch_size": 16}).recipe
     synthesizer = Synthesizer(recipe, load(resnet20_file), replace(FAST, device=f"cuda:{index}"))
     work = synthesizer.begin({0: LABELS[:16]})
     for _ in range(8):

@@ -63,7 +63,7 @@ def test_a_recipe_says_its_paper_and_explains_itself(name):
 def test_a_few_steps_of_every_preset_lower_its_objective(name, preset, resnet20_file):
     overrides = {"batch_size": 8} | ({"steps": 12} if name != "gaussian" else {})
     overrides |= {"half_steps": 6, "warmup": 0} if preset == "repo-imagenet" else {}
-    recipe = choose(name, preset, overrides).build()
+    recipe = choose(name, preset, overrides).recipe
     teacher = load(resnet20_file)
     student = load(resnet20_file) if Want.STUDENT in recipe.wants else None
     execution = Execution("cpu", "fp32", False, 1, "")
@@ -78,7 +78,7 @@ def test_a_few_steps_of_every_preset_lower_its_objective(name, preset, resnet20_
 
 def test_gaussian_images_are_standard_normal_where_the_network_sees_them(resnet20_file):
     teacher = load(resnet20_file)
-    recipe = choose("gaussian").build()
+    recipe = choose("gaussian").recipe
     batch = Synthesizer(recipe, teacher, Execution("cpu", "fp32", False, 1, "")).batch(0, torch.zeros(256).long())
     seen = teacher.normalise(batch.images)
     assert seen.mean().item() == pytest.approx(0.0, abs=0.01)
@@ -117,6 +117,6 @@ def test_the_paper_preset_is_the_published_one():
 def test_the_papers_weight_of_statistics_brings_them_near_in_a_few_steps(resnet20_file):
     """J_KL of ten images after 20 steps is 0.078; with the statistics weighted 1 it is 0.234."""
     teacher = load(resnet20_file)
-    recipe = choose("bns-inception", "paper-cifar10", {"steps": 20, "batch_size": 10}).build()
+    recipe = choose("bns-inception", "paper-cifar10", {"steps": 20, "batch_size": 10}).recipe
     made = Synthesizer(recipe, teacher, Execution("cpu", "fp32", False, 1, "")).batch(0, torch.arange(10))
     assert bn_divergence(teacher, [(made.images, made.labels)]) < 0.12

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from dfcompress.quantization.reconstruction import SHARPNESS, Reconstruction, _sharpness
+from dfcompress.quantization.reconstruction import BETA, Reconstruction, _beta
 from dfcompress.schedules import cosine, rate
 from dfcompress.synthesis.recipe import Phase
 from dfcompress.training.settings import Training
@@ -30,11 +30,11 @@ def test_phases_trainings_and_reconstructions_keep_their_numbers_to_the_bit(step
     phase = Phase(steps, 0.1, schedule="cosine", warmup=3)
     training = Training(steps=steps, lr=0.07, batch_size=1, warmup=0.05)
     warmup = max(1, round(0.05 * steps))
-    rounding, (first, last) = Reconstruction(steps=steps), SHARPNESS
+    rounding, (first, last) = Reconstruction(steps=steps), BETA
     for step in range(3, steps):
         assert phase.rate(step) == 0.1 * 0.5 * (1 + math.cos(math.pi * (step - 3) / (steps - 3)))
         if step >= warmup:
             expected = 0.07 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
             assert training.rate(step) == expected
         progress = (step / steps - 0.2) / (1 - 0.2)
-        assert _sharpness(step, rounding) == last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
+        assert _beta(step, rounding) == last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))

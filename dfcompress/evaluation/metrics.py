@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from dfcompress.data.real import ImageSource
-from dfcompress.device import exact_fp32
+from dfcompress.device import exact_fp32, threads, threads_for
 from dfcompress.errors import DfcompressError
-from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.classifier import Classifier, evaluating, work_of
 from dfcompress.models.recorder import HookRecorder, LayerMoments, Moments
 
 TOP = 5
+BATCH = 256  # Images of a batch, usually; what threads are chosen by.
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def answers(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) ->
     """
     device, k = classifier.mean.device, min(TOP, classifier.card.classes)
     classes, labels = [], []
-    with evaluating(classifier), exact_fp32():
+    with evaluating(classifier), exact_fp32(), threads(threads_for(BATCH * work_of(classifier))):
         for images, truth in batches:
             logits = classifier(images.to(device))
             if not logits.isfinite().all():
@@ -55,7 +56,7 @@ def answers(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) ->
     return Predictions(torch.cat(classes), torch.cat(labels))
 
 
-def share_correct(classifier: Classifier, source: ImageSource, *, batch_size: int = 256) -> float:
+def share_correct(classifier: Classifier, source: ImageSource, *, batch_size: int = BATCH) -> float:
     """Top-1 accuracy in [0, 1]."""
     return answers(classifier, source.batches(batch_size)).correct() / len(source)
 
@@ -75,7 +76,7 @@ def bn_divergence(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor
     sums: list[LayerMoments] = []
     seen = 0
     recorder = HookRecorder(classifier.network, moments=True)
-    with evaluating(classifier), exact_fp32():
+    with evaluating(classifier), exact_fp32(), threads(threads_for(BATCH * work_of(classifier))):
         for images, _ in batches:
             layers = recorder(classifier.normalise(images.to(device))).layers
             new = [_with_errors(layer, layer.mean_error.sum(0), layer.square_error.sum(0)) for layer in layers]

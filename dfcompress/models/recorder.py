@@ -12,7 +12,7 @@ The output of any module can be recorded, by the module's name; `LOGITS` stands 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models.batchnorms import EPS, eps_of
 from dfcompress.models.classifier import Classifier, pass_once
+from dfcompress.models.fake_quantizers import quantized_layers
 from dfcompress.models.hooks import (
     Hook,
     hook_inputs,
@@ -383,11 +384,30 @@ class FusedRecorder(_Recorder):
         hook_outputs(self.network, self._averaged, self._average)
         self.network.to(memory_format=torch.channels_last)
 
+    @torch.no_grad()
+    def take_weights(self, network: nn.Module) -> None:
+        """Compute from now on with the weights, statistics and input grids of a network of the same architecture, put
+        where compiled code and captured steps read them.
+        """
+        tensors = dict(_tensors(self.network))
+        for name, tensor in _tensors(network):
+            tensors[name].copy_(tensor)
+        for name, layer in quantized_layers(network).items():
+            self.network.get_submodule(name).input_grid = layer.input_grid  # type: ignore[assignment]
+        for module in self.network.modules():
+            if isinstance(module, _RecordingBatchNorm):
+                module.fold()
+
     def __call__(self, images: Tensor, filters: Sequence[Tensor] = ()) -> Recording:
         """One forward pass of normalised images `(N, C, H, W)`; `filters` multiply what passes the dropout layers."""
         self._filters[:] = filters
         with torch.autocast(images.device.type, self._precision, enabled=self._precision != torch.float32):
             return self._pass(images)
+
+
+def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from network.named_parameters(remove_duplicate=False)
+    yield from network.named_buffers(remove_duplicate=False)
 
 
 class _RecordingBatchNorm(_BatchNorm):
@@ -402,19 +422,27 @@ class _RecordingBatchNorm(_BatchNorm):
     lack: Tensor
 
     def prepare(self, seen: list[LayerMoments] | None, after: nn.Module) -> None:
-        """Fold statistics and affine parameters into one multiplication and one addition a channel."""
-        assert self.running_mean is not None
+        """Where to record, what comes behind, and room for the folded constants."""
         assert self.running_var is not None
         self.seen, self.after = seen, after
+        for name in ("scale", "shift", "lack"):
+            self.register_buffer(name, torch.empty_like(self.running_var), persistent=False)
+        self.fold()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Fold statistics and affine parameters into one multiplication and one addition a channel, in place."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
         scale = (self.running_var + self.eps).rsqrt()
         if self.affine:
-            scale = scale * self.weight.detach()
+            scale = scale * self.weight
         shift = -self.running_mean * scale
         if self.affine:
-            shift = shift + self.bias.detach()
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("shift", shift, persistent=False)
-        self.register_buffer("lack", _lack(self.running_var, self.eps), persistent=False)
+            shift = shift + self.bias
+        self.scale.copy_(scale)
+        self.shift.copy_(shift)
+        self.lack.copy_(_lack(self.running_var, self.eps))
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name, by which a network may hand it over.
         if self.seen is None:

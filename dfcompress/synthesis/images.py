@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,63 +14,81 @@ from dfcompress.models.classifier import Classifier
 PixelStatistics = tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Tensors that the optimiser changes, and their peak rate along the schedule of the phase: `factor` times that of
+    the phase, or `lr`, a rate of their own.
+    """
+
+    parameters: Sequence[Tensor]
+    factor: float = 1.0
+    lr: float | None = None
+
+
 class Images(Protocol):
-    """A parametrisation: `start` gives the tensors an optimiser changes, `render` the images they stand for.
+    """A parametrisation of images: pixels, or a generator with its latent vectors.
 
     Everything is in normalised space, where the papers state their weights; the synthesizer renders to [0, 1].
-    `in_range` says whether the images stay in [0, 1], so that 8 bits can hold them.
-    The synthesizer copies one for every batch (`copy.copy`); what is not set by `start` is shared between batches.
+    `in_range` says whether the images stay in [0, 1], so that 8 bits can hold them. `persistent` says whether the
+    parametrisation lives on over batches, as a generator does that goes on learning; else the synthesizer makes a deep
+    copy of it for every batch. Of a persistent one `start` begins the next batch and leaves what it has learnt.
     """
 
     in_range: bool
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the images that `render` gives."""
+    persistent: bool
 
     def start(
         self, labels: Tensor, teacher: Classifier, generator: torch.Generator, pixels: PixelStatistics | None = None
-    ) -> list[Tensor]:
-        """Begin a batch with these labels `(N,)`; the tensors an optimiser changes.
+    ) -> None:
+        """Begin a batch with these labels `(N,)`, on their device; what is random comes from `generator`, on the CPU.
 
         `pixels` are the mean and the deviation of the training images in [0, 1], each `(C, 1, 1)`, where they are
         known better than from the card.
         """
 
+    def parameters(self) -> Sequence[ParameterGroup]:
+        """The tensors that the optimiser changes, the same ones from `start` to the end of the batch."""
+
     def render(self) -> Tensor:
-        """The images `(N, C, H, W)` as they are now, in normalised space, differentiable in those tensors."""
+        """The images `(N, C, H, W)`, of the card's input size, as they are now; differentiable in the parameters."""
 
     def project(self) -> None:
         """Put the images back where they are allowed, after a step."""
 
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Every tensor that the next step depends on: parameters, and buffers such as BatchNorm's."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state_dict`, in the same memory: the optimiser holds the parameters."""
+
 
 class Pixels:
-    """The pixels themselves, started from N(`mean`, `std`) in [0, 1]; where those are not given, from the known
+    """The pixels themselves, started from N(`mean`, `std`) in [0, 1]; where neither is given, from the known
     statistics of the training images' pixels, and else from N(0, 1) in normalised space.
 
     With `clip` they are kept in the valid range after every step.
     """
 
-    def __init__(self, *, clip: bool = False, mean: float = 0.0, std: float = 0.0) -> None:
-        self.in_range, self._given = clip, (mean, std)
+    persistent = False
 
-    @property
-    def shape(self) -> torch.Size:
-        """`(N, C, H, W)`."""
-        return self._images.shape
+    def __init__(self, *, clip: bool = False, mean: float = 0.0, std: float = 0.0) -> None:
+        self.in_range, self._start_from = clip, (mean, std)
 
     def start(
         self, labels: Tensor, teacher: Classifier, generator: torch.Generator, pixels: PixelStatistics | None = None
-    ) -> list[Tensor]:
-        """One tensor `(N, C, H, W)`; the noise comes from the CPU, so a seed means the same images on every device."""
+    ) -> None:
+        """Draw noise `(N, C, H, W)`, on the CPU, so that a seed means the same images on every device."""
         noise = torch.randn(len(labels), *teacher.card.input_size, generator=generator)
-        mean, std = self._given if any(self._given) else pixels or (None, None)
+        mean, std = self._start_from if any(self._start_from) else pixels or (None, None)
         if mean is not None and std is not None:
             noise = teacher.normalise((noise * std + mean).to(labels.device))
         self._images = noise.to(labels.device).requires_grad_(True)
         zeros = torch.zeros(teacher.card.input_size, device=labels.device)
         self._low, self._high = teacher.normalise(zeros), teacher.normalise(zeros + 1)
-        return [self._images]
+
+    def parameters(self) -> list[ParameterGroup]:
+        """The images themselves, at the rate of the phase."""
+        return [ParameterGroup([self._images])]
 
     def render(self) -> Tensor:
         """The images `(N, C, H, W)` in normalised space."""
@@ -79,3 +99,12 @@ class Pixels:
         """Clip to the valid pixel range, if asked to."""
         if self.in_range:
             self._images.clamp_(self._low, self._high)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The images."""
+        return {"images": self._images.detach()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put the images of a `state_dict` in place of these."""
+        self._images.copy_(state["images"])

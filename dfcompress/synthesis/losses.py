@@ -14,11 +14,15 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from dfcompress.errors import BadInput
 from dfcompress.models.recorder import LayerMoments, Moments, Trace, moments_of
+
+# The tensors of a module by name, outside of the module.
+ModuleState = dict[str, Tensor]
 
 
 class Want(Enum):
@@ -50,12 +54,33 @@ class ChannelMeans:
 
 @dataclass(frozen=True)
 class Loss:
-    """A named, weighted scalar of a `Trace`, and what it wants to be recorded there."""
+    """A named, weighted scalar of a `Trace`, and what it wants to be recorded there.
+
+    `value` is a function of the trace, or a module whose `forward` is one. The loss then owns the module's parameters
+    (a head) and buffers (a memory bank, changed in place): every batch begins with a copy of them, the parameters are
+    optimised together with the images, at the rate of the phase, and all of them are saved with the batch.
+    """
 
     name: str
     value: Callable[[Trace], Tensor]
     weight: float = 1.0
     wants: Sequence[Want | LayerOutput | ChannelMeans] = ()
+
+    def module_state(self, device: torch.device) -> ModuleState:
+        """Fresh copies of the tensors that the loss owns; none where its value is a plain function."""
+        if not isinstance(self.value, nn.Module):
+            return {}
+        tensors = [*self.value.named_parameters(), *self.value.named_buffers()]
+        return {
+            name: tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad) for name, tensor in tensors
+        }
+
+    def value_with(self, state: ModuleState, trace: Trace) -> Tensor:
+        """The unweighted value, computed with the tensors of `module_state`."""
+        if not isinstance(self.value, nn.Module):
+            return self.value(trace)
+        value: Tensor = functional_call(self.value, state, (trace,))
+        return value
 
     def __rmul__(self, weight: float) -> Loss:
         return replace(self, weight=weight * self.weight)

@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -31,9 +32,9 @@ SCHEDULES = get_args(Schedule)
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps of Adam at one peak rate, reached linearly over `warmup` steps, on what the `views` show.
+    """Steps of Adam at one peak rate, reached linearly over `warmup` steps, on what the `transforms` show.
 
-    The optimiser and the schedule start anew in each stage.
+    The optimiser and the schedule start anew in each phase.
     """
 
     steps: int
@@ -52,17 +53,18 @@ class Phase:
         if self.steps and not self.lr > 0:
             raise BadInput(f"The rate {self.lr} changes nothing.", "Use a number above 0.")
 
-    def rate(self, step: int) -> float:
-        """Learning rate of `step`, counted from 0."""
-        return schedules.rate(step, peak=self.lr, steps=self.steps, schedule=self.schedule, warmup=self.warmup)
+    def rate(self, step: int, *, peak: float | None = None) -> float:
+        """Learning rate of `step`, counted from 0; that of parameters with another peak rate than the phase's."""
+        peak = self.lr if peak is None else peak
+        return schedules.rate(step, peak=peak, steps=self.steps, schedule=self.schedule, warmup=self.warmup)
 
 
 @dataclass(frozen=True)
 class StudentUpdates:
-    """How the student that images compete with learns while they are made.
+    """How the student that images compete with is trained while they are made.
 
-    After `every` batches, `steps` of `batch_size` images at the rate `lr`, warmed up and along a cosine, from all
-    images so far.
+    After every round of `every` batches, `steps` of `batch_size` images at the rate `lr`, warmed up and along a cosine,
+    from all images so far.
     """
 
     every: int
@@ -78,7 +80,10 @@ class StudentUpdates:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Images + weighted losses + stages, each with its views; built fresh for every run because images hold state."""
+    """Images + weighted losses + phases, each with its transforms.
+
+    A value: a run works on copies of the images and of the modules that losses own, and leaves the recipe as it was.
+    """
 
     images: Images
     batch_size: int
@@ -87,9 +92,11 @@ class Recipe:
     student_updates: StudentUpdates | None = None
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for an empty batch."""
+        """Raise `BadInput` for an empty batch; what was given as a list can be changed no more."""
         if self.batch_size < 1:
             raise BadInput(f"A batch of {self.batch_size} images is none.", "Use --batch-size 1 or more.")
+        object.__setattr__(self, "losses", tuple(self.losses))
+        object.__setattr__(self, "phases", tuple(self.phases))
 
     @property
     def wants(self) -> frozenset[Want | LayerOutput | ChannelMeans]:
@@ -108,20 +115,29 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        """Optimisation steps of all stages."""
+        """Optimisation steps of all phases."""
         return sum(phase.steps for phase in self.phases)
+
+    def phase_at(self, step: int) -> tuple[Phase, int]:
+        """The phase that a step belongs to, and the step's number in it."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase, step
+            step -= phase.steps
+        raise IndexError(step)
 
 
 @dataclass(frozen=True)
 class RecipeChoice:
-    """A recipe's name, preset and every setting resolved; `dataset.json` keeps it, `build` makes the `Recipe`."""
+    """A recipe's name, preset and every setting resolved, as `dataset.json` keeps it."""
 
     name: str
     preset: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def build(self) -> Recipe:
-        """A fresh recipe."""
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe, built once."""
         module = _module(self.name)
         recipe: Recipe = getattr(module, module.__name__.rpartition(".")[2])(**self.settings)
         return recipe
@@ -151,8 +167,7 @@ def choose(
         raise unknown("preset", preset, list(module.PRESETS))
     if record and (check := getattr(module, "check_preset", None)):
         check(preset, record)
-    function = getattr(module, module.__name__.rpartition(".")[2])
-    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    defaults = settings_of(name)
     settings = defaults | module.PRESETS[preset]
     for key, value in (overrides or {}).items():
         if key not in defaults:
@@ -162,8 +177,15 @@ def choose(
         settings["pooled"] = record.pooled
     console.notice(f"Recipe {name}, preset {preset}.", level=console.VERBOSE)
     choice = RecipeChoice(name, preset, settings)
-    choice.build()  # So that settings that do not fit are refused before any work.
+    _ = choice.recipe  # So that settings that do not fit are refused before any work.
     return choice
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The settings of a recipe and their defaults."""
+    module = _module(name)
+    function = getattr(module, module.__name__.rpartition(".")[2])
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +221,7 @@ def choose_recipe(synthesis: Synthesis, card: ModelCard, record: Description | N
         raise BadInput(f"--images {synthesis.images} is not a number of images.", "Ask for at least 1.")
     usual = WITH_ACTIVATIONS if record and record.kind != BN_EQUIVALENT else WITHOUT
     choice = choose(synthesis.recipe or usual, synthesis.preset, synthesis.settings, card=card, record=record)
-    if (synthesis.classes or synthesis.labels != BALANCED) and choice.build().label_free:
+    if (synthesis.classes or synthesis.labels != BALANCED) and choice.recipe.label_free:
         raise BadInput(
             f"Recipe {choice.name} steers images towards no class.",
             "Leave out --classes and --labels, or name another.",

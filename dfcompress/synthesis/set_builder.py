@@ -37,7 +37,7 @@ from dfcompress.run import METRICS, STATE, save_state, write_atomically
 from dfcompress.synthesis.labels import Labels
 from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.quality import BatchQuality, QualityCheck
-from dfcompress.synthesis.recipe import Recipe, RecipeChoice
+from dfcompress.synthesis.recipe import Recipe
 from dfcompress.synthesis.spec import SynthesisSpec
 from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch, try_step
 
@@ -46,77 +46,81 @@ STUDENT_STATE = "lessons.pt"
 PREVIEW_IMAGES = 80
 
 
-class Learner(Protocol):
-    """The student that images compete with, how it learns from those made so far, and whether it is used afterwards."""
+class UpdatedStudent(Protocol):
+    """The student that images compete with, and the training that it gets between rounds of batches."""
 
     student: Classifier
-    is_kept: bool
 
-    def learn(self, images: Tensor, *, lesson: int, precision: Precision) -> None:
-        """Train the student on all stored images `(N, C, H, W)`; the outcome depends on its arguments alone."""
+    def update(self, images: Tensor, *, number: int, precision: Precision) -> None:
+        """Train the student on all images so far, `(N, C, H, W)` as they are stored; the first update has `number` 1.
+
+        The outcome depends on the student as it is, and on these arguments alone.
+        """
 
 
-def build_set(job: SynthesisSpec, folder: Path, compute: Compute, *, learner: Learner | None = None) -> SyntheticSet:
+def build_set(
+    spec: SynthesisSpec, folder: Path, compute: Compute, *, student: UpdatedStudent | None = None
+) -> SyntheticSet:
     """Make the set in `folder`, or finish the one that is there; every process of a job makes some of its shards.
 
-    A recipe whose images compete with a student needs `learner`: after each round of images but the last it learns from
-    all so far. A student that is kept is left as its last lesson made it, also where the set was finished before.
+    A recipe with student updates needs `student`, which is updated after each round of batches but the last, and is
+    left as its last update made it, also where the set was finished before.
     Raises `BadInput` where the folder holds a set of another teacher, recipe, count or seed.
     """
     everyone = world()
     if everyone.is_main:
-        _open(job, folder, compute, learner.student if learner else None)
+        _open(spec, folder, compute, student.student if student else None)
     everyone.barrier()
     synthetic = SyntheticSet(folder)
-    makes = _SetBuilder(synthetic, job, learner)
-    for lesson in range(len(makes.rounds)):
-        makes.missing_of(lesson)
+    builder = _SetBuilder(synthetic, spec, student)
+    for round_number in range(len(builder.rounds)):
+        builder.make_round(round_number)
         everyone.barrier()
     if everyone.is_main:
         _merge_metrics(synthetic)
         _write_preview(synthetic.folder, _first_images(synthetic))
     everyone.barrier()
-    if learner and learner.is_kept:
-        makes.teach(learner, len(makes.rounds) - 1)
+    if student:
+        builder.update_student(student, len(builder.rounds) - 1)
     return synthetic
 
 
-def _open(job: SynthesisSpec, folder: Path, compute: Compute, student: Classifier | None) -> None:
-    """Begin a set, or check that the one in `folder` is of the same job."""
-    teacher, recipe, images = job.teacher, job.recipe(), job.images
+def _open(spec: SynthesisSpec, folder: Path, compute: Compute, student: Classifier | None) -> None:
+    """Begin a set, or check that the one in `folder` is of the same spec."""
+    teacher, recipe, images = spec.teacher, spec.recipe, spec.images
     batch_size = min(recipe.batch_size, images)
     described = {
-        "recipe": asdict(job.choice),
+        "recipe": asdict(spec.choice),
         "images": images,
-        "labels": asdict(job.labels),
+        "labels": asdict(spec.labels),
         "seed": compute.seed,
         "teacher": teacher.identity()["sha256"],
-        "record": job.record.identity if job.record else None,
+        "record": spec.record.identity if spec.record else None,
         "card": teacher.card.to_json(),
     }
     if (folder / MANIFEST).exists():
-        _check_same_job(SyntheticSet(folder), described)
+        _check_same_spec(SyntheticSet(folder), described)
         return
     sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
     if recipe.student_updates and len(sizes) <= recipe.student_updates.every:
-        console.notice(_no_lesson(images, len(sizes), recipe.student_updates.every))
-    execution = execution_of(job, compute, student)
-    execution = replace(execution, groups=_groups(job, batch_size, execution))
+        console.notice(_no_update(images, len(sizes), recipe.student_updates.every))
+    execution = execution_of(spec, compute, student)
+    execution = replace(execution, groups=_groups(spec, batch_size, execution))
     SyntheticSet.create(
         folder, {**described, "batch_size": batch_size, "shards": sizes, "execution": asdict(execution)}
     )
 
 
-def _no_lesson(images: int, batches: int, every: int) -> str:
-    """That the student learns between rounds of batches, of which there is one, and what makes it two."""
+def _no_update(images: int, batches: int, every: int) -> str:
+    """That the student is updated between rounds of batches, of which there is one, and what makes it two."""
     remedies = ["more --images"]
     if images > every:
         remedies.append(f"--batch-size {max(1, images // (every + 1))}")
     if batches > 1:
         remedies.append("--set round_batches=1")
     return (
-        f"No lesson takes place: the {images} images are one round, which competes with a student that has learnt "
-        f"nothing. Use {' or '.join(remedies)}."
+        f"The student is never updated: the {images} images are one round, which competes with an untrained student. "
+        f"Use {' or '.join(remedies)}."
     )
 
 
@@ -125,28 +129,29 @@ def _no_lesson(images: int, batches: int, every: int) -> str:
 PIXELS_A_STEP = 128 * 32 * 32
 
 
-def _groups(job: SynthesisSpec, batch_size: int, execution: Execution) -> int:
-    batches = -(-job.images // batch_size)
-    if job.synthesis.groups != "auto":
-        return min(job.synthesis.groups, batches)
+def _groups(spec: SynthesisSpec, batch_size: int, execution: Execution) -> int:
+    batches = -(-spec.images // batch_size)
+    if spec.synthesis.groups != "auto":
+        return min(spec.synthesis.groups, batches)
     if not is_cuda(torch.device(execution.device)):
         return 1
-    height, width = job.teacher.card.input_size[1:]
+    height, width = spec.teacher.card.input_size[1:]
     fit, for_everybody = PIXELS_A_STEP // (batch_size * height * width), batches // world().count
     return max(1, min(fit, for_everybody))
 
 
-def execution_of(job: SynthesisSpec, compute: Compute, student: Classifier | None = None) -> Execution:
+def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | None = None) -> Execution:
     """How a set is made, all automatic choices made; `student` is what its images compete with, if anything.
 
     The precision is tried in one step. Raises `BadInput` where the one that was asked for does not work, or none does.
     """
-    teacher, recipe, images = job.teacher, job.recipe(), job.images
+    teacher, recipe, images = spec.teacher, spec.recipe, spec.images
     batch_size = min(recipe.batch_size, images)
-    execution = resolve_execution(compute, work_in(recipe, teacher, -(-images // batch_size) * batch_size))
+    batches = -(-images // batch_size)
+    work = work_in(recipe, teacher, batches * batch_size)
+    execution = resolve_execution(compute, work, steps=batches * recipe.steps)
     student = (student or teacher) if Want.STUDENT in recipe.wants else None
-
-    source = job.source()
+    source = spec.source()
 
     def step(execution: Execution) -> None:
         try_step(recipe, teacher, execution, student=student, source=source)
@@ -160,15 +165,16 @@ def work_in(recipe: Recipe, teacher: Classifier, images: int) -> float:
 
 
 def seconds_of(synthetic: SyntheticSet) -> float:
-    """Seconds that the shards of a set took, from its `metrics.jsonl`, and the lessons between them; those of all
-    processes together.
+    """Seconds that the shards of a set took, from its `metrics.jsonl`, and the student updates between them; those of
+    all processes together.
     """
     shards: float = sum(line["seconds"] for line in _lines(synthetic.folder / METRICS) if "seconds" in line)
     student_updates = synthetic.folder / STUDENT_STATE
-    return round(shards + (_lessons(student_updates)["seconds"] if student_updates.exists() else 0.0), 2)
+    return round(shards + (_saved_student(student_updates)["seconds"] if student_updates.exists() else 0.0), 2)
 
 
-def _lessons(path: Path) -> dict[str, Any]:
+def _saved_student(path: Path) -> dict[str, Any]:
+    """The student's state dict, how many updates made it (`lesson`), and their seconds."""
     state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     return state
 
@@ -188,25 +194,26 @@ def warnings_of(synthetic: SyntheticSet) -> list[str]:
 class _SetBuilder:
     """The shards of one set being made by this process."""
 
-    def __init__(self, synthetic: SyntheticSet, job: SynthesisSpec, learner: Learner | None) -> None:
-        self.synthetic, self.job, self.teacher, self.learner = synthetic, job, job.teacher, learner
+    def __init__(self, synthetic: SyntheticSet, spec: SynthesisSpec, student: UpdatedStudent | None) -> None:
+        self.synthetic, self.spec, self.student = synthetic, spec, student
+        self.teacher, self.recipe = spec.teacher, spec.recipe
         manifest = synthetic.manifest
         self.seed, self.batch_size = manifest["seed"], manifest["batch_size"]
         self.labels = Labels(**manifest["labels"])
-        self.recipe = RecipeChoice(**manifest["recipe"]).build()
         stored = Execution(**manifest["execution"])
-        self.execution = replace(stored, device=as_mine(stored.device), threads=threads_here())
-        self.preview_every = job.synthesis.preview_every
+        threads = min(stored.threads, threads_here())
+        self.execution = replace(stored, device=as_mine(stored.device), threads=threads)
+        self.preview_every = spec.synthesis.preview_every
         self.synthesizer: Synthesizer | None = None
-        self.told: set[str] = set()
+        self.warned: set[str] = set()
         shards, student_updates = list(synthetic.shards), self.recipe.student_updates
         every = student_updates.every if student_updates else len(shards)
-        # The shards between which the student learns; all at once where there is none.
+        # The shards between which the student is updated; all at once where there is none.
         self.rounds = [shards[i : i + every] for i in range(0, len(shards), every)]
 
-    def missing_of(self, lesson: int) -> None:
+    def make_round(self, number: int) -> None:
         """Make the shards of a round that are not there, together with the other processes."""
-        shards, groups = self.rounds[lesson], self.execution.groups
+        shards, groups = self.rounds[number], self.execution.groups
         units = [list(shards[i : i + groups]) for i in range(0, len(shards), groups)]
         absent = set(self.synthetic.missing_shards())
         if world().is_main:
@@ -215,60 +222,60 @@ class _SetBuilder:
         missing = world().broadcast([unit for unit in units if absent & set(unit)])
         if not missing:
             return
-        if self.learner:
-            self.teach(self.learner, lesson)
+        if self.student:
+            self.update_student(self.student, number)
         with computing(self.execution), ThreadPoolExecutor(1) as writer:
-            checkup = QualityCheck(self.recipe, self.teacher)
+            check = QualityCheck(self.recipe, self.teacher)
             synthesizer = self._ready()
             written: Future[None] | None = None
             for unit in world().claim(missing):
                 labels = {shard: self.labels.of_batch(shard, self.batch_size, seed=self.seed) for shard in unit}
                 partial = self.synthetic.shard_path(unit[0]).with_suffix(STATE)
                 batches = synthesizer.batches(labels, partial=partial, watch=self._watch())
-                self._warn(health := [checkup.examine(batch) for batch in batches])
+                self._warn(qualities := [check.examine(batch) for batch in batches])
                 if written:
                     written.result()  # A shard that could not be written ends the run before the next one is made.
-                written = writer.submit(self._write, unit, batches, [asdict(one) for one in health], partial)
+                written = writer.submit(self._write, unit, batches, [asdict(quality) for quality in qualities], partial)
             if written:
                 written.result()
 
-    def teach(self, learner: Learner, lesson: int) -> None:
-        """Bring the student to where it is after `lesson` lessons, each on everything made before its round.
+    def update_student(self, student: UpdatedStudent, updates: int) -> None:
+        """Bring the student to where it is after so many updates, each on everything made before its round.
 
         A saved student is taken further; one that is further already starts again, so that an early shard that was
         lost comes back as it was.
         """
-        saved = self.synthetic.folder / STUDENT_STATE
+        path = self.synthetic.folder / STUDENT_STATE
         if world().is_main:
-            state: dict[str, Any] = {"lesson": 0, "seconds": 0.0, "student": learner.student.state_dict()}
+            state: dict[str, Any] = {"lesson": 0, "seconds": 0.0, "student": student.student.state_dict()}
             fresh = copy.deepcopy(state)
-            if saved.exists():
-                state = _lessons(saved)
-            state = state if state["lesson"] <= lesson else fresh
-            learner.student.load_state_dict(state["student"])
-            for number in range(state["lesson"] + 1, lesson + 1):
+            if path.exists():
+                state = _saved_student(path)
+            state = state if state["lesson"] <= updates else fresh
+            student.student.load_state_dict(state["student"])
+            for number in range(state["lesson"] + 1, updates + 1):
                 started = time.perf_counter()
-                made = [self.synthetic.read_shard(shard)[0] for shard in range(self.rounds[number][0])]
-                console.notice(f"Lesson {number}: the student learns from {sum(map(len, made))} images.")
-                learner.learn(torch.cat(made), lesson=number, precision=self.execution.precision)
+                images = [self.synthetic.read_shard(shard)[0] for shard in range(self.rounds[number][0])]
+                console.notice(f"Update {number}: the student learns from {sum(map(len, images))} images.")
+                student.update(torch.cat(images), number=number, precision=self.execution.precision)
                 seconds = state["seconds"] + time.perf_counter() - started
-                state = {"lesson": number, "seconds": seconds, "student": learner.student.state_dict()}
-            save_state(saved, state)
+                state = {"lesson": number, "seconds": seconds, "student": student.student.state_dict()}
+            save_state(path, state)
         world().barrier()
-        learner.student.load_state_dict(_lessons(saved)["student"])
+        student.student.load_state_dict(_saved_student(path)["student"])
 
     def _ready(self) -> Synthesizer:
-        """The synthesizer, competing with the student as it is now."""
-        student = self.learner.student if self.learner else None
+        """The synthesizer, whose images compete with the student as it is now."""
+        student = self.student.student if self.student else None
         if self.synthesizer is None:
-            record = self.job.record
+            record = self.spec.record
             self.synthesizer = Synthesizer(
                 self.recipe,
                 self.teacher,
                 self.execution,
                 seed=self.seed,
                 student=student,
-                source=self.job.source(),
+                source=self.spec.source(),
                 pixels=record.pixels if record else None,
             )
             processor = processor_name(self.synthesizer.device)
@@ -277,24 +284,24 @@ class _SetBuilder:
                     f"This set was begun on {self.execution.processor}; {processor} may round its images differently."
                 )
         elif student:
-            self.synthesizer.learned(student)
+            self.synthesizer.update_student(student)
         return self.synthesizer
 
-    def _write(self, unit: list[int], batches: list[Batch], health: list[dict[str, Any]], partial: Path) -> None:
+    def _write(self, unit: list[int], batches: list[Batch], qualities: list[dict[str, Any]], partial: Path) -> None:
         sizes = self.synthetic.manifest["shards"]
-        for shard, batch, state in zip(unit, batches, health, strict=True):
+        for shard, batch, quality in zip(unit, batches, qualities, strict=True):
             # A last, smaller shard is cut from a full batch: a smaller batch has other BatchNorm statistics.
             stored = as_stored(batch.images[: sizes[shard]], in_range=self.recipe.images.in_range)
-            _write_metrics(self.synthetic.shard_path(shard).with_suffix(".jsonl"), shard, batch, state)
+            _write_metrics(self.synthetic.shard_path(shard).with_suffix(".jsonl"), shard, batch, quality)
             self.synthetic.write_shard(shard, stored, batch.labels[: sizes[shard]])
         partial.unlink(missing_ok=True)
 
-    def _warn(self, health: Sequence[BatchQuality]) -> None:
+    def _warn(self, qualities: Sequence[BatchQuality]) -> None:
         """Say each kind of warning once, not once a batch."""
-        for state in health:
-            for kind, warning in state.warnings(self.synthetic.manifest["recipe"]["settings"]).items():
-                if kind not in self.told:
-                    self.told.add(kind)
+        for quality in qualities:
+            for kind, warning in quality.warnings(self.synthetic.manifest["recipe"]["settings"]).items():
+                if kind not in self.warned:
+                    self.warned.add(kind)
                     console.notice(warning)
 
     def _watch(self) -> Watch | None:
@@ -309,14 +316,14 @@ class _SetBuilder:
         return watch
 
 
-def _write_metrics(path: Path, shard: int, batch: Batch, health: Mapping[str, Any]) -> None:
+def _write_metrics(path: Path, shard: int, batch: Batch, quality: Mapping[str, Any]) -> None:
     points = [{"shard": shard, **point} for point in batch.history]
     end = {
         "shard": shard,
         "process": world().rank,
         "seconds": round(batch.seconds, 3),
         "attempts": batch.attempts,
-        "health": health,
+        "health": quality,
         **batch.losses,
     }
     with write_atomically(path) as temporary:
@@ -346,8 +353,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield from map(json.loads, file)
 
 
-def _check_same_job(synthetic: SyntheticSet, job: Mapping[str, Any]) -> None:
-    for name, value in job.items():
+def _check_same_spec(synthetic: SyntheticSet, described: Mapping[str, Any]) -> None:
+    for name, value in described.items():
         if synthetic.manifest.get(name) != json.loads(json.dumps(value)):
             raise BadInput(
                 f"{synthetic.folder} holds a set with another {name}.", "Name another folder, or --overwrite."

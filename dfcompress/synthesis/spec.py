@@ -40,13 +40,14 @@ class SynthesisSpec:
         assert self.synthesis.images is not None, "a verb says how many it makes by default"
         return self.synthesis.images
 
+    @property
     def recipe(self) -> Recipe:
-        """A fresh recipe."""
-        return self.choice.build()
+        """The recipe, built once."""
+        return self.choice.recipe
 
     def source(self) -> TargetSampler | None:
         """The record's activations made ready to draw from, where the recipe asks for some."""
-        if self.record is None or Want.TARGETS not in self.recipe().wants:
+        if self.record is None or Want.TARGETS not in self.recipe.wants:
             return None
         family = SpectralSampler if self.record.about.kind in SPECTRAL else GaussianSampler
         return family(self.record, self.teacher)
@@ -71,12 +72,17 @@ def resolve(teacher: Classifier, synthesis: Synthesis) -> SynthesisSpec:
     record = _record(teacher, synthesis.records)
     choice = choose_recipe(synthesis, teacher.card, record.about if record else None)
     labels = choose_labels(synthesis.labels, synthesis.classes, teacher.card)
-    recipe = choice.build()
+    recipe = choice.recipe
     kind = record.about.kind if record else None
     if Want.TARGETS in recipe.wants and kind in (None, BN_EQUIVALENT):
         raise BadInput(
             f"Recipe {choice.name} needs a record of activations.",
             "Give it with --records; `dfcompress record` makes one.",
+        )
+    if recipe.images.persistent:
+        raise BadInput(
+            f"The images of recipe {choice.name} live on over batches; those of a set are made batch by batch.",
+            "Let them start anew with every batch: persistent = False.",
         )
     if record and (Want.MOMENTS if kind == BN_EQUIVALENT else Want.TARGETS) not in recipe.wants:
         console.notice(f"Recipe {choice.name} does not use the record of kind {kind}.")

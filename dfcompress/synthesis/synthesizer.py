@@ -25,15 +25,15 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized
 from dfcompress.models.recorder import FusedRecorder, Recording, Target, traces
 from dfcompress.randomness import generator
-from dfcompress.run import Clock, save_state
+from dfcompress.synthesis.batch_state import SMALLER, BatchState
 from dfcompress.synthesis.images import Images, PixelStatistics
-from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, Want
+from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, ModuleState, Want
 from dfcompress.synthesis.recipe import Phase, Recipe
 from dfcompress.synthesis.records.targets import BatchTargets, TargetSampler
+from dfcompress.synthesis.transforms import Drawn
 
 HISTORY_POINTS = 50
 ATTEMPTS = 3
-SMALLER = 0.3
 STEPS_BEFORE_CAPTURE = 3
 
 Watch = Callable[[int, Callable[[], Tensor]], None]
@@ -66,7 +66,7 @@ class NotFinite(DfcompressError):
 class Synthesizer:
     """Makes batches of images by one recipe from one teacher.
 
-    A recipe whose images compete with a student needs `student`; `learned` tells that its weights have changed.
+    A recipe whose images compete with a student needs `student`; `update_student` tells that its weights have changed.
     `source` is the teacher's record of activations, which some recipes need; `pixels` are the mean and the deviation
     to start from, where a record knows them.
     """
@@ -83,43 +83,21 @@ class Synthesizer:
         pixels: PixelStatistics | None = None,
     ) -> None:
         self.recipe, self.seed, self.execution = recipe, seed, execution
-        self.student = student
+        self.student, self.source, self.pixels = student, source, pixels
         self.device = device.resolve_device(execution.device)
         self.teacher = teacher.frozen().to(self.device)
-        self.source, self.pixels = source, pixels
-        recorder = FusedRecorder(
-            self.teacher.network,
-            moments=Want.MOMENTS in recipe.wants,
-            outputs=outputs_of(recipe, source),
-            channel_means=sorted(want.layer for want in recipe.wants if isinstance(want, ChannelMeans)),
-            dropout=source is not None and source.fixes_dropout,
-            precision=device.PRECISIONS[execution.precision],
-        )
-        self._network = self._fast(recorder)
-        self._student: Callable[[Tensor], Tensor] | None = None
+        self._network = compiled(recorder_of(recipe, self.teacher, source, execution), execution)
+        self._losses = compiled(losses_of(recipe), execution)
+        self._live_student: LiveStudent | None = None
         if Want.STUDENT in recipe.wants:
             assert student is not None, "a recipe that competes with a student needs one"
-            self.learned(student)
-        self._losses = self._fast(losses_of(recipe))
-        self._transforms = {id(phase): transforms_of(phase) for phase in recipe.phases}
+            self._live_student = LiveStudent(student, self.teacher, execution)
 
-    def learned(self, student: Classifier) -> None:
-        """Compete with `student` as it is now, on images normalised as it knows them."""
-        own = copy.deepcopy(student).to(self.device)
-        freeze(own.network)
-        # The grids of a quantized student are in fp32, and so is all between them.
-        precision = torch.float32 if is_quantized(own.network) else device.PRECISIONS[self.execution.precision]
-        network = self._fast(FusedRecorder(own.network, moments=False, precision=precision))
-        alike = torch.equal(own.mean, self.teacher.mean) and torch.equal(own.std, self.teacher.std)
-
-        def logits(seen: Tensor) -> Tensor:
-            recording: Recording = network(seen if alike else own.normalise(self.teacher.denormalise(seen)))
-            return recording.logits
-
-        self._student = logits
-
-    def _fast(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return device.compiled(function) if self.execution.compile else function
+    def update_student(self, student: Classifier) -> None:
+        """Compete with `student` as it is now; nothing is compiled or captured anew."""
+        assert self._live_student is not None, "the recipe competes with no student"
+        self.student = student
+        self._live_student.update(student)
 
     def batch(self, shard: int, labels: Tensor, *, partial: Path | None = None, watch: Watch | None = None) -> Batch:
         """The images of one shard, as `batches` makes them."""
@@ -130,15 +108,16 @@ class Synthesizer:
     ) -> list[Batch]:
         """The images of some shards, made side by side, each with its own statistics.
 
-        They are a pure function of recipe, teacher, execution, seed and `labels` `(N,)` by shard.
+        They are a pure function of recipe, teacher, execution, seed and `labels` `(N,)` by shard; those of persistent
+        `Images` depend on the batches before, too.
         With `partial` the state is kept in that file every 20 seconds, and taken up from there if it exists.
         `watch` is called after every step with its number and a way to get the first shard's images in [0, 1].
-        A batch whose loss is not finite is made again with a smaller rate, twice at most;
-        raises `DfcompressError` where that does not help, where a loss is not finite before the first step, and where
-        the memory does not suffice, naming what fits.
+        A batch whose loss is not finite is made again with a smaller rate, twice at most, unless its images are
+        persistent; raises `DfcompressError` where that does not help, where a loss is not finite before the first step,
+        and where the memory does not suffice, naming what fits.
         """
         try:
-            return self._attempts(labels, partial, watch)
+            return self._make(labels, partial, watch)
         except RuntimeError as error:
             if not device.is_out_of_memory(error):
                 raise
@@ -151,45 +130,164 @@ class Synthesizer:
                 for half in halves
                 for batch in self.batches({shard: labels[shard] for shard in half}, watch=watch)
             ]
-        ((shard, own),) = labels.items()
-        raise DfcompressError(f"{len(own)} images a step do not fit into memory.", self._what_fits(shard, own))
+        size = len(labels[shards[0]])
+        raise DfcompressError(f"{size} images a step do not fit into memory.", self._what_fits(labels))
 
-    def _what_fits(self, shard: int, labels: Tensor) -> str:
-        size = len(labels) // 2
-        while size:
-            try:
-                work = self.begin({shard: labels[:size]})
-                work.step = self.recipe.steps - self.recipe.phases[-1].steps
-                self.step(work)
-                return f"--batch-size {size} fits; its statistics and so its images are other ones."
-            except RuntimeError as error:
-                if not device.is_out_of_memory(error):
-                    raise
-            size //= 2
-        return "Not even one image fits."
-
-    def _attempts(self, labels: Mapping[int, Tensor], partial: Path | None, watch: Watch | None) -> list[Batch]:
-        work = self.begin(labels)
+    def _make(self, labels: Mapping[int, Tensor], partial: Path | None, watch: Watch | None) -> list[Batch]:
+        state = self.begin(labels)
         if partial is not None and partial.exists():
-            work.load(partial)
+            state.load(partial)
         while True:
             try:
-                return self._finish(work, partial, watch)
+                self._optimise(state, partial, watch)
+                return self._finished(state)
             except NotFinite as error:
                 if error.step == 0 and (remedy := self._what_helps_at_the_start(labels)):
                     raise DfcompressError(error.problem, remedy) from None
-                if work.attempt + 1 == ATTEMPTS:
+                if state.attempt + 1 == ATTEMPTS or self.recipe.images.persistent:
                     raise
-                seconds, work = work.clock.seconds, self.begin(labels, attempt=work.attempt + 1)
-                work.clock.go_on_from(seconds)
-                console.notice(f"{error.problem} Making it again with {SMALLER**work.attempt:.2g} of the rate.")
+                seconds, state = state.clock.seconds, self.begin(labels, attempt=state.attempt + 1)
+                state.clock.go_on_from(seconds)
+                console.notice(f"{error.problem} Making it again with {SMALLER**state.attempt:.2g} of the rate.")
+
+    def _optimise(self, state: BatchState, partial: Path | None, watch: Watch | None) -> None:
+        """All steps that are left; meanwhile the state is shown, watched and saved."""
+        with console.progress(f"shard {', '.join(map(str, state.shards))}", self.recipe.steps) as progress:
+            while state.step < self.recipe.steps:
+                self.step(state)
+                if watch is not None:
+                    watch(state.step, lambda: self._rendered(state.images[0]))
+                if partial is not None and state.clock.is_time_to_save():
+                    self._check_finite(state.losses)
+                    state.save(partial)
+                if state.clock.is_time_to_tell() or state.step == self.recipe.steps:
+                    progress.update(state.step, **self._named(state.history[-1][0]))
+                    self._check_finite(state.losses)
+
+    def begin(self, labels: Mapping[int, Tensor], *, attempt: int = 0) -> BatchState:
+        """The state of some shards before their first step."""
+        images: list[Images] = []
+        targets: list[BatchTargets] = []
+        for shard, labels_of_shard in labels.items():
+            template = self.recipe.images
+            images.append(template if template.persistent else copy.deepcopy(template))
+            noise = generator("noise", self.seed, shard)
+            images[-1].start(labels_of_shard.to(self.device), self.teacher, noise, self.pixels)
+            if self.source:
+                targets.append(self.source.ask(labels_of_shard.cpu(), generator("targets", self.seed, shard)))
+        assert len(labels) == 1 or not self.recipe.images.persistent, "persistent images make one batch at a time"
+        together = BatchTargets.together(targets).to(self.device)
+        all_labels = torch.cat(list(labels.values())).to(self.device)
+        return BatchState(list(labels), all_labels, together, images, self.recipe.losses, attempt)
+
+    def begin_last_phase(self, labels: Mapping[int, Tensor]) -> BatchState:
+        """The state before the first step of the last phase, on images that no step has changed."""
+        state = self.begin(labels)
+        state.step = self.recipe.steps - self.recipe.phases[-1].steps
+        return state
+
+    def step(self, state: BatchState) -> None:
+        """One step of the optimiser: eager, compiled, or after a few of those the replay of a captured one."""
+        phase, step_in_phase = self.recipe.phase_at(state.step)
+        if step_in_phase == 0:
+            state.start_phase(betas=phase.betas)
+        state.set_rates(phase, step_in_phase)
+        state.put_drawn(self._drawn(state, phase))
+        with device.computing(self.execution):
+            if self.execution.capture and state.uncaptured >= STEPS_BEFORE_CAPTURE:
+                state.captured = state.captured or device.captured(lambda: self._update(state, phase))
+                values = state.captured()
+            else:
+                values = self._update(state, phase)
+                state.uncaptured += 1
+        state.history.append(values)
+        state.step += 1
+
+    def _drawn(self, state: BatchState, phase: Phase) -> list[list[Drawn]]:
+        """What the transforms of this step draw, for each shard."""
+        drawn: list[list[Drawn]] = []
+        channels, height, width = self.teacher.card.input_size
+        for shard, labels in zip(state.shards, state.labels.chunk(len(state.shards)), strict=True):
+            random, scale = generator("view", self.seed, shard, state.step), 1
+            drawn.append([])
+            for transform in phase.transforms:
+                drawn[-1].append(transform.sample((len(labels), channels, height // scale, width // scale), random))
+                scale *= transform.downscale
+        return drawn
+
+    def _update(self, state: BatchState, phase: Phase) -> Tensor:
+        """Change the parameters by the gradient of the weighted loss; the unweighted values `(shards, losses)`."""
+        total, values = self.objective(state, phase, [images.render() for images in state.images])
+        state.optimizer.zero_grad()
+        gradients = torch.autograd.grad(total, state.parameters)
+        for parameter, gradient in zip(state.parameters, gradients, strict=True):
+            parameter.grad = gradient.contiguous()
+        state.optimizer.step()
+        for images in state.images:
+            images.project()
+        return values
+
+    def objective(self, state: BatchState, phase: Phase, rendered: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The weighted loss of each shard's normalised images, summed over shards, and the unweighted values
+        `(shards, losses)`; what the transforms drew, labels, targets and modules of losses are those of `state`.
+        """
+        shown = []
+        for images, drawn in zip(rendered, state.drawn, strict=True):
+            transformed = images
+            for transform, numbers in zip(phase.transforms, drawn, strict=True):
+                transformed = transform.apply(transformed, *numbers)
+            shown.append(transformed)
+        seen, targets = torch.cat(shown), state.targets
+        recording = self._network(seen, targets.filters) if targets.filters else self._network(seen)
+        student_logits = self._live_student.logits(seen) if self._live_student else None
+        weighted: tuple[Tensor, Tensor] = self._losses(
+            seen, state.labels, recording, targets.targets, student_logits, state.modules
+        )
+        return weighted
+
+    def _rendered(self, images: Images) -> Tensor:
+        """Images in [0, 1]; rendered by a copy, because rendering may change buffers of a generator."""
+        with torch.no_grad():
+            return self.teacher.denormalise(copy.deepcopy(images).render())
+
+    def _finished(self, state: BatchState) -> list[Batch]:
+        history = state.losses.cpu()
+        self._check_finite(history)
+        batches = []
+        for i, labels in enumerate(state.labels.chunk(len(state.shards))):
+            images = self._rendered(state.images[i])
+            if not images.isfinite().all():
+                raise NotFinite("Pixels of the finished images are not finite.", state.step)
+            if self.recipe.label_free:
+                with torch.no_grad():
+                    labels = self.teacher(images).argmax(1)  # noqa: PLW2901
+            values = history[:, i]
+            stride = max(1, len(values) // HISTORY_POINTS)
+            points = [{"step": step, **self._named(values[step])} for step in range(0, len(values), stride)]
+            last = self._named(values[-1]) if len(values) else {}
+            seconds = state.clock.seconds / len(state.shards)
+            batches.append(Batch(images.cpu(), labels.cpu(), last, points, seconds, state.attempt + 1))
+        return batches
+
+    def _check_finite(self, history: Tensor) -> None:
+        finite = history.isfinite().flatten(1).all(1)
+        if not finite.all():
+            step = int((~finite).nonzero()[0])
+            names = [
+                loss.name
+                for loss, values in zip(self.recipe.losses, history[step].flatten(0, -2).T, strict=True)
+                if not values.isfinite().all()
+            ]
+            raise NotFinite(f"A loss was not finite at step {step}: {', '.join(names)}.", step)
+
+    def _named(self, values: Tensor) -> dict[str, float]:
+        return dict(zip((loss.name for loss in self.recipe.losses), values.tolist(), strict=True))
 
     @torch.no_grad()
     def _what_helps_at_the_start(self, labels: Mapping[int, Tensor]) -> str | None:
         """What to change where a loss is not finite for images that no step has moved yet, whatever the rate; None
         where another look finds it finite.
         """
-        shard, own = next(iter(labels.items()))
         exact = Synthesizer(
             self.recipe,
             self.teacher,
@@ -199,173 +297,95 @@ class Synthesizer:
             source=self.source,
             pixels=self.pixels,
         )
-        work = exact.begin({shard: own})
-        started = work.images[0].render()
+        first = next(iter(labels))
+        state = exact.begin({first: labels[first]})
+        started = state.images[0].render()
         if not started.isfinite().all():
             return "It is what the images start from: change it with --set."
         if not self.teacher.network(started).isfinite().all():
             return "The network answers noise with NaN or infinity: use another checkpoint."
-        phase, _ = _phase_at(self.recipe, 0)
-        work.put_drawn(exact._drawn(work, phase))
-        _, values = exact.objective([started], work.labels, phase, work.drawn, work.asked)
+        phase, _ = self.recipe.phase_at(0)
+        state.put_drawn(exact._drawn(state, phase))
+        _, values = exact.objective(state, phase, [started])
         if values.isfinite().all():
             return None if self.execution.precision == "fp32" else "Use --precision fp32."
         return "Take another --recipe, or change what it is made of with --set."
 
-    def _finish(self, work: Work, partial: Path | None, watch: Watch | None) -> list[Batch]:
-        with console.progress(f"shard {', '.join(map(str, work.shards))}", self.recipe.steps) as progress:
-            while work.step < self.recipe.steps:
-                self.step(work)
-                if watch is not None:
-                    watch(work.step, lambda: self._rendered(work.images[0]))
-                if partial is not None and work.clock.is_time_to_save():
-                    self._check_finite(work.losses)
-                    work.save(partial)
-                if work.clock.is_time_to_tell() or work.step == self.recipe.steps:
-                    progress.update(work.step, **self._named(work.history[-1][0]))
-                    self._check_finite(work.losses)
-        return self._finished(work)
-
-    def begin(self, labels: Mapping[int, Tensor], *, attempt: int = 0) -> Work:
-        """The state of some shards before their first step."""
-        images = [copy.copy(self.recipe.images) for _ in labels]
-        parameters = [
-            parameter
-            for shard, own in zip(labels, images, strict=True)
-            for parameter in own.start(
-                labels[shard].to(self.device), self.teacher, generator("noise", self.seed, shard), self.pixels
-            )
-        ]
-        asked = BatchTargets.together([self._ask(shard, own) for shard, own in labels.items()]).to(self.device)
-        return Work(list(labels), torch.cat(list(labels.values())).to(self.device), asked, images, parameters, attempt)
-
-    def _ask(self, shard: int, labels: Tensor) -> BatchTargets:
-        if self.source is None:
-            return BatchTargets()
-        return self.source.ask(labels.cpu(), generator("targets", self.seed, shard))
-
-    def step(self, work: Work) -> None:
-        """One step of the optimiser on the images of `work`."""
-        phase, step_in_phase = _phase_at(self.recipe, work.step)
-        if step_in_phase == 0:
-            work.start_phase(phase)
-        work.set_rate(phase.rate(step_in_phase))
-        work.put_drawn(self._drawn(work, phase))
-        with device.computing(self.execution):
-            if self.execution.capture and work.uncaptured >= STEPS_BEFORE_CAPTURE:
-                work.captured = work.captured or device.captured(lambda: self._update(work, phase))
-                values = work.captured()
-            else:
-                values = self._update(work, phase)
-                work.uncaptured += 1
-        work.history.append(values)
-        work.step += 1
-
-    def _drawn(self, work: Work, phase: Phase) -> list[Tensor]:
-        """What the views of this step draw for each shard, one after the other."""
-        drawn: list[Tensor] = []
-        for shard, images in zip(work.shards, work.images, strict=True):
-            random = generator("view", self.seed, shard, work.step)
-            count, channels, height, width = images.shape
-            for transform in phase.transforms:
-                drawn.extend(transform.sample((count, channels, height, width), random))
-                height, width = height // transform.downscale, width // transform.downscale
-        return drawn
-
-    def _update(self, work: Work, phase: Phase) -> Tensor:
-        rendered = [images.render() for images in work.images]
-        total, values = self.objective(rendered, work.labels, phase, work.drawn, work.asked)
-        work.optimizer.zero_grad()
-        gradients = torch.autograd.grad(total, work.parameters)
-        for parameter, gradient in zip(work.parameters, gradients, strict=True):
-            parameter.grad = gradient.contiguous()
-        work.optimizer.step()
-        for images in work.images:
-            images.project()
-        return values
-
-    def objective(
-        self,
-        rendered: Sequence[Tensor],
-        labels: Tensor,
-        phase: Phase,
-        drawn: Sequence[Tensor],
-        asked: BatchTargets = BatchTargets(),
-    ) -> tuple[Tensor, Tensor]:
-        """The weighted loss, summed over shards, and the unweighted values `(shards, losses)`.
-
-        `rendered` are the normalised images of each shard, `drawn` what `stage`'s views drew for them, shard by shard;
-        `asked` is what a record asks of them.
-        """
-        transforms, count = self._transforms[id(phase)], len(drawn) // len(rendered)
-        seen = torch.cat([transforms(own, *drawn[i * count : (i + 1) * count]) for i, own in enumerate(rendered)])
-        recording = self._network(seen, asked.filters) if asked.filters else self._network(seen)
-        student = self._student(seen) if self._student else None
-        weighted: tuple[Tensor, Tensor] = self._losses(seen, labels, recording, asked.targets, student, len(rendered))
-        return weighted
-
-    def _rendered(self, images: Images) -> Tensor:
-        with torch.no_grad():
-            return self.teacher.denormalise(images.render())
-
-    def _finished(self, work: Work) -> list[Batch]:
-        history = work.losses.cpu()
-        self._check_finite(history)
-        batches = []
-        for i, labels in enumerate(work.labels.chunk(len(work.shards))):
-            images = self._rendered(work.images[i])
-            if not images.isfinite().all():
-                raise NotFinite("Pixels of the finished images are not finite.", work.step)
-            if self.recipe.label_free:
-                with torch.no_grad():
-                    labels = self.teacher(images).argmax(1)  # noqa: PLW2901
-            own = history[:, i]
-            stride = max(1, len(own) // HISTORY_POINTS)
-            points = [{"step": step, **self._named(own[step])} for step in range(0, len(own), stride)]
-            last = self._named(own[-1]) if len(own) else {}
-            seconds = work.clock.seconds / len(work.shards)
-            batches.append(Batch(images.cpu(), labels.cpu(), last, points, seconds, work.attempt + 1))
-        return batches
-
-    def _check_finite(self, history: Tensor) -> None:
-        finite = history.isfinite().flatten(1).all(1)
-        if not finite.all():
-            step = int((~finite).nonzero()[0])
-            names = [
-                loss.name
-                for loss, own in zip(self.recipe.losses, history[step].flatten(0, -2).T, strict=True)
-                if not own.isfinite().all()
-            ]
-            raise NotFinite(f"A loss was not finite at step {step}: {', '.join(names)}.", step)
-
-    def _named(self, values: Tensor) -> dict[str, float]:
-        return dict(zip((loss.name for loss in self.recipe.losses), values.tolist(), strict=True))
+    def _what_fits(self, labels: Mapping[int, Tensor]) -> str:
+        ((shard, labels_of_shard),) = labels.items()
+        size = len(labels_of_shard) // 2
+        while size:
+            try:
+                self.step(self.begin_last_phase({shard: labels_of_shard[:size]}))
+                return f"--batch-size {size} fits; its statistics and so its images are other ones."
+            except RuntimeError as error:
+                if not device.is_out_of_memory(error):
+                    raise
+            size //= 2
+        return "Not even one image fits."
 
 
-def outputs_of(recipe: Recipe, source: TargetSampler | None) -> list[str]:
-    """The layers whose outputs the recorder keeps: the record's, and those that losses name."""
-    recorded = list(source.layers) if source else []
+class LiveStudent:
+    """The student that images compete with: a copy made to be compiled once, whose weights `update` replaces in place,
+    where compiled code and captured steps read them.
+
+    It sees the images normalised as it knows them.
+    """
+
+    def __init__(self, student: Classifier, teacher: Classifier, execution: Execution) -> None:
+        self._teacher, self._student = teacher, frozen_copy(student, teacher.mean.device)
+        # The grids of a quantized student are in fp32, and so is all between them.
+        quantized = is_quantized(student.network)
+        precision = torch.float32 if quantized else device.PRECISIONS[execution.precision]
+        self._recorder = FusedRecorder(self._student.network, precision=precision)
+        self._network = compiled(self._recorder, execution)
+        same_mean, same_std = torch.equal(self._student.mean, teacher.mean), torch.equal(self._student.std, teacher.std)
+        self._normalised_alike = same_mean and same_std
+
+    def update(self, student: Classifier) -> None:
+        """Answer as `student` does now."""
+        self._recorder.take_weights(frozen_copy(student, self._teacher.mean.device).network)
+
+    def logits(self, seen: Tensor) -> Tensor:
+        """The student's logits `(N, classes)` for images as the teacher sees them."""
+        if not self._normalised_alike:
+            seen = self._student.normalise(self._teacher.denormalise(seen))
+        recording: Recording = self._network(seen)
+        return recording.logits
+
+
+def frozen_copy(student: Classifier, target: torch.device) -> Classifier:
+    """A copy on a device, the weights of quantized layers on their grids."""
+    frozen = copy.deepcopy(student).to(target)
+    freeze(frozen.network)
+    return frozen
+
+
+def compiled(function: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
+    """`function` as an execution runs it: compiled, or as it is."""
+    return device.compiled(function) if execution.compile else function
+
+
+def recorder_of(
+    recipe: Recipe, teacher: Classifier, source: TargetSampler | None, execution: Execution
+) -> FusedRecorder:
+    """The recorder of what the recipe's losses want, and of the layers that the record sets targets for."""
+    outputs = list(source.layers) if source else []
     wanted = {want.layer for want in recipe.wants if isinstance(want, LayerOutput)}
-    return recorded + sorted(wanted.difference(recorded))
-
-
-def transforms_of(phase: Phase) -> Callable[..., Tensor]:
-    """The function (images, drawn tensors) → what the teacher sees."""
-    counts = [len(transform.sample((1, 1, 2, 2), torch.Generator())) for transform in phase.transforms]
-
-    def transforms(images: Tensor, *drawn: Tensor) -> Tensor:
-        first = 0
-        for transform, count in zip(phase.transforms, counts, strict=True):
-            images = transform.apply(images, *drawn[first : first + count])
-            first += count
-        return images
-
-    return transforms
+    return FusedRecorder(
+        teacher.network,
+        moments=Want.MOMENTS in recipe.wants,
+        outputs=outputs + sorted(wanted.difference(outputs)),
+        channel_means=sorted(want.layer for want in recipe.wants if isinstance(want, ChannelMeans)),
+        dropout=source is not None and source.fixes_dropout,
+        precision=device.PRECISIONS[execution.precision],
+    )
 
 
 def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The function (seen images, labels, recording, targets, student's logits, groups) → (weighted sum, values
-    `(groups, losses)`), of so many equal batches, each with its own statistics.
+    """The function (seen images, labels, recording, targets, student's logits, modules) → (weighted sum, values
+    `(batches, losses)`); each of the equal batches has its own statistics, and in `modules` the tensors of the losses'
+    modules.
     """
     losses = list(recipe.losses)
 
@@ -375,12 +395,16 @@ def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor]]:
         recording: Recording,
         targets: Mapping[str, Target] | None = None,
         student_logits: Tensor | None = None,
-        groups: int = 1,
+        modules: Sequence[Mapping[str, ModuleState]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        batches = traces(seen, labels, recording, targets=targets, student_logits=student_logits, groups=groups)
-        values = [[loss.value(trace) for loss in losses] for trace in batches]
-        weighted = [loss.weight * value for own in values for loss, value in zip(losses, own, strict=True)]
-        return torch.stack(weighted).sum(), torch.stack([torch.stack(own) for own in values]).detach()
+        modules = modules or [{loss.name: loss.module_state(seen.device) for loss in losses}]
+        batches = traces(seen, labels, recording, targets=targets, student_logits=student_logits, groups=len(modules))
+        values = [
+            [loss.value_with(states[loss.name], trace) for loss in losses]
+            for trace, states in zip(batches, modules, strict=True)
+        ]
+        weighted = [loss.weight * value for row in values for loss, value in zip(losses, row, strict=True)]
+        return torch.stack(weighted).sum(), torch.stack([torch.stack(row) for row in values]).detach()
 
     return values_and_sum
 
@@ -393,113 +417,24 @@ def try_step(
     student: Classifier | None,
     source: TargetSampler | None,
 ) -> None:
-    """One eager step of the recipe's last stage with two images; raises what a network raises that cannot do it."""
+    """One eager step of the recipe's last phase with two images; raises what a network raises that cannot do it."""
     if not recipe.steps:
         return
     synthesizer = Synthesizer(recipe, teacher, replace(execution, compile=False), student=student, source=source)
-    work = synthesizer.begin({0: torch.arange(2) % teacher.card.classes})
-    work.step = recipe.steps - recipe.phases[-1].steps
-    synthesizer.step(work)
+    synthesizer.step(synthesizer.begin_last_phase({0: torch.arange(2) % teacher.card.classes}))
 
 
 def seconds_per_step(
     recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int, source: TargetSampler | None = None
 ) -> float:
-    """Seconds one step takes in the recipe's last stage, the best of those after the first, or after its capture."""
+    """Seconds one step takes in the recipe's last phase, the best of those after the first, or after its capture."""
     student = copy.deepcopy(teacher) if Want.STUDENT in recipe.wants else None
     synthesizer = Synthesizer(recipe, teacher, execution, student=student, source=source)
-    work = synthesizer.begin({0: torch.arange(batch_size) % teacher.card.classes})
-    last, times = recipe.phases[-1], []
-    work.step = recipe.steps - last.steps
-    for _ in range(min(last.steps, 3 + STEPS_BEFORE_CAPTURE * execution.capture)):
+    state = synthesizer.begin_last_phase({0: torch.arange(batch_size) % teacher.card.classes})
+    times = []
+    for _ in range(min(recipe.phases[-1].steps, 3 + STEPS_BEFORE_CAPTURE * execution.capture)):
         started = time.perf_counter()
-        synthesizer.step(work)
+        synthesizer.step(state)
         device.synchronize(synthesizer.device)
         times.append(time.perf_counter() - started)
     return min(times[1:] or times)
-
-
-class Work:
-    """The state of unfinished shards: optimised tensors, optimiser, step, and the losses of every step so far."""
-
-    def __init__(
-        self,
-        shards: list[int],
-        labels: Tensor,
-        asked: BatchTargets,
-        images: list[Images],
-        parameters: list[Tensor],
-        attempt: int,
-    ) -> None:
-        self.shards, self.labels, self.asked, self.images, self.parameters = shards, labels, asked, images, parameters
-        self.attempt = attempt
-        self.step = 0
-        self.history: list[Tensor] = []
-        self.drawn: list[Tensor] = []
-        self.captured: Callable[[], Tensor] | None = None
-        self.uncaptured = 0
-        self.clock = Clock()
-        self._rate = torch.zeros((), device=labels.device)
-        self.start_phase(Phase(0, 0.0))
-
-    @property
-    def losses(self) -> Tensor:
-        """The values of every step so far, `(steps, shards, losses)`."""
-        return torch.stack(self.history) if self.history else torch.zeros(0, len(self.shards), 1)
-
-    def start_phase(self, phase: Phase) -> None:
-        """A fresh optimiser for `stage`."""
-        capturable = device.is_cuda(self.labels.device)
-        self.optimizer = torch.optim.Adam(self.parameters, betas=phase.betas, fused=True, capturable=capturable)
-        self._follow_rate()
-        self.drawn, self.captured, self.uncaptured = [], None, 0
-
-    def _follow_rate(self) -> None:
-        """Let the optimiser read the rate from memory of the device, where a captured step finds it too."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate
-
-    def set_rate(self, rate: float) -> None:
-        """The rate of the next step, smaller after an attempt that overflowed."""
-        self._rate.fill_(rate * SMALLER**self.attempt)
-
-    def put_drawn(self, drawn: Sequence[Tensor]) -> None:
-        """Hand the next step its random numbers, always in the same memory."""
-        if not self.drawn:
-            self.drawn = [tensor.to(self.labels.device, copy=True) for tensor in drawn]
-        else:
-            for old, new in zip(self.drawn, drawn, strict=True):
-                old.copy_(new, non_blocking=True)
-
-    def save(self, path: Path) -> None:
-        """Write everything that the next step depends on."""
-        state = {
-            "attempt": self.attempt,
-            "step": self.step,
-            "seconds": self.clock.seconds,
-            "parameters": [parameter.detach() for parameter in self.parameters],
-            "optimizer": self.optimizer.state_dict(),
-            "history": self.losses,
-        }
-        save_state(path, state)
-
-    def load(self, path: Path) -> None:
-        """Go on from what `save` wrote."""
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        self.attempt = state["attempt"]
-        with torch.no_grad():
-            for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
-                parameter.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._follow_rate()
-        self.step = state["step"]
-        self.clock.go_on_from(state["seconds"])
-        self.history = list(state["history"].to(self.labels.device))
-
-
-def _phase_at(recipe: Recipe, step: int) -> tuple[Phase, int]:
-    for phase in recipe.phases:
-        if step < phase.steps:
-            return phase, step
-        step -= phase.steps
-    raise IndexError(step)

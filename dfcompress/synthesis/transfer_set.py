@@ -21,8 +21,8 @@ from dfcompress.randomness import generator
 from dfcompress.settings import AUTO
 from dfcompress.synthesis.labels import BALANCED
 from dfcompress.synthesis.losses import Want
-from dfcompress.synthesis.recipe import Recipe, Synthesis, choose
-from dfcompress.synthesis.set_builder import Learner, build_set, seconds_of
+from dfcompress.synthesis.recipe import Recipe, Synthesis, settings_of
+from dfcompress.synthesis.set_builder import UpdatedStudent, build_set, seconds_of
 from dfcompress.synthesis.spec import SynthesisSpec, resolve
 
 HELD_OUT_SHARE = 1 / 16
@@ -56,7 +56,7 @@ class TransferSetSource:
         *,
         second_recipe: str | None = None,
         probe_images: int = 0,
-        learner: Callable[[Recipe], Learner | None] = lambda recipe: None,
+        learner: Callable[[Recipe], UpdatedStudent | None] = lambda recipe: None,
     ) -> None:
         self.compute = compute
         places = _parts(data)
@@ -67,7 +67,7 @@ class TransferSetSource:
         self.specs = {} if self.sources else _specs(teacher, synthesis, second_recipe)
         if self.sources and (second_recipe not in (AUTO, None) or replace(synthesis, images=1) != Synthesis(images=1)):
             console.notice("The images are those of --data: options of synthesis make no others to train on.")
-        self.learners = {name: learner(spec.recipe()) for name, spec in self.specs.items()}
+        self.learners = {name: learner(spec.recipe) for name, spec in self.specs.items()}
         informed = next((spec.teacher for spec in self.specs.values()), teacher)
         self.probe = None
         if probe_images and not why_no_statistics(informed.network):
@@ -97,7 +97,7 @@ class TransferSetSource:
     @property
     def adaptive(self) -> bool:
         """Whether images are made that compete with a student."""
-        return any(spec.recipe().student_updates for spec in self.specs.values())
+        return any(spec.recipe.student_updates for spec in self.specs.values())
 
     def __len__(self) -> int:
         """How many images there are to train on."""
@@ -107,7 +107,7 @@ class TransferSetSource:
     def gather(self, folder: Path) -> TransferSet:
         """All images as they are stored, and their labels; one image in sixteen is held out."""
         synthesized = [
-            build_set(spec, folder / name, self.compute, learner=self.learners[name])
+            build_set(spec, folder / name, self.compute, student=self.learners[name])
             for name, spec in self.specs.items()
         ]
         images, labels = _gathered([*self.sources, *synthesized])
@@ -164,7 +164,7 @@ def _specs(teacher: Classifier, synthesis: Synthesis, second_recipe: str | None)
     """What to synthesize, by the folder of the set."""
     first = resolve(teacher, synthesis)
     if second_recipe == AUTO:
-        informed = not why_no_statistics(first.teacher.network) and Want.TARGETS not in first.recipe().wants
+        informed = not why_no_statistics(first.teacher.network) and Want.TARGETS not in first.recipe.wants
         free = synthesis.labels == BALANCED and not synthesis.classes and first.images > 1
         wanted = informed and free and first.choice.name != OTHER_RECIPES[0]
         second_recipe = OTHER_RECIPES[0] if wanted else None
@@ -187,7 +187,7 @@ def _specs(teacher: Classifier, synthesis: Synthesis, second_recipe: str | None)
 
 def _alike(synthesis: Synthesis, recipe: str, images: int) -> Synthesis:
     """The same synthesis by another recipe, with that recipe's settings but for steps and the size of batches."""
-    known = choose(recipe).settings
+    known = settings_of(recipe)
     settings = {name: synthesis.settings[name] for name in ("steps", "batch_size") if name in synthesis.settings}
     settings = {name: value for name, value in settings.items() if name in known}
     return Synthesis(

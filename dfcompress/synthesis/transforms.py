@@ -1,8 +1,8 @@
 """What is done to the images before the teacher sees them.
 
-A view is random in numbers that are drawn beforehand and handed in as tensors, so one compiled or captured function
-serves every step: `apply(images, *sample(images.shape, random))`.
-All views are differentiable; the ones that only move pixels carry gradients back by moving them, which adds no sums.
+A transform is random in numbers that are drawn beforehand and handed in as tensors, so one compiled or captured
+function serves every step: `apply(images, *sample(images.shape, random))`.
+All of them are differentiable; those that only move pixels carry gradients back by moving them, which adds no sums.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def _nothing(shape: Sequence[int], random: torch.Generator) -> Drawn:
 class Transform:
     """`apply` maps images `(N, C, H, W)` and what `sample` drew for their shape to the images the teacher sees.
 
-    A view may show each image several times, one whole copy of the batch after the other, and `shrinks` height and
-    width by a whole factor.
+    It may show each image several times, one whole copy of the batch after the other, and divide height and width by a
+    whole number, `downscale`.
     """
 
     apply: Callable[..., Tensor]

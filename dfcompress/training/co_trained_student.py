@@ -1,4 +1,4 @@
-"""The student that adaptive recipes let images compete with: it learns while they are made."""
+"""The student that images of a recipe with student updates compete with: it is trained while they are made."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dfcompress.training.settings import Training
 
 
 class CoTrainedStudent:
-    """A student and its lessons: each trains it on, from where the last one left it, by knowledge distillation.
+    """A student that every update trains on, from where the last one left it, by knowledge distillation.
 
     Under `repair` it is a quantized network: its ranges of inputs and its BatchNorms' statistics stay, as they do where
     it is fine-tuned by `kd`.
@@ -32,22 +32,20 @@ class CoTrainedStudent:
         batch_size: int,
         compute: Compute,
         temperature: float = 4.0,
-        is_kept: bool = False,
         repair: bool = False,
     ) -> None:
-        self.is_kept, self.repair = is_kept, repair
-        self.student, self.teacher, self.temperature = student.eval(), teacher, temperature
+        self.student, self.teacher, self.temperature, self.repair = student.eval(), teacher, temperature, repair
         augmentation = Augmentation(shift=4, flip=True, mixup=1.0)
         self.training = Training(
             steps=steps, lr=lr, batch_size=batch_size, freeze_batchnorm=repair, augmentation=augmentation
         )
-        # A lesson is too short for the compiler's time to come back.
+        # An update is too short for the compiler's time to come back.
         self.compute = replace(compute, compile="off")
 
-    def learn(self, images: Tensor, *, lesson: int, precision: Precision) -> None:
-        """One lesson on stored images `(N, C, H, W)`, uint8 or float16 in units of [0, 1]; in the precision in which
-        they were made, so that a set that is finished elsewhere has the same lessons.
+    def update(self, images: Tensor, *, number: int, precision: Precision) -> None:
+        """Train on stored images `(N, C, H, W)`, uint8 or float16 in units of [0, 1]; in the precision in which they
+        were made, so that a set that is finished elsewhere has the same updates.
         """
-        compute = replace(self.compute, seed=self.compute.seed + lesson, precision=precision)
-        teaching = Distillation(self.teacher, [kd(self.temperature)])
-        Trainer(self.student, teaching, self.training, compute=compute, alone=True, repair=self.repair).fit(images)
+        compute = replace(self.compute, seed=self.compute.seed + number, precision=precision)
+        distiller = Distillation(self.teacher, [kd(self.temperature)])
+        Trainer(self.student, distiller, self.training, compute=compute, alone=True, repair=self.repair).fit(images)

@@ -148,7 +148,8 @@ class Trainer:
     def _resolve(self) -> Execution:
         """Forward passes of all, and the student's backward pass, twice as long; the precision is tried."""
         work = sum(map(work_of, self.distiller.teachers)) + 3 * work_of(self.student)
-        execution = resolve_execution(self.compute, float(work) * self.training.batch_size * self.training.steps)
+        steps = self.training.steps
+        execution = resolve_execution(self.compute, float(work) * self.training.batch_size * steps, steps=steps)
         execution = _tried(execution, self.compute, self.student, self.distiller.teachers, self.training, self.repair)
         return replace(execution, precision=self.everyone.broadcast(execution.precision))
 
@@ -162,7 +163,8 @@ class Trainer:
         if self.everyone.count == 1:
             return execution
         # Gradients and statistics are exchanged by hooks, which a compiled network would not run.
-        return replace(execution, device=device.as_mine(execution.device), compile=False, threads=device.threads_here())
+        threads = min(execution.threads, device.threads_here())
+        return replace(execution, device=device.as_mine(execution.device), compile=False, threads=threads)
 
     def _saved_state(self) -> dict[str, Any] | None:
         path = self.folder / PARTIAL if self.folder else None
@@ -254,7 +256,9 @@ def require_trainable(
     if training.steps:
         require_passes(student, training, images=min(TRIED, share * len(sets)), repair=repair)
         if compute.precision != "auto":
-            _tried(resolve_execution(replace(compute, compile="off"), 0.0), compute, student, [], training, repair)
+            _tried(
+                resolve_execution(replace(compute, compile="off"), 0.0, steps=1), compute, student, [], training, repair
+            )
 
 
 def require_passes(student: Classifier, training: Training, *, images: int = TRIED, repair: bool = False) -> None:

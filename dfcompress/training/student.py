@@ -54,8 +54,9 @@ def make_student(
     take_logits(student)
     if unfit := why_not_run(student) or why_not_exclusive(student):
         raise BadInput(f"--student {taken} does not fit the teacher: {unfit.why}.", "Name another --student.")
-    stem = f", the form of {name} for small images (3x3 stem, no max-pool)" if taken == f"cifar_{name}" else ""
-    return student, f"Student: {taken}{stem}, {_described(student)}"
+    form = f", the form of {name} for small images (3x3 stem, no max-pool)" if taken == f"cifar_{name}" else ""
+    form = ", each layer half as wide as the teacher's" if widths else form
+    return student, f"Student: {taken}{form}, {_described(student)}"
 
 
 class Begun(NamedTuple):

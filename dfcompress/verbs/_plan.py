@@ -65,7 +65,7 @@ class Synthesize:
     @property
     def batch_size(self) -> int:
         """Images of a batch; all of them where they are fewer than the recipe's batch."""
-        return min(self.spec.recipe().batch_size, self.spec.images)
+        return min(self.spec.recipe.batch_size, self.spec.images)
 
     def to_json(self) -> dict[str, Any]:
         """What is made, as `run.json` keeps it."""
@@ -73,7 +73,7 @@ class Synthesize:
             "recipe": asdict(self.spec.choice),
             "images": self.spec.images,
             "batches": -(-self.spec.images // self.batch_size),
-            "steps": self.spec.recipe().steps,
+            "steps": self.spec.recipe.steps,
         }
 
     def estimate(self) -> SynthesisEstimate:
@@ -81,7 +81,7 @@ class Synthesize:
 
         Raises `BadInput` where a network fails in the precision that was asked for, or in any.
         """
-        recipe, batches = self.spec.recipe(), -(-self.spec.images // self.batch_size)
+        recipe, batches = self.spec.recipe, -(-self.spec.images // self.batch_size)
         execution = execution_of(self.spec, self.compute, self.student)
         eager, seconds = replace(execution, compile=False), 0.0
         if recipe.steps:

@@ -89,10 +89,10 @@ def _ceilings(target: torch.device) -> dict[str, float] | None:
 
 
 def _ours(teacher: Classifier, batch_size: int, execution: Execution) -> Step:
-    recipe = choose("deepinversion", "paper-cifar10", {"batch_size": batch_size}).build()
+    recipe = choose("deepinversion", "paper-cifar10", {"batch_size": batch_size}).recipe
     synthesizer = Synthesizer(recipe, teacher, execution)
-    work = synthesizer.begin({0: torch.arange(batch_size) % teacher.card.classes})
-    return lambda: synthesizer.step(work)
+    state = synthesizer.begin({0: torch.arange(batch_size) % teacher.card.classes})
+    return lambda: synthesizer.step(state)
 
 
 def _plain_network(teacher: Classifier, target: torch.device, precision: torch.dtype) -> nn.Module:

@@ -31,7 +31,7 @@ from dfcompress.training.student import begin_student
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed, evaluator
 from dfcompress.verbs._plan import Plan, planned
-from dfcompress.verbs.invert import learner
+from dfcompress.verbs.invert import co_trained_student
 
 DISTILLATION = Training(
     steps=6000,
@@ -98,7 +98,7 @@ def distill(
         compute,
         second_recipe=second_recipe,
         probe_images=probe_images,
-        learner=lambda recipe: learner(teacher, recipe, competing, compute, is_kept=co_train),
+        learner=lambda recipe: co_trained_student(teacher, recipe, competing, compute),
     )
     if co_train and not source.adaptive:
         raise BadInput("Nothing competes with the student.", "Give --co-train an adaptive recipe and no --data.")

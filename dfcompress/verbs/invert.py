@@ -32,7 +32,7 @@ from dfcompress.verbs._plan import Plan, Synthesize, planned
 from dfcompress.verbs.evaluate import placed
 
 IMAGES = 1024
-# By the distillation loss on ResNet-20's training images at the end of one lesson of 60 steps of 64, at a rate of 0.05
+# By the distillation loss on ResNet-20's training images at the end of one update of 60 steps of 64, at a rate of 0.05
 # and of 0.01: 20.6 and 14.1 at 2w4a, 1.64 and 0.87 at 4w4a.
 UNDER_REPAIR = 0.2
 
@@ -101,11 +101,11 @@ def invert(
     teacher = as_classifier(checkpoint)
     others = [as_classifier(other) for other in verify]
     spec = resolve(teacher, synthesis.counted(IMAGES))
-    competing = learner(teacher, spec.recipe(), student, compute)
+    competing = co_trained_student(teacher, spec.recipe, student, compute)
 
     def work(plan: Plan[Inversion], run: Run) -> Inversion:
         (made,) = plan.synthesis
-        synthetic = build_set(made.spec, run.folder, made.compute, learner=competing)
+        synthetic = build_set(made.spec, run.folder, made.compute, student=competing)
         result = None
         if world().is_main:
             result = _measured(made.spec, synthetic, others, resolve_device(compute.device)).to_json()
@@ -125,14 +125,14 @@ def invert(
 
 
 def _measured(
-    job: SynthesisSpec, synthetic: SyntheticSet, others: Sequence[Classifier], target: torch.device
+    spec: SynthesisSpec, synthetic: SyntheticSet, others: Sequence[Classifier], target: torch.device
 ) -> Inversion:
-    teacher = job.teacher
+    teacher = spec.teacher
     counts = torch.zeros(teacher.card.classes, dtype=torch.long)
     for shard in synthetic.shards:
         counts += synthetic.read_shard(shard)[1].bincount(minlength=teacher.card.classes)
     with placed(teacher, target):
-        top1 = None if job.recipe().label_free else share_correct(teacher, synthetic)
+        top1 = None if spec.recipe.label_free else share_correct(teacher, synthetic)
         divergence = _divergence(teacher, synthetic)
     return Inversion(
         output=str(synthetic.folder),
@@ -157,31 +157,33 @@ def _divergence(classifier: Classifier, synthetic: SyntheticSet) -> float | None
     return bn_divergence(classifier, synthetic.batches(synthetic.manifest["batch_size"]))
 
 
-def learner(
+def co_trained_student(
     teacher: Classifier,
     recipe: Recipe,
     student: Classifier | str | None,
     compute: Compute,
     *,
-    is_kept: bool = False,
     repair: bool = False,
 ) -> CoTrainedStudent | None:
-    """The student that a recipe's images compete with, None where it needs none.
+    """The student that a recipe's images compete with, None where the recipe updates none.
 
-    `student` names its architecture, by default the teacher's own, or is the network that learns: one that is used
-    afterwards (`is_kept`), or a quantized one whose lessons `repair` it, at a fifth of the recipe's rate.
+    `student` names its architecture, by default the teacher's own, or is the network that is trained: a quantized one
+    is under `repair`, at a fifth of the recipe's rate.
     Raises `BadInput` where there is no such architecture, or it cannot learn.
     """
     if recipe.student_updates is None:
         return None
-    if isinstance(student, Classifier):
-        own = student
-    else:
-        own, _ = make_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
-    steps, batch_size = recipe.student_updates.steps, recipe.student_updates.batch_size
-    lr = recipe.student_updates.lr * (UNDER_REPAIR if repair else 1.0)
-    pupil = CoTrainedStudent(
-        own, teacher, steps=steps, lr=lr, batch_size=batch_size, compute=compute, is_kept=is_kept, repair=repair
+    if not isinstance(student, Classifier):
+        student, _ = make_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
+    updates = recipe.student_updates
+    co_trained = CoTrainedStudent(
+        student,
+        teacher,
+        steps=updates.steps,
+        lr=updates.lr * (UNDER_REPAIR if repair else 1.0),
+        batch_size=updates.batch_size,
+        compute=compute,
+        repair=repair,
     )
-    require_passes(own, pupil.training, repair=repair)
-    return pupil
+    require_passes(student, co_trained.training, repair=repair)
+    return co_trained

@@ -32,7 +32,7 @@ from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._merged import merged_evaluator
 from dfcompress.verbs._plan import Plan, planned
-from dfcompress.verbs.invert import learner
+from dfcompress.verbs.invert import co_trained_student
 
 GREY, COLOUR = 1, 3
 
@@ -151,7 +151,7 @@ def _sources(
             replace(compute, seed=compute.seed + number),
             second_recipe=second_recipe,
             probe_images=probe_images,
-            learner=partial(learner, teacher, student=student, compute=compute),
+            learner=partial(co_trained_student, teacher, student=student, compute=compute),
         )
         for number, (teacher, of_teacher) in enumerate(zip_longest(teachers, data))
     ]

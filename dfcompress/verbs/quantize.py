@@ -19,19 +19,19 @@ import torch
 
 from dfcompress import console
 from dfcompress.data.pool import Augmentation
-from dfcompress.device import Compute
+from dfcompress.device import Compute, threads, threads_for
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
 from dfcompress.models.checkpoint import as_classifier
-from dfcompress.models.classifier import Classifier
+from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.models.fake_quantizers import Scheme, freeze, is_quantized, learn_steps
 from dfcompress.models.stages import stages_of
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.quantization.bits import USUAL_ENDS, Layers, RequestedBits, assign, layers_of, parse_bits, parse_ends
-from dfcompress.quantization.calibration import Calibrated, Calibration, calibrated, calibrated_on_noise
+from dfcompress.quantization.calibration import BATCH, Calibrated, Calibration, calibrated, calibrated_on_noise
 from dfcompress.quantization.layer_report import REPORT, layer_report, named_bytes
 from dfcompress.quantization.mixed_precision import require_reachable, with_widths
-from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct
+from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct, units_of
 from dfcompress.run import STATE, Run, write_json
 from dfcompress.settings import AUTO, replace_settings, with_defaults
 from dfcompress.synthesis.recipe import Recipe, Synthesis
@@ -46,7 +46,7 @@ from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed, evaluator
 from dfcompress.verbs._plan import Outcome, Plan, Step, planned
 from dfcompress.verbs.export import rehearse, require_kernels, require_packages
-from dfcompress.verbs.invert import learner
+from dfcompress.verbs.invert import co_trained_student
 
 AS_THE_PAPER = Augmentation(shift=4, flip=True, mixup=1.0)
 KD = Training(steps=400, lr=0.01, batch_size=256, weight_decay=1e-4, freeze_batchnorm=True, augmentation=AS_THE_PAPER)
@@ -190,7 +190,7 @@ class Calibrate:
 
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Calibrated:
         """Calibrate on the one set."""
-        with run.timed("calibration"):
+        with run.timed("calibration"), threads(threads_for(BATCH * work_of(self.teacher))):
             return calibrated(
                 self.student,
                 self.teacher,
@@ -215,7 +215,9 @@ class Round:
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Reconstructed:
         """Learn it on the one set."""
         state = run.folder / BLOCKS
-        return reconstruct(self.student, self.teacher, sets[0].train, self.settings, seed=self.seed, state=state)
+        images, step = sets[0].train, 3.0 * self.settings.batch_size * work_of(self.teacher)
+        with threads(threads_for(step / max(1, len(units_of(self.student))))):
+            return reconstruct(self.student, self.teacher, images, self.settings, seed=self.seed, state=state)
 
 
 def _step(
@@ -251,9 +253,10 @@ def _freeze(
     assert isinstance(measured, Calibrated)
     if world().is_main:
         left = layers.others | {name: "float" for name in layers.quantizable if name not in wanted}
-        report = layer_report(
-            student, teacher, measured.few, sensitivity=measured.sensitivity, left=left, unused=layers.unused
-        )
+        with threads(threads_for(len(measured.few) * work_of(teacher))):
+            report = layer_report(
+                student, teacher, measured.few, sensitivity=measured.sensitivity, left=left, unused=layers.unused
+            )
         write_json(run.folder / REPORT, report)
 
 
@@ -270,13 +273,13 @@ def _layers(teacher: Classifier) -> Layers:
 def competitor(
     teacher: Classifier, wanted: Mapping[str, RequestedBits], calibration: Calibration, compute: Compute, recipe: Recipe
 ) -> CoTrainedStudent | None:
-    """The student that a recipe's images compete with: what quantization leaves of the teacher, repaired in its lessons
+    """The student that a recipe's images compete with: what quantization leaves of the teacher, repaired in its updates
     as by `kd` (Yin et al. 2020 let images compete with the student of the application).
     """
     if recipe.student_updates is None:
         return None
     student = calibrated_on_noise(teacher, wanted, calibration, seed=compute.seed)
-    return learner(teacher, recipe, student, compute, repair=True)
+    return co_trained_student(teacher, recipe, student, compute, repair=True)
 
 
 def wanted_bits(

@@ -13,7 +13,7 @@ from dfcompress.cli import root
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.quantization.calibration import ASYMMETRIC, Calibration
-from dfcompress.quantization.observers import _OBSERVERS
+from dfcompress.quantization.observers import range_rules
 from dfcompress.synthesis.recipes import recipe_names
 from dfcompress.synthesis.records.accumulator import RecordSettings
 from dfcompress.training.objectives import make_objectives
@@ -38,15 +38,14 @@ def parsed(*words: str) -> dict[str, Any]:
 
 # Spelling: what the help lists, and the names that the code behind it has an entry for.
 REGISTRIES = [
-    ("quantize", "--calibrate", _OBSERVERS),
+    ("quantize", "--calibrate", range_rules()),
+    ("quantize", "--weight-ranges", range_rules()),
     ("quantize", "--weight-grid", ASYMMETRIC),
     ("quantize", "--method", CALIBRATIONS),
     ("quantize", "--finetune", FINETUNING),
 ]
 # Spelling: where the Python API states the type of what the option gives.
 TYPES = [
-    ("quantize", "--calibrate", Calibration, "inputs"),
-    ("quantize", "--weight-ranges", Calibration, "weights"),
     ("quantize", "--weight-grid", Calibration, "weight_grid"),
     ("quantize", "--finetune", quantize, "finetune"),
     ("quantize", "--method", quantize, "method"),

@@ -28,8 +28,8 @@ def test_a_small_network_is_compiled_where_it_is_trained_long():
     """LeNet-5 has so few multiply-accumulates that by them alone it would not be."""
     a_pass = work_of(net("lenet5_bn")) * 128
     compute = Compute(device="cpu", precision="fp32")
-    assert resolve_execution(compute, 12_000 * 5 * a_pass).compile
-    assert not resolve_execution(compute, 1_000 * 5 * a_pass).compile
+    assert resolve_execution(compute, 12_000 * 5 * a_pass, steps=12_000).compile
+    assert not resolve_execution(compute, 1_000 * 5 * a_pass, steps=1_000).compile
 
 
 @pytest.mark.parametrize(

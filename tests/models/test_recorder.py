@@ -32,7 +32,7 @@ def batch():
 
 def losses_and_gradient(recorder, batch):
     images, labels = batch[0].clone().requires_grad_(True), batch[1]
-    losses = losses_of(choose("deepinversion", "paper-cifar10").build())
+    losses = losses_of(choose("deepinversion", "paper-cifar10").recipe)
     total, values = losses(images, labels, recorder(images))
     return values[0], torch.autograd.grad(total, images)[0]
 

@@ -161,7 +161,7 @@ def test_the_published_spectral_loss_is_the_sum_over_all_units_without_relu():
         Target(torch.tensor([[3.0, -1.0], [-1.0, 4.0]]), torch.tensor(1.0)),
         Target(torch.tensor([[5.0], [-4.0]]), torch.tensor(1.0)),
     ]
-    recipe = choose("activation-records", "paper-spectral").build()
+    recipe = choose("activation-records", "paper-spectral").recipe
     (loss,) = recipe.losses
     value = loss.weight * loss.value(recorded(outputs, targets))
     assert value.item() == pytest.approx(((4 + 1 + 9) + (16 + 0 + 16)) / 2)

@@ -25,7 +25,7 @@ SETTINGS = choose("deepinversion").settings
 
 
 def examine(teacher, images, labels, recipe="deepinversion"):
-    return QualityCheck(choose(recipe).build(), teacher).examine(batch(images, labels))
+    return QualityCheck(choose(recipe).recipe, teacher).examine(batch(images, labels))
 
 
 @pytest.fixture(scope="module")

@@ -12,19 +12,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dfcompress import console
+from dfcompress import console, device
 from dfcompress.device import Execution
 from dfcompress.errors import DfcompressError
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import InputGrid, is_quantized, learn_steps, quantize_layers
-from dfcompress.models.recorder import HookRecorder
+from dfcompress.models.recorder import HookRecorder, _tensors
 from dfcompress.models.statistics import statistics_layers
 from dfcompress.randomness import generator
 from dfcompress.run import Clock
+from dfcompress.synthesis import synthesizer as synthesizer_module
+from dfcompress.synthesis.batch_state import SMALLER, BatchState
 from dfcompress.synthesis.recipe import choose
-from dfcompress.synthesis.synthesizer import SMALLER, Synthesizer, Work, losses_of
+from dfcompress.synthesis.synthesizer import Synthesizer, losses_of
 
 EAGER = Execution("cpu", "fp32", False, 1, "")
 LABELS = torch.arange(16) % 10
@@ -36,7 +38,7 @@ def teacher(resnet20_file):
 
 
 def synthesizer(teacher, steps, *, execution=EAGER, seed=3, preset="paper-cifar10", **settings):
-    recipe = choose("deepinversion", preset, {"steps": steps, "batch_size": 16, **settings}).build()
+    recipe = choose("deepinversion", preset, {"steps": steps, "batch_size": 16, **settings}).recipe
     return Synthesizer(recipe, teacher, execution, seed=seed)
 
 
@@ -135,12 +137,11 @@ def gradient(made, images, labels=LABELS, groups=1):
     """Gradient and unweighted losses of normalised images, through the synthesizer's own objective, without views."""
     seen = images.clone().requires_grad_(True)
     phase = made.recipe.phases[0]
-    still = [
-        torch.zeros_like(drawn)
-        for transform in phase.transforms
-        for drawn in transform.sample(images.shape, torch.Generator())
-    ]
-    total, values = made.objective(list(seen.chunk(groups)), labels, phase, still * groups)
+    state = made.begin(dict(enumerate(labels.chunk(groups))))
+    state.put_drawn(
+        [[tuple(map(torch.zeros_like, numbers)) for numbers in drawn] for drawn in made._drawn(state, phase)]
+    )
+    total, values = made.objective(state, phase, list(seen.chunk(groups)))
     return torch.autograd.grad(total, seen)[0], values
 
 
@@ -153,7 +154,7 @@ def noise(count=16):
 def test_every_trick_gives_the_gradients_of_plain_autograd(depth, request):
     """Hooks and plain autograd on the untouched network, against the fused recorder, and that compiled."""
     teacher = load(request.getfixturevalue(depth)).frozen()
-    recipe = choose("deepinversion", "paper-cifar10", {"batch_size": 16}).build()
+    recipe = choose("deepinversion", "paper-cifar10", {"batch_size": 16}).recipe
     images = noise().requires_grad_(True)
     recorder = HookRecorder(teacher.network, moments=True)
     total, expected_values = losses_of(recipe)(images, LABELS, recorder(images))
@@ -178,7 +179,7 @@ def test_images_compete_with_the_students_own_answer(teacher, normalisation):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 5, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(392, 10))
     student = Classifier(network, replace(teacher.card, mean=mean, std=std)).frozen()
-    recipe = choose("adaptive-deepinversion", "paper-cifar10", {"batch_size": 16}).build()
+    recipe = choose("adaptive-deepinversion", "paper-cifar10", {"batch_size": 16}).recipe
     _, values = gradient(Synthesizer(recipe, teacher, EAGER, student=student), noise())
     images = teacher.denormalise(noise())
     given, own = ((model(images) / 3).softmax(1) for model in (teacher, student))
@@ -198,14 +199,74 @@ def test_images_compete_with_a_quantized_student_as_it_will_answer(teacher, prec
         student.network.get_submodule(layer).input_grid = InputGrid.covering(-2.0, 2.0, bits=4)
     if steps:
         learn_steps(student.network)
-    recipe = choose("adaptive-deepinversion", "paper-cifar10", {"batch_size": 16}).build()
+    recipe = choose("adaptive-deepinversion", "paper-cifar10", {"batch_size": 16}).recipe
     made = Synthesizer(recipe, teacher, replace(EAGER, precision=precision), student=student)
     with torch.no_grad():
-        torch.testing.assert_close(made._student(noise()), student.network(noise()), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(made._live_student.logits(noise()), student.network(noise()), rtol=1e-3, atol=1e-3)
     change, _ = gradient(made, noise())
     assert change.isfinite().all()
     assert is_quantized(student.network)
     assert (student.network.conv1.weight_step is not None) == steps
+
+
+def test_a_student_that_learns_is_updated_in_place(monkeypatch):
+    """Three rounds: two recorders and three compiled functions in all, and the bits of a synthesizer made anew."""
+    recorders, graphs, functions = [], [], []
+    record, compiled = synthesizer_module.FusedRecorder, device.compiled
+
+    def counted_graph(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        synthesizer_module, "FusedRecorder", lambda *of, **how: recorders.append(of) or record(*of, **how)
+    )
+    monkeypatch.setattr(device, "compiled", lambda function: functions.append(function) or compiled(function))
+    monkeypatch.setattr(device, "_inductor", counted_graph)
+    torch._dynamo.reset()
+    settings = {"steps": 2, "batch_size": 8}
+    recipe = choose("adaptive-deepinversion", "paper-cifar10", settings).recipe
+    execution = replace(EAGER, compile=True, precision="bf16")
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval()
+    teacher = Classifier(network, ModelCard("small", 10, (3, 8, 8), (0.5,) * 3, (0.25,) * 3)).frozen()
+    student = Classifier(copy.deepcopy(network), teacher.card)
+    live = Synthesizer(recipe, teacher, execution, student=student)
+    tensors = [tensor.data_ptr() for _, tensor in _tensors(live._live_student._recorder.network)]
+    labels, images = torch.arange(8), []
+    for shard in range(3):
+        images.append(live.batch(shard, labels).images)
+        torch.manual_seed(shard)
+        with torch.no_grad():
+            for tensor in student.network.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.add_(0.3 * torch.rand(tensor.shape))
+        live.update_student(student)
+    images.append(live.batch(3, labels).images)
+    assert (len(recorders), len(functions), len(graphs)) == (2, 3, 3)
+    assert [tensor.data_ptr() for _, tensor in _tensors(live._live_student._recorder.network)] == tensors
+    anew, fresh = (Synthesizer(recipe, teacher, execution, student=each) for each in (student, teacher))
+    assert torch.equal(images[3], anew.batch(3, labels).images)
+    assert not torch.equal(images[3], fresh.batch(3, labels).images)
+
+
+def test_a_quantized_student_that_learns_is_updated_in_place(teacher):
+    """To the bit: its weights on their grids anew, and its input grids."""
+    student = Classifier(copy.deepcopy(teacher.network), teacher.card)
+    quantize_layers(student.network, {"layer2.0.conv1": (2, 4), "fc": (4, 32)})
+    student.network.layer2[0].conv1.input_grid = InputGrid.covering(-2.0, 2.0, bits=4)
+    recipe = choose("adaptive-deepinversion", "paper-cifar10", {"batch_size": 16}).recipe
+    live = Synthesizer(recipe, teacher, EAGER, student=student)
+    with torch.no_grad():
+        student.network.fc.weight.mul_(1.5)
+        student.network.layer2[0].conv1.weight.add_(0.01)
+    student.network.layer2[0].conv1.input_grid = InputGrid.covering(-1.0, 2.5, bits=4)
+    before = live._live_student.logits(noise())
+    live.update_student(student)
+    after = live._live_student.logits(noise())
+    assert not torch.equal(after, before)
+    assert torch.equal(after, Synthesizer(recipe, teacher, EAGER, student=student)._live_student.logits(noise()))
+    assert not student.network.fc.is_frozen
 
 
 def test_groups_have_the_gradients_of_single_batches(teacher):
@@ -239,7 +300,7 @@ def test_nor_does_it_compiled_in_bf16(resnet20_file, tmp_path):
     code = (
         "import sys, torch; from dfcompress.device import Execution; from dfcompress.models.checkpoint import load\n"
         "from dfcompress.synthesis.recipe import choose; from dfcompress.synthesis.synthesizer import Synthesizer\n"
-        "recipe = choose('deepinversion', 'fast-cifar10', {'steps': 2, 'batch_size': 64}).build()\n"
+        "recipe = choose('deepinversion', 'fast-cifar10', {'steps': 2, 'batch_size': 64}).recipe\n"
         "execution = Execution('cpu', 'bf16', True, int(sys.argv[1]), '')\n"
         f"made = Synthesizer(recipe, load({str(resnet20_file)!r}), execution)\n"
         "torch.save(made.batch(0, torch.arange(64) % 10).images, sys.argv[2])"
@@ -271,12 +332,12 @@ def test_a_batch_that_overflows_is_made_again_with_a_smaller_rate(teacher, monke
         calls.append(total)
         return total, values * float("nan") if len(calls) == 1 else values
 
-    def noted(work, rate, real=Work.set_rate):
-        real(work, rate)
-        rates.append(work._rate.item())
+    def noted(state, *step, real=BatchState.set_rates):
+        real(state, *step)
+        rates.extend(rate.item() for rate in state._rates.values())
 
     monkeypatch.setattr(made, "_losses", overflowing_once)
-    monkeypatch.setattr(Work, "set_rate", noted)
+    monkeypatch.setattr(BatchState, "set_rates", noted)
     # Values are looked at when a batch ends, and on a slow machine before.
     monkeypatch.setattr(Clock, "is_time_to_tell", lambda clock: False)
     batch = made.batch(0, LABELS)
@@ -303,7 +364,7 @@ def test_any_network_with_batchnorm_will_do(recipe, network, count):
     built(torch.randn(8, *size))  # In training mode: BatchNorm gets statistics.
     card = ModelCard("file.py:net", 5, size, (0.5,) * size[0], (0.25,) * size[0])
     settings = {"steps": 3, "batch_size": count}
-    made = Synthesizer(choose(recipe, "paper-cifar10", settings).build(), Classifier(built.eval(), card), EAGER)
+    made = Synthesizer(choose(recipe, "paper-cifar10", settings).recipe, Classifier(built.eval(), card), EAGER)
     batch = made.batch(0, torch.arange(count))
     assert batch.images.shape == (count, *size)
     assert all(value == value for value in batch.losses.values())
@@ -366,7 +427,7 @@ def loud(factor):
 
 
 def of_inception(teacher, *, precision="fp32", **settings):
-    recipe = choose("inception", "fast-cifar10", {"steps": 2, "batch_size": 4, **settings}).build()
+    recipe = choose("inception", "fast-cifar10", {"steps": 2, "batch_size": 4, **settings}).recipe
     return Synthesizer(recipe, teacher, replace(EAGER, precision=precision)).batch(0, torch.arange(4))
 
 
@@ -386,6 +447,6 @@ def test_a_loss_that_is_not_finite_before_the_first_step_blames_no_rate(trouble,
 
 
 def test_noise_that_is_not_finite_blames_what_it_is_drawn_from(teacher):
-    recipe = choose("gaussian", None, {"std": 1e39, "mean": 0.5}).build()
+    recipe = choose("gaussian", None, {"std": 1e39, "mean": 0.5}).recipe
     with pytest.raises(DfcompressError, match="what the images start from: change it with --set"):
         Synthesizer(recipe, teacher, EAGER).batch(0, LABELS)

@@ -56,7 +56,8 @@ def test_half_of_half_is_saved_and_read_without_being_named_again(tmp_path):
 
 def test_half_of_uneven_widths_is_half_of_each(tmp_path):
     teacher = uneven("cifar_resnet20")
-    student, _ = make_student("half", teacher.card, seed=0)
+    student, sentence = make_student("half", teacher.card, seed=0)
+    assert "each layer half as wide as the teacher's" in sentence
     assert widths_of(student.network) == half_of(teacher.network)
     assert student.card.architecture == "cifar_resnet20"
     save(student, tmp_path)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import odd_networks
 import pytest
@@ -27,11 +28,13 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis import set_builder
-from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.recipe import Recipe, Synthesis
 from dfcompress.synthesis.spec import resolve
 from dfcompress.training.loop import Trainer
-from dfcompress.verbs.invert import invert, learner
+from dfcompress.verbs.distill import distill
+from dfcompress.verbs.invert import co_trained_student, invert
 
+DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
 EAGER = Compute(device="cpu", precision="fp32", compile="off")
 SMALL = Synthesis(images=12, settings={"steps": 3, "batch_size": 8})
 
@@ -327,8 +330,8 @@ def test_a_network_whose_layers_in_place_spoil_its_gradient_is_refused_by_plan_a
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_lessons_take_the_precision_that_is_stored_with_the_set(resnet20_file, tmp_path, monkeypatch):
-    """A set begun where `auto` is bf16 keeps bf16 in its lessons, whatever `auto` is where it is finished."""
+def test_student_updates_take_the_precision_that_is_stored_with_the_set(resnet20_file, tmp_path, monkeypatch):
+    """A set begun where `auto` is bf16 keeps bf16 in its updates, whatever `auto` is where it is finished."""
     made, seen = [], []
     fit = Trainer.fit
 
@@ -344,12 +347,12 @@ def test_lessons_take_the_precision_that_is_stored_with_the_set(resnet20_file, t
         asked = Synthesis(recipe="adaptive-deepinversion", preset="fast-cifar10", settings=settings, images=8)
         job, auto = resolve(load(resnet20_file), asked), Compute(device="cpu", precision="auto", compile="off")
         folder = tmp_path / f"{native}"
-        pupil = learner(job.teacher, job.recipe(), None, auto)
+        student = co_trained_student(job.teacher, job.recipe, None, auto)
         folder.mkdir()
-        set_builder._open(job, folder, auto, pupil.student)
+        set_builder._open(job, folder, auto, student.student)
         made.append(SyntheticSet(folder).manifest["execution"]["precision"])
         monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda native=native: not native)
-        set_builder.build_set(job, folder, auto, learner=pupil)
+        set_builder.build_set(job, folder, auto, student=student)
     assert made == seen == ["fp32", "bf16"]
 
 
@@ -362,7 +365,7 @@ def test_lessons_take_the_precision_that_is_stored_with_the_set(resnet20_file, t
         (12, {"batch_size": 8, "round_batches": 2}, {"batch_size": 4}),
     ],
 )
-def test_images_of_one_round_say_that_no_lesson_takes_place(images, settings, remedy, resnet20_file, tmp_path, capsys):
+def test_images_of_one_round_say_that_no_update_takes_place(images, settings, remedy, resnet20_file, tmp_path, capsys):
     def notices(images, **settings):
         folder, usual = tmp_path / str(images), {"steps": 1, "student_steps": 1, "student_batch_size": 4}
         asked = Synthesis(
@@ -377,9 +380,32 @@ def test_images_of_one_round_say_that_no_lesson_takes_place(images, settings, re
         after = notices(**{"images": images, **settings, **remedy})
     finally:
         console.configure(console.QUIET)
-    assert "No lesson takes place" in before
+    assert "The student is never updated" in before
     ((name, value),) = remedy.items()
     named = {"batch_size": f"--batch-size {value}", "images": "more --images", "round_batches": "--set round_batches=1"}
     assert named[name] in before
-    assert "No lesson takes place" not in after
-    assert "Lesson 1:" in after
+    assert "The student is never updated" not in after
+    assert "Update 1:" in after
+
+
+@pytest.mark.parametrize(("verb", "recipes"), [("invert", 1), ("distill", 3)])
+def test_a_recipe_is_built_once_for_every_set(verb, recipes, tmp_path, monkeypatch):
+    """A distillation makes three sets: by the chosen recipe, by the one that is mixed in, and the probe images."""
+    built = []
+    check = Recipe.__post_init__
+    monkeypatch.setattr(Recipe, "__post_init__", lambda recipe: built.append(recipe) or check(recipe))
+    small = Synthesis(recipe="bns-inception", images=4, settings={"steps": 1, "batch_size": 2})
+    if verb == "invert":
+        invert(DEMO, output=tmp_path / "run", synthesis=small, compute=EAGER)
+    else:
+        training = {"steps": 1, "batch_size": 2}
+        distill(
+            DEMO,
+            student="half",
+            output=tmp_path / "run",
+            synthesis=small,
+            compute=EAGER,
+            training=training,
+            probe_images=2,
+        )
+    assert len(built) == recipes

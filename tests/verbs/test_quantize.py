@@ -29,7 +29,7 @@ from dfcompress.verbs import export
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._gates import Gates
 from dfcompress.verbs.evaluate import Evaluation, Score
-from dfcompress.verbs.invert import learner
+from dfcompress.verbs.invert import co_trained_student
 from dfcompress.verbs.quantize import BEFORE_LSQ, LSQ, quantize, usual_calibration, usual_images, usual_tuning
 
 DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
@@ -41,7 +41,8 @@ def line_of(finetune, output):
     """A command that makes its images, calibrates and fine-tunes in a second or two."""
     asked = f"--bits 3w3a --finetune {finetune} --train-steps 60 --train-batch-size 32 --compile off --precision fp32"
     made = "--images 64 --steps 10 --batch-size 32 --calibration-steps 2 -q"
-    return ["quantize", str(DEMO), *asked.split(), *made.split(), "-o", str(output)]
+    rounded = ["--rounding-set", "steps=40"] if finetune == "blocks+lsq" else []
+    return ["quantize", str(DEMO), *asked.split(), *rounded, *made.split(), "-o", str(output)]
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +56,6 @@ def whole(tmp_path_factory):
         return folder
 
     return whole
-
-
-@pytest.fixture
-def few_steps_of_rounding(monkeypatch):
-    """Of the first half of `blocks+lsq`."""
-    monkeypatch.setattr("dfcompress.verbs.quantize.BEFORE_LSQ", replace(BEFORE_LSQ, steps=40))
 
 
 def resumes_to(whole, folder, finetune):
@@ -82,7 +77,6 @@ def test_a_killed_reconstruction_resumes_to_the_same_bytes(whole, tmp_path):
     resumes_to(whole, tmp_path / "killed", "blocks")
 
 
-@pytest.mark.usefixtures("few_steps_of_rounding")
 @pytest.mark.parametrize(
     ("finetune", "state", "saves"),
     [
@@ -101,6 +95,25 @@ def test_a_quantization_that_ends_between_two_states_resumes_to_the_same_bytes(
     resumes_to(whole, tmp_path / "ended", finetune)
 
 
+def test_a_small_network_is_quantized_in_one_thread_and_the_others_are_given_back(monkeypatch, tmp_path):
+    """In two threads, with a busy second core, the demo's network would take fifteen times the CPU time."""
+    seen, linear = set(), torch.nn.functional.linear
+
+    def watched(input, *rest):
+        if len(input) > 2:  # One or two images are looked at before any work.
+            seen.add(torch.get_num_threads())
+        return linear(input, *rest)
+
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    torch.set_num_threads(2)
+    quick = Synthesis(images=64, settings={"steps": 2, "batch_size": 32})
+    rounding, training = {"steps": 2}, {"steps": 2, "batch_size": 32}
+    quantize(DEMO, synthesis=quick, rounding=rounding, training=training, compute=EAGER, output=tmp_path / "q")
+    assert seen == {1}
+    assert torch.get_num_threads() == 2
+
+
 def test_what_was_measured_is_what_is_loaded_to_the_bit(tmp_path, monkeypatch):
     saved = []
     from dfcompress.verbs import _finish
@@ -108,7 +121,7 @@ def test_what_was_measured_is_what_is_loaded_to_the_bit(tmp_path, monkeypatch):
     writing = _finish.save
     monkeypatch.setattr(_finish, "save", lambda student, folder: (saved.append(student), writing(student, folder)))
     training = Training(steps=3, lr=0.01, batch_size=32, freeze_batchnorm=True)
-    quantize(DEMO, data=DEMO, output=tmp_path / "out", training=training, compute=EAGER)
+    quantize(DEMO, data=DEMO, output=tmp_path / "out", rounding={"steps": 3}, training=training, compute=EAGER)
     images = torch.rand(16, 1, 32, 32)
     assert torch.equal(load(tmp_path / "out")(images), saved[0](images))
 
@@ -190,9 +203,9 @@ def test_images_of_one_run_serve_another(tmp_path):
 
 
 def test_a_competitor_under_repair_learns_at_a_fifth_of_the_rate():
-    teacher, recipe = load(DEMO), choose("adaptive-deepinversion", overrides={"student_lr": 0.05}).build()
-    assert learner(teacher, recipe, None, EAGER).training.lr == 0.05
-    repaired = learner(teacher, recipe, load(DEMO), EAGER, repair=True)
+    teacher, recipe = load(DEMO), choose("adaptive-deepinversion", overrides={"student_lr": 0.05}).recipe
+    assert co_trained_student(teacher, recipe, None, EAGER).training.lr == 0.05
+    repaired = co_trained_student(teacher, recipe, load(DEMO), EAGER, repair=True)
     assert repaired.training.lr == pytest.approx(0.01)
     assert repaired.training.freeze_batchnorm
 
@@ -342,7 +355,7 @@ def test_calibration_with_replacement_fills_a_batch_from_fewer_images_and_depend
         ({"finetune": "lsq", "rounding": {"steps": 3}}, "has no rounding before its training"),
         ({"finetune": "blocks", "rounding": Reconstruction()}, "has no rounding before its training"),
         ({"rounding": {"step": 3}}, "no setting of rounding called 'step'. Did you mean 'steps'"),
-        ({"objectives": {"feature": 1.0}}, "No objective looks at"),
+        ({"objectives": {"feature": 1.0}}, "No objective compares"),
         ({"objectives": {"kd": 1.0, "iqs": 1.0}}, "no objective 'iqs'"),
     ],
 )

@@ -237,7 +237,7 @@ def test_the_compiled_step_of_fixed_filters_is_the_eager_one(hinton, tmp_path):
     keeping = RecordSettings(kind="all-layers-dropout", covariance="diagonal")
     record(hinton, data=tmp_path / "d.npz", settings=keeping, output=tmp_path / "r")
     source = GaussianSampler(Record.load(tmp_path / "r", hinton), hinton)
-    recipe = choose("activation-records", "fast-all-layers", {"steps": 5, "batch_size": 8}).build()
+    recipe = choose("activation-records", "fast-all-layers", {"steps": 5, "batch_size": 8}).recipe
     made = [
         Synthesizer(recipe, hinton, Execution("cpu", "fp32", compiled, 1, ""), source=source).batch(0, torch.arange(8))
         for compiled in (False, True)

@@ -2,7 +2,7 @@
 
 DeepInversion and α_c·(1 − JS(p_T, p_S)), a true Jensen-Shannon divergence in nats at a temperature.
 The student learns while the images are made: after every round of batches it is distilled on all images so far, and the
-next round competes with what it has become. Before its first lesson it is fresh, so images of one round alone (up to
+next round competes with what it has become. In the first round it is untrained, so images of one round alone (up to
 `round_batches` batches) never compete with a student that has learnt.
 α_c is 10 and the temperature 3, as in the released code, whose own student never learns; the rounds, the student's
 steps, rate and batch are not stated for images made this way and are ours.

@@ -30,10 +30,10 @@ class BatchTargets:
 
     @staticmethod
     def together(parts: list[BatchTargets]) -> BatchTargets:
-        """Of several batches, one after the other."""
+        """Of several batches, one after the other; of none where no record sets any."""
         targets = {
             layer: Target(torch.cat([part.targets[layer].values for part in parts]), target.scale)
-            for layer, target in parts[0].targets.items()
+            for layer, target in (parts[0].targets.items() if parts else ())
         }
         return BatchTargets(targets, tuple(map(torch.cat, zip(*(part.filters for part in parts), strict=True))))
 

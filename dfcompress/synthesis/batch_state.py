@@ -1,0 +1,140 @@
+"""`BatchState`: everything that the next step on unfinished batches depends on, saved and taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfcompress import device
+from dfcompress.run import Clock, save_state
+from dfcompress.synthesis.images import Images
+from dfcompress.synthesis.losses import Loss, ModuleState
+from dfcompress.synthesis.recipe import Phase
+from dfcompress.synthesis.records.targets import BatchTargets
+from dfcompress.synthesis.transforms import Drawn
+
+# Of the rate, in each new attempt at a batch whose loss was not finite.
+SMALLER = 0.3
+
+
+class BatchState:
+    """The state of one or several unfinished batches that are optimised side by side: images, modules of losses,
+    optimiser, step, and the losses of every step so far.
+
+    `labels` `(N,)` and `targets` are those of all batches, one after the other; `images` has one parametrisation a
+    batch, and `modules` by loss the tensors of the module that it owns, of every batch its own.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[int],
+        labels: Tensor,
+        targets: BatchTargets,
+        images: Sequence[Images],
+        losses: Sequence[Loss],
+        attempt: int,
+    ) -> None:
+        self.shards, self.labels, self.targets, self.images = list(shards), labels, targets, list(images)
+        self.modules = [{loss.name: loss.module_state(labels.device) for loss in losses} for _ in images]
+        self.attempt = attempt
+        self.step = 0
+        self.history: list[Tensor] = []
+        self.clock = Clock()
+        self._groups = self._parameter_groups()
+        self.parameters = [parameter for parameters in self._groups.values() for parameter in parameters]
+        self._rates = {rate: torch.zeros((), device=labels.device) for rate in self._groups}
+        self.start_phase(betas=(0.9, 0.999))
+
+    def _parameter_groups(self) -> dict[tuple[float, float | None], list[Tensor]]:
+        """All tensors to optimise, those of one factor and rate together, so that few kernels change them."""
+        groups: dict[tuple[float, float | None], list[Tensor]] = {}
+        for images, modules in zip(self.images, self.modules, strict=True):
+            for group in images.parameters():
+                groups.setdefault((group.factor, group.lr), []).extend(group.parameters)
+            trained = [tensor for module in modules.values() for tensor in module.values() if tensor.requires_grad]
+            if trained:
+                groups.setdefault((1.0, None), []).extend(trained)
+        return groups
+
+    @property
+    def losses(self) -> Tensor:
+        """The values of every step so far, `(steps, shards, losses)`."""
+        return torch.stack(self.history) if self.history else torch.zeros(0, len(self.shards), 1)
+
+    def start_phase(self, *, betas: tuple[float, float]) -> None:
+        """A fresh optimiser, and no captured step."""
+        capturable = device.is_cuda(self.labels.device)
+        groups = [{"params": parameters} for parameters in self._groups.values()]
+        self.optimizer = torch.optim.Adam(groups, betas=betas, fused=True, capturable=capturable)
+        self._follow_rates()
+        self.drawn: list[list[Drawn]] = []
+        self.captured: Callable[[], Tensor] | None = None
+        self.uncaptured = 0
+
+    def _follow_rates(self) -> None:
+        """Let the optimiser read the rates from memory of the device, where a captured step finds them too."""
+        for group, rate in zip(self.optimizer.param_groups, self._rates.values(), strict=True):
+            group["lr"] = rate
+
+    def set_rates(self, phase: Phase, step_in_phase: int) -> None:
+        """The rates of the next step, smaller after an attempt that overflowed."""
+        for (factor, lr), rate in self._rates.items():
+            peak = factor * phase.lr if lr is None else lr
+            rate.fill_(phase.rate(step_in_phase, peak=peak) * SMALLER**self.attempt)
+
+    def put_drawn(self, drawn: Sequence[Sequence[Drawn]]) -> None:
+        """Hand the next step what its transforms drew for each batch, always in the same memory."""
+        if not self.drawn:
+            self.drawn = [
+                [tuple(tensor.to(self.labels.device, copy=True) for tensor in numbers) for numbers in of_batch]
+                for of_batch in drawn
+            ]
+            return
+        for old, new in zip(_flat(self.drawn), _flat(drawn), strict=True):
+            old.copy_(new, non_blocking=True)
+
+    def save(self, path: Path) -> None:
+        """Write everything that the next step depends on."""
+        state = {
+            "attempt": self.attempt,
+            "step": self.step,
+            "seconds": self.clock.seconds,
+            "images": [dict(images.state_dict()) for images in self.images],
+            "modules": [{name: _detached(module) for name, module in modules.items()} for modules in self.modules],
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.losses,
+        }
+        save_state(path, state)
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote; what version 0.1 saved in the middle of a batch is left, and the batch begun
+        again ends in the same bytes.
+        """
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        if "images" not in state:
+            return
+        self.attempt = state["attempt"]
+        for images, saved in zip(self.images, state["images"], strict=True):
+            images.load_state_dict(saved)
+        with torch.no_grad():
+            for modules, saved_modules in zip(self.modules, state["modules"], strict=True):
+                for name, module in modules.items():
+                    for key, tensor in module.items():
+                        tensor.copy_(saved_modules[name][key])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._follow_rates()
+        self.step = state["step"]
+        self.clock.go_on_from(state["seconds"])
+        self.history = list(state["history"].to(self.labels.device))
+
+
+def _flat(drawn: Sequence[Sequence[Drawn]]) -> list[Tensor]:
+    return [tensor for of_batch in drawn for numbers in of_batch for tensor in numbers]
+
+
+def _detached(module: ModuleState) -> Mapping[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in module.items()}
