@@ -27,7 +27,6 @@ from dfcompress.synthesis.spec import SynthesisSpec, resolve
 
 HELD_OUT_SHARE = 1 / 16
 FILLED = 256  # Images that are in memory as floats while a set is gathered: 154 MB at 224².
-NONE = "none"
 SYNTHETIC = "synthetic"
 OF_TEACHER = "teacher-"
 PROBE = "unseen"  # The folder of the probe images, as version 0.1 called them.
@@ -41,7 +40,7 @@ class TransferSetSource:
     in the run's folder, or finished there: half of the images by the chosen recipe in `synthetic`, half by
     `second_recipe` (as many steps, if some were asked for) in `synthetic-<second_recipe>`. Images of one recipe share
     its artefacts, and a student trained on two follows its teacher further. `auto` takes `bns` where the teacher's
-    statistics are known and no classes were asked for; `none` leaves all to the chosen recipe.
+    statistics are known and no classes were asked for; None leaves all to the chosen recipe.
     So many `probe_images` are synthesized beside them, in `unseen`, by another seed and a third recipe, to compare
     student and teacher on, and never to train on; none where the statistics are not known.
     `learner` gives the student that a recipe's images compete with, None for recipes that need none.
@@ -55,7 +54,7 @@ class TransferSetSource:
         synthesis: Synthesis,
         compute: Compute,
         *,
-        second_recipe: str = NONE,
+        second_recipe: str | None = None,
         probe_images: int = 0,
         learner: Callable[[Recipe], UpdatedStudent | None] = lambda recipe: None,
     ) -> None:
@@ -66,7 +65,7 @@ class TransferSetSource:
             synthetic.require_complete()
         self.sources = [open_images(place, teacher.card, part="train") for place in places]
         self.specs = {} if self.sources else _specs(teacher, synthesis, second_recipe)
-        if self.sources and (second_recipe not in (AUTO, NONE) or replace(synthesis, images=1) != Synthesis(images=1)):
+        if self.sources and (second_recipe not in (AUTO, None) or replace(synthesis, images=1) != Synthesis(images=1)):
             console.notice("The images are those of --data: options of synthesis make no others to train on.")
         self.learners = {name: learner(spec.recipe) for name, spec in self.specs.items()}
         informed = next((spec.teacher for spec in self.specs.values()), teacher)
@@ -161,15 +160,15 @@ def _stored(source: ImageSource) -> Iterator[tuple[Tensor, Tensor]]:
         yield as_stored(images, in_range=True), labels
 
 
-def _specs(teacher: Classifier, synthesis: Synthesis, second_recipe: str) -> dict[str, SynthesisSpec]:
+def _specs(teacher: Classifier, synthesis: Synthesis, second_recipe: str | None) -> dict[str, SynthesisSpec]:
     """What to synthesize, by the folder of the set."""
     first = resolve(teacher, synthesis)
     if second_recipe == AUTO:
         informed = not why_no_statistics(first.teacher.network) and Want.TARGETS not in first.recipe.wants
         free = synthesis.labels == BALANCED and not synthesis.classes and first.images > 1
         wanted = informed and free and first.choice.name != OTHER_RECIPES[0]
-        second_recipe = OTHER_RECIPES[0] if wanted else NONE
-    if second_recipe == NONE:
+        second_recipe = OTHER_RECIPES[0] if wanted else None
+    if second_recipe is None:
         return {SYNTHETIC: first}
     if second_recipe == first.choice.name:
         raise BadInput(

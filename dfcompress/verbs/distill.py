@@ -22,7 +22,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages, stages_in_common
 from dfcompress.settings import AUTO, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.transfer_set import NONE, TransferSetSource
+from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training import OF_FEATURES
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.objectives import Objective, make_objectives
@@ -96,7 +96,7 @@ def distill(
         data,
         synthesis.counted(IMAGES),
         compute,
-        second_recipe=second_recipe or NONE,
+        second_recipe=second_recipe,
         probe_images=probe_images,
         learner=lambda recipe: co_trained_student(teacher, recipe, competing, compute),
     )

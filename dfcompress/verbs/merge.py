@@ -22,7 +22,7 @@ from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.settings import AUTO, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.transfer_set import NONE, OF_TEACHER, TransferSetSource
+from dfcompress.synthesis.transfer_set import OF_TEACHER, TransferSetSource
 from dfcompress.training.class_map import ClassMap, join_classes
 from dfcompress.training.multi_teacher import ALIASES, MethodName, merging_method, method_name
 from dfcompress.training.multi_teacher.method import MergingMethod
@@ -37,7 +37,9 @@ from dfcompress.verbs.invert import co_trained_student
 GREY, COLOUR = 1, 3
 
 
-def usual_images(method: MergingMethod, synthesis: Synthesis, second_recipe: str) -> tuple[Synthesis, str]:
+def usual_images(
+    method: MergingMethod, synthesis: Synthesis, second_recipe: str | None
+) -> tuple[Synthesis, str | None]:
     """What is synthesized for each teacher, and the second recipe: the method's, where nothing else is asked for."""
     synthesis = synthesis.counted(method.images)
     if synthesis.recipe is None and synthesis.preset is None:
@@ -97,10 +99,8 @@ def merge(
     )
     console.notice(sentence)
     architecture = student_model.card.architecture
-    synthesis, mixed = usual_images(merging, synthesis, second_recipe or NONE)
-    sources = _sources(
-        teachers, data, synthesis, compute, second_recipe=mixed, probe_images=probe_images, student=architecture
-    )
+    synthesis, second_recipe = usual_images(merging, synthesis, second_recipe)
+    sources = _sources(teachers, data, synthesis, compute, second_recipe, probe_images, student=architecture)
     training = with_defaults(merging.training(min(map(len, sources)), len(teachers)), training)
     options = {
         "teachers": [teacher.identity() for teacher in teachers],
@@ -131,9 +131,9 @@ def _sources(
     data: Sequence[str | Path],
     synthesis: Synthesis,
     compute: Compute,
-    *,
-    second_recipe: str,
+    second_recipe: str | None,
     probe_images: int,
+    *,
     student: str,
 ) -> list[TransferSetSource]:
     """Where the images of each teacher come from; those that are made have seeds of their own.

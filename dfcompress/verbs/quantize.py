@@ -35,7 +35,7 @@ from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction
 from dfcompress.run import STATE, Run, write_json
 from dfcompress.settings import AUTO, replace_settings, with_defaults
 from dfcompress.synthesis.recipe import Recipe, Synthesis
-from dfcompress.synthesis.transfer_set import NONE, TransferSet, TransferSetSource
+from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
 from dfcompress.training import OF_FEATURES
 from dfcompress.training.co_trained_student import CoTrainedStudent
 from dfcompress.training.distiller import Distillation
@@ -137,11 +137,10 @@ def quantize(
     wanted = wanted_bits(teacher, layers.quantizable, bits, first_last_bits, layer_bits, size_ratio, calibration.scheme)
     terms = _objectives(teacher, finetune, objectives, temperature=temperature, seed=compute.seed)
     _require_exportable(export, teacher, wanted, calibration.scheme)
-    mix = second_recipe or NONE
     if not data:
-        synthesis, mix = usual_images(method, teacher, synthesis, mix)
+        synthesis, second_recipe = usual_images(method, teacher, synthesis, second_recipe)
     competing = partial(competitor, teacher, wanted, calibration, compute)
-    source = TransferSetSource(teacher, data, synthesis, compute, second_recipe=mix, learner=competing)
+    source = TransferSetSource(teacher, data, synthesis, compute, second_recipe=second_recipe, learner=competing)
     steps: dict[str, Step | None] = {
         "calibration": Calibrate(student, teacher, calibration, wanted, size_ratio, compute),
         "rounding": _step(student, teacher, finetune, rounding, terms, compute),
@@ -302,17 +301,17 @@ def wanted_bits(
 
 
 def usual_images(
-    method: QuantizationMethod, teacher: Classifier, synthesis: Synthesis, mix: str
-) -> tuple[Synthesis, str]:
+    method: QuantizationMethod, teacher: Classifier, synthesis: Synthesis, second_recipe: str | None
+) -> tuple[Synthesis, str | None]:
     """What is made unless a recipe is named: images whose statistics are those of the training data, as far as the
-    teacher knows them; the paper's for its method, and nothing mixed in, unless that was asked for.
+    teacher knows them; the paper's for its method, and no second recipe, unless one was asked for.
     """
     synthesis = synthesis.counted(IMAGES)
-    if method == "paper" and mix == AUTO:
-        mix = NONE
+    if method == "paper" and second_recipe == AUTO:
+        second_recipe = None
     if synthesis.recipe or synthesis.preset or why_no_statistics(teacher.network):
-        return synthesis, mix
-    return replace(synthesis, recipe=RECIPE, preset=PAPER_PRESET if method == "paper" else None), mix
+        return synthesis, second_recipe
+    return replace(synthesis, recipe=RECIPE, preset=PAPER_PRESET if method == "paper" else None), second_recipe
 
 
 def usual_calibration(method: QuantizationMethod, given: Calibration | Mapping[str, Any] | None) -> Calibration:

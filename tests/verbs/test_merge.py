@@ -181,7 +181,7 @@ def test_the_papers_way_makes_its_own_images_unless_others_are_asked_for():
     method = merging_method("shapira-sidi")
     synthesis, second = usual_images(method, Synthesis(), "auto")
     assert (synthesis.recipe, synthesis.preset, synthesis.images) == ("deepinversion", "paper-merging", 4096)
-    assert second == "none"
+    assert second is None
     synthesis, second = usual_images(method, Synthesis(recipe="bns", images=8), "deepinversion")
     assert (synthesis.recipe, synthesis.preset, synthesis.images, second) == ("bns", None, 8, "deepinversion")
 

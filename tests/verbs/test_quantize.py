@@ -293,12 +293,12 @@ def test_two_and_three_bits_have_zero_points_by_default_and_none_where_they_are_
 
 def test_the_papers_images_are_of_one_recipe_unless_others_are_asked_for():
     teacher, some = load(DEMO), Synthesis(images=8)
-    made, mix = usual_images("paper", teacher, some, "auto")
-    assert (made.recipe, made.preset, mix) == ("bns-inception", "paper-cifar10", "none")
-    made, mix = usual_images("paper", teacher, replace(some, recipe="bns"), "deepinversion")
-    assert (made.recipe, made.preset, mix) == ("bns", None, "deepinversion")
-    made, mix = usual_images("default", teacher, some, "auto")
-    assert (made.recipe, made.preset, mix) == ("bns-inception", None, "auto")
+    made, second = usual_images("paper", teacher, some, "auto")
+    assert (made.recipe, made.preset, second) == ("bns-inception", "paper-cifar10", None)
+    made, second = usual_images("paper", teacher, replace(some, recipe="bns"), "deepinversion")
+    assert (made.recipe, made.preset, second) == ("bns", None, "deepinversion")
+    made, second = usual_images("default", teacher, some, "auto")
+    assert (made.recipe, made.preset, second) == ("bns-inception", None, "auto")
 
 
 def test_the_papers_weights_cover_each_channel_with_all_integers_and_nothing_is_corrected(tmp_path):
@@ -355,7 +355,7 @@ def test_calibration_with_replacement_fills_a_batch_from_fewer_images_and_depend
         ({"finetune": "lsq", "rounding": {"steps": 3}}, "has no rounding before its training"),
         ({"finetune": "blocks", "rounding": Reconstruction()}, "has no rounding before its training"),
         ({"rounding": {"step": 3}}, "no setting of rounding called 'step'. Did you mean 'steps'"),
-        ({"objectives": {"feature": 1.0}}, "No objective looks at"),
+        ({"objectives": {"feature": 1.0}}, "No objective compares"),
         ({"objectives": {"kd": 1.0, "iqs": 1.0}}, "no objective 'iqs'"),
     ],
 )

@@ -100,6 +100,6 @@ METHOD = MergingMethod(
     images=4096,
     recipe="deepinversion",
     preset="paper-merging",
-    second_recipe="none",
+    second_recipe=None,
     layer_init=False,
 )

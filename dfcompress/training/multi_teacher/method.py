@@ -27,7 +27,7 @@ class MergingMethod:
     images: int
     recipe: str | None = None
     preset: str | None = None
-    second_recipe: str
+    second_recipe: str | None
     layer_init: bool
 
 
