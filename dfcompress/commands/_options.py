@@ -17,7 +17,7 @@ from dfcompress import console
 from dfcompress.commands import _config
 from dfcompress.errors import BadInput
 from dfcompress.settings import assignments
-from dfcompress.synthesis.recipes import recipe_names
+from dfcompress.synthesis.recipes import known_recipes, recipe_names
 from dfcompress.synthesis.records import KINDS
 
 if TYPE_CHECKING:
@@ -273,11 +273,20 @@ def synthesis(*, images: int | str) -> Decorator:
     return group("synthesis", _synthesis, *_SYNTHESIS, number)
 
 
+class _RecipeName(click.Choice[str]):
+    """A known recipe, or `file.py:function`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name, as it is where it names a function."""
+        return value if isinstance(value, str) and ":" in value else super().convert(value, param, ctx)
+
+
 _SYNTHESIS = (
     click.option(
         "--recipe",
-        type=click.Choice(recipe_names()),
-        help="Synthesis method; by default the activation record's, else the command's usual one.",
+        type=_RecipeName(known_recipes()),
+        help="Synthesis method, or file.py:function for a recipe of your own; by default the activation record's, else "
+        "the command's usual one.",
     ),
     click.option("--preset", help="Named settings of the recipe; by default its first preset."),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override one setting of the recipe."),
