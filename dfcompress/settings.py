@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
+import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from dfcompress.errors import BadInput
@@ -37,6 +41,36 @@ def parse(name: str, value: Any, default: Any) -> Any:
     if isinstance(converted, int | float) and (converted < 0 or not math.isfinite(converted)):
         raise BadInput(f"{name} = {value!r} is negative or not finite.", "Use a number from 0 up.")
     return converted
+
+
+def named_function(spec: str, *, option: str, returns: str) -> Callable[..., Any]:
+    """The function that `file.py:function` or `package.module:function` names; its module is run for that.
+
+    Raises `BadInput`, naming the option, where there is none; `returns` says what it must return.
+    """
+    place, _, name = spec.rpartition(":")
+    function = getattr(_module_at(place, option), name, None)
+    if not callable(function):
+        remedy = f"Name a function that returns {returns}."
+        raise BadInput(f"{option} {spec}: {place} has no function {name!r}.", remedy)
+    return function  # type: ignore[no-any-return]
+
+
+def _module_at(place: str, option: str) -> ModuleType:
+    if not place.endswith(".py"):
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise BadInput(f"{option}: there is no module {place!r} ({error}).", "Check the spelling.") from None
+    path = Path(place)
+    if not path.is_file():
+        raise BadInput(f"{option}: {place} does not exist.", "Name a Python file.")
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 def assignments(texts: Sequence[str], option: str) -> dict[str, str]:

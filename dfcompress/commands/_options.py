@@ -20,7 +20,7 @@ from dfcompress.errors import BadInput
 from dfcompress.quantization import WeightGridKind
 from dfcompress.quantization.observers import range_rules
 from dfcompress.settings import assignments
-from dfcompress.synthesis.recipes import recipe_names
+from dfcompress.synthesis.recipes import known_recipes, recipe_names
 from dfcompress.synthesis.records import KINDS
 from dfcompress.training import OBJECTIVES, OptimizerBackend, OptimizerName
 from dfcompress.verbs import Target
@@ -318,11 +318,20 @@ def synthesis(*, images: int | str) -> Decorator:
     return group("synthesis", _synthesis, *_SYNTHESIS, number)
 
 
+class _RecipeName(click.Choice[str]):
+    """A known recipe, or `file.py:function`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name, as it is where it names a function."""
+        return value if isinstance(value, str) and ":" in value else super().convert(value, param, ctx)
+
+
 _SYNTHESIS = (
     click.option(
         "--recipe",
-        type=click.Choice(recipe_names()),
-        help="Synthesis method; by default the activation record's, else the command's usual one.",
+        type=_RecipeName(known_recipes()),
+        help="Synthesis method, or file.py:function for a recipe of your own; by default the activation record's, else "
+        "the command's usual one.",
     ),
     click.option("--preset", help="Named settings of the recipe; by default its first preset."),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override one setting of the recipe."),

@@ -1,25 +1,42 @@
-"""A recipe: one published method as data, and how a name with settings becomes one."""
+"""A recipe: a method of synthesis as data, and how a name with settings becomes one.
+
+    import dfcompress
+    from dfcompress import Loss, Phase, Pixels, Recipe
+    from dfcompress.synthesis.losses import LayerOutput, bn_distance, class_cross_entropy
+
+    def quiet(*, weight: float = 0.1, steps: int = 5, lr: float = 0.1, batch_size: int = 8) -> Recipe:
+        small = Loss("quiet", lambda trace: trace.outputs["conv2"].abs().mean(), wants=[LayerOutput("conv2")])
+        return Recipe(
+            images=Pixels(clip=True),
+            losses=[class_cross_entropy(), 10.0 * bn_distance(), weight * small],
+            phases=[Phase(steps, lr)],
+            batch_size=batch_size,
+        )
+
+    made = dfcompress.invert(checkpoint, synthesis=dfcompress.Synthesis(recipe=quiet, images=8), output=folder)
+
+On the command line the function is named by its file: `--recipe mine.py:quiet --set weight=0.2`.
+"""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, get_args
 
+import torch
+
 from dfcompress import console, schedules
+from dfcompress.device import forked_randomness
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.settings import parse, unknown
-from dfcompress.synthesis import recipes
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.labels import BALANCED
 from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, Loss, Want
-from dfcompress.synthesis.recipes import recipe_names
+from dfcompress.synthesis.recipe_source import find_recipe
 from dfcompress.synthesis.records import BN_EQUIVALENT
 from dfcompress.synthesis.records.record_file import Description
 from dfcompress.synthesis.transforms import Transform
@@ -138,13 +155,22 @@ class RecipeChoice:
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe, built once."""
-        module = _module(self.name)
-        recipe: Recipe = getattr(module, module.__name__.rpartition(".")[2])(**self.settings)
+        # What is random in modules of losses and generators is the same in every process.
+        with forked_randomness(torch.device("cpu")):
+            torch.default_generator.manual_seed(0)
+            recipe = find_recipe(self.name).function(**self.settings)
+        if not isinstance(recipe, Recipe):
+            raise BadInput(f"Recipe {self.name} gave a {type(recipe).__name__}.", "Let the function return a Recipe.")
         return recipe
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the file that a recipe which is not ours is written in."""
+        return find_recipe(self.name).sha256
 
 
 def choose(
-    name: str,
+    name: str | Callable[..., Recipe],
     preset: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,
@@ -159,33 +185,31 @@ def choose(
     Raises `BadInput` for unknown names, with a suggestion, for values of the wrong type, and for a preset that is not
     meant for the record.
     """
-    module = _module(name)
+    source = find_recipe(name)
     if preset is None:
-        fits = getattr(module, "default_preset", None)
-        preset = fits(card, record) if fits and card else next(iter(module.PRESETS))
-    if preset not in module.PRESETS:
-        raise unknown("preset", preset, list(module.PRESETS))
-    if record and (check := getattr(module, "check_preset", None)):
+        fits = source.beside("default_preset")
+        preset = fits(card, record) if fits and card else next(iter(source.presets))
+    if preset not in source.presets:
+        raise unknown("preset", preset, list(source.presets))
+    if record and (check := source.beside("check_preset")):
         check(preset, record)
-    defaults = settings_of(name)
-    settings = defaults | module.PRESETS[preset]
+    defaults = source.settings
+    settings = {**defaults, **source.presets[preset]}
     for key, value in (overrides or {}).items():
         if key not in defaults:
-            raise unknown(f"recipe setting of {name} called", key, list(defaults))
+            raise unknown(f"recipe setting of {source.name} called", key, list(defaults))
         settings[key] = parse(key, value, defaults[key])
     if record and "pooled" in settings:
         settings["pooled"] = record.pooled
-    console.notice(f"Recipe {name}, preset {preset}.", level=console.VERBOSE)
-    choice = RecipeChoice(name, preset, settings)
+    console.notice(f"Recipe {source.name}, preset {preset}.", level=console.VERBOSE)
+    choice = RecipeChoice(source.name, preset, settings)
     _ = choice.recipe  # So that settings that do not fit are refused before any work.
     return choice
 
 
 def settings_of(name: str) -> dict[str, Any]:
     """The settings of a recipe and their defaults."""
-    module = _module(name)
-    function = getattr(module, module.__name__.rpartition(".")[2])
-    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    return find_recipe(name).settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,14 +217,15 @@ class Synthesis:
     """Which images to make: the recipe, its preset, settings that override the preset's, how many (None: as many as the
     verb makes by default), and of what.
 
-    Without a `recipe` it is the one of the record's kind, and without a record `deepinversion`. `records` is the file
-    that the model's owner released, `beside` the one beside the checkpoint if there is one, None none.
+    The `recipe` is a name, `file.py:function`, or a function that returns a `Recipe`. Without one it is that of the
+    record's kind, and without a record `deepinversion`. `records` is the file that the model's owner released, `beside`
+    the one beside the checkpoint if there is one, None none.
     `labels` is `balanced`, `random` or a file with a class for every image; `classes` are the only ones to use.
     `groups` is how many batches a step works on side by side; each batch keeps its own statistics.
     With `preview_every` the picture is renewed after so many steps.
     """
 
-    recipe: str | None = None
+    recipe: str | Callable[..., Recipe] | None = None
     preset: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     images: int | None = None
@@ -227,9 +252,3 @@ def choose_recipe(synthesis: Synthesis, card: ModelCard, record: Description | N
             "Leave out --classes and --labels, or name another.",
         )
     return choice
-
-
-def _module(name: str) -> ModuleType:
-    if name not in recipe_names():
-        raise unknown("recipe", name, recipe_names())
-    return importlib.import_module(f"{recipes.__name__}.{name.replace('-', '_')}")

@@ -98,6 +98,8 @@ def _open(spec: SynthesisSpec, folder: Path, compute: Compute, student: Classifi
         "record": spec.record.identity if spec.record else None,
         "card": teacher.card.to_json(),
     }
+    if spec.choice.sha256:
+        described["recipe_sha256"] = spec.choice.sha256
     if (folder / MANIFEST).exists():
         _check_same_spec(SyntheticSet(folder), described)
         return
@@ -355,6 +357,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _check_same_spec(synthetic: SyntheticSet, described: Mapping[str, Any]) -> None:
     for name, value in described.items():
+        if name == "recipe_sha256" and synthetic.manifest.get(name) != value:
+            raise BadInput(
+                f"The file of recipe {described['recipe']['name']} has changed since {synthetic.folder} was begun.",
+                "Put it back as it was, name another folder, or --overwrite.",
+            )
         if synthetic.manifest.get(name) != json.loads(json.dumps(value)):
             raise BadInput(
                 f"{synthetic.folder} holds a set with another {name}.", "Name another folder, or --overwrite."

@@ -16,8 +16,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from importlib import metadata
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -27,6 +25,7 @@ from dfcompress.models.architecture import Architecture, Naming
 from dfcompress.models.huggingface import TRANSFORMERS, architecture_of
 from dfcompress.models.plain import make_plain
 from dfcompress.models.resizing import half_of, resized
+from dfcompress.settings import named_function
 
 HALF = "half:"
 
@@ -75,9 +74,7 @@ def named(
         return find(name)
     if place == "timm":
         return _from_timm(name)
-    factory = getattr(_module_at(place), name, None)
-    if not callable(factory):
-        raise BadInput(f"--arch {spec}: {place} has no function {name!r}.", "Name a function that returns the network.")
+    factory = named_function(spec, option="--arch", returns="the network")
     return Architecture(spec, partial(_make_foreign, factory, spec), size=None, foreign=True)
 
 
@@ -143,20 +140,3 @@ def _make_timm(name: str, classes: int, channels: int) -> nn.Module:
 
     network: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
     return network
-
-
-def _module_at(place: str) -> ModuleType:
-    if not place.endswith(".py"):
-        try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            raise BadInput(f"--arch: there is no module {place!r} ({error}).", "Check the spelling.") from None
-    path = Path(place)
-    if not path.is_file():
-        raise BadInput(f"--arch: {place} does not exist.", "Name a Python file.")
-    found = importlib.util.spec_from_file_location(path.stem, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
