@@ -21,6 +21,8 @@ from dfcompress.errors import BadInput, DfcompressError
 RECORD, METRICS = "run.json", "metrics.jsonl"
 STATE = ".partial"  # The suffix of files that unfinished work is resumed from.
 SAVE_EVERY_SECONDS = 20.0
+# By verb and option: values that older versions wrote into the record, and their names now.
+FORMER_VALUES = {("merge", "method"): {"all-logits": "logit-matching", "paper": "shapira-sidi"}}
 
 
 class Run:
@@ -30,7 +32,6 @@ class Run:
     asked for, it belongs to another job, or it cannot be written.
     `options` are the resolved options that the result depends on: a resumed run must have the same.
     `inputs` are paths the run reads, which overwriting must not delete; `plan` is what it will do, kept to be read.
-    `renamed` has for an option the values that older versions wrote, and what they are called now.
     `earlier` are the measurements of a resumed run that was already finished.
     Of several processes the leading one alone touches the folder.
     """
@@ -45,12 +46,10 @@ class Run:
         plan: Mapping[str, Any] | None = None,
         resume: bool = False,
         overwrite: bool = False,
-        renamed: Mapping[str, Mapping[str, str]] = {},
     ) -> None:
         self.verb, self.folder, self.options = verb, folder, json.loads(json.dumps(options, default=str))
         self.plan = plan
         self.inputs = [Path(path) for path in inputs if path is not None]
-        self.renamed = renamed
         self.seconds: dict[str, float] = {}
         self.earlier: Mapping[str, Any] | None = None
         if world().is_main:
@@ -110,7 +109,7 @@ class Run:
             )
         for name in sorted(self.options.keys() | before["options"].keys()):
             old, new = before["options"].get(name), self.options.get(name)
-            old = self.renamed[name].get(old, old) if name in self.renamed else _without_removed(old, new)
+            old = FORMER_VALUES.get((self.verb, name), {}).get(str(old), _without_removed(old, new))
             if old != new:
                 raise BadInput(
                     f"{self.folder} was started with {name} = {old!r}, now it is {new!r}.",
@@ -166,11 +165,10 @@ def running(
     plan: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    renamed: Mapping[str, Mapping[str, str]] = {},
 ) -> Iterator[Run]:
     """A `Run` in all processes of a job: the leading one opens the folder, and where one fails the others end too."""
     with world().session():
-        yield Run(verb, folder, options, inputs=inputs, plan=plan, resume=resume, overwrite=overwrite, renamed=renamed)
+        yield Run(verb, folder, options, inputs=inputs, plan=plan, resume=resume, overwrite=overwrite)
 
 
 class Clock:

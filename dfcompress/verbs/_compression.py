@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Compression:
     `teachers` answer with the student's classes `outputs`, one tensor `(classes,)` for each. `sources` give the images
     of each teacher, by the folder inside the run's in which they are made. `complete` does what is left to do between
     the last step and saving, with what each step found. `export` is the runtime of an ONNX file that is written beside
-    the model. `renamed` are values of options as older versions wrote them (see `Run`).
+    the model.
     """
 
     verb: str
@@ -74,7 +74,6 @@ class Compression:
     compute: Compute
     complete: Callable[[Run, Mapping[str, Outcome]], None] | None = None
     export: Target | None = None
-    renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def plan(
         self,
@@ -103,7 +102,6 @@ class Compression:
             synthesis=[Synthesize(spec, source.compute, other) for source in sources for spec, other in source.made],
             steps=steps,
             work=self.work,
-            renamed=self.renamed,
             resume=resume,
             overwrite=overwrite,
         )

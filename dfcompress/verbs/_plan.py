@@ -111,8 +111,7 @@ class Plan(Generic[Result]):
 
     `--dry-run` prints it, `execute` does it, and `run.json` keeps it. `options`, and the steps' settings, are what the
     result depends on: a resumed run must have the same. `inputs` are the paths that are read, `folder` is where the
-    result goes. `renamed` are values of options as older versions wrote them (see `Run`).
-    `work` does in an open run what the plan says. A plan is executed once, because its steps hold the
+    result goes. `work` does in an open run what the plan says. A plan is executed once, because its steps hold the
     student that they change.
     """
 
@@ -123,7 +122,6 @@ class Plan(Generic[Result]):
     synthesis: Sequence[Synthesize]
     steps: Mapping[str, Step | None] = field(default_factory=dict)
     work: Callable[[Plan[Result], Run], Result]
-    renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     resume: bool = False
     overwrite: bool = False
 
@@ -144,7 +142,6 @@ class Plan(Generic[Result]):
             {**self.options, **self.settings_json()},
             inputs=self.inputs,
             plan=self.to_json(),
-            renamed=self.renamed,
             resume=self.resume,
             overwrite=self.overwrite,
         ) as run:

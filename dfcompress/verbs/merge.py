@@ -24,7 +24,7 @@ from dfcompress.settings import AUTO, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.transfer_set import OF_TEACHER, TransferSetSource
 from dfcompress.training.class_map import ClassMap, join_classes
-from dfcompress.training.multi_teacher import ALIASES, MethodName, merging_method, method_name
+from dfcompress.training.multi_teacher import MethodName, merging_method, method_name
 from dfcompress.training.multi_teacher.method import MergingMethod
 from dfcompress.training.settings import Training
 from dfcompress.training.student import begin_student
@@ -122,7 +122,6 @@ def merge(
         sources={f"{OF_TEACHER}{number}": source for number, source in enumerate(sources, 1)},
         measure=merged_evaluator(eval_data, student_model, teachers, classes.of, compute.device),
         compute=compute,
-        renamed={"method": ALIASES},
     ).plan({"training": train}, options, inputs, output, resume=resume, overwrite=overwrite)
 
 

@@ -13,6 +13,7 @@ from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
+from dfcompress.run import FORMER_VALUES
 from dfcompress.training import multi_teacher
 from dfcompress.training.class_map import join_classes
 from dfcompress.training.loop import Trainer
@@ -26,6 +27,7 @@ def test_every_file_of_the_folder_is_a_method_and_every_name_leads_to_one():
     files = {path.stem for path in Path(multi_teacher.__file__).parent.glob("*.py")} - {"__init__", "method"}
     assert set(FILES.values()) == files
     assert set(NAMES) == {*FILES, *ALIASES}
+    assert FORMER_VALUES["merge", "method"] == ALIASES
     for alias, name in ALIASES.items():
         assert merging_method(alias) is merging_method(name)
         assert method_name(alias) == method_name(name) == name
