@@ -59,28 +59,30 @@ def bench_train(
         raise BadInput("The plain loop reads PNG files, grey or in colour.", "Give a model for such images.")
     if batch_size < 2:
         raise BadInput("Batches of one image cannot train BatchNorm.", "Use --batch-size 2 or more.")
-    pupil, _ = make_student(student, teacher.card, seed=compute.seed)
+    student_model, _ = make_student(student, teacher.card, seed=compute.seed)
     target = device.resolve_device(compute.device)
     precision = device.precision_name(device.resolve_precision(compute.precision, target))
     compiled = compute.compile != "off" and device.can_compile(target)
     size = (BATCHES_IN_SET * batch_size, *teacher.card.input_size)
     images = as_stored(torch.rand(size, generator=generator("noise", compute.seed)), in_range=True)
 
-    own = replace(compute, precision="fp32", compile="off")
-    rows = {"+pool": own}
+    fastest = replace(compute, precision="fp32", compile="off")
+    rows = {"+pool": fastest}
     if compiled:
-        rows["+compiled"] = own = replace(own, compile="on")
+        rows["+compiled"] = fastest = replace(fastest, compile="on")
     if precision != "fp32":
-        rows["+" + precision] = own = replace(own, precision=precision)
+        rows["+" + precision] = fastest = replace(fastest, precision=precision)
     # Steps enough that asking once about each image pays.
     changing = Training(steps=10**6, lr=0.1, batch_size=batch_size, augmentation=Augmentation(shift=SHIFT, flip=True))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         files = stack.enter_context(closing(_files(images, folder, batch_size)))
-        steps: dict[str, Step] = {"plain": _plain(teacher, pupil, files, changing, target)}
+        steps: dict[str, Step] = {"plain": _plain(teacher, student_model, files, changing, target)}
         for name, way in rows.items():
-            steps[name] = _ours(stack, teacher, pupil, images, changing, way)
-        steps["+cached"] = _ours(stack, teacher, pupil, images, replace(changing, augmentation=Augmentation()), own)
+            steps[name] = _ours(stack, teacher, student_model, images, changing, way)
+        steps["+cached"] = _ours(
+            stack, teacher, student_model, images, replace(changing, augmentation=Augmentation()), fastest
+        )
         times = interleaved(steps, rounds=rounds, warm_up=WARM_UP, target=target)
     measured = [row(name, seconds, batch_size) for name, seconds in times.items()]
     return Bench(measured, batch_size, rounds, device.processor_name(target))

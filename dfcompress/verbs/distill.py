@@ -128,17 +128,17 @@ def distill(
 
 
 def _objectives(
-    student: Classifier, teacher: Classifier, given: Mapping[str, float] | None, *, temperature: float, seed: int
+    student: Classifier, teacher: Classifier, weights: Mapping[str, float] | None, *, temperature: float, seed: int
 ) -> list[Objective]:
     """What the student minimises: as given, or `kd`, and `feature` where the stages of both networks have equally many
     channels.
     """
-    if given is None:
+    if weights is None:
         pairs = stages_in_common(student, teacher)
         alike = pairs and all(of_student.channels == of_teacher.channels for of_student, of_teacher in pairs)
-        given = KD_AND_FEATURES if alike else KD
-    pairs = shared_stages(student, teacher) if any(name in OF_FEATURES for name in given) else []
-    return make_objectives(given, temperature=temperature, pairs=pairs, seed=seed)
+        weights = KD_AND_FEATURES if alike else KD
+    pairs = shared_stages(student, teacher) if any(name in OF_FEATURES for name in weights) else []
+    return make_objectives(weights, temperature=temperature, pairs=pairs, seed=seed)
 
 
 def _warn_if_larger(student: Classifier, teacher: Classifier) -> None:

@@ -292,9 +292,9 @@ def wanted_bits(
     scheme: Scheme,
 ) -> dict[str, RequestedBits]:
     """What the options ask of each of the `layers`; raises `BadInput` where that cannot be."""
-    asked = parse_bits(bits)
-    wanted = assign(layers, asked, ends=parse_ends(first_last_bits), layer_bits=layer_bits or {})
-    if asked.weights is None and all(each.weights for each in wanted.values()):
+    requested = parse_bits(bits)
+    wanted = assign(layers, requested, ends=parse_ends(first_last_bits), layer_bits=layer_bits or {})
+    if requested.weights is None and all(each.weights for each in wanted.values()):
         raise BadInput("--bits auto has no layer left to choose for.", "Use --first-last-bits same, or fewer patterns.")
     require_reachable(teacher, wanted, size_ratio, scheme)
     return wanted
@@ -314,20 +314,20 @@ def usual_images(
     return replace(synthesis, recipe=RECIPE, preset=PAPER_PRESET if method == "paper" else None), second_recipe
 
 
-def usual_calibration(method: QuantizationMethod, given: Calibration | Mapping[str, Any] | None) -> Calibration:
+def usual_calibration(method: QuantizationMethod, settings: Calibration | Mapping[str, Any] | None) -> Calibration:
     """The settings of calibration, a method's own or with changes; raises `BadInput` for a method or a setting that is
     none.
     """
     if method not in CALIBRATIONS:
         raise BadInput(f"There is no --method {method!r}.", f"Known: {', '.join(CALIBRATIONS)}.")
-    if isinstance(given, Calibration):
-        return given
-    return replace_settings(CALIBRATIONS[method], given or {}, "setting of calibration called")
+    if isinstance(settings, Calibration):
+        return settings
+    return replace_settings(CALIBRATIONS[method], settings or {}, "setting of calibration called")
 
 
 def usual_tuning(
     finetune: Finetuning,
-    given: Training | Reconstruction | Mapping[str, Any] | None,
+    settings: Training | Reconstruction | Mapping[str, Any] | None,
     *,
     method: QuantizationMethod,
     input_size: tuple[int, int, int],
@@ -341,20 +341,20 @@ def usual_tuning(
     if method == "paper" and finetune == "kd":
         usual = PAPER_KD if max(input_size[1:]) <= SMALL else PAPER_KD_LARGE
     if usual is None:
-        if given:
+        if settings:
             raise BadInput("--finetune none trains nothing.", "Leave the settings of training out.")
         return None
-    if isinstance(given, Training | Reconstruction) and type(given) is not type(usual):
+    if isinstance(settings, Training | Reconstruction) and type(settings) is not type(usual):
         raise BadInput(
-            f"--finetune {finetune} is not set by a {type(given).__name__}.", f"Give a {type(usual).__name__}."
+            f"--finetune {finetune} is not set by a {type(settings).__name__}.", f"Give a {type(usual).__name__}."
         )
-    chosen = with_defaults(usual, given)
+    chosen = with_defaults(usual, settings)
     return chosen if chosen.steps else None
 
 
 def usual_rounding(
     finetune: Finetuning,
-    given: Reconstruction | Mapping[str, Any] | None,
+    settings: Reconstruction | Mapping[str, Any] | None,
     tuning: Training | Reconstruction | None,
 ) -> Reconstruction | None:
     """The settings of the rounding that `blocks+lsq` learns before the training `tuning`, as usual or with changes;
@@ -363,32 +363,36 @@ def usual_rounding(
     Raises `BadInput` where the fine-tuning has no such half.
     """
     if finetune != "blocks+lsq":
-        if given:
+        if settings:
             raise BadInput(
                 f"--finetune {finetune} has no rounding before its training.",
                 "Use --finetune blocks+lsq, or --train-set with --finetune blocks.",
             )
         return None
-    if not given and tuning is None:
+    if not settings and tuning is None:
         return None
-    chosen = given if isinstance(given, Reconstruction) else replace_settings(BEFORE_LSQ, given or {}, ROUNDING_SETTING)
+    chosen = (
+        settings
+        if isinstance(settings, Reconstruction)
+        else replace_settings(BEFORE_LSQ, settings or {}, ROUNDING_SETTING)
+    )
     return chosen if chosen.steps else None
 
 
 def _objectives(
-    teacher: Classifier, finetune: Finetuning, asked: Mapping[str, float] | None, *, temperature: float, seed: int
+    teacher: Classifier, finetune: Finetuning, objectives: Mapping[str, float] | None, *, temperature: float, seed: int
 ) -> list[Objective]:
     """What is followed: as asked, or as usual; features usually only where the network has some.
 
     Raises `BadInput` for objectives that this way of fine-tuning, or this network, has not.
     """
     if finetune not in OBJECTIVES:
-        if asked is not None:
+        if objectives is not None:
             raise BadInput(f"--finetune {finetune} follows no --objective.", "Use lsq or kd.")
         return []
     pairs = [(stage, stage) for stage in stages_of(teacher).values()]
     usual = {name: weight for name, weight in OBJECTIVES[finetune].items() if pairs or name not in OF_FEATURES}
-    weights = usual if asked is None else asked
+    weights = usual if objectives is None else objectives
     if not pairs and any(name in OF_FEATURES for name in weights):
         raise BadInput(f"{teacher.name} has no stages whose features could be compared.", "Use --objective kd.")
     return make_objectives(weights, temperature=temperature, pairs=pairs, seed=seed)
@@ -403,6 +407,6 @@ def _require_exportable(
     if target is None:
         return
     require_packages(target)
-    asked = {name: (each.weights, each.activations) for name, each in wanted.items()}
-    require_kernels(target, asked, scheme)
+    bits = {name: (each.weights, each.activations) for name, each in wanted.items()}
+    require_kernels(target, bits, scheme)
     rehearse(teacher, with_widths(wanted, {}), scheme)

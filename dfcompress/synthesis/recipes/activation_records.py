@@ -55,12 +55,13 @@ def default_preset(card: ModelCard, record: Description | None) -> str:
 
 def check_preset(preset: str, record: Description) -> None:
     """Raise `BadInput` for the published settings of another family of records."""
-    own, other = PAPER_GAUSSIAN, PAPER_SPECTRAL
+    meant, other = PAPER_GAUSSIAN, PAPER_SPECTRAL
     if record.kind in SPECTRAL:
-        own, other = other, own
+        meant, other = other, meant
     if preset == other:
         raise BadInput(
-            f"--preset {preset} is not what the paper does with a record of kind {record.kind}.", f"Use --preset {own}."
+            f"--preset {preset} is not what the paper does with a record of kind {record.kind}.",
+            f"Use --preset {meant}.",
         )
 
 

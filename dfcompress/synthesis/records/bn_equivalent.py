@@ -34,8 +34,8 @@ class StatisticsKeeper:
 
     def update(self, outputs: Sequence[Tensor], labels: Tensor, numbers: Tensor) -> None:
         """Take in the layers' outputs, every position on its own."""
-        for (layer, own), output in zip(self._moments.items(), outputs, strict=True):
-            own.update(output.movedim(self._axes[layer], -1).flatten(0, -2))
+        for (layer, moments), output in zip(self._moments.items(), outputs, strict=True):
+            moments.update(output.movedim(self._axes[layer], -1).flatten(0, -2))
 
     def state(self) -> dict[str, Tensor]:
         """The sums."""
@@ -47,8 +47,8 @@ class StatisticsKeeper:
 
     def tensors(self) -> dict[str, Tensor]:
         """`mean.<layer>` and `var.<layer>`, `(C,)`, fp32."""
-        means = {f"mean.{layer}": own.mean[0].float() for layer, own in self._moments.items()}
-        return means | {f"var.{layer}": own.variance[0].float() for layer, own in self._moments.items()}
+        means = {f"mean.{layer}": moments.mean[0].float() for layer, moments in self._moments.items()}
+        return means | {f"var.{layer}": moments.variance[0].float() for layer, moments in self._moments.items()}
 
     def details(self) -> dict[str, Any]:
         """None."""
@@ -72,8 +72,8 @@ def with_statistics(teacher: Classifier, record: Record) -> Classifier:
             raise BadInput(f"{record.path} knows a layer {layer!r}, which {teacher.name} has not.", "Record again.")
         module = found[layer]
         channels = (channels_of(module),)
-        record.require({f"{kept}.{layer}": (torch.float32, channels) for kept in ("mean", "var")})
-        mean, var = (record.tensors[f"{kept}.{layer}"] for kept in ("mean", "var"))
+        record.require({f"{moment}.{layer}": (torch.float32, channels) for moment in ("mean", "var")})
+        mean, var = (record.tensors[f"{moment}.{layer}"] for moment in ("mean", "var"))
         known = KnownStatistics(mean, var, axis=channel_axis(module))
         parent, _, name = layer.rpartition(".")
         setattr(network.get_submodule(parent), name, nn.Sequential(module, known))

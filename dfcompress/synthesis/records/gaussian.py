@@ -82,9 +82,9 @@ class GaussianKeeper:
 
     def update(self, outputs: Sequence[Tensor], labels: Tensor, numbers: Tensor) -> None:
         """Take in the layers' outputs `(N, units)`."""
-        for (layer, own), output in zip(self._moments.items(), outputs, strict=True):
+        for (layer, moments), output in zip(self._moments.items(), outputs, strict=True):
             tempered = output / self.keeping.temperature if layer == LOGITS else output
-            own.update(tempered, None if self.keeping.pooled else labels)
+            moments.update(tempered, None if self.keeping.pooled else labels)
 
     def state(self) -> dict[str, Tensor]:
         """The sums."""
@@ -98,12 +98,14 @@ class GaussianKeeper:
         """`mean.<layer>` `(classes, units)`, and in `factor.<layer>` the lower triangles of the covariance's Cholesky
         factors `(classes, blocks, block·(block + 1)/2)`; fp32.
         """
-        kept: dict[str, Tensor] = {}
-        for layer, own in self._moments.items():
-            rows, columns = torch.tril_indices(own.block, own.block)
-            triangles = [cholesky(own.covariance(label))[:, rows, columns].float() for label in range(own.classes)]
-            kept |= {f"mean.{layer}": own.mean.float(), f"factor.{layer}": torch.stack(triangles)}
-        return kept
+        tensors: dict[str, Tensor] = {}
+        for layer, moments in self._moments.items():
+            rows, columns = torch.tril_indices(moments.block, moments.block)
+            triangles = [
+                cholesky(moments.covariance(label))[:, rows, columns].float() for label in range(moments.classes)
+            ]
+            tensors |= {f"mean.{layer}": moments.mean.float(), f"factor.{layer}": torch.stack(triangles)}
+        return tensors
 
     def details(self) -> dict[str, Any]:
         """Temperature, whether classes are pooled, and the form of the covariance."""
@@ -163,9 +165,9 @@ class GaussianLayer:
         vectors = torch.empty(len(labels), self.units)
         for label in labels.unique().tolist():
             factor[:, rows, columns] = self._triangles[label]
-            own = labels == label
-            deviations = torch.einsum("bij,nbj->nbi", factor, noise[own]).flatten(1)
-            vectors[own] = self._mean[label] + deviations[:, : self.units]
+            of_label = labels == label
+            deviations = torch.einsum("bij,nbj->nbi", factor, noise[of_label]).flatten(1)
+            vectors[of_label] = self._mean[label] + deviations[:, : self.units]
         return vectors
 
 

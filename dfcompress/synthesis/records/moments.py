@@ -51,14 +51,14 @@ class StreamingMoments:
                 self._add(label, padded[labels == label])
 
     def _add(self, label: int, vectors: Tensor) -> None:
-        own = vectors.double()
-        mean = own.mean(0)
-        deviations = (own - mean).view(len(own), self.blocks, self.block)
+        values = vectors.double()
+        mean = values.mean(0)
+        deviations = (values - mean).view(len(values), self.blocks, self.block)
         if self.block == 1:
             scatter = deviations.square().sum(0)[..., None]
         else:
             scatter = deviations.transpose(0, 1).mT @ deviations.transpose(0, 1)
-        self._merge(label, len(own), mean, scatter)
+        self._merge(label, len(values), mean, scatter)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `merge` needs."""
@@ -89,10 +89,10 @@ def blocks_of(units: int, block: int) -> tuple[int, int]:
 
 def states(moments: Mapping[str, StreamingMoments]) -> dict[str, Tensor]:
     """The states of several, as one dict of tensors."""
-    return {f"{name}.{part}": tensor for name, own in moments.items() for part, tensor in own.state().items()}
+    return {f"{name}.{part}": tensor for name, of_layer in moments.items() for part, tensor in of_layer.state().items()}
 
 
 def merge_states(moments: Mapping[str, StreamingMoments], state: Mapping[str, Tensor]) -> None:
     """Take in what `states` gave on another process."""
-    for name, own in moments.items():
-        own.merge({part: state[f"{name}.{part}"] for part in own.state()})
+    for name, of_layer in moments.items():
+        of_layer.merge({part: state[f"{name}.{part}"] for part in of_layer.state()})

@@ -112,20 +112,20 @@ class SpectralKeeper:
         numbers, order = torch.cat(self._numbers).sort()
         labels, activations = self.labels[numbers], torch.cat(self._examples)[order]
         means = self._sums.mean.float()
-        kept = {MEAN: means, LABEL: labels}
+        tensors = {MEAN: means, LABEL: labels}
         for number, places in enumerate(self.parts):
             with threads(1):
                 basis = self.graph.basis(places)
                 coefficients = (activations - means[labels])[:, places] @ basis.T
             chosen, values = largest(coefficients, kept_of(len(places), self.keeping.keep))
             scale = values.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-            kept |= {
+            tensors |= {
                 f"places.{number}": chosen.to(torch.uint16),
                 f"values.{number}": (values / scale).half(),
                 f"scale.{number}": scale[None],
                 f"basis.{number}": fingerprint(basis),
             }
-        return kept
+        return tensors
 
     def details(self) -> dict[str, Any]:
         """The share of coefficients, and of how many activations a class."""
@@ -216,8 +216,8 @@ class SpectralSampler:
         return BatchTargets({layer: Target(outputs[places], torch.tensor(1.0)) for layer, outputs in examples})
 
     def _one_of(self, label: int, random: torch.Generator) -> int:
-        own = (self._labels == label).nonzero().flatten()
-        return int(own[torch.randint(len(own), (), generator=random)])
+        of_label = (self._labels == label).nonzero().flatten()
+        return int(of_label[torch.randint(len(of_label), (), generator=random)])
 
 
 def decoded(graph: WeightGraph, record: Record) -> Tensor:

@@ -122,7 +122,7 @@ class WeightGraph:
         """A·signals and what `images` add to it, `(B, units)`."""
         parts = dict(zip(self._layers, signals.split(self.sizes, 1), strict=True))
         computed = self._forward(parts, images)
-        return torch.cat([own - offset for own, offset in zip(computed, self._offset, strict=True)], 1)
+        return torch.cat([values - offset for values, offset in zip(computed, self._offset, strict=True)], 1)
 
     def shift(self, signals: Tensor) -> Tensor:
         """(A + Aᵀ)·signals with the edges of common pixels, `(B, units)` → `(B, units)`, float64."""
