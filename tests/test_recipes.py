@@ -17,7 +17,7 @@ from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.recipes import recipe_names
 from dfcompress.synthesis.records.accumulator import RecordSettings
-from dfcompress.synthesis.records.gaussian import GaussianKeeper, GaussianSampler
+from dfcompress.synthesis.records.gaussian import GaussianAccumulator, GaussianSampler
 from dfcompress.synthesis.records.record_file import Description, Record
 from dfcompress.synthesis.synthesizer import Synthesizer
 
@@ -31,10 +31,10 @@ CASES = [(name, preset) for name in recipe_names() for preset in module_of(name)
 
 def a_record(teacher):
     """Logits of made-up images, made ready to draw from."""
-    keeper = GaussianKeeper({LOGITS: torch.zeros(1, 10)}, RecordSettings(kind="top-layer"), 10)
-    keeper.update([20 * torch.randn(200, 10)], torch.arange(200) % 10, torch.arange(200))
-    about = Description("top-layer", (LOGITS,), 200, (20,) * 10, "", **keeper.details())
-    return GaussianSampler(Record(about, keeper.tensors()), teacher)
+    accumulator = GaussianAccumulator({LOGITS: torch.zeros(1, 10)}, RecordSettings(kind="top-layer"), 10)
+    accumulator.update([20 * torch.randn(200, 10)], torch.arange(200) % 10, torch.arange(200))
+    about = Description("top-layer", (LOGITS,), 200, (20,) * 10, "", **accumulator.details())
+    return GaussianSampler(Record(about, accumulator.tensors()), teacher)
 
 
 def test_the_folder_holds_the_recipes_of_this_version():
@@ -67,8 +67,8 @@ def test_a_few_steps_of_every_preset_lower_its_objective(name, preset, resnet20_
     teacher = load(resnet20_file)
     student = load(resnet20_file) if Want.STUDENT in recipe.wants else None
     execution = Execution("cpu", "fp32", False, 1, "")
-    source = a_record(teacher) if Want.TARGETS in recipe.wants else None
-    batch = Synthesizer(recipe, teacher, execution, student=student, source=source).batch(0, torch.arange(8))
+    sampler = a_record(teacher) if Want.TARGETS in recipe.wants else None
+    batch = Synthesizer(recipe, teacher, execution, student=student, sampler=sampler).batch(0, torch.arange(8))
     assert batch.images.shape == (8, 3, 32, 32)
     assert batch.images.isfinite().all()
     if batch.history:

@@ -174,7 +174,7 @@ def _synthesis(
     )
 
 
-def _keeping(**values: Any) -> RecordSettings:
+def _record_settings(**values: Any) -> RecordSettings:
     from dfcompress.synthesis.records.accumulator import RecordSettings
 
     return RecordSettings(**values)
@@ -363,9 +363,9 @@ _SYNTHESIS = (
     click.option("--no-records", is_flag=True, help="Ignore the activation record beside the model."),
 )
 
-keeping = group(
-    "keeping",
-    _keeping,
+record_settings = group(
+    "settings",
+    _record_settings,
     click.option(
         "--kind", type=click.Choice(KINDS), default="all-layers", show_default=True, help="Kind of activation record."
     ),
@@ -375,7 +375,7 @@ keeping = group(
     renamed(
         "--pooled",
         "--class-independent",
-        "pooled",
+        "class_independent",
         is_flag=True,
         help="Gaussian kinds: one set of statistics for all classes together.",
     ),
@@ -402,7 +402,7 @@ keeping = group(
     renamed(
         "--keep",
         "--coefficients",
-        "keep",
+        "coefficients",
         type=float,
         default=0.1,
         show_default=True,

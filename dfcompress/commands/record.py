@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command(epilog=_options.example("dfcompress record model.pt --data train --kind all-layers"))
 @_options.model
 @click.option("--data", type=_options.PATH, required=True, help="Images the model was trained on.")
-@_options.keeping
+@_options.record_settings
 @click.option(
     "-o", "--output", type=_options.PATH, help="File to write; by default MODEL.records.safetensors beside the model."
 )
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def record(
     model: Classifier,
     data: Path,
-    keeping: RecordSettings,
+    settings: RecordSettings,
     output: Path | None,
     overwrite: bool,
     dry_run: bool,
@@ -47,7 +47,7 @@ def record(
     made = record(
         model,
         data=data,
-        settings=keeping,
+        settings=settings,
         output=output,
         device=device,
         seed=seed,

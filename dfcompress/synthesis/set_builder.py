@@ -153,10 +153,10 @@ def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | No
     work = work_in(recipe, teacher, batches * batch_size)
     execution = resolve_execution(compute, work, steps=batches * recipe.steps)
     student = (student or teacher) if Want.STUDENT in recipe.wants else None
-    source = spec.source()
+    sampler = spec.sampler()
 
     def step(execution: Execution) -> None:
-        try_step(recipe, teacher, execution, student=student, source=source)
+        try_step(recipe, teacher, execution, student=student, sampler=sampler)
 
     return tried(execution, compute, step, what=f"{teacher.name}{' or its student' if student else ''}")
 
@@ -277,7 +277,7 @@ class _SetBuilder:
                 self.execution,
                 seed=self.seed,
                 student=student,
-                source=self.spec.source(),
+                sampler=self.spec.sampler(),
                 pixels=record.pixels if record else None,
             )
             processor = processor_name(self.synthesizer.device)

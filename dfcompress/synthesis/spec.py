@@ -45,7 +45,7 @@ class SynthesisSpec:
         """The recipe, built once."""
         return self.choice.recipe
 
-    def source(self) -> TargetSampler | None:
+    def sampler(self) -> TargetSampler | None:
         """The record's activations made ready to draw from, where the recipe asks for some."""
         if self.record is None or Want.TARGETS not in self.recipe.wants:
             return None

@@ -67,7 +67,7 @@ class Synthesizer:
     """Makes batches of images by one recipe from one teacher.
 
     A recipe whose images compete with a student needs `student`; `update_student` tells that its weights have changed.
-    `source` is the teacher's record of activations, which some recipes need; `pixels` are the mean and the deviation
+    `sampler` is the teacher's record of activations, which some recipes need; `pixels` are the mean and the deviation
     to start from, where a record knows them.
     """
 
@@ -79,14 +79,14 @@ class Synthesizer:
         *,
         seed: int = 0,
         student: Classifier | None = None,
-        source: TargetSampler | None = None,
+        sampler: TargetSampler | None = None,
         pixels: PixelStatistics | None = None,
     ) -> None:
         self.recipe, self.seed, self.execution = recipe, seed, execution
-        self.student, self.source, self.pixels = student, source, pixels
+        self.student, self.sampler, self.pixels = student, sampler, pixels
         self.device = device.resolve_device(execution.device)
         self.teacher = teacher.frozen().to(self.device)
-        self._network = compiled(recorder_of(recipe, self.teacher, source, execution), execution)
+        self._network = compiled(recorder_of(recipe, self.teacher, sampler, execution), execution)
         self._losses = compiled(losses_of(recipe), execution)
         self._live_student: LiveStudent | None = None
         if Want.STUDENT in recipe.wants:
@@ -173,8 +173,8 @@ class Synthesizer:
             images.append(template if template.persistent else copy.deepcopy(template))
             noise = generator("noise", self.seed, shard)
             images[-1].start(labels_of_shard.to(self.device), self.teacher, noise, self.pixels)
-            if self.source:
-                targets.append(self.source.ask(labels_of_shard.cpu(), generator("targets", self.seed, shard)))
+            if self.sampler:
+                targets.append(self.sampler.sample(labels_of_shard.cpu(), generator("targets", self.seed, shard)))
         assert len(labels) == 1 or not self.recipe.images.persistent, "persistent images make one batch at a time"
         together = BatchTargets.together(targets).to(self.device)
         all_labels = torch.cat(list(labels.values())).to(self.device)
@@ -294,7 +294,7 @@ class Synthesizer:
             replace(self.execution, precision="fp32", compile=False),
             seed=self.seed,
             student=self.student,
-            source=self.source,
+            sampler=self.sampler,
             pixels=self.pixels,
         )
         first = next(iter(labels))
@@ -367,17 +367,17 @@ def compiled(function: Callable[..., Any], execution: Execution) -> Callable[...
 
 
 def recorder_of(
-    recipe: Recipe, teacher: Classifier, source: TargetSampler | None, execution: Execution
+    recipe: Recipe, teacher: Classifier, sampler: TargetSampler | None, execution: Execution
 ) -> FusedRecorder:
     """The recorder of what the recipe's losses want, and of the layers that the record sets targets for."""
-    outputs = list(source.layers) if source else []
+    outputs = list(sampler.layers) if sampler else []
     wanted = {want.layer for want in recipe.wants if isinstance(want, LayerOutput)}
     return FusedRecorder(
         teacher.network,
         moments=Want.MOMENTS in recipe.wants,
         outputs=outputs + sorted(wanted.difference(outputs)),
         channel_means=sorted(want.layer for want in recipe.wants if isinstance(want, ChannelMeans)),
-        dropout=source is not None and source.fixes_dropout,
+        dropout=sampler is not None and sampler.fixes_dropout,
         precision=device.PRECISIONS[execution.precision],
     )
 
@@ -415,21 +415,21 @@ def try_step(
     execution: Execution,
     *,
     student: Classifier | None,
-    source: TargetSampler | None,
+    sampler: TargetSampler | None,
 ) -> None:
     """One eager step of the recipe's last phase with two images; raises what a network raises that cannot do it."""
     if not recipe.steps:
         return
-    synthesizer = Synthesizer(recipe, teacher, replace(execution, compile=False), student=student, source=source)
+    synthesizer = Synthesizer(recipe, teacher, replace(execution, compile=False), student=student, sampler=sampler)
     synthesizer.step(synthesizer.begin_last_phase({0: torch.arange(2) % teacher.card.classes}))
 
 
 def seconds_per_step(
-    recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int, source: TargetSampler | None = None
+    recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int, sampler: TargetSampler | None = None
 ) -> float:
     """Seconds one step takes in the recipe's last phase, the best of those after the first, or after its capture."""
     student = copy.deepcopy(teacher) if Want.STUDENT in recipe.wants else None
-    synthesizer = Synthesizer(recipe, teacher, execution, student=student, source=source)
+    synthesizer = Synthesizer(recipe, teacher, execution, student=student, sampler=sampler)
     state = synthesizer.begin_last_phase({0: torch.arange(batch_size) % teacher.card.classes})
     times = []
     for _ in range(min(recipe.phases[-1].steps, 3 + STEPS_BEFORE_CAPTURE * execution.capture)):

@@ -43,7 +43,7 @@ class TransferSetSource:
     statistics are known and no classes were asked for; None leaves all to the chosen recipe.
     So many `probe_images` are synthesized beside them, in `unseen`, by another seed and a third recipe, to compare
     student and teacher on, and never to train on; none where the statistics are not known.
-    `learner` gives the student that a recipe's images compete with, None for recipes that need none.
+    `competitor` gives the student that a recipe's images compete with, None for recipes that need none.
     Raises `BadInput` where the data cannot be used, or nothing can be made from this teacher.
     """
 
@@ -56,7 +56,7 @@ class TransferSetSource:
         *,
         second_recipe: str | None = None,
         probe_images: int = 0,
-        learner: Callable[[Recipe], UpdatedStudent | None] = lambda recipe: None,
+        competitor: Callable[[Recipe], UpdatedStudent | None] = lambda recipe: None,
     ) -> None:
         self.compute = compute
         places = _parts(data)
@@ -67,7 +67,7 @@ class TransferSetSource:
         self.specs = {} if self.sources else _specs(teacher, synthesis, second_recipe)
         if self.sources and (second_recipe not in (AUTO, None) or replace(synthesis, images=1) != Synthesis(images=1)):
             console.notice("The images are those of --data: options of synthesis make no others to train on.")
-        self.learners = {name: learner(spec.recipe) for name, spec in self.specs.items()}
+        self.competitors = {name: competitor(spec.recipe) for name, spec in self.specs.items()}
         informed = next((spec.teacher for spec in self.specs.values()), teacher)
         self.probe = None
         if probe_images and not why_no_statistics(informed.network):
@@ -90,7 +90,7 @@ class TransferSetSource:
         """The sets that `gather` synthesizes, the probe images last, each with the student that its images compete
         with, if any.
         """
-        students = {name: learner.student for name, learner in self.learners.items() if learner}
+        students = {name: competitor.student for name, competitor in self.competitors.items() if competitor}
         sets = [(spec, students.get(name)) for name, spec in self.specs.items()]
         return sets + ([(self.probe, None)] if self.probe else [])
 
@@ -107,7 +107,7 @@ class TransferSetSource:
     def gather(self, folder: Path) -> TransferSet:
         """All images as they are stored, and their labels; one image in sixteen is held out."""
         synthesized = [
-            build_set(spec, folder / name, self.compute, student=self.learners[name])
+            build_set(spec, folder / name, self.compute, student=self.competitors[name])
             for name, spec in self.specs.items()
         ]
         images, labels = _gathered([*self.sources, *synthesized])

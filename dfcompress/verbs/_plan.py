@@ -85,7 +85,7 @@ class Synthesize:
         execution = execution_of(self.spec, self.compute, self.student)
         eager, seconds = replace(execution, compile=False), 0.0
         if recipe.steps:
-            seconds = seconds_per_step(recipe, self.spec.teacher, eager, self.batch_size, self.spec.source())
+            seconds = seconds_per_step(recipe, self.spec.teacher, eager, self.batch_size, self.spec.sampler())
         seconds = predicted_seconds(execution, seconds * recipe.steps * batches)
         memory = peak_memory_bytes(torch.device(execution.device))
         return SynthesisEstimate(

@@ -98,7 +98,7 @@ def distill(
         compute,
         second_recipe=second_recipe,
         probe_images=probe_images,
-        learner=lambda recipe: co_trained_student(teacher, recipe, competing, compute),
+        competitor=lambda recipe: co_trained_student(teacher, recipe, competing, compute),
     )
     if co_train and not source.adaptive:
         raise BadInput("Nothing competes with the student.", "Give --co-train an adaptive recipe and no --data.")

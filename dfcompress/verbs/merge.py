@@ -150,7 +150,7 @@ def _sources(
             replace(compute, seed=compute.seed + number),
             second_recipe=second_recipe,
             probe_images=probe_images,
-            learner=partial(co_trained_student, teacher, student=student, compute=compute),
+            competitor=partial(co_trained_student, teacher, student=student, compute=compute),
         )
         for number, (teacher, of_teacher) in enumerate(zip_longest(teachers, data))
     ]

@@ -140,7 +140,7 @@ def quantize(
     if not data:
         synthesis, second_recipe = usual_images(method, teacher, synthesis, second_recipe)
     competing = partial(competitor, teacher, wanted, calibration, compute)
-    source = TransferSetSource(teacher, data, synthesis, compute, second_recipe=second_recipe, learner=competing)
+    source = TransferSetSource(teacher, data, synthesis, compute, second_recipe=second_recipe, competitor=competing)
     steps: dict[str, Step | None] = {
         "calibration": Calibrate(student, teacher, calibration, wanted, size_ratio, compute),
         "rounding": _step(student, teacher, finetune, rounding, terms, compute),

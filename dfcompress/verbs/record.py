@@ -30,11 +30,11 @@ from dfcompress.models.recorder import LOGITS, HookRecorder, outputs_of_one_imag
 from dfcompress.randomness import generator
 from dfcompress.synthesis.records import BN_EQUIVALENT, FIXED_DROPOUT, SPECTRAL
 from dfcompress.synthesis.records.accumulator import RecordAccumulator, RecordSettings
-from dfcompress.synthesis.records.bn_equivalent import StatisticsKeeper
-from dfcompress.synthesis.records.gaussian import GaussianKeeper, dropouts
+from dfcompress.synthesis.records.bn_equivalent import StatisticsAccumulator
+from dfcompress.synthesis.records.gaussian import GaussianAccumulator, dropouts
 from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
 from dfcompress.synthesis.records.record_file import PIXEL_MEAN, PIXEL_STD, Description, Record, beside
-from dfcompress.synthesis.records.spectral import SpectralKeeper
+from dfcompress.synthesis.records.spectral import SpectralAccumulator
 
 BATCH_SIZE = 500
 NUMBERS_A_BATCH = 2**26
@@ -94,24 +94,24 @@ def record(
     _require_enough_images(counts, settings)
     outputs = _layers(teacher, settings)
     data_bytes = len(source) * math.prod(source.size)
-    keeper = _keeper(teacher, outputs, settings, source.labels, data_bytes, seed)
+    accumulator = _accumulator(teacher, outputs, settings, source.labels, data_bytes, seed)
     recorded = Recorded(
         output=str(path),
         kind=settings.kind,
         units={layer: output[0].numel() for layer, output in outputs.items()},
         images=len(source),
         classes=counts,
-        bytes=keeper.bytes,
+        bytes=accumulator.bytes,
         data_bytes=data_bytes,
-        memory_bytes=keeper.memory_bytes,
-        details=keeper.details(),
+        memory_bytes=accumulator.memory_bytes,
+        details=accumulator.details(),
     )
-    for notice in (*_notices(recorded, settings), *keeper.notices()):
+    for notice in (*_notices(recorded, settings), *accumulator.notices()):
         console.notice(notice)
     if dry_run:
         return recorded
     with world().session():
-        pixels = _see(teacher, source, outputs, keeper, path)
+        pixels = _see(teacher, source, outputs, accumulator, path)
         if world().is_main:
             about = Description(
                 kind=settings.kind,
@@ -119,10 +119,10 @@ def record(
                 images=len(source),
                 class_counts=tuple(counts),
                 teacher=teacher.identity()["sha256"],
-                **keeper.details(),
+                **accumulator.details(),
             )
             of_pixels = {PIXEL_MEAN: pixels.mean[0].float(), PIXEL_STD: pixels.variance[0].sqrt().float()}
-            Record(about, of_pixels | keeper.tensors()).save(path)
+            Record(about, of_pixels | accumulator.tensors()).save(path)
         world().barrier()
     return Recorded(
         **{**asdict(recorded), "bytes": path.stat().st_size, "seconds": round(time.perf_counter() - started, 2)}
@@ -169,7 +169,7 @@ def _layers(teacher: Classifier, settings: RecordSettings) -> dict[str, Tensor]:
     return {name: output for name, output in outputs.items() if any(fnmatch(name, each) for each in patterns)}
 
 
-def _keeper(
+def _accumulator(
     teacher: Classifier,
     outputs: dict[str, Tensor],
     settings: RecordSettings,
@@ -178,13 +178,13 @@ def _keeper(
     seed: int,
 ) -> RecordAccumulator:
     if settings.kind == BN_EQUIVALENT:
-        return StatisticsKeeper(teacher.network, outputs)
+        return StatisticsAccumulator(teacher.network, outputs)
     if settings.kind in SPECTRAL:
         random = generator("record", seed)
-        return SpectralKeeper(teacher, list(outputs), settings, labels, data_bytes=data_bytes, random=random)
+        return SpectralAccumulator(teacher, list(outputs), settings, labels, data_bytes=data_bytes, random=random)
     if settings.kind == FIXED_DROPOUT:
         dropouts(teacher)  # Refuses a network without.
-    return GaussianKeeper(outputs, settings, teacher.card.classes)
+    return GaussianAccumulator(outputs, settings, teacher.card.classes)
 
 
 def _notices(recorded: Recorded, settings: RecordSettings) -> list[str]:
@@ -197,9 +197,9 @@ def _notices(recorded: Recorded, settings: RecordSettings) -> list[str]:
 
 @torch.no_grad()
 def _see(
-    teacher: Classifier, source: ImageSource, layers: dict[str, Tensor], keeper: RecordAccumulator, path: Path
+    teacher: Classifier, source: ImageSource, layers: dict[str, Tensor], accumulator: RecordAccumulator, path: Path
 ) -> StreamingMoments:
-    """Show every image to the keeper of the leading process, together with the other processes; the pixels' moments."""
+    """Show every image to the accumulator of the leading process, together with the other processes; the pixels' moments."""
     everyone = world()
     pixels = StreamingMoments(1, teacher.card.input_size[0], 1)
     # Large outputs of many images at once would fill the memory; the same for every process.
@@ -210,28 +210,28 @@ def _see(
     with evaluating(teacher), exact_fp32(), console.progress("batch", total) as progress:
         for number, (images, labels) in enumerate(batches):
             recorded = recorder(teacher.normalise(images.to(teacher.mean.device))).outputs.values()
-            outputs = [output.flatten(1) if keeper.flat else output for output in recorded]
+            outputs = [output.flatten(1) if accumulator.flat else output for output in recorded]
             if not all(output.isfinite().all() for output in outputs):
                 raise DfcompressError("The network answers with NaN or infinity.", "Its weights or its card are wrong.")
             first = (everyone.rank + number * everyone.world_size) * size
-            keeper.update([output.cpu() for output in outputs], labels, torch.arange(first, first + len(images)))
+            accumulator.update([output.cpu() for output in outputs], labels, torch.arange(first, first + len(images)))
             pixels.update(images.movedim(1, -1).flatten(0, -2))
             progress.update(min(total, (number + 1) * everyone.world_size))
-    _gather(keeper, pixels, path)
+    _gather(accumulator, pixels, path)
     return pixels
 
 
-def _gather(keeper: RecordAccumulator, pixels: StreamingMoments, path: Path) -> None:
+def _gather(accumulator: RecordAccumulator, pixels: StreamingMoments, path: Path) -> None:
     """Bring what all processes saw to the leading one, through files beside the record."""
     everyone = world()
     parts = [path.with_name(f".{path.name}.{rank}") for rank in range(everyone.world_size)]
     if not everyone.is_main:
-        save_file(keeper.state() | states({"pixels": pixels}), parts[everyone.rank])
+        save_file(accumulator.state() | states({"pixels": pixels}), parts[everyone.rank])
     everyone.barrier()
     try:
         for part in parts[1:] if everyone.is_main else []:
             state = load_file(part)
-            keeper.merge(state)
+            accumulator.merge(state)
             merge_states({"pixels": pixels}, state)
     finally:
         for part in parts if everyone.is_main else []:

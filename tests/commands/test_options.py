@@ -145,4 +145,4 @@ def test_a_wrong_value_under_a_former_name_is_refused():
     with pytest.raises(click.BadParameter, match="nonsense"):
         parsed("distill", "net.pt", "--mix", "nonsense")
     with pytest.raises(BadInput, match="--coefficients"):
-        RecordSettings(keep=0.0)
+        RecordSettings(coefficients=0.0)

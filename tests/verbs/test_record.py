@@ -105,7 +105,7 @@ def test_a_class_of_few_images_is_refused_unless_classes_are_pooled(lenet_folder
     with pytest.raises(BadInput, match="Class 0 has 30 images, fewer than --min-images 31"):
         record(lenet_folder, data=images_file, settings=RecordSettings(min_images=31), output=tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
-    keeping = RecordSettings(kind="top-layer", pooled=True, min_images=31)
+    keeping = RecordSettings(kind="top-layer", class_independent=True, min_images=31)
     record(lenet_folder, data=images_file, settings=keeping, output=tmp_path / "x")
 
 
@@ -133,10 +133,10 @@ def test_synthetic_images_are_no_training_images(lenet_folder, released, tmp_pat
     [
         ({"kind": "all"}, "no kind of record"),
         ({"covariance": "block:x"}, "--covariance"),
-        ({"keep": 0.0}, "--coefficients"),
+        ({"coefficients": 0.0}, "--coefficients"),
         ({"temperature": 0.0}, "--temperature"),
         ({"per_class": 0}, "--per-class"),
-        ({"kind": "spectral-all", "pooled": True}, "does not pool"),
+        ({"kind": "spectral-all", "class_independent": True}, "does not pool"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(options, message):
@@ -213,8 +213,8 @@ def test_images_start_from_the_pixels_of_the_data(released, lenet_folder, tmp_pa
 
 def test_filters_are_held_and_scaled_as_in_training(hinton, tmp_path):
     about = Description("all-layers-dropout", (), 1, (1,) * 10, hinton.identity()["sha256"], temperature=8.0)
-    source = GaussianSampler(Record(about, {"pixels.mean": torch.zeros(1), "pixels.std": torch.ones(1)}), hinton)
-    asked = source.ask(torch.zeros(3, dtype=torch.long), torch.Generator().manual_seed(0))
+    sampler = GaussianSampler(Record(about, {"pixels.mean": torch.zeros(1), "pixels.std": torch.ones(1)}), hinton)
+    asked = sampler.sample(torch.zeros(3, dtype=torch.long), torch.Generator().manual_seed(0))
     assert [tuple(each.shape) for each in asked.filters] == [(3, 784), (3, 1200), (3, 1200)]
     for each, rate in zip(asked.filters, (0.2, 0.5, 0.5), strict=True):
         assert set(each.unique().tolist()) == {0.0, torch.tensor(1 / (1 - rate)).item()}
@@ -236,10 +236,12 @@ def test_the_compiled_step_of_fixed_filters_is_the_eager_one(hinton, tmp_path):
     )
     keeping = RecordSettings(kind="all-layers-dropout", covariance="diagonal")
     record(hinton, data=tmp_path / "d.npz", settings=keeping, output=tmp_path / "r")
-    source = GaussianSampler(Record.load(tmp_path / "r", hinton), hinton)
+    sampler = GaussianSampler(Record.load(tmp_path / "r", hinton), hinton)
     recipe = choose("activation-records", "fast-all-layers", {"steps": 5, "batch_size": 8}).recipe
     made = [
-        Synthesizer(recipe, hinton, Execution("cpu", "fp32", compiled, 1, ""), source=source).batch(0, torch.arange(8))
+        Synthesizer(recipe, hinton, Execution("cpu", "fp32", compiled, 1, ""), sampler=sampler).batch(
+            0, torch.arange(8)
+        )
         for compiled in (False, True)
     ]
     torch.testing.assert_close(made[0].images, made[1].images, rtol=1e-3, atol=1e-3)
@@ -297,7 +299,10 @@ def test_a_network_without_batchnorm_or_record_is_refused(lenet_folder, tmp_path
 
 def test_pooled_classes_intend_no_class(lenet_folder, images_file, tmp_path):
     record(
-        lenet_folder, data=images_file, settings=RecordSettings(kind="top-layer", pooled=True), output=tmp_path / "r"
+        lenet_folder,
+        data=images_file,
+        settings=RecordSettings(kind="top-layer", class_independent=True),
+        output=tmp_path / "r",
     )
     made = invert(lenet_folder, output=tmp_path / "set", synthesis=replace(FEW, records=tmp_path / "r"), compute=EAGER)
     assert made.teacher_top1 is None
@@ -330,8 +335,8 @@ def test_a_decoded_record_does_not_depend_on_the_number_of_threads(released, len
     before, asked = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        source = SpectralSampler(Record.load(released["spectral-pairs"], lenet), lenet)
-        asked.append(source.ask(torch.arange(10), torch.Generator().manual_seed(0)))
+        sampler = SpectralSampler(Record.load(released["spectral-pairs"], lenet), lenet)
+        asked.append(sampler.sample(torch.arange(10), torch.Generator().manual_seed(0)))
     torch.set_num_threads(before)
     assert all(torch.equal(a.values, b.values) for a, b in zip(*(each.targets.values() for each in asked), strict=True))
 

@@ -15,29 +15,29 @@ from dfcompress.synthesis.records import BN_EQUIVALENT, GAUSSIAN, KINDS
 
 @dataclass(frozen=True, kw_only=True)
 class RecordSettings:
-    """What to keep: the kind, and for those it concerns, how.
+    """What a record shall hold: its kind, and the settings of single kinds.
 
-    `layers` are patterns of layers' names (all by default); `pooled` keeps no classes apart; `covariance` is `auto`,
-    `full`, `block:N` or `diagonal`; `temperature` divides logits; of up to `per_class` activations a class the share
-    `keep` of coefficients is kept; a class behind fewer than `min_images` is refused, because its record would tell too
-    much of them.
+    `layers` are patterns of layers' names (all by default); `class_independent` keeps no classes apart; `covariance` is
+    `auto`, `full`, `block:N` or `diagonal`; `temperature` divides logits; of up to `per_class` activations a class the
+    share `coefficients` of their coefficients is stored; a class of fewer than `min_images` is refused, because its
+    record would tell too much of them.
     """
 
     kind: str = "all-layers"
     layers: Sequence[str] = ()
-    pooled: bool = False
+    class_independent: bool = False
     covariance: str = "auto"
     temperature: float = 8.0
     per_class: int = 100
-    keep: float = 0.1
+    coefficients: float = 0.1
     min_images: int = 20
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for a kind or a number that is none."""
         if self.kind not in KINDS:
             raise BadInput(f"There is no kind of record {self.kind!r}.", f"Known: {', '.join(KINDS)}.")
-        if not 0 < self.keep <= 1:
-            raise BadInput(f"--coefficients {self.keep} is no share.", "Use a number above 0, up to 1.")
+        if not 0 < self.coefficients <= 1:
+            raise BadInput(f"--coefficients {self.coefficients} is no share.", "Use a number above 0, up to 1.")
         if not 0 < self.temperature < math.inf:
             raise BadInput(f"--temperature {self.temperature} is not positive.", "8 is the paper's.")
         if self.min_images < 2:
@@ -46,7 +46,7 @@ class RecordSettings:
             raise BadInput(f"--per-class {self.per_class} keeps nothing.", "Use 1 or more.")
         if self.covariance not in ("auto", "full", "diagonal") and self.block is None:
             raise BadInput(f"--covariance {self.covariance!r} is not understood.", "auto, full, block:N or diagonal.")
-        if self.pooled and self.kind not in GAUSSIAN:
+        if self.class_independent and self.kind not in GAUSSIAN:
             raise BadInput(f"A record of kind {self.kind} does not pool classes.", "Leave out --class-independent.")
 
     @property
@@ -58,7 +58,7 @@ class RecordSettings:
     @property
     def keeps_classes_apart(self) -> bool:
         """Whether every class has numbers of its own."""
-        return self.kind != BN_EQUIVALENT and not self.pooled
+        return self.kind != BN_EQUIVALENT and not self.class_independent
 
 
 class RecordAccumulator(Protocol):

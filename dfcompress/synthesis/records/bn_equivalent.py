@@ -21,7 +21,7 @@ from dfcompress.synthesis.records.moments import StreamingMoments, merge_states,
 from dfcompress.synthesis.records.record_file import Record
 
 
-class StatisticsKeeper:
+class StatisticsAccumulator:
     """Sums of the channels of layers' outputs; `outputs` `(1, ...)` are those of one image, by layer."""
 
     flat = False

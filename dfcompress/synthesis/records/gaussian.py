@@ -31,7 +31,7 @@ LESS = "Use a smaller --covariance (block:N or diagonal), --class-independent, f
 JITTER = [10.0**exponent for exponent in range(-10, 1)]
 
 
-class GaussianKeeper:
+class GaussianAccumulator:
     """Sums of layers' outputs, class by class; `outputs` `(1, ...)` are those of one image, by layer.
 
     Raises `BadInput` where the covariance that was asked for does not fit into memory.
@@ -39,10 +39,10 @@ class GaussianKeeper:
 
     flat = True
 
-    def __init__(self, outputs: Mapping[str, Tensor], keeping: RecordSettings, classes: int) -> None:
-        self.keeping = keeping
+    def __init__(self, outputs: Mapping[str, Tensor], settings: RecordSettings, classes: int) -> None:
+        self.settings = settings
         self.units = {layer: output[0].numel() for layer, output in outputs.items()}
-        self._classes = 1 if keeping.pooled else classes
+        self._classes = 1 if settings.class_independent else classes
         self.block = self._block()
         self.bytes = tensor_bytes(self.expected)
         self.memory_bytes = self._memory_bytes(self.block)
@@ -62,7 +62,7 @@ class GaussianKeeper:
     def _block(self) -> int:
         """The block that was asked for, or the largest that suits."""
         largest = max(self.units.values())
-        fixed = {"full": largest, "diagonal": 1, "auto": None}.get(self.keeping.covariance, self.keeping.block)
+        fixed = {"full": largest, "diagonal": 1, "auto": None}.get(self.settings.covariance, self.settings.block)
         if fixed is None:
             candidates = [-(-largest // parts) for parts in PARTS if parts < largest]
             sizes = {block: tensor_bytes(expected_tensors(self.units, self._classes, block)) for block in candidates}
@@ -83,8 +83,8 @@ class GaussianKeeper:
     def update(self, outputs: Sequence[Tensor], labels: Tensor, numbers: Tensor) -> None:
         """Take in the layers' outputs `(N, units)`."""
         for (layer, moments), output in zip(self._moments.items(), outputs, strict=True):
-            tempered = output / self.keeping.temperature if layer == LOGITS else output
-            moments.update(tempered, None if self.keeping.pooled else labels)
+            tempered = output / self.settings.temperature if layer == LOGITS else output
+            moments.update(tempered, None if self.settings.class_independent else labels)
 
     def state(self) -> dict[str, Tensor]:
         """The sums."""
@@ -110,8 +110,8 @@ class GaussianKeeper:
     def details(self) -> dict[str, Any]:
         """Temperature, whether classes are pooled, and the form of the covariance."""
         return {
-            "temperature": self.keeping.temperature,
-            "pooled": self.keeping.pooled,
+            "temperature": self.settings.temperature,
+            "pooled": self.settings.class_independent,
             "covariance": self.covariance,
         }
 
@@ -178,8 +178,8 @@ def require_gaussians(record: Record, teacher: Classifier) -> None:
     if unknown := [layer for layer in about.layers if layer not in outputs]:
         raise BadInput(f"{record.path} knows a layer {unknown[0]!r}, which {teacher.name} has not.", "Record again.")
     units = {layer: outputs[layer][0].numel() for layer in about.layers}
-    keeping = RecordSettings(kind=about.kind, covariance=about.covariance)
-    block = {"full": max(units.values()), "diagonal": 1}.get(about.covariance, keeping.block or 0)
+    settings = RecordSettings(kind=about.kind, covariance=about.covariance)
+    block = {"full": max(units.values()), "diagonal": 1}.get(about.covariance, settings.block or 0)
     record.require(expected_tensors(units, 1 if about.pooled else len(about.class_counts), block))
     if about.kind == FIXED_DROPOUT:
         dropouts(teacher)
@@ -197,7 +197,7 @@ class GaussianSampler:
         self._gaussians = [GaussianLayer(record.tensors, layer) for layer in self.layers]
         self._dropouts = dropouts(teacher) if self.fixes_dropout else []
 
-    def ask(self, labels: Tensor, random: torch.Generator) -> BatchTargets:
+    def sample(self, labels: Tensor, random: torch.Generator) -> BatchTargets:
         """A sample for every layer, each drawn on its own, and a filter for every dropout layer."""
         targets = {
             layer: Target(gaussian.sample(labels, random) / scale, scale)

@@ -38,7 +38,7 @@ MEAN, LABEL = "mean", "label"
 SAME_BASIS = 1e-2
 
 
-class SpectralKeeper:
+class SpectralAccumulator:
     """Mean activations of the classes, and some activations of each.
 
     Those of up to `per_class` images of each class are kept, drawn by `random` from `labels` `(N,)`: fewer where the
@@ -51,15 +51,15 @@ class SpectralKeeper:
         self,
         teacher: Classifier,
         layers: Sequence[str],
-        keeping: RecordSettings,
+        settings: RecordSettings,
         labels: Tensor,
         *,
         data_bytes: int,
         random: torch.Generator,
     ) -> None:
-        self.keeping, self.labels = keeping, labels
+        self.settings, self.labels = settings, labels
         self.graph = WeightGraph(teacher, layers)
-        self.parts = parts_of(self.graph, keeping.kind)
+        self.parts = parts_of(self.graph, settings.kind)
         classes = teacher.card.classes
         self._sums = StreamingMoments(classes, self.graph.units, 1)
         largest_part = max(self.parts, key=lambda part: basis_memory_bytes(len(part)))
@@ -72,7 +72,7 @@ class SpectralKeeper:
                 f"One activation a class and the classes' means take over {SHARE_OF_DATA:.0%} of the data.",
                 "Take another --kind, or fewer --layers.",
             )
-        self.per_class = min(keeping.per_class, fits)
+        self.per_class = min(settings.per_class, fits)
         self._kept = random_subset(labels, self.per_class, random)
         self.bytes = tensor_bytes(self._expected(len(self._kept)))
         self.memory_bytes = (
@@ -84,7 +84,7 @@ class SpectralKeeper:
         self._examples = [torch.zeros(0, self.graph.units)]
 
     def _expected(self, examples: int) -> Expected:
-        return expected_tensors(self.parts, self._sums.classes, self.graph.units, examples, self.keeping.keep)
+        return expected_tensors(self.parts, self._sums.classes, self.graph.units, examples, self.settings.coefficients)
 
     def update(self, outputs: Sequence[Tensor], labels: Tensor, numbers: Tensor) -> None:
         """Take in the layers' outputs `(N, units)`."""
@@ -117,7 +117,7 @@ class SpectralKeeper:
             with threads(1):
                 basis = self.graph.basis(places)
                 coefficients = (activations - means[labels])[:, places] @ basis.T
-            chosen, values = largest(coefficients, kept_of(len(places), self.keeping.keep))
+            chosen, values = largest(coefficients, kept_of(len(places), self.settings.coefficients))
             scale = values.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
             tensors |= {
                 f"places.{number}": chosen.to(torch.uint16),
@@ -129,12 +129,12 @@ class SpectralKeeper:
 
     def details(self) -> dict[str, Any]:
         """The share of coefficients, and of how many activations a class."""
-        return {"keep": self.keeping.keep, "per_class": self.per_class}
+        return {"keep": self.settings.coefficients, "per_class": self.per_class}
 
     def notices(self) -> list[str]:
         """Whose data it holds, and where it is less than was asked for."""
         found = [f"It holds data of single examples: {self.per_class} images of each class, lossily compressed."]
-        if self.per_class < self.keeping.per_class:
+        if self.per_class < self.settings.per_class:
             found.append(f"More of each class would be over {SHARE_OF_DATA:.0%} of the data.")
         if any(len(part) > FULL_BASIS_UNITS for part in self.parts):
             found.append(
@@ -209,7 +209,7 @@ class SpectralSampler:
             self._examples = decoded(graph, record).split(graph.sizes, 1)
         self._labels = record.tensors[LABEL]
 
-    def ask(self, labels: Tensor, random: torch.Generator) -> BatchTargets:
+    def sample(self, labels: Tensor, random: torch.Generator) -> BatchTargets:
         """An activation of its class for every image, drawn from those that were kept."""
         places = torch.tensor([self._one_of(label, random) for label in labels.tolist()])
         examples = zip(self.layers, self._examples, strict=True)

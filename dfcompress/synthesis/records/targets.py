@@ -47,5 +47,5 @@ class TargetSampler(Protocol):
     layers: tuple[str, ...]
     fixes_dropout: bool
 
-    def ask(self, labels: Tensor, random: torch.Generator) -> BatchTargets:
+    def sample(self, labels: Tensor, random: torch.Generator) -> BatchTargets:
         """What a batch of the classes `labels` `(N,)` shall be, drawn from `random`; on the CPU."""

@@ -12,7 +12,7 @@ from dfcompress.models.card import CIFAR_MEAN, CIFAR_STD, ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import FusedRecorder, HookRecorder, traces
 from dfcompress.synthesis.losses import bn_distance, bn_divergence
-from dfcompress.synthesis.records.bn_equivalent import StatisticsKeeper, with_statistics
+from dfcompress.synthesis.records.bn_equivalent import StatisticsAccumulator, with_statistics
 from dfcompress.synthesis.records.record_file import Description, Record
 
 
@@ -75,13 +75,13 @@ def test_the_twin_answers_as_before_and_keeps_its_identity(lenet):
 @pytest.mark.parametrize(("layer", "shape", "over"), [("conv1", (6, 28, 28), (0, 2, 3)), ("fc1", (120,), (0,))])
 def test_what_is_kept_are_moments_over_images_and_positions(layer, shape, over, lenet):
     outputs = torch.randn(50, *shape)
-    keeper = StatisticsKeeper(lenet.network, {layer: outputs[:1]})
+    accumulator = StatisticsAccumulator(lenet.network, {layer: outputs[:1]})
     for part in outputs.split(20):
-        keeper.update([part], torch.zeros(len(part)), torch.arange(len(part)))
-    tensors = keeper.tensors()
+        accumulator.update([part], torch.zeros(len(part)), torch.arange(len(part)))
+    tensors = accumulator.tensors()
     torch.testing.assert_close(tensors[f"mean.{layer}"], outputs.mean(over), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(tensors[f"var.{layer}"], outputs.var(over), rtol=1e-4, atol=1e-6)
-    assert keeper.bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert accumulator.bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_channels_of_token_networks_are_last():
@@ -90,9 +90,9 @@ def test_channels_of_token_networks_are_last():
     card = ModelCard("tokens", 2, (3, 4, 4), (0.5,) * 3, (0.5,) * 3)
     teacher = Classifier(network, card).frozen()
     outputs = torch.randn(7, 3, 5)
-    keeper = StatisticsKeeper(network, {"1": outputs[:1]})
-    keeper.update([outputs], torch.zeros(7), torch.arange(7))
-    tensors = keeper.tensors()
+    accumulator = StatisticsAccumulator(network, {"1": outputs[:1]})
+    accumulator.update([outputs], torch.zeros(7), torch.arange(7))
+    tensors = accumulator.tensors()
     torch.testing.assert_close(tensors["mean.1"], outputs.mean((0, 1)))
     knowing = with_statistics(teacher, described(["1"], tensors))
     recorder = HookRecorder(knowing.network, moments=True)

@@ -9,15 +9,15 @@ import torch
 
 from dfcompress.errors import BadInput
 from dfcompress.synthesis.records.accumulator import RecordSettings
-from dfcompress.synthesis.records.gaussian import AUTO_RECORD_BYTES, GaussianKeeper, GaussianLayer, cholesky
+from dfcompress.synthesis.records.gaussian import AUTO_RECORD_BYTES, GaussianAccumulator, GaussianLayer, cholesky
 
 PAIR_OF_4096 = {"fc6": torch.zeros(1, 4096), "fc7": torch.zeros(1, 4096), "logits": torch.zeros(1, 10)}
 
 
 def recorded(vectors, labels, **options):
-    keeper = GaussianKeeper({"fc": vectors[:1]}, RecordSettings(**options), int(labels.max()) + 1)
-    keeper.update([vectors], labels, torch.arange(len(vectors)))
-    return keeper
+    accumulator = GaussianAccumulator({"fc": vectors[:1]}, RecordSettings(**options), int(labels.max()) + 1)
+    accumulator.update([vectors], labels, torch.arange(len(vectors)))
+    return accumulator
 
 
 @pytest.mark.parametrize(("covariance", "block"), [("full", 6), ("block:4", 3), ("diagonal", 1)])
@@ -26,8 +26,8 @@ def test_samples_have_the_mean_and_the_covariance_of_the_record(covariance, bloc
     mixing = torch.randn(2, 6, 6, generator=random)
     labels = torch.arange(4000) % 2
     vectors = torch.einsum("nij,nj->ni", mixing[labels], torch.randn(4000, 6, generator=random)) + 5 * labels[:, None]
-    keeper = recorded(vectors, labels, covariance=covariance)
-    layer = GaussianLayer(keeper.tensors(), "fc")
+    accumulator = recorded(vectors, labels, covariance=covariance)
+    layer = GaussianLayer(accumulator.tensors(), "fc")
     many = torch.arange(60_000) % 2
     samples = layer.sample(many, random)
     within = torch.block_diag(*[torch.ones(block, block)] * -(-6 // block))[:6, :6]
@@ -41,17 +41,17 @@ def test_samples_have_the_mean_and_the_covariance_of_the_record(covariance, bloc
 
 def test_pooled_classes_are_one_gaussian():
     vectors, labels = torch.randn(100, 3), torch.arange(100) % 4
-    layer = GaussianLayer(recorded(vectors, labels, pooled=True).tensors(), "fc")
+    layer = GaussianLayer(recorded(vectors, labels, class_independent=True).tensors(), "fc")
     assert layer.classes == 1
     assert layer.sample(torch.tensor([3, 0, 2]), torch.Generator().manual_seed(0)).shape == (3, 3)
 
 
 def test_a_process_that_saw_nothing_adds_nothing():
     vectors, labels = torch.randn(40, 5), torch.arange(40) % 2
-    keeper, idle = recorded(vectors, labels), GaussianKeeper({"fc": vectors[:1]}, RecordSettings(), 2)
-    before = keeper.tensors()
-    keeper.merge(idle.state())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in keeper.tensors().items())
+    accumulator, idle = recorded(vectors, labels), GaussianAccumulator({"fc": vectors[:1]}, RecordSettings(), 2)
+    before = accumulator.tensors()
+    accumulator.merge(idle.state())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in accumulator.tensors().items())
 
 
 def test_a_singular_covariance_is_factored():
@@ -65,32 +65,32 @@ def test_a_singular_covariance_is_factored():
 
 def test_logits_are_divided_by_the_temperature():
     logits = torch.randn(30, 10)
-    keeper = GaussianKeeper({"logits": logits[:1]}, RecordSettings(kind="top-layer", temperature=4.0), 1)
-    keeper.update([logits], torch.zeros(30, dtype=torch.long), torch.arange(30))
-    torch.testing.assert_close(keeper.tensors()["mean.logits"][0], logits.mean(0) / 4)
+    accumulator = GaussianAccumulator({"logits": logits[:1]}, RecordSettings(kind="top-layer", temperature=4.0), 1)
+    accumulator.update([logits], torch.zeros(30, dtype=torch.long), torch.arange(30))
+    torch.testing.assert_close(accumulator.tensors()["mean.logits"][0], logits.mean(0) / 4)
 
 
 def test_a_pair_of_4096_units_fits_by_itself():
-    keeper = GaussianKeeper(PAIR_OF_4096, RecordSettings(), 10)
-    assert keeper.bytes <= AUTO_RECORD_BYTES
-    assert keeper.memory_bytes < 2 * 2**30
-    assert keeper.covariance.startswith("block:")
+    accumulator = GaussianAccumulator(PAIR_OF_4096, RecordSettings(), 10)
+    assert accumulator.bytes <= AUTO_RECORD_BYTES
+    assert accumulator.memory_bytes < 2 * 2**30
+    assert accumulator.covariance.startswith("block:")
 
 
 def test_convolutions_of_hundreds_of_thousands_of_units_fit_too():
-    keeper = GaussianKeeper({"conv1": torch.zeros(1, 64, 55, 55), **PAIR_OF_4096}, RecordSettings(), 10)
-    assert keeper.bytes <= AUTO_RECORD_BYTES
-    assert keeper.covariance not in ("full", "diagonal")
+    accumulator = GaussianAccumulator({"conv1": torch.zeros(1, 64, 55, 55), **PAIR_OF_4096}, RecordSettings(), 10)
+    assert accumulator.bytes <= AUTO_RECORD_BYTES
+    assert accumulator.covariance not in ("full", "diagonal")
 
 
 def test_what_fits_into_no_memory_is_refused_with_its_size(monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 2**12}[name])
     with pytest.raises(BadInput, match=r"Summing up 8,202 units takes 3\.\d GiB"):
-        GaussianKeeper(PAIR_OF_4096, RecordSettings(covariance="full"), 10)
+        GaussianAccumulator(PAIR_OF_4096, RecordSettings(covariance="full"), 10)
 
 
 @pytest.mark.parametrize("covariance", ["full", "block:100", "diagonal", "auto"])
 def test_the_predicted_bytes_are_those_of_the_tensors(covariance):
     vectors, labels = torch.randn(50, 250), torch.arange(50) % 2
-    keeper = recorded(vectors, labels, covariance=covariance)
-    assert keeper.bytes == sum(tensor.nbytes for tensor in keeper.tensors().values())
+    accumulator = recorded(vectors, labels, covariance=covariance)
+    assert accumulator.bytes == sum(tensor.nbytes for tensor in accumulator.tensors().values())

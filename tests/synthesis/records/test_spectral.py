@@ -9,7 +9,7 @@ from dfcompress.errors import BadInput
 from dfcompress.synthesis.records import weight_graph
 from dfcompress.synthesis.records.accumulator import RecordSettings
 from dfcompress.synthesis.records.record_file import Description, Record
-from dfcompress.synthesis.records.spectral import SpectralKeeper, decoded, largest, random_subset
+from dfcompress.synthesis.records.spectral import SpectralAccumulator, decoded, largest, random_subset
 from dfcompress.synthesis.records.weight_graph import WeightGraph
 
 LAYERS = ["fc1", "fc2", "logits"]
@@ -20,26 +20,26 @@ def kept(lenet, *, data_bytes=10**7, **options):
     labels = torch.arange(60) % 10
     activations = torch.randn(60, 214, generator=random)
     keeping = RecordSettings(**{"kind": "spectral-all", **options})
-    keeper = SpectralKeeper(
+    accumulator = SpectralAccumulator(
         lenet, LAYERS, keeping, labels, data_bytes=data_bytes, random=torch.Generator().manual_seed(1)
     )
     for first in (0, 25):
         part = slice(first, first + 25 if first == 0 else None)
-        keeper.update(activations[part].split([120, 84, 10], 1), labels[part], torch.arange(60)[part])
-    return keeper, activations, labels
+        accumulator.update(activations[part].split([120, 84, 10], 1), labels[part], torch.arange(60)[part])
+    return accumulator, activations, labels
 
 
-def moments_of(keeper):
-    about = Description(keeper.keeping.kind, tuple(LAYERS), 60, (6,) * 10, "", **keeper.details())
-    return Record(about, keeper.tensors())
+def record_of(accumulator):
+    about = Description(accumulator.settings.kind, tuple(LAYERS), 60, (6,) * 10, "", **accumulator.details())
+    return Record(about, accumulator.tensors())
 
 
 @pytest.mark.parametrize("kind", ["spectral-all", "spectral-pairs"])
 def test_all_coefficients_give_the_activations_back(kind, lenet):
-    keeper, activations, labels = kept(lenet, kind=kind, keep=1.0, per_class=3)
-    tensors = keeper.tensors()
+    accumulator, activations, labels = kept(lenet, kind=kind, coefficients=1.0, per_class=3)
+    tensors = accumulator.tensors()
     chosen = random_subset(labels, 3, torch.Generator().manual_seed(1))
-    back = decoded(WeightGraph(lenet, LAYERS), moments_of(keeper))
+    back = decoded(WeightGraph(lenet, LAYERS), record_of(accumulator))
     torch.testing.assert_close(back, activations[chosen], atol=0.01, rtol=0)  # Values are float16.
     assert torch.equal(tensors["label"], labels[chosen])
 
@@ -53,16 +53,16 @@ def test_the_largest_coefficients_are_kept():
 def test_fewer_coefficients_are_further_from_the_activations(lenet):
     errors = []
     for keep in (0.05, 0.3, 1.0):
-        keeper, activations, labels = kept(lenet, keep=keep, per_class=2)
+        accumulator, activations, labels = kept(lenet, coefficients=keep, per_class=2)
         chosen = random_subset(labels, 2, torch.Generator().manual_seed(1))
-        back = decoded(WeightGraph(lenet, LAYERS), moments_of(keeper))
+        back = decoded(WeightGraph(lenet, LAYERS), record_of(accumulator))
         errors.append(float((back - activations[chosen]).norm()))
     assert errors[0] > errors[1] > errors[2]
 
 
 def test_vectors_of_the_other_sign_are_turned(lenet, monkeypatch):
-    keeper, activations, labels = kept(lenet, keep=1.0, per_class=1)
-    record = moments_of(keeper)
+    accumulator, activations, labels = kept(lenet, coefficients=1.0, per_class=1)
+    record = record_of(accumulator)
     usual = WeightGraph.basis
     monkeypatch.setattr(WeightGraph, "basis", lambda self, places: -usual(self, places))
     chosen = random_subset(labels, 1, torch.Generator().manual_seed(1))
@@ -71,7 +71,7 @@ def test_vectors_of_the_other_sign_are_turned(lenet, monkeypatch):
 
 
 def test_another_basis_is_refused(lenet, monkeypatch):
-    record = moments_of(kept(lenet)[0])
+    record = record_of(kept(lenet)[0])
     usual = WeightGraph.basis
     monkeypatch.setattr(WeightGraph, "basis", lambda self, places: usual(self, places).roll(1, 0))
     with pytest.raises(BadInput, match="another Fourier basis"):
@@ -80,53 +80,53 @@ def test_another_basis_is_refused(lenet, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["spectral-all", "spectral-pairs"])
 def test_a_record_stays_under_a_tenth_of_the_data(kind, lenet):
-    keeper, _, _ = kept(lenet, kind=kind, data_bytes=130_000, per_class=6)
-    assert 0 < keeper.per_class < 6
-    tensors = keeper.tensors()
-    assert keeper.bytes == sum(tensor.nbytes for tensor in tensors.values()) <= 13_000
-    assert any("over 10%" in notice for notice in keeper.notices())
-    assert any("single examples" in notice for notice in keeper.notices())
+    accumulator, _, _ = kept(lenet, kind=kind, data_bytes=130_000, per_class=6)
+    assert 0 < accumulator.per_class < 6
+    tensors = accumulator.tensors()
+    assert accumulator.bytes == sum(tensor.nbytes for tensor in tensors.values()) <= 13_000
+    assert any("over 10%" in notice for notice in accumulator.notices())
+    assert any("single examples" in notice for notice in accumulator.notices())
 
 
 def test_a_process_that_saw_nothing_adds_nothing(lenet):
-    keeper, _, labels = kept(lenet, per_class=2)
-    idle = SpectralKeeper(
-        lenet, LAYERS, keeper.keeping, labels, data_bytes=10**7, random=torch.Generator().manual_seed(1)
+    accumulator, _, labels = kept(lenet, per_class=2)
+    idle = SpectralAccumulator(
+        lenet, LAYERS, accumulator.settings, labels, data_bytes=10**7, random=torch.Generator().manual_seed(1)
     )
-    before = keeper.tensors()
-    keeper.merge(idle.state())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in keeper.tensors().items())
+    before = accumulator.tensors()
+    accumulator.merge(idle.state())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in accumulator.tensors().items())
 
 
 def test_above_the_limit_a_share_of_the_leading_vectors_is_kept(lenet, monkeypatch):
     monkeypatch.setattr(weight_graph, "FULL_BASIS_UNITS", 100)
     monkeypatch.setattr(weight_graph, "LEADING_VECTORS", 20)
-    keeper, _, _ = kept(lenet, per_class=2, keep=0.25)
-    tensors = keeper.tensors()
+    accumulator, _, _ = kept(lenet, per_class=2, coefficients=0.25)
+    tensors = accumulator.tensors()
     assert tensors["places.0"].shape == (20, 5)
-    assert keeper.bytes == sum(tensor.nbytes for tensor in tensors.values())
-    assert decoded(WeightGraph(lenet, LAYERS), moments_of(keeper)).shape == (20, 214)
+    assert accumulator.bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert decoded(WeightGraph(lenet, LAYERS), record_of(accumulator)).shape == (20, 214)
 
 
 @pytest.mark.parametrize("name", ["mean", "label", "places.0", "values.0", "scale.0", "basis.0"])
 def test_a_record_without_one_of_its_tensors_is_refused(name, lenet):
-    record = moments_of(kept(lenet)[0])
+    record = record_of(kept(lenet)[0])
     del record.tensors[name]
     with pytest.raises(BadInput, match=f"has nothing as {name}"):
         decoded(WeightGraph(lenet, LAYERS), record)
 
 
 def test_places_outside_the_graph_are_refused(lenet):
-    record = moments_of(kept(lenet)[0])
+    record = record_of(kept(lenet)[0])
     record.tensors["places.0"][0, 0] = 40_000
     with pytest.raises(BadInput, match="a coefficient that its graph has not"):
         decoded(WeightGraph(lenet, LAYERS), record)
 
 
 def test_large_values_survive_their_16_bits(lenet):
-    keeper, _, _ = kept(lenet, per_class=1, keep=1.0)
-    keeper._examples = [1e6 * examples for examples in keeper._examples]
-    assert all(tensor.isfinite().all() for tensor in keeper.tensors().values() if tensor.is_floating_point())
+    accumulator, _, _ = kept(lenet, per_class=1, coefficients=1.0)
+    accumulator._examples = [1e6 * examples for examples in accumulator._examples]
+    assert all(tensor.isfinite().all() for tensor in accumulator.tensors().values() if tensor.is_floating_point())
 
 
 def test_where_nothing_fits_into_a_tenth_it_is_refused(lenet):

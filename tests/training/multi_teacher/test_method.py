@@ -17,7 +17,7 @@ from dfcompress.run import FORMER_VALUES
 from dfcompress.training import multi_teacher
 from dfcompress.training.class_map import join_classes
 from dfcompress.training.loop import Trainer
-from dfcompress.training.multi_teacher import ALIASES, FILES, NAMES, merging_method, method_name
+from dfcompress.training.multi_teacher import ALIASES, METHODS, NAMES, merging_method, method_name
 from dfcompress.training.settings import Training
 
 EAGER = Compute(device="cpu", precision="fp32", compile="off")
@@ -25,8 +25,8 @@ EAGER = Compute(device="cpu", precision="fp32", compile="off")
 
 def test_every_file_of_the_folder_is_a_method_and_every_name_leads_to_one():
     files = {path.stem for path in Path(multi_teacher.__file__).parent.glob("*.py")} - {"__init__", "method"}
-    assert set(FILES.values()) == files
-    assert set(NAMES) == {*FILES, *ALIASES}
+    assert {name.replace("-", "_") for name in METHODS} == files
+    assert set(NAMES) == {*METHODS, *ALIASES}
     assert FORMER_VALUES["merge", "method"] == ALIASES
     for alias, name in ALIASES.items():
         assert merging_method(alias) is merging_method(name)
@@ -38,7 +38,7 @@ def test_unknown_methods_are_refused():
         merging_method("logits")
 
 
-@pytest.mark.parametrize("method", FILES)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_student_learns_two_teachers_of_different_input_sizes(method):
     """Teacher 1 knows dark images' halves, teacher 2 bright ones'; the student tells all four."""
     size = (1, 4, 4)

@@ -15,13 +15,13 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.training.class_map import join_classes
 from dfcompress.training.loop import PARTIAL, Trainer
-from dfcompress.training.multi_teacher.argmax_blocks import ArgmaxBlocks, paper_training
+from dfcompress.training.multi_teacher.shapira_sidi import ShapiraSidi, paper_training
 
 EAGER = Compute(device="cpu", precision="fp32", compile="off")
 
 
 def test_its_values_are_cross_entropy_with_the_own_teachers_best_class():
-    blocks = ArgmaxBlocks([teacher(), teacher()], BLOCKS)
+    blocks = ShapiraSidi([teacher(), teacher()], BLOCKS)
     found = values_of(blocks)
     assert found["block/1"] == pytest.approx(-LOGITS[0].log_softmax(0)[0].item(), rel=1e-5)
     assert found["block/2"] == pytest.approx(-LOGITS[1].log_softmax(0)[1].item(), rel=1e-5)
@@ -42,7 +42,7 @@ def test_the_papers_training_is_plain_sgd_on_a_pass_of_each_teachers_images():
 
     student, plain = fresh(), fresh().train()
     pool = ImagePool(*sets, augmentation=training.augmentation, batch_size=24, seed=EAGER.seed)
-    Trainer(student, ArgmaxBlocks(teachers, join_classes(teachers)), training, compute=EAGER).fit(pool)
+    Trainer(student, ShapiraSidi(teachers, join_classes(teachers)), training, compute=EAGER).fit(pool)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=2e-4)
     for step in range(10):
         optimizer.param_groups[0]["lr"] = 0.05 * 0.5 ** (step // 2)
@@ -71,7 +71,7 @@ def test_a_state_of_version_0_1_is_gone_on_with(tmp_path):
     pool = training.pool(images(1, (1, 4, 4)), images(2, (1, 4, 4)), seed=0)
 
     def trainer(folder):
-        blocks = ArgmaxBlocks(teachers, join_classes(teachers))
+        blocks = ShapiraSidi(teachers, join_classes(teachers))
         return Trainer(teacher(classes=4, seed=5), blocks, training, compute=EAGER, folder=folder)
 
     whole, resumed = trainer(None), trainer(tmp_path)

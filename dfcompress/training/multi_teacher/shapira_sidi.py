@@ -24,7 +24,7 @@ PARTS = ("block", "agreement")
 EPOCHS, BATCH_OF_TEACHER = 125, 64
 
 
-class ArgmaxBlocks:
+class ShapiraSidi:
     """Each image is labelled with its own teacher's best class, as an output of the student.
 
     Values of each teacher: `block`, the cross-entropy over all outputs, the mean of its own images, summed over the
@@ -95,7 +95,7 @@ def paper_training(images: int, teachers: int) -> Training:
 
 # The released code makes 4,096 images of each teacher, mixes nothing in, and begins with random weights.
 METHOD = MergingMethod(
-    distiller=ArgmaxBlocks,
+    distiller=ShapiraSidi,
     training=paper_training,
     images=4096,
     recipe="deepinversion",
