@@ -112,7 +112,7 @@ def test_every_verb_runs(digits, another, tmp_path):
         "record": ["record", DEMO, "--data", digits, "--kind", "bn-equivalent", "--device", "gpu", "-o"],
         "distill": [*distilled, *OBJECTIVES, "-o"],
         "distill, asked once": [*distilled, *unchanged, "-o"],
-        "distill by lamb": [*distilled, "--optimizer", "lamb", "--train-set", "ema=0.9", "-o"],
+        "distill by lamb": [*distilled, "--optimizer", "lamb", "--train-set", "weight_decay=0.01", "-o"],
         "merge": ["merge", DEMO, another, "--student", "half", *twice, *TRAINED, "--probe-images", 0, "-o"],
         "lsq": [*quantized, "--finetune", "lsq", "-o"],
         "kd": [*quantized, "--finetune", "kd", "-o"],

@@ -292,7 +292,7 @@ def read_npz(path: Path) -> Arrays:
     """`images`, uint8 `(N, C, H, W)` or `(N, H, W, C)` with 1 or 3 channels, and integer `labels` `(N,)`."""
     form = "It must hold `images`, uint8 (N, C, H, W) or (N, H, W, C), and integer `labels` (N,)."
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             missing = {"images", "labels"} - set(arrays.files)
             if missing:
                 raise BadInput(f"{path} has no array `{min(missing)}`, only {sorted(arrays.files)}.", form)

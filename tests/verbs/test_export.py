@@ -123,8 +123,8 @@ def test_uneven_widths_go_through_the_whole_chain_to_an_evaluation(name, tmp_pat
     np.savez(tmp_path / "images.npz", images=pixels.numpy(), labels=labels.numpy())
     found = evaluate([tmp_path / "teacher", tmp_path / "student"], data=tmp_path / "images.npz", device="cpu")
     teacher, student_row = found.results
-    assert teacher["correct"] == 64
-    assert student_row["correct"] == (loaded(pixels / 255).argmax(1) == labels).sum()
+    assert teacher.correct == 64
+    assert student_row.correct == (loaded(pixels / 255).argmax(1) == labels).sum()
 
 
 SYMMETRIC = [(bits, ()) for bits in ("2w2a", "2w4a", "4w2a", "3w3a", "4w4a", "5w6a", "8w8a", "4w32a")]
