@@ -88,6 +88,8 @@ class World:
         along: "terminate called without an active exception".
         """
         self._over.clear()
+        # Before any work: a process that dies without a first heartbeat is waited for as one that has yet to join.
+        self._ask("set", f"beat/{self.rank}", "1")
         watcher = threading.Thread(target=self._watch, daemon=True)
         watcher.start()
         try:
@@ -185,7 +187,7 @@ class World:
     def _watch(self) -> None:
         """Write a heartbeat, and end this process where another one has failed or has no heartbeat any more."""
         heard = dict.fromkeys(range(self.world_size), (0, time.monotonic()))
-        beat = 0
+        beat = 1
         while not self._over.wait(BEAT_SECONDS):
             beat += 1
             try:
