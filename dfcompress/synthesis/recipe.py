@@ -109,9 +109,14 @@ class Recipe:
     student_updates: StudentUpdates | None = None
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for an empty batch; what was given as a list can be changed no more."""
+        """Raise `BadInput` for an empty batch and for two losses of one name, under which values and modules are saved;
+        what was given as a list can be changed no more.
+        """
         if self.batch_size < 1:
             raise BadInput(f"A batch of {self.batch_size} images is none.", "Use --batch-size 1 or more.")
+        names = [loss.name for loss in self.losses]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise BadInput(f"Two losses of a recipe have the name {twice[0]!r}.", "Give one of them another name.")
         object.__setattr__(self, "losses", tuple(self.losses))
         object.__setattr__(self, "phases", tuple(self.phases))
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dfcompress.errors import BadInput
 from dfcompress.models.recorder import LayerMoments, Moments, Target, Trace, moments_of
+from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import (
     activation_distance,
     bn_distance,
@@ -21,7 +23,7 @@ from dfcompress.synthesis.losses import (
     smoothness,
     total_variation,
 )
-from dfcompress.synthesis.recipe import choose
+from dfcompress.synthesis.recipe import Recipe, choose
 
 
 def trace(images=None, logits=None, labels=None, moments=None, student_logits=None):
@@ -116,6 +118,11 @@ def test_image_norm_runs_over_the_whole_batch():
 def test_a_weight_multiplies_and_keeps_the_name():
     loss = 2.0 * (3.0 * image_norm())
     assert (loss.name, loss.weight) == ("image_norm", 6.0)
+
+
+def test_two_losses_of_one_name_are_refused():
+    with pytest.raises(BadInput, match="Two losses of a recipe have the name 'bn_distance'"):
+        Recipe(images=Pixels(), batch_size=1, losses=[bn_distance(), 0.5 * bn_distance()])
 
 
 def test_divergence_is_the_kl_between_gaussians():
