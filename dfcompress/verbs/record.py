@@ -199,7 +199,7 @@ def _notices(recorded: Recorded, settings: RecordSettings) -> list[str]:
 def _see(
     teacher: Classifier, source: ImageSource, layers: dict[str, Tensor], accumulator: RecordAccumulator, path: Path
 ) -> StreamingMoments:
-    """Show every image to the accumulator of the leading process, together with the other processes; the pixels' moments."""
+    """Show every image to the main process's accumulator, together with the other processes; the moments of pixels."""
     everyone = world()
     pixels = StreamingMoments(1, teacher.card.input_size[0], 1)
     # Large outputs of many images at once would fill the memory; the same for every process.
