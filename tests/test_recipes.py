@@ -37,17 +37,9 @@ def a_record(teacher):
     return GaussianSampler(Record(about, accumulator.tensors()), teacher)
 
 
-def test_the_folder_holds_the_recipes_of_this_version():
-    assert recipe_names() == [
-        "activation-records",
-        "adaptive-deepinversion",
-        "bns",
-        "bns-inception",
-        "deepdream",
-        "deepinversion",
-        "gaussian",
-        "inception",
-    ]
+def test_no_published_method_is_missing():
+    published = {"activation-records", "adaptive-deepinversion", "bns", "bns-inception", "deepdream", "deepinversion"}
+    assert published | {"gaussian", "inception"} <= set(recipe_names())
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -131,11 +131,11 @@ def weight_shares(weight, kind): return torch.full((2, len(weight)), 0.5)
 
 
 def test_a_rule_is_one_file_in_the_folder(tmp_path, monkeypatch):
-    with pytest.raises(BadInput, match=r"no --calibrate 'halfway'\. Known: minmax, mse\."):
+    with pytest.raises(BadInput, match=r"no --calibrate 'halfway'\. Known: .*minmax, mse"):
         Calibration(inputs="halfway")
     (tmp_path / "halfway.py").write_text(HALFWAY)
     monkeypatch.setattr(observers, "__path__", [*observers.__path__, str(tmp_path)])
-    assert range_rules() == ["halfway", "minmax", "mse"]
+    assert "halfway" in range_rules()
     assert Calibration(inputs="halfway", weights="halfway").inputs == "halfway"
     classifier = one_layer_classifier()
     calibrate(classifier, [pixels(0.2, 1.0)], rule="halfway")
