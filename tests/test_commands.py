@@ -71,9 +71,9 @@ def answer(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-def test_the_folder_holds_the_commands_of_this_version():
-    others = ["bench", "demo", "doctor", "evaluate", "export", "inspect", "record"]
-    assert sorted([*others, "distill", "invert", "merge", "quantize"]) == COMMANDS
+def test_no_command_of_version_0_1_is_missing():
+    others = {"bench", "demo", "doctor", "evaluate", "export", "inspect", "record"}
+    assert others | {"distill", "invert", "merge", "quantize"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -77,7 +77,9 @@ def test_the_readme_begins_with_the_two_lines():
 def test_every_file_of_the_package_has_its_place_in_the_architecture():
     text = (DOCS / "architecture.md").read_text()
     package = REPOSITORY / "dfcompress"
-    rooms = [path for path in package.rglob("*.py") if path.parent.name not in {"commands", "recipes", "architectures", "observers"}]
+    open_folders = {"commands", "recipes", "architectures", "observers"}
+    rooms = [path for path in package.rglob("*.py") if path.parent.name not in open_folders]
+    rooms = [path for path in rooms if path.parent.name != "verbs" or path.name.startswith("_")]
     missing = [path.name for path in rooms if path.name not in text and not path.name.startswith("__")]
     assert not missing
 
