@@ -39,7 +39,7 @@ class Predictions:
 
 
 @torch.no_grad()
-def answers(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> Predictions:
+def predict(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> Predictions:
     """Ask a classifier, in fp32 and evaluation mode, about float images `(N, C, H, W)` in [0, 1] with labels.
 
     Raises `DfcompressError` where it answers with something that is not a number.
@@ -58,7 +58,7 @@ def answers(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) ->
 
 def share_correct(classifier: Classifier, source: ImageSource, *, batch_size: int = BATCH) -> float:
     """Top-1 accuracy in [0, 1]."""
-    return answers(classifier, source.batches(batch_size)).correct() / len(source)
+    return predict(classifier, source.batches(batch_size)).correct() / len(source)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from dfcompress.training.distiller import Distiller
 from dfcompress.training.loop import Trained, Trainer, require_trainable
 from dfcompress.training.settings import Training
 from dfcompress.verbs import Target
-from dfcompress.verbs._finish import Compressed, Measure, Taught, load_finished, save_and_measure
+from dfcompress.verbs._finish import Compressed, Measure, TeacherSet, load_finished, save_and_measure
 from dfcompress.verbs._plan import Outcome, Plan, Step, Synthesize
 from dfcompress.verbs.export import FILE, sampled, write_compared
 
@@ -124,7 +124,7 @@ class Compression:
         return save_and_measure(
             run,
             self.student,
-            [Taught(*each) for each in zip(self.teachers, images, self.outputs, strict=True)],
+            [TeacherSet(*each) for each in zip(self.teachers, images, self.outputs, strict=True)],
             trained=trained,
             device=self.compute.device,
             measure=self.measure,

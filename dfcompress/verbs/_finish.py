@@ -16,7 +16,7 @@ from dfcompress import console
 from dfcompress.data.real import open_images, reshaped
 from dfcompress.device import resolve_device
 from dfcompress.distributed import world
-from dfcompress.evaluation.metrics import answers
+from dfcompress.evaluation.metrics import predict
 from dfcompress.evaluation.onnx_check import Exported
 from dfcompress.models.checkpoint import load, load_saved, save, state_bytes
 from dfcompress.models.classifier import Classifier
@@ -91,8 +91,8 @@ class Compressed:
 
 
 @dataclass(frozen=True)
-class Taught:
-    """A teacher, the images it taught with, and which of the student's classes each of its own is, `(classes,)`."""
+class TeacherSet:
+    """A teacher, its transfer set, and the student's output of each of the teacher's classes, `(classes,)`."""
 
     teacher: Classifier
     images: TransferSet
@@ -121,7 +121,7 @@ def load_finished(run: Run, student: Classifier, measure: Measure) -> Compressed
 def save_and_measure(
     run: Run,
     student: Classifier,
-    taught: Sequence[Taught],
+    teacher_sets: Sequence[TeacherSet],
     *,
     trained: Trained | Reconstructed | None,
     device: str,
@@ -137,11 +137,11 @@ def save_and_measure(
     save(student, run.folder)
     saved = load_saved(run.folder, student)
     with run.timed("comparison"):
-        teachers, warnings = _followed(saved, taught, resolve_device(device))
+        teachers, warnings = _followed(saved, teacher_sets, resolve_device(device))
     for warning in warnings:
         console.notice(warning)
     seconds = {
-        "synthesis": sum(each.images.synthesis_seconds for each in taught),
+        "synthesis": sum(each.images.synthesis_seconds for each in teacher_sets),
         **run.seconds,
         "training": trained.seconds if trained else 0.0,
     }
@@ -150,7 +150,7 @@ def save_and_measure(
         output=str(run.folder),
         checkpoint=str(run.folder),
         bytes=size,
-        bytes_ratio=round(size / sum(state_bytes(each.teacher.network) for each in taught), 4),
+        bytes_ratio=round(size / sum(state_bytes(each.teacher.network) for each in teacher_sets), 4),
         parameters=sum(parameter.numel() for parameter in saved.network.parameters()),
         seconds={part: round(value, 2) for part, value in {**seconds, "total": sum(seconds.values())}.items()},
         agreement=sum(teacher.agreement for teacher in teachers) / len(teachers),
@@ -164,17 +164,17 @@ def save_and_measure(
 
 
 def _followed(
-    student: Classifier, taught: Sequence[Taught], target: torch.device
+    student: Classifier, teacher_sets: Sequence[TeacherSet], target: torch.device
 ) -> tuple[list[TeacherReport], list[str]]:
     """How far the student follows each teacher, and what looks wrong; computed on `target`."""
     teachers, warnings = [], []
-    for each in taught:
+    for each in teacher_sets:
         name = each.teacher.name
         with placed(student, target), placed(each.teacher, target):
-            held_out = _answers(student, each, each.images.held_out)
-            agreement = _agreement(_answers(student, each, each.images.train)) or 0.0
-            unseen = _agreement(_answers(student, each, each.images.probe))
-        blocks = [_share_in(held_out, other.outputs) for other in taught] if len(taught) > 1 else None
+            held_out = _compared(student, each, each.images.held_out)
+            agreement = _agreement(_compared(student, each, each.images.train)) or 0.0
+            unseen = _agreement(_compared(student, each, each.images.probe))
+        blocks = [_share_in(held_out, other.outputs) for other in teacher_sets] if len(teacher_sets) > 1 else None
         teachers.append(
             TeacherReport(
                 checkpoint=name, agreement=agreement, held_out=_agreement(held_out), unseen=unseen, blocks=blocks
@@ -190,14 +190,14 @@ def _followed(
     return teachers, warnings
 
 
-def _answers(student: Classifier, taught: Taught, images: Tensor) -> tuple[Tensor, Tensor] | None:
+def _compared(student: Classifier, teacher_set: TeacherSet, images: Tensor) -> tuple[Tensor, Tensor] | None:
     """The student's classes and the teacher's, as the student counts them; None without images."""
     if not len(images):
         return None
     size = student.card.input_size
-    by_student = answers(student, ((reshaped(some, size), labels) for some, labels in in_batches(images)))
-    by_teacher = answers(taught.teacher, in_batches(images))
-    return by_student.classes[:, 0], taught.outputs[by_teacher.classes[:, 0]]
+    by_student = predict(student, ((reshaped(some, size), labels) for some, labels in in_batches(images)))
+    by_teacher = predict(teacher_set.teacher, in_batches(images))
+    return by_student.classes[:, 0], teacher_set.outputs[by_teacher.classes[:, 0]]
 
 
 def _agreement(both: tuple[Tensor, Tensor] | None) -> float | None:

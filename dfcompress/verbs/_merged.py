@@ -22,7 +22,7 @@ LARGEST_LOGIT = "the teachers' largest logit"
 
 
 @dataclass(frozen=True)
-class _Answers:
+class _Predicted:
     """What everybody answered to one source of images, as classes of the student."""
 
     labels: Tensor
@@ -73,35 +73,35 @@ def evaluate_merged(
     with ExitStack() as stack:
         for network in (student, *teachers):
             stack.enter_context(placed(network, target))
-        answered = [
-            _ask(student, teachers, outputs, source, None if len(sources) == 1 else number, target)
+        predicted = [
+            _predict(student, teachers, outputs, source, None if len(sources) == 1 else number, target)
             for number, source in enumerate(sources)
         ]
     name, scores = str(student.path or student.name), []
     for number, (teacher, classes) in enumerate(zip(teachers, outputs, strict=True)):
-        answer = answered[0] if len(sources) == 1 else answered[number]
-        of_teacher = torch.isin(answer.labels, classes)
+        prediction = predicted[0] if len(sources) == 1 else predicted[number]
+        of_teacher = torch.isin(prediction.labels, classes)
         if of_teacher.any():
-            by_teacher = Predictions(answer.teachers[number][of_teacher], answer.labels[of_teacher])
-            by_student = Predictions(answer.student[of_teacher], answer.labels[of_teacher])
+            by_teacher = Predictions(prediction.teachers[number][of_teacher], prediction.labels[of_teacher])
+            by_student = Predictions(prediction.student[of_teacher], prediction.labels[of_teacher])
             scores += [score(str(teacher.path or teacher.name), by_teacher, by_teacher, images=teacher.name)]
             scores += [score(name, by_student, by_teacher, images=teacher.name)]
-    labels = torch.cat([each.labels for each in answered])
-    largest = Predictions(torch.cat([each.largest for each in answered]), labels)
-    by_student = Predictions(torch.cat([each.student for each in answered]), labels)
+    labels = torch.cat([each.labels for each in predicted])
+    largest = Predictions(torch.cat([each.largest for each in predicted]), labels)
+    by_student = Predictions(torch.cat([each.student for each in predicted]), labels)
     scores += [score(LARGEST_LOGIT, largest, None, images="all"), score(name, by_student, None, images="all")]
     return Evaluation(scores)
 
 
 @torch.no_grad()
-def _ask(
+def _predict(
     student: Classifier,
     teachers: Sequence[Classifier],
     outputs: Sequence[Tensor],
     source: ImageSource,
     number: int | None,
     target: torch.device,
-) -> _Answers:
+) -> _Predicted:
     """Everybody's answers to a source of teacher `number`'s images, or of all teachers' where that is None."""
     every = torch.cat(list(outputs))
     labels, by_student, largest = [], [], []
@@ -115,7 +115,7 @@ def _ask(
             for by_teacher, classes, logits in zip(by_teachers, outputs, teacher_logits, strict=True):
                 by_teacher.append(classes[_best(logits)])
     each = [torch.cat(by_teacher) for by_teacher in by_teachers]
-    return _Answers(torch.cat(labels), torch.cat(by_student), each, torch.cat(largest))
+    return _Predicted(torch.cat(labels), torch.cat(by_student), each, torch.cat(largest))
 
 
 def _logits(classifier: Classifier, images: Tensor) -> Tensor:

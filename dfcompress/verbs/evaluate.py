@@ -20,7 +20,7 @@ from dfcompress import console
 from dfcompress.data.real import ImageSource, open_images
 from dfcompress.device import resolve_device
 from dfcompress.errors import BadInput, GateNotMet
-from dfcompress.evaluation.metrics import TOP, Predictions, answers, standard_error
+from dfcompress.evaluation.metrics import TOP, Predictions, predict, standard_error
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 
@@ -98,11 +98,11 @@ def evaluate(
     names = [str(classifier.path or classifier.name) for classifier in classifiers]
     _check_same_classes(names, classifiers)
     sources = _open_for_each(data, classifiers)
-    answered = [
-        _ask(name, classifier, source, target, batch_size)
+    predicted = [
+        _predict(name, classifier, source, target, batch_size)
         for name, classifier, source in zip(names, classifiers, sources, strict=True)
     ]
-    return Evaluation([score(name, each, answered[0]) for name, each in zip(names, answered, strict=True)], gate)
+    return Evaluation([score(name, each, predicted[0]) for name, each in zip(names, predicted, strict=True)], gate)
 
 
 def as_share(fail_under: float) -> float:
@@ -131,9 +131,11 @@ def _open_for_each(data: str | Path, classifiers: Sequence[Classifier]) -> list[
     return [sources[want] for want in wanted]
 
 
-def _ask(name: str, classifier: Classifier, source: ImageSource, target: torch.device, batch_size: int) -> Predictions:
+def _predict(
+    name: str, classifier: Classifier, source: ImageSource, target: torch.device, batch_size: int
+) -> Predictions:
     with placed(classifier, target), console.progress(name, len(source)) as progress:
-        return answers(classifier, _counted(source.batches(batch_size), progress))
+        return predict(classifier, _counted(source.batches(batch_size), progress))
 
 
 def _counted(batches: Iterator[tuple[Tensor, Tensor]], progress: console.Progress) -> Iterator[tuple[Tensor, Tensor]]:
@@ -155,16 +157,16 @@ def placed(classifier: Classifier, target: torch.device) -> Iterator[None]:
         classifier.to(home)
 
 
-def score(name: str, answers: Predictions, first: Predictions | None, *, images: str | None = None) -> Score:
+def score(name: str, predict: Predictions, first: Predictions | None, *, images: str | None = None) -> Score:
     """The score of a checkpoint's answers; without `first` there is nobody to agree with."""
-    correct, total = answers.correct(), len(answers)
+    correct, total = predict.correct(), len(predict)
     return Score(
         checkpoint=name,
         correct=correct,
         total=total,
         top1=correct / total,
         standard_error=standard_error(correct, total),
-        top5=answers.correct(TOP) / total if answers.classes.shape[1] == TOP else None,
-        agreement=answers.agreement(first) if first else None,
+        top5=predict.correct(TOP) / total if predict.classes.shape[1] == TOP else None,
+        agreement=predict.agreement(first) if first else None,
         images=images,
     )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dfcompress.errors import DfcompressError
-from dfcompress.evaluation.metrics import Predictions, answers, share_correct, standard_error
+from dfcompress.evaluation.metrics import Predictions, predict, share_correct, standard_error
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 
@@ -31,7 +31,7 @@ LADDER = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
 
 
 def test_counts_of_the_k_best_classes():
-    given = answers(classifier(), [(images(LADDER, LADDER), torch.tensor([5, 4])), (images(LADDER), torch.tensor([0]))])
+    given = predict(classifier(), [(images(LADDER, LADDER), torch.tensor([5, 4])), (images(LADDER), torch.tensor([0]))])
     assert given.classes.tolist() == [[5, 4, 3, 2, 1]] * 3
     assert (given.correct(), given.correct(2), given.correct(5), len(given)) == (1, 2, 2, 3)
 
@@ -45,12 +45,12 @@ def test_agreement_is_the_share_of_equal_first_answers():
 
 def test_an_answer_that_is_no_number_stops():
     with pytest.raises(DfcompressError, match="NaN or infinity"):
-        answers(classifier(2), [(images([0.0, float("nan")]), torch.tensor([0]))])
+        predict(classifier(2), [(images([0.0, float("nan")]), torch.tensor([0]))])
 
 
 def test_the_training_mode_is_given_back():
     network = classifier().train()
-    answers(network, [(images(LADDER), torch.tensor([5]))])
+    predict(network, [(images(LADDER), torch.tensor([5]))])
     assert network.training
 
 
