@@ -424,7 +424,14 @@ class Compute:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for a device, a precision or a compiler that is not to be had here."""
+        """Raise `BadInput` for values that are none, and for a device, a precision or a compiler that is not to be had
+        here.
+        """
+        for name, values in (("precision", ("auto", *PRECISIONS)), ("compile", ("auto", "on", "off"))):
+            if getattr(self, name) not in values:
+                raise BadInput(f"There is no --{name} {getattr(self, name)!r}.", f"Known: {', '.join(values)}.")
+        if self.seed < 0:
+            raise BadInput(f"--seed {self.seed} is negative.", "Use a number from 0 up.")
         device = resolve_device(self.device)
         resolve_precision(self.precision, device)
         if self.compile == "on" and (missing := missing_to_compile(device)):

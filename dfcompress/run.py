@@ -84,6 +84,12 @@ class Run:
             reason = error.strerror if isinstance(error, OSError) else error.problem
             raise BadInput(f"--output {self.folder} cannot be written: {reason}", "Name another folder.") from None
 
+    def withdraw(self) -> None:
+        """Leave no folder behind where nothing but the record was written: the input was refused before any work."""
+        if world().is_main and [path.name for path in self.folder.iterdir()] == [RECORD]:
+            (self.folder / RECORD).unlink()
+            self.folder.rmdir()
+
     def _empty(self) -> None:
         """Delete what is there but a record that nothing can be resumed from: killed meanwhile, the folder is still
         known as one of ours.
@@ -168,7 +174,12 @@ def running(
 ) -> Iterator[Run]:
     """A `Run` in all processes of a job: the leading one opens the folder, and where one fails the others end too."""
     with world().session():
-        yield Run(verb, folder, options, inputs=inputs, plan=plan, resume=resume, overwrite=overwrite)
+        run = Run(verb, folder, options, inputs=inputs, plan=plan, resume=resume, overwrite=overwrite)
+        try:
+            yield run
+        except BadInput:
+            run.withdraw()
+            raise
 
 
 class Clock:

@@ -69,7 +69,12 @@ def _module_at(place: str, option: str) -> ModuleType:
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:  # Whatever the user's own code raises.
+        raise BadInput(
+            f"{option} {place} cannot be run: {type(error).__name__}: {error}.", "Correct the file."
+        ) from error
     return module
 
 

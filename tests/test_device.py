@@ -296,3 +296,16 @@ def test_compiling_needs_the_headers_of_python(monkeypatch, tmp_path):
     monkeypatch.setattr(device, "compiler", lambda: "g++")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     assert missing_to_compile(CPU) == "Python header"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "fp64"}, "There is no --precision 'fp64'"),
+        ({"compile": "maybe"}, "There is no --compile 'maybe'"),
+        ({"seed": -1}, "--seed -1 is negative"),
+    ],
+)
+def test_settings_of_computing_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(BadInput, match=message):
+        device.Compute(**settings)

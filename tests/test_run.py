@@ -104,3 +104,13 @@ def test_a_clock_counts_earlier_invocations_and_asks_to_save_once_a_period(monke
     assert not clock.is_time_to_save()
     monkeypatch.setattr(run, "SAVE_EVERY_SECONDS", 0.0)
     assert clock.is_time_to_save()
+
+
+def test_a_run_that_is_refused_before_any_work_leaves_no_folder(tmp_path):
+    with pytest.raises(BadInput, match="bad"), run.running("invert", tmp_path / "refused", {}):
+        raise BadInput("This input is bad.", "Give another.")
+    assert list(tmp_path.iterdir()) == []
+    begun = Run("invert", tmp_path / "begun", {})
+    (begun.folder / "shard").touch()
+    begun.withdraw()
+    assert {path.name for path in begun.folder.iterdir()} == {"run.json", "shard"}

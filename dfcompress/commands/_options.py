@@ -55,6 +55,15 @@ def group(name: str, build: Callable[..., Any], *options: Decorator) -> Decorato
     return decorate
 
 
+# Where a value may be from; the first place that has one decides.
+PLACES = (
+    ParameterSource.COMMANDLINE,
+    ParameterSource.ENVIRONMENT,
+    ParameterSource.DEFAULT_MAP,
+    ParameterSource.DEFAULT,
+)
+
+
 class _Renamed(click.Option):
     """An option that is also taken by its former name, with a notice."""
 
@@ -63,13 +72,17 @@ class _Renamed(click.Option):
         self.former = former
 
     def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, ParameterSource]:
-        """The value and where it is from; the one of the former name where only that was given."""
+        """The value and where it is from. The command line comes before the environment, and both before the file,
+        whichever name is used there; raises `BadInput` where one place has both names with a value each.
+        """
         former = next(parameter for parameter in ctx.command.params if self.former in parameter.opts)
         (new, source), (old, old_source) = super().consume_value(ctx, opts), former.consume_value(ctx, opts)
         if old_source is ParameterSource.DEFAULT:
             return new, source
-        console.notice(f"{self.former} is now {self.opts[0]}; the old name goes in the next version.")
-        return (old, old_source) if source is ParameterSource.DEFAULT else (new, source)
+        console.notice(f"{self.former} is now called {self.opts[0]}; the old name will be removed in the next version.")
+        if source is old_source:
+            raise BadInput(f"{self.former} and {self.opts[0]} are the same option.", "Give one of them.")
+        return (new, source) if PLACES.index(source) < PLACES.index(old_source) else (old, old_source)
 
 
 def renamed(former: str, *declarations: str, **attributes: Any) -> Decorator:

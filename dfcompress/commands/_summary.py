@@ -67,7 +67,7 @@ def exported(result: Exported) -> None:
     )
     console.result(
         f"{result.milliseconds:.1f} ms for 64 images, {result.milliseconds_fp32:.1f} ms in fp32: "
-        "few bits buy size, not speed"
+        "smaller, but not faster here"
         if result.milliseconds > result.milliseconds_fp32
         else f"{result.milliseconds:.1f} ms for 64 images, {result.milliseconds_fp32:.1f} ms in fp32"
     )

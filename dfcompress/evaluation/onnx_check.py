@@ -81,7 +81,7 @@ def _rewriting(path: Path) -> Session | None:
     try:
         return Session(path, rewriting=True)
     except DfcompressError as error:
-        console.notice(f"Only with session.disable_quant_qdq=1: {error.problem}")
+        console.notice(f"The file needs the session option session.disable_quant_qdq=1. Without it: {error.problem}")
         return None
 
 

@@ -59,7 +59,9 @@ def require_reachable(
         if size_ratio is not None:
             raise BadInput("--size-ratio chooses bits, and all are given.", "Use --bits auto.")
         return
-    if size_ratio is None or not 0 < size_ratio < 1:
+    if size_ratio is not None and not 0 < size_ratio < 1:
+        raise BadInput(f"--size-ratio {size_ratio:g} is not between 0 and 1.", "Use for instance --size-ratio 0.15.")
+    if size_ratio is None:
         raise BadInput("--bits auto needs a share of the model's size.", "Add for instance --size-ratio 0.15.")
     least = _file_bytes(teacher, with_widths(requested, {}), scheme) / state_bytes(teacher.network)
     if least > size_ratio:

@@ -36,7 +36,7 @@ from dfcompress.settings import parse, unknown
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.labels import BALANCED
 from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, Loss, Want
-from dfcompress.synthesis.recipe_source import find_recipe
+from dfcompress.synthesis.recipe_source import RecipeSource, find_recipe
 from dfcompress.synthesis.records import BN_EQUIVALENT
 from dfcompress.synthesis.records.record_file import Description
 from dfcompress.synthesis.transforms import Transform
@@ -163,7 +163,7 @@ class RecipeChoice:
         # What is random in modules of losses and generators is the same in every process.
         with forked_randomness(torch.device("cpu")):
             torch.default_generator.manual_seed(0)
-            recipe = find_recipe(self.name).function(**self.settings)
+            recipe = _built(find_recipe(self.name), self.settings)
         if not isinstance(recipe, Recipe):
             raise BadInput(f"Recipe {self.name} gave a {type(recipe).__name__}.", "Let the function return a Recipe.")
         return recipe
@@ -172,6 +172,17 @@ class RecipeChoice:
     def sha256(self) -> str | None:
         """Of the file that a recipe which is not ours is written in."""
         return find_recipe(self.name).sha256
+
+
+def _built(source: RecipeSource, settings: Mapping[str, Any]) -> Any:
+    """What the function of a recipe returns; raises `BadInput` for whatever the user's own function raises."""
+    try:
+        return source.function(**settings)
+    except Exception as error:
+        if source.sha256 is None or isinstance(error, BadInput):
+            raise
+        problem = f"Recipe {source.name} failed: {type(error).__name__}: {error}."
+        raise BadInput(problem, "Correct the function, or its settings.") from error
 
 
 def choose(

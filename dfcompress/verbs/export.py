@@ -83,7 +83,7 @@ def require_kernels(target: Target, bits: Mapping[str, tuple[int | None, int]], 
         if weights != INT8 or inputs not in (INT8, FLOAT_BITS):
             found = f"weights of {weights or 'as yet unknown'} and inputs of {inputs} bits"
             raise BadInput(
-                f"Layer {name} has {found}, and TensorRT has kernels for 8 bits alone: 4 bits buy size.",
+                f"Layer {name} has {found}, and TensorRT has kernels for 8 bits alone.",
                 "Use --bits 8w8a, or --target onnxruntime.",
             )
     if INT8 in scheme.asymmetric:

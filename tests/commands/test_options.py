@@ -110,7 +110,7 @@ def test_a_former_name_gives_what_the_present_one_gives_and_says_so_once(
     expected = parsed(*line, present, *given)
     assert expected != parsed(*line)
     assert capsys.readouterr().err == ""
-    notice = f"{former} is now {present}; the old name goes in the next version.\n"
+    notice = f"{former} is now called {present}; the old name will be removed in the next version.\n"
 
     assert parsed(*line, former, *given) == expected
     assert capsys.readouterr().err == notice
@@ -137,8 +137,23 @@ def test_help_shows_the_present_name_alone(command, former, present, value):
     assert re.search(rf"{former}\b", page) is None
 
 
-def test_where_both_names_are_given_the_present_one_holds():
-    assert parsed("distill", "net.pt", "--mix", "none", "--second-recipe", "bns")["second_recipe"] == "bns"
+def test_both_names_in_one_place_are_refused():
+    with pytest.raises(BadInput, match="--mix and --second-recipe are the same option"):
+        parsed("distill", "net.pt", "--mix", "none", "--second-recipe", "bns")
+
+
+def test_the_command_line_beats_the_environment_beats_the_file_by_either_name(monkeypatch, tmp_path):
+    configuration = tmp_path / "c.toml"
+    configuration.write_text("probe_images = 3\n")
+    line = ["distill", "net.pt", "--config", str(configuration)]
+    assert parsed(*line)["probe_images"] == 3
+    monkeypatch.setenv("DFCOMPRESS_UNSEEN", "5")
+    assert parsed(*line)["probe_images"] == 5
+    monkeypatch.setenv("DFCOMPRESS_PROBE_IMAGES", "6")
+    monkeypatch.delenv("DFCOMPRESS_UNSEEN")
+    assert parsed(*line, "--unseen", "7")["probe_images"] == 7
+    configuration.write_text("unseen = 4\n")
+    assert parsed(*line)["probe_images"] == 6
 
 
 def test_a_wrong_value_under_a_former_name_is_refused():

@@ -130,5 +130,14 @@ def test_what_is_no_recipe_is_refused(recipe, message):
     assert message in str(caught.value)
 
 
+def test_what_a_users_own_code_raises_is_said_in_one_sentence(tmp_path):
+    (tmp_path / "syntax.py").write_text("def plain(:\n")
+    (tmp_path / "fails.py").write_text("def plain(*, steps=1):\n    raise ValueError('no steps')\n")
+    with pytest.raises(BadInput, match=r"syntax.py cannot be run: SyntaxError: .*line 1.*Correct the file"):
+        choose(f"{tmp_path}/syntax.py:plain")
+    with pytest.raises(BadInput, match=r"fails.py:plain failed: ValueError: no steps\. Correct the function"):
+        choose(f"{tmp_path}/fails.py:plain")
+
+
 def test_a_file_runs_once(file):
     assert find_recipe(f"{file}:plain").function is find_recipe(f"{file}:plain").function
