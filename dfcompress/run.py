@@ -52,6 +52,7 @@ class Run:
         self.inputs = [Path(path) for path in inputs if path is not None]
         self.seconds: dict[str, float] = {}
         self.earlier: Mapping[str, Any] | None = None
+        self._begun = self._made_folder = False
         if world().is_main:
             self._open(resume=resume, overwrite=overwrite)
         self.earlier = world().broadcast(self.earlier)
@@ -77,18 +78,23 @@ class Run:
                 return
             self._refuse_to_delete_inputs()
         try:
+            self._made_folder = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._empty()
             self._write({"finished": False})
+            self._begun = True
         except (OSError, DfcompressError) as error:
             reason = error.strerror if isinstance(error, OSError) else error.problem
             raise BadInput(f"--output {self.folder} cannot be written: {reason}", "Name another folder.") from None
 
     def withdraw(self) -> None:
-        """Leave no folder behind where nothing but the record was written: the input was refused before any work."""
-        if world().is_main and [path.name for path in self.folder.iterdir()] == [RECORD]:
+        """Take the record back where nothing else was written, because the input was refused before any work, and the
+        folder with it where this run made it. What an earlier run left stays.
+        """
+        if self._begun and [path.name for path in self.folder.iterdir()] == [RECORD]:
             (self.folder / RECORD).unlink()
-            self.folder.rmdir()
+            if self._made_folder:
+                self.folder.rmdir()
 
     def _empty(self) -> None:
         """Delete what is there but a record that nothing can be resumed from: killed meanwhile, the folder is still

@@ -110,6 +110,14 @@ def test_a_run_that_is_refused_before_any_work_leaves_no_folder(tmp_path):
     with pytest.raises(BadInput, match="bad"), run.running("invert", tmp_path / "refused", {}):
         raise BadInput("This input is bad.", "Give another.")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="bad"), run.running("invert", tmp_path / "empty", {}):
+        raise BadInput("This input is bad.", "Give another.")
+    assert list((tmp_path / "empty").iterdir()) == []
+    Run("invert", tmp_path / "earlier", {})
+    with pytest.raises(BadInput, match="bad"), run.running("invert", tmp_path / "earlier", {}, resume=True):
+        raise BadInput("This input is bad.", "Give another.")
+    assert (tmp_path / "earlier" / "run.json").exists()
     begun = Run("invert", tmp_path / "begun", {})
     (begun.folder / "shard").touch()
     begun.withdraw()
