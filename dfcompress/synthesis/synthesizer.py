@@ -23,6 +23,7 @@ from dfcompress.device import Execution
 from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized
+from dfcompress.models.patches import patch_blocks
 from dfcompress.models.recorder import FusedRecorder, Recording, Target, traces
 from dfcompress.randomness import generator
 from dfcompress.synthesis.batch_state import SMALLER, BatchState
@@ -377,6 +378,7 @@ def recorder_of(
         moments=Want.MOMENTS in recipe.wants,
         outputs=outputs + sorted(wanted.difference(outputs)),
         channel_means=sorted(want.layer for want in recipe.wants if isinstance(want, ChannelMeans)),
+        patches=patch_blocks(teacher) if Want.PATCHES in recipe.wants else (),
         dropout=sampler is not None and sampler.fixes_dropout,
         precision=device.PRECISIONS[execution.precision],
     )
