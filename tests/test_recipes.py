@@ -115,7 +115,7 @@ GREY = replace(CARD, input_size=(1, 28, 28), mean=(0.5,), std=(0.25,))
 
 
 @pytest.mark.parametrize("name", sorted({*recipe_names()} - {"gaussian", "activation-records", "psaq-vit"}))
-def test_every_recipe_that_optimises_pixels_has_settings_for_large_images_and_takes_them_by_itself(name, capsys, monkeypatch):
+def test_every_recipe_of_pixels_takes_settings_for_large_images_by_itself(name, capsys, monkeypatch):
     monkeypatch.setattr(console, "_verbosity", console.NORMAL)
     assert choose(name, card=CARD).preset == "fast-imagenet"
     assert choose(name, card=replace(CARD, input_size=(3, 64, 64))).preset == "fast-cifar10"
