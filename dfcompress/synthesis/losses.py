@@ -27,7 +27,8 @@ ModuleState = dict[str, Tensor]
 
 class Want(Enum):
     """What a loss may want besides images and logits: the moments of the layers with known statistics, the targets that
-    an activation record sets (and the outputs of its layers), the labels, the logits of a student.
+    an activation record sets (and the outputs of its layers), the labels, the logits of a student, norms over the
+    batch.
 
     A recipe none of whose losses wants labels steers its images towards no class.
     """
@@ -36,6 +37,7 @@ class Want(Enum):
     TARGETS = "targets"
     LABELS = "labels"
     STUDENT = "student"
+    BATCH = "batch"
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,20 @@ class Loss:
     `value` is a function of the trace, or a module whose `forward` is one. The loss then owns the module's parameters
     (a head) and buffers (a memory bank, changed in place): every batch begins with a copy of them, the parameters are
     optimised together with the images, at the rate of the phase, and all of them are saved with the batch.
+
+    A value is one of the whole batch where it is made of moments or of `norm_over_batch` (`wants` says so); else it is
+    taken for a mean over images, and where a batch is computed in chunks, each counts by its share.
     """
 
     name: str
     value: Callable[[Trace], Tensor]
     weight: float = 1.0
     wants: Sequence[Want | LayerOutput | ChannelMeans] = ()
+
+    @property
+    def of_batch(self) -> bool:
+        """Whether the value is one of the whole batch, and no mean over images."""
+        return Want.MOMENTS in self.wants or Want.BATCH in self.wants
 
     def module_state(self, device: torch.device) -> ModuleState:
         """Fresh copies of the tensors that the loss owns; none where its value is a plain function."""
@@ -145,7 +155,7 @@ def bn_divergence() -> Loss:
 
     def value(trace: Trace) -> Tensor:
         assert trace.moments is not None
-        at_input = Moments.of([_pixels(trace)])
+        at_input = Moments.of([_pixels(trace)], rest=trace.rest, name="input")
         return torch.cat([at_input.divergences(), trace.moments.divergences()]).mean()
 
     return Loss("bn_divergence", value, wants=(Want.MOMENTS,))
@@ -214,9 +224,13 @@ def total_variation() -> Loss:
             images[..., 1:, 1:] - images[..., :-1, :-1],
             images[..., 1:, :-1] - images[..., :-1, 1:],
         )
-        return torch.stack([_norm(difference) for difference in differences]).sum()
+        norms = [
+            trace.norm_over_batch(f"variation.{direction}", _norms(difference))
+            for direction, difference in enumerate(differences)
+        ]
+        return torch.stack(norms).sum()
 
-    return Loss("total_variation", value)
+    return Loss("total_variation", value, wants=(Want.BATCH,))
 
 
 def smoothness(kernel: int = 5, sigma: float = 1.0) -> Loss:
@@ -257,11 +271,10 @@ def image_norm(*, each: bool = False) -> Loss:
     """
 
     def value(trace: Trace) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(trace.images, dim=(1, 2, 3))
-        norm: Tensor = norms.mean() if each else torch.linalg.vector_norm(norms)
-        return norm
+        norms = _norms(trace.images)
+        return norms.mean() if each else trace.norm_over_batch("norm", norms)
 
-    return Loss("image_norm", value)
+    return Loss("image_norm", value, wants=() if each else (Want.BATCH,))
 
 
 def _require_positive(name: str, value: float) -> None:
@@ -269,7 +282,7 @@ def _require_positive(name: str, value: float) -> None:
         raise BadInput(f"{name} = {value} divides by nothing.", "Use a number above 0.")
 
 
-def _norm(images: Tensor) -> Tensor:
-    """L2 norm of a whole batch; each image first, so that the bits do not depend on the number of threads."""
-    norm: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(images, dim=(1, 2, 3)))
-    return norm
+def _norms(images: Tensor) -> Tensor:
+    """L2 norm of each image `(N,)`: on its own first, so that the bits do not depend on the number of threads."""
+    norms: Tensor = torch.linalg.vector_norm(images, dim=(1, 2, 3))
+    return norms
