@@ -86,7 +86,7 @@ class Synthesize:
         eager, seconds = replace(execution, compile=False), 0.0
         if recipe.steps:
             seconds = seconds_per_step(recipe, self.spec.teacher, eager, self.batch_size, self.spec.sampler())
-        seconds = predicted_seconds(execution, seconds * recipe.steps * batches)
+        seconds = predicted_seconds(execution, seconds * recipe.work * batches)
         memory = peak_memory_bytes(torch.device(execution.device))
         return SynthesisEstimate(
             self.spec.choice, self.spec.images, batches, recipe.steps, execution, float(f"{seconds:.3g}"), memory
