@@ -16,7 +16,7 @@ from torch import Tensor
 from dfcompress.device import exact_fp32
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, evaluating
-from dfcompress.models.fake_quantizers import FLOAT_BITS, InputGrid, in_float, quantized_layers
+from dfcompress.models.fake_quantizers import TENSOR_GRIDS, InputGrid, in_float, input_grids, quantized_layers
 from dfcompress.models.hooks import hooked_inputs
 from dfcompress.quantization.observers import range_rules
 
@@ -42,26 +42,38 @@ def calibrate(classifier: Classifier, batches: Iterable[Tensor], *, rule: str = 
     too wide at 2 (KL to the float model on training images 80, against 16).
     Raises `BadInput` where there are no images, or a layer's input is not finite.
     """
-    quantized = quantized_layers(classifier.network).items()
-    layers = {name: layer for name, layer in quantized if layer.input_bits < FLOAT_BITS}
-    observers: dict[str, Any] = {}
+    grids = input_grids(classifier.network)
+    observers = {name: _rule(rule).Observer() for grid in grids for name in grid.observed}
+    seen: set[str] = set()
 
     def see(name: str, activations: Tensor) -> None:
-        observers.setdefault(name, _rule(rule).Observer()).see(activations)
+        observers[name].see(activations)
+        seen.add(name)
 
-    with exact_fp32(), evaluating(classifier), in_float(classifier), hooked_inputs(classifier.network, layers, see):
+    with (
+        exact_fp32(),
+        evaluating(classifier),
+        in_float(classifier.network),
+        hooked_inputs(classifier.network, observers, see),
+    ):
         for images in batches:
             classifier(images)
-    for name, layer in layers.items():
-        if name not in observers:
-            raise BadInput("There are no images to calibrate on.", "Give at least one batch.")
-        covering = partial(InputGrid.covering, bits=layer.input_bits, signed=signed)
-        low, high = observers[name].ends(covering)
-        if not (isfinite(low) and isfinite(high)):
-            raise BadInput(
-                f"The input of layer {name} ranges from {low} to {high}.", "Check the weights and the images."
-            )
-        layer.input_grid = covering(low, high)
+    if observers and not seen:
+        raise BadInput("There are no images to calibrate on.", "Give at least one batch.")
+    for grid in grids:
+        covering = partial(InputGrid.covering, bits=grid.bits, signed=signed)
+        ends = {name: observers[name].ends(covering) for name in grid.observed}
+        for name, (low, high) in ends.items():
+            if not (isfinite(low) and isfinite(high)):
+                what = (
+                    name.replace(f"{TENSOR_GRIDS}.", "the tensor behind ")
+                    if TENSOR_GRIDS in name
+                    else f"the input of layer {name}"
+                )
+                raise BadInput(f"{what} ranges from {low} to {high}.", "Check the weights and the images.")
+        shared = covering(min(low for low, _ in ends.values()), max(high for _, high in ends.values()))
+        for owner in grid.owners:
+            owner.input_grid = shared
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from dfcompress.device import Execution
 from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized
+from dfcompress.models.patches import patch_blocks
 from dfcompress.models.recorder import FusedRecorder, Recording, Rest, Target, traces
 from dfcompress.randomness import generator
 from dfcompress.synthesis.batch_state import SMALLER, BatchState
@@ -441,6 +442,7 @@ def recorder_of(
         moments=Want.MOMENTS in recipe.wants,
         outputs=outputs + sorted(wanted.difference(outputs)),
         channel_means=sorted(want.layer for want in recipe.wants if isinstance(want, ChannelMeans)),
+        patches=patch_blocks(teacher) if Want.PATCHES in recipe.wants else (),
         dropout=sampler is not None and sampler.fixes_dropout,
         precision=device.PRECISIONS[execution.precision],
     )
@@ -467,7 +469,8 @@ def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor, dict[str, T
         images: int = 0,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         modules = modules or [{loss.name: loss.module_state(seen.device) for loss in losses}]
-        rest = None if others is None else Rest(images, len(labels) / images, others)
+        copies = len(seen) // len(labels)
+        rest = None if others is None else Rest(images * copies, len(labels) / images, others)
         batches = traces(
             seen, labels, recording, targets=targets, student_logits=student_logits, groups=len(modules), rest=rest
         )
