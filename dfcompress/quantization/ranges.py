@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
-from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -46,22 +45,21 @@ def calibrate(classifier: Classifier, batches: Iterable[Tensor], *, rule: str = 
     layers = {name: layer for name, layer in quantized if layer.input_bits < FLOAT_BITS}
     observers: dict[str, Any] = {}
 
-    def see(name: str, activations: Tensor) -> None:
-        observers.setdefault(name, _rule(rule).Observer()).see(activations)
+    def observe(name: str, activations: Tensor) -> None:
+        observers.setdefault(name, _rule(rule).Observer()).observe(activations)
 
-    with exact_fp32(), evaluating(classifier), in_float(classifier), hooked_inputs(classifier.network, layers, see):
+    with exact_fp32(), evaluating(classifier), in_float(classifier), hooked_inputs(classifier.network, layers, observe):
         for images in batches:
             classifier(images)
     for name, layer in layers.items():
         if name not in observers:
             raise BadInput("There are no images to calibrate on.", "Give at least one batch.")
-        covering = partial(InputGrid.covering, bits=layer.input_bits, signed=signed)
-        low, high = observers[name].ends(covering)
+        low, high = observers[name].range(bits=layer.input_bits, signed=signed)
         if not (isfinite(low) and isfinite(high)):
             raise BadInput(
                 f"The input of layer {name} ranges from {low} to {high}.", "Check the weights and the images."
             )
-        layer.input_grid = covering(low, high)
+        layer.input_grid = InputGrid.covering(low, high, bits=layer.input_bits, signed=signed)
 
 
 @torch.no_grad()
