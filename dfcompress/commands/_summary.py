@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Any
 from dfcompress import console
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dfcompress.evaluation.onnx_check import Exported
     from dfcompress.verbs._finish import Compressed
     from dfcompress.verbs._plan import Plan, SynthesisEstimate
     from dfcompress.verbs.evaluate import Evaluation
+
+# More numbers or names than these do not fit into a line of 100 characters.
+CLASSES_SHOWN = 20
 
 
 def plan(planned: Plan[Any], *, as_json: bool) -> None:
@@ -54,6 +59,21 @@ def evaluation(measured: Evaluation) -> None:
 
 def _share(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
+
+
+def classes(counts: Sequence[int]) -> None:
+    """How many images there are of each class; where classes are many, the least, the most and how many have none."""
+    if len(counts) <= CLASSES_SHOWN:
+        console.result(f"images of each class: {' '.join(map(str, counts))}")
+        return
+    empty = list(counts).count(0)
+    console.result(f"images of each class: {min(counts)} to {max(counts)}; {empty} of {len(counts)} classes have none")
+
+
+def class_names(names: Sequence[str]) -> str:
+    """The names, or the first of many and how many more there are."""
+    more = f", and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
+    return ", ".join(names[:CLASSES_SHOWN]) + more
 
 
 def exported(result: Exported) -> None:

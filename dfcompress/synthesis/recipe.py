@@ -41,7 +41,7 @@ from dfcompress.synthesis.records import BN_EQUIVALENT
 from dfcompress.synthesis.records.record_file import Description
 from dfcompress.synthesis.transforms import Transform
 
-WITH_ACTIVATIONS, WITHOUT = "activation-records", "deepinversion"
+WITH_ACTIVATIONS, WITHOUT, BY_PATCHES = "activation-records", "deepinversion", "psaq-vit"
 
 Schedule = Literal["constant", "cosine"]
 SCHEDULES = get_args(Schedule)
@@ -234,8 +234,9 @@ class Synthesis:
     verb makes by default), and of what.
 
     The `recipe` is a name, `file.py:function`, or a function that returns a `Recipe`. Without one it is that of the
-    record's kind, and without a record `deepinversion`. `records` is the file that the model's owner released, `beside`
-    the one beside the checkpoint if there is one, None none.
+    record's kind, and without a record `deepinversion`, or `psaq-vit` of a network with patches and no BatchNorm.
+    `records` is the file that the model's owner released, `beside` the one beside the checkpoint if there is one, None
+    none.
     `labels` is `balanced`, `random` or a file with a class for every image; `classes` are the only ones to use.
     `groups` is how many batches a step works on side by side; each batch keeps its own statistics.
     With `preview_every` the picture is renewed after so many steps.

@@ -26,9 +26,17 @@ class BasicBlock(nn.Module):
         """Features `(N, channels, H / stride, W / stride)`."""
         residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(features)))))
         shortcut = features[:, :, :: self.stride, :: self.stride]
-        if missing := residual.shape[1] - shortcut.shape[1]:
+        # Layers, not tensors, say how many are missing: torch.fx cannot trace a branch on what a shape is.
+        if missing := _convolution(self.conv2).out_channels - _convolution(self.conv1).in_channels:
             shortcut = F.pad(shortcut, (0, 0, 0, 0, missing // 2, missing - missing // 2))
         return F.relu(residual + shortcut)
+
+
+def _convolution(layer: nn.Module) -> nn.Conv2d:
+    """The layer itself, or the one behind which recorded statistics were put."""
+    inner = layer[0] if isinstance(layer, nn.Sequential) else layer
+    assert isinstance(inner, nn.Conv2d)
+    return inner
 
 
 class CifarResNet(nn.Module):
