@@ -445,7 +445,8 @@ class Compute:
 class Execution:
     """Everything about the machine that the bits of a result depend on; resolved once, stored, and obeyed on resume.
 
-    `capture` says whether a step of synthesis is replayed as one CUDA graph.
+    `capture` says whether a step of synthesis is replayed as one CUDA graph. `chunk` is how many images of a batch are
+    computed at once, None all of them.
     """
 
     device: str
@@ -455,6 +456,7 @@ class Execution:
     processor: str
     groups: int = 1
     capture: bool = False
+    chunk: int | None = None
 
 
 # Measured on one and two cores: 150 G units of work a second eagerly; compiling takes 20 to 35 s and leaves 0.2 to 0.8

@@ -72,6 +72,28 @@ class Recording(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Rest:
+    """The images of a batch that are not at hand, where a batch is computed in chunks.
+
+    `share` is that of the images at hand in the batch's `images`; `means` holds by name, as constants, what the others
+    add to a mean over the batch. `own` is filled with the means of the images at hand.
+    """
+
+    images: int
+    share: float
+    means: Mapping[str, Tensor]
+    own: dict[str, Tensor] = field(default_factory=dict)
+
+    def mean(self, name: str, values: Tensor) -> Tensor:
+        """The mean over the batch of what the images at hand have as `values` `(N, ...)`; over those alone where the
+        others are not known yet.
+        """
+        own = values.mean(0)
+        self.own[name] = own.detach()
+        return self.share * own + self.means[name] if name in self.means else own
+
+
+@dataclass(frozen=True)
 class Moments:
     """Moments over all but the channel axis of what went into some layers, and the variances these expect, of all
     channels of one layer after those of another; each `(channels of all layers,)`.
@@ -88,10 +110,24 @@ class Moments:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, layers: Sequence[LayerMoments], images: slice = slice(None)) -> Moments:
-        """The moments over some images: var = E[d²] − E[d]² loses no digits, because d is around the running mean."""
-        mean_error = torch.cat([layer.mean_error[images] for layer in layers], 1).mean(0)
-        square_error = torch.cat([layer.square_error[images] for layer in layers], 1).mean(0)
+    def of(
+        cls,
+        layers: Sequence[LayerMoments],
+        images: slice = slice(None),
+        *,
+        rest: Rest | None = None,
+        name: str = "layers",
+    ) -> Moments:
+        """The moments over some images and the `rest` of their batch, which knows its own by `name`.
+
+        var = E[d²] − E[d]² loses no digits, because d is around the running mean.
+        """
+        mean_errors = torch.cat([layer.mean_error[images] for layer in layers], 1)
+        square_errors = torch.cat([layer.square_error[images] for layer in layers], 1)
+        if rest:
+            mean_error, square_error = rest.mean(f"{name}.d", mean_errors), rest.mean(f"{name}.d2", square_errors)
+        else:
+            mean_error, square_error = mean_errors.mean(0), square_errors.mean(0)
         return cls(
             mean_error,
             square_error - mean_error**2,
@@ -142,6 +178,9 @@ class Trace:
     where no loss wants them), by layer the `outputs` `(N, ...)` and `channel_means` `(N, C)` that a loss wants, the
     `patches` `(N, patches, channels)` of all blocks that mix positions and the `targets` that an activation record
     sets, and `student_logits` where the images compete with a student.
+
+    Where a batch is computed in chunks these are the images of one of them, `moments` are those of the whole batch, and
+    `rest` stands for the others.
     """
 
     images: Tensor
@@ -153,6 +192,16 @@ class Trace:
     patches: Mapping[str, Tensor] = field(default_factory=dict)
     targets: Mapping[str, Target] = field(default_factory=dict)
     student_logits: Tensor | None = None
+    rest: Rest | None = None
+
+    def norm_over_batch(self, name: str, values: Tensor) -> Tensor:
+        """The L2 norm of a value of each image, `values` `(N,)`, over all images of the batch."""
+        norm: Tensor
+        if self.rest:
+            norm = (self.rest.mean(name, values.square()) * self.rest.images).sqrt()
+        else:
+            norm = torch.linalg.vector_norm(values)
+        return norm
 
 
 def traces(
@@ -163,8 +212,10 @@ def traces(
     targets: Mapping[str, Target] | None = None,
     student_logits: Tensor | None = None,
     groups: int = 1,
+    rest: Rest | None = None,
 ) -> list[Trace]:
-    """The traces of `groups` equal batches that went through the network together, each with its own statistics.
+    """The traces of `groups` equal batches that went through the network together, each with its own statistics; or
+    of one, of which the `rest` is not at hand.
 
     `labels` and `targets` may be fewer than `images`, where transforms show each image several times.
     """
@@ -178,7 +229,7 @@ def traces(
                 images=images[shown],
                 labels=labels[labelled].repeat(copies),
                 logits=recording.logits[shown],
-                moments=Moments.of(recording.layers, shown) if recording.layers else None,
+                moments=Moments.of(recording.layers, shown, rest=rest) if recording.layers else None,
                 outputs={layer: output[shown] for layer, output in recording.outputs.items()},
                 channel_means={layer: means[shown] for layer, means in recording.channel_means.items()},
                 patches={block: features[shown] for block, features in recording.patches.items()},
@@ -187,6 +238,7 @@ def traces(
                     for layer, target in (targets or {}).items()
                 },
                 student_logits=None if student_logits is None else student_logits[shown],
+                rest=rest,
             )
         )
     return result
