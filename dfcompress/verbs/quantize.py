@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dfcompress import console
 from dfcompress.data.pool import Augmentation
@@ -273,6 +274,8 @@ def _layers(teacher: Classifier) -> Layers:
     layers = layers_of(teacher)
     for name, kind in layers.others.items():
         console.notice(f"Layer {name} is a {kind}, which cannot be quantized: it stays in float.")
+    if any(isinstance(module, nn.LayerNorm) for module in teacher.network.modules()):
+        console.notice("LayerNorms, and softmax and products inside attention, stay in float.")
     if layers.unused:
         console.notice(f"Evaluation does not use {named_bytes(layers.unused)}: the file holds them in float.")
     return layers
