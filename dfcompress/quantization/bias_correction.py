@@ -22,6 +22,7 @@ PIXELS = 2**20  # Of all images that are seen at once,
 FEWEST = 64  # but never fewer images.
 # A channel whose deviation behind BatchNorm is below a millionth of its scale has nothing to be rescaled by.
 STILL = 1e-12
+DOUBLES = 2**25  # Values in float64 at one time: 256 MiB.
 
 
 def images_to_correct_on(input_size: tuple[int, int, int], available: int) -> int:
@@ -93,5 +94,6 @@ def _renormalise(norm: _BatchNorm, features: Tensor, teacher_mean: Tensor, teach
 def _moments(module: nn.Module, activations: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel `(C,)`, in float64."""
     channels = activations.movedim(channel_axis(module), 0).flatten(1)
-    variance, mean = torch.var_mean(channels.double(), dim=1, correction=0)
-    return mean, variance
+    parts = channels.split(max(1, DOUBLES // channels.shape[1]))
+    variances, means = zip(*(torch.var_mean(some.double(), dim=1, correction=0) for some in parts), strict=True)
+    return torch.cat(means), torch.cat(variances)
