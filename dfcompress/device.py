@@ -405,10 +405,21 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def free_gpu_bytes(device: torch.device) -> int:
+    """The memory of a GPU that nobody has taken, and that this process holds and does not use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process has held so far: on the GPU for CUDA, resident for a CPU."""
     if is_cuda(device):
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    # Not `ru_maxrss`, which a process inherits from the one that started it.
+    for line in status.read_text().splitlines() if status.exists() else []:
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -445,7 +456,8 @@ class Compute:
 class Execution:
     """Everything about the machine that the bits of a result depend on; resolved once, stored, and obeyed on resume.
 
-    `capture` says whether a step of synthesis is replayed as one CUDA graph.
+    `capture` says whether a step of synthesis is replayed as one CUDA graph. `chunk` is how many images of a batch are
+    computed at once, None all of them.
     """
 
     device: str
@@ -455,6 +467,7 @@ class Execution:
     processor: str
     groups: int = 1
     capture: bool = False
+    chunk: int | None = None
 
 
 # Measured on one and two cores: 150 G units of work a second eagerly; compiling takes 20 to 35 s and leaves 0.2 to 0.8

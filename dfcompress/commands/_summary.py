@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Any
 from dfcompress import console
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dfcompress.evaluation.onnx_check import Exported
     from dfcompress.verbs._finish import Compressed
     from dfcompress.verbs._plan import Plan, SynthesisEstimate
     from dfcompress.verbs.evaluate import Evaluation
+
+# More numbers or names than these do not fit into a line of 100 characters.
+CLASSES_SHOWN = 20
 
 
 def plan(planned: Plan[Any], *, as_json: bool) -> None:
@@ -29,7 +34,8 @@ def _synthesis(estimate: SynthesisEstimate) -> None:
     recipe, how = estimate.recipe, estimate.execution
     settings = " ".join(f"{name}={value}" for name, value in recipe.settings.items())
     console.result(f"recipe {recipe.name}, preset {recipe.preset}: {settings}")
-    console.result(f"{estimate.images} images in {estimate.batches} batches of {estimate.steps} steps")
+    chunks = f", {how.chunk} images of a batch at once" if how.chunk else ""
+    console.result(f"{estimate.images} images in {estimate.batches} batches of {estimate.steps} steps{chunks}")
     compiled = "compiled" if how.compile else "eager"
     console.result(f"on {how.device} in {how.precision}, {compiled}, {how.threads} threads")
     console.result(f"about {estimate.seconds:.0f} s of synthesis and {estimate.memory_bytes / 2**30:.1f} GiB of memory")
@@ -54,6 +60,21 @@ def evaluation(measured: Evaluation) -> None:
 
 def _share(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
+
+
+def classes(counts: Sequence[int]) -> None:
+    """How many images there are of each class; where classes are many, the least, the most and how many have none."""
+    if len(counts) <= CLASSES_SHOWN:
+        console.result(f"images of each class: {' '.join(map(str, counts))}")
+        return
+    empty = list(counts).count(0)
+    console.result(f"images of each class: {min(counts)} to {max(counts)}; {empty} of {len(counts)} classes have none")
+
+
+def class_names(names: Sequence[str]) -> str:
+    """The names, or the first of many and how many more there are."""
+    more = f", and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
+    return ", ".join(names[:CLASSES_SHOWN]) + more
 
 
 def exported(result: Exported) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dfcompress import console
-from dfcompress.commands import _options
+from dfcompress.commands import _options, _summary
 
 if TYPE_CHECKING:
     from dfcompress.evaluation.normalisation import NormalisationCheck
@@ -40,7 +40,7 @@ def _print(found: Inspection) -> None:
         ("architecture", found.architecture + widths, origin.get("architecture", "")),
         ("classes", str(found.classes), origin.get("classes", "")),
         ("answers with", found.answers, ""),
-        ("class names", ", ".join(card.class_names or ()) or "none", origin.get("class_names", "")),
+        ("class names", _summary.class_names(card.class_names or ()) or "none", origin.get("class_names", "")),
         ("input size", "x".join(map(str, card.input_size)), origin.get("input_size", "")),
         ("mean", ", ".join(f"{value:g}" for value in card.mean), origin.get("mean", "")),
         ("std", ", ".join(f"{value:g}" for value in card.std), origin.get("std", "")),

@@ -73,7 +73,7 @@ def _print(made: Inversion, *, as_json: bool) -> None:
     if made.bn_divergence is not None:
         console.result(f"BatchNorm divergence (J_KL over the set): {made.bn_divergence:.4f}")
     if min(made.classes) < max(made.classes) / 2:
-        console.result(f"images of each class: {' '.join(map(str, made.classes))}")
+        _summary.classes(made.classes)
     for warning in made.warnings:
         console.result(f"warning: {warning}")
     for other in made.verify:

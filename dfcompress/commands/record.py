@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dfcompress import console
-from dfcompress.commands import _options
+from dfcompress.commands import _options, _summary
 
 if TYPE_CHECKING:
     from dfcompress.models.classifier import Classifier
@@ -66,7 +66,7 @@ def _print(made: Recorded, *, dry_run: bool) -> None:
     share = made.bytes / made.data_bytes
     console.result(f"{made.bytes:,} bytes, {share:.1%} of the {made.data_bytes:,} bytes of images")
     console.result("layers: " + ", ".join(f"{layer} ({units:,})" for layer, units in made.units.items()))
-    console.result(f"images of each class: {' '.join(map(str, made.classes))}")
+    _summary.classes(made.classes)
     if made.details:
         console.result(", ".join(f"{name} {value}" for name, value in made.details.items()))
     console.result(f"{made.memory_bytes / 2**20:,.0f} MiB to sum up, {made.seconds:.0f} s")

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 MANY = 1_000_000
 Hook = Callable[[str, Any], Any]
+Call = Callable[[Any], Any]
 
 
 def hook_inputs(network: nn.Module, names: Iterable[str], hook: Hook) -> list[RemovableHandle]:
@@ -96,6 +97,35 @@ def kept_outputs(
 ) -> Iterator[None]:
     """`keep_outputs` for the time of a context."""
     with _removed(keep_outputs(network, names, keep, dtype=dtype)):
+        yield
+
+
+@contextmanager
+def hooked_calls(
+    network: nn.Module, names: Iterable[str], hook: Callable[[str, Call, Any, Any], object]
+) -> Iterator[None]:
+    """Call `hook(name, call, input, output)` after a named module has run inside: `call(features)` runs it once more,
+    the same way but with other features as its first argument. No hook is called meanwhile.
+
+    A module that was given its first argument by keyword is left out.
+    """
+    calling = False
+
+    def after(name: str) -> Callable[..., None]:
+        def run(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            nonlocal calling
+            if calling or not arguments:
+                return
+            calling = True
+            try:
+                hook(name, lambda features: module(features, *arguments[1:], **named), arguments[0], output)
+            finally:
+                calling = False
+
+        return run
+
+    modules = [(name, network.get_submodule(name)) for name in names]
+    with _removed([module.register_forward_hook(after(name), with_kwargs=True) for name, module in modules]):
         yield
 
 

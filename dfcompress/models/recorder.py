@@ -36,6 +36,7 @@ from dfcompress.models.hooks import (
     keep_outputs,
     kept_outputs,
 )
+from dfcompress.models.patches import PatchBlock
 from dfcompress.models.plain_layers import after_normalising, plain_kind
 from dfcompress.models.statistics import KnownStatistics, named_statistics_layers
 from dfcompress.settings import unknown
@@ -59,13 +60,38 @@ class LayerMoments(NamedTuple):
 
 class Recording(NamedTuple):
     """Logits `(N, classes)` in fp32, the moments of every layer with known statistics in the order of the forward pass,
-    and by layer the outputs `(N, ...)` and the channel means `(N, C)` that were wanted, in fp32.
+    and by layer the outputs `(N, ...)`, the channel means `(N, C)` and the patch features `(N, patches, channels)` that
+    were wanted, in fp32.
     """
 
     logits: Tensor
     layers: tuple[LayerMoments, ...]
     outputs: Mapping[str, Tensor]
     channel_means: Mapping[str, Tensor]
+    patches: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Rest:
+    """The images of a batch that are not at hand, where a batch is computed in chunks.
+
+    `share` is that of the images at hand in the batch's `images`, which counts every copy of an image; `means` holds by
+    name, as constants, what the others add to a mean over the batch. `own` is filled with the means of the images at
+    hand.
+    """
+
+    images: int
+    share: float
+    means: Mapping[str, Tensor]
+    own: dict[str, Tensor] = field(default_factory=dict)
+
+    def mean(self, name: str, values: Tensor) -> Tensor:
+        """The mean over the batch of what the images at hand have as `values` `(N, ...)`; over those alone where the
+        others are not known yet.
+        """
+        own = values.mean(0)
+        self.own[name] = own.detach()
+        return self.share * own + self.means[name] if name in self.means else own
 
 
 @dataclass(frozen=True)
@@ -85,10 +111,24 @@ class Moments:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, layers: Sequence[LayerMoments], images: slice = slice(None)) -> Moments:
-        """The moments over some images: var = E[d²] − E[d]² loses no digits, because d is around the running mean."""
-        mean_error = torch.cat([layer.mean_error[images] for layer in layers], 1).mean(0)
-        square_error = torch.cat([layer.square_error[images] for layer in layers], 1).mean(0)
+    def of(
+        cls,
+        layers: Sequence[LayerMoments],
+        images: slice = slice(None),
+        *,
+        rest: Rest | None = None,
+        name: str = "layers",
+    ) -> Moments:
+        """The moments over some images and the `rest` of their batch, which knows its own by `name`.
+
+        var = E[d²] − E[d]² loses no digits, because d is around the running mean.
+        """
+        mean_errors = torch.cat([layer.mean_error[images] for layer in layers], 1)
+        square_errors = torch.cat([layer.square_error[images] for layer in layers], 1)
+        if rest:
+            mean_error, square_error = rest.mean(f"{name}.d", mean_errors), rest.mean(f"{name}.d2", square_errors)
+        else:
+            mean_error, square_error = mean_errors.mean(0), square_errors.mean(0)
         return cls(
             mean_error,
             square_error - mean_error**2,
@@ -136,8 +176,12 @@ class Target(NamedTuple):
 class Trace:
     """What one batch showed: normalised `images` `(N, C, H, W)` as the teacher saw them, their `labels` `(N,)`,
     `logits` `(N, classes)`, the `moments` of all layers with known statistics in the order of the forward pass (None
-    where no loss wants them), by layer the `outputs` `(N, ...)` and `channel_means` `(N, C)` that a loss wants and the
-    `targets` that an activation record sets, and `student_logits` where the images compete with a student.
+    where no loss wants them), by layer the `outputs` `(N, ...)` and `channel_means` `(N, C)` that a loss wants, the
+    `patches` `(N, patches, channels)` of all blocks that mix positions and the `targets` that an activation record
+    sets, and `student_logits` where the images compete with a student.
+
+    Where a batch is computed in chunks these are the images of one of them, `moments` are those of the whole batch, and
+    `rest` stands for the others.
     """
 
     images: Tensor
@@ -146,8 +190,19 @@ class Trace:
     moments: Moments | None = None
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
     channel_means: Mapping[str, Tensor] = field(default_factory=dict)
+    patches: Mapping[str, Tensor] = field(default_factory=dict)
     targets: Mapping[str, Target] = field(default_factory=dict)
     student_logits: Tensor | None = None
+    rest: Rest | None = None
+
+    def norm_over_batch(self, name: str, values: Tensor) -> Tensor:
+        """The L2 norm of a value of each image, `values` `(N,)`, over all images of the batch."""
+        norm: Tensor
+        if self.rest:
+            norm = (self.rest.mean(name, values.square()) * self.rest.images).sqrt()
+        else:
+            norm = torch.linalg.vector_norm(values)
+        return norm
 
 
 def traces(
@@ -158,8 +213,10 @@ def traces(
     targets: Mapping[str, Target] | None = None,
     student_logits: Tensor | None = None,
     groups: int = 1,
+    rest: Rest | None = None,
 ) -> list[Trace]:
-    """The traces of `groups` equal batches that went through the network together, each with its own statistics.
+    """The traces of `groups` equal batches that went through the network together, each with its own statistics; or
+    of one, of which the `rest` is not at hand.
 
     `labels` and `targets` may be fewer than `images`, where transforms show each image several times.
     """
@@ -173,14 +230,16 @@ def traces(
                 images=images[shown],
                 labels=labels[labelled].repeat(copies),
                 logits=recording.logits[shown],
-                moments=Moments.of(recording.layers, shown) if recording.layers else None,
+                moments=Moments.of(recording.layers, shown, rest=rest) if recording.layers else None,
                 outputs={layer: output[shown] for layer, output in recording.outputs.items()},
                 channel_means={layer: means[shown] for layer, means in recording.channel_means.items()},
+                patches={block: features[shown] for block, features in recording.patches.items()},
                 targets={
                     layer: Target(target.values[labelled].repeat(copies, 1), target.scale)
                     for layer, target in (targets or {}).items()
                 },
                 student_logits=None if student_logits is None else student_logits[shown],
+                rest=rest,
             )
         )
     return result
@@ -284,15 +343,21 @@ def _mean_of_image(features: Tensor) -> Tensor:
 
 
 class _Recorder:
-    """What both recorders do with one forward pass: `_layers`, `_outputs` and `_means` fill while the network runs."""
+    """What both recorders do with one forward pass: `_layers`, `_outputs`, `_means` and `_patches` fill while the
+    network runs.
+    """
 
-    def __init__(self, network: nn.Module, outputs: Sequence[str], channel_means: Sequence[str]) -> None:
+    def __init__(
+        self, network: nn.Module, outputs: Sequence[str], channel_means: Sequence[str], patches: Sequence[PatchBlock]
+    ) -> None:
         self.network, self._recorded = network, outputs
         self._hidden = _require_layers(network, outputs)
         self._averaged = {name: network.get_submodule(name) for name in _require_layers(network, channel_means)}
+        self._blocks = {block.name: block for block in patches}
         self._layers: list[LayerMoments] = []
         self._outputs: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
+        self._patches: dict[str, Tensor] = {}
 
     def _pass(self, images: Tensor) -> Recording:
         self._layers.clear()  # A pass that failed may have left some.
@@ -300,11 +365,10 @@ class _Recorder:
         self._outputs[LOGITS] = logits
         # In one memory layout, so that a loss reads the units of a convolution's output in the order of their names.
         outputs = {name: self._outputs[name].contiguous() for name in self._recorded}
-        layers, means = tuple(self._layers), dict(self._means)
-        self._layers.clear()
-        self._outputs.clear()
-        self._means.clear()
-        return Recording(logits, layers, outputs, means)
+        recording = Recording(logits, tuple(self._layers), outputs, dict(self._means), dict(self._patches))
+        for recorded in (self._layers, self._outputs, self._means, self._patches):
+            recorded.clear()
+        return recording
 
     def _keep(self, name: str, output: Tensor) -> None:
         self._outputs[name] = output
@@ -313,6 +377,10 @@ class _Recorder:
         """Keep the channel means; they are taken at once, so the output itself is not copied."""
         features = output.movedim(channel_axis(self._averaged[name]), 1).to(torch.float32, copy=True)
         self._means[name] = _mean_of_image(features)
+
+    def _keep_patches(self, name: str, output: Tensor) -> None:
+        """Keep the patch features, of a copy where they are a view of it."""
+        self._patches[name] = self._blocks[name].features(output.to(torch.float32, copy=True))
 
     def _recording(self, layers: Mapping[str, nn.Module]) -> Hook:
         """The hook that records what goes into these layers. The sums are taken at once, so they need no copy."""
@@ -332,8 +400,9 @@ class HookRecorder(_Recorder):
         moments: bool = False,
         outputs: Sequence[str] = (),
         channel_means: Sequence[str] = (),
+        patches: Sequence[PatchBlock] = (),
     ) -> None:
-        super().__init__(network, outputs, channel_means)
+        super().__init__(network, outputs, channel_means, patches)
         self._with_statistics = named_statistics_layers(network) if moments else {}
 
     def __call__(self, images: Tensor) -> Recording:
@@ -342,6 +411,7 @@ class HookRecorder(_Recorder):
             hooked_inputs(self.network, self._with_statistics, self._recording(self._with_statistics)),
             kept_outputs(self.network, self._hidden, self._keep, dtype=torch.float32),
             hooked_outputs(self.network, self._averaged, self._average),
+            hooked_outputs(self.network, self._blocks, self._keep_patches),
         ):
             return self._pass(images)
 
@@ -362,10 +432,11 @@ class FusedRecorder(_Recorder):
         moments: bool = False,
         outputs: Sequence[str] = (),
         channel_means: Sequence[str] = (),
+        patches: Sequence[PatchBlock] = (),
         dropout: bool = False,
         precision: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(copy.deepcopy(network).eval().requires_grad_(False), outputs, channel_means)
+        super().__init__(copy.deepcopy(network).eval().requires_grad_(False), outputs, channel_means, patches)
         self._filters: list[Tensor] = []
         self._precision = precision
         with_statistics = named_statistics_layers(self.network) if moments else {}
@@ -382,6 +453,7 @@ class FusedRecorder(_Recorder):
         hook_outputs(self.network, dropouts, lambda _, output: output * self._filters.pop(0))
         keep_outputs(self.network, self._hidden, self._keep, dtype=torch.float32)
         hook_outputs(self.network, self._averaged, self._average)
+        hook_outputs(self.network, self._blocks, self._keep_patches)
         self.network.to(memory_format=torch.channels_last)
 
     @torch.no_grad()

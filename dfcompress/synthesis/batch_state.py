@@ -27,6 +27,9 @@ class BatchState:
 
     `labels` `(N,)` and `targets` are those of all batches, one after the other; `images` has one parametrisation a
     batch, and `modules` by loss the tensors of the module that it owns, of every batch its own.
+
+    One batch alone may be computed in `chunks`, its rows. Then `means` holds by name what the losses average over the
+    batch, `(chunks, ...)`, of every chunk as it was last computed.
     """
 
     def __init__(
@@ -37,10 +40,17 @@ class BatchState:
         images: Sequence[Images],
         losses: Sequence[Loss],
         attempt: int,
+        *,
+        chunk: int | None = None,
     ) -> None:
         self.shards, self.labels, self.targets, self.images = list(shards), labels, targets, list(images)
         self.modules = [{loss.name: loss.module_state(labels.device) for loss in losses} for _ in images]
         self.attempt = attempt
+        size = min(chunk or len(labels), len(labels))
+        self.chunks = [slice(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
+        self.shares = [(rows.stop - rows.start) / len(labels) for rows in self.chunks]
+        every = torch.tensor(self.shares, device=labels.device).expand(len(self.chunks), -1)
+        self._shares_of_others = every - every.diagonal().diag()
         self.step = 0
         self.history: list[Tensor] = []
         self.clock = Clock()
@@ -66,7 +76,7 @@ class BatchState:
         return torch.stack(self.history) if self.history else torch.zeros(0, len(self.shards), 1)
 
     def start_phase(self, *, betas: tuple[float, float]) -> None:
-        """A fresh optimiser, and no captured step."""
+        """A fresh optimiser, no captured step, and means of no chunk, as another phase shows the images otherwise."""
         capturable = device.is_cuda(self.labels.device)
         groups = [{"params": parameters} for parameters in self._groups.values()]
         self.optimizer = torch.optim.Adam(groups, betas=betas, fused=True, capturable=capturable)
@@ -74,6 +84,12 @@ class BatchState:
         self.drawn: list[list[Drawn]] = []
         self.captured: Callable[[], Tensor] | None = None
         self.uncaptured = 0
+        self.means: dict[str, Tensor] = {}
+
+    def of_others(self, number: int) -> dict[str, Tensor]:
+        """What the other chunks than this one add to the means over the batch."""
+        shares = self._shares_of_others[number]
+        return {name: torch.tensordot(shares, means, 1) for name, means in self.means.items()}
 
     def _follow_rates(self) -> None:
         """Let the optimiser read the rates from memory of the device, where a captured step finds them too."""
@@ -106,6 +122,7 @@ class BatchState:
             "images": [dict(images.state_dict()) for images in self.images],
             "modules": [{name: _detached(module) for name, module in modules.items()} for modules in self.modules],
             "optimizer": self.optimizer.state_dict(),
+            "means": self.means,
             "history": self.losses,
         }
         save_state(path, state)
@@ -127,6 +144,7 @@ class BatchState:
                         tensor.copy_(saved_modules[name][key])
         self.optimizer.load_state_dict(state["optimizer"])
         self._follow_rates()
+        self.means = {name: means.to(self.labels.device) for name, means in state.get("means", {}).items()}
         self.step = state["step"]
         self.clock.go_on_from(state["seconds"])
         self.history = list(state["history"].to(self.labels.device))

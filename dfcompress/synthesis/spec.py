@@ -9,11 +9,12 @@ from typing import Any
 from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.patches import knows_patches_alone, require_patches
 from dfcompress.models.recorder import require_outputs
 from dfcompress.models.statistics import require_statistics
 from dfcompress.synthesis.labels import Labels, choose_labels
 from dfcompress.synthesis.losses import Want
-from dfcompress.synthesis.recipe import Recipe, RecipeChoice, Synthesis, choose_recipe
+from dfcompress.synthesis.recipe import BY_PATCHES, Recipe, RecipeChoice, Synthesis, choose_recipe
 from dfcompress.synthesis.records import BN_EQUIVALENT, GAUSSIAN, SPECTRAL
 from dfcompress.synthesis.records.bn_equivalent import with_statistics
 from dfcompress.synthesis.records.gaussian import GaussianSampler, require_gaussians
@@ -70,6 +71,8 @@ def resolve(teacher: Classifier, synthesis: Synthesis) -> SynthesisSpec:
     neither the model nor a record knows.
     """
     record = _record(teacher, synthesis.records)
+    if synthesis.recipe is None and record is None and knows_patches_alone(teacher):
+        synthesis = replace(synthesis, recipe=BY_PATCHES)
     choice = choose_recipe(synthesis, teacher.card, record.about if record else None)
     labels = choose_labels(synthesis.labels, synthesis.classes, teacher.card)
     recipe = choice.recipe
@@ -95,6 +98,8 @@ def resolve(teacher: Classifier, synthesis: Synthesis) -> SynthesisSpec:
         require_gaussians(record, teacher)
     if Want.MOMENTS in recipe.wants:
         require_statistics(teacher)
+    if Want.PATCHES in recipe.wants:
+        require_patches(teacher)
     require_outputs(teacher, recipe.layers)
     return SynthesisSpec(teacher, record, synthesis, choice, labels)
 

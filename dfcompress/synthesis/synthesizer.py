@@ -21,9 +21,11 @@ from torch import Tensor
 from dfcompress import console, device
 from dfcompress.device import Execution
 from dfcompress.errors import DfcompressError
+from dfcompress.memory import count_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized
-from dfcompress.models.recorder import FusedRecorder, Recording, Target, traces
+from dfcompress.models.patches import patch_blocks
+from dfcompress.models.recorder import FusedRecorder, Recording, Rest, Target, traces
 from dfcompress.randomness import generator
 from dfcompress.synthesis.batch_state import SMALLER, BatchState
 from dfcompress.synthesis.images import Images, PixelStatistics
@@ -87,7 +89,8 @@ class Synthesizer:
         self.device = device.resolve_device(execution.device)
         self.teacher = teacher.frozen().to(self.device)
         self._network = compiled(recorder_of(recipe, self.teacher, sampler, execution), execution)
-        self._losses = compiled(losses_of(recipe), execution)
+        self._plain_losses = losses_of(recipe)
+        self._losses = compiled(self._plain_losses, execution)
         self._live_student: LiveStudent | None = None
         if Want.STUDENT in recipe.wants:
             assert student is not None, "a recipe that competes with a student needs one"
@@ -178,7 +181,17 @@ class Synthesizer:
         assert len(labels) == 1 or not self.recipe.images.persistent, "persistent images make one batch at a time"
         together = BatchTargets.together(targets).to(self.device)
         all_labels = torch.cat(list(labels.values())).to(self.device)
-        return BatchState(list(labels), all_labels, together, images, self.recipe.losses, attempt)
+        chunk = self.execution.chunk
+        assert len(labels) == 1 or chunk is None or chunk * len(labels) >= len(all_labels), "chunks are of one batch"
+        return BatchState(
+            list(labels),
+            all_labels,
+            together,
+            images,
+            self.recipe.losses,
+            attempt,
+            chunk=chunk if len(labels) == 1 else None,
+        )
 
     def begin_last_phase(self, labels: Mapping[int, Tensor]) -> BatchState:
         """The state before the first step of the last phase, on images that no step has changed."""
@@ -194,6 +207,8 @@ class Synthesizer:
         state.set_rates(phase, step_in_phase)
         state.put_drawn(self._drawn(state, phase))
         with device.computing(self.execution):
+            if len(state.chunks) > 1 and not state.means:
+                self._visit(state, phase)
             if self.execution.capture and state.uncaptured >= STEPS_BEFORE_CAPTURE:
                 state.captured = state.captured or device.captured(lambda: self._update(state, phase))
                 values = state.captured()
@@ -204,22 +219,29 @@ class Synthesizer:
         state.step += 1
 
     def _drawn(self, state: BatchState, phase: Phase) -> list[list[Drawn]]:
-        """What the transforms of this step draw, for each shard."""
+        """What the transforms of this step draw, for each shard, or for each chunk of the one shard."""
         drawn: list[list[Drawn]] = []
         channels, height, width = self.teacher.card.input_size
-        for shard, labels in zip(state.shards, state.labels.chunk(len(state.shards)), strict=True):
-            random, scale = generator("view", self.seed, shard, state.step), 1
-            drawn.append([])
-            for transform in phase.transforms:
-                drawn[-1].append(transform.sample((len(labels), channels, height // scale, width // scale), random))
-                scale *= transform.downscale
+        for shard in state.shards:
+            random = generator("view", self.seed, shard, state.step)
+            for rows in state.chunks:
+                count, scale = (rows.stop - rows.start) // len(state.shards), 1
+                drawn.append([])
+                for transform in phase.transforms:
+                    drawn[-1].append(transform.sample((count, channels, height // scale, width // scale), random))
+                    scale *= transform.downscale
         return drawn
 
     def _update(self, state: BatchState, phase: Phase) -> Tensor:
         """Change the parameters by the gradient of the weighted loss; the unweighted values `(shards, losses)`."""
-        total, values = self.objective(state, phase, [images.render() for images in state.images])
+        rendered = [images.render() for images in state.images]
         state.optimizer.zero_grad()
-        gradients = torch.autograd.grad(total, state.parameters)
+        if len(state.chunks) == 1:
+            total, values = self.objective(state, phase, rendered)
+            gradients = torch.autograd.grad(total, state.parameters)
+        else:
+            gradient, values = self._gradient_in_chunks(state, phase, rendered[0])
+            gradients = torch.autograd.grad(rendered[0], state.parameters, gradient)
         for parameter, gradient in zip(state.parameters, gradients, strict=True):
             parameter.grad = gradient.contiguous()
         state.optimizer.step()
@@ -231,19 +253,53 @@ class Synthesizer:
         """The weighted loss of each shard's normalised images, summed over shards, and the unweighted values
         `(shards, losses)`; what the transforms drew, labels, targets and modules of losses are those of `state`.
         """
-        shown = []
-        for images, drawn in zip(rendered, state.drawn, strict=True):
-            transformed = images
-            for transform, numbers in zip(phase.transforms, drawn, strict=True):
-                transformed = transform.apply(transformed, *numbers)
-            shown.append(transformed)
-        seen, targets = torch.cat(shown), state.targets
+        seen = torch.cat([_shown(*each, phase) for each in zip(rendered, state.drawn, strict=True)])
+        total, values, _ = self._losses(*self._traced(seen, state.labels, state.targets), state.modules)
+        return total, values
+
+    def _gradient_in_chunks(self, state: BatchState, phase: Phase, rendered: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the weighted loss of a batch with respect to its rendered images, and the unweighted values
+        `(1, losses)`, computed chunk by chunk.
+
+        What is averaged over the batch is known of the other chunks as they were last computed, of those that follow
+        before the last change of the images (after Dikstein et al. 2025, who share statistics over a set so).
+        """
+        gradient, values = torch.empty_like(rendered), torch.zeros(1, len(self.recipe.losses), device=rendered.device)
+        for number, (rows, share) in enumerate(zip(state.chunks, state.shares, strict=True)):
+            images = rendered[rows].detach().requires_grad_(True)
+            seen = _shown(images, state.drawn[number], phase)
+            traced = self._traced(seen, state.labels[rows], state.targets.part(rows))
+            others = state.of_others(number)
+            total, own_values, own_means = self._losses(*traced, state.modules, others, len(state.labels))
+            (gradient[rows],) = torch.autograd.grad(total, images)
+            values += share * own_values
+            for name, mean in own_means.items():
+                state.means[name][number].copy_(mean)
+        return gradient, values
+
+    def _visit(self, state: BatchState, phase: Phase) -> Tensor:
+        """Learn the means of every chunk before the first step that needs them; the unweighted values of the chunks,
+        each on its own, `(chunks, losses)`.
+        """
+        (rendered,) = (images.render() for images in state.images)
+        found = []
+        for number, rows in enumerate(state.chunks):
+            # With a gradient, though none is taken: without one the network would be compiled once more.
+            seen = _shown(rendered[rows].detach().requires_grad_(True), state.drawn[number], phase)
+            traced = self._traced(seen, state.labels[rows], state.targets.part(rows))
+            _, *values_and_means = self._plain_losses(*traced, state.modules, {}, len(state.labels))
+            found.append(values_and_means)
+        values, means = zip(*found, strict=True)
+        state.means = {name: torch.stack([of_chunk[name] for of_chunk in means]) for name in means[0]}
+        return torch.cat(values)
+
+    def _traced(
+        self, seen: Tensor, labels: Tensor, targets: BatchTargets
+    ) -> tuple[Tensor, Tensor, Recording, Mapping[str, Target], Tensor | None]:
+        """What the losses are functions of: images as seen, labels, recording, targets, the student's logits."""
         recording = self._network(seen, targets.filters) if targets.filters else self._network(seen)
         student_logits = self._live_student.logits(seen) if self._live_student else None
-        weighted: tuple[Tensor, Tensor] = self._losses(
-            seen, state.labels, recording, targets.targets, student_logits, state.modules
-        )
-        return weighted
+        return seen, labels, recording, targets.targets, student_logits
 
     def _rendered(self, images: Images) -> Tensor:
         """Images in [0, 1]; rendered by a copy, because rendering may change buffers of a generator."""
@@ -260,7 +316,10 @@ class Synthesizer:
                 raise NotFinite("Pixels of the finished images are not finite.", state.step)
             if self.recipe.label_free:
                 with torch.no_grad():
-                    labels = self.teacher(images).argmax(1)  # noqa: PLW2901
+                    answers = [
+                        self.teacher(some).argmax(1) for some in images.split(self.execution.chunk or len(images))
+                    ]
+                    labels = torch.cat(answers)  # noqa: PLW2901
             values = history[:, i]
             stride = max(1, len(values) // HISTORY_POINTS)
             points = [{"step": step, **self._named(values[step])} for step in range(0, len(values), stride)]
@@ -302,12 +361,12 @@ class Synthesizer:
         started = state.images[0].render()
         if not started.isfinite().all():
             return "It is what the images start from: change it with --set."
-        if not self.teacher.network(started).isfinite().all():
+        chunks = started.split(self.execution.chunk or len(started))
+        if not all(self.teacher.network(some).isfinite().all() for some in chunks):
             return "The network answers noise with NaN or infinity: use another checkpoint."
         phase, _ = self.recipe.phase_at(0)
         state.put_drawn(exact._drawn(state, phase))
-        _, values = exact.objective(state, phase, [started])
-        if values.isfinite().all():
+        if exact._visit(state, phase).isfinite().all():
             return None if self.execution.precision == "fp32" else "Use --precision fp32."
         return "Take another --recipe, or change what it is made of with --set."
 
@@ -323,6 +382,13 @@ class Synthesizer:
                     raise
             size //= 2
         return "Not even one image fits."
+
+
+def _shown(images: Tensor, drawn: Sequence[Drawn], phase: Phase) -> Tensor:
+    """Images as the transforms of a phase show them."""
+    for transform, numbers in zip(phase.transforms, drawn, strict=True):
+        images = transform.apply(images, *numbers)
+    return images
 
 
 class LiveStudent:
@@ -377,15 +443,19 @@ def recorder_of(
         moments=Want.MOMENTS in recipe.wants,
         outputs=outputs + sorted(wanted.difference(outputs)),
         channel_means=sorted(want.layer for want in recipe.wants if isinstance(want, ChannelMeans)),
+        patches=patch_blocks(teacher) if Want.PATCHES in recipe.wants else (),
         dropout=sampler is not None and sampler.fixes_dropout,
         precision=device.PRECISIONS[execution.precision],
     )
 
 
-def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor]]:
+def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """The function (seen images, labels, recording, targets, student's logits, modules) → (weighted sum, values
-    `(batches, losses)`); each of the equal batches has its own statistics, and in `modules` the tensors of the losses'
-    modules.
+    `(batches, losses)`, no means); each of the equal batches has its own statistics, and in `modules` the tensors of
+    the losses' modules.
+
+    With the means of the `others` and the batch's number of `images` they are those of a chunk, and what it adds to the
+    weighted sum of its batch; its own means come third.
     """
     losses = list(recipe.losses)
 
@@ -396,15 +466,24 @@ def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor]]:
         targets: Mapping[str, Target] | None = None,
         student_logits: Tensor | None = None,
         modules: Sequence[Mapping[str, ModuleState]] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        others: Mapping[str, Tensor] | None = None,
+        images: int = 0,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         modules = modules or [{loss.name: loss.module_state(seen.device) for loss in losses}]
-        batches = traces(seen, labels, recording, targets=targets, student_logits=student_logits, groups=len(modules))
+        copies = len(seen) // len(labels)
+        rest = None if others is None else Rest(images * copies, len(labels) / images, others)
+        batches = traces(
+            seen, labels, recording, targets=targets, student_logits=student_logits, groups=len(modules), rest=rest
+        )
         values = [
             [loss.value_with(states[loss.name], trace) for loss in losses]
             for trace, states in zip(batches, modules, strict=True)
         ]
-        weighted = [loss.weight * value for row in values for loss, value in zip(losses, row, strict=True)]
-        return torch.stack(weighted).sum(), torch.stack([torch.stack(row) for row in values]).detach()
+        # A mean over the images of a chunk counts by the chunk's share; what is of the whole batch counts as it is.
+        weights = [loss.weight * (rest.share if rest and not loss.of_batch else 1.0) for loss in losses]
+        weighted = [weight * value for row in values for weight, value in zip(weights, row, strict=True)]
+        detached = torch.stack([torch.stack(row) for row in values]).detach()
+        return torch.stack(weighted).sum(), detached, rest.own if rest else {}
 
     return values_and_sum
 
@@ -416,12 +495,15 @@ def try_step(
     *,
     student: Classifier | None,
     sampler: TargetSampler | None,
-) -> None:
-    """One eager step of the recipe's last phase with two images; raises what a network raises that cannot do it."""
+) -> float:
+    """One eager step of the recipe's last phase with two images, and the bytes that an image takes; raises what a
+    network raises that cannot do it.
+    """
     if not recipe.steps:
-        return
+        return 0.0
     synthesizer = Synthesizer(recipe, teacher, replace(execution, compile=False), student=student, sampler=sampler)
-    synthesizer.step(synthesizer.begin_last_phase({0: torch.arange(2) % teacher.card.classes}))
+    state = synthesizer.begin_last_phase({0: torch.arange(2) % teacher.card.classes})
+    return count_bytes(lambda: synthesizer.step(state)) / 2
 
 
 def seconds_per_step(

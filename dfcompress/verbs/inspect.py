@@ -18,6 +18,7 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import opened, state_bytes, write_sidecar
 from dfcompress.models.classifier import Classifier, multiply_accumulates
 from dfcompress.models.fake_quantizers import is_quantized
+from dfcompress.models.patches import knows_patches_alone
 from dfcompress.models.safe_reading import file_bytes
 from dfcompress.models.statistics import dead_channels, statistics_layers, why_no_statistics
 from dfcompress.synthesis.spec import find_record
@@ -103,12 +104,13 @@ def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) ->
 @dataclass(frozen=True)
 class _Facts:
     """What decides which verbs can serve a model: why its classes are not exclusive, why no images can be made from its
-    own statistics (None where nothing stands in the way), whether a record is beside it, whether it is quantized, and
-    the channels of its images.
+    own statistics (None where nothing stands in the way), whether they can be made from its patches, whether a record
+    is beside it, whether it is quantized, and the channels of its images.
     """
 
     not_exclusive: str | None
     no_statistics: str | None
+    patches: bool
     with_record: bool
     quantized: bool
     channels: int
@@ -135,14 +137,17 @@ def _pictures(facts: _Facts) -> tuple[bool, str]:
     return fits, "" if fits else f"its images have {facts.channels} channels, and PNG files 1 or 3"
 
 
-def _images(instead: str, *, optional: bool) -> _Need:
+def _images(instead: str, *, optional: bool, by_patches: bool = True) -> _Need:
     """Images that can be made from the model and its record, or else what comes by the options `instead`; where these
-    are `optional`, the verb has others to do without images of its own.
+    are `optional`, the verb has others to do without images of its own. With `by_patches` the verb falls back on what
+    patches tell.
     """
 
     def need(facts: _Facts) -> tuple[bool, str]:
         if facts.with_record or facts.no_statistics is None:
             return True, ""
+        if by_patches and facts.patches:
+            return True, "with images by patch similarity (--recipe psaq-vit), untested on trained weights"
         return optional, f"needs {instead}, as {facts.no_statistics}"
 
     return need
@@ -152,7 +157,7 @@ def _images(instead: str, *, optional: bool) -> _Need:
 NEEDS: Mapping[str, Sequence[_Need]] = {
     "invert": [_classes, _images("--records", optional=False)],
     "distill": [_classes, _images("--data or --records", optional=True)],
-    "merge": [_classes, _images("--data", optional=True)],
+    "merge": [_classes, _images("--data", optional=True, by_patches=False)],
     "quantize": [_classes, _float_weights, _images("--data or --records", optional=True)],
     "record": [_classes],
     "evaluate": [_classes],
@@ -168,6 +173,7 @@ def abilities(classifier: Classifier, *, with_record: bool = False) -> list[Abil
     facts = _Facts(
         not_exclusive=unfit.why if unfit else None,
         no_statistics=why_no_statistics(classifier.network),
+        patches=knows_patches_alone(classifier),
         with_record=with_record,
         quantized=is_quantized(classifier.network),
         channels=classifier.card.input_size[0],

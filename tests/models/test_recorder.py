@@ -33,7 +33,7 @@ def batch():
 def losses_and_gradient(recorder, batch):
     images, labels = batch[0].clone().requires_grad_(True), batch[1]
     losses = losses_of(choose("deepinversion", "paper-cifar10").recipe)
-    total, values = losses(images, labels, recorder(images))
+    total, values, _ = losses(images, labels, recorder(images))
     return values[0], torch.autograd.grad(total, images)[0]
 
 
@@ -150,7 +150,7 @@ def test_a_loss_on_any_layer_has_the_value_and_gradient_of_the_hooks(teacher, ba
     for make in (HookRecorder, FusedRecorder):
         images = batch[0].clone().requires_grad_(True)
         recording = make(teacher.network, outputs=[layer], channel_means=[layer])(images)
-        total, values = losses_of(recipe)(images, batch[1], recording)
+        total, values, _ = losses_of(recipe)(images, batch[1], recording)
         found.append((recording, values[0], torch.autograd.grad(total, images)[0]))
     (recording, values, gradient), (fused, fused_values, fused_gradient) = found
     torch.testing.assert_close(fused_values, values, rtol=1e-4, atol=1e-5)

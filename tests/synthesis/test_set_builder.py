@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from torchvision.utils import make_grid
 
-from dfcompress.synthesis.set_builder import grid
+from dfcompress.synthesis.set_builder import PREVIEW, _write_preview, grid
 
 
 @pytest.mark.parametrize("count", [2, 9, 10, 11, 20])
@@ -24,3 +25,11 @@ def test_a_single_image_has_a_border_too():
         [1.0] * 10,
         [1.0] * 10,
     ]
+
+
+@pytest.mark.parametrize(("side", "shown"), [(32, 64), (96, 96), (224, 112), (299, 149)])
+def test_large_images_are_shown_smaller(tmp_path, side, shown):
+    """And small ones larger: 20 images in two rows, each with borders of 2 pixels."""
+    _write_preview(tmp_path, torch.rand(20, 3, side, side))
+    with Image.open(tmp_path / PREVIEW) as picture:
+        assert picture.size == (10 * (shown + 2) + 2, 2 * (shown + 2) + 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,13 +20,16 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import InputGrid, is_quantized, learn_steps, quantize_layers
-from dfcompress.models.recorder import HookRecorder, _tensors
+from dfcompress.models.recorder import HookRecorder, Target, _tensors
 from dfcompress.models.statistics import statistics_layers
 from dfcompress.randomness import generator
 from dfcompress.run import Clock
+from dfcompress.synthesis import losses
 from dfcompress.synthesis import synthesizer as synthesizer_module
 from dfcompress.synthesis.batch_state import SMALLER, BatchState
-from dfcompress.synthesis.recipe import choose
+from dfcompress.synthesis.images import Pixels
+from dfcompress.synthesis.recipe import Phase, Recipe, choose
+from dfcompress.synthesis.records.targets import BatchTargets
 from dfcompress.synthesis.synthesizer import Synthesizer, losses_of
 
 EAGER = Execution("cpu", "fp32", False, 1, "")
@@ -157,7 +161,7 @@ def test_every_trick_gives_the_gradients_of_plain_autograd(depth, request):
     recipe = choose("deepinversion", "paper-cifar10", {"batch_size": 16}).recipe
     images = noise().requires_grad_(True)
     recorder = HookRecorder(teacher.network, moments=True)
-    total, expected_values = losses_of(recipe)(images, LABELS, recorder(images))
+    total, expected_values, _ = losses_of(recipe)(images, LABELS, recorder(images))
     expected = torch.autograd.grad(total, images)[0]
     for execution in (EAGER, replace(EAGER, compile=True)):
         ours, values = gradient(Synthesizer(recipe, teacher, execution), images.detach())
@@ -294,6 +298,116 @@ def test_the_number_of_threads_changes_no_bit(teacher):
     assert torch.equal(*images)
 
 
+class Sampled:
+    """A record that wants the same of every image's logits and of a layer, and multiplies no dropout."""
+
+    layers, fixes_dropout = ("logits", "layer1.0.conv1"), False
+
+    def sample(self, labels, random):
+        sizes = {"logits": 10, "layer1.0.conv1": 16 * 32 * 32}
+        values = {layer: torch.randn(len(labels), size, generator=random) for layer, size in sizes.items()}
+        return BatchTargets({layer: Target(each, torch.tensor(0.5)) for layer, each in values.items()})
+
+
+# All losses but those that own a module; weighted so that none is lost beside the others.
+LOSSES = [
+    losses.class_cross_entropy(),
+    losses.inception(1.0),
+    losses.competition(),
+    losses.bn_distance(first=10.0),
+    0.1 * losses.bn_distance(),
+    losses.bn_divergence(),
+    losses.pixel_divergence(),
+    0.1 * losses.activation_distance(0.1, later=2.0),
+    1e-2 * losses.total_variation(),
+    1e-2 * losses.usual_variation(),
+    losses.smoothness(),
+    1e-2 * losses.image_norm(),
+    losses.image_norm(each=True),
+]
+
+
+def in_chunks(teacher, recipe, chunk, *, compiled=False):
+    """With a student that answers otherwise than its teacher."""
+    student = Classifier(copy.deepcopy(teacher.network), teacher.card).frozen()
+    student.network.fc.weight.mul_(-0.5)
+    execution = replace(EAGER, chunk=chunk, compile=compiled)
+    return Synthesizer(recipe, teacher, execution, student=student, sampler=Sampled())
+
+
+def first_step(made):
+    """The values and the gradient of the first step, at the images that it begins with."""
+    state = made.begin({0: LABELS})
+    made.step(state)
+    return state.history[0], state.parameters[0].grad
+
+
+def test_every_loss_is_tried_in_chunks():
+    makers = [each for each in vars(losses).values() if inspect.isfunction(each) and each.__module__ == losses.__name__]
+    names = {each.__name__.removeprefix("class_") for each in makers if not each.__name__.startswith("_")}
+    # The range of similarities is that of the images at hand, so the value depends on the chunk.
+    assert {loss.name for loss in LOSSES} == names - {"patch_similarity"}
+
+
+@pytest.mark.parametrize("number", range(len(LOSSES)))
+def test_chunks_have_the_loss_and_the_gradient_of_their_batch(teacher, number):
+    """16 images in chunks of 4, and of 6, of which the last has 4."""
+    recipe = Recipe(images=Pixels(), losses=[LOSSES[number]], phases=[Phase(1, 0.1)], batch_size=16)
+    expected_values, expected = first_step(in_chunks(teacher, recipe, None))
+    for chunk in (4, 6):
+        values, gradient = first_step(in_chunks(teacher, recipe, chunk))
+        torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-6)
+        assert (gradient - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_chunks_of_compiled_losses_have_the_loss_of_their_batch(teacher, monkeypatch):
+    """All of them together; the network and the losses are compiled once each for chunks of one size."""
+    graphs = []
+    monkeypatch.setattr(device, "_inductor", lambda graph, inputs: graphs.append(graph) or graph.forward)
+    torch._dynamo.reset()
+    different = {loss.name: loss for loss in LOSSES}.values()
+    recipe = Recipe(images=Pixels(), losses=[*different], phases=[Phase(2, 0.1)], batch_size=16)
+    expected_values, expected = first_step(in_chunks(teacher, recipe, None))
+    made = in_chunks(teacher, recipe, 4, compiled=True)
+    state = made.begin({0: LABELS})
+    made.step(state)
+    assert len(graphs) == 3  # Of the teacher, the student and the losses.
+    torch.testing.assert_close(state.history[0], expected_values, rtol=1e-5, atol=1e-6)
+    assert (state.parameters[0].grad - expected).norm() < 1e-4 * expected.norm()
+    made.step(state)
+    assert len(graphs) == 3
+
+
+def test_a_chunk_of_the_whole_batch_changes_no_bit(teacher):
+    made = [synthesizer(teacher, 3, execution=replace(EAGER, chunk=chunk)) for chunk in (None, 16, 64)]
+    first, *others = [each.batch(0, LABELS).images for each in made]
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_a_batch_in_chunks_is_as_good_as_a_whole_one(teacher):
+    """After 40 steps with views of their own for every chunk; a batch of 4 alone is further from the statistics."""
+    ends = {}
+    for size, chunk in ((16, None), (16, 4), (4, None)):
+        made = synthesizer(teacher, 40, execution=replace(EAGER, chunk=chunk), preset="fast-cifar10")
+        ends[size, chunk] = made.batch(0, LABELS[:size]).losses["bn_distance"]
+    assert ends[16, 4] < 1.03 * ends[16, None]
+    assert ends[16, None] < 0.95 * ends[4, None]
+
+
+def test_a_batch_in_chunks_is_taken_up_from_a_file_to_the_same_bytes(teacher, tmp_path):
+    """In the middle of a phase, where the means of all chunks are needed at once."""
+    execution = replace(EAGER, chunk=6)
+    whole = synthesizer(teacher, 6, preset="fast-cifar10", execution=execution).batch(0, LABELS).images
+    interrupted = synthesizer(teacher, 6, preset="fast-cifar10", execution=execution)
+    work = interrupted.begin({0: LABELS})
+    for _ in range(4):
+        interrupted.step(work)
+    work.save(tmp_path / "partial")
+    again = synthesizer(teacher, 6, preset="fast-cifar10", execution=execution)
+    assert torch.equal(again.batch(0, LABELS, partial=tmp_path / "partial").images, whole)
+    assert not torch.equal(whole, synthesizer(teacher, 6, preset="fast-cifar10").batch(0, LABELS).images)
+
+
 @pytest.mark.release
 def test_nor_does_it_compiled_in_bf16(resnet20_file, tmp_path):
     """In processes of their own, because compiled code knows its number of threads."""
@@ -328,9 +442,9 @@ def test_a_batch_that_overflows_is_made_again_with_a_smaller_rate(teacher, monke
     honest, calls, rates = made._losses, [], []
 
     def overflowing_once(*arguments):
-        total, values = honest(*arguments)
+        total, values, means = honest(*arguments)
         calls.append(total)
-        return total, values * float("nan") if len(calls) == 1 else values
+        return total, values * float("nan") if len(calls) == 1 else values, means
 
     def noted(state, *step, real=BatchState.set_rates):
         real(state, *step)

@@ -28,6 +28,11 @@ class BatchTargets:
         }
         return BatchTargets(targets, tuple(tensor.to(device) for tensor in self.filters))
 
+    def part(self, rows: slice) -> BatchTargets:
+        """Those of some images."""
+        targets = {layer: Target(values[rows], scale) for layer, (values, scale) in self.targets.items()}
+        return BatchTargets(targets, tuple(tensor[rows] for tensor in self.filters))
+
     @staticmethod
     def together(parts: list[BatchTargets]) -> BatchTargets:
         """Of several batches, one after the other; of none where no record sets any."""
