@@ -23,7 +23,7 @@ from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models import packing
 from dfcompress.models.answers import gives_logits, require_exclusive, take_logits
-from dfcompress.models.architecture import SMALL_INPUT, Architecture, tensors_of
+from dfcompress.models.architecture import Architecture, tensors_of
 from dfcompress.models.architectures import HALF, architectures, named, plain, runs_code
 from dfcompress.models.batchnorms import has_foreign_batchnorms, plain_batchnorms
 from dfcompress.models.card import (
@@ -33,6 +33,7 @@ from dfcompress.models.card import (
     IMAGENET_STD,
     MNIST_MEAN,
     MNIST_STD,
+    SMALL_INPUT,
     ModelCard,
     Origin,
 )

@@ -92,7 +92,7 @@ FINETUNED_BY: Mapping[QuantizationMethod, Finetuning] = {"default": "blocks+lsq"
 # Haroush et al. 2020, section 4.2: CIFAR's ResNet-44, and ImageNet's ResNet-18.
 SMALL = 64
 PAPER_KD, PAPER_KD_LARGE = replace(KD, steps=16_000, batch_size=512), replace(KD, steps=44_000)
-RECIPE, PAPER_PRESET, IMAGES = "bns-inception", "paper-cifar10", 2048
+RECIPE, PAPER_PRESET, IMAGES, LARGE_IMAGES = "bns-inception", "paper-cifar10", 2048, 128
 ROUNDING_SETTING = "setting of rounding called"
 BITS, BLOCKS = f"bits{STATE}", f"blocks{STATE}"
 
@@ -317,7 +317,7 @@ def usual_images(
     """What is made unless a recipe is named: images whose statistics are those of the training data, as far as the
     teacher knows them; the paper's for its method, and no second recipe, unless one was asked for.
     """
-    synthesis = synthesis.counted(IMAGES)
+    synthesis = synthesis.counted(IMAGES if teacher.card.small or method == "paper" else LARGE_IMAGES)
     if method == "paper" and second_recipe == AUTO:
         second_recipe = None
     if synthesis.recipe or synthesis.preset or why_no_statistics(teacher.network):
