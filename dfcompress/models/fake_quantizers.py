@@ -465,7 +465,7 @@ def dequantized(network: nn.Module) -> nn.Module:
         for name in ("weight_grid", "weight_shares", *_STEPS):
             delattr(layer, name)
     for grid in tensor_grids(twin).values():
-        grid.__class__ = nn.Identity  # type: ignore[assignment]
+        grid.input_grid = None
     return twin
 
 

@@ -1,6 +1,6 @@
 """Grids on every tensor that integer kernels read or write: "explicit quantization", as int8 hardware wants it.
 
-    fold_batchnorms(classifier)
+    as_kernels_compute(classifier)
     untraced = quantize_tensors(classifier, ["conv1", "fc"])     # the network becomes its graph with `TensorGrid`s
 
 `torch.fx` traces the network. Behind every operation whose result a convolution, a linear layer, an addition, a
@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dfcompress.errors import BadInput, first_line
+from dfcompress.models.bn_folding import fold_batchnorms
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import TENSOR_GRIDS, TensorGrid
+from dfcompress.models.static_padding import fix_padding
 
 # What a node does: the class of the module it calls, the function, or the name of the method.
 Operation = type[nn.Module] | Any
@@ -57,6 +59,12 @@ OF_ONE: set[Operation] = {
 }
 
 
+def as_kernels_compute(classifier: Classifier) -> None:
+    """Let the layers pad as images of the card's size need it, and hold the BatchNorms behind them, in place."""
+    fix_padding(classifier)
+    fold_batchnorms(classifier)
+
+
 def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[str]:
     """Let the network compute as its graph with a `TensorGrid` behind what integer kernels read and write, in place;
     the names of its modules that cannot be traced: what is inside them stays as it is.
@@ -64,14 +72,8 @@ def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[st
     `layers` are those that are, or will be, quantized. Names of tensors stay; what evaluation does not use is gone.
     Raises `BadInput` where the network as a whole cannot be traced.
     """
-    tracer = _Tracer(layers)
     network = classifier.network.eval()
-    try:
-        graph = tracer.trace(network)
-    except Exception as error:  # Whatever a stranger's `forward` raises when it is given symbols.
-        raise BadInput(
-            f"torch.fx cannot trace {classifier.name}: {first_line(error)}.", "Use --placement layer-inputs."
-        ) from error
+    graph, untraced = _traced(network, layers)
     modules = dict(network.named_modules())
     _leave_out_nothings(graph, modules)
     traced = fx.GraphModule(network, graph, type(network).__name__)
@@ -82,27 +84,44 @@ def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[st
         _insert(traced, grids, layers)
     traced.recompile()
     classifier.network = traced.eval()
-    return tracer.untraced
+    return untraced
+
+
+def _traced(network: nn.Module, layers: Collection[str]) -> tuple[fx.Graph, list[str]]:
+    """The network's graph, and the names of the modules that are single nodes of it because they cannot be traced."""
+    untraced: list[str] = []
+    while True:
+        tracer = _Tracer([*layers, *untraced])
+        try:
+            return tracer.trace(network), untraced
+        except Exception as error:  # Whatever a stranger's `forward` raises when it is given symbols.
+            if tracer.failed is None:
+                raise BadInput(
+                    f"torch.fx cannot trace a {type(network).__name__}: {first_line(error)}.",
+                    "Use --placement layer-inputs.",
+                ) from error
+            untraced.append(tracer.failed)
 
 
 class _Tracer(fx.Tracer):
-    """Makes a leaf of every module that cannot be traced, the innermost first."""
+    """Takes the modules named `leaves`, beside torch's own, for single nodes; `failed` is the innermost module in which
+    tracing ended.
+    """
 
-    def __init__(self, layers: Collection[str]) -> None:
+    def __init__(self, leaves: Collection[str]) -> None:
         super().__init__()
-        self.layers = layers
-        self.untraced: list[str] = []
+        self.leaves = leaves
+        self.failed: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.layers or super().is_leaf_module(m, module_qualified_name)
+        return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         try:
             return super().call_module(m, forward, args, kwargs)
-        except Exception:  # As above.
-            name = self.path_of_module(m)
-            self.untraced = [each for each in self.untraced if not each.startswith(f"{name}.")] + [name]
-            return self.create_proxy("call_module", name, args, kwargs)
+        except Exception:
+            self.failed = self.failed or self.path_of_module(m)
+            raise
 
 
 def _operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> Operation:
