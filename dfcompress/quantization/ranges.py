@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
-from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -46,34 +45,35 @@ def calibrate(classifier: Classifier, batches: Iterable[Tensor], *, rule: str = 
     observers = {name: _rule(rule).Observer() for grid in grids for name in grid.observed}
     seen: set[str] = set()
 
-    def see(name: str, activations: Tensor) -> None:
-        observers[name].see(activations)
+    def observe(name: str, activations: Tensor) -> None:
+        observers[name].observe(activations)
         seen.add(name)
 
     with (
         exact_fp32(),
         evaluating(classifier),
         in_float(classifier.network),
-        hooked_inputs(classifier.network, observers, see),
+        hooked_inputs(classifier.network, observers, observe),
     ):
         for images in batches:
             classifier(images)
     if observers and not seen:
         raise BadInput("There are no images to calibrate on.", "Give at least one batch.")
     for grid in grids:
-        covering = partial(InputGrid.covering, bits=grid.bits, signed=signed)
-        ends = {name: observers[name].ends(covering) for name in grid.observed}
-        for name, (low, high) in ends.items():
-            if not (isfinite(low) and isfinite(high)):
-                what = (
-                    name.replace(f"{TENSOR_GRIDS}.", "the tensor behind ")
-                    if TENSOR_GRIDS in name
-                    else f"the input of layer {name}"
-                )
-                raise BadInput(f"{what} ranges from {low} to {high}.", "Check the weights and the images.")
-        shared = covering(min(low for low, _ in ends.values()), max(high for _, high in ends.values()))
+        ends = [_finite_range(name, observers[name], bits=grid.bits, signed=signed) for name in grid.observed]
+        low, high = min(low for low, _ in ends), max(high for _, high in ends)
         for owner in grid.owners:
-            owner.input_grid = shared
+            owner.input_grid = InputGrid.covering(low, high, bits=grid.bits, signed=signed)
+
+
+def _finite_range(name: str, observer: Any, *, bits: int, signed: bool) -> tuple[float, float]:
+    """What an observer finds; raises `BadInput` where a value was not finite."""
+    low, high = observer.range(bits=bits, signed=signed)
+    if not (isfinite(low) and isfinite(high)):
+        place = name.removeprefix(f"{TENSOR_GRIDS}.")
+        what = f"The input of layer {name}" if place == name else f"The tensor behind {place}"
+        raise BadInput(f"{what} ranges from {low} to {high}.", "Check the weights and the images.")
+    return low, high
 
 
 @torch.no_grad()

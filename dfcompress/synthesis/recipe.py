@@ -145,6 +145,13 @@ class Recipe:
         return sorted({want.layer for want in self.wants if not isinstance(want, Want)})
 
     @property
+    def needs_whole_batch(self) -> bool:
+        """Whether a batch cannot be computed in chunks: a module that a loss owns sees it whole, and a generator that
+        lives on makes it whole.
+        """
+        return self.images.persistent or any(isinstance(loss.value, torch.nn.Module) for loss in self.losses)
+
+    @property
     def label_free(self) -> bool:
         """Whether nothing steers the images towards a class; their label is then the teacher's answer."""
         return Want.LABELS not in self.wants

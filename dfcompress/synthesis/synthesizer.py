@@ -21,6 +21,7 @@ from torch import Tensor
 from dfcompress import console, device
 from dfcompress.device import Execution
 from dfcompress.errors import DfcompressError
+from dfcompress.memory import count_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized
 from dfcompress.models.patches import patch_blocks
@@ -494,12 +495,15 @@ def try_step(
     *,
     student: Classifier | None,
     sampler: TargetSampler | None,
-) -> None:
-    """One eager step of the recipe's last phase with two images; raises what a network raises that cannot do it."""
+) -> float:
+    """One eager step of the recipe's last phase with two images, and the bytes that an image takes; raises what a
+    network raises that cannot do it.
+    """
     if not recipe.steps:
-        return
+        return 0.0
     synthesizer = Synthesizer(recipe, teacher, replace(execution, compile=False), student=student, sampler=sampler)
-    synthesizer.step(synthesizer.begin_last_phase({0: torch.arange(2) % teacher.card.classes}))
+    state = synthesizer.begin_last_phase({0: torch.arange(2) % teacher.card.classes})
+    return count_bytes(lambda: synthesizer.step(state)) / 2
 
 
 def seconds_per_step(

@@ -30,7 +30,14 @@ from dfcompress.models.stages import stages_of
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.models.tensor_grids import as_kernels_compute, quantize_tensors
 from dfcompress.quantization.bits import USUAL_ENDS, Layers, RequestedBits, assign, layers_of, parse_bits, parse_ends
-from dfcompress.quantization.calibration import BATCH, Calibrated, Calibration, calibrated, calibrated_on_noise
+from dfcompress.quantization.calibration import (
+    BATCH,
+    Calibrated,
+    Calibration,
+    calibrated,
+    calibrated_on_noise,
+    usual_steps,
+)
 from dfcompress.quantization.layer_report import REPORT, layer_report, named_bytes
 from dfcompress.quantization.mixed_precision import require_reachable, with_widths
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct, units_of
@@ -137,7 +144,7 @@ def quantize(
     layer), `metrics.jsonl` (but of `blocks`), `run.json` and the images made; on real `eval_data` it is only reported.
     """
     teacher = _in_float(as_classifier(checkpoint))
-    calibration = usual_calibration(method, calibration, export)
+    calibration = usual_calibration(method, calibration, input_size=teacher.card.input_size, target=export)
     wish = partial(
         wanted_bits,
         bits=bits,
@@ -410,16 +417,22 @@ def usual_images(
 
 
 def usual_calibration(
-    method: QuantizationMethod, settings: Calibration | Mapping[str, Any] | None, target: Target | None = None
+    method: QuantizationMethod,
+    settings: Calibration | Mapping[str, Any] | None,
+    *,
+    input_size: tuple[int, int, int],
+    target: Target | None = None,
 ) -> Calibration:
-    """The settings of calibration, a method's own or with changes, and with the grids that the target takes; raises
-    `BadInput` for a method or a setting that is none.
+    """The settings of calibration, a method's own or with changes; by default fewer batches of images that have more
+    than 64 x 64 pixels, and the grids that the target takes. Raises `BadInput` for a method or a setting that is none.
     """
     if method not in CALIBRATIONS:
         raise BadInput(f"There is no --method {method!r}.", f"Known: {', '.join(CALIBRATIONS)}.")
     if isinstance(settings, Calibration):
         return settings
     usual = replace(CALIBRATIONS[method], signed=target == "tensorrt")
+    if method == "default":
+        usual = replace(usual, steps=usual_steps(input_size))
     return replace_settings(usual, settings or {}, "setting of calibration called")
 
 
