@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from dfcompress.errors import BadInput, first_line
 from dfcompress.models.bn_folding import fold_batchnorms
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import TENSOR_GRIDS, TensorGrid
+from dfcompress.models.fake_quantizers import TENSOR_GRIDS, UNBOUNDED, TensorGrid
 from dfcompress.models.static_padding import fix_padding
 
 # What a node does: the class of the module it calls, the function, or the name of the method.
@@ -80,8 +80,8 @@ def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[st
     graph.eliminate_dead_code()
     images = torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device)
     tensors = _float_tensors(traced, classifier.normalise(images))
-    for grids in _Sharing(graph, modules, tensors, layers).grids():
-        _insert(traced, grids, layers)
+    for places in _Sharing(graph, modules, tensors, layers).places():
+        _insert(traced, places, layers)
     traced.recompile()
     classifier.network = traced.eval()
     return untraced
@@ -171,15 +171,18 @@ class _Sharing:
             if self._is_layer(node):  # One that runs twice has one scale for what it takes.
                 self._join(runs.setdefault(str(node.target), node.all_input_nodes[0]), node.all_input_nodes[0])
 
-    def grids(self) -> Iterator[dict[fx.Node, bool]]:
-        """The nodes that share a grid, in the graph's order; whether a node makes values, or only moves them."""
+    def places(self) -> Iterator[dict[fx.Node, tuple[float, float] | None]]:
+        """The nodes that share a grid, in the graph's order, with the bounds of what each makes; None where it only
+        moves values.
+        """
         groups: dict[fx.Node, list[fx.Node]] = {}
         for node in self.graph.nodes:
             groups.setdefault(self._root(node), []).append(node)
         for group in groups.values():
             readers = {user for node in group for user in node.users}
             if any(self._is_integer(node) for node in readers | set(group)) and not self._is_answer(group):
-                places = {node: not self._shared_with(node) for node in group if self._is_place(node)}
+                made = [node for node in group if self._is_place(node)]
+                places = {node: None if self._shared_with(node) else self._bounds(node) for node in made}
                 if places:
                     yield places
 
@@ -236,6 +239,20 @@ class _Sharing:
     def _operation(self, node: fx.Node) -> Operation:
         return _operation(node, self.modules)
 
+    def _bounds(self, node: fx.Node) -> tuple[float, float]:
+        """What an activation function makes of the smallest and of the largest number."""
+        others = [*node.args[1:], *node.kwargs.values()]
+        if not self._is_cut_off(node) or any(isinstance(each, fx.Node) for each in others):
+            return UNBOUNDED
+        ends = torch.tensor(UNBOUNDED)
+        if node.op == "call_module":
+            cut = self.modules[str(node.target)](ends)
+        else:
+            function = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
+            cut = function(ends, *node.args[1:], **node.kwargs)
+        low, high = cut.tolist()
+        return low, high
+
     def _root(self, node: fx.Node) -> fx.Node:
         first: fx.Node = self._first[node]
         return node if first is node else self._root(first)
@@ -255,13 +272,15 @@ def _pads_with_zeros(node: fx.Node) -> bool:
     return bool(given.get("mode", "constant") != "constant" or given.get("value") in (None, 0))
 
 
-def _insert(traced: fx.GraphModule, places: Mapping[fx.Node, bool], layers: Collection[str]) -> None:
+def _insert(
+    traced: fx.GraphModule, places: Mapping[fx.Node, tuple[float, float] | None], layers: Collection[str]
+) -> None:
     """Put a `TensorGrid` behind each of the nodes, which share one range."""
     group = next(iter(places)).name
-    for node, makes in places.items():
+    for node, bounds in places.items():
         feeds = [str(user.target) for user in node.users if user.op == "call_module" and user.target in layers]
         name = f"{TENSOR_GRIDS}.{node.name}"
-        traced.add_submodule(name, TensorGrid(group=group, observed=makes, feeds=feeds))
+        traced.add_submodule(name, TensorGrid(group=group, bounds=bounds, feeds=feeds))
         with traced.graph.inserting_after(node):
             quantized = traced.graph.call_module(name, (node,))
         node.replace_all_uses_with(quantized)
