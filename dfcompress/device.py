@@ -405,10 +405,21 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def free_gpu_bytes(device: torch.device) -> int:
+    """The memory of a GPU that nobody has taken, and that this process holds and does not use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process has held so far: on the GPU for CUDA, resident for a CPU."""
     if is_cuda(device):
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    # Not `ru_maxrss`, which a process inherits from the one that started it.
+    for line in status.read_text().splitlines() if status.exists() else []:
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -655,5 +655,5 @@ def test_a_dry_run_of_quantize_is_refused_as_the_verb_is_where_no_gradient_reach
 def test_a_dry_run_of_quantize_tells_how_it_calibrates(capsys):
     line = ["quantize", DEMO, "--data", DEMO, "--calibrate", "minmax", "--dry-run"]
     told = json.loads(answer(capsys, *line, "--json")[1])["calibration"]
-    assert told == asdict(usual_calibration("default", {"inputs": "minmax"}))
+    assert told == asdict(usual_calibration("default", {"inputs": "minmax"}, input_size=(1, 28, 28)))
     assert "calibration: inputs=minmax weights=mse" in answer(capsys, *line)[1]

@@ -26,7 +26,7 @@ FLOORS = (
     {"verbs"},
     {"synthesis", "training", "quantization", "evaluation"},
     {"models", "data"},
-    {"run", "errors", "console", "device", "distributed", "randomness", "schedules", "settings"},
+    {"run", "errors", "console", "device", "memory", "distributed", "randomness", "schedules", "settings"},
 )
 SIDE_BY_SIDE = (FLOORS[-2], FLOORS[-1])
 

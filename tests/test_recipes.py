@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
 
+from dfcompress import console
 from dfcompress.device import Execution
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import bn_divergence
+from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.recorder import LOGITS
 from dfcompress.synthesis.losses import Want
@@ -54,8 +57,9 @@ def test_a_recipe_says_its_paper_and_explains_itself(name):
 @pytest.mark.parametrize(("name", "preset"), CASES)
 def test_a_few_steps_of_every_preset_lower_its_objective(name, preset, resnet20_file):
     overrides = {"batch_size": 8} | ({"steps": 12} if name != "gaussian" else {})
-    overrides |= {"half_steps": 6} if preset == "repo-imagenet" else {}
-    overrides |= {"warmup": 0} if "warmup" in choose(name, preset).settings else {}
+    settings = choose(name, preset).settings
+    overrides |= {"half_steps": 6} if settings.get("half_steps") else {}
+    overrides |= {"warmup": 0} if "warmup" in settings else {}
     recipe = choose(name, preset, overrides).recipe
     teacher = load(resnet20_file)
     student = load(resnet20_file) if Want.STUDENT in recipe.wants else None
@@ -105,6 +109,27 @@ def test_the_paper_preset_is_the_published_one():
     settings = choose("deepinversion", "paper-cifar10").settings
     published = {"bn": 10.0, "tv": 2.5e-5, "lr": 0.05, "steps": 2000, "batch_size": 256, "jitter": 2, "flip": False}
     assert {name: settings[name] for name in published} == published
+
+
+CARD = ModelCard("net", 1000, (3, 224, 224), (0.5,) * 3, (0.25,) * 3)
+GREY = replace(CARD, input_size=(1, 28, 28), mean=(0.5,), std=(0.25,))
+
+
+@pytest.mark.parametrize("name", sorted({*recipe_names()} - {"gaussian", "activation-records", "psaq-vit"}))
+def test_every_recipe_of_pixels_takes_settings_for_large_images_by_itself(name, capsys, monkeypatch):
+    monkeypatch.setattr(console, "_verbosity", console.NORMAL)
+    assert choose(name, card=CARD).preset == "fast-imagenet"
+    assert choose(name, card=replace(CARD, input_size=(3, 64, 64))).preset == "fast-cifar10"
+    grey = "fast-mnist" if "fast-mnist" in module_of(name).PRESETS else "fast-cifar10"
+    assert choose(name, card=GREY).preset == grey
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("preset", "size"), [("fast-cifar10", 224), ("fast-imagenet", 32)])
+def test_settings_for_images_of_another_size_are_taken_with_a_notice(preset, size, capsys, monkeypatch):
+    monkeypatch.setattr(console, "_verbosity", console.NORMAL)
+    assert choose("deepinversion", preset, card=replace(CARD, input_size=(3, size, size))).preset == preset
+    assert f"the model takes {size} × {size}" in capsys.readouterr().err
 
 
 def test_the_papers_weight_of_statistics_brings_them_near_in_a_few_steps(resnet20_file):

@@ -459,7 +459,7 @@ calibration = group(
     click.option(
         "--calibration-steps",
         type=click.IntRange(1),
-        show_default="16; 200 of paper",
+        show_default="16, fewer above 64 pixels; 200 of paper",
         help="Number of calibration batches of 256 images.",
     ),
     click.option(

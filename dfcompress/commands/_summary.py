@@ -34,7 +34,8 @@ def _synthesis(estimate: SynthesisEstimate) -> None:
     recipe, how = estimate.recipe, estimate.execution
     settings = " ".join(f"{name}={value}" for name, value in recipe.settings.items())
     console.result(f"recipe {recipe.name}, preset {recipe.preset}: {settings}")
-    console.result(f"{estimate.images} images in {estimate.batches} batches of {estimate.steps} steps")
+    chunks = f", {how.chunk} images of a batch at once" if how.chunk else ""
+    console.result(f"{estimate.images} images in {estimate.batches} batches of {estimate.steps} steps{chunks}")
     compiled = "compiled" if how.compile else "eager"
     console.result(f"on {how.device} in {how.precision}, {compiled}, {how.threads} threads")
     console.result(f"about {estimate.seconds:.0f} s of synthesis and {estimate.memory_bytes / 2**30:.1f} GiB of memory")

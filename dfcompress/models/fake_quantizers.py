@@ -15,7 +15,7 @@ Both pass the gradient straight through where nothing was clipped. Biases and Ba
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -28,8 +28,13 @@ from dfcompress.errors import BadInput
 from dfcompress.models.plain_layers import plain_kind
 
 WIDTHS = range(2, 9)
+LARGEST_BITS = WIDTHS[-1]
 FLOAT_BITS = 32
+TENSOR_GRIDS = "tensor_grids"  # The module of a network that holds them.
 _STEPS = ("weight_step", "input_step")
+
+# A quarter of what 32 bits hold: sums of products come on top.
+_LARGEST_BIAS = 2**29
 
 # The smallest normal fp32 number: the scale of an all-zero channel, whose reciprocal is still finite.
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -251,6 +256,35 @@ class QuantizedLayer(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         self.weight_grid, self.weight_shares, self.weight_step = grid, None, None
 
+    @torch.no_grad()
+    def round_bias(self) -> None:
+        """Make the bias of a frozen layer integers of 32 bits times both scales: integer kernels add it to their sums.
+
+        Where these bits do not suffice, the channel's scale grows: a dead channel has a bias and next to no weights.
+        """
+        if (bias := self._bias()) is None or self.input_grid is None:
+            return
+        grid = self.weight_grid
+        needed = bias.abs() / (self.input_grid.scale * _LARGEST_BIAS)
+        if (grid.scale < needed).any():
+            wider = replace(grid, scale=torch.maximum(grid.scale, as_scales(needed)))
+            self.set_integer_weight(wider.nearest(self.weight / per_channel(wider.scale, self.weight)), wider)
+        bias.copy_(self.integer_bias() * self.bias_scale())
+
+    def integer_bias(self) -> Tensor:
+        """The integers `(out_channels,)` of the bias, in float64, that times `bias_scale` are the bias."""
+        bias = self._bias()
+        assert bias is not None
+        return (bias.detach() / self.bias_scale()).round()
+
+    def bias_scale(self) -> Tensor:
+        """The scale `(out_channels,)` of the products that a kernel sums up, in float64."""
+        assert self.input_grid is not None
+        return self.weight_grid.scale.double() * self.input_grid.scale
+
+    def _bias(self) -> nn.Parameter | None:
+        return dict(self.named_parameters(recurse=False)).get("bias")
+
     def integer_weight(self) -> tuple[Tensor, WeightGrid]:
         """The integers (the weight's shape; int8, or uint8 where asymmetric) of a frozen weight, and their grid."""
         if not self.is_frozen:
@@ -282,11 +316,33 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
+class TensorGrid(nn.Module):
+    """The grid of one tensor inside a network that is its graph (see `tensor_grids`).
+
+    All of one `group` have the same grid, whose range is that of the tensors `observed`. The layers that it `feeds`
+    have it as their `input_grid`, too: what is on a grid stays what it is there.
+    """
+
+    input_grid: InputGrid | None = None
+    input_bits = LARGEST_BITS
+
+    def __init__(self, *, group: str, observed: bool, feeds: Sequence[str]) -> None:
+        super().__init__()
+        self.group, self.observed, self.feeds = group, observed, tuple(feeds)
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """The tensor on its grid; itself until calibrated."""
+        return self.input_grid.quantized(activations) if self.input_grid else activations
+
+
 _QUANTIZED: Mapping[type[nn.Module], type[QuantizedLayer]] = {
     nn.Conv2d: QuantizedConv2d,
     nn.Linear: QuantizedLinear,
 }
-_PLAIN: Mapping[type[nn.Module], type[nn.Module]] = {quantized: plain for plain, quantized in _QUANTIZED.items()}
+_PLAIN: Mapping[type[nn.Module], type[nn.Module]] = {
+    TensorGrid: nn.Identity,
+    **{quantized: plain for plain, quantized in _QUANTIZED.items()},
+}
 
 
 def can_be_quantized(module: nn.Module) -> bool:
@@ -349,6 +405,35 @@ def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLayer)}
 
 
+def tensor_grids(network: nn.Module) -> dict[str, TensorGrid]:
+    """The grids of tensors inside the network, by the name of the operation they stand behind."""
+    inside = getattr(network, TENSOR_GRIDS, None)
+    grids = dict(inside.named_children()) if isinstance(inside, nn.Module) else {}
+    return {name: grid for name, grid in grids.items() if isinstance(grid, TensorGrid)}
+
+
+@dataclass(frozen=True)
+class SharedGrid:
+    """An input grid of so many `bits`: what has it, and the names of the modules whose inputs are its range."""
+
+    bits: int
+    owners: list[QuantizedLayer | TensorGrid]
+    observed: list[str]
+
+
+def input_grids(network: nn.Module) -> list[SharedGrid]:
+    """The grids of all activations that are quantized: of layers, and of tensors that several operations share."""
+    layers, tensors = quantized_layers(network), tensor_grids(network)
+    fed = {name for grid in tensors.values() for name in grid.feeds}
+    groups: dict[str, SharedGrid] = {}
+    for name, grid in tensors.items():
+        group = groups.setdefault(grid.group, SharedGrid(grid.input_bits, [], []))
+        group.owners.extend([grid, *(layers[each] for each in grid.feeds if each in layers)])
+        group.observed.extend([f"{TENSOR_GRIDS}.{name}"] if grid.observed else [])
+    alone = {name: layer for name, layer in layers.items() if name not in fed and layer.input_bits < FLOAT_BITS}
+    return [*groups.values(), *(SharedGrid(layer.input_bits, [layer], [name]) for name, layer in alone.items())]
+
+
 def is_quantized(network: nn.Module) -> bool:
     """Whether any layer of the network is quantized."""
     return bool(quantized_layers(network))
@@ -356,9 +441,12 @@ def is_quantized(network: nn.Module) -> bool:
 
 @contextmanager
 def in_float(network: nn.Module, *, but: str | None = None) -> Iterator[None]:
-    """Let the quantized layers of the network, `but` perhaps one, compute as the plain ones they were made of."""
-    layers = quantized_layers(network)
-    classes: dict[nn.Module, type[nn.Module]] = {layer: type(layer) for name, layer in layers.items() if name != but}
+    """Let the quantized layers of the network, `but` perhaps one, compute as the plain ones they were made of, and
+    leave all other tensors off their grids.
+    """
+    layers = [layer for name, layer in quantized_layers(network).items() if name != but]
+    quantizing = [*layers, *tensor_grids(network).values()]
+    classes: dict[nn.Module, type[nn.Module]] = {each: type(each) for each in quantizing}
     try:
         for layer, quantized in classes.items():
             layer.__class__ = _PLAIN[quantized]
@@ -376,6 +464,8 @@ def dequantized(network: nn.Module) -> nn.Module:
         layer.__class__ = _PLAIN[type(layer)]  # type: ignore[assignment]
         for name in ("weight_grid", "weight_shares", *_STEPS):
             delattr(layer, name)
+    for grid in tensor_grids(twin).values():
+        grid.__class__ = nn.Identity  # type: ignore[assignment]
     return twin
 
 
@@ -392,6 +482,11 @@ def freeze(network: nn.Module) -> None:
     """
     for layer in quantized_layers(network).values():
         layer.freeze()
+    for grid in tensor_grids(network).values():
+        for name in grid.feeds:
+            fed = network.get_submodule(name)
+            if isinstance(fed, QuantizedLayer):
+                fed.round_bias()
 
 
 def largest_integer(bits: int) -> int:

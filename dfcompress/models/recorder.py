@@ -75,8 +75,9 @@ class Recording(NamedTuple):
 class Rest:
     """The images of a batch that are not at hand, where a batch is computed in chunks.
 
-    `share` is that of the images at hand in the batch's `images`; `means` holds by name, as constants, what the others
-    add to a mean over the batch. `own` is filled with the means of the images at hand.
+    `share` is that of the images at hand in the batch's `images`, which counts every copy of an image; `means` holds by
+    name, as constants, what the others add to a mean over the batch. `own` is filled with the means of the images at
+    hand.
     """
 
     images: int

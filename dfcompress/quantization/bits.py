@@ -14,7 +14,7 @@ from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.fake_quantizers import FLOAT_BITS, WIDTHS, can_be_quantized
 from dfcompress.models.hooks import hooked_inputs
-from dfcompress.quantization.uses import unused_weights
+from dfcompress.models.uses import unused_weights
 from dfcompress.settings import AUTO
 
 FLOAT = "float"

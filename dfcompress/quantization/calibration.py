@@ -22,12 +22,13 @@ from dfcompress.models.fake_quantizers import WIDTHS, Scheme, quantize_layers
 from dfcompress.quantization import WeightGridKind
 from dfcompress.quantization.bias_correction import correct, images_to_correct_on
 from dfcompress.quantization.bits import Bits, RequestedBits
-from dfcompress.quantization.mixed_precision import IMAGES, choose_bits, sensitivities, with_widths
+from dfcompress.quantization.mixed_precision import choose_bits, images_to_measure_on, sensitivities, with_widths
 from dfcompress.quantization.ranges import calibrate, fit_weights, require_rules
 from dfcompress.randomness import generator, seed_of
 from dfcompress.run import write_json
 
-BATCH = 256
+BATCH, STEPS = 256, 16
+PIXELS = STEPS * BATCH * 64**2
 NOISE, UNCHOSEN = 64, 4
 # Where one more value pays. ResNet-20, all layers alike, calibrated only, of 1,000 training images (float 999),
 # symmetric and asymmetric: 652 and 743 at 2w4a, 922 and 947 at 3w4a, 974 and 972 at 4w4a.
@@ -45,7 +46,7 @@ class Calibration:
 
     inputs: str = "mse"
     weights: str = "mse"
-    steps: int = 16
+    steps: int = STEPS
     signed: bool = False
     correction: bool = True
     weight_grid: WeightGridKind = "auto"
@@ -63,6 +64,12 @@ class Calibration:
     def scheme(self) -> Scheme:
         """The kinds of grids."""
         return Scheme(self.signed, ASYMMETRIC[self.weight_grid])
+
+
+def usual_steps(input_size: tuple[int, int, int]) -> int:
+    """How many batches ranges are found on by default: 16, or as many as have the pixels of 16 of 64 x 64."""
+    _, height, width = input_size
+    return min(STEPS, max(1, PIXELS // (BATCH * height * width)))
 
 
 class Calibrated(NamedTuple):
@@ -91,7 +98,7 @@ def calibrated(
     teacher.to(target)
     # Images come recipe after recipe, and real ones class after class.
     mixed = images[torch.randperm(len(images), generator=generator("calibration", compute.seed))]
-    few = as_float(mixed[:IMAGES].to(target))
+    few = as_float(mixed[: images_to_measure_on(teacher.card.input_size, len(mixed))].to(target))
     chosen = _chosen_once(
         bits, lambda: choose_bits(teacher, requested, few, size_ratio=size_ratio, scheme=calibration.scheme)
     )

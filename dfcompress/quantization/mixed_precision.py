@@ -31,8 +31,16 @@ from dfcompress.models.fake_quantizers import (
 from dfcompress.quantization.bits import Bits, RequestedBits
 from dfcompress.quantization.ranges import fit_weights
 
-IMAGES = 128
+# Of the images that sensitivities are measured on, each in as many passes as there are layers.
+MOST, FEWEST = 128, 16
+PIXELS = 2**19
 LONGEST_SCALE = 0.00012345678901234567  # As many digits as one of fp32 can have.
+
+
+def images_to_measure_on(input_size: tuple[int, int, int], available: int) -> int:
+    """How many images sensitivities are measured on: 128, or fewer where they have more than 64 x 64 pixels."""
+    _, height, width = input_size
+    return min(available, MOST, max(FEWEST, PIXELS // (height * width)))
 
 
 @torch.no_grad()

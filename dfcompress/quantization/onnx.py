@@ -14,19 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfcompress.errors import DfcompressError, first_line
+from dfcompress.models.bn_folding import fold_batchnorms
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import (
     InputGrid,
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
+    TensorGrid,
     per_channel,
     quantized_layers,
+    tensor_grids,
 )
-from dfcompress.quantization.bn_folding import fold_batchnorms
 from dfcompress.run import write_atomically
 
 INPUT, OUTPUT = "images", "logits"
@@ -71,6 +74,8 @@ def write_onnx(classifier: Classifier, path: Path) -> None:
     _narrow(program.model, widths)
     if min(inputs, default=8) < 8:
         _replace_clips(program.model)
+    if tensor_grids(twin.network):
+        _replace_means(program.model)
     _strip(program.model)
     with write_atomically(path) as temporary:
         onnx_ir.save(program.model, temporary)
@@ -98,32 +103,63 @@ def _(activations: Tensor, scale: float, zero_point: int, signed: bool, bits: in
 
 
 class _Exported(QuantizedLayer):
-    """A frozen layer that computes by the two operations the exporter is told about."""
+    """A frozen layer that computes by the operations the exporter is told about."""
 
     integers: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    bias_integers: Tensor | None
+    bias_scale_of_kernel: Tensor | None
 
     def quantized_input(self, activations: Tensor) -> Tensor:
         """The input on its grid."""
-        grid = self.input_grid
-        if grid is None:
-            return activations
-        quantized: Tensor = _on_grid(activations, grid.scale, grid.zero_point, grid.signed, self.input_bits)
-        return quantized
+        return _quantized(activations, self.input_grid)
 
     def quantized_weight(self) -> Tensor:
         """What the integers stand for."""
         weight: Tensor = _weight_of(self.integers, self.scale, self.zero_point)
         return weight
 
+    def exported_bias(self) -> Tensor | None:
+        """The bias, as integers of 32 bits where the kernel adds it to their sums."""
+        bias: Tensor | None = dict(self.named_parameters(recurse=False)).get("bias")
+        if self.bias_integers is not None and self.bias_scale_of_kernel is not None:
+            bias = _weight_of(self.bias_integers, self.bias_scale_of_kernel, None)
+        return bias
+
+
+class _ExportedGrid(TensorGrid):
+    """A tensor put on its grid by the operation the exporter is told about."""
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """The tensor on its grid."""
+        return _quantized(activations, self.input_grid)
+
+
+def _quantized(activations: Tensor, grid: InputGrid | None) -> Tensor:
+    if grid is None:
+        return activations
+    quantized: Tensor = _on_grid(activations, grid.scale, grid.zero_point, grid.signed, grid.bits)
+    return quantized
+
 
 class _ExportedConv2d(_Exported, QuantizedConv2d):
     """A convolution."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Features of `input`."""
+        features: Tensor = self._conv_forward(
+            self.quantized_input(input), self.quantized_weight(), self.exported_bias()
+        )
+        return features
+
 
 class _ExportedLinear(_Exported, QuantizedLinear):
     """A linear layer."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Features of `input`."""
+        return F.linear(self.quantized_input(input), self.quantized_weight(), self.exported_bias())
 
 
 def _make_exportable(network: nn.Module) -> dict[str, int]:
@@ -132,15 +168,25 @@ def _make_exportable(network: nn.Module) -> dict[str, int]:
     names: dict[nn.Module, list[str]] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    for layer in quantized_layers(network).values():
+    layers = quantized_layers(network)
+    fed = {name for tensor in tensor_grids(network).values() for name in tensor.feeds}
+    for tensor in tensor_grids(network).values():
+        tensor.__class__ = _ExportedGrid
+    for path, layer in layers.items():
         integers, grid = layer.integer_weight()
         layer.register_buffer(INTEGERS, integers)
         layer.register_buffer("scale", grid.scale)
-        layer.register_buffer(ZERO_POINT, None if grid.symmetric else grid.zero_point.to(integers.dtype))
+        # Onnxruntime 1.31 has no kernel for a linear layer whose weights do not state that their zero points are 0.
+        states_zero = path in fed or not grid.symmetric
+        layer.register_buffer(ZERO_POINT, grid.zero_point.to(integers.dtype) if states_zero else None)
+        in_integers = path in fed and layer.bias is not None
+        layer.register_buffer("bias_integers", layer.integer_bias().int() if in_integers else None)
+        layer.register_buffer("bias_scale_of_kernel", layer.bias_scale().float() if in_integers else None)
+        layer.input_grid = None if path in fed else layer.input_grid
         layer.__class__ = _ExportedConv2d if isinstance(layer, QuantizedConv2d) else _ExportedLinear
-        for tensor in [INTEGERS] if grid.symmetric else [INTEGERS, ZERO_POINT]:
+        for tensor_name in [INTEGERS, ZERO_POINT] if states_zero else [INTEGERS]:
             # The exporter names a layer that is registered several times by any of its names.
-            widths |= {f"network.{name}.{tensor}": _container(grid.bits) for name in names[layer]}
+            widths |= {f"network.{name}.{tensor_name}": _container(grid.bits) for name in names[layer]}
     return widths
 
 
@@ -209,6 +255,25 @@ def _replace_clips(model: Any) -> None:
                 (bounded,) = limit.outputs
                 bounded.dtype, bounded.shape = node.outputs[0].dtype, node.outputs[0].shape
         onnx_ir.convenience.replace_all_uses_with(node.outputs[0], bounded, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+
+
+def _replace_means(model: Any) -> None:
+    """Write a mean over rows and columns as GlobalAveragePool: of the two, kernels for integers know this one."""
+    import onnx_ir
+
+    for node in [each for each in model.graph if each.op_type == "ReduceMean" and not each.domain]:
+        axes = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] is not None else None
+        keeps = node.attributes.get_int("keepdims", 1)
+        rank = node.inputs[0].shape and len(node.inputs[0].shape)
+        if axes is None or rank != 4 or {int(each) % rank for each in axes.numpy()} != {2, 3}:
+            continue
+        pooled = onnx_ir.node("GlobalAveragePool", [node.inputs[0]])
+        nodes = [pooled] if keeps else [pooled, onnx_ir.node("Flatten", pooled.outputs)]
+        model.graph.insert_before(node, nodes)
+        (result,) = nodes[-1].outputs
+        result.dtype, result.shape = node.outputs[0].dtype, node.outputs[0].shape
+        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
 
 

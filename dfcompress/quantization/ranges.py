@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
-from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from dfcompress.device import exact_fp32
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, evaluating
-from dfcompress.models.fake_quantizers import FLOAT_BITS, InputGrid, in_float, quantized_layers
+from dfcompress.models.fake_quantizers import TENSOR_GRIDS, InputGrid, in_float, input_grids, quantized_layers
 from dfcompress.models.hooks import hooked_inputs
 from dfcompress.quantization.observers import range_rules
 
@@ -42,26 +41,39 @@ def calibrate(classifier: Classifier, batches: Iterable[Tensor], *, rule: str = 
     too wide at 2 (KL to the float model on training images 80, against 16).
     Raises `BadInput` where there are no images, or a layer's input is not finite.
     """
-    quantized = quantized_layers(classifier.network).items()
-    layers = {name: layer for name, layer in quantized if layer.input_bits < FLOAT_BITS}
-    observers: dict[str, Any] = {}
+    grids = input_grids(classifier.network)
+    observers = {name: _rule(rule).Observer() for grid in grids for name in grid.observed}
+    seen: set[str] = set()
 
-    def see(name: str, activations: Tensor) -> None:
-        observers.setdefault(name, _rule(rule).Observer()).see(activations)
+    def observe(name: str, activations: Tensor) -> None:
+        observers[name].observe(activations)
+        seen.add(name)
 
-    with exact_fp32(), evaluating(classifier), in_float(classifier), hooked_inputs(classifier.network, layers, see):
+    with (
+        exact_fp32(),
+        evaluating(classifier),
+        in_float(classifier.network),
+        hooked_inputs(classifier.network, observers, observe),
+    ):
         for images in batches:
             classifier(images)
-    for name, layer in layers.items():
-        if name not in observers:
-            raise BadInput("There are no images to calibrate on.", "Give at least one batch.")
-        covering = partial(InputGrid.covering, bits=layer.input_bits, signed=signed)
-        low, high = observers[name].ends(covering)
-        if not (isfinite(low) and isfinite(high)):
-            raise BadInput(
-                f"The input of layer {name} ranges from {low} to {high}.", "Check the weights and the images."
-            )
-        layer.input_grid = covering(low, high)
+    if observers and not seen:
+        raise BadInput("There are no images to calibrate on.", "Give at least one batch.")
+    for grid in grids:
+        ends = [_finite_range(name, observers[name], bits=grid.bits, signed=signed) for name in grid.observed]
+        low, high = min(low for low, _ in ends), max(high for _, high in ends)
+        for owner in grid.owners:
+            owner.input_grid = InputGrid.covering(low, high, bits=grid.bits, signed=signed)
+
+
+def _finite_range(name: str, observer: Any, *, bits: int, signed: bool) -> tuple[float, float]:
+    """What an observer finds; raises `BadInput` where a value was not finite."""
+    low, high = observer.range(bits=bits, signed=signed)
+    if not (isfinite(low) and isfinite(high)):
+        place = name.removeprefix(f"{TENSOR_GRIDS}.")
+        what = f"The input of layer {name}" if place == name else f"The tensor behind {place}"
+        raise BadInput(f"{what} ranges from {low} to {high}.", "Check the weights and the images.")
+    return low, high
 
 
 @torch.no_grad()

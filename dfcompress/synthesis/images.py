@@ -108,3 +108,71 @@ class Pixels:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put the images of a `state_dict` in place of these."""
         self._images.copy_(state["images"])
+
+
+# In normalised space, where that of photographs is about 1. Of 16 images of EfficientNet-Lite0 after 80 steps at half
+# size and 20 at full size, started with a deviation of 1 and 0.3: J_KL 0.26 and 0.16; a second network took 5 and 10
+# for what they were made as.
+STARTING_STD = 0.2
+
+
+class Spectrum:
+    """Images by the coefficients of their Fourier transform, each divided by its frequency as those of photographs are
+    (the preconditioning of Olah et al., Feature Visualization, 2017): a step changes coarse structures as much as in
+    photographs they weigh more than fine ones.
+
+    Images are shown clipped to [0, 1]; gradients pass as if they were not.
+    """
+
+    in_range = True
+    persistent = False
+
+    def start(
+        self, labels: Tensor, teacher: Classifier, generator: torch.Generator, pixels: PixelStatistics | None = None
+    ) -> None:
+        """Draw the coefficients of white noise, on the CPU; images are that noise with a spectrum that falls with the
+        frequency, around the mean of the data, whatever `pixels` are known.
+        """
+        _, self._height, self._width = teacher.card.input_size
+        noise = STARTING_STD * torch.randn(len(labels), *teacher.card.input_size, generator=generator)
+        coefficients = torch.view_as_real(torch.fft.rfft2(noise, norm="ortho"))
+        self._coefficients = coefficients.to(labels.device).contiguous().requires_grad_(True)
+        self._falling = _falling_with_frequency(self._height, self._width).to(labels.device)
+        black = torch.zeros(teacher.card.input_size, device=labels.device)
+        self._low, self._high = teacher.normalise(black), teacher.normalise(black + 1)
+
+    def parameters(self) -> list[ParameterGroup]:
+        """The coefficients, at the rate of the phase."""
+        return [ParameterGroup([self._coefficients])]
+
+    def render(self) -> Tensor:
+        """The images `(N, C, H, W)` in normalised space."""
+        scaled = torch.view_as_complex(self._coefficients) * self._falling
+        images: Tensor = torch.fft.irfft2(scaled, s=(self._height, self._width), norm="ortho")
+        return images + (images.clamp(self._low, self._high) - images).detach()
+
+    def project(self) -> None:
+        """Nothing to put back: images are clipped where they are shown."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The coefficients, real and imaginary parts."""
+        return {"coefficients": self._coefficients.detach()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put the coefficients of a `state_dict` in place of these."""
+        self._coefficients.copy_(state["coefficients"])
+
+
+def _falling_with_frequency(height: int, width: int) -> Tensor:
+    """1/f for every coefficient of a real image's transform, `(H, W // 2 + 1)`, scaled so that white noise keeps its
+    variance; the mean counts as the lowest frequency.
+    """
+    rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)
+    falling = 1 / torch.hypot(rows, columns).clamp_min(1 / max(height, width))
+    return (falling / falling.square().mean().sqrt())[:, : width // 2 + 1]
+
+
+def optimised(*, spectrum: bool) -> Images:
+    """Images in [0, 1] by their spectrum, or by their pixels."""
+    return Spectrum() if spectrum else Pixels(clip=True)

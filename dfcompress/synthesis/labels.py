@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dfcompress.errors import BadInput
+from dfcompress.models.architecture import SMALL_INPUT
 from dfcompress.models.card import ModelCard
 from dfcompress.randomness import generator
 
@@ -38,9 +40,12 @@ class Labels:
 def choose_labels(how: str, classes: Sequence[str], card: ModelCard) -> Labels:
     """`balanced`, `random`, or a file with a class for every image, out of all classes or the named ones.
 
-    Classes are numbers or, where the card has them, names. Raises `BadInput` for what is none of them.
+    Classes are numbers or, where the card has them, names. Where images have more than 64 pixels a
+    side, and so a set often fewer images than there are classes, all classes are taken in a spread order.
+    Raises `BadInput` for what is none of them.
     """
-    allowed = [_class(name, card) for name in classes] or list(range(card.classes))
+    every = range(card.classes) if max(card.input_size[1:]) <= SMALL_INPUT else spread(card.classes)
+    allowed = [_class(name, card) for name in classes] or list(every)
     if how in (BALANCED, RANDOM):
         return Labels(allowed, random=how == RANDOM)
     try:
@@ -52,6 +57,16 @@ def choose_labels(how: str, classes: Sequence[str], card: ModelCard) -> Labels:
     if classes:
         raise BadInput("--labels FILE and --classes exclude each other.", "Give one of them.")
     return Labels(listed)
+
+
+def spread(classes: int) -> list[int]:
+    """All classes in an order any piece of which comes from all over the list: ImageNet's is sorted by kind, its first
+    128 being fish, birds and reptiles, and the statistics of a batch of one kind are not those of all.
+    """
+    step = round(classes * 0.618034)  # Multiples of the golden ratio are spread evenly.
+    while math.gcd(step, classes) > 1:
+        step += 1
+    return [step * place % classes for place in range(classes)]
 
 
 def _class(name: str, card: ModelCard) -> int:

@@ -58,10 +58,10 @@ class BatchQuality:
 
 
 class QualityCheck:
-    """Examines the batches of one recipe and one teacher."""
+    """Examines the batches of one recipe and one teacher, so many images at once (None: a whole batch)."""
 
-    def __init__(self, recipe: Recipe, teacher: Classifier) -> None:
-        self.recipe, self.teacher = recipe, teacher
+    def __init__(self, recipe: Recipe, teacher: Classifier, *, chunk: int | None = None) -> None:
+        self.recipe, self.teacher, self.chunk = recipe, teacher, chunk
         self._statistics = Want.MOMENTS in recipe.wants
         self._of_noise: dict[int, float] = {}
 
@@ -80,11 +80,20 @@ class QualityCheck:
         )
 
     def _divergence(self, images: Tensor) -> tuple[float | None, Tensor]:
+        recorder = HookRecorder(self.teacher.network, moments=self._statistics)
         with exact_fp32():
-            recording = HookRecorder(self.teacher.network, moments=self._statistics)(images)
+            recordings = [recorder(some) for some in images.split(self.chunk or len(images))]
+        logits = torch.cat([recording.logits for recording in recordings])
         if not self._statistics:
-            return None, recording.logits
-        return float(Moments.of(recording.layers).divergences().mean()), recording.logits
+            return None, logits
+        layers = [
+            parts[0]._replace(
+                mean_error=torch.cat([part.mean_error for part in parts]),
+                square_error=torch.cat([part.square_error for part in parts]),
+            )
+            for parts in zip(*(recording.layers for recording in recordings), strict=True)
+        ]
+        return float(Moments.of(layers).divergences().mean()), logits
 
     def _noise(self, count: int) -> float | None:
         if self._statistics and count not in self._of_noise:

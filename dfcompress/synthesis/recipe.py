@@ -20,7 +20,7 @@ On the command line the function is named by its file: `--recipe mine.py:quiet -
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ import torch
 from dfcompress import console, schedules
 from dfcompress.device import forked_randomness
 from dfcompress.errors import BadInput
+from dfcompress.models.architecture import SMALL_INPUT
 from dfcompress.models.card import ModelCard
 from dfcompress.settings import parse, unknown
 from dfcompress.synthesis.images import Images
@@ -39,7 +40,7 @@ from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, Loss, Want
 from dfcompress.synthesis.recipe_source import RecipeSource, find_recipe
 from dfcompress.synthesis.records import BN_EQUIVALENT
 from dfcompress.synthesis.records.record_file import Description
-from dfcompress.synthesis.transforms import Transform
+from dfcompress.synthesis.transforms import Transform, downscale
 
 WITH_ACTIVATIONS, WITHOUT, BY_PATCHES = "activation-records", "deepinversion", "psaq-vit"
 
@@ -74,6 +75,19 @@ class Phase:
         """Learning rate of `step`, counted from 0; that of parameters with another peak rate than the phase's."""
         peak = self.lr if peak is None else peak
         return schedules.rate(step, peak=peak, steps=self.steps, schedule=self.schedule, warmup=self.warmup)
+
+
+def from_half_size(half_steps: int, full: Phase, transforms: Callable[[int], Sequence[Transform]]) -> list[Phase]:
+    """The phase `full`, after one of `half_steps` steps that shows the images at half their height and width, where a
+    step costs a quarter; a phase without steps is left out.
+
+    `transforms(2)` are those of the first phase, behind the downscaling, and `transforms(1)` those of the other.
+    """
+    phases = [
+        replace(full, steps=half_steps, transforms=[downscale(2), *transforms(2)]),
+        replace(full, transforms=transforms(1)),
+    ]
+    return [phase for phase in phases if phase.steps]
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,13 @@ class Recipe:
     def layers(self) -> list[str]:
         """The layers that any of the losses looks at by name, sorted."""
         return sorted({want.layer for want in self.wants if not isinstance(want, Want)})
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether a batch cannot be computed in chunks: a module that a loss owns sees it whole, and a generator that
+        lives on makes it whole.
+        """
+        return self.images.persistent or any(isinstance(loss.value, torch.nn.Module) for loss in self.losses)
 
     @property
     def label_free(self) -> bool:
@@ -196,17 +217,20 @@ def choose(
     """Resolve a recipe: the function's defaults, under the preset's settings, under `overrides`.
 
     Text in `overrides` (from the command line) is converted to the type of the setting's default.
-    Without `preset` the recipe's `default_preset` for the model's card and record is taken, or its first preset.
+    Without `preset` the recipe's own `default_preset(card, record)` says which is taken, or else `usual_preset`. A
+    preset for images of another size gets a notice.
     `pooled` is the record's, where a recipe has it.
     Raises `BadInput` for unknown names, with a suggestion, for values of the wrong type, and for a preset that is not
     meant for the record.
     """
     source = find_recipe(name)
     if preset is None:
-        fits = source.beside("default_preset")
-        preset = fits(card, record) if fits and card else next(iter(source.presets))
+        own = source.beside("default_preset")
+        preset = own(card, record) if own and card else usual_preset(source.presets, card)
     if preset not in source.presets:
         raise unknown("preset", preset, list(source.presets))
+    if card:
+        _tell_of_other_size(preset, card)
     if record and (check := source.beside("check_preset")):
         check(preset, record)
     defaults = source.settings
@@ -221,6 +245,37 @@ def choose(
     choice = RecipeChoice(source.name, preset, settings)
     _ = choice.recipe  # So that settings that do not fit are refused before any work.
     return choice
+
+
+CIFAR, MNIST, IMAGENET = "cifar10", "mnist", "imagenet"
+
+
+def data_like(card: ModelCard) -> str:
+    """The data whose settings suit a model's inputs, as the names of presets end: `imagenet` above 64 pixels, else
+    `mnist` for grey images, which are mostly characters, and `cifar10` for all others.
+    """
+    channels, *sides = card.input_size
+    if max(sides) > SMALL_INPUT:
+        return IMAGENET
+    return MNIST if channels == 1 else CIFAR
+
+
+def usual_preset(presets: Iterable[str], card: ModelCard | None) -> str:
+    """The first preset for data like the model's; the first of all where there is none, or no model."""
+    names = list(presets)
+    suitable = [name for name in names if card and name.endswith(f"-{data_like(card)}")]
+    return (suitable or names)[0]
+
+
+def _tell_of_other_size(preset: str, card: ModelCard) -> None:
+    """Say where the settings of a preset are for much smaller or larger images than the model takes."""
+    data = preset.rpartition("-")[2]
+    if data in (CIFAR, MNIST, IMAGENET) and (data == IMAGENET) != (data_like(card) == IMAGENET):
+        height, width = card.input_size[1:]
+        console.notice(
+            f"Preset {preset} has settings for images of {'224 × 224' if data == IMAGENET else '32 × 32'} pixels; the "
+            f"model takes {height} × {width}. Without --preset those that suit it are taken."
+        )
 
 
 def settings_of(name: str) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -32,6 +33,7 @@ from dfcompress.device import (
 )
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
+from dfcompress.memory import GROWTH, images_at_once
 from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.run import METRICS, STATE, save_state, write_atomically
 from dfcompress.synthesis.labels import Labels
@@ -44,6 +46,9 @@ from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch, try_step
 PREVIEW = "preview.png"
 STUDENT_STATE = "lessons.pt"
 PREVIEW_IMAGES = 80
+# Of a batch's images in fp32: noise, images, gradient, Adam's two moments, finished ones, and those of the batch before
+# that are being written.
+COPIES = 7
 PREVIEW_SIDE = 112  # Twice that, 80 images are 2,262 × 1,810 pixels, and up to 12 MB as PNG; averaged, 3 MB.
 
 
@@ -107,8 +112,7 @@ def _open(spec: SynthesisSpec, folder: Path, compute: Compute, student: Classifi
     sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
     if recipe.student_updates and len(sizes) <= recipe.student_updates.every:
         console.notice(_no_update(images, len(sizes), recipe.student_updates.every))
-    execution = execution_of(spec, compute, student)
-    execution = replace(execution, groups=_groups(spec, batch_size, execution))
+    execution = execution_of(spec, compute, student).execution
     SyntheticSet.create(
         folder, {**described, "batch_size": batch_size, "shards": sizes, "execution": asdict(execution)}
     )
@@ -134,6 +138,8 @@ PIXELS_A_STEP = 128 * 32 * 32
 
 def _groups(spec: SynthesisSpec, batch_size: int, execution: Execution) -> int:
     batches = -(-spec.images // batch_size)
+    if execution.chunk and execution.chunk < batch_size:
+        return 1
     if spec.synthesis.groups != "auto":
         return min(spec.synthesis.groups, batches)
     if not is_cuda(torch.device(execution.device)):
@@ -143,10 +149,19 @@ def _groups(spec: SynthesisSpec, batch_size: int, execution: Execution) -> int:
     return max(1, min(fit, for_everybody))
 
 
-def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | None = None) -> Execution:
+class Resolved(NamedTuple):
+    """How a set is made, and an estimate of what that takes of the memory, in bytes."""
+
+    execution: Execution
+    memory_bytes: int
+
+
+def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | None = None) -> Resolved:
     """How a set is made, all automatic choices made; `student` is what its images compete with, if anything.
 
-    The precision is tried in one step. Raises `BadInput` where the one that was asked for does not work, or none does.
+    The precision is tried in one step, in which the memory of an image is counted: so many images as fit are computed
+    at once, the others of their batch before and after. Raises `BadInput` where the precision that was asked for does
+    not work, or none does; where not one image fits, and where a batch that cannot be computed in chunks does not.
     """
     teacher, recipe, images = spec.teacher, spec.recipe, spec.images
     batch_size = min(recipe.batch_size, images)
@@ -156,10 +171,25 @@ def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | No
     student = (student or teacher) if Want.STUDENT in recipe.wants else None
     sampler = spec.sampler()
 
-    def step(execution: Execution) -> None:
-        try_step(recipe, teacher, execution, student=student, sampler=sampler)
+    counted: dict[Precision, float] = {}
 
-    return tried(execution, compute, step, what=f"{teacher.name}{' or its student' if student else ''}")
+    def step(execution: Execution) -> None:
+        counted[execution.precision] = try_step(recipe, teacher, execution, student=student, sampler=sampler)
+
+    execution = tried(execution, compute, step, what=f"{teacher.name}{' or its student' if student else ''}")
+    each = counted.get(execution.precision, 0.0)
+    beside = COPIES * 4.0 * batch_size * math.prod(teacher.card.input_size)
+    size = None if recipe.needs_whole_batch else teacher.card.input_size
+    chunk = images_at_once(batch_size, each, target=torch.device(execution.device), input_size=size, beside=beside)
+    if chunk < batch_size and recipe.needs_whole_batch:
+        raise BadInput(
+            f"A batch of {batch_size} images does not fit into memory, and recipe {spec.choice.name} computes it whole: "
+            "a loss has a module of its own, or the images a generator.",
+            f"Use --batch-size {chunk}.",
+        )
+    execution = replace(execution, chunk=chunk)
+    execution = replace(execution, groups=_groups(spec, batch_size, execution))
+    return Resolved(execution, int(beside + GROWTH * each * chunk * execution.groups))
 
 
 def work_in(recipe: Recipe, teacher: Classifier, images: int) -> float:
@@ -228,7 +258,7 @@ class _SetBuilder:
         if self.student:
             self.update_student(self.student, number)
         with computing(self.execution), ThreadPoolExecutor(1) as writer:
-            check = QualityCheck(self.recipe, self.teacher)
+            check = QualityCheck(self.recipe, self.teacher, chunk=self.execution.chunk)
             synthesizer = self._ready()
             written: Future[None] | None = None
             for unit in world().claim(missing):

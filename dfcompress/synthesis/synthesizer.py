@@ -21,6 +21,7 @@ from torch import Tensor
 from dfcompress import console, device
 from dfcompress.device import Execution
 from dfcompress.errors import DfcompressError
+from dfcompress.memory import count_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized
 from dfcompress.models.patches import patch_blocks
@@ -469,7 +470,8 @@ def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor, dict[str, T
         images: int = 0,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         modules = modules or [{loss.name: loss.module_state(seen.device) for loss in losses}]
-        rest = None if others is None else Rest(images, len(labels) / images, others)
+        copies = len(seen) // len(labels)
+        rest = None if others is None else Rest(images * copies, len(labels) / images, others)
         batches = traces(
             seen, labels, recording, targets=targets, student_logits=student_logits, groups=len(modules), rest=rest
         )
@@ -493,12 +495,15 @@ def try_step(
     *,
     student: Classifier | None,
     sampler: TargetSampler | None,
-) -> None:
-    """One eager step of the recipe's last phase with two images; raises what a network raises that cannot do it."""
+) -> float:
+    """One eager step of the recipe's last phase with two images, and the bytes that an image takes; raises what a
+    network raises that cannot do it.
+    """
     if not recipe.steps:
-        return
+        return 0.0
     synthesizer = Synthesizer(recipe, teacher, replace(execution, compile=False), student=student, sampler=sampler)
-    synthesizer.step(synthesizer.begin_last_phase({0: torch.arange(2) % teacher.card.classes}))
+    state = synthesizer.begin_last_phase({0: torch.arange(2) % teacher.card.classes})
+    return count_bytes(lambda: synthesizer.step(state)) / 2
 
 
 def seconds_per_step(

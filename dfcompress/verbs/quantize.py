@@ -29,7 +29,14 @@ from dfcompress.models.fake_quantizers import Scheme, freeze, is_quantized, lear
 from dfcompress.models.stages import stages_of
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.quantization.bits import USUAL_ENDS, Layers, RequestedBits, assign, layers_of, parse_bits, parse_ends
-from dfcompress.quantization.calibration import BATCH, Calibrated, Calibration, calibrated, calibrated_on_noise
+from dfcompress.quantization.calibration import (
+    BATCH,
+    Calibrated,
+    Calibration,
+    calibrated,
+    calibrated_on_noise,
+    usual_steps,
+)
 from dfcompress.quantization.layer_report import REPORT, layer_report, named_bytes
 from dfcompress.quantization.mixed_precision import require_reachable, with_widths
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct, units_of
@@ -131,7 +138,8 @@ def quantize(
     layer), `metrics.jsonl` (but of `blocks`), `run.json` and the images made; on real `eval_data` it is only reported.
     """
     teacher = _in_float(as_classifier(checkpoint))
-    calibration, finetune = usual_calibration(method, calibration), finetune or FINETUNED_BY[method]
+    calibration = usual_calibration(method, calibration, input_size=teacher.card.input_size)
+    finetune = finetune or FINETUNED_BY[method]
     tuning = usual_tuning(finetune, training, method=method, input_size=teacher.card.input_size)
     rounding = usual_rounding(finetune, rounding, tuning)
     student, layers = copy.deepcopy(teacher), _layers(teacher)
@@ -317,15 +325,23 @@ def usual_images(
     return replace(synthesis, recipe=RECIPE, preset=PAPER_PRESET if method == "paper" else None), second_recipe
 
 
-def usual_calibration(method: QuantizationMethod, settings: Calibration | Mapping[str, Any] | None) -> Calibration:
-    """The settings of calibration, a method's own or with changes; raises `BadInput` for a method or a setting that is
-    none.
+def usual_calibration(
+    method: QuantizationMethod,
+    settings: Calibration | Mapping[str, Any] | None,
+    *,
+    input_size: tuple[int, int, int],
+) -> Calibration:
+    """The settings of calibration, a method's own or with changes; by default fewer batches of images that have more
+    than 64 x 64 pixels. Raises `BadInput` for a method or a setting that is none.
     """
     if method not in CALIBRATIONS:
         raise BadInput(f"There is no --method {method!r}.", f"Known: {', '.join(CALIBRATIONS)}.")
     if isinstance(settings, Calibration):
         return settings
-    return replace_settings(CALIBRATIONS[method], settings or {}, "setting of calibration called")
+    usual = CALIBRATIONS[method]
+    if method == "default":
+        usual = replace(usual, steps=usual_steps(input_size))
+    return replace_settings(usual, settings or {}, "setting of calibration called")
 
 
 def usual_tuning(

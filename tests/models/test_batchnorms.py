@@ -13,6 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from dfcompress import console
 from dfcompress.models.batchnorms import plain_batchnorms
+from dfcompress.models.bn_folding import fold_batchnorms
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, opened, save
 from dfcompress.models.classifier import Classifier
@@ -23,7 +24,6 @@ from dfcompress.models.statistics import (
     unused_statistics,
     why_no_statistics,
 )
-from dfcompress.quantization.bn_folding import fold_batchnorms
 
 
 class Own(nn.Module):

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dfcompress.models.bn_folding import fold_batchnorms
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import can_be_quantized, quantize_layers, quantized_layers
 from dfcompress.models.plain_layers import after_normalising, plain_kind
-from dfcompress.quantization.bn_folding import fold_batchnorms
-from dfcompress.quantization.uses import unused_weights
+from dfcompress.models.uses import unused_weights
 
 timm_layers = pytest.importorskip("timm.layers")
 

@@ -16,7 +16,13 @@ from dfcompress.models.checkpoint import save, saved_bytes, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import WIDTHS, Scheme, freeze, quantize_layers
 from dfcompress.quantization.bits import RequestedBits
-from dfcompress.quantization.mixed_precision import _cheapest, choose_bits, require_reachable, sensitivities
+from dfcompress.quantization.mixed_precision import (
+    _cheapest,
+    choose_bits,
+    images_to_measure_on,
+    require_reachable,
+    sensitivities,
+)
 from dfcompress.quantization.ranges import calibrate
 
 LAYERS = ("0", "2", "4", "8")
@@ -108,3 +114,12 @@ def test_auto_needs_a_share(ratio):
 def test_a_size_without_anything_to_choose_is_refused():
     with pytest.raises(BadInput, match="all are given"):
         require_reachable(teacher(), wanted(4), 0.2, Scheme())
+
+
+@pytest.mark.parametrize(
+    ("side", "available", "count"),
+    [(32, 960, 128), (64, 960, 128), (64, 50, 50), (128, 960, 32), (224, 960, 16), (224, 9, 9)],
+)
+def test_images_of_many_pixels_are_measured_on_fewer(side, available, count):
+    """Every layer costs a pass of them."""
+    assert images_to_measure_on((3, side, side), available) == count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ from dfcompress.models.fake_quantizers import InputGrid, freeze, quantize_layers
 from dfcompress.models.packing import pack_network, unpack_network
 from dfcompress.quantization import observers
 from dfcompress.quantization.bits import layers_of
-from dfcompress.quantization.calibration import Calibration
-from dfcompress.quantization.observers import range_rules
-from dfcompress.quantization.observers.mse import SAMPLED, SHARES, some_of
+from dfcompress.quantization.calibration import Calibration, usual_steps
+from dfcompress.quantization.observers import mse, range_rules
+from dfcompress.quantization.observers.mse import SHARES
 from dfcompress.quantization.ranges import calibrate, fit_weights
 
 
@@ -57,6 +58,7 @@ def test_how_the_chunks_are_batched_does_not_matter():
     images = torch.rand(64, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     at_once = calibrated_grid(one_layer_classifier(), images)
     assert calibrated_grid(one_layer_classifier(), *images.split(16)) == at_once
+    assert calibrated_grid(one_layer_classifier(), *images.split(5)) == at_once
     assert calibrated_grid(one_layer_classifier(), images[:48], images[48:]) == at_once
 
 
@@ -124,8 +126,8 @@ def test_float_activations_get_no_range():
 HALFWAY = """
 import torch
 class Observer:
-    def see(self, activations): self.largest = activations.max().item()
-    def ends(self, covering): return 0.0, self.largest / 2
+    def observe(self, activations): self.largest = activations.max().item()
+    def range(self, *, bits, signed): return 0.0, self.largest / 2
 def weight_shares(weight, kind): return torch.full((2, len(weight)), 0.5)
 """
 
@@ -161,15 +163,73 @@ def test_least_error_gives_up_a_few_far_values_at_few_bits():
     assert grid.zero_point == 0
 
 
-@pytest.mark.parametrize("shape", [(256, 64, 8, 8), (256, 16, 32, 32), (16, 3, 32, 32)])
-def test_a_sample_meets_every_row_column_and_channel(shape):
-    numbered = torch.arange(int(np.prod(shape)), dtype=torch.float64).view(shape)
-    sample = some_of(numbered.float()).long()
-    _, channels, height, width = shape
-    assert len(sample) <= SAMPLED
-    assert len((sample % width).unique()) == width
-    assert len((sample // width % height).unique()) == height
-    assert len((sample // width // height % channels).unique()) == channels
+def distributions() -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    normal = torch.randn(20_000, generator=random)
+    return {
+        "half-normal": normal.relu(),
+        "normal": normal,
+        "relu6": (4 * normal).clamp(0, 6),
+        "silu": nn.functional.silu(2 * normal),
+        "negative": -normal.abs(),
+        "heavy tails": normal / torch.rand(20_000, generator=random).clamp_min(1e-3).sqrt(),
+        "skewed": normal.exp(),
+        "one outlier": torch.cat([normal, torch.tensor([100.0])]),
+        "tiny": 1e-12 * normal,
+        "constant": torch.full((20_000,), 0.3),
+        "constant on a bin's edge": torch.full((20_000,), 0.75),
+        "all zero": torch.zeros(20_000),
+    }
+
+
+def least_error(values: Tensor, *, bits: int, signed: bool) -> tuple[InputGrid, float]:
+    """The best grid and its error among those whose ends are shares of the outermost values, each value counted."""
+
+    def error(ends: tuple[float, float]) -> float:
+        grid = InputGrid.covering(*ends, bits=bits, signed=signed)
+        return (grid.quantized(values) - values).square().mean().item()
+
+    low, high = (end.item() for end in values.aminmax())
+    best = min([(share * low, share * high) for share in SHARES.tolist()], key=error)
+    best = min([(best[0], share * high) for share in SHARES.tolist()], key=error)
+    best = min([(share * low, best[1]) for share in SHARES.tolist()], key=error)
+    return InputGrid.covering(*best, bits=bits, signed=signed), error(best)
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(2, False), (4, False), (4, True), (8, False), (8, True)])
+@pytest.mark.parametrize("kind", distributions())
+def test_a_histogram_finds_the_range_that_a_search_over_all_values_finds(kind, bits, signed):
+    values = distributions()[kind]
+    observer = mse.Observer()
+    for part in values.split(4096):
+        observer.observe(part)
+    grid = InputGrid.covering(*observer.range(bits=bits, signed=signed), bits=bits, signed=signed)
+    best, least = least_error(values, bits=bits, signed=signed)
+    assert grid.scale == pytest.approx(best.scale, rel=0.0101)
+    half_a_bin = values.abs().max().item() / mse.BINS  # Of the widest ones.
+    assert (grid.quantized(values) - values).square().mean().item() <= 1.001 * least + half_a_bin**2
+
+
+def test_a_histogram_does_not_depend_on_the_order_and_the_size_of_batches():
+    values = torch.cat([distributions()[kind] for kind in ("tiny", "relu6", "one outlier", "heavy tails")])
+    mixed = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(1))]
+    ranges = set()
+    for parts in (values.split(len(values)), values.split(500), mixed.split(7001), values.flip(0).split(1000)):
+        observer = mse.Observer()
+        for part in parts:
+            observer.observe(part)
+        ranges.add(observer.range(bits=4, signed=False))
+    assert len(ranges) == 1
+
+
+@pytest.mark.parametrize("rule", range_rules())
+def test_what_an_observer_remembers_does_not_grow_with_the_features(rule):
+    observer = import_module(f"dfcompress.quantization.observers.{rule}").Observer()
+    for _ in range(4):
+        observer.observe(torch.rand(16, 8, 32, 32))
+    tensors = [each for value in vars(observer).values() for each in (value if isinstance(value, list) else [value])]
+    held = sum(each.untyped_storage().nbytes() for each in tensors if isinstance(each, Tensor))
+    assert held <= 2 * mse.BINS * 8 + 1024
 
 
 @pytest.mark.parametrize("rule", range_rules())
@@ -192,11 +252,6 @@ def test_what_a_later_layer_writes_over_a_layers_input_does_not_reach_its_range(
     images = torch.rand(32, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     calibrate(classifier, [images], rule=rule)
     assert quantized_layers(network)["layer"].input_grid.ends()[1] < 1.01
-
-
-def test_sampled_values_are_a_copy_and_hold_no_activations():
-    activations = torch.rand(4, 64, 32, 32)
-    assert some_of(activations).untyped_storage().nbytes() <= 4 * SAMPLED
 
 
 def test_signed_ranges_have_zero_point_zero_and_reach_the_farther_end():
@@ -258,9 +313,15 @@ def test_no_images_are_refused():
         calibrate(one_layer_classifier(), [])
 
 
-def test_a_range_that_is_not_finite_is_refused():
-    with pytest.raises(BadInput, match="layer 0 ranges from nan"):
-        calibrate(one_layer_classifier(), [pixels(0.5, float("nan"))])
+@pytest.mark.parametrize("rule", range_rules())
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_range_that_is_not_finite_is_refused(rule, bad):
+    with pytest.raises(BadInput, match=f"layer 0 ranges from .*{bad}"):
+        calibrate(one_layer_classifier(), [pixels(0.5, float(bad)), pixels(0.1, 0.2)], rule=rule)
+
+
+def test_images_of_224_pixels_take_one_batch_and_small_ones_sixteen():
+    assert [usual_steps((3, side, side)) for side in (28, 32, 64, 96, 224, 600)] == [16, 16, 16, 7, 1, 1]
 
 
 def released_classifier(path: Path) -> Classifier:

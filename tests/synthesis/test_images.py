@@ -1,6 +1,8 @@
-"""Other parametrisations than pixels, on the real loop: a generator with its latent vectors."""
+"""Other parametrisations than pixels, on the real loop: a generator with its latent vectors, and spectra."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from torch import nn
 
 from dfcompress.device import Execution
 from dfcompress.models.checkpoint import load
-from dfcompress.synthesis.images import ParameterGroup
+from dfcompress.models.classifier import Classifier
+from dfcompress.synthesis.images import STARTING_STD, ParameterGroup, Spectrum
 from dfcompress.synthesis.losses import Loss, class_cross_entropy
 from dfcompress.synthesis.recipe import Phase, Recipe
 from dfcompress.synthesis.synthesizer import Synthesizer
@@ -73,12 +76,13 @@ def steps(made, state, count):
     return state
 
 
-def test_a_generator_fits_a_photo(teacher, cifar10_train_file):
-    """Every parametrisation must be able to: the squared error of one image falls to a third."""
+@pytest.mark.parametrize("images", [Generated, Spectrum])
+def test_every_parametrisation_fits_a_photo(images, teacher, cifar10_train_file):
+    """The squared error of one image falls to a third."""
     photo = torch.from_numpy(np.load(cifar10_train_file)["images"][:1]).float() / 255
     photo = teacher.normalise(photo.permute(0, 3, 1, 2) if photo.shape[-1] == 3 else photo)
     fit = Loss("fit", lambda trace: (trace.images - photo).square().mean())
-    batch = synthesizer(teacher, Generated(), steps=150, losses=[fit], lr=0.3).batch(0, torch.zeros(8).long())
+    batch = synthesizer(teacher, images(), steps=150, losses=[fit], lr=0.3).batch(0, torch.zeros(8).long())
     assert batch.history[-1]["fit"] < batch.history[0]["fit"] / 3
 
 
@@ -131,3 +135,42 @@ def test_a_persistent_generator_goes_on_learning_with_the_next_batch(teacher):
     assert torch.equal(images.network[3].weight, learnt)
     steps(made, state, 1)
     assert images.network[1].num_batches_tracked == 7
+
+
+@pytest.mark.parametrize("size", [(3, 224, 224), (1, 33, 40)])
+def test_spectra_start_as_noise_that_falls_with_the_frequency(size, teacher):
+    """Octaves of a photograph have about equal variance; of white noise each has four times that of the one below."""
+    card = replace(teacher.card, input_size=size, mean=(0.5,) * size[0], std=(0.25,) * size[0])
+    images = Spectrum()
+    images.start(torch.zeros(16).long(), Classifier(teacher.network, card), torch.Generator().manual_seed(0))
+    noise = images.render().detach()
+    assert noise.shape == (16, *size)
+    assert noise.std().item() == pytest.approx(STARTING_STD, rel=0.1)
+    powers = torch.fft.fft2(noise).abs().square().mean((0, 1))
+    along = powers[0]
+    assert (along[2:4].sum() / along[8:16].sum()).item() == pytest.approx(7.3, rel=0.5)
+
+
+def test_a_spectrum_is_shown_in_range_and_gets_gradients_where_it_was_clipped(teacher):
+    images = Spectrum()
+    images.start(LABELS, teacher, torch.Generator().manual_seed(0))
+    images.load_state_dict({"coefficients": 50 * images.state_dict()["coefficients"]})
+    shown = images.render()
+    seen = teacher.denormalise(shown.detach())
+    assert seen.min().item() == pytest.approx(0, abs=1e-6)
+    assert seen.max().item() == pytest.approx(1, abs=1e-6)
+    (gradient,) = torch.autograd.grad(shown.sum(), images.parameters()[0].parameters)
+    mean = gradient[..., 0, 0, 0]
+    assert torch.allclose(mean, mean[0, 0].expand_as(mean))
+    assert mean[0, 0] > 1
+
+
+def test_a_killed_spectrum_goes_on_to_the_same_bytes(teacher, tmp_path):
+    whole = synthesizer(teacher, Spectrum())
+    expected = steps(whole, whole.begin({0: LABELS}), 6).images[0].render()
+    killed = synthesizer(teacher, Spectrum())
+    steps(killed, killed.begin({0: LABELS}), 4).save(tmp_path / "state")
+    again = synthesizer(teacher, Spectrum())
+    state = again.begin({0: LABELS})
+    state.load(tmp_path / "state")
+    assert torch.equal(steps(again, state, 2).images[0].render(), expected)

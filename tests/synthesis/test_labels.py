@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
-from dfcompress.synthesis.labels import choose_labels
+from dfcompress.synthesis.labels import choose_labels, spread
 from dfcompress.synthesis.recipe import Synthesis, choose_recipe
 
 CARD = ModelCard("net", 4, (3, 8, 8), (0.5,) * 3, (0.2,) * 3, class_names=("cat", "dog", "emu", "fox"))
@@ -17,6 +19,20 @@ def test_balanced_labels_go_round_over_batches():
     labels = choose_labels("balanced", (), CARD)
     both = torch.cat([labels.of_batch(0, 6, seed=0), labels.of_batch(1, 6, seed=0)])
     assert both.tolist() == [0, 1, 2, 3] * 3
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 200, 1000])
+def test_a_spread_order_has_every_class_once(classes):
+    assert sorted(spread(classes)) == list(range(classes))
+
+
+def test_a_few_large_images_are_of_classes_from_all_over_the_list():
+    """16 of 1,000 classes in order leave no gap of more than twice the mean; small images keep the order they had."""
+    large = replace(CARD, classes=1000, input_size=(3, 224, 224), class_names=None)
+    drawn = sorted(choose_labels("balanced", (), large).of_batch(3, 16, seed=0).tolist())
+    assert max(after - before for before, after in zip(drawn, [*drawn[1:], 1000 + drawn[0]], strict=True)) <= 125
+    small = replace(large, input_size=(3, 64, 64))
+    assert choose_labels("balanced", (), small).of_batch(0, 4, seed=0).tolist() == [0, 1, 2, 3]
 
 
 def test_classes_are_numbers_or_names():

@@ -320,6 +320,7 @@ LOSSES = [
     losses.pixel_divergence(),
     0.1 * losses.activation_distance(0.1, later=2.0),
     1e-2 * losses.total_variation(),
+    1e-2 * losses.usual_variation(),
     losses.smoothness(),
     1e-2 * losses.image_norm(),
     losses.image_norm(each=True),
@@ -344,7 +345,8 @@ def first_step(made):
 def test_every_loss_is_tried_in_chunks():
     makers = [each for each in vars(losses).values() if inspect.isfunction(each) and each.__module__ == losses.__name__]
     names = {each.__name__.removeprefix("class_") for each in makers if not each.__name__.startswith("_")}
-    assert {loss.name for loss in LOSSES} == names
+    # The range of similarities is that of the images at hand, so the value depends on the chunk.
+    assert {loss.name for loss in LOSSES} == names - {"patch_similarity"}
 
 
 @pytest.mark.parametrize("number", range(len(LOSSES)))
@@ -388,7 +390,8 @@ def test_a_batch_in_chunks_is_as_good_as_a_whole_one(teacher):
     for size, chunk in ((16, None), (16, 4), (4, None)):
         made = synthesizer(teacher, 40, execution=replace(EAGER, chunk=chunk), preset="fast-cifar10")
         ends[size, chunk] = made.batch(0, LABELS[:size]).losses["bn_distance"]
-    assert ends[16, 4] < 1.1 * ends[16, None] < ends[4, None]
+    assert ends[16, 4] < 1.03 * ends[16, None]
+    assert ends[16, None] < 0.95 * ends[4, None]
 
 
 def test_a_batch_in_chunks_is_taken_up_from_a_file_to_the_same_bytes(teacher, tmp_path):

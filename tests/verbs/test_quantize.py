@@ -264,8 +264,9 @@ def test_the_papers_method_has_every_published_value_and_each_can_be_changed():
         weight_grid="asymmetric",
         replacement=True,
     )
-    assert usual_calibration("paper", None) == published
-    assert usual_calibration("paper", {"steps": 3, "correction": True}) == replace(published, steps=3, correction=True)
+    assert usual_calibration("paper", None, input_size=(3, 224, 224)) == published
+    changes = {"steps": 3, "correction": True}
+    assert usual_calibration("paper", changes, input_size=(3, 32, 32)) == replace(published, steps=3, correction=True)
     small = usual_tuning("kd", None, method="paper", input_size=(3, 32, 32))
     assert (small.steps, small.batch_size, small.freeze_batchnorm, small.schedule) == (16_000, 512, True, "cosine")
     assert small.augmentation.flip

@@ -1,7 +1,8 @@
 """One file a rule for ranges of quantized layers; the folder is the registry of `--calibrate` and `--weight-ranges`.
 
-A rule's file holds `Observer`, which sees the inputs of one layer and then tells the ends of their range, and
-`weight_shares`, the shares of each output channel's lowest and highest weight that a grid covers.
+A rule's file holds `Observer`, whose `observe(activations)` is shown the inputs of one layer batch by batch and whose
+`range(bits=, signed=)` then gives the ends of a grid for them, and `weight_shares`, the shares of each output channel's
+lowest and highest weight that a grid covers.
 """
 
 import pkgutil

@@ -5,12 +5,10 @@ The paper's running mean of the extremes of activations is taken as a plain aver
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from dfcompress.models.fake_quantizers import InputGrid, WeightGrid
+from dfcompress.models.fake_quantizers import WeightGrid
 
 CHUNK = 16  # Images.
 
@@ -19,19 +17,18 @@ class Observer:
     """The mean over chunks of 16 images of the lowest and of the highest value."""
 
     def __init__(self) -> None:
-        self._sums, self._chunks = torch.zeros(2, dtype=torch.float64), 0
+        self._extremes: list[Tensor] = []
 
-    def see(self, activations: Tensor) -> None:
-        """Remember the extremes of activations `(N, ...)`; the last chunk may have fewer images."""
-        for chunk in activations.split(CHUNK):
-            self._sums = self._sums.to(chunk.device)
-            self._sums += torch.stack(chunk.float().aminmax())
-            self._chunks += 1
+    def observe(self, activations: Tensor) -> None:
+        """Remember the extremes of each image's activations `(N, ...)`, in whatever batches the images come."""
+        images = activations.flatten(1).float()
+        self._extremes.append(torch.stack([images.amin(1), images.amax(1)]).cpu())
 
-    def ends(self, covering: Callable[[float, float], InputGrid]) -> tuple[float, float]:
-        """The mean extremes."""
-        low, high = (self._sums / self._chunks).tolist()
-        return low, high
+    def range(self, *, bits: int, signed: bool) -> tuple[float, float]:
+        """The mean extremes; the last chunk may have fewer images."""
+        chunks = torch.cat(self._extremes, 1).double().split(CHUNK, dim=1)
+        lows, highs = [chunk[0].amin() for chunk in chunks], [chunk[1].amax() for chunk in chunks]
+        return torch.stack(lows).mean().item(), torch.stack(highs).mean().item()
 
 
 def weight_shares(weight: Tensor, kind: WeightGrid) -> Tensor:

@@ -10,15 +10,14 @@ steps, rate and batch are not stated for images made this way and are ours.
 
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, competition, image_norm, total_variation
-from dfcompress.synthesis.recipe import Phase, Recipe, Schedule, StudentUpdates
+from dfcompress.synthesis.recipe import Phase, Recipe, Schedule, StudentUpdates, from_half_size
 from dfcompress.synthesis.recipes import deepinversion
 from dfcompress.synthesis.transforms import jitters
 
 PAPER = "Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {
-    name: deepinversion.PRESETS[name] for name in ("fast-cifar10", "fast-mnist", "paper-cifar10")
+    name: deepinversion.PRESETS[name] for name in ("fast-cifar10", "fast-mnist", "fast-imagenet", "paper-cifar10")
 }
-default_preset = deepinversion.default_preset
 
 
 def adaptive_deepinversion(
@@ -34,6 +33,7 @@ def adaptive_deepinversion(
     tv: float = 2.5e-5,
     l2: float = 3e-8,
     lr: float = 0.05,
+    half_steps: int = 0,
     steps: int = 2000,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -55,9 +55,11 @@ def adaptive_deepinversion(
             l2 * image_norm(),
             compete * competition(temperature),
         ],
-        phases=[
-            Phase(steps, lr, (beta1, beta2), schedule, transforms=jitters(jitter, flip=flip, crop=crop, cutout=cutout))
-        ],
+        phases=from_half_size(
+            half_steps,
+            Phase(steps, lr, (beta1, beta2), schedule),
+            lambda factor: jitters(jitter // factor, flip=flip, crop=crop, cutout=cutout),
+        ),
         student_updates=StudentUpdates(round_batches, student_steps, student_lr, student_batch_size),
         batch_size=batch_size,
     )

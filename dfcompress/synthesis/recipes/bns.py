@@ -9,12 +9,13 @@ The paper's figure uses 1,000 steps of batch 128 and states no optimiser or rate
 
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_divergence
-from dfcompress.synthesis.recipe import Phase, Recipe, Schedule
+from dfcompress.synthesis.recipe import Phase, Recipe, Schedule, from_half_size
 from dfcompress.synthesis.transforms import random_crops
 
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {
     "fast-cifar10": {"steps": 400, "copies": 1, "crop": 0.9, "cutout": 0.125},
+    "fast-imagenet": {"half_steps": 80, "steps": 40, "copies": 1, "crop": 0.9, "cutout": 0.0, "batch_size": 16},
     "paper-cifar10": {"steps": 1000, "batch_size": 128},
 }
 
@@ -22,6 +23,7 @@ PRESETS: dict[str, dict[str, object]] = {
 def bns(
     *,
     lr: float = 0.1,
+    half_steps: int = 0,
     steps: int = 1000,
     schedule: Schedule = "cosine",
     copies: int = 4,
@@ -33,8 +35,10 @@ def bns(
     return Recipe(
         images=Pixels(clip=True),
         losses=[bn_divergence()],
-        phases=[
-            Phase(steps, lr, (0.5, 0.9), schedule, transforms=[random_crops(copies, smallest=crop, cutout=cutout)])
-        ],
+        phases=from_half_size(
+            half_steps,
+            Phase(steps, lr, (0.5, 0.9), schedule),
+            lambda _: [random_crops(copies, smallest=crop, cutout=cutout)],
+        ),
         batch_size=batch_size,
     )

@@ -7,7 +7,7 @@ The teacher is certain of such images, other networks see little in them: the ba
 
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import class_cross_entropy, image_norm, total_variation
-from dfcompress.synthesis.recipe import Phase, Recipe, Schedule
+from dfcompress.synthesis.recipe import Phase, Recipe, Schedule, from_half_size
 from dfcompress.synthesis.transforms import jitters
 
 PAPER = "Mordvintsev et al., Inceptionism, 2015; Yin et al., Dreaming to Distill, CVPR 2020"
@@ -21,6 +21,20 @@ PRESETS: dict[str, dict[str, object]] = {
         "clip": True,
         "flip": True,
     },
+    "fast-imagenet": {
+        "half_steps": 80,
+        "steps": 40,
+        "lr": 0.1,
+        "beta1": 0.5,
+        "beta2": 0.9,
+        "schedule": "cosine",
+        "tv": 1e-4,
+        "l2": 0.0,
+        "jitter": 30,
+        "flip": True,
+        "clip": True,
+        "batch_size": 16,
+    },
     "paper-cifar10": {},
 }
 
@@ -31,6 +45,7 @@ def deepdream(
     tv: float = 2.5e-5,
     l2: float = 3e-8,
     lr: float = 0.05,
+    half_steps: int = 0,
     steps: int = 2000,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -44,6 +59,10 @@ def deepdream(
     return Recipe(
         images=Pixels(clip=clip),
         losses=[ce * class_cross_entropy(), tv * total_variation(), l2 * image_norm()],
-        phases=[Phase(steps, lr, (beta1, beta2), schedule, transforms=jitters(jitter, flip=flip))],
+        phases=from_half_size(
+            half_steps,
+            Phase(steps, lr, (beta1, beta2), schedule),
+            lambda factor: jitters(jitter // factor, flip=flip),
+        ),
         batch_size=batch_size,
     )

@@ -14,18 +14,27 @@ cropped, mirrored and with a square cut out on its own.
 What they reach, and how long they take, is in docs/results.md.
 """
 
-from dfcompress.models.card import ModelCard
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, image_norm, total_variation
-from dfcompress.synthesis.recipe import Phase, Recipe, Schedule
-from dfcompress.synthesis.records.record_file import Description
-from dfcompress.synthesis.transforms import downscale, jitters
+from dfcompress.synthesis.recipe import Phase, Recipe, Schedule, from_half_size
+from dfcompress.synthesis.transforms import jitters
 
 PAPER = "Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion, CVPR 2020"
 FAST = {"steps": 400, "lr": 0.1, "beta1": 0.5, "beta2": 0.9, "schedule": "cosine", "clip": True}
 PRESETS: dict[str, dict[str, object]] = {
     "fast-cifar10": {**FAST, "ce": 30.0, "flip": True, "crop": 0.8, "cutout": 0.125},
     "fast-mnist": {**FAST, "ce": 10.0, "tv": 0.1},
+    "fast-imagenet": {
+        **FAST,
+        "half_steps": 80,
+        "steps": 40,
+        "bn": 0.01,
+        "tv": 1e-4,
+        "l2": 0.0,
+        "jitter": 30,
+        "flip": True,
+        "batch_size": 16,
+    },
     "paper-cifar10": {},
     "paper-merging": {"lr": 0.085, "tv": 1e-3, "l2": 0.0, "batch_size": 64},
     "paper-imagenet": {
@@ -55,11 +64,6 @@ PRESETS: dict[str, dict[str, object]] = {
         "batch_size": 152,
     },
 }
-
-
-def default_preset(card: ModelCard, record: Description | None) -> str:
-    """Grey images are mostly characters, which a flip turns into other ones."""
-    return "fast-mnist" if card.input_size[0] == 1 else "fast-cifar10"
 
 
 def deepinversion(
@@ -93,17 +97,10 @@ def deepinversion(
             tv * total_variation(),
             l2 * image_norm(each=each_norm),
         ],
-        phases=[
-            Phase(
-                count,
-                lr,
-                (beta1, beta2),
-                schedule,
-                warmup,
-                transforms=[downscale(factor), *jitters(jitter // factor, flip=flip, crop=crop, cutout=cutout)],
-            )
-            for factor, count in ((2, half_steps), (1, steps))
-            if count
-        ],
+        phases=from_half_size(
+            half_steps,
+            Phase(steps, lr, (beta1, beta2), schedule, warmup),
+            lambda factor: jitters(jitter // factor, flip=flip, crop=crop, cutout=cutout),
+        ),
         batch_size=batch_size,
     )

@@ -10,12 +10,21 @@ those are ours. It smooths 5×5 with σ 1; σ 0.375, which it also tables, is mu
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import inception as inception_loss
 from dfcompress.synthesis.losses import smoothness
-from dfcompress.synthesis.recipe import Phase, Recipe, Schedule
+from dfcompress.synthesis.recipe import Phase, Recipe, Schedule, from_half_size
 from dfcompress.synthesis.transforms import random_crops
 
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {
     "fast-cifar10": {"steps": 400, "copies": 1, "crop": 0.9, "cutout": 0.125},
+    "fast-imagenet": {
+        "half_steps": 80,
+        "steps": 40,
+        "copies": 1,
+        "crop": 0.9,
+        "cutout": 0.0,
+        "scale": 10.0,
+        "batch_size": 16,
+    },
     "paper-cifar10": {"sigma": 1.0, "steps": 1000, "batch_size": 128},
 }
 
@@ -27,6 +36,7 @@ def inception(
     kernel: int = 5,
     sigma: float = 0.375,
     lr: float = 0.1,
+    half_steps: int = 0,
     steps: int = 1000,
     schedule: Schedule = "cosine",
     copies: int = 4,
@@ -38,8 +48,10 @@ def inception(
     return Recipe(
         images=Pixels(clip=True),
         losses=[inception_loss(scale), smooth * smoothness(kernel, sigma)],
-        phases=[
-            Phase(steps, lr, (0.5, 0.9), schedule, transforms=[random_crops(copies, smallest=crop, cutout=cutout)])
-        ],
+        phases=from_half_size(
+            half_steps,
+            Phase(steps, lr, (0.5, 0.9), schedule),
+            lambda _: [random_crops(copies, smallest=crop, cutout=cutout)],
+        ),
         batch_size=batch_size,
     )

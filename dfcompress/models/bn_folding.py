@@ -15,7 +15,7 @@ from dfcompress.models.fake_quantizers import (
 )
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
 from dfcompress.models.plain_layers import after_normalising, plain_kind
-from dfcompress.quantization.uses import Uses, place
+from dfcompress.models.uses import Uses, place
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dfcompress.models.bn_folding import fold_batchnorms
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import InputGrid, freeze, quantize_layers, quantized_layers
-from dfcompress.quantization.bn_folding import fold_batchnorms
 
 
 def lively(network: nn.Module) -> nn.Module:

@@ -1,0 +1,249 @@
+"""Grids on every tensor that integer kernels read or write: "explicit quantization", as int8 hardware wants it.
+
+    fold_batchnorms(classifier)
+    untraced = quantize_tensors(classifier, ["conv1", "fc"])     # the network becomes its graph with `TensorGrid`s
+
+`torch.fx` traces the network. Behind every operation whose result a convolution, a linear layer, an addition, a
+product, a concatenation or a pool reads or writes stands a `TensorGrid`, named after the operation. An activation
+function that cuts off (ReLU, ReLU6) belongs to the operation before it, as in the kernels. Operations that only move
+values (pools by maximum, views, slices, concatenations) share one grid with what they take. The answer stays in float.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from dfcompress.errors import BadInput, first_line
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.fake_quantizers import TENSOR_GRIDS, TensorGrid
+
+# What a node does: the class of the module it calls, the function, or the name of the method.
+Operation = type[nn.Module] | Any
+NOTHING: set[Operation] = {
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+    F.dropout,
+    F.dropout2d,
+    "contiguous",
+    torch.clone,
+    "clone",
+}
+CUTTING: set[Operation] = {
+    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu_, F.relu6, F.hardtanh, torch.relu, torch.relu_),
+    *(torch.clamp, torch.clamp_min, torch.clamp_max, "relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_max"),
+}
+JOINING: set[Operation] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
+MOVING: set[Operation] = {
+    *(nn.MaxPool2d, nn.AdaptiveMaxPool2d, F.max_pool2d, F.adaptive_max_pool2d, nn.ZeroPad2d),
+    *(nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, F.channel_shuffle),
+    *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk),
+    *(torch.split, torch.unbind, torch.narrow, torch.channel_shuffle, operator.getitem),
+    *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "unbind"),
+    *("narrow", "expand", "unflatten"),
+}
+OF_TWO: set[Operation] = {
+    *(operator.add, operator.iadd, torch.add, "add", "add_", operator.mul, operator.imul, torch.mul, "mul", "mul_"),
+}
+OF_ONE: set[Operation] = {
+    *(nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean, "mean"),
+    *(nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", nn.LeakyReLU, F.leaky_relu),
+}
+
+
+def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[str]:
+    """Let the network compute as its graph with a `TensorGrid` behind what integer kernels read and write, in place;
+    the names of its modules that cannot be traced: what is inside them stays as it is.
+
+    `layers` are those that are, or will be, quantized. Names of tensors stay; what evaluation does not use is gone.
+    Raises `BadInput` where the network as a whole cannot be traced.
+    """
+    tracer = _Tracer(layers)
+    network = classifier.network.eval()
+    try:
+        graph = tracer.trace(network)
+    except Exception as error:  # Whatever a stranger's `forward` raises when it is given symbols.
+        raise BadInput(
+            f"torch.fx cannot trace {classifier.name}: {first_line(error)}.", "Use --placement layer-inputs."
+        ) from error
+    modules = dict(network.named_modules())
+    _leave_out_nothings(graph, modules)
+    traced = fx.GraphModule(network, graph, type(network).__name__)
+    graph.eliminate_dead_code()
+    images = torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device)
+    tensors = _float_tensors(traced, classifier.normalise(images))
+    for grids in _Sharing(graph, modules, tensors, layers).grids():
+        _insert(traced, grids, layers)
+    traced.recompile()
+    classifier.network = traced.eval()
+    return tracer.untraced
+
+
+class _Tracer(fx.Tracer):
+    """Makes a leaf of every module that cannot be traced, the innermost first."""
+
+    def __init__(self, layers: Collection[str]) -> None:
+        super().__init__()
+        self.layers = layers
+        self.untraced: list[str] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.layers or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:  # As above.
+            name = self.path_of_module(m)
+            self.untraced = [each for each in self.untraced if not each.startswith(f"{name}.")] + [name]
+            return self.create_proxy("call_module", name, args, kwargs)
+
+
+def _operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> Operation:
+    return type(modules[str(node.target)]) if node.op == "call_module" else node.target
+
+
+def _leave_out_nothings(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+    """Take out what does nothing in evaluation: it would stand between a layer and its activation function."""
+    for node in list(graph.nodes):
+        if node.op.startswith("call") and _operation(node, modules) in NOTHING:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _float_tensors(traced: fx.GraphModule, images: Tensor) -> set[fx.Node]:
+    """The nodes whose value is a tensor of floating-point numbers."""
+    found: set[fx.Node] = set()
+
+    class Look(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                found.add(n)
+            return value
+
+    with torch.no_grad():
+        Look(traced).run(images)
+    return found
+
+
+class _Sharing:
+    """Which nodes of a graph get a grid, and which of them share one."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        modules: Mapping[str, nn.Module],
+        tensors: Collection[fx.Node],
+        layers: Collection[str],
+    ) -> None:
+        self.graph, self.modules, self.tensors, self.layers = graph, modules, tensors, layers
+        self._first = {node: node for node in graph.nodes}
+        runs: dict[str, fx.Node] = {}
+        for node in graph.nodes:
+            for taken in self._shared_with(node):
+                self._join(node, taken)
+            if self._is_layer(node):  # One that runs twice has one scale for what it takes.
+                self._join(runs.setdefault(str(node.target), node.all_input_nodes[0]), node.all_input_nodes[0])
+
+    def grids(self) -> Iterator[dict[fx.Node, bool]]:
+        """The nodes that share a grid, in the graph's order; whether a node makes values, or only moves them."""
+        groups: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            groups.setdefault(self._root(node), []).append(node)
+        for group in groups.values():
+            readers = {user for node in group for user in node.users}
+            if any(self._is_integer(node) for node in readers | set(group)) and not self._is_answer(group):
+                places = {node: not self._shared_with(node) for node in group if self._is_place(node)}
+                if places:
+                    yield places
+
+    def _is_answer(self, group: list[fx.Node]) -> bool:
+        """Whether nothing but the answer is made of these."""
+        inside = set(group)
+        readers = {user for node in group for user in node.users if user not in inside}
+        return not any(self._is_integer(each) for each in readers) and self._leads_out_alone(readers)
+
+    def _leads_out_alone(self, nodes: set[fx.Node]) -> bool:
+        ahead, seen = set(nodes), set()
+        while ahead:
+            node = ahead.pop()
+            if self._is_integer(node):
+                return False
+            seen.add(node)
+            ahead |= set(node.users) - seen
+        return True
+
+    def _is_place(self, node: fx.Node) -> bool:
+        """Whether a tensor is there of which a kernel takes more than the activation function behind it."""
+        return node in self.tensors and not any(self._is_cut_off(reader) for reader in node.users)
+
+    def _is_cut_off(self, node: fx.Node) -> bool:
+        """Whether a node is an activation function in the kernel of the operation before it."""
+        if not _is_call(node) or self._operation(node) not in CUTTING:
+            return False
+        before = node.all_input_nodes[0]
+        return len(before.users) == 1 and self._is_integer(before) and not self._shared_with(before)
+
+    def _shared_with(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes whose values this one only moves."""
+        if not _is_call(node):
+            return []
+        if self._operation(node) in JOINING:
+            return [each for each in node.all_input_nodes if each in self.tensors]
+        moves = self._operation(node) in MOVING or _pads_with_zeros(node)
+        return node.all_input_nodes[:1] if moves else []
+
+    def _is_integer(self, node: fx.Node) -> bool:
+        """Whether there is a kernel for integers."""
+        if not _is_call(node):
+            return False
+        operation = self._operation(node)
+        if operation in CUTTING:
+            return self._is_cut_off(node)
+        taken = [each for each in node.all_input_nodes if each in self.tensors]
+        two = operation in OF_TWO and len(taken) == 2 and node in self.tensors
+        return self._is_layer(node) or two or operation in JOINING or (operation in OF_ONE and bool(taken))
+
+    def _is_layer(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and node.target in self.layers
+
+    def _operation(self, node: fx.Node) -> Operation:
+        return _operation(node, self.modules)
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        first: fx.Node = self._first[node]
+        return node if first is node else self._root(first)
+
+    def _join(self, one: fx.Node, other: fx.Node) -> None:
+        self._first[self._root(other)] = self._root(one)
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op in ("call_module", "call_function", "call_method")
+
+
+def _pads_with_zeros(node: fx.Node) -> bool:
+    if node.target is not F.pad:
+        return False
+    given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | dict(node.kwargs)
+    return bool(given.get("mode", "constant") != "constant" or given.get("value") in (None, 0))
+
+
+def _insert(traced: fx.GraphModule, places: Mapping[fx.Node, bool], layers: Collection[str]) -> None:
+    """Put a `TensorGrid` behind each of the nodes, which share one range."""
+    group = next(iter(places)).name
+    for node, makes in places.items():
+        feeds = [str(user.target) for user in node.users if user.op == "call_module" and user.target in layers]
+        name = f"{TENSOR_GRIDS}.{node.name}"
+        traced.add_submodule(name, TensorGrid(group=group, observed=makes, feeds=feeds))
+        with traced.graph.inserting_after(node):
+            quantized = traced.graph.call_module(name, (node,))
+        node.replace_all_uses_with(quantized)
+        quantized.replace_input_with(quantized, node)  # Of all, the grid alone goes on taking it.
