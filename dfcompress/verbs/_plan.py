@@ -87,17 +87,11 @@ class Synthesize:
         execution, taken = execution_of(self.spec, self.compute, self.student)
         eager, seconds = replace(execution, compile=False), 0.0
         if recipe.steps:
-<<<<<<< HEAD
-            seconds = seconds_per_step(recipe, self.spec.teacher, eager, self.batch_size, self.spec.sampler())
-        seconds = predicted_seconds(execution, seconds * recipe.work * batches)
-        memory = peak_memory_bytes(torch.device(execution.device))
-=======
             chunk = execution.chunk or self.batch_size
             timed = min(chunk, max(1, int(TIMED // (2 * work_of(self.spec.teacher)))))
             seconds = seconds_per_step(recipe, self.spec.teacher, eager, timed, self.spec.sampler())
             seconds *= self.batch_size / timed
-        seconds = predicted_seconds(execution, seconds * recipe.steps * batches)
->>>>>>> main
+        seconds = predicted_seconds(execution, seconds * recipe.work * batches)
         return SynthesisEstimate(
             self.spec.choice,
             self.spec.images,
