@@ -183,7 +183,7 @@ def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | No
     chunk = images_at_once(batch_size, each, target=torch.device(execution.device), input_size=size, beside=beside)
     if chunk < batch_size and recipe.needs_whole_batch:
         raise BadInput(
-            f"A batch of {batch_size} images does not fit into memory, and recipe {spec.choice.name} computes it whole: "
+            f"A batch of {batch_size} images does not fit into memory, and {spec.choice.name} computes it whole: "
             "a loss has a module of its own, or the images a generator.",
             f"Use --batch-size {chunk}.",
         )
