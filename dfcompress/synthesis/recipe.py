@@ -20,6 +20,7 @@ On the command line the function is named by its file: `--recipe mine.py:quiet -
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -160,6 +161,14 @@ class Recipe:
     def steps(self) -> int:
         """Optimisation steps of all phases."""
         return sum(phase.steps for phase in self.phases)
+
+    @property
+    def full_steps(self) -> float:
+        """As many steps on whole images as take what those of all phases do; through a downscaling fewer pixels are
+        computed.
+        """
+        scales = [math.prod(transform.downscale for transform in phase.transforms) for phase in self.phases]
+        return sum(phase.steps / scale**2 for phase, scale in zip(self.phases, scales, strict=True))
 
     def phase_at(self, step: int) -> tuple[Phase, int]:
         """The phase that a step belongs to, and the step's number in it."""
