@@ -17,7 +17,6 @@ from dfcompress.models import architectures as room
 from dfcompress.models.architecture import Architecture, tensors_of
 from dfcompress.models.architectures import architectures, find, named, torchvision_models
 from dfcompress.models.classifier import load_tensors
-from dfcompress.models.fingerprints import index
 from dfcompress.models.recognition import fit_to, recognise
 from dfcompress.models.safe_reading import read
 
