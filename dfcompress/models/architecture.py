@@ -16,8 +16,6 @@ from dfcompress.models.plain import make_plain
 from dfcompress.models.resizing import resized
 from dfcompress.models.safe_reading import without_counters
 
-SMALL_INPUT = 64
-
 
 @dataclass(frozen=True)
 class Naming:
