@@ -15,6 +15,7 @@ from torch import Tensor
 from dfcompress import console
 from dfcompress.device import exact_fp32
 from dfcompress.errors import DfcompressError
+from dfcompress.memory import PIXELS
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.safe_reading import file_bytes
 
@@ -101,7 +102,7 @@ class Session:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of images."""
-        return torch.cat([torch.from_numpy(self._run(some)) for some in images.split(BATCH)])
+        return torch.cat([torch.from_numpy(self._run(some)) for some in images.split(_at_once(images))])
 
     def milliseconds(self, images: Tensor) -> float:
         """The least time of a batch of 64, of some rounds."""
@@ -122,7 +123,12 @@ class Session:
 @torch.no_grad()
 def _answers(classifier: Classifier, images: Tensor) -> Tensor:
     with exact_fp32(), evaluating(classifier):
-        return torch.cat([classifier(some.to(classifier.mean.device)).cpu() for some in images.split(BATCH)])
+        return torch.cat([classifier(some.to(classifier.mean.device)).cpu() for some in images.split(_at_once(images))])
+
+
+def _at_once(images: Tensor) -> int:
+    """Of so many pixels as a CPU needs at once: onnxruntime keeps the memory of its largest pass."""
+    return min(BATCH, max(1, PIXELS // images[0, 0].numel()))
 
 
 def _equal(one: Tensor, other: Tensor) -> int:

@@ -30,12 +30,11 @@ PRESETS: dict[str, dict[str, object]] = {
     "paper-deit": {},
     "paper-swin": {"lr": 0.25},
 }
-SMALL = 64
 
 
 def default_preset(card: ModelCard, record: Description | None) -> str:
     """30 pixels of jitter are an eighth of an image of 224, and about all of one of 32."""
-    return "fast-small" if max(card.input_size[1:]) <= SMALL else "fast"
+    return "fast-small" if card.small else "fast"
 
 
 def psaq_vit(
