@@ -80,7 +80,8 @@ def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[st
     graph.eliminate_dead_code()
     images = torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device)
     tensors = _float_tensors(traced, classifier.normalise(images))
-    for places in _Sharing(graph, modules, tensors, layers).places():
+    # A list: what is inserted would be taken for a part of the network.
+    for places in list(_Sharing(graph, modules, tensors, layers).places()):
         _insert(traced, places, layers)
     traced.recompile()
     classifier.network = traced.eval()
