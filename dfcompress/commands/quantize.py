@@ -10,7 +10,7 @@ import click
 from dfcompress.commands import _options, _summary
 from dfcompress.errors import BadInput
 from dfcompress.settings import assignments
-from dfcompress.verbs import Finetuning, QuantizationMethod, Target
+from dfcompress.verbs import Finetuning, Placement, QuantizationMethod, Target
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 )
 @_options.data
 @_options.eval_data
-@_options.synthesis(images=2048)
+@_options.synthesis(images="2048; of more than 64 pixels a side 128")
 @click.option(
     "--method",
     type=click.Choice(get_args(QuantizationMethod)),
@@ -52,11 +52,17 @@ if TYPE_CHECKING:
     show_default=True,
     help="Default settings: ours, or those of Haroush et al. 2020 (paper); other options override them.",
 )
+@click.option(
+    "--placement",
+    type=click.Choice(get_args(Placement)),
+    show_default="all-tensors where everything is 8w8a and nothing is fine-tuned",
+    help="Which activations are quantized: all that int8 kernels read or write (faster), or inputs of layers alone.",
+)
 @_options.calibration
 @click.option(
     "--finetune",
     type=click.Choice(get_args(Finetuning)),
-    show_default="blocks+lsq; kd of paper",
+    show_default="blocks+lsq; kd of paper; none of all-tensors",
     help="Fine-tuning: rounding by blocks, then weights and steps (lsq); one of the two; weights only (kd); none.",
 )
 @click.option(
@@ -90,6 +96,7 @@ def quantize(
     eval_data: Path | None,
     synthesis: Synthesis,
     method: QuantizationMethod,
+    placement: Placement | None,
     calibration: dict[str, Any],
     finetune: Finetuning | None,
     rounding: tuple[str, ...],
@@ -127,6 +134,7 @@ def quantize(
         synthesis=synthesis,
         second_recipe=second_recipe,
         method=method,
+        placement=placement,
         calibration=calibration,
         finetune=finetune,
         rounding=assignments(rounding, "--rounding-set"),

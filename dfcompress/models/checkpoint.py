@@ -23,7 +23,7 @@ from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models import packing
 from dfcompress.models.answers import gives_logits, require_exclusive, take_logits
-from dfcompress.models.architecture import SMALL_INPUT, Architecture, tensors_of
+from dfcompress.models.architecture import Architecture, tensors_of
 from dfcompress.models.architectures import HALF, architectures, named, plain, runs_code
 from dfcompress.models.batchnorms import has_foreign_batchnorms, plain_batchnorms
 from dfcompress.models.card import (
@@ -33,14 +33,22 @@ from dfcompress.models.card import (
     IMAGENET_STD,
     MNIST_MEAN,
     MNIST_STD,
+    SMALL_INPUT,
     ModelCard,
     Origin,
 )
 from dfcompress.models.classifier import STEADY, Classifier, load_tensors, pass_once, why_not_run
-from dfcompress.models.fake_quantizers import dequantized, is_quantized
+from dfcompress.models.fake_quantizers import (
+    dequantized,
+    is_quantized,
+    quantizable_layers,
+    quantized_layers,
+    tensor_grids,
+)
 from dfcompress.models.huggingface import TRANSFORMERS, card_of, is_of_transformers, take_rgb
 from dfcompress.models.plain import is_plain, make_plain
 from dfcompress.models.recognition import MISSING, Recognised, differences, first, fit_to, recognise, why_in_part
+from dfcompress.models.released import is_released, released
 from dfcompress.models.resizing import REMEDY
 from dfcompress.models.safe_reading import (
     CARD_KEY,
@@ -56,6 +64,7 @@ from dfcompress.models.safe_reading import (
     without_counters,
 )
 from dfcompress.models.statistics import require_variances
+from dfcompress.models.tensor_grids import as_kernels_compute, quantize_tensors
 from dfcompress.run import write_atomically, write_json
 
 SIDECAR = ".card.json"
@@ -75,7 +84,8 @@ def load(
     """The classifier that a checkpoint holds: frozen, in evaluation mode, fp32, on the CPU; its network answers with
     logits and has plain weights (see `take_logits` and `make_plain`).
 
-    `path` is a `.pt .pth .th .bin .ckpt .safetensors` file, or a folder with `config.json` and `model.safetensors`.
+    `path` is a `.pt .pth .th .bin .ckpt .safetensors` file, a folder with `config.json` and `model.safetensors`, or the
+    name of released weights (`torchvision:resnet18`, `timm:resnet18.a1_in1k`).
     `arch` names the architecture where it is not recognised (NAME, timm:NAME, file.py:factory,
     package.module:factory); with `match_by_order` tensors are matched by order and shape, whatever their names.
     `num_classes` is handed to a factory that takes it. `input_size` (channels, height, width), `mean`, `std` and
@@ -83,11 +93,14 @@ def load(
     Raises `BadInput` for anything that cannot be used, saying what was found.
     """
     path = _as_path(path)
+    weights = released(str(path)) if is_released(path) else None
+    path = weights.file if weights else path
     stored = read(path)
-    sidecar = read_json(_sidecar_path(path))
     of_transformers = arch is None and is_of_transformers(path)
-    card = card_of(path) if of_transformers else stored.card
-    stated = _checked(card, str(path)) | _checked(sidecar, str(_sidecar_path(path)))
+    card = weights.stated if weights else card_of(path) if of_transformers else stored.card
+    stated = _checked(card, str(path))
+    if not weights:
+        stated |= _checked(read_json(_sidecar_path(path)), str(_sidecar_path(path)))
     given = {
         "architecture": arch,
         "classes": num_classes,
@@ -113,7 +126,11 @@ def load(
     network = _packed(fit, stored) if stored.quantization is not None else _with_weights(fit)
     require_variances(network, str(path))
     classifier = Classifier(
-        make_plain(network), _card(fit, stated, given), name=_name(path), sha256=sha256(path), path=path
+        make_plain(network),
+        _card(fit, stated, given),
+        name=weights.name if weights else _name(path),
+        sha256=sha256(path),
+        path=None if weights else path,  # Nothing is written beside a file of another library's cache.
     ).frozen()
     take_logits(classifier)
     if of_transformers:
@@ -122,6 +139,9 @@ def load(
         raise BadInput(f"{path}: {unfit.why}.", unfit.remedy)
     _know_classes(classifier)
     plain_batchnorms(classifier)
+    if packing.is_graph(stored.quantization):
+        _unpack_graph(classifier, stored)
+        require_variances(classifier.network, str(path))
     return classifier
 
 
@@ -166,12 +186,15 @@ def load_saved(folder: Path, classifier: Classifier) -> Classifier:
 def _is_built_by_name(classifier: Classifier) -> bool:
     """Whether the name on the card leads to a network with these tensors."""
     card = classifier.card
-    tensors = without_counters(classifier.network.state_dict())
+    shapes = {name: value.shape for name, value in without_counters(classifier.network.state_dict()).items()}
+    folded = bool(tensor_grids(classifier.network))
+    if folded:  # Biases stand in the place of BatchNorms, weights are where they were.
+        shapes = {f"{name}.weight": layer.weight.shape for name, layer in quantized_layers(classifier.network).items()}
     with suppress(BadInput):
-        return any(
-            {name: value.shape for name, value in tensors.items()} == tensors_of(form, card.classes, card.input_size[0])
-            for form in _forms(named(card.architecture, card.config, card.widths))
-        )
+        for form in _forms(named(card.architecture, card.config, card.widths)):
+            built = tensors_of(form, card.classes, card.input_size[0])
+            if shapes == built or (folded and shapes.items() <= built.items()):
+                return True
     return False
 
 
@@ -403,8 +426,19 @@ def _refuse_code(stated: str, arch: str | None, path: Path) -> None:
 
 def _packed(fit: Recognised, stored: StoredModel) -> nn.Module:
     network = make_plain(fit.architecture.build(fit.classes, fit.channels))
-    packing.unpack_network(network, stored.tensors, stored.quantization)
+    if not packing.is_graph(stored.quantization):
+        packing.unpack_network(network, stored.tensors, stored.quantization)
     return network
+
+
+def _unpack_graph(classifier: Classifier, stored: StoredModel) -> None:
+    """Make a fresh classifier the one whose graph with grids on all tensors was saved."""
+    layers = packing.layers_in(stored.quantization)
+    as_kernels_compute(classifier)
+    quantizable_layers(classifier.network, layers)
+    quantize_tensors(classifier, layers)
+    packing.unpack_network(classifier.network, stored.tensors, stored.quantization)
+    classifier.frozen()
 
 
 def _with_weights(fit: Recognised) -> nn.Module:

@@ -15,6 +15,7 @@ Both pass the gradient straight through where nothing was clipped. Biases and Ba
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from dfcompress.models.plain_layers import plain_kind
 WIDTHS = range(2, 9)
 LARGEST_BITS = WIDTHS[-1]
 FLOAT_BITS = 32
+UNBOUNDED = (-math.inf, math.inf)
 TENSOR_GRIDS = "tensor_grids"  # The module of a network that holds them.
 _STEPS = ("weight_step", "input_step")
 
@@ -319,16 +321,17 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 class TensorGrid(nn.Module):
     """The grid of one tensor inside a network that is its graph (see `tensor_grids`).
 
-    All of one `group` have the same grid, whose range is that of the tensors `observed`. The layers that it `feeds`
-    have it as their `input_grid`, too: what is on a grid stays what it is there.
+    All of one `group` have the same grid, whose range is that of the tensors with `bounds`: they are made here, and
+    an activation function keeps them inside; None where values are only moved. The layers that it `feeds` have it as
+    their `input_grid`, too: what is on a grid stays what it is there.
     """
 
     input_grid: InputGrid | None = None
     input_bits = LARGEST_BITS
 
-    def __init__(self, *, group: str, observed: bool, feeds: Sequence[str]) -> None:
+    def __init__(self, *, group: str, bounds: tuple[float, float] | None, feeds: Sequence[str]) -> None:
         super().__init__()
-        self.group, self.observed, self.feeds = group, observed, tuple(feeds)
+        self.group, self.bounds, self.feeds = group, bounds, tuple(feeds)
 
     def forward(self, activations: Tensor) -> Tensor:
         """The tensor on its grid; itself until calibrated."""
@@ -414,11 +417,13 @@ def tensor_grids(network: nn.Module) -> dict[str, TensorGrid]:
 
 @dataclass(frozen=True)
 class SharedGrid:
-    """An input grid of so many `bits`: what has it, and the names of the modules whose inputs are its range."""
+    """An input grid of so many `bits`: what has it, and the modules whose inputs are its range, by name, with the
+    bounds that no input passes.
+    """
 
     bits: int
     owners: list[QuantizedLayer | TensorGrid]
-    observed: list[str]
+    observed: dict[str, tuple[float, float]]
 
 
 def input_grids(network: nn.Module) -> list[SharedGrid]:
@@ -427,11 +432,12 @@ def input_grids(network: nn.Module) -> list[SharedGrid]:
     fed = {name for grid in tensors.values() for name in grid.feeds}
     groups: dict[str, SharedGrid] = {}
     for name, grid in tensors.items():
-        group = groups.setdefault(grid.group, SharedGrid(grid.input_bits, [], []))
+        group = groups.setdefault(grid.group, SharedGrid(grid.input_bits, [], {}))
         group.owners.extend([grid, *(layers[each] for each in grid.feeds if each in layers)])
-        group.observed.extend([f"{TENSOR_GRIDS}.{name}"] if grid.observed else [])
+        if grid.bounds:
+            group.observed[f"{TENSOR_GRIDS}.{name}"] = grid.bounds
     alone = {name: layer for name, layer in layers.items() if name not in fed and layer.input_bits < FLOAT_BITS}
-    return [*groups.values(), *(SharedGrid(layer.input_bits, [layer], [name]) for name, layer in alone.items())]
+    return [*groups.values(), *(SharedGrid(each.input_bits, [each], {name: UNBOUNDED}) for name, each in alone.items())]
 
 
 def is_quantized(network: nn.Module) -> bool:
@@ -465,7 +471,7 @@ def dequantized(network: nn.Module) -> nn.Module:
         for name in ("weight_grid", "weight_shares", *_STEPS):
             delattr(layer, name)
     for grid in tensor_grids(twin).values():
-        grid.__class__ = nn.Identity  # type: ignore[assignment]
+        grid.input_grid = None
     return twin
 
 

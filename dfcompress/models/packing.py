@@ -11,6 +11,10 @@ Bits and input grids are plain JSON values beside them, whose numbers are the fp
 `scale` and `zero_point` are those of the input: both are absent where the activations stay in float, the latter where
 it is 0. `"signed": true` stands beside them where the grid is a signed one. `"asymmetric": true` is of the weights, and
 makes the version 3: files without are read by programs that know no zero points of weights.
+
+Of a network with grids on all tensors (`tensor_grids`), `"tensors": {"relu": {"scale": 0.02, "zero_point": 3}, ...}`
+has the grids, by the operation they stand behind, and makes the version 4. A layer that one of them feeds has neither
+scale nor zero point of its own. Convolutions hold the BatchNorms that were behind them.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from dfcompress.errors import BadInput
 from dfcompress.models.classifier import load_tensors
 from dfcompress.models.fake_quantizers import (
     FLOAT_BITS,
+    LARGEST_BITS,
     WIDTHS,
     InputGrid,
     QuantizedLayer,
@@ -37,10 +42,12 @@ from dfcompress.models.fake_quantizers import (
     quantizable_layers,
     quantize_layers,
     quantized_layers,
+    tensor_grids,
 )
 from dfcompress.models.safe_reading import without_counters
 
-SYMMETRIC, ASYMMETRIC = 2, 3  # Versions: whether zero points of weights may occur.
+SYMMETRIC, ASYMMETRIC = 2, 3  # Versions: whether zero points of weights may occur,
+WITH_TENSORS = 4  # or grids of tensors, too.
 SCALES, ZERO_POINTS = "quantization.scales", "quantization.zero_points"
 
 _BITS = re.compile(r"(\d{1,2})w(\d{1,2})a")
@@ -101,33 +108,53 @@ def pack_network(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
     zero_points = [grid.zero_point for grid in grids if not grid.symmetric]
     if zero_points:
         tensors[ZERO_POINTS] = torch.cat(zero_points).to(torch.uint8)
-    described = {name: _described(name, layer) for name, layer in layers.items()}
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    grids_of_tensors = tensor_grids(network)
+    fed = {name for grid in grids_of_tensors.values() for name in grid.feeds}
+    described = {name: _described(name, layer, fed=name in fed) for name, layer in layers.items()}
+    if grids_of_tensors:
+        by_tensor = {name: _described_grid(name, each.input_grid) for name, each in grids_of_tensors.items()}
+        return stored, {"version": WITH_TENSORS, "layers": described, "tensors": by_tensor}
     return stored, {"version": ASYMMETRIC if zero_points else SYMMETRIC, "layers": described}
 
 
-def _described(name: str, layer: QuantizedLayer) -> dict[str, Any]:
+def _described(name: str, layer: QuantizedLayer, *, fed: bool) -> dict[str, Any]:
     values: dict[str, Any] = {"bits": f"{layer.weight_bits}w{layer.input_bits}a"}
     if not layer.weight_grid.symmetric:
         values["asymmetric"] = True
-    if layer.input_bits == FLOAT_BITS:
+    if layer.input_bits == FLOAT_BITS or fed:
         return values
-    grid = layer.input_grid
+    return values | _described_grid(name, layer.input_grid)
+
+
+def _described_grid(name: str, grid: InputGrid | None) -> dict[str, Any]:
     if grid is None:
-        raise ValueError(f"layer {name} was never calibrated")
-    values["scale"] = grid.scale
+        raise ValueError(f"{name} was never calibrated")
+    values: dict[str, Any] = {"scale": grid.scale}
     if grid.zero_point:
         values["zero_point"] = grid.zero_point
     return values | ({"signed": True} if grid.signed else {})
 
 
+def is_graph(quantization: object) -> bool:
+    """Whether these JSON values are of a network with grids on all tensors."""
+    return isinstance(quantization, dict) and quantization.get("version") == WITH_TENSORS
+
+
+def layers_in(quantization: object) -> list[str]:
+    """The names of the quantized layers; raises `BadInput` as `unpack_network` does."""
+    return list(_parsed(quantization))
+
+
 def unpack_network(network: nn.Module, tensors: Mapping[str, Tensor], quantization: object) -> None:
-    """Make `network`, fresh and in float, the quantized and frozen one that `pack_network` was given.
+    """Make `network`, fresh and in float, the quantized and frozen one that `pack_network` was given; where that had
+    grids on all tensors, so has this one, at the same places.
 
     Raises `BadInput`, and leaves the network as it was, where the tensors or the JSON values are not what
     `pack_network` writes for this architecture.
     """
-    layers = _parsed(quantization)
+    layers, by_tensor = _parsed(quantization), _parsed_tensors(quantization)
+    _check_places(network, by_tensor, layers)
     _check_tensors(tensors, _expected_tensors(network, layers))
     integers = {name: _unpacked_integers(network, name, tensors, layer) for name, layer in layers.items()}
     grids = _unpacked_grids(tensors, layers, {name: len(each) for name, each in integers.items()})
@@ -135,6 +162,10 @@ def unpack_network(network: nn.Module, tensors: Mapping[str, Tensor], quantizati
     for name, quantized in quantized_layers(network).items():
         quantized.set_integer_weight(integers[name], grids[name])
         quantized.input_grid = layers[name].input_grid
+    for name, tensor in tensor_grids(network).items():
+        tensor.input_grid = by_tensor[name]
+        for fed in tensor.feeds:
+            quantized_layers(network)[fed].input_grid = by_tensor[name]
     # The quantized weights are in place already.
     load_tensors(network, {name: tensors[name] for name in without_counters(network.state_dict()) if name in tensors})
 
@@ -148,10 +179,36 @@ class _PackedLayer:
 
 
 def _parsed(values: object) -> dict[str, _PackedLayer]:
-    known = isinstance(values, dict) and values.get("version") in (SYMMETRIC, ASYMMETRIC)
+    known = isinstance(values, dict) and values.get("version") in (SYMMETRIC, ASYMMETRIC, WITH_TENSORS)
     if not isinstance(values, dict) or not known or not isinstance(values.get("layers"), dict):
-        raise _damaged(f"its quantization settings are not those of version {SYMMETRIC} or {ASYMMETRIC}")
+        raise _damaged(
+            f"its quantization settings are not those of version {SYMMETRIC}, {ASYMMETRIC} or {WITH_TENSORS}"
+        )
     return {name: _parsed_layer(name, layer) for name, layer in values["layers"].items()}
+
+
+def _parsed_tensors(values: object) -> dict[str, InputGrid]:
+    tensors = values.get("tensors") if is_graph(values) and isinstance(values, dict) else {}
+    if not isinstance(tensors, dict) or not all(isinstance(each, dict) for each in tensors.values()):
+        raise _damaged("its tensors have no settings")
+    return {name: _parsed_grid(f"tensor {name!r}", each, LARGEST_BITS) for name, each in tensors.items()}
+
+
+def _check_places(network: nn.Module, by_tensor: Mapping[str, InputGrid], layers: Mapping[str, _PackedLayer]) -> None:
+    """Raise `BadInput` where the graph of the network has other places for grids than the file."""
+    places = tensor_grids(network)
+    fed = {name for grid in places.values() for name in grid.feeds}
+    for name, layer in layers.items():
+        if layer.input_grid is None and layer.input_bits < FLOAT_BITS and name not in fed:
+            raise _damaged(f"layer {name!r} has scale None")
+    if differing := sorted(places.keys() ^ by_tensor.keys()):
+        where = "network, as torch.fx traces it here, and not in the file"
+        if differing[0] in by_tensor:
+            where = "file, and not in the network as torch.fx traces it here"
+        raise BadInput(
+            f"The tensor behind {differing[0]!r} has a grid in the {where}.",
+            "Use the versions of torch and of the network's own code that the file was made with, or make it again.",
+        )
 
 
 def _parsed_layer(name: str, values: object) -> _PackedLayer:
@@ -167,16 +224,20 @@ def _parsed_layer(name: str, values: object) -> _PackedLayer:
         raise _damaged(f"layer {name!r} has asymmetric {asymmetric!r}")
     if input_bits == FLOAT_BITS:
         return _PackedLayer(weight_bits, not asymmetric, input_bits, None)
+    grid = _parsed_grid(f"layer {name!r}", values, input_bits) if "scale" in values else None
+    return _PackedLayer(weight_bits, not asymmetric, input_bits, grid)
+
+
+def _parsed_grid(of: str, values: Mapping[str, Any], bits: int) -> InputGrid:
     scale, zero_point, signed = (values.get(field, usual) for field, usual in _USUAL.items())
     if not isinstance(scale, float) or not _FP32.tiny <= scale <= _FP32.max:
-        raise _damaged(f"layer {name!r} has scale {scale!r}")
+        raise _damaged(f"{of} has scale {scale!r}")
     if type(signed) is not bool:
-        raise _damaged(f"layer {name!r} has signed {signed!r}")
+        raise _damaged(f"{of} has signed {signed!r}")
     # The type: JSON's true is an int to isinstance.
-    if type(zero_point) is not int or zero_point not in range(1 if signed else 2**input_bits):
-        raise _damaged(f"layer {name!r} has zero_point {zero_point!r}")
-    grid = InputGrid(bits=input_bits, scale=scale, zero_point=zero_point, signed=signed)
-    return _PackedLayer(weight_bits, not asymmetric, input_bits, grid)
+    if type(zero_point) is not int or zero_point not in range(1 if signed else 2**bits):
+        raise _damaged(f"{of} has zero_point {zero_point!r}")
+    return InputGrid(bits=bits, scale=scale, zero_point=zero_point, signed=signed)
 
 
 def _expected_tensors(network: nn.Module, layers: Mapping[str, _PackedLayer]) -> _Layout:

@@ -1,6 +1,6 @@
 """Grids on every tensor that integer kernels read or write: "explicit quantization", as int8 hardware wants it.
 
-    fold_batchnorms(classifier)
+    as_kernels_compute(classifier)
     untraced = quantize_tensors(classifier, ["conv1", "fc"])     # the network becomes its graph with `TensorGrid`s
 
 `torch.fx` traces the network. Behind every operation whose result a convolution, a linear layer, an addition, a
@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dfcompress.errors import BadInput, first_line
+from dfcompress.models.bn_folding import fold_batchnorms
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import TENSOR_GRIDS, TensorGrid
+from dfcompress.models.fake_quantizers import TENSOR_GRIDS, UNBOUNDED, TensorGrid
+from dfcompress.models.static_padding import fix_padding
 
 # What a node does: the class of the module it calls, the function, or the name of the method.
 Operation = type[nn.Module] | Any
@@ -57,6 +59,12 @@ OF_ONE: set[Operation] = {
 }
 
 
+def as_kernels_compute(classifier: Classifier) -> None:
+    """Let the layers pad as images of the card's size need it, and hold the BatchNorms behind them, in place."""
+    fix_padding(classifier)
+    fold_batchnorms(classifier)
+
+
 def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[str]:
     """Let the network compute as its graph with a `TensorGrid` behind what integer kernels read and write, in place;
     the names of its modules that cannot be traced: what is inside them stays as it is.
@@ -64,45 +72,56 @@ def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[st
     `layers` are those that are, or will be, quantized. Names of tensors stay; what evaluation does not use is gone.
     Raises `BadInput` where the network as a whole cannot be traced.
     """
-    tracer = _Tracer(layers)
     network = classifier.network.eval()
-    try:
-        graph = tracer.trace(network)
-    except Exception as error:  # Whatever a stranger's `forward` raises when it is given symbols.
-        raise BadInput(
-            f"torch.fx cannot trace {classifier.name}: {first_line(error)}.", "Use --placement layer-inputs."
-        ) from error
+    graph, untraced = _traced(network, layers)
     modules = dict(network.named_modules())
     _leave_out_nothings(graph, modules)
     traced = fx.GraphModule(network, graph, type(network).__name__)
     graph.eliminate_dead_code()
     images = torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device)
     tensors = _float_tensors(traced, classifier.normalise(images))
-    for grids in _Sharing(graph, modules, tensors, layers).grids():
-        _insert(traced, grids, layers)
+    for places in _Sharing(graph, modules, tensors, layers).places():
+        _insert(traced, places, layers)
     traced.recompile()
     classifier.network = traced.eval()
-    return tracer.untraced
+    return untraced
+
+
+def _traced(network: nn.Module, layers: Collection[str]) -> tuple[fx.Graph, list[str]]:
+    """The network's graph, and the names of the modules that are single nodes of it because they cannot be traced."""
+    untraced: list[str] = []
+    while True:
+        tracer = _Tracer([*layers, *untraced])
+        try:
+            return tracer.trace(network), untraced
+        except Exception as error:  # Whatever a stranger's `forward` raises when it is given symbols.
+            if tracer.failed is None:
+                raise BadInput(
+                    f"torch.fx cannot trace a {type(network).__name__}: {first_line(error)}.",
+                    "Use --placement layer-inputs.",
+                ) from error
+            untraced.append(tracer.failed)
 
 
 class _Tracer(fx.Tracer):
-    """Makes a leaf of every module that cannot be traced, the innermost first."""
+    """Takes the modules named `leaves`, beside torch's own, for single nodes; `failed` is the innermost module in which
+    tracing ended.
+    """
 
-    def __init__(self, layers: Collection[str]) -> None:
+    def __init__(self, leaves: Collection[str]) -> None:
         super().__init__()
-        self.layers = layers
-        self.untraced: list[str] = []
+        self.leaves = leaves
+        self.failed: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.layers or super().is_leaf_module(m, module_qualified_name)
+        return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         try:
             return super().call_module(m, forward, args, kwargs)
-        except Exception:  # As above.
-            name = self.path_of_module(m)
-            self.untraced = [each for each in self.untraced if not each.startswith(f"{name}.")] + [name]
-            return self.create_proxy("call_module", name, args, kwargs)
+        except Exception:
+            self.failed = self.failed or self.path_of_module(m)
+            raise
 
 
 def _operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> Operation:
@@ -152,15 +171,18 @@ class _Sharing:
             if self._is_layer(node):  # One that runs twice has one scale for what it takes.
                 self._join(runs.setdefault(str(node.target), node.all_input_nodes[0]), node.all_input_nodes[0])
 
-    def grids(self) -> Iterator[dict[fx.Node, bool]]:
-        """The nodes that share a grid, in the graph's order; whether a node makes values, or only moves them."""
+    def places(self) -> Iterator[dict[fx.Node, tuple[float, float] | None]]:
+        """The nodes that share a grid, in the graph's order, with the bounds of what each makes; None where it only
+        moves values.
+        """
         groups: dict[fx.Node, list[fx.Node]] = {}
         for node in self.graph.nodes:
             groups.setdefault(self._root(node), []).append(node)
         for group in groups.values():
             readers = {user for node in group for user in node.users}
             if any(self._is_integer(node) for node in readers | set(group)) and not self._is_answer(group):
-                places = {node: not self._shared_with(node) for node in group if self._is_place(node)}
+                made = [node for node in group if self._is_place(node)]
+                places = {node: None if self._shared_with(node) else self._bounds(node) for node in made}
                 if places:
                     yield places
 
@@ -217,6 +239,20 @@ class _Sharing:
     def _operation(self, node: fx.Node) -> Operation:
         return _operation(node, self.modules)
 
+    def _bounds(self, node: fx.Node) -> tuple[float, float]:
+        """What an activation function makes of the smallest and of the largest number."""
+        others = [*node.args[1:], *node.kwargs.values()]
+        if not self._is_cut_off(node) or any(isinstance(each, fx.Node) for each in others):
+            return UNBOUNDED
+        ends = torch.tensor(UNBOUNDED)
+        if node.op == "call_module":
+            cut = self.modules[str(node.target)](ends)
+        else:
+            function = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
+            cut = function(ends, *node.args[1:], **node.kwargs)
+        low, high = cut.tolist()
+        return low, high
+
     def _root(self, node: fx.Node) -> fx.Node:
         first: fx.Node = self._first[node]
         return node if first is node else self._root(first)
@@ -236,13 +272,15 @@ def _pads_with_zeros(node: fx.Node) -> bool:
     return bool(given.get("mode", "constant") != "constant" or given.get("value") in (None, 0))
 
 
-def _insert(traced: fx.GraphModule, places: Mapping[fx.Node, bool], layers: Collection[str]) -> None:
+def _insert(
+    traced: fx.GraphModule, places: Mapping[fx.Node, tuple[float, float] | None], layers: Collection[str]
+) -> None:
     """Put a `TensorGrid` behind each of the nodes, which share one range."""
     group = next(iter(places)).name
-    for node, makes in places.items():
+    for node, bounds in places.items():
         feeds = [str(user.target) for user in node.users if user.op == "call_module" and user.target in layers]
         name = f"{TENSOR_GRIDS}.{node.name}"
-        traced.add_submodule(name, TensorGrid(group=group, observed=makes, feeds=feeds))
+        traced.add_submodule(name, TensorGrid(group=group, bounds=bounds, feeds=feeds))
         with traced.graph.inserting_after(node):
             quantized = traced.graph.call_module(name, (node,))
         node.replace_all_uses_with(quantized)

@@ -25,8 +25,8 @@ from dfcompress.models.fake_quantizers import (
     Scheme,
     freeze,
     in_float,
+    input_grids,
     quantize_layers,
-    quantized_layers,
 )
 from dfcompress.quantization.bits import Bits, RequestedBits
 from dfcompress.quantization.ranges import fit_weights
@@ -132,12 +132,11 @@ def uncalibrated(teacher: Classifier, bits: Mapping[str, Bits], scheme: Scheme) 
     """A copy of the teacher at these bits, frozen, with any grids: what it looks like, not what it answers."""
     trial = copy.deepcopy(teacher)
     quantize_layers(trial.network, bits, asymmetric=scheme.asymmetric)
-    for layer in quantized_layers(trial.network).values():
-        if layer.input_bits != FLOAT_BITS:
-            longest = 0 if scheme.signed else 2**layer.input_bits - 1
-            layer.input_grid = InputGrid(
-                bits=layer.input_bits, scale=LONGEST_SCALE, zero_point=longest, signed=scheme.signed
-            )
+    for shared in input_grids(trial.network):
+        longest = 0 if scheme.signed else 2**shared.bits - 1
+        grid = InputGrid(bits=shared.bits, scale=LONGEST_SCALE, zero_point=longest, signed=scheme.signed)
+        for owner in shared.owners:
+            owner.input_grid = grid
     freeze(trial.network)
     return trial
 

@@ -60,10 +60,14 @@ def calibrate(classifier: Classifier, batches: Iterable[Tensor], *, rule: str = 
     if observers and not seen:
         raise BadInput("There are no images to calibrate on.", "Give at least one batch.")
     for grid in grids:
-        ends = [_finite_range(name, observers[name], bits=grid.bits, signed=signed) for name in grid.observed]
-        low, high = min(low for low, _ in ends), max(high for _, high in ends)
+        lows, highs = [], []
+        for name, (lowest, highest) in grid.observed.items():
+            low, high = _finite_range(name, observers[name], bits=grid.bits, signed=signed)
+            # A range wider than what ReLU6 lets through costs its kernel in onnxruntime.
+            lows.append(max(low, lowest))
+            highs.append(min(high, highest))
         for owner in grid.owners:
-            owner.input_grid = InputGrid.covering(low, high, bits=grid.bits, signed=signed)
+            owner.input_grid = InputGrid.covering(min(lows), max(highs), bits=grid.bits, signed=signed)
 
 
 def _finite_range(name: str, observer: Any, *, bits: int, signed: bool) -> tuple[float, float]:

@@ -194,7 +194,7 @@ def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | No
 
 def work_in(recipe: Recipe, teacher: Classifier, images: int) -> float:
     """The work of a synthesis: forward and backward to the input, each step."""
-    return 2.0 * work_of(teacher) * images * recipe.full_steps
+    return 2.0 * work_of(teacher) * images * recipe.work
 
 
 def seconds_of(synthetic: SyntheticSet) -> float:

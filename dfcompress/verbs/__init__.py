@@ -7,4 +7,5 @@ from typing import Literal
 
 QuantizationMethod = Literal["default", "paper"]
 Finetuning = Literal["blocks+lsq", "lsq", "blocks", "kd", "none"]
-Target = Literal["onnxruntime", "tensorrt"]
+Placement = Literal["all-tensors", "layer-inputs"]
+Target = Literal["onnxruntime", "tensorrt", "openvino"]

@@ -90,8 +90,8 @@ class Synthesize:
             chunk = execution.chunk or self.batch_size
             timed = min(chunk, max(1, int(TIMED // (2 * work_of(self.spec.teacher)))))
             seconds = seconds_per_step(recipe, self.spec.teacher, eager, timed, self.spec.sampler())
-            seconds *= self.batch_size / timed * recipe.full_steps
-        seconds = predicted_seconds(execution, seconds * batches)
+            seconds *= self.batch_size / timed
+        seconds = predicted_seconds(execution, seconds * recipe.work * batches)
         return SynthesisEstimate(
             self.spec.choice,
             self.spec.images,

@@ -1,7 +1,7 @@
 """`quantize`: a checkpoint in, a few-bit model out.
 
 dfcompress.quantize("resnet20.pt", bits="4w4a")
-dfcompress.quantize("resnet20.pt", bits="8w8a", data="images", finetune="none")
+dfcompress.quantize("resnet20.pt", bits="8w8a", export="onnxruntime")     # faster, too
 dfcompress.quantize("resnet20.pt", bits="autow8a", size_ratio=0.15, export="onnxruntime")
 dfcompress.quantize("resnet44.pt", bits="4w4a", method="paper", calibration={"steps": 50}, data="images")
 """
@@ -9,13 +9,14 @@ dfcompress.quantize("resnet44.pt", bits="4w4a", method="paper", calibration={"st
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import torch
+from torch import nn
 
 from dfcompress import console
 from dfcompress.data.pool import Augmentation
@@ -24,9 +25,10 @@ from dfcompress.distributed import world
 from dfcompress.errors import BadInput
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, work_of
-from dfcompress.models.fake_quantizers import Scheme, freeze, is_quantized, learn_steps
+from dfcompress.models.fake_quantizers import LARGEST_BITS, Scheme, can_be_quantized, freeze, is_quantized, learn_steps
 from dfcompress.models.stages import stages_of
 from dfcompress.models.statistics import why_no_statistics
+from dfcompress.models.tensor_grids import as_kernels_compute, quantize_tensors
 from dfcompress.quantization.bits import USUAL_ENDS, Layers, RequestedBits, assign, layers_of, parse_bits, parse_ends
 from dfcompress.quantization.calibration import (
     BATCH,
@@ -48,7 +50,7 @@ from dfcompress.training.co_trained_student import CoTrainedStudent
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.objectives import Objective, make_objectives
 from dfcompress.training.settings import Training
-from dfcompress.verbs import Finetuning, QuantizationMethod, Target
+from dfcompress.verbs import Finetuning, Placement, QuantizationMethod, Target
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed, evaluator
 from dfcompress.verbs._plan import Outcome, Plan, Step, planned
@@ -88,10 +90,12 @@ CALIBRATIONS: Mapping[QuantizationMethod, Calibration] = {
     ),
 }
 FINETUNED_BY: Mapping[QuantizationMethod, Finetuning] = {"default": "blocks+lsq", "paper": "kd"}
+FINETUNED_ON: Mapping[Placement, Finetuning] = {"all-tensors": "none"}
 # Haroush et al. 2020, section 4.2: CIFAR's ResNet-44, and ImageNet's ResNet-18.
 SMALL = 64
 PAPER_KD, PAPER_KD_LARGE = replace(KD, steps=16_000, batch_size=512), replace(KD, steps=44_000)
-RECIPE, PAPER_PRESET, IMAGES = "bns-inception", "paper-cifar10", 2048
+RECIPE, PAPER_PRESET, IMAGES, LARGE_IMAGES = "bns-inception", "paper-cifar10", 2048, 128
+INT8 = RequestedBits(LARGEST_BITS, LARGEST_BITS)
 ROUNDING_SETTING = "setting of rounding called"
 BITS, BLOCKS = f"bits{STATE}", f"blocks{STATE}"
 
@@ -109,6 +113,7 @@ def quantize(
     synthesis: Synthesis = Synthesis(),
     second_recipe: str | None = AUTO,
     method: QuantizationMethod = "default",
+    placement: Placement | None = None,
     calibration: Calibration | Mapping[str, Any] | None = None,
     finetune: Finetuning | None = None,
     rounding: Reconstruction | Mapping[str, Any] | None = None,
@@ -130,6 +135,8 @@ def quantize(
     `blocks+lsq` does the one after the other, `kd` trains the weights with ranges frozen, `none` only calibrates.
     `training` changes or replaces its settings (`FINETUNING`); of `blocks+lsq` these are the second half's, and
     `rounding` the first's (`BEFORE_LSQ`); `objectives` are followed. `method` sets all defaults: ours or the `paper`'s.
+    `placement` says which tensors get grids: with `all-tensors` every one that kernels for integers read or write, so
+    that int8 files are faster (BatchNorms folded, calibrated only; usual where all is 8w8a), else `layer-inputs`.
     `data` is a synthetic set, the folder of a run that made some, or real images; without it images are made first,
     usually by `bns-inception`, and half of them by `second_recipe` (see `TransferSetSource`).
     `export` also writes `model.onnx` for that runtime and checks it. The folder `output` (default:
@@ -137,20 +144,31 @@ def quantize(
     layer), `metrics.jsonl` (but of `blocks`), `run.json` and the images made; on real `eval_data` it is only reported.
     """
     teacher = _in_float(as_classifier(checkpoint))
-    calibration = usual_calibration(method, calibration, input_size=teacher.card.input_size)
-    finetune = finetune or FINETUNED_BY[method]
+    calibration = usual_calibration(method, calibration, input_size=teacher.card.input_size, target=export)
+    wish = partial(
+        wanted_bits,
+        bits=bits,
+        first_last_bits=first_last_bits,
+        layer_bits=layer_bits,
+        size_ratio=size_ratio,
+        scheme=calibration.scheme,
+    )
+    # Settings of a training ask for one.
+    asked = finetune or (FINETUNED_BY[method] if training or rounding or objectives else None)
+    why_not = partial(_why_not_all_tensors, method, asked, calibration.scheme)
+    placement, reference, student, layers, wanted = _placed(teacher, wish, why_not, placement, bits)
+    finetune = finetune or FINETUNED_ON.get(placement) or FINETUNED_BY[method]
     tuning = usual_tuning(finetune, training, method=method, input_size=teacher.card.input_size)
     rounding = usual_rounding(finetune, rounding, tuning)
-    student, layers = copy.deepcopy(teacher), _layers(teacher)
-    wanted = wanted_bits(teacher, layers.quantizable, bits, first_last_bits, layer_bits, size_ratio, calibration.scheme)
     terms = _objectives(teacher, finetune, objectives, temperature=temperature, seed=compute.seed)
-    _require_exportable(export, teacher, wanted, calibration.scheme)
+    _require_exportable(export, student, wanted, calibration.scheme)
     if not data:
         synthesis, second_recipe = usual_images(method, teacher, synthesis, second_recipe)
-    competing = partial(competitor, teacher, wanted, calibration, compute)
+    plain = {name: each for name, each in wanted.items() if can_be_quantized(teacher.network.get_submodule(name))}
+    competing = partial(competitor, teacher, plain, calibration, compute)
     source = TransferSetSource(teacher, data, synthesis, compute, second_recipe=second_recipe, competitor=competing)
     steps: dict[str, Step | None] = {
-        "calibration": Calibrate(student, teacher, calibration, wanted, size_ratio, compute),
+        "calibration": Calibrate(student, reference, calibration, wanted, size_ratio, compute),
         "rounding": _step(student, teacher, finetune, rounding, terms, compute),
         "training": _step(student, teacher, finetune, tuning, terms, compute),
     }
@@ -159,6 +177,7 @@ def quantize(
         "bits": {name: asdict(each) for name, each in wanted.items()},
         "size_ratio": size_ratio,
         "method": method,
+        "placement": placement,
         "finetune": finetune,
         "objectives": {term.name: term.weight for term in terms},
         "temperature": temperature,
@@ -174,7 +193,7 @@ def quantize(
         sources={"": source},
         measure=evaluator(eval_data, teacher, compute.device),
         compute=compute,
-        complete=partial(_freeze, student, teacher, layers, wanted),
+        complete=partial(_freeze, student, reference, layers, wanted),
         export=export,
     ).plan(steps, options, [data, eval_data], output, resume=resume, overwrite=overwrite)
 
@@ -268,14 +287,91 @@ def _freeze(
         write_json(run.folder / REPORT, report)
 
 
-def _layers(teacher: Classifier) -> Layers:
-    """The layers of a network; those that stay in float are named."""
+Wish = Callable[[Classifier, Sequence[str]], dict[str, RequestedBits]]
+
+
+class Placed(NamedTuple):
+    """Where grids are put; the float network that the student follows; the student; its layers and their bits."""
+
+    placement: Placement
+    reference: Classifier
+    student: Classifier
+    layers: Layers
+    wanted: dict[str, RequestedBits]
+
+
+def _placed(
+    teacher: Classifier,
+    wish: Wish,
+    why_not_all: Callable[[Mapping[str, RequestedBits]], str | None],
+    asked: Placement | None,
+    bits: str,
+) -> Placed:
+    """The student with its grids where they were asked for, or on all tensors wherever that makes the file faster.
+
+    Raises `BadInput` where all tensors are asked for and kernels for integers do not take what else is asked for.
+    """
+    if asked not in (*get_args(Placement), None):
+        raise BadInput(f"There is no --placement {asked!r}.", f"Known: {', '.join(get_args(Placement))}.")
+    if asked == "all-tensors" or (asked is None and parse_bits(bits) == INT8):
+        reference = copy.deepcopy(teacher)
+        as_kernels_compute(reference)
+        layers = layers_of(reference)._replace(unused={})  # The graph does not hold them.
+        wanted = wish(reference, layers.quantizable)
+        why = why_not_all(wanted)
+        if why and asked:
+            raise BadInput(f"--placement all-tensors does not go with {why}.", "Leave that out, or use layer-inputs.")
+        if not why and (student := _with_tensor_grids(reference, wanted, asked)):
+            _name_what_stays(reference, layers)
+            return Placed("all-tensors", reference, student, layers, wanted)
     layers = layers_of(teacher)
+    _name_what_stays(teacher, layers)
+    return Placed("layer-inputs", teacher, copy.deepcopy(teacher), layers, wish(teacher, layers.quantizable))
+
+
+def _why_not_all_tensors(
+    method: QuantizationMethod,
+    finetune: Finetuning | None,
+    scheme: Scheme,
+    wanted: Mapping[str, RequestedBits],
+) -> str | None:
+    """What kernels for integers, or a network that is its graph, do not take."""
+    if other := next((name for name, each in wanted.items() if each != INT8), None):
+        return f"other bits than 8w8a, as layer {other} has"
+    if LARGEST_BITS in scheme.asymmetric:
+        return "--weight-grid asymmetric"
+    if (method, finetune) != ("default", None) and (finetune or FINETUNED_BY[method]) != "none":
+        return f"--finetune {finetune or FINETUNED_BY[method]}"
+    return None
+
+
+def _with_tensor_grids(
+    reference: Classifier, wanted: Mapping[str, RequestedBits], asked: Placement | None
+) -> Classifier | None:
+    """A copy whose network is its graph; None where nobody asked for it and there is no good one."""
+    # Additions between LayerNorms carry few values far larger than all others, which one scale does not serve.
+    if asked is None and any(isinstance(module, nn.LayerNorm) for module in reference.network.modules()):
+        return None
+    student = copy.deepcopy(reference)
+    try:
+        untraced = quantize_tensors(student, wanted)
+    except BadInput as error:
+        if asked:
+            raise
+        console.notice(f"{error.problem} The file is smaller and not faster.")
+        return None
+    for name in untraced:
+        console.notice(f"torch.fx cannot trace {name}: inside it inputs of layers alone are quantized.")
+    return student
+
+
+def _name_what_stays(teacher: Classifier, layers: Layers) -> None:
     for name, kind in layers.others.items():
         console.notice(f"Layer {name} is a {kind}, which cannot be quantized: it stays in float.")
+    if any(isinstance(module, nn.LayerNorm) for module in teacher.network.modules()):
+        console.notice("LayerNorms, and softmax and products inside attention, stay in float.")
     if layers.unused:
         console.notice(f"Evaluation does not use {named_bytes(layers.unused)}: the file holds them in float.")
-    return layers
 
 
 def competitor(
@@ -314,7 +410,7 @@ def usual_images(
     """What is made unless a recipe is named: images whose statistics are those of the training data, as far as the
     teacher knows them; the paper's for its method, and no second recipe, unless one was asked for.
     """
-    synthesis = synthesis.counted(IMAGES)
+    synthesis = synthesis.counted(IMAGES if teacher.card.small or method == "paper" else LARGE_IMAGES)
     if method == "paper" and second_recipe == AUTO:
         second_recipe = None
     if synthesis.recipe or synthesis.preset or why_no_statistics(teacher.network):
@@ -327,15 +423,16 @@ def usual_calibration(
     settings: Calibration | Mapping[str, Any] | None,
     *,
     input_size: tuple[int, int, int],
+    target: Target | None = None,
 ) -> Calibration:
     """The settings of calibration, a method's own or with changes; by default fewer batches of images that have more
-    than 64 x 64 pixels. Raises `BadInput` for a method or a setting that is none.
+    than 64 x 64 pixels, and the grids that the target takes. Raises `BadInput` for a method or a setting that is none.
     """
     if method not in CALIBRATIONS:
         raise BadInput(f"There is no --method {method!r}.", f"Known: {', '.join(CALIBRATIONS)}.")
     if isinstance(settings, Calibration):
         return settings
-    usual = CALIBRATIONS[method]
+    usual = replace(CALIBRATIONS[method], signed=target == "tensorrt")
     if method == "default":
         usual = replace(usual, steps=usual_steps(input_size))
     return replace_settings(usual, settings or {}, "setting of calibration called")
