@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command(epilog=_options.example("dfcompress invert resnet20.pt --images 2048 -o images"))
 @_options.model
-@_options.synthesis(images=1024)
+@_options.synthesis(images="1024; of more than 64 pixels a side 128")
 @click.option(
     "--student", help="Architecture of the student that adaptive images compete with; by default the model's own."
 )

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 )
 @_options.data
 @_options.eval_data
-@_options.synthesis(images=2048)
+@_options.synthesis(images="2048; of more than 64 pixels a side 128")
 @click.option(
     "--method",
     type=click.Choice(get_args(QuantizationMethod)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from dfcompress.data.real import ImageSource
 from dfcompress.device import exact_fp32, threads, threads_for
 from dfcompress.errors import DfcompressError
-from dfcompress.models.classifier import Classifier, evaluating, work_of
+from dfcompress.models.classifier import Classifier, evaluating, images_a_pass, work_of
 from dfcompress.models.recorder import HookRecorder, LayerMoments, Moments
 
 TOP = 5
@@ -42,17 +42,21 @@ class Predictions:
 def predict(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> Predictions:
     """Ask a classifier, in fp32 and evaluation mode, about float images `(N, C, H, W)` in [0, 1] with labels.
 
+    Of a batch, as many images as fit into memory are in the network at once.
     Raises `DfcompressError` where it answers with something that is not a number.
     """
     device, k = classifier.mean.device, min(TOP, classifier.card.classes)
     classes, labels = [], []
     with evaluating(classifier), exact_fp32(), threads(threads_for(BATCH * work_of(classifier))):
+        fit = images_a_pass(classifier)
         for images, truth in batches:
-            logits = classifier(images.to(device))
-            if not logits.isfinite().all():
-                raise DfcompressError("The network answers with NaN or infinity.", "Its weights or its card are wrong.")
-            classes.append(logits.topk(k).indices.cpu())
             labels.append(truth.cpu())
+            for some in images.split(fit):
+                logits = classifier(some.to(device))
+                if not logits.isfinite().all():
+                    problem = "The network answers with NaN or infinity."
+                    raise DfcompressError(problem, "Its weights or its card are wrong.")
+                classes.append(logits.topk(k).indices.cpu())
     return Predictions(torch.cat(classes), torch.cat(labels))
 
 
@@ -77,11 +81,12 @@ def bn_divergence(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor
     seen = 0
     recorder = HookRecorder(classifier.network, moments=True)
     with evaluating(classifier), exact_fp32(), threads(threads_for(BATCH * work_of(classifier))):
-        for images, _ in batches:
-            layers = recorder(classifier.normalise(images.to(device))).layers
+        fit = images_a_pass(classifier)
+        for some in (some for images, _ in batches for some in images.split(fit)):
+            layers = recorder(classifier.normalise(some.to(device))).layers
             new = [_with_errors(layer, layer.mean_error.sum(0), layer.square_error.sum(0)) for layer in layers]
             sums = [_plus(one, other) for one, other in zip(sums, new, strict=True)] if sums else new
-            seen += len(images)
+            seen += len(some)
     pooled = [_with_errors(layer, layer.mean_error[None] / seen, layer.square_error[None] / seen) for layer in sums]
     return float(Moments.of(pooled).divergences().mean())
 

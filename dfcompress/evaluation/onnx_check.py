@@ -16,6 +16,7 @@ from torch import Tensor
 from dfcompress import console
 from dfcompress.device import exact_fp32
 from dfcompress.errors import DfcompressError
+from dfcompress.memory import PIXELS
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.safe_reading import file_bytes
 
@@ -103,7 +104,7 @@ class Session:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of images."""
-        return torch.cat([torch.from_numpy(self.run(some)) for some in images.split(BATCH)])
+        return torch.cat([torch.from_numpy(self.run(some)) for some in images.split(_at_once(images))])
 
     def run(self, images: Tensor) -> NDArray[np.float32]:
         """Logits of a few images, in one batch."""
@@ -128,7 +129,12 @@ def _milliseconds(sessions: Sequence[Session], images: Tensor) -> list[float]:
 @torch.no_grad()
 def _answers(classifier: Classifier, images: Tensor) -> Tensor:
     with exact_fp32(), evaluating(classifier):
-        return torch.cat([classifier(some.to(classifier.mean.device)).cpu() for some in images.split(BATCH)])
+        return torch.cat([classifier(some.to(classifier.mean.device)).cpu() for some in images.split(_at_once(images))])
+
+
+def _at_once(images: Tensor) -> int:
+    """Of so many pixels as a CPU needs at once: onnxruntime keeps the memory of its largest pass."""
+    return min(BATCH, max(1, PIXELS // images[0, 0].numel()))
 
 
 def _equal(one: Tensor, other: Tensor) -> int:

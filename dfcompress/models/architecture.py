@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -14,8 +15,6 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from dfcompress.models.plain import make_plain
 from dfcompress.models.resizing import resized
 from dfcompress.models.safe_reading import without_counters
-
-SMALL_INPUT = 64
 
 
 @dataclass(frozen=True)
@@ -71,18 +70,40 @@ class Architecture:
         return self.ignored is not None and re.match(self.ignored, name) is not None
 
     def make_empty(self, classes: int, channels: int) -> nn.Module:
-        """The network with parameters on the meta device, where they take neither memory nor time to initialise.
-
-        (Building under `torch.device("meta")` fails for networks that compute with tensors in their constructor.)
+        """The network with parameters on the meta device, where they take neither memory nor time to initialise; its
+        buffers are real. One that computes with its parameters in its constructor is built as it is.
         """
-        if self.foreign:
-            return self.build(classes, channels)
-        # torch types the hook as giving nothing, and documents that what it gives replaces the parameter.
-        hook = register_module_parameter_registration_hook(_without_storage)  # type: ignore[arg-type]
-        try:
-            return self.build(classes, channels)
-        finally:
-            hook.remove()
+        if not self.foreign:
+            for network in self._without_memory(classes, channels):
+                if not any(buffer.is_meta for buffer in network.buffers()):
+                    return network
+        return self.build(classes, channels)
+
+    def make_shape(self, classes: int, channels: int) -> nn.Module:
+        """The network for its tensors' names and shapes alone: its buffers, too, may be on the meta device."""
+        made = iter(()) if self.foreign else self._without_memory(classes, channels)
+        network = next(made, None)
+        return self.build(classes, channels) if network is None else network
+
+    def _without_memory(self, classes: int, channels: int) -> Iterator[nn.Module]:
+        """The network built in the two ways that take no memory, as far as its constructor goes along with them: with
+        parameters on the meta device, where most do, and with everything there, where hybrids and Swin v2 of timm do.
+        """
+        for place in (_parameters_on_meta(), torch.device("meta")):
+            with suppress(RuntimeError):  # NotImplementedError, which meta tensors raise, is one.
+                with place:
+                    network = self.build(classes, channels)
+                yield network
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    # torch types the hook as giving nothing, and documents that what it gives replaces the parameter.
+    hook = register_module_parameter_registration_hook(_without_storage)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _without_storage(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -92,7 +113,7 @@ def _without_storage(module: nn.Module, name: str, parameter: nn.Parameter | Non
 @cache
 def tensors_of(architecture: Architecture, classes: int, channels: int) -> dict[str, torch.Size]:
     """Names and shapes of an architecture's tensors, without counters, at next to no cost."""
-    network = replace(architecture, widths=()).make_empty(classes, channels)
+    network = replace(architecture, widths=()).make_shape(classes, channels)
     if architecture.widths:
         # Buffers, too, take no memory then: widths come from strangers' files.
         network = resized(make_plain(network).to("meta"), dict(architecture.widths))

@@ -13,6 +13,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
 
+SMALL_INPUT = 64  # Pixels a side: CIFAR and Tiny-ImageNet, whose networks and settings are not those of ImageNet.
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelCard:
@@ -33,6 +35,11 @@ class ModelCard:
     origin: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     widths: Mapping[str, tuple[int, int]] | None = None
+
+    @property
+    def small(self) -> bool:
+        """Whether images are as small as CIFAR's or Tiny-ImageNet's."""
+        return max(self.input_size[1:]) <= SMALL_INPUT
 
     def to_json(self) -> dict[str, Any]:
         """The card as plain JSON values."""

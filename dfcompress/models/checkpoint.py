@@ -23,7 +23,7 @@ from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models import packing
 from dfcompress.models.answers import gives_logits, require_exclusive, take_logits
-from dfcompress.models.architecture import SMALL_INPUT, Architecture, tensors_of
+from dfcompress.models.architecture import Architecture, tensors_of
 from dfcompress.models.architectures import HALF, architectures, named, plain, runs_code
 from dfcompress.models.batchnorms import has_foreign_batchnorms, plain_batchnorms
 from dfcompress.models.card import (
@@ -33,6 +33,7 @@ from dfcompress.models.card import (
     IMAGENET_STD,
     MNIST_MEAN,
     MNIST_STD,
+    SMALL_INPUT,
     ModelCard,
     Origin,
 )
@@ -47,6 +48,7 @@ from dfcompress.models.fake_quantizers import (
 from dfcompress.models.huggingface import TRANSFORMERS, card_of, is_of_transformers, take_rgb
 from dfcompress.models.plain import is_plain, make_plain
 from dfcompress.models.recognition import MISSING, Recognised, differences, first, fit_to, recognise, why_in_part
+from dfcompress.models.released import is_released, released
 from dfcompress.models.resizing import REMEDY
 from dfcompress.models.safe_reading import (
     CARD_KEY,
@@ -82,7 +84,8 @@ def load(
     """The classifier that a checkpoint holds: frozen, in evaluation mode, fp32, on the CPU; its network answers with
     logits and has plain weights (see `take_logits` and `make_plain`).
 
-    `path` is a `.pt .pth .th .bin .ckpt .safetensors` file, or a folder with `config.json` and `model.safetensors`.
+    `path` is a `.pt .pth .th .bin .ckpt .safetensors` file, a folder with `config.json` and `model.safetensors`, or the
+    name of released weights (`torchvision:resnet18`, `timm:resnet18.a1_in1k`).
     `arch` names the architecture where it is not recognised (NAME, timm:NAME, file.py:factory,
     package.module:factory); with `match_by_order` tensors are matched by order and shape, whatever their names.
     `num_classes` is handed to a factory that takes it. `input_size` (channels, height, width), `mean`, `std` and
@@ -90,11 +93,14 @@ def load(
     Raises `BadInput` for anything that cannot be used, saying what was found.
     """
     path = _as_path(path)
+    weights = released(str(path)) if is_released(path) else None
+    path = weights.file if weights else path
     stored = read(path)
-    sidecar = read_json(_sidecar_path(path))
     of_transformers = arch is None and is_of_transformers(path)
-    card = card_of(path) if of_transformers else stored.card
-    stated = _checked(card, str(path)) | _checked(sidecar, str(_sidecar_path(path)))
+    card = weights.stated if weights else card_of(path) if of_transformers else stored.card
+    stated = _checked(card, str(path))
+    if not weights:
+        stated |= _checked(read_json(_sidecar_path(path)), str(_sidecar_path(path)))
     given = {
         "architecture": arch,
         "classes": num_classes,
@@ -120,7 +126,11 @@ def load(
     network = _packed(fit, stored) if stored.quantization is not None else _with_weights(fit)
     require_variances(network, str(path))
     classifier = Classifier(
-        make_plain(network), _card(fit, stated, given), name=_name(path), sha256=sha256(path), path=path
+        make_plain(network),
+        _card(fit, stated, given),
+        name=weights.name if weights else _name(path),
+        sha256=sha256(path),
+        path=None if weights else path,  # Nothing is written beside a file of another library's cache.
     ).frozen()
     take_logits(classifier)
     if of_transformers:

@@ -16,9 +16,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dfcompress.errors import first_line
+from dfcompress.memory import count_bytes, images_at_once
 from dfcompress.models.card import ModelCard
 from dfcompress.models.hooks import counted_runs, hooked_outputs
 from dfcompress.randomness import generator
+
+LARGEST_PASS = 2**16
 
 
 class Classifier(nn.Module):
@@ -113,6 +116,22 @@ def pass_once(classifier: Classifier) -> Tensor:
     with evaluating(classifier):
         logits: Tensor = classifier(torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device))
     return logits
+
+
+@torch.no_grad()
+def bytes_a_pass(classifier: Classifier) -> float:
+    """What an image takes of the memory on its way through a classifier, forwards and in fp32."""
+    pair = torch.zeros(2, *classifier.card.input_size, device=classifier.mean.device)
+    with evaluating(classifier):
+        return count_bytes(lambda: classifier(pair)) / 2
+
+
+def images_a_pass(classifier: Classifier) -> int:
+    """How many images to send through a classifier at once, forwards and in fp32: a power of two, `LARGEST_PASS` at
+    most. Raises `BadInput` where the memory does not suffice for one.
+    """
+    size, target = classifier.card.input_size, classifier.mean.device
+    return images_at_once(LARGEST_PASS, bytes_a_pass(classifier), target=target, input_size=size)
 
 
 def multiply_accumulates(classifier: Classifier) -> int:

@@ -7,9 +7,11 @@ every one of its tensors is found, of its shape, and where no layer is left over
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +19,8 @@ from torch import Tensor
 from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models.architecture import Architecture, Naming, tensors_of
-from dfcompress.models.architectures import architectures
+from dfcompress.models.architectures import architectures, named
+from dfcompress.models.fingerprints import Twins, fitting_names, fitting_order, index
 
 SHOWN = 4
 MISSING = "is missing"
@@ -27,6 +30,13 @@ PARTS = 2
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # What thop, which counts operations, leaves in every module.
 COUNTED = ("total_ops", "total_params")
+
+# A file in Hugging Face's cache stands in models--timm--NAME/snapshots/REVISION.
+FOLDERS = 3
+# Of a file's tensors: fewer in common are those that any two networks share, such as `fc.bias`.
+NEAR = 1 / 4
+# EfficientNets under these names (of efficientnet_pytorch and its like) are TensorFlow's, which pads otherwise.
+OF_TENSORFLOW, TENSORFLOW = "_conv_stem.weight", "timm:tf_"
 
 # Where a name stands in a file: behind this prefix, and with these wrappers inside it.
 Place = tuple[str, str]
@@ -100,6 +110,17 @@ class _File:
             self._endings[naming] = found
         return self._endings[naming]
 
+    def fitting(self) -> list[Twins]:
+        """The listed architectures that the tensors behind one prefix are, all but the last layer."""
+        endings = self.endings(Naming())
+        prefixes = {prefix for stem in index().stems for name in stem for prefix, _ in endings.get(name, {})}
+        found: list[Twins] = []
+        for prefix in sorted(prefixes | {""}):
+            inside = [name for name in self.tensors if name.startswith(prefix) and _leaf(name) not in COUNTED]
+            shapes = {_unwrapped(name.removeprefix(prefix)): self.tensors[name].shape for name in inside}
+            found += [twins for twins in fitting_names(shapes) if twins not in found]
+        return found
+
     def same(self, name: str, other: str) -> bool:
         """Whether two names are of one tensor, or of two with the same values."""
         one, two = self.tensors[name], self.tensors[other]
@@ -110,13 +131,16 @@ def recognise(tensors: Mapping[str, Tensor], where: str, classes: int = 0) -> Re
     """The one architecture whose tensors have these names and shapes.
 
     `classes` is how many there are, where that is known. Tensors beside the network are left out with a notice.
-    Raises `BadInput` where several fit, naming them, or none, naming the nearest and where it first differs, and where
-    the file holds a network twice or layers beside it.
+    Where several fit, the name of the file or of its folder decides, if it is the name of one.
+    Raises `BadInput` where several fit all the same, naming them, or none, naming those that fit in order or the
+    nearest and where it first differs, and where the file holds a network twice or layers beside it.
     """
     file, count = _File(tensors), len(tensors)
     known = architectures().values()
     likely = [each for each in known if each.tensors in (None, count) or each.ignored]
     matches = _complete(likely, file, classes)
+    if not any(_is_clear(match) for match in matches) and (match := _listed(file, where, classes)):
+        matches = [match]
     if not any(_is_clear(match) for match in matches):
         # Tensors that stand beside the network are few, so the largest architectures come first.
         smaller = {each.tensors for each in known if each.tensors and each.tensors < count}
@@ -126,7 +150,7 @@ def recognise(tensors: Mapping[str, Tensor], where: str, classes: int = 0) -> Re
                 break
     clear = [match for match in matches if _is_clear(match)]
     if len(clear) == 1:
-        return _taken(clear[0], where)
+        return _taken(_usual_or_named(clear[0], file, where, classes), where)
     if clear:
         names = ", ".join(match.found.architecture.name for match in clear)
         raise BadInput(
@@ -170,6 +194,100 @@ def first(found: list[str], separator: str = "; ") -> str:
     """The first of several things, in words."""
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return separator.join(found[:SHOWN]) + more
+
+
+def _listed(file: _File, where: str, classes: int) -> _Match | None:
+    """The match of the architecture that the index has for a file, None where it has none.
+
+    Raises `BadInput` where there are several, where timm is missing that would build it, and for a body alone.
+    """
+    fitting = file.fitting()
+    if not fitting:
+        return None
+    name = _decided(fitting, where)
+    if name is None:
+        names = [twins[0] for twins in fitting]
+        raise BadInput(
+            f"{where} fits several architectures, which compute differently: {', '.join(names)}.",
+            f"Say which, for instance --arch {names[0]}; a file or folder of such a name needs no --arch.",
+        )
+    match = _best(_of_library(name, where), file, classes)
+    if match.complete:
+        return match
+    if refused := _why_in_part(match, where, len(file.tensors)):
+        raise refused
+    return None
+
+
+def _usual_or_named(usual: _Match, file: _File, where: str, classes: int) -> _Match:
+    """The match of an architecture that is the usual one of its tensors, or of another one that the file is named
+    after: timm has ResNets that differ from torchvision's in what has no tensors.
+    """
+    fitting = file.fitting()
+    if not any(usual.found.architecture.name in twins for twins in fitting):
+        return usual
+    name = _decided(fitting, where) or usual.found.architecture.name
+    if any({name, usual.found.architecture.name} <= {*twins} for twins in fitting):
+        return usual
+    named_match = _best(_of_library(name, where), file, classes)
+    return named_match if named_match.complete else usual
+
+
+def _decided(fitting: Sequence[Twins], where: str) -> str | None:
+    """Which of the architectures that fit it is: the one that the file is named after, the only one, or, with a notice,
+    torchvision's or ours; None where nothing decides.
+    """
+    if name := _named_by(where, fitting):
+        return name
+    if len(fitting) == 1:
+        return fitting[0][0]
+    usual = [twins[0] for twins in fitting if twins[0] in architectures()]
+    if len(usual) != 1:
+        return None
+    others = [twins[0] for twins in fitting if twins[0] != usual[0]]
+    console.notice(
+        f"{where}: taken for {usual[0]}. The tensors fit {' and '.join(others)} as well, which compute otherwise: "
+        f"if it is {'that' if len(others) == 1 else 'one of them'}, name it with --arch."
+    )
+    return usual[0]
+
+
+def _named_by(where: str, fitting: Iterable[Twins]) -> str | None:
+    """The architecture that a file or one of the folders around it is named after, None where that is none or several.
+
+    A name counts where no letter or digit stands beside it, and where it is no part of another's.
+    """
+    path = Path(where)
+    for part in (path.stem, *(parent.name for parent in [*path.parents][:FOLDERS])):
+        names = {_bare(name): name for twins in reversed([*fitting]) for name in reversed(twins)}
+        found = [bare for bare in names if re.search(rf"(?<![a-zA-Z0-9]){re.escape(bare)}(?![a-zA-Z0-9])", part)]
+        longest = [bare for bare in found if not any(bare != other and bare in other for other in found)]
+        if found:
+            return names[longest[0]] if len(longest) == 1 else None
+    return None
+
+
+def _bare(name: str) -> str:
+    return name.rpartition(":")[2]
+
+
+def _of_library(name: str, where: str) -> Architecture:
+    """A listed architecture; raises `BadInput` where timm, or a newer one, is needed to build it."""
+    if name in architectures():
+        return architectures()[name]
+    try:
+        import timm
+    except ImportError:
+        raise BadInput(
+            f"{where} holds weights of timm's {_bare(name)}, and timm is not installed.",
+            "Install it with: pip install 'dfcompress[timm]'.",
+        ) from None
+    if not timm.is_model(_bare(name)):
+        raise BadInput(
+            f"{where} holds weights of timm's {_bare(name)}, which timm {timm.__version__} does not know.",
+            f"Install timm {index().versions['timm']} or a newer one.",
+        )
+    return named(name)
 
 
 def _complete(candidates: Iterable[Architecture], file: _File, classes: int) -> list[_Match]:
@@ -228,13 +346,20 @@ def _why_in_part(match: _Match, where: str, count: int) -> BadInput | None:
 
 def _unknown(file: _File, where: str, classes: int) -> BadInput:
     """That no architecture fits, and which is the nearest: the one with most of the file's names and shapes."""
+    if ordered := _in_order(file):
+        return BadInput(
+            f"{where} is none of the known architectures by the names of its tensors, but their shapes in order are "
+            f"those of {' and of '.join(ordered)}.",
+            f"If it is {'that network' if len(ordered) == 1 else 'one of them'}, type --arch {ordered[0]} "
+            "--match-by-order: its layers must be connected alike, which shapes do not tell.",
+        )
     count = len(file.tensors)
     near = [_best(each, file, classes) for each in architectures().values() if _may_be_near(each, count)]
     nearest = max(near, key=lambda match: (match.shared, -len(match.differences)), default=None)
     remedy = "Name it with --arch timm:NAME or --arch file.py:factory."
-    if nearest is None or not nearest.shared:
+    if nearest is None or nearest.shared < NEAR * count:
         return BadInput(
-            f"{where} is none of the known architectures, and has no tensor in common with any: it begins with "
+            f"{where} is none of the known architectures, and has too little in common with any: it begins with "
             f"{first([f'{name} {_shape(tensor.shape)}' for name, tensor in file.tensors.items()], ', ')}.",
             remedy,
         )
@@ -245,6 +370,15 @@ def _unknown(file: _File, where: str, classes: int) -> BadInput:
         f"{nearest.shared} of its {count} tensors: {first(nearest.differences)}.",
         remedy,
     )
+
+
+def _in_order(file: _File) -> list[str]:
+    """The usual names of the architectures whose shapes in order are the file's, the likeliest first."""
+    shapes = [tensor.shape for name, tensor in file.tensors.items() if _leaf(name) not in COUNTED]
+    names = [twins[0] for twins in fitting_order(shapes)]
+    if any(name.endswith(OF_TENSORFLOW) for name in file.tensors):
+        names.sort(key=lambda name: not name.startswith(TENSORFLOW))
+    return names
 
 
 def _may_be_near(architecture: Architecture, count: int) -> bool:
@@ -405,7 +539,8 @@ def _classes_and_channels(
     The file's own order says nothing: safetensors sorts names.
     """
     head = ["", *(name for name, shape in usual.items() if len(shape) >= 2)][-1]
-    stem = next((name for name, shape in usual.items() if len(shape) == 4), "")
+    # A table of positions may have four dimensions, too.
+    stem = next((name for name, shape in usual.items() if len(shape) == 4 and _leaf(name) == "weight"), "")
     if not classes:
         classes = tensors[head].shape[0] if head in tensors and tensors[head].dim() >= 2 else 10
     channels = tensors[stem].shape[1] if stem in tensors and tensors[stem].dim() == 4 else architecture.channels

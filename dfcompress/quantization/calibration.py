@@ -17,7 +17,8 @@ from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import Compute, resolve_device
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
-from dfcompress.models.classifier import Classifier
+from dfcompress.memory import images_at_once
+from dfcompress.models.classifier import Classifier, bytes_a_pass, images_a_pass
 from dfcompress.models.fake_quantizers import WIDTHS, Scheme, quantize_layers
 from dfcompress.quantization import WeightGridKind
 from dfcompress.quantization.bias_correction import correct, images_to_correct_on
@@ -105,10 +106,13 @@ def calibrated(
     quantize_layers(student.to(target).network, chosen, asymmetric=calibration.scheme.asymmetric)
     fit_weights(student, rule=calibration.weights)
     batches = calibration_batches(images.to(target), calibration, seed=compute.seed)
-    calibrate(student, batches, rule=calibration.inputs, signed=calibration.signed)
+    fit = images_a_pass(student)
+    parts = (some for batch in batches for some in batch.split(fit))
+    calibrate(student, parts, rule=calibration.inputs, signed=calibration.signed)
     sensitivity = sensitivities(student, few, list(chosen))
     if calibration.correction:
         count = images_to_correct_on(teacher.card.input_size, len(images))
+        count = images_at_once(count, bytes_a_pass(student), target=target)
         correct(student, teacher, as_float(mixed[:count].to(target)))
     return Calibrated(few, sensitivity)
 
@@ -141,7 +145,7 @@ def calibrated_on_noise(
     fit_weights(student, rule=calibration.weights)
     noise = torch.randn(NOISE, *teacher.card.input_size, generator=generator("noise", seed))
     shown = teacher.denormalise(noise.to(teacher.mean.device))
-    calibrate(student, [shown], rule=calibration.inputs, signed=calibration.signed)
+    calibrate(student, shown.split(images_a_pass(student)), rule=calibration.inputs, signed=calibration.signed)
     return student
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfcompress.device import exact_fp32
-from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.classifier import Classifier, evaluating, images_a_pass
 from dfcompress.models.fake_quantizers import QuantizedLayer, quantized_layers
 from dfcompress.models.hooks import hooked_outputs, kept_outputs
 
@@ -81,7 +81,7 @@ def signal_to_noise(student: Classifier, teacher: Classifier, images: Tensor) ->
         power[name] += signal.square().sum(dtype=torch.float64).item()
         noise[name] += (signal - output.float()).square().sum(dtype=torch.float64).item()
 
-    for some in images.split(CHUNK):
+    for some in images.split(min(CHUNK, images_a_pass(student))):
         with exact_fp32(), evaluating(teacher), kept_outputs(teacher.network, names, keep, dtype=torch.float32):
             teacher(some)
         with exact_fp32(), evaluating(student), hooked_outputs(student.network, names, compare):

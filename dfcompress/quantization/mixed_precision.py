@@ -17,7 +17,7 @@ from dfcompress.device import exact_fp32
 from dfcompress.errors import BadInput
 from dfcompress.models import packing
 from dfcompress.models.checkpoint import saved_bytes, state_bytes
-from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.classifier import Classifier, evaluating, images_a_pass
 from dfcompress.models.fake_quantizers import (
     FLOAT_BITS,
     WIDTHS,
@@ -50,11 +50,12 @@ def sensitivities(quantized: Classifier, images: Tensor, layers: Sequence[str]) 
     """
     found = {}
     with exact_fp32(), evaluating(quantized):
+        parts = images.split(images_a_pass(quantized))
         with in_float(quantized.network):
-            float_answers = quantized(images).log_softmax(1)
+            float_answers = torch.cat([quantized(some) for some in parts]).log_softmax(1)
         for layer in layers:
             with in_float(quantized.network, but=layer):
-                answers = quantized(images).log_softmax(1)
+                answers = torch.cat([quantized(some) for some in parts]).log_softmax(1)
             found[layer] = F.kl_div(answers, float_answers, log_target=True, reduction="batchmean").item()
     return found
 

@@ -25,7 +25,8 @@ from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import exact_fp32
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
-from dfcompress.models.classifier import Classifier, count_runs, evaluating
+from dfcompress.memory import free_bytes
+from dfcompress.models.classifier import Classifier, count_runs, evaluating, images_a_pass
 from dfcompress.models.fake_quantizers import (
     InputGrid,
     QuantizedLayer,
@@ -40,9 +41,10 @@ from dfcompress.run import Clock, save_state
 from dfcompress.schedules import cosine
 
 IMAGES = 1024  # Features of so many are in memory,
-FEATURES = 2**32  # or of fewer, so that they take no more bytes.
+FEATURES = 2**32  # or of fewer, so that they take no more bytes,
+ROOM = 0.3  # and no more of the free memory; what a unit takes while it learns comes beside them.
 LARGEST_UNIT = 4
-PASSED = 256  # Images of a forward pass.
+PASSED = 256  # Images of a forward pass, at most.
 Side = Literal["input", "output"]
 GAMMA, ZETA = -0.1, 1.1  # γ and ζ: the rectified sigmoid is stretched, so that 0 and 1 are reached (AdaRound, eq. 23).
 BETA = (20.0, 2.0)  # β of the rounding penalty, from first to last.
@@ -89,15 +91,17 @@ def reconstruct(
     """Learn the rounding of the calibrated `student`'s weights, unit by unit, and freeze it.
 
     `teacher` is the same network in float, on the same device; `images` `(N, C, H, W)` as stored. Finished units are
-    kept in the file `state`; where it is there, work goes on from it, to the same bits. Every process does all units.
+    kept in the file `state`; where it is there, work goes on from it, to the same bits. Every process does all units,
+    with features of as many images as have room in the memory that was free at the beginning.
     """
     images = images[torch.randperm(len(images), generator=generator("reconstruction", seed))[:IMAGES]]
     names = units_of(student)
     clock, losses = Clock(), {}
+    room = world().broadcast(min(FEATURES, int(ROOM * free_bytes(teacher.mean.device))))
     if state and state.exists():
         saved = torch.load(state, weights_only=True, map_location="cpu")
         clock.go_on_from(saved["seconds"])
-        losses = saved["losses"]
+        losses, room = saved["losses"], saved.get("room", FEATURES)
         for name, values in saved["layers"].items():
             _restore(quantized_layers(student.network)[name], values)
     with console.progress("reconstruction", len(names)) as progress:
@@ -105,14 +109,14 @@ def reconstruct(
             if name in losses:
                 continue
             losses[name] = _reconstruct_unit(
-                student, teacher, name, images, settings, seed=seed_of("reconstruction", seed, number)
+                student, teacher, name, images, settings, seed=seed_of("reconstruction", seed, number), room=room
             )
             progress.update(number + 1, error=losses[name])
             if state and world().is_main:
                 layers = {
                     each: _state(layer) for each, layer in quantized_layers(student.network).items() if layer.is_frozen
                 }
-                save_state(state, {"seconds": clock.seconds, "losses": losses, "layers": layers})
+                save_state(state, {"seconds": clock.seconds, "losses": losses, "layers": layers, "room": room})
     return Reconstructed(len(names), settings.steps * len(names), clock.seconds, losses)
 
 
@@ -145,11 +149,18 @@ def _quantized_in(module: nn.Module) -> int:
 
 
 def _reconstruct_unit(
-    student: Classifier, teacher: Classifier, name: str, images: Tensor, settings: Reconstruction, *, seed: int
+    student: Classifier,
+    teacher: Classifier,
+    name: str,
+    images: Tensor,
+    settings: Reconstruction,
+    *,
+    seed: int,
+    room: int,
 ) -> float:
     """Learn one unit's rounding and input steps and freeze them; the error that is left, as a share of the variance."""
     unit = student.network.get_submodule(name)
-    images = images[: images_that_fit(teacher, name)]
+    images = images[: images_that_fit(teacher, name, room=room)]
     (student_inputs,) = _features(student, name, images, "input")
     teacher_inputs, teacher_outputs = _features(teacher, name, images, "input", "output")
     roundings = {path: SoftRounding(layer) for path, layer in unit.named_modules() if isinstance(layer, QuantizedLayer)}
@@ -237,14 +248,13 @@ class SoftRounding:
             self.layer.input_grid = self.layer.input_grid.with_step(self.step)
 
 
-def images_that_fit(classifier: Classifier, name: str) -> int:
-    """Of how many images the features around a unit may be in memory: its input in float and quantized, and its output.
-
-    As many as one forward pass takes are always allowed.
+def images_that_fit(classifier: Classifier, name: str, *, room: int) -> int:
+    """Of how many images the features around a unit have room, in bytes: its input in float and quantized, and its
+    output.
     """
     image = torch.zeros(1, *classifier.card.input_size, dtype=torch.uint8)
     inputs, outputs = _features(classifier, name, image, "input", "output")
-    return max(PASSED, FEATURES // (2 * inputs.nbytes + outputs.nbytes))
+    return max(1, room // (2 * inputs.nbytes + outputs.nbytes))
 
 
 class _EnoughError(Exception):
@@ -265,11 +275,11 @@ def _features(classifier: Classifier, name: str, images: Tensor, *sides: Side) -
         if side == sides[-1]:
             raise _EnoughError
 
-    network = classifier.network
+    network, parts = classifier.network, images.split(min(PASSED, images_a_pass(classifier)))
     before = hooked_inputs(network, [name], lambda _, some: keep("input", some))
     after = hooked_outputs(network, [name], lambda _, some: keep("output", some))
     with exact_fp32(), evaluating(classifier), before, after:
-        for some in images.split(PASSED):
+        for some in parts:
             with suppress(_EnoughError):
                 classifier(as_float(some.to(classifier.mean.device)))
             done += len(some)

@@ -173,6 +173,6 @@ def _falling_with_frequency(height: int, width: int) -> Tensor:
     return (falling / falling.square().mean().sqrt())[:, : width // 2 + 1]
 
 
-def optimised(*, spectrum: bool) -> Images:
-    """Images in [0, 1] by their spectrum, or by their pixels."""
-    return Spectrum() if spectrum else Pixels(clip=True)
+def parametrised(*, clip: bool, spectrum: bool) -> Images:
+    """Images by their pixels, kept in [0, 1] if asked to, or by their spectrum, which are always."""
+    return Spectrum() if spectrum else Pixels(clip=clip)

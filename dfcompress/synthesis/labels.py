@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dfcompress.errors import BadInput
-from dfcompress.models.architecture import SMALL_INPUT
 from dfcompress.models.card import ModelCard
 from dfcompress.randomness import generator
 
@@ -44,7 +43,7 @@ def choose_labels(how: str, classes: Sequence[str], card: ModelCard) -> Labels:
     side, and so a set often fewer images than there are classes, all classes are taken in a spread order.
     Raises `BadInput` for what is none of them.
     """
-    every = range(card.classes) if max(card.input_size[1:]) <= SMALL_INPUT else spread(card.classes)
+    every = range(card.classes) if card.small else spread(card.classes)
     allowed = [_class(name, card) for name in classes] or list(every)
     if how in (BALANCED, RANDOM):
         return Labels(allowed, random=how == RANDOM)

@@ -183,7 +183,7 @@ def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | No
     chunk = images_at_once(batch_size, each, target=torch.device(execution.device), input_size=size, beside=beside)
     if chunk < batch_size and recipe.needs_whole_batch:
         raise BadInput(
-            f"A batch of {batch_size} images does not fit into memory, and recipe {spec.choice.name} computes it whole: "
+            f"A batch of {batch_size} images does not fit into memory, and {spec.choice.name} computes it whole: "
             "a loss has a module of its own, or the images a generator.",
             f"Use --batch-size {chunk}.",
         )
@@ -194,7 +194,7 @@ def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | No
 
 def work_in(recipe: Recipe, teacher: Classifier, images: int) -> float:
     """The work of a synthesis: forward and backward to the input, each step."""
-    return 2.0 * work_of(teacher) * images * recipe.steps
+    return 2.0 * work_of(teacher) * images * recipe.work
 
 
 def seconds_of(synthetic: SyntheticSet) -> float:

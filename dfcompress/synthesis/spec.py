@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dfcompress import console
 from dfcompress.errors import BadInput
-from dfcompress.models.classifier import Classifier
+from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.patches import knows_patches_alone, require_patches
 from dfcompress.models.recorder import require_outputs
 from dfcompress.models.statistics import require_statistics
 from dfcompress.synthesis.labels import Labels, choose_labels
 from dfcompress.synthesis.losses import Want
-from dfcompress.synthesis.recipe import BY_PATCHES, Recipe, RecipeChoice, Synthesis, choose_recipe
+from dfcompress.synthesis.recipe import BY_PATCHES, COARSE, Recipe, RecipeChoice, Synthesis, choose_recipe
 from dfcompress.synthesis.records import BN_EQUIVALENT, GAUSSIAN, SPECTRAL
 from dfcompress.synthesis.records.bn_equivalent import with_statistics
 from dfcompress.synthesis.records.gaussian import GaussianSampler, require_gaussians
@@ -74,6 +77,7 @@ def resolve(teacher: Classifier, synthesis: Synthesis) -> SynthesisSpec:
     if synthesis.recipe is None and record is None and knows_patches_alone(teacher):
         synthesis = replace(synthesis, recipe=BY_PATCHES)
     choice = choose_recipe(synthesis, teacher.card, record.about if record else None)
+    choice = _at_sizes_it_takes(choice, teacher, asked=synthesis.settings)
     labels = choose_labels(synthesis.labels, synthesis.classes, teacher.card)
     recipe = choice.recipe
     kind = record.about.kind if record else None
@@ -102,6 +106,39 @@ def resolve(teacher: Classifier, synthesis: Synthesis) -> SynthesisSpec:
         require_patches(teacher)
     require_outputs(teacher, recipe.layers)
     return SynthesisSpec(teacher, record, synthesis, choice, labels)
+
+
+# A quarter of ImageNet's 224: the smallest size at which first steps were measured to help.
+SMALLEST = 56
+
+
+def _at_sizes_it_takes(choice: RecipeChoice, teacher: Classifier, *, asked: Mapping[str, Any]) -> RecipeChoice:
+    """The choice without first phases on images that are too small for the network, or for objects to be seen in;
+    steps at full size of the same work take their place. Phases that were `asked` for by name stay.
+    """
+    if teacher.card.small:
+        return choice
+    settings = dict(choice.settings)
+    height, width = teacher.card.input_size[1:]
+    for name, factor in COARSE.items():
+        steps, smaller = settings.get(name), (height // factor, width // factor)
+        if steps and name not in asked and (min(smaller) < SMALLEST or not _takes(teacher, smaller)):
+            settings[name] = 0
+            settings["steps"] += steps // factor**2
+            console.notice(f"No steps at {smaller[0]} × {smaller[1]} pixels: too small for {teacher.name}.")
+    return replace(choice, settings=settings)
+
+
+@torch.no_grad()
+def _takes(teacher: Classifier, size: tuple[int, int]) -> bool:
+    """Whether a network answers images of another height and width, as those with global pooling do."""
+    card = teacher.card
+    smaller = torch.zeros(1, card.input_size[0], *size, device=teacher.mean.device)
+    with evaluating(teacher):
+        try:
+            return bool(teacher(smaller).shape == (1, card.classes))
+        except (RuntimeError, ValueError, AssertionError):
+            return False
 
 
 def _record(teacher: Classifier, records: str | Path | None) -> Record | None:

@@ -76,6 +76,16 @@ def jitters(pixels: int, *, flip: bool = False, crop: float = 1.0, cutout: float
     return transforms
 
 
+def augmentations(copies: int, *, crop: float, cutout: float, jitter: int = 0) -> list[Transform]:
+    """In-batch augmentation (`random_crops`), after the published jitter where it is asked for; images that are neither
+    repeated nor cropped nor cut out of are mirrored all together, which costs no resampling.
+    """
+    if copies == 1 and crop == 1 and not cutout:
+        return jitters(jitter, flip=True)
+    rolled = [random_roll(jitter)] if jitter else []
+    return [*rolled, random_crops(copies, smallest=crop, cutout=cutout)]
+
+
 def downscale(factor: int) -> Transform:
     """See the images through `factor` × `factor` average pooling; 1 leaves them."""
     return Transform(lambda images: F.avg_pool2d(images, factor) if factor > 1 else images, downscale=factor)

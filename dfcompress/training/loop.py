@@ -18,6 +18,7 @@ from dfcompress.data.batches import BatchSource
 from dfcompress.device import Compute, Execution, resolve_execution
 from dfcompress.distributed import World, world
 from dfcompress.errors import NOT_IN_PLACE, BadInput, DfcompressError, first_line, is_of_layers_in_place
+from dfcompress.memory import count_bytes, images_at_once
 from dfcompress.models.classifier import Classifier, main_logits, work_of
 from dfcompress.randomness import generator
 from dfcompress.run import METRICS, STATE, write_atomically
@@ -151,7 +152,8 @@ class Trainer:
         steps = self.training.steps
         execution = resolve_execution(self.compute, float(work) * self.training.batch_size * steps, steps=steps)
         execution = _tried(execution, self.compute, self.student, self.distiller.teachers, self.training, self.repair)
-        return replace(execution, precision=self.everyone.broadcast(execution.precision))
+        precision, chunk = self.everyone.broadcast((execution.precision, execution.chunk))
+        return replace(execution, precision=precision, chunk=chunk)
 
     def _backend(self, target: torch.device) -> Literal["torch", "apex"]:
         """Who computes the optimiser: apex only where every process has it, as all must take the same steps."""
@@ -218,10 +220,14 @@ def _tried(
     repair: bool,
 ) -> Execution:
     """`execution` in a precision that the networks compute in, as `device.tried` says: copies of all go forward, and
-    the student's goes back as it trains.
+    the student's goes back as it trains; and the images of a batch that fit into memory at once, as its `chunk`.
     """
+    counted: dict[str, float] = {}
 
     def passes(execution: Execution) -> None:
+        counted[execution.precision] = count_bytes(lambda: go(execution)) / TRIED
+
+    def go(execution: Execution) -> None:
         target, precision = device.resolve_device(execution.device), device.PRECISIONS[execution.precision]
         low = torch.autocast(target.type, precision, enabled=precision != torch.float32)
         images = torch.rand(TRIED, *student.card.input_size, generator=generator("trial")).to(target)
@@ -231,13 +237,23 @@ def _tried(
             with low:
                 logits = main_logits(twin.network(twin.normalise(images)))
             logits.float().sum().backward()
+            twin.zero_grad()  # What the weights take does not grow with the images.
         for teacher in teachers:
             images = torch.rand(1, *teacher.card.input_size, generator=generator("trial")).to(target)
             with torch.no_grad(), low:
                 copy.deepcopy(teacher).to(target).eval()(images)
 
     names = ", ".join(dict.fromkeys(each.card.architecture for each in (student, *teachers)))
-    return device.tried(execution, compute, passes, what=names)
+    execution = device.tried(execution, compute, passes, what=names)
+    batch = -(-training.batch_size // world().world_size)
+    # BatchNorms that train take the statistics of the images at hand, so no fewer than must be.
+    size = student.card.input_size if training.freeze_batchnorm else None
+    target = device.resolve_device(execution.device)
+    chunk = images_at_once(batch, counted.get(execution.precision, 0.0), target=target, input_size=size)
+    if chunk < batch:
+        which = "" if training.freeze_batchnorm else ", and BatchNorm takes the statistics of those"
+        console.notice(f"Training adds up the gradients of {batch} images, {chunk} at once{which}.")
+    return replace(execution, chunk=chunk)
 
 
 def require_trainable(

@@ -95,11 +95,10 @@ class Steps:
         batch = self.source.batch(self.done).part(self._mine)
         if self.execution.precision != "fp32":
             batch = batch._replace(images=batch.images.contiguous(memory_format=layout_of(self.execution)))
-        loss, values = self._losses(batch, self._targets_of(batch))
         for group in self._optimizer.param_groups:
             group["lr"] = self.training.rate(self.done)
         self._optimizer.zero_grad()
-        loss.backward()
+        values = self._backward(batch)
         if self.training.clip:
             nn.utils.clip_grad_norm_(self._parameters, self.training.clip)
         self._optimizer.step()
@@ -107,6 +106,24 @@ class Steps:
         self.distiller.update(self._history[-1])
         self.seconds.append(self.clock.seconds)
         self.done += 1
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Add up the gradients of a batch, chunk by chunk where it does not fit into memory at once; its values.
+
+        Every chunk takes images of all sets, because those of a set follow each other.
+        """
+        count = len(batch.images)
+        chunks = -(-count // (self.execution.chunk or count))
+        kept = self._kept_targets_of_step()
+        values = []
+        for rows in (slice(first, None, chunks) for first in range(chunks)):
+            part = batch.part(rows)
+            share = len(part.images) / count
+            targets = self._targets(part) if kept is None else tuple(each[rows] for each in kept)
+            loss, values_of_part = self._losses(part, targets)
+            (share * loss).backward()
+            values.append(share * values_of_part)
+        return torch.stack(values).sum(0)
 
     def save(self, path: Path) -> None:
         """Write everything that the next step depends on."""
@@ -143,9 +160,9 @@ class Steps:
         """Which images of a batch are this process's."""
         return slice(self.everyone.rank, None, self.everyone.world_size)
 
-    def _targets_of(self, batch: Batch) -> tuple[Tensor, ...]:
+    def _kept_targets_of_step(self) -> tuple[Tensor, ...] | None:
         if self._kept is None:
-            return self._targets(batch)
+            return None
         assert isinstance(self.source, RepeatingSource)
         places = self.source.places(self.done)[self._mine]
         return tuple(targets[places] for targets in self._kept)
@@ -157,8 +174,12 @@ class Steps:
         shown = self.training.steps * self.source.batch_size
         if shown <= self.source.images or (repeated := self.source.repeated()) is None:
             return None
-        parts = zip(*map(self._targets, repeated), strict=True)
-        return tuple(torch.cat(targets) for targets in parts)
+        size = self.execution.chunk or self.source.batch_size
+        parts = (
+            batch.part(slice(start, start + size)) for batch in repeated for start in range(0, len(batch.images), size)
+        )
+        targets_of_parts = zip(*map(self._targets, parts), strict=True)
+        return tuple(torch.cat(targets) for targets in targets_of_parts)
 
     def _functions(self) -> tuple[Targets, Losses]:
         """The teachers' side of a step and the student's."""

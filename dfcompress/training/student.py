@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfcompress.errors import BadInput
 from dfcompress.models.answers import take_logits, why_not_exclusive
-from dfcompress.models.architecture import SMALL_INPUT, Architecture
+from dfcompress.models.architecture import Architecture
 from dfcompress.models.architectures import HALF, architectures, named
 from dfcompress.models.card import ModelCard, Origin
 from dfcompress.models.checkpoint import as_classifier
@@ -108,7 +108,7 @@ def _meant(name: str, card: ModelCard) -> str:
     if name == "half":
         return HALF + card.architecture
     small = f"cifar_{name}"
-    return small if max(card.input_size[1:]) <= SMALL_INPUT and small in architectures() else name
+    return small if card.small and small in architectures() else name
 
 
 def _from_checkpoint(name: str | None, card: ModelCard, start: Classifier) -> tuple[Classifier, str]:

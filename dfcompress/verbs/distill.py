@@ -42,7 +42,8 @@ DISTILLATION = Training(
 )
 KD: Mapping[str, float] = {"kd": 1.0}
 KD_AND_FEATURES: Mapping[str, float] = {"kd": 1.0, "feature": 10.0}
-IMAGES, PROBE_IMAGES = 2048, 128
+# Of large images one of each of ImageNet's classes: not measured; an image takes seconds there.
+IMAGES, LARGE_IMAGES, PROBE_IMAGES = 2048, 1000, 128
 
 
 @planned
@@ -94,7 +95,7 @@ def distill(
     source = TransferSetSource(
         teacher,
         data,
-        synthesis.counted(IMAGES),
+        synthesis.counted(IMAGES if teacher.card.small else LARGE_IMAGES),
         compute,
         second_recipe=second_recipe,
         probe_images=probe_images,

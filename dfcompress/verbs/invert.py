@@ -31,7 +31,7 @@ from dfcompress.training.student import make_student
 from dfcompress.verbs._plan import Plan, Synthesize, planned
 from dfcompress.verbs.evaluate import placed
 
-IMAGES = 1024
+IMAGES, LARGE_IMAGES = 1024, 128
 # By the distillation loss on ResNet-20's training images at the end of one update of 60 steps of 64, at a rate of 0.05
 # and of 0.01: 20.6 and 14.1 at 2w4a, 1.64 and 0.87 at 4w4a.
 UNDER_REPAIR = 0.2
@@ -100,7 +100,7 @@ def invert(
     """
     teacher = as_classifier(checkpoint)
     others = [as_classifier(other) for other in verify]
-    spec = resolve(teacher, synthesis.counted(IMAGES))
+    spec = resolve(teacher, synthesis.counted(IMAGES if teacher.card.small else LARGE_IMAGES))
     competing = co_trained_student(teacher, spec.recipe, student, compute)
 
     def work(plan: Plan[Inversion], run: Run) -> Inversion:

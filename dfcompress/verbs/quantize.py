@@ -94,7 +94,7 @@ FINETUNED_ON: Mapping[Placement, Finetuning] = {"all-tensors": "none"}
 # Haroush et al. 2020, section 4.2: CIFAR's ResNet-44, and ImageNet's ResNet-18.
 SMALL = 64
 PAPER_KD, PAPER_KD_LARGE = replace(KD, steps=16_000, batch_size=512), replace(KD, steps=44_000)
-RECIPE, PAPER_PRESET, IMAGES = "bns-inception", "paper-cifar10", 2048
+RECIPE, PAPER_PRESET, IMAGES, LARGE_IMAGES = "bns-inception", "paper-cifar10", 2048, 128
 INT8 = RequestedBits(LARGEST_BITS, LARGEST_BITS)
 ROUNDING_SETTING = "setting of rounding called"
 BITS, BLOCKS = f"bits{STATE}", f"blocks{STATE}"
@@ -322,10 +322,10 @@ def _placed(
         if why and asked:
             raise BadInput(f"--placement all-tensors does not go with {why}.", "Leave that out, or use layer-inputs.")
         if not why and (student := _with_tensor_grids(reference, wanted, asked)):
-            _name_what_stays(layers)
+            _name_what_stays(reference, layers)
             return Placed("all-tensors", reference, student, layers, wanted)
     layers = layers_of(teacher)
-    _name_what_stays(layers)
+    _name_what_stays(teacher, layers)
     return Placed("layer-inputs", teacher, copy.deepcopy(teacher), layers, wish(teacher, layers.quantizable))
 
 
@@ -365,9 +365,11 @@ def _with_tensor_grids(
     return student
 
 
-def _name_what_stays(layers: Layers) -> None:
+def _name_what_stays(teacher: Classifier, layers: Layers) -> None:
     for name, kind in layers.others.items():
         console.notice(f"Layer {name} is a {kind}, which cannot be quantized: it stays in float.")
+    if any(isinstance(module, nn.LayerNorm) for module in teacher.network.modules()):
+        console.notice("LayerNorms, and softmax and products inside attention, stay in float.")
     if layers.unused:
         console.notice(f"Evaluation does not use {named_bytes(layers.unused)}: the file holds them in float.")
 
@@ -408,7 +410,7 @@ def usual_images(
     """What is made unless a recipe is named: images whose statistics are those of the training data, as far as the
     teacher knows them; the paper's for its method, and no second recipe, unless one was asked for.
     """
-    synthesis = synthesis.counted(IMAGES)
+    synthesis = synthesis.counted(IMAGES if teacher.card.small or method == "paper" else LARGE_IMAGES)
     if method == "paper" and second_recipe == AUTO:
         second_recipe = None
     if synthesis.recipe or synthesis.preset or why_no_statistics(teacher.network):

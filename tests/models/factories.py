@@ -232,3 +232,10 @@ class LeNetSoftmax(LeNet5):
 
 def demo_softmax() -> nn.Module:
     return LeNetSoftmax(*WIDTHS["lenet5_bn"], 10, 1)
+
+
+def tiny_vit() -> nn.Module:
+    """timm's vision transformer for images of 64 pixels: 16 patches, two blocks, 10 classes."""
+    import timm
+
+    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=48, num_heads=3, num_classes=10)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
+import timm
 import torch
 import torchvision.models
 
@@ -12,7 +15,7 @@ from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models import architectures as room
 from dfcompress.models.architecture import Architecture, tensors_of
-from dfcompress.models.architectures import architectures, find, torchvision_models
+from dfcompress.models.architectures import architectures, find, named, torchvision_models
 from dfcompress.models.classifier import load_tensors
 from dfcompress.models.recognition import fit_to, recognise
 from dfcompress.models.safe_reading import read
@@ -22,7 +25,7 @@ NAMES = sorted(architectures())
 
 def _file(name: str, *, classes: int, channels: int) -> dict[str, torch.Tensor]:
     """A file's tensors as recognition sees them, without memory."""
-    shapes = tensors_of(find(name), classes, channels)
+    shapes = tensors_of(named(name), classes, channels)
     return {tensor: torch.empty(shape, device="meta") for tensor, shape in shapes.items()}
 
 
@@ -292,7 +295,7 @@ def test_a_missing_tensor_is_not_taken_from_another_place(resnet18):
 
 
 def test_a_network_that_has_nothing_in_common_with_any_is_not_compared():
-    with pytest.raises(BadInput, match=r"no tensor in common with any: it begins with a\.weight 3x4, b\.scale 9"):
+    with pytest.raises(BadInput, match=r"too little in common with any: it begins with a\.weight 3x4, b\.scale 9"):
         recognise({"a.weight": torch.empty(3, 4), "b.scale": torch.empty(9)}, "net.pt")
 
 
@@ -315,6 +318,125 @@ def test_every_network_takes_the_tensors_of_its_file(name):
     assert {key: value.shape for key, value in fit.tensors.items()}.items() <= {
         key: value.shape for key, value in network.state_dict().items()
     }.items()
+
+
+# A network of each of 25 families, some in the smallest of several forms.
+TIMM = [
+    "beit_base_patch16_224", "coat_tiny", "convit_tiny", "convnext_atto", "cspresnet50", "dla34", "dpn68",
+    "edgenext_xx_small", "efficientformer_l1", "efficientvit_b0", "fastvit_t8", "ghostnet_050", "hardcorenas_a",
+    "hrnet_w18_small", "inception_v4", "levit_128s", "mixer_s32_224", "mobilevit_xxs", "nfnet_f0", "pit_ti_224",
+    "regnetx_002", "repvgg_a0", "swinv2_cr_tiny_ns_224", "tf_efficientnet_lite0", "vit_tiny_r_s16_p8_224",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_networks_of_timm_are_recognised_with_their_classes_and_channels(name):
+    file = _file(f"timm:{name}", classes=37, channels=3)
+    where = f"{name}.pth" if name.startswith("tf_") else "net.pth"
+    found = recognise(file, where)
+    assert (found.architecture.name, found.classes) == (f"timm:{name}", 37)
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("name", timm.list_models())
+def test_every_network_of_timm_is_recognised_by_a_file_of_its_name(name):
+    found = recognise(_file(f"timm:{name}", classes=37, channels=3), f"{name}-0123abcd.pth")
+    assert found.architecture.name in (name, f"timm:{name}")
+    assert found.classes == 37
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "model.module.backbone."])
+def test_a_network_of_timm_is_found_behind_a_prefix_with_another_stem_and_beside_a_loss(prefix):
+    file = {f"{prefix}{name}": tensor for name, tensor in _file("timm:ghostnet_050", classes=9, channels=2).items()}
+    found = recognise({**file, "criterion.weight": torch.empty(9)}, "net.pth")
+    assert (found.architecture.name, found.classes, found.channels) == ("timm:ghostnet_050", 9, 2)
+
+
+def test_body_and_new_head_of_a_network_of_timm_have_places_of_their_own(notices):
+    file = _file("timm:ghostnet_050", classes=9, channels=3)
+    moved = {
+        name.replace("classifier.", "head.") if "classifier" in name else f"body.{name}": file[name] for name in file
+    }
+    found = recognise(moved, "net.pth")
+    assert (found.architecture.name, found.classes) == ("timm:ghostnet_050", 9)
+    assert "head.weight taken for classifier.weight" in notices[0]
+
+
+def test_a_body_of_timm_without_its_last_layer_is_no_classifier():
+    file = _file("timm:ghostnet_050", classes=9, channels=3)
+    with pytest.raises(BadInput, match="body of timm:ghostnet_050 without its last layer"):
+        recognise({name: tensor for name, tensor in file.items() if "classifier" not in name}, "net.pth")
+
+
+@pytest.mark.parametrize(
+    ("where", "architecture"),
+    [
+        ("tf_efficientnet_b0_aa-827b6e33.pth", "timm:tf_efficientnet_b0"),
+        ("efficientnet_b0.pth", "timm:efficientnet_b0"),
+        ("mine/efficientnet_b0-tuned/best.ckpt", "timm:efficientnet_b0"),
+        ("models--timm--tf_efficientnet_b0.aa_in1k/snapshots/75c1/model.safetensors", "timm:tf_efficientnet_b0"),
+        ("efficientnet_b0/tf_efficientnet_b0.pt", "timm:tf_efficientnet_b0"),
+    ],
+)
+def test_the_name_of_a_file_or_folder_decides_between_networks_of_the_same_tensors(where, architecture):
+    assert recognise(_file("timm:tf_efficientnet_b0", classes=10, channels=3), where).architecture.name == architecture
+
+
+@pytest.mark.parametrize("where", ["best.pth", "my_efficientnet_b01.pth"])
+def test_networks_of_the_same_tensors_that_compute_differently_are_refused_by_name(where):
+    with pytest.raises(BadInput, match=r"differently: timm:.*b0, timm:.*b0") as refused:
+        recognise(_file("timm:efficientnet_b0", classes=10, channels=3), where)
+    assert "--arch timm:" in refused.value.remedy
+
+
+def test_networks_that_compute_the_same_are_one_and_the_file_may_say_which():
+    file = _file("timm:deit_tiny_patch16_224", classes=10, channels=3)
+    assert recognise(file, "net.pth").architecture.name == "timm:vit_tiny_patch16_224"
+    assert recognise(file, "deit_tiny_patch16_224-a1311bcf.pth").architecture.name == "timm:deit_tiny_patch16_224"
+
+
+def test_torchvisions_network_stands_before_its_variants_and_says_so(notices):
+    file = _file("resnet50", classes=10, channels=3)
+    assert recognise(file, "net.pth").architecture.name == "resnet50"
+    assert "taken for resnet50. The tensors fit timm:resnetaa50 and timm:resnetblur50 as well" in notices.pop()
+    assert recognise(file, "resnet50-11ad3fa6.pth").architecture.name == "resnet50"
+    assert recognise(file, "resnetblur50-84f4748f.pth").architecture.name == "timm:resnetblur50"
+    assert not notices
+    assert recognise(_file("resnet18", classes=10, channels=3), "net.pth").architecture.name == "resnet18"
+    assert not notices
+
+
+def test_other_names_of_shapes_in_a_known_order_are_proposed_with_the_line_to_type():
+    file = _file("timm:ghostnet_050", classes=9, channels=3)
+    with pytest.raises(BadInput, match="in order are those of timm:ghostnet_050") as refused:
+        recognise({f"layers.{place}": tensor for place, tensor in enumerate(file.values())}, "net.pth")
+    assert "--arch timm:ghostnet_050 --match-by-order" in refused.value.remedy
+
+
+def test_of_several_in_order_those_of_tensorflow_come_first_where_the_names_are_its_ports():
+    shapes = [*_file("timm:efficientnet_lite0", classes=1000, channels=3).values()]
+    for stem, first in (("_conv_stem.weight", "timm:tf_efficientnet_lite0"), ("0.weight", "timm:efficientnet_lite0")):
+        file = dict(zip([stem, *(f"layers.{place}" for place in range(1, len(shapes)))], shapes, strict=True))
+        with pytest.raises(BadInput, match=f"are those of {first} and of") as refused:
+            recognise(file, "net.pth")
+        assert f"--arch {first} --match-by-order" in refused.value.remedy
+
+
+@pytest.mark.parametrize(("installed", "told"), [(False, "is not installed"), (True, "does not know")])
+def test_a_missing_or_older_timm_is_named_with_the_network(installed, told, monkeypatch):
+    file = _file("timm:ghostnet_050", classes=9, channels=3)
+    if installed:
+        monkeypatch.setattr(timm, "is_model", lambda name: False)
+    else:
+        monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(BadInput, match=f"holds weights of timm's ghostnet_050.*{told}") as refused:
+        recognise(file, "net.pth")
+    assert refused.value.remedy.startswith("Install")
+
+
+def test_a_small_network_is_recognised_without_importing_timm(resnet20_file):
+    code = f"import sys, dfcompress; dfcompress.load({str(resnet20_file)!r}); assert 'timm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

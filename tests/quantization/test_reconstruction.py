@@ -212,10 +212,9 @@ def test_dropping_the_quantization_of_activations_changes_what_is_learnt():
 def test_features_of_large_images_take_no_more_memory_than_allowed(monkeypatch: pytest.MonkeyPatch):
     float_classifier, passed = teacher(), []
     convolution = 4 * (2 * 3 * 8 * 8 + 8 * 6 * 6)
-    monkeypatch.setattr(reconstruction, "PASSED", 2)
     monkeypatch.setattr(reconstruction, "FEATURES", 10 * convolution)
-    assert images_that_fit(float_classifier, "0") == 10
-    assert images_that_fit(float_classifier, "5") == 10 * convolution // (4 * (2 * 32 + 4))
+    assert images_that_fit(float_classifier, "0", room=10 * convolution) == 10
+    assert images_that_fit(float_classifier, "5", room=10 * convolution) == 10 * convolution // (4 * (2 * 32 + 4))
     features = reconstruction._features
 
     def watched(classifier: Classifier, name: str, some: Tensor, *sides: str) -> list[Tensor]:

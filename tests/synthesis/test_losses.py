@@ -19,9 +19,11 @@ from dfcompress.synthesis.losses import (
     competition,
     image_norm,
     inception,
+    patch_similarity,
     pixel_divergence,
     smoothness,
     total_variation,
+    usual_variation,
 )
 from dfcompress.synthesis.recipe import Recipe, choose
 
@@ -275,3 +277,54 @@ def test_no_operation_of_a_loss_on_images_has_an_atomic_gradient():
         waiting += [before for before, _ in node.next_functions if before is not None]
     assert "ConvolutionBackward0" in found
     assert not [name for name in found if "Pad" in name or "Gather" in name or "Index" in name]
+
+
+def similarities_of(features):
+    directions = F.normalize(features, dim=2)
+    return (directions @ directions.transpose(1, 2)).flatten(1)
+
+
+def entropy_by_autograd(features, points, bandwidth):
+    """Every step written out, for one block."""
+    entropies = []
+    for image in similarities_of(features):
+        low, high = image.detach().min(), image.detach().max()
+        places = torch.stack([low + (high - low) * step / (points - 1) for step in range(points)])
+        gaussians = torch.distributions.Normal(image, bandwidth).log_prob(places[:, None]).exp()
+        density = gaussians.mean(1) + 1e-4
+        entropies.append(torch.trapezoid(-density * density.log(), places))
+    return torch.stack(entropies).mean()
+
+
+@pytest.mark.parametrize(("points", "bandwidth"), [(10, 0.01), (10, 0.2), (50, 0.05)])
+def test_patch_similarity_is_the_entropy_of_a_kernel_density_and_so_is_its_gradient(points, bandwidth):
+    random = torch.Generator().manual_seed(0)
+    blocks = [torch.randn(2, count, 6, generator=random, dtype=torch.float64).requires_grad_() for count in (5, 9)]
+    loss = patch_similarity(points, bandwidth)
+    value = loss.value(Trace(None, None, None, patches=dict(zip("ab", blocks, strict=True))))
+    expected = -sum(entropy_by_autograd(block, points, bandwidth) for block in blocks)
+    torch.testing.assert_close(value, expected)
+    for gradient, right in zip(torch.autograd.grad(value, blocks), torch.autograd.grad(expected, blocks), strict=True):
+        torch.testing.assert_close(gradient, right)
+
+
+def test_patches_that_differ_are_preferred_to_patches_that_are_alike():
+    """One direction and noise around it, as a network gives for noise; and directions all around the circle."""
+    alike = torch.tensor([1.0, 0.0]) + 0.01 * torch.randn(1, 16, 2, generator=torch.Generator().manual_seed(0))
+    angles = torch.arange(16) * math.pi / 8
+    different = torch.stack([angles.cos(), angles.sin()], 1)[None]
+    loss = patch_similarity(50, 0.05)
+    values = [loss.value(Trace(None, None, None, patches={"a": patches})) for patches in (alike, different)]
+    assert values[1] < values[0] - 0.3
+
+
+@pytest.mark.parametrize("settings", [(1, 0.01), (10, 0.0)])
+def test_a_density_of_no_width_or_of_one_point_is_refused(settings):
+    with pytest.raises(BadInput):
+        patch_similarity(*settings)
+
+
+def test_the_usual_variation_is_a_distance_to_the_root_of_the_numbers():
+    images = torch.randn(2, 3, 8, 8)
+    found = total_variation().value(trace(images=images)).item()
+    assert usual_variation(1.5).value(trace(images=images)).item() == pytest.approx(abs(found - 1.5 * math.sqrt(384)))

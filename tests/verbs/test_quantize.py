@@ -22,6 +22,7 @@ from dfcompress.models.checkpoint import load
 from dfcompress.models.fake_quantizers import quantized_layers
 from dfcompress.quantization.calibration import Calibration, calibration_batches
 from dfcompress.quantization.reconstruction import Reconstruction
+from dfcompress.settings import named_function
 from dfcompress.synthesis.recipe import Synthesis, choose
 from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training.settings import Training
@@ -452,3 +453,33 @@ def test_what_cannot_be_exported_is_told_before_anything_is_made(tmp_path, monke
     with pytest.raises(DfcompressError, match="cannot load"):
         quantize(DEMO, output=tmp_path / "out", export="onnxruntime", compute=EAGER)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_vision_transformer_is_quantized_by_images_of_its_patches(tmp_path):
+    """Random weights: every linear layer gets 8 bits, and the file answers in onnxruntime as the model does."""
+    torch.manual_seed(0)
+    arch = f"{Path(__file__).parents[1] / 'models' / 'factories.py'}:tiny_vit"
+    torch.save(named_function(arch, option="--arch", returns="a network")().state_dict(), tmp_path / "vit.pt")
+    teacher = load(tmp_path / "vit.pt", arch=arch, input_size=(3, 64, 64))
+    few = Synthesis(images=8, settings={"steps": 4, "warmup": 0, "batch_size": 8})
+    made = quantize(
+        teacher,
+        bits="8w8a",
+        finetune="none",
+        synthesis=few,
+        calibration={"steps": 1},
+        compute=EAGER,
+        export="onnxruntime",
+        output=tmp_path / "packed",
+    )
+    assert SyntheticSet(tmp_path / "packed" / "synthetic").manifest["recipe"]["name"] == "psaq-vit"
+    packed = load(tmp_path / "packed", arch=arch)
+    of_blocks = {
+        f"blocks.{block}.{layer}" for block in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    }
+    assert set(quantized_layers(packed.network)) == {"patch_embed.proj", "head", *of_blocks}
+    assert made.bytes_ratio < 0.3
+    assert made.export.equal == made.export.images
+    images = torch.rand(16, 3, 64, 64)
+    error = (packed(images) - teacher(images)).norm() / teacher(images).norm()
+    assert 0 < error < 0.1

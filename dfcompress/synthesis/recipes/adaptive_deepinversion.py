@@ -8,9 +8,9 @@ next round competes with what it has become. In the first round it is untrained,
 steps, rate and batch are not stated for images made this way and are ours.
 """
 
-from dfcompress.synthesis.images import Pixels
+from dfcompress.synthesis.images import parametrised
 from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, competition, image_norm, total_variation
-from dfcompress.synthesis.recipe import Phase, Recipe, Schedule, StudentUpdates, from_half_size
+from dfcompress.synthesis.recipe import Phase, Recipe, Schedule, StudentUpdates, coarse_to_fine
 from dfcompress.synthesis.recipes import deepinversion
 from dfcompress.synthesis.transforms import jitters
 
@@ -33,6 +33,7 @@ def adaptive_deepinversion(
     tv: float = 2.5e-5,
     l2: float = 3e-8,
     lr: float = 0.05,
+    quarter_steps: int = 0,
     half_steps: int = 0,
     steps: int = 2000,
     beta1: float = 0.9,
@@ -43,11 +44,12 @@ def adaptive_deepinversion(
     crop: float = 1.0,
     cutout: float = 0.0,
     clip: bool = False,
+    spectrum: bool = False,
     batch_size: int = 256,
 ) -> Recipe:
     """DeepInversion with a competing student (Yin 2020, section 3.3)."""
     return Recipe(
-        images=Pixels(clip=clip),
+        images=parametrised(clip=clip, spectrum=spectrum),
         losses=[
             ce * class_cross_entropy(),
             bn * bn_distance(),
@@ -55,10 +57,11 @@ def adaptive_deepinversion(
             l2 * image_norm(),
             compete * competition(temperature),
         ],
-        phases=from_half_size(
-            half_steps,
+        phases=coarse_to_fine(
             Phase(steps, lr, (beta1, beta2), schedule),
             lambda factor: jitters(jitter // factor, flip=flip, crop=crop, cutout=cutout),
+            quarter_steps=quarter_steps,
+            half_steps=half_steps,
         ),
         student_updates=StudentUpdates(round_batches, student_steps, student_lr, student_batch_size),
         batch_size=batch_size,

@@ -7,15 +7,15 @@ The paper's figure uses 1,000 steps of batch 128 and states no optimiser or rate
 `fast-cifar10` shows each image once a step, cropped less, for 400 steps.
 """
 
-from dfcompress.synthesis.images import Pixels
+from dfcompress.synthesis.images import parametrised
 from dfcompress.synthesis.losses import bn_divergence
-from dfcompress.synthesis.recipe import Phase, Recipe, Schedule, from_half_size
-from dfcompress.synthesis.transforms import random_crops
+from dfcompress.synthesis.recipe import LARGE_IMAGES, Phase, Recipe, Schedule, coarse_to_fine
+from dfcompress.synthesis.transforms import augmentations
 
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {
     "fast-cifar10": {"steps": 400, "copies": 1, "crop": 0.9, "cutout": 0.125},
-    "fast-imagenet": {"half_steps": 80, "steps": 40, "copies": 1, "crop": 0.9, "cutout": 0.0, "batch_size": 16},
+    "fast-imagenet": {**LARGE_IMAGES, "copies": 1, "crop": 1.0, "cutout": 0.0},
     "paper-cifar10": {"steps": 1000, "batch_size": 128},
 }
 
@@ -23,22 +23,26 @@ PRESETS: dict[str, dict[str, object]] = {
 def bns(
     *,
     lr: float = 0.1,
+    quarter_steps: int = 0,
     half_steps: int = 0,
     steps: int = 1000,
     schedule: Schedule = "cosine",
     copies: int = 4,
     crop: float = 0.75,
     cutout: float = 0.25,
+    jitter: int = 0,
+    spectrum: bool = False,
     batch_size: int = 256,
 ) -> Recipe:
     """Statistics alone (Haroush 2020, section 3.3)."""
     return Recipe(
-        images=Pixels(clip=True),
+        images=parametrised(clip=True, spectrum=spectrum),
         losses=[bn_divergence()],
-        phases=from_half_size(
-            half_steps,
+        phases=coarse_to_fine(
             Phase(steps, lr, (0.5, 0.9), schedule),
-            lambda _: [random_crops(copies, smallest=crop, cutout=cutout)],
+            lambda factor: augmentations(copies, crop=crop, cutout=cutout, jitter=jitter // factor),
+            quarter_steps=quarter_steps,
+            half_steps=half_steps,
         ),
         batch_size=batch_size,
     )

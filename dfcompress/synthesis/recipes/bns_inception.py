@@ -11,24 +11,23 @@ of 0.25 it was 0.034 at α 100 and 0.036 at α 1,000, after 150 steps: they matc
 and whole images have others.
 """
 
-from dfcompress.synthesis.images import Pixels
+from dfcompress.synthesis.images import parametrised
 from dfcompress.synthesis.losses import bn_divergence, inception, smoothness
-from dfcompress.synthesis.recipe import Phase, Recipe, Schedule, from_half_size
-from dfcompress.synthesis.transforms import random_crops
+from dfcompress.synthesis.recipe import LARGE_IMAGES, Phase, Recipe, Schedule, coarse_to_fine
+from dfcompress.synthesis.transforms import augmentations
 
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {
     "fast-cifar10": {"steps": 400, "copies": 1, "crop": 0.9, "cutout": 0.125, "bn": 100.0},
     "fast-imagenet": {
-        "half_steps": 80,
-        "steps": 40,
+        **LARGE_IMAGES,
         "copies": 1,
-        "crop": 0.9,
+        "crop": 1.0,
         "cutout": 0.0,
-        "bn": 100.0,
-        "ce": 10.0,
+        "bn": 300.0,
+        "ce": 100.0,
         "scale": 10.0,
-        "batch_size": 16,
+        "smooth": 0.0,
     },
     "paper-cifar10": {"sigma": 1.0, "steps": 1000, "batch_size": 128, "bn": 100.0, "crop": 0.9, "cutout": 0.125},
 }
@@ -43,22 +42,26 @@ def bns_inception(
     kernel: int = 5,
     sigma: float = 0.375,
     lr: float = 0.1,
+    quarter_steps: int = 0,
     half_steps: int = 0,
     steps: int = 1000,
     schedule: Schedule = "cosine",
     copies: int = 4,
     crop: float = 0.75,
     cutout: float = 0.25,
+    jitter: int = 0,
+    spectrum: bool = False,
     batch_size: int = 256,
 ) -> Recipe:
     """Algorithm 1 of Haroush 2020."""
     return Recipe(
-        images=Pixels(clip=True),
+        images=parametrised(clip=True, spectrum=spectrum),
         losses=[bn * bn_divergence(), ce * inception(scale), smooth * smoothness(kernel, sigma)],
-        phases=from_half_size(
-            half_steps,
+        phases=coarse_to_fine(
             Phase(steps, lr, (0.5, 0.9), schedule),
-            lambda _: [random_crops(copies, smallest=crop, cutout=cutout)],
+            lambda factor: augmentations(copies, crop=crop, cutout=cutout, jitter=jitter // factor),
+            quarter_steps=quarter_steps,
+            half_steps=half_steps,
         ),
         batch_size=batch_size,
     )

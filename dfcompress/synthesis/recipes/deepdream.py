@@ -5,9 +5,9 @@ Settings are DeepInversion's without its BatchNorm term; the paper states none o
 The teacher is certain of such images, other networks see little in them: the baseline that statistics must beat.
 """
 
-from dfcompress.synthesis.images import Pixels
+from dfcompress.synthesis.images import parametrised
 from dfcompress.synthesis.losses import class_cross_entropy, image_norm, total_variation
-from dfcompress.synthesis.recipe import Phase, Recipe, Schedule, from_half_size
+from dfcompress.synthesis.recipe import LARGE_IMAGES, Phase, Recipe, Schedule, coarse_to_fine
 from dfcompress.synthesis.transforms import jitters
 
 PAPER = "Mordvintsev et al., Inceptionism, 2015; Yin et al., Dreaming to Distill, CVPR 2020"
@@ -21,20 +21,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "clip": True,
         "flip": True,
     },
-    "fast-imagenet": {
-        "half_steps": 80,
-        "steps": 40,
-        "lr": 0.1,
-        "beta1": 0.5,
-        "beta2": 0.9,
-        "schedule": "cosine",
-        "tv": 1e-4,
-        "l2": 0.0,
-        "jitter": 30,
-        "flip": True,
-        "clip": True,
-        "batch_size": 16,
-    },
+    "fast-imagenet": {**LARGE_IMAGES, "beta1": 0.5, "beta2": 0.9, "tv": 1e-4, "l2": 0.0, "flip": True, "clip": True},
     "paper-cifar10": {},
 }
 
@@ -45,6 +32,7 @@ def deepdream(
     tv: float = 2.5e-5,
     l2: float = 3e-8,
     lr: float = 0.05,
+    quarter_steps: int = 0,
     half_steps: int = 0,
     steps: int = 2000,
     beta1: float = 0.9,
@@ -53,16 +41,18 @@ def deepdream(
     jitter: int = 2,
     flip: bool = False,
     clip: bool = False,
+    spectrum: bool = False,
     batch_size: int = 256,
 ) -> Recipe:
     """DeepInversion without its feature term (Yin 2020, table 1)."""
     return Recipe(
-        images=Pixels(clip=clip),
+        images=parametrised(clip=clip, spectrum=spectrum),
         losses=[ce * class_cross_entropy(), tv * total_variation(), l2 * image_norm()],
-        phases=from_half_size(
-            half_steps,
+        phases=coarse_to_fine(
             Phase(steps, lr, (beta1, beta2), schedule),
             lambda factor: jitters(jitter // factor, flip=flip),
+            quarter_steps=quarter_steps,
+            half_steps=half_steps,
         ),
         batch_size=batch_size,
     )

@@ -14,9 +14,9 @@ cropped, mirrored and with a square cut out on its own.
 What they reach, and how long they take, is in docs/results.md.
 """
 
-from dfcompress.synthesis.images import Pixels
+from dfcompress.synthesis.images import parametrised
 from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, image_norm, total_variation
-from dfcompress.synthesis.recipe import Phase, Recipe, Schedule, from_half_size
+from dfcompress.synthesis.recipe import LARGE_IMAGES, Phase, Recipe, Schedule, coarse_to_fine
 from dfcompress.synthesis.transforms import jitters
 
 PAPER = "Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion, CVPR 2020"
@@ -24,17 +24,7 @@ FAST = {"steps": 400, "lr": 0.1, "beta1": 0.5, "beta2": 0.9, "schedule": "cosine
 PRESETS: dict[str, dict[str, object]] = {
     "fast-cifar10": {**FAST, "ce": 30.0, "flip": True, "crop": 0.8, "cutout": 0.125},
     "fast-mnist": {**FAST, "ce": 10.0, "tv": 0.1},
-    "fast-imagenet": {
-        **FAST,
-        "half_steps": 80,
-        "steps": 40,
-        "bn": 0.01,
-        "tv": 1e-4,
-        "l2": 0.0,
-        "jitter": 30,
-        "flip": True,
-        "batch_size": 16,
-    },
+    "fast-imagenet": {**FAST, **LARGE_IMAGES, "bn": 0.1, "tv": 1e-4, "l2": 0.0, "flip": True},
     "paper-cifar10": {},
     "paper-merging": {"lr": 0.085, "tv": 1e-3, "l2": 0.0, "batch_size": 64},
     "paper-imagenet": {
@@ -75,6 +65,7 @@ def deepinversion(
     l2: float = 3e-8,
     each_norm: bool = False,
     lr: float = 0.05,
+    quarter_steps: int = 0,
     half_steps: int = 0,
     steps: int = 2000,
     beta1: float = 0.9,
@@ -86,21 +77,23 @@ def deepinversion(
     crop: float = 1.0,
     cutout: float = 0.0,
     clip: bool = False,
+    spectrum: bool = False,
     batch_size: int = 256,
 ) -> Recipe:
     """The published method; every default is the paper's for CIFAR-10 (Yin 2020, section 4.1)."""
     return Recipe(
-        images=Pixels(clip=clip),
+        images=parametrised(clip=clip, spectrum=spectrum),
         losses=[
             ce * class_cross_entropy(),
             bn * bn_distance(first_bn),
             tv * total_variation(),
             l2 * image_norm(each=each_norm),
         ],
-        phases=from_half_size(
-            half_steps,
+        phases=coarse_to_fine(
             Phase(steps, lr, (beta1, beta2), schedule, warmup),
             lambda factor: jitters(jitter // factor, flip=flip, crop=crop, cutout=cutout),
+            quarter_steps=quarter_steps,
+            half_steps=half_steps,
         ),
         batch_size=batch_size,
     )

@@ -7,24 +7,16 @@ those are ours. It smooths 5×5 with σ 1; σ 0.375, which it also tables, is mu
 `fast-cifar10` shows each image once a step, cropped less, for 400 steps.
 """
 
-from dfcompress.synthesis.images import Pixels
+from dfcompress.synthesis.images import parametrised
 from dfcompress.synthesis.losses import inception as inception_loss
 from dfcompress.synthesis.losses import smoothness
-from dfcompress.synthesis.recipe import Phase, Recipe, Schedule, from_half_size
-from dfcompress.synthesis.transforms import random_crops
+from dfcompress.synthesis.recipe import LARGE_IMAGES, Phase, Recipe, Schedule, coarse_to_fine
+from dfcompress.synthesis.transforms import augmentations
 
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {
     "fast-cifar10": {"steps": 400, "copies": 1, "crop": 0.9, "cutout": 0.125},
-    "fast-imagenet": {
-        "half_steps": 80,
-        "steps": 40,
-        "copies": 1,
-        "crop": 0.9,
-        "cutout": 0.0,
-        "scale": 10.0,
-        "batch_size": 16,
-    },
+    "fast-imagenet": {**LARGE_IMAGES, "copies": 1, "crop": 1.0, "cutout": 0.0, "scale": 10.0},
     "paper-cifar10": {"sigma": 1.0, "steps": 1000, "batch_size": 128},
 }
 
@@ -36,22 +28,26 @@ def inception(
     kernel: int = 5,
     sigma: float = 0.375,
     lr: float = 0.1,
+    quarter_steps: int = 0,
     half_steps: int = 0,
     steps: int = 1000,
     schedule: Schedule = "cosine",
     copies: int = 4,
     crop: float = 0.75,
     cutout: float = 0.25,
+    jitter: int = 0,
+    spectrum: bool = False,
     batch_size: int = 256,
 ) -> Recipe:
     """The class and a smooth image, no statistics (Haroush 2020, section 3.2)."""
     return Recipe(
-        images=Pixels(clip=True),
+        images=parametrised(clip=True, spectrum=spectrum),
         losses=[inception_loss(scale), smooth * smoothness(kernel, sigma)],
-        phases=from_half_size(
-            half_steps,
+        phases=coarse_to_fine(
             Phase(steps, lr, (0.5, 0.9), schedule),
-            lambda _: [random_crops(copies, smallest=crop, cutout=cutout)],
+            lambda factor: augmentations(copies, crop=crop, cutout=cutout, jitter=jitter // factor),
+            quarter_steps=quarter_steps,
+            half_steps=half_steps,
         ),
         batch_size=batch_size,
     )

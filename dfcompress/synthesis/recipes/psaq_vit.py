@@ -10,7 +10,8 @@ the intended class and the distance of R_TV to what is usual, on rolled and flip
 `fast`, the default, is ours: a fifth of the steps.
 Ours, too: the features are the outputs of whole attention modules, in place of the mean over heads before their
 projection; those of Swin and ConvNeXt are the outputs of whole blocks, averaged to at most 14 × 14 patches; images are
-rolled by another offset along each axis; the usual R_TV is fixed, and the classes take turns.
+rolled by another offset along each axis; the density is taken over each image's own range; the usual R_TV is fixed,
+and the classes take turns.
 Tested on random weights alone: what the images are worth to a trained network is not measured.
 """
 
@@ -29,12 +30,11 @@ PRESETS: dict[str, dict[str, object]] = {
     "paper-deit": {},
     "paper-swin": {"lr": 0.25},
 }
-SMALL = 64
 
 
 def default_preset(card: ModelCard, record: Description | None) -> str:
     """30 pixels of jitter are an eighth of an image of 224, and about all of one of 32."""
-    return "fast-small" if max(card.input_size[1:]) <= SMALL else "fast"
+    return "fast-small" if card.small else "fast"
 
 
 def psaq_vit(
