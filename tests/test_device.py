@@ -325,6 +325,7 @@ def test_the_gradient_of_a_strided_depthwise_convolution_in_bf16_is_compiled_as_
 
     ours = device._convolution_backward
     monkeypatch.setattr(device, "_convolution_backward", spied)
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, **DEPTHWISE_STRIDED)).to(torch.bfloat16)
     images = torch.randn(2, 3, 9, 9, dtype=torch.bfloat16, requires_grad=True)

@@ -32,7 +32,7 @@ class Exported:
     Of `images` images `equal` are answered alike in onnxruntime; `median_difference` and `largest_difference` are those
     of the logits. `equal_rewritten` counts the same with onnxruntime's own rewriting of quantized operations, which
     rounds differently (None where the file does not load then). `bytes` of the file, `bytes_ratio` against the
-    checkpoint's, `milliseconds` of a batch of 64 in onnxruntime on one thread (with its rewriting where it loads), and
+    checkpoint's, `milliseconds` of 64 images in onnxruntime on one thread (with its rewriting where it loads), and
     `milliseconds_fp32` of the same network in float there, in the same rounds.
     """
 
@@ -104,24 +104,23 @@ class Session:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of images."""
-        return torch.cat([torch.from_numpy(self.run(some)) for some in images.split(_at_once(images))])
+        return torch.cat([torch.from_numpy(self._run(some)) for some in images.split(_at_once(images))])
 
-    def run(self, images: Tensor) -> NDArray[np.float32]:
-        """Logits of a few images, in one batch."""
+    def _run(self, images: Tensor) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = self._session.run(None, {self._session.get_inputs()[0].name: images.numpy()})[0]
         return logits
 
 
 def _milliseconds(sessions: Sequence[Session], images: Tensor) -> list[float]:
-    """The least time of a batch of 64 in each session, of some rounds in turn: so a busy machine slows all of them."""
+    """The least time of 64 images in each session, of some rounds in turn: so a busy machine slows all of them."""
     few = images[torch.arange(TIMED) % len(images)]
     seconds: list[list[float]] = [[] for _ in sessions]
     for session in sessions:
-        session.run(few)
+        session(few)
     for _ in range(ROUNDS):
         for session, found in zip(sessions, seconds, strict=True):
             started = time.perf_counter()
-            session.run(few)
+            session(few)
             found.append(time.perf_counter() - started)
     return [round(1000 * min(found), 2) for found in seconds]
 
