@@ -250,6 +250,9 @@ def _tried(
     size = student.card.input_size if training.freeze_batchnorm else None
     target = device.resolve_device(execution.device)
     chunk = images_at_once(batch, counted.get(execution.precision, 0.0), target=target, input_size=size)
+    if chunk < batch:
+        which = "" if training.freeze_batchnorm else ", and BatchNorm takes the statistics of those"
+        console.notice(f"Training adds up the gradients of {batch} images, {chunk} at once{which}.")
     return replace(execution, chunk=chunk)
 
 

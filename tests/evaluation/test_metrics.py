@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from dfcompress.errors import DfcompressError
-from dfcompress.evaluation.metrics import Predictions, predict, share_correct, standard_error
+from dfcompress.evaluation import metrics
+from dfcompress.evaluation.metrics import Predictions, bn_divergence, predict, share_correct, standard_error
 from dfcompress.models.card import ModelCard
+from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
 
 
@@ -46,6 +48,19 @@ def test_agreement_is_the_share_of_equal_first_answers():
 def test_an_answer_that_is_no_number_stops():
     with pytest.raises(DfcompressError, match="NaN or infinity"):
         predict(classifier(2), [(images([0.0, float("nan")]), torch.tensor([0]))])
+
+
+def test_answers_and_statistics_in_parts_are_those_of_the_whole(resnet20_file, monkeypatch):
+    classifier = load(resnet20_file)
+    shown = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    batches = [(shown[:16], torch.zeros(16)), (shown[16:], torch.zeros(8))]
+    whole, divergence = predict(classifier, batches), bn_divergence(classifier, batches)
+    monkeypatch.setattr(metrics, "images_a_pass", lambda classifier: 5)
+    passed = []
+    classifier.network.register_forward_pre_hook(lambda network, args: passed.append(len(args[0])))
+    assert torch.equal(predict(classifier, batches).classes[:, 0], whole.classes[:, 0])
+    assert passed[-6:] == [5, 5, 5, 1, 5, 3]
+    assert bn_divergence(classifier, batches) == pytest.approx(divergence, rel=1e-5)
 
 
 def test_the_training_mode_is_given_back():

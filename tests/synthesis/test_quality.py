@@ -40,6 +40,14 @@ def test_real_images_raise_no_warning(teacher, real):
     assert health.bn_divergence < 0.1 < health.noise_divergence
 
 
+def test_a_batch_in_chunks_is_judged_as_a_whole(teacher, real):
+    recipe = choose("deepinversion", None).recipe
+    whole, parts = (QualityCheck(recipe, teacher, chunk=chunk).examine(batch(*real)) for chunk in (None, 24))
+    assert parts.bn_divergence == pytest.approx(whole.bn_divergence, rel=1e-4)
+    assert parts.noise_divergence == pytest.approx(whole.noise_divergence, rel=1e-4)
+    assert (parts.teacher_top1, parts.variety) == (whole.teacher_top1, whole.variety)
+
+
 def test_wrong_labels_are_told(teacher, real):
     (warning,) = examine(teacher, real[0], (real[1] + 1) % 10).warnings(SETTINGS).values()
     assert "as intended" in warning

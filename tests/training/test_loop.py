@@ -27,14 +27,16 @@ from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages
+from dfcompress.run import Clock
 from dfcompress.settings import with_defaults
+from dfcompress.training import loop
 from dfcompress.training.class_map import ClassMap
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import PARTIAL, Trainer, require_passes, require_trainable
 from dfcompress.training.multi_teacher.logit_matching import LogitMatching
 from dfcompress.training.objectives import Prediction, feature, kd
 from dfcompress.training.settings import Training
-from dfcompress.training.steps import training_mode
+from dfcompress.training.steps import Steps, training_mode
 
 CARD = ModelCard("tiny", 4, (1, 8, 8), (0.5,), (0.25,))
 EAGER = Compute(device="cpu", precision="fp32", compile="off")
@@ -115,6 +117,70 @@ def test_what_the_last_layer_takes_is_dropped_while_a_student_trains_and_not_aft
     assert not torch.equal(dropped.network[-1].weight, plain.network[-1].weight)
     assert dropped.state_dict().keys() == plain.state_dict().keys()
     assert torch.equal(dropped(images()[:8].float()), dropped(images()[:8].float()))
+
+
+class Noted(Distillation):
+    """Remembers how many images the student saw at once."""
+
+    def losses(self, student, batch, targets):
+        self.seen = [*getattr(self, "seen", []), len(batch.images)]
+        return super().losses(student, batch, targets)
+
+
+def in_chunks(monkeypatch, fit, training, *, teachers=1, folder=None):
+    """A student after its training where so many images fit, and how many it saw at once."""
+    monkeypatch.setattr(loop, "images_at_once", lambda wanted, each, **how: min(wanted, fit))
+    distiller = Noted(tiny(1), [kd(2.0)])
+    made = Trainer(tiny(2), distiller, training, compute=EAGER, folder=folder, repair=training.freeze_batchnorm)
+    made.fit(images())
+    return made.student, distiller.seen
+
+
+@pytest.mark.parametrize("fit", [8, 5])
+def test_a_batch_in_chunks_has_the_gradient_of_the_whole_where_statistics_are_frozen(fit, monkeypatch):
+    """32 images in chunks of 8, or of 5 and 4."""
+    frozen = replace(TRAINING, steps=5, freeze_batchnorm=True, augmentation=Augmentation(flip=True, mixup=1.0))
+    whole, seen = in_chunks(monkeypatch, 32, frozen)
+    assert seen == [32] * 5
+    parts, seen = in_chunks(monkeypatch, fit, frozen)
+    assert seen == ([8] * 4 if fit == 8 else [5] * 4 + [4] * 3) * 5
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_in_chunks_resumes_in_the_same_ones(monkeypatch, tmp_path):
+    """Though all images of a batch fit at the second time."""
+    whole, _ = in_chunks(monkeypatch, 8, replace(TRAINING, steps=6))
+
+    def stop(steps, real=Steps.take):
+        if steps.done == 3:
+            raise KeyboardInterrupt
+        real(steps)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Steps, "take", stop)
+        patched.setattr(Clock, "is_time_to_save", lambda clock: True)
+        with pytest.raises(KeyboardInterrupt):
+            in_chunks(patched, 8, replace(TRAINING, steps=6), folder=tmp_path)
+    resumed, seen = in_chunks(monkeypatch, 32, replace(TRAINING, steps=6), folder=tmp_path)
+    assert seen == [8] * 12
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_every_chunk_has_images_of_all_teachers(monkeypatch):
+    monkeypatch.setattr(loop, "images_at_once", lambda wanted, each, **how: 8)
+    seen = []
+
+    def noted(distiller, student, batch, targets, real=LogitMatching.losses):
+        seen.append(batch.sources.bincount().tolist())
+        return real(distiller, student, batch, targets)
+
+    monkeypatch.setattr(LogitMatching, "losses", noted)
+    training, (matching, sets) = replace(TRAINING, steps=1), taught("merging")
+    made = Trainer(tiny(2), matching, training, compute=EAGER)
+    made.fit(training.pool(*[images()] * sets, seed=0))
+    assert seen == [[4, 4]] * 4
 
 
 def test_the_rate_warms_up_linearly_and_falls_to_zero():

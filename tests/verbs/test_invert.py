@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import signal
 import subprocess
@@ -18,24 +19,30 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dfcompress import console
+from dfcompress import console, memory
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import Compute
+from dfcompress.device import Compute, Execution
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import bn_divergence
+from dfcompress.memory import GROWTH, SHARE
 from dfcompress.models.architectures import named
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
+from dfcompress.run import Clock
 from dfcompress.synthesis import set_builder
+from dfcompress.synthesis.batch_state import BatchState
 from dfcompress.synthesis.recipe import Recipe, Synthesis
 from dfcompress.synthesis.spec import resolve
+from dfcompress.synthesis.synthesizer import try_step
 from dfcompress.training.loop import Trainer
+from dfcompress.verbs import _plan
 from dfcompress.verbs.distill import distill
 from dfcompress.verbs.invert import co_trained_student, invert
 
 DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
 EAGER = Compute(device="cpu", precision="fp32", compile="off")
+EXECUTION = Execution("cpu", "fp32", False, 1, "")
 SMALL = Synthesis(images=12, settings={"steps": 3, "batch_size": 8})
 
 
@@ -313,6 +320,100 @@ def test_a_precision_that_a_network_cannot_compute_in_is_refused_where_it_was_as
     with pytest.raises(BadInput, match=r"scattered cannot be computed in bf16: .*--precision auto"):
         invert(odd("scattered"), output=tmp_path / "set", synthesis=SMALL, compute=bf16)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+TIGHT = Synthesis(images=12, settings={"steps": 3, "batch_size": 8})
+
+
+@pytest.fixture
+def room_for(monkeypatch):
+    """A function that leaves memory for a step of so many images of the odd networks, and of what they are made of."""
+    each = try_step(resolve(odd("plain"), TIGHT).recipe, odd("plain"), EXECUTION, student=None, sampler=None)
+
+    def leave(images):
+        beside = set_builder.COPIES * 4 * 8 * math.prod(odd_networks.SIZE)
+        monkeypatch.setattr(memory, "free_bytes", lambda target: int((beside + images * GROWTH * each) / SHARE) + 1)
+
+    return leave
+
+
+def test_a_batch_that_does_not_fit_is_made_in_chunks_that_a_resume_obeys(room_for, tmp_path, monkeypatch):
+    """Killed between two steps, with the state just saved, and resumed where there is room for all images."""
+    room_for(2)
+    invert(odd("plain"), output=tmp_path / "whole", synthesis=TIGHT, compute=EAGER)
+    manifest = SyntheticSet(tmp_path / "whole").manifest
+    assert (manifest["batch_size"], manifest["execution"]["chunk"]) == (8, 2)
+
+    class Killed(Exception):
+        pass
+
+    def save_and_die(state, path, real=BatchState.save):
+        real(state, path)
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Clock, "is_time_to_save", lambda clock: True)
+        patched.setattr(BatchState, "save", save_and_die)
+        with pytest.raises(Killed):
+            invert(odd("plain"), output=tmp_path / "set", synthesis=TIGHT, compute=EAGER)
+    room_for(1000)
+    invert(odd("plain"), output=tmp_path / "set", synthesis=TIGHT, compute=EAGER, resume=True)
+    assert digests(tmp_path / "set") == digests(tmp_path / "whole")
+    invert(odd("plain"), output=tmp_path / "roomy", synthesis=TIGHT, compute=EAGER)
+    assert SyntheticSet(tmp_path / "roomy").manifest["execution"]["chunk"] == 8
+    assert digests(tmp_path / "roomy") != digests(tmp_path / "whole")
+
+
+def test_where_not_one_image_fits_nothing_is_begun(room_for, tmp_path):
+    room_for(0.9)
+    with pytest.raises(BadInput, match=r"One image at a time needs [\d,]+ bytes of free memory, and [\d,]+ are free"):
+        invert(odd("plain"), output=tmp_path / "set", synthesis=TIGHT, compute=EAGER)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_that_must_be_whole_and_does_not_fit_names_the_one_that_does(room_for, tmp_path, monkeypatch):
+    monkeypatch.setattr(Recipe, "needs_whole_batch", True)
+    room_for(5)
+    with pytest.raises(BadInput, match=r"A batch of 8 images does not fit into memory.*Use --batch-size 4\."):
+        invert(odd("plain"), output=tmp_path / "set", synthesis=TIGHT, compute=EAGER)
+    room_for(8.5)
+    invert(odd("plain"), output=tmp_path / "set", synthesis=TIGHT, compute=EAGER)
+
+
+def test_a_dry_run_tells_the_chunk_and_the_memory_and_times_no_more(room_for, monkeypatch):
+    timed = []
+    monkeypatch.setattr(_plan, "seconds_per_step", lambda *given: timed.append(given[3]) or 0.5)
+    room_for(2)
+    (estimate,) = invert.plan(odd("plain"), synthesis=TIGHT, compute=EAGER).estimates()
+    assert (estimate.execution.chunk, timed) == (2, [2])
+    assert estimate.seconds == pytest.approx(0.5 * 4 * 3 * 2)
+    small = estimate.memory_bytes
+    room_for(8.5)
+    (estimate,) = invert.plan(odd("plain"), synthesis=TIGHT, compute=EAGER).estimates()
+    assert estimate.execution.chunk == 8
+    assert 0 < estimate.memory_bytes - small < 2**24
+
+
+@pytest.mark.release
+def test_little_memory_does_not_kill_a_step_of_large_images(tmp_path):
+    """A ResNet-18 at 224 px, batch 64, in a process that may take 1.2 GiB more addresses than it has at the start; the
+    whole batch has 2.2 GB of tensors in fp32.
+    """
+    code = (
+        "import resource, sys, torch, torchvision, dfcompress; from dfcompress.memory import _field, Path\n"
+        "from dfcompress import Classifier, Compute, ModelCard, Synthesis, invert\n"
+        "torch.manual_seed(0); torch.set_num_threads(1); network = torchvision.models.resnet18().train()\n"
+        "network(torch.randn(8, 3, 224, 224))\n"
+        "card = ModelCard('torchvision:resnet18', 1000, (3, 224, 224), (0.5,) * 3, (0.25,) * 3)\n"
+        "limit = 1024 * _field(Path('/proc/self/status'), 'VmSize') + 1200 * 2**20\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "made = Synthesis(recipe='bns', preset='paper-cifar10', images=64, "
+        "settings={'steps': 1, 'copies': 1, 'batch_size': int(sys.argv[2])})\n"
+        "invert(Classifier(network.eval(), card), output=sys.argv[1], synthesis=made, "
+        "compute=Compute(device='cpu', precision='fp32', compile='off'))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "set"), "64"], check=True, capture_output=True)
+    assert SyntheticSet(tmp_path / "set").manifest["execution"]["chunk"] < 64
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32"])
