@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ class Exported:
     Of `images` images `equal` are answered alike in onnxruntime; `median_difference` and `largest_difference` are those
     of the logits. `equal_rewritten` counts the same with onnxruntime's own rewriting of quantized operations, which
     rounds differently (None where the file does not load then). `bytes` of the file, `bytes_ratio` against the
-    checkpoint's, `milliseconds` of a batch of 64 in onnxruntime (with its rewriting where it loads), and
-    `milliseconds_fp32` of the same network in float there.
+    checkpoint's, `milliseconds` of 64 images in onnxruntime on one thread (with its rewriting where it loads), and
+    `milliseconds_fp32` of the same network in float there, in the same rounds.
     """
 
     path: str
@@ -61,6 +62,7 @@ def compare(classifier: Classifier, path: Path, fp32: Path, images: Tensor, *, t
     exact, usual = Session(path, rewriting=False), _rewriting(path)
     answers = exact(images)
     different = (answers - expected).abs()
+    milliseconds, milliseconds_fp32 = _milliseconds([usual or exact, Session(fp32, rewriting=True)], images)
     whole = file_bytes(classifier.path) if classifier.path else None
     return Exported(
         path=str(path),
@@ -72,8 +74,8 @@ def compare(classifier: Classifier, path: Path, fp32: Path, images: Tensor, *, t
         equal_rewritten=_equal(usual(images), expected) if usual else None,
         median_difference=different.median().item(),
         largest_difference=different.max().item(),
-        milliseconds=(usual or exact).milliseconds(images),
-        milliseconds_fp32=Session(fp32, rewriting=True).milliseconds(images),
+        milliseconds=milliseconds,
+        milliseconds_fp32=milliseconds_fp32,
     )
 
 
@@ -87,13 +89,13 @@ def _rewriting(path: Path) -> Session | None:
 
 
 class Session:
-    """An ONNX file in onnxruntime on the CPU, with or without its own rewriting of quantized operations."""
+    """An ONNX file in onnxruntime, on one thread of the CPU, with or without its rewriting of quantized operations."""
 
     def __init__(self, path: Path, *, rewriting: bool) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
+        options.log_severity_level, options.intra_op_num_threads = 4, 1
         options.add_session_config_entry("session.disable_quant_qdq", "0" if rewriting else "1")
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -104,20 +106,23 @@ class Session:
         """Logits of images."""
         return torch.cat([torch.from_numpy(self._run(some)) for some in images.split(_at_once(images))])
 
-    def milliseconds(self, images: Tensor) -> float:
-        """The least time of a batch of 64, of some rounds."""
-        few = images[torch.arange(TIMED) % len(images)]
-        self._run(few)
-        seconds = []
-        for _ in range(ROUNDS):
-            started = time.perf_counter()
-            self._run(few)
-            seconds.append(time.perf_counter() - started)
-        return round(1000 * min(seconds), 2)
-
     def _run(self, images: Tensor) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = self._session.run(None, {self._session.get_inputs()[0].name: images.numpy()})[0]
         return logits
+
+
+def _milliseconds(sessions: Sequence[Session], images: Tensor) -> list[float]:
+    """The least time of 64 images in each session, of some rounds in turn: so a busy machine slows all of them."""
+    few = images[torch.arange(TIMED) % len(images)]
+    seconds: list[list[float]] = [[] for _ in sessions]
+    for session in sessions:
+        session(few)
+    for _ in range(ROUNDS):
+        for session, found in zip(sessions, seconds, strict=True):
+            started = time.perf_counter()
+            session(few)
+            found.append(time.perf_counter() - started)
+    return [round(1000 * min(found), 2) for found in seconds]
 
 
 @torch.no_grad()

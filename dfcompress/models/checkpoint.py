@@ -125,9 +125,11 @@ def load(
         fit = recognise(stored.tensors, str(path), num_classes or 0)
     network = _packed(fit, stored) if stored.quantization is not None else _with_weights(fit)
     require_variances(network, str(path))
+    described = _card(fit, stated, given)
+    _say_assumed(described, fit.architecture, str(path))
     classifier = Classifier(
         make_plain(network),
-        _card(fit, stated, given),
+        described,
         name=weights.name if weights else _name(path),
         sha256=sha256(path),
         path=None if weights else path,  # Nothing is written beside a file of another library's cache.
@@ -474,6 +476,20 @@ def _card(fit: Recognised, stated: Mapping[str, Any], given: Mapping[str, Any]) 
     values["widths"] = dict(fit.architecture.widths) or None
     _check_fits(values, fit)
     return ModelCard.from_json({**values, "origin": origin})
+
+
+def _say_assumed(card: ModelCard, architecture: Architecture, where: str) -> None:
+    """Say which values of a network for large images are known from its library's configuration alone."""
+    values = {
+        "--mean": ("mean", ",".join(f"{value:g}" for value in card.mean)),
+        "--std": ("std", ",".join(f"{value:g}" for value in card.std)),
+        "--input-size": ("input_size", "x".join(map(str, card.input_size))),
+    }
+    assumed = {option: value for option, (name, value) in values.items() if card.origin.get(name) == "assumed"}
+    if architecture.size is None or architecture.size <= SMALL_INPUT or not {"--mean", "--std"} & assumed.keys():
+        return
+    options = " ".join(f"{option} {value}" for option, value in assumed.items())
+    console.notice(f"{where}: {options} assumed, as is usual for {architecture.name}; give what it was trained with.")
 
 
 def _usual(architecture: Architecture, channels: int) -> dict[str, Any]:

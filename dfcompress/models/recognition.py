@@ -20,14 +20,12 @@ from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models.architecture import Architecture, Naming, tensors_of
 from dfcompress.models.architectures import architectures, named
-from dfcompress.models.fingerprints import Twins, fitting_names, fitting_order, index
+from dfcompress.models.fingerprints import WRAPPERS, Twins, fitting_names, fitting_order, index, unwrapped
 
 SHOWN = 4
 MISSING = "is missing"
 # A file has one prefix for the whole network, or one for its body and another for its head.
 PARTS = 2
-# What torch's own wrappers put between the parts of a name.
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # What thop, which counts operations, leaves in every module.
 COUNTED = ("total_ops", "total_params")
 
@@ -117,7 +115,7 @@ class _File:
         found: list[Twins] = []
         for prefix in sorted(prefixes | {""}):
             inside = [name for name in self.tensors if name.startswith(prefix) and _leaf(name) not in COUNTED]
-            shapes = {_unwrapped(name.removeprefix(prefix)): self.tensors[name].shape for name in inside}
+            shapes = {unwrapped(name.removeprefix(prefix)): self.tensors[name].shape for name in inside}
             found += [twins for twins in fitting_names(shapes) if twins not in found]
         return found
 
@@ -398,7 +396,7 @@ def _match(architecture: Architecture, naming: Naming, file: _File, classes: int
     expected = tensors_of(architecture, classes, channels)
     others = _others(architecture, naming, file, names, prefixes)
     layers = [name for name in _of_layers(others, file) if not any(file.same(name, own) for own in names.values())]
-    modules = {_unwrapped(name).split(".")[0] for name in expected if "." in name}
+    modules = {unwrapped(name).split(".")[0] for name in expected if "." in name}
     inside = [name for name in others if _is_inside(name, prefixes, modules, name in layers, file)]
     unequal = [
         f"{names[name]} is {_shape(tensors[name].shape)}, expected {_shape(shape)}"
@@ -447,7 +445,7 @@ def _found(
         for name, shape in expected.items():
             if name in names:
                 continue
-            for place, theirs in endings.get(_unwrapped(name), {}).items():
+            for place, theirs in endings.get(unwrapped(name), {}).items():
                 if theirs not in taken and file.tensors[theirs].dim() == len(shape):
                     covered[place][name] = theirs
         if not covered:
@@ -462,10 +460,6 @@ def _found(
         names |= here
         prefixes.append(best[0])
     return names, prefixes, twins
-
-
-def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _head_elsewhere(expected: Mapping[str, torch.Size], names: Mapping[str, str], file: _File) -> dict[str, str]:
@@ -543,7 +537,10 @@ def _classes_and_channels(
     stem = next((name for name, shape in usual.items() if len(shape) == 4 and _leaf(name) == "weight"), "")
     if not classes:
         classes = tensors[head].shape[0] if head in tensors and tensors[head].dim() >= 2 else 10
-    channels = tensors[stem].shape[1] if stem in tensors and tensors[stem].dim() == 4 else architecture.channels
+    channels = architecture.channels
+    if stem in tensors and tensors[stem].dim() == 4:
+        # Several for each of the image, where pixels are made channels first.
+        channels = channels * tensors[stem].shape[1] // usual[stem][1]
     return classes, channels
 
 

@@ -27,13 +27,7 @@ from dfcompress.models.static_padding import fix_padding
 
 # What a node does: the class of the module it calls, the function, or the name of the method.
 Operation = type[nn.Module] | Any
-NOTHING: set[Operation] = {
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout2d,
-    F.dropout,
-    F.dropout2d,
-}
+NOTHING: set[Operation] = {nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d}
 CUTTING: set[Operation] = {
     *(nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu_, F.relu6, F.hardtanh, torch.relu, torch.relu_),
     *(torch.clamp, torch.clamp_min, torch.clamp_max, "relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_max"),
@@ -78,7 +72,8 @@ def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[st
     graph.eliminate_dead_code()
     images = torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device)
     tensors = _float_tensors(traced, classifier.normalise(images))
-    for places in _Sharing(graph, modules, tensors, layers).places():
+    # A list: what is inserted would be taken for a part of the network.
+    for places in list(_Sharing(graph, modules, tensors, layers).places()):
         _insert(traced, places, layers)
     traced.recompile()
     classifier.network = traced.eval()

@@ -83,7 +83,7 @@ COARSE = {"quarter_steps": 4, "half_steps": 2}
 LARGE_IMAGES = {
     "quarter_steps": 60,
     "half_steps": 60,
-    "steps": 20,
+    "steps": 40,
     "lr": 0.05,
     "schedule": "cosine",
     "jitter": 30,

@@ -34,6 +34,7 @@ from dfcompress.verbs import Target
 
 FILE = "model.onnx"
 INT8 = 8
+NAMES: Mapping[Target, str] = {"tensorrt": "TensorRT", "openvino": "OpenVINO"}
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CHECKED = 1024  # Images that both are asked about.
 
@@ -51,7 +52,8 @@ def export(
     `output` is a file, by default `model.onnx` in the checkpoint's folder, NAME.onnx beside the file NAME.pt.
     Both models are asked about up to 1,024 images: those at `data`, or of the synthetic set that `quantize` left in the
     checkpoint's folder, or noise of the mean and standard deviation on the card.
-    `tensorrt` takes 8-bit weights and signed 8-bit activations (`quantize --bits 8w8a --signed`) and float layers.
+    `tensorrt` takes 8-bit weights and signed 8-bit activations (`quantize --bits 8w8a --signed`) and float layers,
+    `openvino` 8-bit weights and activations and float layers.
     Raises `BadInput` where a package is missing, the target cannot run the model, or `output` is there already.
     """
     classifier = opened(checkpoint)
@@ -77,15 +79,18 @@ def require_kernels(target: Target, bits: Mapping[str, tuple[int | None, int]], 
     """Raise `BadInput` where the target cannot run layers of such (weight, input) bits on grids of this `scheme`;
     activations in float are signed.
     """
-    if target != "tensorrt":
+    if target == "onnxruntime":
         return
+    named = NAMES[target]
     for name, (weights, inputs) in bits.items():
         if weights != INT8 or inputs not in (INT8, FLOAT_BITS):
             found = f"weights of {weights or 'as yet unknown'} and inputs of {inputs} bits"
             raise BadInput(
-                f"Layer {name} has {found}, and TensorRT has kernels for 8 bits alone.",
+                f"Layer {name} has {found}, and {named} has kernels for 8 bits alone.",
                 "Use --bits 8w8a, or --target onnxruntime.",
             )
+    if target == "openvino":
+        return
     if INT8 in scheme.asymmetric:
         raise BadInput(
             "Weights have zero points, which TensorRT does not take.",

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from dfcompress.data.real import Fitted, ImageSource
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute, resolve_device
 from dfcompress.distributed import world
 from dfcompress.evaluation.metrics import bn_divergence, share_correct
+from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.statistics import why_no_statistics
@@ -133,7 +135,7 @@ def _measured(
         counts += synthetic.read_shard(shard)[1].bincount(minlength=teacher.card.classes)
     with placed(teacher, target):
         top1 = None if spec.recipe.label_free else share_correct(teacher, synthetic)
-        divergence = _divergence(teacher, synthetic)
+        divergence = _divergence(teacher, synthetic, synthetic.manifest["batch_size"])
     return Inversion(
         output=str(synthetic.folder),
         images=len(synthetic),
@@ -147,14 +149,18 @@ def _measured(
 
 
 def _verified(other: Classifier, synthetic: SyntheticSet, target: torch.device) -> Verification:
+    alike = other.card.input_size == ModelCard.from_json(synthetic.manifest["card"]).input_size
+    shown = synthetic if alike else Fitted(synthetic, other.card.input_size)
     with placed(other, target):
-        return Verification(other.name, share_correct(other, synthetic), _divergence(other, synthetic))
+        return Verification(
+            other.name, share_correct(other, shown), _divergence(other, shown, synthetic.manifest["batch_size"])
+        )
 
 
-def _divergence(classifier: Classifier, synthetic: SyntheticSet) -> float | None:
+def _divergence(classifier: Classifier, images: ImageSource, batch_size: int) -> float | None:
     if why_no_statistics(classifier.network):
         return None
-    return bn_divergence(classifier, synthetic.batches(synthetic.manifest["batch_size"]))
+    return bn_divergence(classifier, images.batches(batch_size))
 
 
 def co_trained_student(

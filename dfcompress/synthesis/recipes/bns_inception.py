@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "copies": 1,
         "crop": 1.0,
         "cutout": 0.0,
-        "bn": 300.0,
+        "bn": 1000.0,
         "ce": 100.0,
         "scale": 10.0,
         "smooth": 0.0,

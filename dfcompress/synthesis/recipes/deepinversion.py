@@ -24,7 +24,7 @@ FAST = {"steps": 400, "lr": 0.1, "beta1": 0.5, "beta2": 0.9, "schedule": "cosine
 PRESETS: dict[str, dict[str, object]] = {
     "fast-cifar10": {**FAST, "ce": 30.0, "flip": True, "crop": 0.8, "cutout": 0.125},
     "fast-mnist": {**FAST, "ce": 10.0, "tv": 0.1},
-    "fast-imagenet": {**FAST, **LARGE_IMAGES, "bn": 0.1, "tv": 1e-4, "l2": 0.0, "flip": True},
+    "fast-imagenet": {**FAST, **LARGE_IMAGES, "ce": 3.0, "bn": 0.01, "tv": 1e-4, "l2": 0.0, "flip": True},
     "paper-cifar10": {},
     "paper-merging": {"lr": 0.085, "tv": 1e-3, "l2": 0.0, "batch_size": 64},
     "paper-imagenet": {
