@@ -113,7 +113,9 @@ def pack_network(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
     fed = {name for grid in grids_of_tensors.values() for name in grid.feeds}
     described = {name: _described(name, layer, fed=name in fed) for name, layer in layers.items()}
     if grids_of_tensors:
-        by_tensor = {name: _described_grid(name, each.input_grid) for name, each in grids_of_tensors.items()}
+        by_tensor = {
+            name: _described_grid(f"tensor {name}", each.input_grid) for name, each in grids_of_tensors.items()
+        }
         return stored, {"version": WITH_TENSORS, "layers": described, "tensors": by_tensor}
     return stored, {"version": ASYMMETRIC if zero_points else SYMMETRIC, "layers": described}
 
@@ -124,12 +126,12 @@ def _described(name: str, layer: QuantizedLayer, *, fed: bool) -> dict[str, Any]
         values["asymmetric"] = True
     if layer.input_bits == FLOAT_BITS or fed:
         return values
-    return values | _described_grid(name, layer.input_grid)
+    return values | _described_grid(f"layer {name}", layer.input_grid)
 
 
-def _described_grid(name: str, grid: InputGrid | None) -> dict[str, Any]:
+def _described_grid(of: str, grid: InputGrid | None) -> dict[str, Any]:
     if grid is None:
-        raise ValueError(f"{name} was never calibrated")
+        raise ValueError(f"{of} was never calibrated")
     values: dict[str, Any] = {"scale": grid.scale}
     if grid.zero_point:
         values["zero_point"] = grid.zero_point

@@ -27,16 +27,7 @@ from dfcompress.models.static_padding import fix_padding
 
 # What a node does: the class of the module it calls, the function, or the name of the method.
 Operation = type[nn.Module] | Any
-NOTHING: set[Operation] = {
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout2d,
-    F.dropout,
-    F.dropout2d,
-    "contiguous",
-    torch.clone,
-    "clone",
-}
+NOTHING: set[Operation] = {nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d}
 CUTTING: set[Operation] = {
     *(nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu_, F.relu6, F.hardtanh, torch.relu, torch.relu_),
     *(torch.clamp, torch.clamp_min, torch.clamp_max, "relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_max"),
@@ -48,7 +39,8 @@ MOVING: set[Operation] = {
     *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk),
     *(torch.split, torch.unbind, torch.narrow, torch.channel_shuffle, operator.getitem),
     *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "unbind"),
-    *("narrow", "expand", "unflatten"),
+    # These keep every value, but a `view` behind the one, or a layer in place behind the others, is wrong without them.
+    *("narrow", "expand", "unflatten", "contiguous", torch.clone, "clone"),
 }
 OF_TWO: set[Operation] = {
     *(operator.add, operator.iadd, torch.add, "add", "add_", operator.mul, operator.imul, torch.mul, "mul", "mul_"),

@@ -13,8 +13,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dfcompress.errors import BadInput
-from dfcompress.models.fake_quantizers import InputGrid, freeze, is_quantized, quantize_layers, quantized_layers
+from dfcompress.models.card import ModelCard
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.fake_quantizers import (
+    InputGrid,
+    freeze,
+    is_quantized,
+    quantize_layers,
+    quantized_layers,
+    tensor_grids,
+)
 from dfcompress.models.packing import pack_integers, pack_network, unpack_integers, unpack_network
+from dfcompress.models.tensor_grids import quantize_tensors
+from dfcompress.quantization.ranges import calibrate
 
 
 def fresh_network(seed: int) -> nn.Sequential:
@@ -268,3 +279,53 @@ def test_a_damaged_tensor_is_refused_by_name_and_nothing_is_loaded(name, tensor,
         unpack_network(network, tensors, quantization)
     assert not is_quantized(network)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def int8_graph() -> Classifier:
+    """A frozen network with grids on all tensors, and its fresh twin's place to be unpacked into."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    classifier = Classifier(network, ModelCard("test", 2, (1, 4, 4), (0.5,), (0.5,))).frozen()
+    quantize_tensors(classifier, ["0", "3"])
+    quantize_layers(classifier.network, {"0": (8, 8), "3": (8, 8)})
+    calibrate(classifier, [torch.rand(4, 1, 4, 4)])
+    freeze(classifier.network)
+    return classifier
+
+
+def unpacked_graph(tensors, quantization) -> Classifier:
+    network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    classifier = Classifier(network, ModelCard("test", 2, (1, 4, 4), (0.5,), (0.5,))).frozen()
+    quantize_tensors(classifier, ["0", "3"])
+    unpack_network(classifier.network, tensors, quantization)
+    return classifier
+
+
+def test_grids_on_all_tensors_come_back():
+    classifier = int8_graph()
+    tensors, quantization = pack_network(classifier.network)
+    assert quantization["version"] == 4
+    assert quantization["layers"] == {"0": {"bits": "8w8a"}, "3": {"bits": "8w8a"}}
+    assert quantization["tensors"].keys() == {"input_1", "_1", "_2"}
+    again = unpacked_graph(tensors, json.loads(json.dumps(quantization)))
+    images = torch.rand(4, 1, 4, 4)
+    assert torch.equal(again(images), classifier(images))
+    assert quantized_layers(again.network)["3"].input_grid == tensor_grids(classifier.network)["_2"].input_grid
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values["tensors"].pop("_1"), "The tensor behind '_1' has a grid in the network"),
+        (lambda values: values["tensors"].update(add={"scale": 0.5}), "The tensor behind 'add' has a grid in the file"),
+        (lambda values: values["tensors"]["_1"].update(scale=0), "tensor '_1' has scale 0"),
+        (lambda values: values["tensors"]["_1"].update(zero_point=256), "tensor '_1' has zero_point 256"),
+        (lambda values: values.update(tensors=[1]), "its tensors have no settings"),
+        (lambda values: values.update(version=2), "layer '0' has scale None|in the network"),
+    ],
+)
+def test_other_grids_than_the_networks_are_refused(change, message):
+    tensors, quantization = pack_network(int8_graph().network)
+    change(quantization)
+    with pytest.raises(BadInput, match=message):
+        unpacked_graph(tensors, quantization)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
+from dfcompress.models.checkpoint import load_saved, save
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import (
     InputGrid,
@@ -220,3 +221,29 @@ def test_a_signed_grid_has_no_zero_point():
     calibrate(classifier, [images()], signed=True)
     assert all(grid.input_grid.signed for grid in tensor_grids(classifier.network).values())
     assert isinstance(tensor_grids(classifier.network)["cat"].input_grid, InputGrid)
+
+
+class Shuffled(nn.Module):
+    """Halves that are put together again with their channels in another order, as in ShuffleNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(2, 2, 1), nn.Linear(256, 4)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        one, other = self.stem(pixels).chunk(2, dim=1)
+        joined = torch.cat([one, self.branch(other)], 1)
+        batch, channels, height, width = joined.size()
+        shuffled = joined.view(batch, 2, channels // 2, height, width).transpose(1, 2).contiguous()
+        return self.fc(shuffled.view(batch, -1))
+
+
+def test_a_channel_shuffle_carries_one_grid_through():
+    grids = tensor_grids(int8(Shuffled()).network)
+    assert len({grids[name].input_grid for name in ("stem", "getitem", "branch", "cat", "contiguous", "view_1")}) == 1
+
+
+def test_a_network_that_no_name_leads_to_is_read_into_its_own_form(tmp_path):
+    classifier = int8(Residual())
+    save(classifier, tmp_path)
+    assert torch.equal(load_saved(tmp_path, classifier)(images()), classifier(images()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import WIDTHS, Scheme, freeze, quantize_layers
+from dfcompress.models.tensor_grids import as_kernels_compute, quantize_tensors
 from dfcompress.quantization.bits import Bits, assign, layers_of, parse_bits
 from dfcompress.quantization.ranges import calibrate, fit_weights
 from dfcompress.verbs import export as export_module
@@ -225,8 +227,10 @@ def test_a_float_model_is_exported_too(tmp_path):
     assert exported.largest_difference < 1e-3
 
 
-def test_tensorrt_takes_signed_eight_bits(tmp_path):
-    student = quantized(classifier_of("cifar_resnet20", 32), "8w8a", signed=True)
+@pytest.mark.parametrize("placed", [False, True], ids=["layer inputs", "all tensors"])
+def test_tensorrt_takes_signed_eight_bits(placed, tmp_path):
+    classifier = classifier_of("cifar_resnet20", 32)
+    student = int8_on_all_tensors(classifier, signed=True) if placed else quantized(classifier, "8w8a", signed=True)
     save(student, tmp_path)
     exported = export(tmp_path, target="tensorrt")
     assert exported.equal >= 63
@@ -330,3 +334,68 @@ def test_a_layer_under_two_names_is_exported_once_at_its_width(tmp_path):
     kept = [tensor for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer if "integers" in tensor.name]
     assert [tensor.data_type for tensor in kept].count(onnx.TensorProto.INT4) == 1
     assert len(kept) == 3
+
+
+def int8_on_all_tensors(classifier: Classifier, *, signed: bool = False) -> Classifier:
+    student = copy.deepcopy(classifier)
+    as_kernels_compute(student)
+    layers = layers_of(student).quantizable
+    assert quantize_tensors(student, layers) == []
+    quantize_layers(student.network, dict.fromkeys(layers, (8, 8)))
+    fit_weights(student, rule="mse")
+    channels, size, _ = classifier.card.input_size
+    calibrate(student, [pictures(channels, size, 32)], signed=signed)
+    freeze(student.network)
+    return student
+
+
+def operations_after_rewriting(path: Path, folder: Path) -> Counter[str]:
+    """What onnxruntime makes of a file with default options, by how often."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+
+
+# The floating-point operations of an image's way in and out, and those that no kernel for integers takes.
+AROUND = {"Sub", "Div", "QuantizeLinear", "DequantizeLinear", "Transpose", "Reshape", "Flatten"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "others"),
+    [
+        ("cifar_resnet20", 32, {"Slice", "Pad", "GlobalAveragePool"}),
+        pytest.param("resnet18", 32, {"NhwcMaxPool"}, marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", 32, set(), marks=pytest.mark.slow),
+        pytest.param("timm:tf_efficientnet_lite0", 64, set(), marks=pytest.mark.slow),
+    ],
+)
+@torch.no_grad()
+def test_with_grids_on_all_tensors_default_options_leave_kernels_for_integers_alone(
+    architecture, size, others, tmp_path
+):
+    student = int8_on_all_tensors(classifier_of(architecture, size))
+    loaded, exported = through(student, tmp_path)
+    images = pictures(3, size, 8)
+    assert torch.equal(loaded(images), student(images))
+    assert exported.equal >= 0.98 * exported.images
+    assert exported.equal_rewritten >= 0.98 * exported.images
+    operations = operations_after_rewriting(Path(exported.path), tmp_path)
+    assert {each for each in operations if not each.startswith(("QLinear", "QGemm"))} <= AROUND | others
+    assert operations["QLinearConv"] == sum(isinstance(layer, nn.Conv2d) for layer in student.network.modules())
+
+
+@torch.no_grad()
+def test_openvino_answers_alike(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    student = int8_on_all_tensors(classifier_of("lenet5_bn", 32))
+    _, exported = through(student, tmp_path)
+    compiled = openvino.Core().compile_model(exported.path, "CPU")
+    images = pictures(3, 32, 64)
+    answers = torch.from_numpy(compiled(images.numpy())[0])
+    expected = student(images)
+    assert (answers.argmax(1) == expected.argmax(1)).sum() >= 63
+    assert (answers - expected).abs().median() < 0.02 * expected.std()
