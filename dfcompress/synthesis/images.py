@@ -185,7 +185,8 @@ def _colours(channels: int) -> Tensor:
     if channels != len(COLOURS):
         return torch.eye(channels)
     colours = torch.tensor(COLOURS)
-    return colours / colours.norm(dim=1).max()
+    common: Tensor = colours / torch.linalg.vector_norm(colours, dim=1).max()
+    return common
 
 
 def parametrised(*, clip: bool, spectrum: bool) -> Images:
