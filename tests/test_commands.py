@@ -464,7 +464,8 @@ def test_help_tells_how_many_images_a_verb_makes(name):
     module = _module(name)
     usual, _, others = _parameters(name)["images"].show_default.partition("; of ")
     assert usual == str(merging_method("logit-matching").images if name == "merge" else module.IMAGES)
-    assert others == (f"shapira-sidi {merging_method('shapira-sidi').images}" if name == "merge" else "")
+    of_shapira_sidi = f"shapira-sidi {merging_method('shapira-sidi').images}"
+    assert others == (of_shapira_sidi if name == "merge" else f"more than 64 pixels a side {module.LARGE_IMAGES}")
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name in dfcompress.__all__])
