@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch.profiler import profile
 
 from dfcompress.device import Compute
 from dfcompress.models.checkpoint import load
-from dfcompress.verbs.bench_step import _flops, bench_step
+from dfcompress.verbs.bench_step import _convolutions, _flops, bench_step
 from dfcompress.verbs.bench_train import bench_train
 
 DEMO = Path(__file__).resolve().parents[1] / "dfcompress" / "demo_files"
@@ -23,6 +25,7 @@ def test_the_rows_are_the_documented_ones_and_positive(resnet20_file):
         "floor",
         "published-bf16",
         "floor-bf16",
+        "convolutions-bf16",
         "+frozen",
         "+records",
         "ours",
@@ -47,3 +50,14 @@ def test_the_operations_of_a_step_are_those_of_both_passes():
     weights = {"conv1": 6 * 25, "conv2": 16 * 6 * 25, "fc1": 400 * 120, "fc2": 120 * 84, "fc3": 84 * 10}
     forward = 2 * sum(weights[name] * times for name, times in in_place_of_each_weight.items())
     assert _flops(load(DEMO), batch_size=3) == 2 * 3 * forward
+
+
+def test_the_row_of_convolutions_runs_both_passes_of_every_convolution_and_linear_layer(resnet20_file):
+    step = _convolutions(load(resnet20_file), 2, torch.device("cpu"), torch.bfloat16)
+    with profile() as profiled:
+        step()
+    calls = {event.key: event.count for event in profiled.key_averages()}
+    assert calls["aten::convolution_backward"] == 19
+    assert calls["aten::conv2d"] == 19
+    assert calls["aten::linear"] == 1
+    assert "aten::batch_norm" not in calls

@@ -15,7 +15,8 @@ from dfcompress.device import Compute, Execution
 from dfcompress.evaluation.timing import Bench, Step, interleaved, row, seconds_of
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, multiply_accumulates
-from dfcompress.models.hooks import hook_inputs
+from dfcompress.models.hooks import hook_inputs, hooked_inputs
+from dfcompress.models.recorder import weighted_layers
 from dfcompress.models.statistics import named_statistics_layers, require_statistics
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import STEPS_BEFORE_CAPTURE, Synthesizer
@@ -36,10 +37,12 @@ def bench_step(
 
     `published`: forward hooks, gradients of the weights too, every loss read back each step, as the released code does.
     `floor`: forward and gradient to the input of the plain teacher, eager, no statistics, no optimiser.
-    Both again under bf16. Then what makes the Synthesizer fast, one after the other: `+frozen` (published, for the
-    images alone, nothing read back), `+records` (statistics with an analytic backward, eager), `+compiled`, and `ours`,
-    as `invert` runs it, in the precision asked for. On a CPU all rows profit from freed memory being kept; on CUDA the
-    rows without `+records` convolve fp32 as PyTorch does by default, in TF32, the others in fp32.
+    Both again under bf16. `convolutions-bf16`: both passes of every convolution and linear layer, each on its own, and
+    nothing between them: the limit that the processor sets. Then what makes the Synthesizer fast, one after the other:
+    `+frozen` (published, for the images alone, nothing read back), `+records` (statistics with an analytic backward,
+    eager), `+compiled`, and `ours`, as `invert` runs it, in the precision asked for. On a CPU all rows profit from
+    freed memory being kept; on CUDA the rows without `+records` convolve fp32 as PyTorch does by default, in TF32, the
+    others in fp32.
     """
     teacher = as_classifier(checkpoint)
     require_statistics(teacher)
@@ -54,6 +57,7 @@ def bench_step(
         "floor": _floor(teacher, batch_size, target, fp32),
         "published-bf16": _published(teacher, batch_size, target, bf16),
         "floor-bf16": _floor(teacher, batch_size, target, bf16),
+        "convolutions-bf16": _convolutions(teacher, batch_size, target, bf16),
         "+frozen": _published(teacher, batch_size, target, fp32, frozen=True),
         "+records": _ours(teacher, batch_size, eager),
     }
@@ -109,6 +113,26 @@ def _floor(teacher: Classifier, batch_size: int, target: torch.device, precision
         seen = images.to(precision).requires_grad_(True)
         loss = F.cross_entropy(network(seen).float(), labels)
         return torch.autograd.grad(loss, seen)[0]
+
+    return step
+
+
+def _convolutions(teacher: Classifier, batch_size: int, target: torch.device, precision: torch.dtype) -> Step:
+    """Forward and gradient to the input of every convolution and linear layer, with the shapes they have in a pass."""
+    network = _plain_network(teacher, target, precision).to(precision).requires_grad_(False)
+    layers, runs = weighted_layers(network), list[tuple[nn.Module, Tensor, Tensor]]()
+
+    def note(name: str, features: Tensor) -> None:
+        seen = torch.randn_like(features).requires_grad_(True)  # In the memory layout that it has there.
+        with torch.enable_grad():
+            runs.append((layers[name], seen, torch.randn_like(layers[name].forward(seen))))
+
+    images = torch.randn(batch_size, *teacher.card.input_size, device=target, dtype=precision)
+    with torch.no_grad(), hooked_inputs(network, layers, note):
+        network(images.contiguous(memory_format=torch.channels_last))
+
+    def step() -> object:
+        return [torch.autograd.grad(layer(seen), seen, gradient) for layer, seen, gradient in runs][-1]
 
     return step
 
