@@ -27,7 +27,7 @@ from dfcompress import console
 from dfcompress.models.architecture import Architecture, tensors_of
 from dfcompress.models.architectures import architectures, named
 from dfcompress.models.classifier import load_tensors
-from dfcompress.models.fingerprints import Shape, Twins, of_names, of_order
+from dfcompress.models.fingerprints import Shape, Twins, of_names, of_order, unwrapped
 
 CLASSES = 10
 # Two networks of that many values take 3.2 GB; larger ones of the same tensors count as different.
@@ -52,16 +52,19 @@ def names() -> list[str]:
 
 
 def listed(name: str) -> Listed | None:
-    """What the index needs to know of an architecture, None where its network cannot be built."""
+    """What the index needs to know of an architecture, None where its network cannot be built or has no classes."""
     architecture = named(name)
     try:
         shapes = tensors_of(architecture, CLASSES, architecture.channels)
     except Exception as error:  # Code of timm's that needs another package, for instance.
         console.notice(f"{name} left out: {error}")
         return None
-    with contextlib.suppress(Exception):  # Not every network takes other channels.
-        return _with_ends(name, shapes, tensors_of(architecture, CLASSES + 1, architecture.channels + 1))
-    return _with_ends(name, shapes, tensors_of(architecture, CLASSES + 1, architecture.channels))
+    try:
+        others = tensors_of(architecture, CLASSES + 1, architecture.channels + 1)
+    except Exception:  # Not every network takes other channels.
+        others = tensors_of(architecture, CLASSES + 1, architecture.channels)
+    found = _with_ends(name, shapes, others)
+    return found if found.head else None
 
 
 def _with_ends(name: str, shapes: Mapping[str, Shape], others: Mapping[str, Shape]) -> Listed:
@@ -72,7 +75,12 @@ def _with_ends(name: str, shapes: Mapping[str, Shape], others: Mapping[str, Shap
             stem.append(tensor)
         elif changed:
             head.append(tensor)
-    return Listed(name, {tensor: tuple(shape) for tensor, shape in shapes.items()}, head, stem)
+    return Listed(
+        name,
+        {unwrapped(tensor): tuple(shape) for tensor, shape in shapes.items()},
+        [unwrapped(tensor) for tensor in head],
+        [unwrapped(tensor) for tensor in stem],
+    )
 
 
 def compute_alike(one: Architecture, other: Architecture) -> bool:

@@ -23,7 +23,7 @@ NOISE = "--recipe gaussian --second-recipe none --images 1024 --calibration-step
 SHORT = "--finetune kd --train-steps 100 --train-batch-size 128"
 
 CALIBRATED = {
-    "8w8a calibrated": "--bits 8w8a --finetune none",
+    "8w8a calibrated": "--bits 8w8a --finetune none --placement layer-inputs",
     "4w8a calibrated": "--bits 4w8a --finetune none",
     "4w4a calibrated": "--bits 4w4a --finetune none",
     "4w4a calibrated, ends 4": "--bits 4w4a --first-last-bits 4 --finetune none",

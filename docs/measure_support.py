@@ -177,12 +177,14 @@ def _walk(name: str, folder: Path, found: dict[str, Any]) -> None:
         raise ValueError(next(iter(unable.values())))
 
     found["stage"] = "invert"
-    known = settings_of("deepinversion")
-    settings = {setting: STEPS for setting in known if setting == "steps" or setting.endswith("_steps")}
+    # No step at a fraction of the size, which some networks cannot take.
+    settings = {setting: 0 for setting in settings_of("deepinversion") if setting.endswith("_steps")}
     compute = Compute(device="cpu", precision="fp32", compile="off")
     images = folder / "images"
     synthesis = Synthesis(
-        recipe="deepinversion", images=IMAGES, settings={**settings, "warmup": 0, "batch_size": IMAGES}
+        recipe="deepinversion",
+        images=IMAGES,
+        settings={**settings, "steps": STEPS, "warmup": 0, "batch_size": IMAGES},
     )
     dfcompress.invert(teacher, output=images, synthesis=synthesis, compute=compute)
 

@@ -134,7 +134,8 @@ def test_the_module_runs_as_a_program():
         (["quantize", DEMO, "--max-drop", "-1", "--eval-data", DEMO], "--max-drop -1"),
         (["quantize", DEMO, "--min-agreement", "95"], "--min-agreement 95 is no share"),
         (["quantize", DEMO, "--export", "onnx", "--target", "tensorrt"], "kernels for 8 bits alone"),
-        (["quantize", DEMO, "--bits", "8w8a", "--export", "onnx", "--target", "tensorrt"], "--signed"),
+        (["quantize", DEMO, "--placement", "all-tensors"], "other bits than 8w8a, as layer"),
+        (["quantize", DEMO, "--bits", "8w8a", "--placement", "all-tensors", "--finetune", "lsq"], "--finetune lsq"),
         (
             ["quantize", DEMO, "--bits", "8w8a", "--method", "paper", "--export", "onnx", "--target", "tensorrt"],
             "--weight-grid symmetric",
@@ -588,7 +589,8 @@ def test_the_model_may_be_named_by_the_environment_or_the_configuration(capsys, 
 
 
 def test_a_student_begins_with_the_weights_of_a_quantized_model(capsys, tmp_path):
-    answer(capsys, "quantize", DEMO, "--data", DEMO, "--finetune", "none", "--bits", "8w8a", "-o", "packed")
+    asked = ["--finetune", "none", "--bits", "8w8a", "--placement", "layer-inputs"]
+    answer(capsys, "quantize", DEMO, "--data", DEMO, *asked, "-o", "packed")
     line = ["distill", DEMO, "--student-init", "packed", "--data", DEMO, "--probe-images", "0", "--train-steps", "0"]
     code, out, _ = answer(capsys, *line, "-o", "student", "--json", "--eval-data", DEMO)
     rows = json.loads(out)["evaluation"]["results"]

@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import nn
 
+from dfcompress.models.architectures import find
 from dfcompress.models.checkpoint import load, save
+from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis.recipes import recipe_names
 
 DEMO = Path(__file__).resolve().parents[1] / "dfcompress" / "demo_files"
@@ -69,12 +71,29 @@ def another(tmp_path_factory):
     return folder
 
 
-def test_every_recipe_replays_its_graph_and_ends_in_the_bytes_of_launched_steps(digits, tmp_path):
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory):
+    """A teacher whose blocks mix patches."""
+    folder = tmp_path_factory.mktemp("patched") / "model"
+    teacher = load(DEMO)
+    torch.manual_seed(0)
+    save(Classifier(find("cifar_resnet20").make(10, 1), replace(teacher.card, architecture="cifar_resnet20")), folder)
+    return folder
+
+
+def test_every_recipe_replays_its_graph_and_ends_in_the_bytes_of_launched_steps(digits, patched, tmp_path):
     records = tmp_path / "records.safetensors"
     commands = {"record": ["record", DEMO, "--data", digits, "--min-images", 2, "-o", records, "--device", "gpu"]}
     recipes = {name: name != "gaussian" for name in recipe_names()}
     for name, has_steps in recipes.items():
-        asked = ["invert", DEMO, "--recipe", name, *MADE, *(["--steps", STEPS] if has_steps else [])]
+        asked = [
+            "invert",
+            patched if name == "psaq-vit" else DEMO,
+            "--recipe",
+            name,
+            *MADE,
+            *(["--steps", STEPS] if has_steps else []),
+        ]
         asked += ["--set", "round_batches=1"] if name.startswith("adaptive") else []
         asked += ["--records", records] if name == "activation-records" else []
         for way in ("auto", "off"):

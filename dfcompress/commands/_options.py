@@ -487,7 +487,7 @@ target = click.option(
     type=click.Choice(get_args(Target)),
     default="onnxruntime",
     show_default=True,
-    help="Runtime of the ONNX file; tensorrt accepts only signed 8-bit grids.",
+    help="Runtime of the ONNX file; openvino takes 8 bits alone, tensorrt signed 8-bit grids alone.",
 )
 
 gates = group(

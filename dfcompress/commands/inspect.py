@@ -46,6 +46,7 @@ def _print(found: Inspection) -> None:
         ("std", ", ".join(f"{value:g}" for value in card.std), origin.get("std", "")),
         ("parameters", f"{found.parameters:,}", ""),
         ("MACs", f"{found.macs:,}", ""),
+        ("bytes an image", f"{found.image_bytes:,}", ""),
         ("bytes", f"{found.bytes:,}", ""),
         ("BatchNorm layers", str(found.batchnorm_layers), ""),
         ("dead channels", f"{found.dead_channels:,}", ""),

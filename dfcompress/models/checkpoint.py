@@ -125,9 +125,11 @@ def load(
         fit = recognise(stored.tensors, str(path), num_classes or 0)
     network = _packed(fit, stored) if stored.quantization is not None else _with_weights(fit)
     require_variances(network, str(path))
+    described = _card(fit, stated, given)
+    _say_assumed(described, fit.architecture, str(path))
     classifier = Classifier(
         make_plain(network),
-        _card(fit, stated, given),
+        described,
         name=weights.name if weights else _name(path),
         sha256=sha256(path),
         path=None if weights else path,  # Nothing is written beside a file of another library's cache.
@@ -373,7 +375,10 @@ def _fit_by_order(arch: str | None, tensors: Mapping[str, Tensor], path: Path, c
     stem = next((weight for weight in weights if weight.dim() == 4), None)
     if not classes and not architecture.foreign:
         classes = weights[-1].shape[0] if weights else 0
-    channels = architecture.channels if stem is None else stem.shape[1]
+    channels = architecture.channels
+    usual = tensors_of(architecture, classes or 10, channels).values()
+    if stem is not None and (usual_stem := next((shape for shape in usual if len(shape) == 4), None)):
+        channels = channels * stem.shape[1] // usual_stem[1]
     expected = tensors_of(architecture, classes, channels)
     if len(tensors) != len(expected):
         raise BadInput(
@@ -474,6 +479,20 @@ def _card(fit: Recognised, stated: Mapping[str, Any], given: Mapping[str, Any]) 
     values["widths"] = dict(fit.architecture.widths) or None
     _check_fits(values, fit)
     return ModelCard.from_json({**values, "origin": origin})
+
+
+def _say_assumed(card: ModelCard, architecture: Architecture, where: str) -> None:
+    """Say which values of a network for large images are known from its library's configuration alone."""
+    values = {
+        "--mean": ("mean", ",".join(f"{value:g}" for value in card.mean)),
+        "--std": ("std", ",".join(f"{value:g}" for value in card.std)),
+        "--input-size": ("input_size", "x".join(map(str, card.input_size))),
+    }
+    assumed = {option: value for option, (name, value) in values.items() if card.origin.get(name) == "assumed"}
+    if architecture.size is None or architecture.size <= SMALL_INPUT or not {"--mean", "--std"} & assumed.keys():
+        return
+    options = " ".join(f"{option} {value}" for option, value in assumed.items())
+    console.notice(f"{where}: {options} assumed, as is usual for {architecture.name}; give what it was trained with.")
 
 
 def _usual(architecture: Architecture, channels: int) -> dict[str, Any]:

@@ -20,6 +20,9 @@ FILE = Path(__file__).with_suffix(".json")
 # 40 bits: that a network which is not listed has a listed fingerprint has a chance of 1 in 10^9.
 DIGITS = 10
 
+# What torch's own wrappers put between the parts of a name.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 # Architectures that compute the same, the most usual name first.
 Twins = tuple[str, ...]
 Shape = Sequence[int]
@@ -51,6 +54,11 @@ def index() -> Index:
         found.by_names[by_name] += twins
         found.by_order[by_order] += twins
     return found
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without what wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def of_names(shapes: Mapping[str, Shape], head: Collection[str], stem: Collection[str]) -> str:

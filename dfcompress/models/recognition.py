@@ -20,14 +20,12 @@ from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models.architecture import Architecture, Naming, tensors_of
 from dfcompress.models.architectures import architectures, named
-from dfcompress.models.fingerprints import Twins, fitting_names, fitting_order, index
+from dfcompress.models.fingerprints import WRAPPERS, Twins, fitting_names, fitting_order, index, unwrapped
 
 SHOWN = 4
 MISSING = "is missing"
 # A file has one prefix for the whole network, or one for its body and another for its head.
 PARTS = 2
-# What torch's own wrappers put between the parts of a name.
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # What thop, which counts operations, leaves in every module.
 COUNTED = ("total_ops", "total_params")
 
@@ -117,7 +115,7 @@ class _File:
         found: list[Twins] = []
         for prefix in sorted(prefixes | {""}):
             inside = [name for name in self.tensors if name.startswith(prefix) and _leaf(name) not in COUNTED]
-            shapes = {_unwrapped(name.removeprefix(prefix)): self.tensors[name].shape for name in inside}
+            shapes = {unwrapped(name.removeprefix(prefix)): self.tensors[name].shape for name in inside}
             found += [twins for twins in fitting_names(shapes) if twins not in found]
         return found
 
@@ -141,6 +139,13 @@ def recognise(tensors: Mapping[str, Tensor], where: str, classes: int = 0) -> Re
     matches = _complete(likely, file, classes)
     if not any(_is_clear(match) for match in matches) and (match := _listed(file, where, classes)):
         matches = [match]
+    if not matches and (proposed := _in_order(file)):
+        raise BadInput(
+            f"{where} is none of the known architectures by the names of its tensors, but their shapes in order are "
+            f"those of {' and of '.join(proposed)}.",
+            f"If it is {'that network' if len(proposed) == 1 else 'one of them'}, type --arch {proposed[0]} "
+            "--match-by-order: its layers must be connected alike, which shapes do not tell.",
+        )
     if not any(_is_clear(match) for match in matches):
         # Tensors that stand beside the network are few, so the largest architectures come first.
         smaller = {each.tensors for each in known if each.tensors and each.tensors < count}
@@ -346,13 +351,6 @@ def _why_in_part(match: _Match, where: str, count: int) -> BadInput | None:
 
 def _unknown(file: _File, where: str, classes: int) -> BadInput:
     """That no architecture fits, and which is the nearest: the one with most of the file's names and shapes."""
-    if ordered := _in_order(file):
-        return BadInput(
-            f"{where} is none of the known architectures by the names of its tensors, but their shapes in order are "
-            f"those of {' and of '.join(ordered)}.",
-            f"If it is {'that network' if len(ordered) == 1 else 'one of them'}, type --arch {ordered[0]} "
-            "--match-by-order: its layers must be connected alike, which shapes do not tell.",
-        )
     count = len(file.tensors)
     near = [_best(each, file, classes) for each in architectures().values() if _may_be_near(each, count)]
     nearest = max(near, key=lambda match: (match.shared, -len(match.differences)), default=None)
@@ -398,7 +396,7 @@ def _match(architecture: Architecture, naming: Naming, file: _File, classes: int
     expected = tensors_of(architecture, classes, channels)
     others = _others(architecture, naming, file, names, prefixes)
     layers = [name for name in _of_layers(others, file) if not any(file.same(name, own) for own in names.values())]
-    modules = {_unwrapped(name).split(".")[0] for name in expected if "." in name}
+    modules = {unwrapped(name).split(".")[0] for name in expected if "." in name}
     inside = [name for name in others if _is_inside(name, prefixes, modules, name in layers, file)]
     unequal = [
         f"{names[name]} is {_shape(tensors[name].shape)}, expected {_shape(shape)}"
@@ -447,7 +445,7 @@ def _found(
         for name, shape in expected.items():
             if name in names:
                 continue
-            for place, theirs in endings.get(_unwrapped(name), {}).items():
+            for place, theirs in endings.get(unwrapped(name), {}).items():
                 if theirs not in taken and file.tensors[theirs].dim() == len(shape):
                     covered[place][name] = theirs
         if not covered:
@@ -462,10 +460,6 @@ def _found(
         names |= here
         prefixes.append(best[0])
     return names, prefixes, twins
-
-
-def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _head_elsewhere(expected: Mapping[str, torch.Size], names: Mapping[str, str], file: _File) -> dict[str, str]:
@@ -543,7 +537,10 @@ def _classes_and_channels(
     stem = next((name for name, shape in usual.items() if len(shape) == 4 and _leaf(name) == "weight"), "")
     if not classes:
         classes = tensors[head].shape[0] if head in tensors and tensors[head].dim() >= 2 else 10
-    channels = tensors[stem].shape[1] if stem in tensors and tensors[stem].dim() == 4 else architecture.channels
+    channels = architecture.channels
+    if stem in tensors and tensors[stem].dim() == 4:
+        # Several for each of the image, where pixels are made channels first.
+        channels = channels * tensors[stem].shape[1] // usual[stem][1]
     return classes, channels
 
 

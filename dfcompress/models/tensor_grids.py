@@ -39,7 +39,8 @@ MOVING: set[Operation] = {
     *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk),
     *(torch.split, torch.unbind, torch.narrow, torch.channel_shuffle, operator.getitem),
     *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "unbind"),
-    *("narrow", "expand", "unflatten", torch.clone, "clone", "contiguous"),
+    # These keep every value, but a `view` behind the one, or a layer in place behind the others, is wrong without them.
+    *("narrow", "expand", "unflatten", "contiguous", torch.clone, "clone"),
 }
 OF_TWO: set[Operation] = {
     *(operator.add, operator.iadd, torch.add, "add", "add_", operator.mul, operator.imul, torch.mul, "mul", "mul_"),

@@ -17,7 +17,7 @@ from dfcompress.models.architectures import HALF, architectures, named
 from dfcompress.models.card import ModelCard, Origin
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, why_not_run
-from dfcompress.models.fake_quantizers import dequantized
+from dfcompress.models.fake_quantizers import dequantized, tensor_grids
 from dfcompress.models.huggingface import TRANSFORMERS
 from dfcompress.models.plain import make_plain
 from dfcompress.models.resizing import half_of
@@ -121,6 +121,11 @@ def _from_checkpoint(name: str | None, card: ModelCard, start: Classifier) -> tu
         )
         raise BadInput(
             f"--student-init is for {of_student}, the teacher for {of_teacher}.", "Start from another checkpoint."
+        )
+    if tensor_grids(start.network):
+        raise BadInput(
+            f"--student-init {start.name} has grids on all tensors, and its layers hold their BatchNorms.",
+            "Give the model that it was made from.",
         )
     student_card = replace(found, class_names=card.class_names)
     student = Classifier(

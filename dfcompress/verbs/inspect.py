@@ -16,7 +16,7 @@ from dfcompress.evaluation.normalisation import NormalisationCheck, check_normal
 from dfcompress.models.answers import answers_with, why_not_exclusive
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import opened, state_bytes, write_sidecar
-from dfcompress.models.classifier import Classifier, multiply_accumulates
+from dfcompress.models.classifier import Classifier, bytes_a_pass, multiply_accumulates
 from dfcompress.models.fake_quantizers import is_quantized
 from dfcompress.models.patches import knows_patches_alone
 from dfcompress.models.safe_reading import file_bytes
@@ -37,7 +37,8 @@ class Ability:
 class Inspection:
     """What a checkpoint is.
 
-    `macs` are multiply-accumulates of one image; `bytes` and `sha256` are those of the weights' file (the tensors where
+    `macs` are multiply-accumulates of one image, `image_bytes` what an image takes of the memory on its way through the
+    network in fp32, without gradients; `bytes` and `sha256` are those of the weights' file (the tensors where
     there is none); `batchnorm_layers` counts those that keep running statistics, `dead_channels` their channels whose
     variance is lost in eps. `answers` says what is used of the network's answer: its logits, or those before its
     softmax. `normalisation` compares the card's mean and std with what the first BatchNorm expects, None where that
@@ -51,6 +52,7 @@ class Inspection:
     input_size: tuple[int, int, int]
     parameters: int
     macs: int
+    image_bytes: int
     batchnorm_layers: int
     dead_channels: int
     bytes: int
@@ -88,6 +90,7 @@ def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) ->
         input_size=card.input_size,
         parameters=sum(parameter.numel() for parameter in classifier.network.parameters()),
         macs=multiply_accumulates(classifier),
+        image_bytes=round(bytes_a_pass(classifier)),
         batchnorm_layers=len(statistics_layers(classifier.network)),
         dead_channels=dead_channels(classifier.network),
         bytes=file_bytes(file) if file else state_bytes(classifier.network),

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from dfcompress.errors import BadInput
-from dfcompress.models.architectures import architectures, find
+from dfcompress.models.architectures import architectures, find, named
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier, load, load_saved, save, state_bytes, write_sidecar
 from dfcompress.models.classifier import Classifier
@@ -578,3 +578,25 @@ def test_making_a_student_leaves_the_callers_randomness_alone():
 def test_a_student_that_does_not_fit_is_refused(name, message):
     with pytest.raises(BadInput, match=message):
         make_student(name, CARD, seed=0)
+
+
+def test_what_a_librarys_configuration_alone_states_is_said_to_be_assumed(tmp_path, monkeypatch):
+    heard: list[str] = []
+    monkeypatch.setattr("dfcompress.console.notice", heard.append)
+    torch.save(find("squeezenet1_1").build(5, 3).state_dict(), tmp_path / "net.pt")
+    load(tmp_path / "net.pt")
+    assert heard == [
+        f"{tmp_path}/net.pt: --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --input-size 3x224x224 assumed, "
+        "as is usual for squeezenet1_1; give what it was trained with."
+    ]
+    heard.clear()
+    card = load(tmp_path / "net.pt", mean=IMAGENET[0], std=IMAGENET[1]).card
+    assert (card.origin["mean"], card.origin["input_size"], heard) == ("given", "assumed", [])
+
+
+def test_a_network_of_timm_is_recognised_with_what_timm_states_as_usual(tmp_path):
+    torch.manual_seed(0)
+    torch.save({"model": named("timm:test_vit").build(7, 3).state_dict()}, tmp_path / "net.pth")
+    card = load(tmp_path / "net.pth").card
+    assert (card.architecture, card.classes, card.input_size) == ("timm:test_vit", 7, (3, 160, 160))
+    assert (card.mean, card.origin["mean"]) == ((0.5,) * 3, "assumed")

@@ -29,6 +29,8 @@ def test_the_shared_resnet20_is_described(resnet20_file):
     assert (found.architecture, found.classes, found.input_size) == ("cifar_resnet20", 10, (3, 32, 32))
     assert (found.parameters, found.batchnorm_layers, found.bytes) == (269_722, 19, 1_099_231)
     assert found.sha256.startswith("12fca82f")
+    # A block adds its input of 16 × 32 × 32 values in fp32 to three more such tensors.
+    assert 3 * 65_536 <= found.image_bytes <= 6 * 65_536
     assert found.normalisation.consistent
     assert [(ability.verb, ability.possible) for ability in found.can] == [
         ("invert", True),

@@ -19,7 +19,7 @@ from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput, DfcompressError, GateNotMet
 from dfcompress.models.checkpoint import load
-from dfcompress.models.fake_quantizers import quantized_layers
+from dfcompress.models.fake_quantizers import quantized_layers, tensor_grids
 from dfcompress.quantization.calibration import Calibration, calibration_batches
 from dfcompress.quantization.reconstruction import Reconstruction
 from dfcompress.settings import named_function
@@ -29,6 +29,7 @@ from dfcompress.training.settings import Training
 from dfcompress.verbs import export
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._gates import Gates
+from dfcompress.verbs.distill import distill
 from dfcompress.verbs.evaluate import Evaluation, Score
 from dfcompress.verbs.invert import co_trained_student
 from dfcompress.verbs.quantize import BEFORE_LSQ, LSQ, quantize, usual_calibration, usual_images, usual_tuning
@@ -483,3 +484,47 @@ def test_a_vision_transformer_is_quantized_by_images_of_its_patches(tmp_path):
     images = torch.rand(16, 3, 64, 64)
     error = (packed(images) - teacher(images)).norm() / teacher(images).norm()
     assert 0 < error < 0.1
+
+
+def quantized_demo(folder, **asked):
+    images = {"data": DEMO, "calibration": {"steps": 1}, "compute": EAGER}
+    return quantize(DEMO, bits="8w8a", output=folder, **images, **asked)
+
+
+def test_eight_bits_everywhere_give_grids_to_all_tensors_and_the_file_is_what_was_measured(tmp_path):
+    done = quantized_demo(tmp_path / "out", export="onnxruntime")
+    made = load(done.checkpoint)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in made.network.modules())
+    grids, layers = tensor_grids(made.network), quantized_layers(made.network)
+    assert {name for grid in grids.values() for name in grid.feeds} == layers.keys()
+    assert done.seconds["training"] == 0
+    assert done.agreement > 0.99
+    assert done.export.equal_rewritten >= 0.995 * done.export.images
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (record["options"]["placement"], record["options"]["finetune"]) == ("all-tensors", "none")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"placement": "layer-inputs", "finetune": "none"},
+        {"layer_bits": {"fc1": "4w8a"}, "finetune": "none"},
+        {"finetune": "lsq", "training": {"steps": 1}},
+    ],
+    ids=["asked for", "other bits", "fine-tuning"],
+)
+def test_otherwise_inputs_of_layers_alone_get_grids(asked, tmp_path):
+    made = load(quantized_demo(tmp_path / "out", **asked).checkpoint)
+    assert tensor_grids(made.network) == {}
+    assert all(layer.input_grid for layer in quantized_layers(made.network).values())
+
+
+def test_tensorrt_gets_grids_without_zero_points(tmp_path):
+    made = load(quantized_demo(tmp_path / "out", export="tensorrt").checkpoint)
+    assert all(grid.input_grid.signed for grid in tensor_grids(made.network).values())
+
+
+def test_a_student_does_not_begin_with_layers_that_hold_their_batchnorms(tmp_path):
+    made = quantized_demo(tmp_path / "out")
+    with pytest.raises(BadInput, match="has grids on all tensors"):
+        distill(DEMO, student_init=made.checkpoint, data=DEMO, output=tmp_path / "student")
