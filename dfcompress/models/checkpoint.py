@@ -375,7 +375,10 @@ def _fit_by_order(arch: str | None, tensors: Mapping[str, Tensor], path: Path, c
     stem = next((weight for weight in weights if weight.dim() == 4), None)
     if not classes and not architecture.foreign:
         classes = weights[-1].shape[0] if weights else 0
-    channels = architecture.channels if stem is None else stem.shape[1]
+    channels = architecture.channels
+    usual = tensors_of(architecture, classes or 10, channels).values()
+    if stem is not None and (usual_stem := next((shape for shape in usual if len(shape) == 4), None)):
+        channels = channels * stem.shape[1] // usual_stem[1]
     expected = tensors_of(architecture, classes, channels)
     if len(tensors) != len(expected):
         raise BadInput(

@@ -139,6 +139,13 @@ def recognise(tensors: Mapping[str, Tensor], where: str, classes: int = 0) -> Re
     matches = _complete(likely, file, classes)
     if not any(_is_clear(match) for match in matches) and (match := _listed(file, where, classes)):
         matches = [match]
+    if not matches and (proposed := _in_order(file)):
+        raise BadInput(
+            f"{where} is none of the known architectures by the names of its tensors, but their shapes in order are "
+            f"those of {' and of '.join(proposed)}.",
+            f"If it is {'that network' if len(proposed) == 1 else 'one of them'}, type --arch {proposed[0]} "
+            "--match-by-order: its layers must be connected alike, which shapes do not tell.",
+        )
     if not any(_is_clear(match) for match in matches):
         # Tensors that stand beside the network are few, so the largest architectures come first.
         smaller = {each.tensors for each in known if each.tensors and each.tensors < count}
@@ -344,13 +351,6 @@ def _why_in_part(match: _Match, where: str, count: int) -> BadInput | None:
 
 def _unknown(file: _File, where: str, classes: int) -> BadInput:
     """That no architecture fits, and which is the nearest: the one with most of the file's names and shapes."""
-    if ordered := _in_order(file):
-        return BadInput(
-            f"{where} is none of the known architectures by the names of its tensors, but their shapes in order are "
-            f"those of {' and of '.join(ordered)}.",
-            f"If it is {'that network' if len(ordered) == 1 else 'one of them'}, type --arch {ordered[0]} "
-            "--match-by-order: its layers must be connected alike, which shapes do not tell.",
-        )
     count = len(file.tensors)
     near = [_best(each, file, classes) for each in architectures().values() if _may_be_near(each, count)]
     nearest = max(near, key=lambda match: (match.shared, -len(match.differences)), default=None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
+from dfcompress.models.checkpoint import load_saved, save
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import (
     InputGrid,
@@ -240,3 +241,9 @@ class Shuffled(nn.Module):
 def test_a_channel_shuffle_carries_one_grid_through():
     grids = tensor_grids(int8(Shuffled()).network)
     assert len({grids[name].input_grid for name in ("stem", "getitem", "branch", "cat", "contiguous", "view_1")}) == 1
+
+
+def test_a_network_that_no_name_leads_to_is_read_into_its_own_form(tmp_path):
+    classifier = int8(Residual())
+    save(classifier, tmp_path)
+    assert torch.equal(load_saved(tmp_path, classifier)(images()), classifier(images()))
