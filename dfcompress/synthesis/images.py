@@ -114,12 +114,17 @@ class Pixels:
 # size and 20 at full size, started with a deviation of 1 and 0.3: J_KL 0.26 and 0.16; a second network took 5 and 10
 # for what they were made as.
 STARTING_STD = 0.2
+# How far the colours of ImageNet's photographs vary together (the square root of their covariance, Olah et al. 2017): a
+# large common part, a smaller one of red against blue, and a small one of green. Two pairs of 16 images of
+# EfficientNet-Lite0, without and with it: J_KL 0.117 and 0.100, 0.072 and 0.055; the second network took 11 and 8, 14
+# and 12 for what they were made as.
+COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 
 
 class Spectrum:
     """Images by the coefficients of their Fourier transform, each divided by its frequency as those of photographs are
     (the preconditioning of Olah et al., Feature Visualization, 2017): a step changes coarse structures as much as in
-    photographs they weigh more than fine ones.
+    photographs they weigh more than fine ones. Of three colours each coefficient is given by the parts `COLOURS`.
 
     Images are shown clipped to [0, 1]; gradients pass as if they were not.
     """
@@ -138,6 +143,7 @@ class Spectrum:
         coefficients = torch.view_as_real(torch.fft.rfft2(noise, norm="ortho"))
         self._coefficients = coefficients.to(labels.device).contiguous().requires_grad_(True)
         self._falling = _falling_with_frequency(self._height, self._width).to(labels.device)
+        self._colours = _colours(noise.shape[1]).to(labels.device)
         black = torch.zeros(teacher.card.input_size, device=labels.device)
         self._low, self._high = teacher.normalise(black), teacher.normalise(black + 1)
 
@@ -147,7 +153,8 @@ class Spectrum:
 
     def render(self) -> Tensor:
         """The images `(N, C, H, W)` in normalised space."""
-        scaled = torch.view_as_complex(self._coefficients) * self._falling
+        mixed = torch.einsum("dc,nchwz->ndhwz", self._colours, self._coefficients)
+        scaled = torch.view_as_complex(mixed.contiguous()) * self._falling
         images: Tensor = torch.fft.irfft2(scaled, s=(self._height, self._width), norm="ortho")
         return images + (images.clamp(self._low, self._high) - images).detach()
 
@@ -171,6 +178,15 @@ def _falling_with_frequency(height: int, width: int) -> Tensor:
     rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)
     falling = 1 / torch.hypot(rows, columns).clamp_min(1 / max(height, width))
     return (falling / falling.square().mean().sqrt())[:, : width // 2 + 1]
+
+
+def _colours(channels: int) -> Tensor:
+    """The channels' parts `(channels, parts)`, the largest row of norm 1; where they are not three, each is its own."""
+    if channels != len(COLOURS):
+        return torch.eye(channels)
+    colours = torch.tensor(COLOURS)
+    common: Tensor = colours / torch.linalg.vector_norm(colours, dim=1).max()
+    return common
 
 
 def parametrised(*, clip: bool, spectrum: bool) -> Images:

@@ -160,9 +160,9 @@ def test_a_spectrum_is_shown_in_range_and_gets_gradients_where_it_was_clipped(te
     assert seen.min().item() == pytest.approx(0, abs=1e-6)
     assert seen.max().item() == pytest.approx(1, abs=1e-6)
     (gradient,) = torch.autograd.grad(shown.sum(), images.parameters()[0].parameters)
-    mean = gradient[..., 0, 0, 0]
-    assert torch.allclose(mean, mean[0, 0].expand_as(mean))
-    assert mean[0, 0] > 1
+    brightness = gradient[:, 0, 0, 0, 0]
+    assert torch.allclose(brightness, brightness[0].expand_as(brightness))
+    assert brightness[0] > 1
 
 
 def test_a_killed_spectrum_goes_on_to_the_same_bytes(teacher, tmp_path):

@@ -124,6 +124,15 @@ def test_other_networks_can_classify_the_images(resnet20_file, tmp_path):
     assert verified.bn_divergence == pytest.approx(result.bn_divergence, rel=1e-4)
 
 
+def test_another_network_verifies_the_images_in_its_own_size(resnet20_file, tmp_path):
+    """A linear layer takes images of one size alone."""
+    card = ModelCard("flat", 10, (3, 40, 40), (0.5,) * 3, (0.25,) * 3)
+    other = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3 * 40 * 40, 10)), card)
+    (found,) = invert(resnet20_file, output=tmp_path / "set", synthesis=SMALL, compute=EAGER, verify=[other]).verify
+    assert 0 <= found.top1 <= 1
+    assert found.bn_divergence is None
+
+
 @pytest.mark.parametrize(("name", "expected"), [("resnet20_file", 0.0157), ("resnet44_file", 0.0218)])
 def test_the_divergence_of_real_images_is_the_known_one(name, expected, request, cifar10_train_file):
     """J_KL of the 1,000 training images, BatchNorm layers only, whole set at once."""

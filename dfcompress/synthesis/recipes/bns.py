@@ -5,6 +5,8 @@ to [0, 1] after each step, each image seen four times cropped, flipped and with 
 No label steers the images, so their label is the teacher's answer, and the classes come out unbalanced.
 The paper's figure uses 1,000 steps of batch 128 and states no optimiser or rate: those are ours.
 `fast-cifar10` shows each image once a step, cropped less, for 400 steps.
+`fast-imagenet`, the default above 64 pixels, is made by spectra, from coarse to fine; its settings are those of
+`bns-inception`, by whose images they were chosen.
 """
 
 from dfcompress.synthesis.images import parametrised

@@ -2,6 +2,7 @@
 
 Minimises CE(T(x̂), y) + α_tv·R_TV + α_l2·‖x̂‖₂.
 Settings are DeepInversion's without its BatchNorm term; the paper states none of its own for CIFAR-10.
+Those of `fast-imagenet`, the default above 64 pixels, are DeepInversion's, too, and not measured here.
 The teacher is certain of such images, other networks see little in them: the baseline that statistics must beat.
 """
 

@@ -5,6 +5,8 @@ four times cropped, flipped and with a square cut out.
 The paper prints the scale three ways (100 as divisor, 0.01, 0.001) and states no optimiser, rate, steps or weights:
 those are ours. It smooths 5×5 with σ 1; σ 0.375, which it also tables, is much better on CIFAR and the default here.
 `fast-cifar10` shows each image once a step, cropped less, for 400 steps.
+`fast-imagenet`, the default above 64 pixels, is made by spectra, from coarse to fine; its settings are those of
+`bns-inception`, by whose images they were chosen.
 """
 
 from dfcompress.synthesis.images import parametrised
