@@ -56,6 +56,7 @@ def test_every_option_that_is_mentioned_exists(page):
     known = {"--help", "--version", "--upgrade", "--extra-index-url", "--nproc-per-node", "--ntasks", "--gpus-per-task"}
     known |= {"--no-deps", "--no-build-isolation", "--no-index", "--durations", "--dist"}  # Of pip and pytest.
     known |= {"--only", "--seeds", "--sources"}  # Of docs/measure_quantization.py.
+    known |= {"--write"}  # Of docs/measure_support.py.
     for name in COMMANDS:
         command = root.get_command(click.Context(root), name)
         for part in [command, *getattr(command, "commands", {}).values()]:

@@ -9,8 +9,9 @@ import click
 
 from dfcompress.commands import _options, _summary
 from dfcompress.errors import BadInput
+from dfcompress.quantization import Placement
 from dfcompress.settings import assignments
-from dfcompress.verbs import Finetuning, Placement, QuantizationMethod, Target
+from dfcompress.verbs import Finetuning, QuantizationMethod, Target
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute

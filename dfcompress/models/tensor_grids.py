@@ -25,6 +25,8 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import TENSOR_GRIDS, UNBOUNDED, TensorGrid
 from dfcompress.models.static_padding import fix_padding
 
+# Of the largest logit.
+CLOSE = 1e-4
 # What a node does: the class of the module it calls, the function, or the name of the method.
 Operation = type[nn.Module] | Any
 NOTHING: set[Operation] = {nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d}
@@ -62,16 +64,17 @@ def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[st
     the names of its modules that cannot be traced: what is inside them stays as it is.
 
     `layers` are those that are, or will be, quantized. Names of tensors stay; what evaluation does not use is gone.
-    Raises `BadInput` where the network as a whole cannot be traced.
+    Raises `BadInput` where the network as a whole cannot be traced, or its graph answers otherwise than it does.
     """
     network = classifier.network.eval()
+    images = torch.randn(1, *classifier.card.input_size, generator=torch.Generator().manual_seed(0))
+    images = images.to(classifier.mean.device)
     graph, untraced = _traced(network, layers)
     modules = dict(network.named_modules())
     _leave_out_nothings(graph, modules)
     traced = fx.GraphModule(network, graph, type(network).__name__)
-    graph.eliminate_dead_code()
-    images = torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device)
-    tensors = _float_tensors(traced, classifier.normalise(images))
+    _require_same(network, traced, images)
+    tensors = _float_tensors(traced, images)
     # A list: what is inserted would be taken for a part of the network.
     for places in list(_Sharing(graph, modules, tensors, layers).places()):
         _insert(traced, places, layers)
@@ -94,6 +97,18 @@ def _traced(network: nn.Module, layers: Collection[str]) -> tuple[fx.Graph, list
                     "Use --placement layer-inputs.",
                 ) from error
             untraced.append(tracer.failed)
+
+
+@torch.no_grad()
+def _require_same(network: nn.Module, traced: nn.Module, images: Tensor) -> None:
+    """Raise `BadInput` where a graph does not answer as its network: one that looks at values, say."""
+    expected, found = network(images.clone()), traced(images.clone())
+    # Both compute the same operations; a fresh network may answer with NaN.
+    if not torch.allclose(found, expected, rtol=0, atol=CLOSE * expected.abs().max().item(), equal_nan=True):
+        raise BadInput(
+            f"The graph that torch.fx makes of a {type(network).__name__} answers otherwise than that does.",
+            "Use --placement layer-inputs.",
+        )
 
 
 class _Tracer(fx.Tracer):
@@ -125,7 +140,7 @@ def _leave_out_nothings(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> No
     """Take out what does nothing in evaluation: it would stand between a layer and its activation function."""
     for node in list(graph.nodes):
         if node.op.startswith("call") and _operation(node, modules) in NOTHING:
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
 
 
@@ -181,12 +196,8 @@ class _Sharing:
 
     def _is_answer(self, group: list[fx.Node]) -> bool:
         """Whether nothing but the answer is made of these."""
-        inside = set(group)
-        readers = {user for node in group for user in node.users if user not in inside}
-        return not any(self._is_integer(each) for each in readers) and self._leads_out_alone(readers)
-
-    def _leads_out_alone(self, nodes: set[fx.Node]) -> bool:
-        ahead, seen = set(nodes), set()
+        ahead = {user for node in group for user in node.users} - set(group)
+        seen: set[fx.Node] = set()
         while ahead:
             node = ahead.pop()
             if self._is_integer(node):
@@ -248,7 +259,9 @@ class _Sharing:
 
     def _root(self, node: fx.Node) -> fx.Node:
         first: fx.Node = self._first[node]
-        return node if first is node else self._root(first)
+        if first is not node:
+            first = self._first[node] = self._root(first)
+        return first
 
     def _join(self, one: fx.Node, other: fx.Node) -> None:
         self._first[self._root(other)] = self._root(one)

@@ -3,3 +3,4 @@
 from typing import Literal
 
 WeightGridKind = Literal["auto", "symmetric", "asymmetric"]
+Placement = Literal["all-tensors", "layer-inputs"]

@@ -272,7 +272,7 @@ class _SetBuilder:
                 written = writer.submit(self._write, unit, batches, [asdict(quality) for quality in qualities], partial)
             if written:
                 written.result()
-        release_freed_memory()  # 1.2 GB behind chunks of 16 images of 224 px; what follows has tensors of other sizes.
+        release_freed_memory()  # What follows has tensors of other sizes.
 
     def update_student(self, student: UpdatedStudent, updates: int) -> None:
         """Bring the student to where it is after so many updates, each on everything made before its round.

@@ -7,5 +7,4 @@ from typing import Literal
 
 QuantizationMethod = Literal["default", "paper"]
 Finetuning = Literal["blocks+lsq", "lsq", "blocks", "kd", "none"]
-Placement = Literal["all-tensors", "layer-inputs"]
 Target = Literal["onnxruntime", "tensorrt", "openvino"]

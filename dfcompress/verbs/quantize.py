@@ -8,17 +8,14 @@ dfcompress.quantize("resnet44.pt", bits="4w4a", method="paper", calibration={"st
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import torch
-from torch import nn
 
-from dfcompress import console
 from dfcompress.data.pool import Augmentation
 from dfcompress.device import Compute, threads, threads_for
 from dfcompress.distributed import world
@@ -28,8 +25,8 @@ from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.models.fake_quantizers import LARGEST_BITS, Scheme, can_be_quantized, freeze, is_quantized, learn_steps
 from dfcompress.models.stages import stages_of
 from dfcompress.models.statistics import why_no_statistics
-from dfcompress.models.tensor_grids import as_kernels_compute, quantize_tensors
-from dfcompress.quantization.bits import USUAL_ENDS, Layers, RequestedBits, assign, layers_of, parse_bits, parse_ends
+from dfcompress.quantization import Placement
+from dfcompress.quantization.bits import USUAL_ENDS, Layers, RequestedBits, assign, parse_bits, parse_ends
 from dfcompress.quantization.calibration import (
     BATCH,
     Calibrated,
@@ -38,8 +35,9 @@ from dfcompress.quantization.calibration import (
     calibrated_on_noise,
     usual_steps,
 )
-from dfcompress.quantization.layer_report import REPORT, layer_report, named_bytes
+from dfcompress.quantization.layer_report import REPORT, layer_report
 from dfcompress.quantization.mixed_precision import require_reachable, with_widths
+from dfcompress.quantization.placement import INT8, place_grids
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct, units_of
 from dfcompress.run import STATE, Run, write_json
 from dfcompress.settings import AUTO, replace_settings, with_defaults
@@ -50,7 +48,7 @@ from dfcompress.training.co_trained_student import CoTrainedStudent
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.objectives import Objective, make_objectives
 from dfcompress.training.settings import Training
-from dfcompress.verbs import Finetuning, Placement, QuantizationMethod, Target
+from dfcompress.verbs import Finetuning, QuantizationMethod, Target
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed, evaluator
 from dfcompress.verbs._plan import Outcome, Plan, Step, planned
@@ -96,7 +94,6 @@ FINETUNED_ON: Mapping[Placement, Finetuning] = {"all-tensors": "none"}
 SMALL = 64
 PAPER_KD, PAPER_KD_LARGE = replace(KD, steps=16_000, batch_size=512), replace(KD, steps=44_000)
 RECIPE, PAPER_PRESET, IMAGES, LARGE_IMAGES = "bns-inception", "paper-cifar10", 2048, 128
-INT8 = RequestedBits(LARGEST_BITS, LARGEST_BITS)
 ROUNDING_SETTING = "setting of rounding called"
 BITS, BLOCKS = f"bits{STATE}", f"blocks{STATE}"
 
@@ -157,7 +154,7 @@ def quantize(
     # Settings of a training ask for one.
     asked = finetune or (FINETUNED_BY[method] if training or rounding or objectives else None)
     why_not = partial(_why_not_all_tensors, method, asked, calibration.scheme)
-    placement, reference, student, layers, wanted = _placed(teacher, wish, why_not, placement, bits)
+    placement, reference, student, layers, wanted = place_grids(teacher, wish, why_not, placement, bits)
     finetune = finetune or FINETUNED_ON.get(placement) or FINETUNED_BY[method]
     tuning = usual_tuning(finetune, training, method=method, input_size=teacher.card.input_size)
     rounding = usual_rounding(finetune, rounding, tuning)
@@ -288,48 +285,6 @@ def _freeze(
         write_json(run.folder / REPORT, report)
 
 
-Wish = Callable[[Classifier, Sequence[str]], dict[str, RequestedBits]]
-
-
-class Placed(NamedTuple):
-    """Where grids are put; the float network that the student follows; the student; its layers and their bits."""
-
-    placement: Placement
-    reference: Classifier
-    student: Classifier
-    layers: Layers
-    wanted: dict[str, RequestedBits]
-
-
-def _placed(
-    teacher: Classifier,
-    wish: Wish,
-    why_not_all: Callable[[Mapping[str, RequestedBits]], str | None],
-    asked: Placement | None,
-    bits: str,
-) -> Placed:
-    """The student with its grids where they were asked for, or on all tensors wherever that makes the file faster.
-
-    Raises `BadInput` where all tensors are asked for and kernels for integers do not take what else is asked for.
-    """
-    if asked not in (*get_args(Placement), None):
-        raise BadInput(f"There is no --placement {asked!r}.", f"Known: {', '.join(get_args(Placement))}.")
-    if asked == "all-tensors" or (asked is None and parse_bits(bits) == INT8):
-        reference = copy.deepcopy(teacher)
-        as_kernels_compute(reference)
-        layers = layers_of(reference)._replace(unused={})  # The graph does not hold them.
-        wanted = wish(reference, layers.quantizable)
-        why = why_not_all(wanted)
-        if why and asked:
-            raise BadInput(f"--placement all-tensors does not go with {why}.", "Leave that out, or use layer-inputs.")
-        if not why and (student := _with_tensor_grids(reference, wanted, asked)):
-            _name_what_stays(reference, layers)
-            return Placed("all-tensors", reference, student, layers, wanted)
-    layers = layers_of(teacher)
-    _name_what_stays(teacher, layers)
-    return Placed("layer-inputs", teacher, copy.deepcopy(teacher), layers, wish(teacher, layers.quantizable))
-
-
 def _why_not_all_tensors(
     method: QuantizationMethod,
     finetune: Finetuning | None,
@@ -344,35 +299,6 @@ def _why_not_all_tensors(
     if (method, finetune) != ("default", None) and (finetune or FINETUNED_BY[method]) != "none":
         return f"--finetune {finetune or FINETUNED_BY[method]}"
     return None
-
-
-def _with_tensor_grids(
-    reference: Classifier, wanted: Mapping[str, RequestedBits], asked: Placement | None
-) -> Classifier | None:
-    """A copy whose network is its graph; None where nobody asked for it and there is no good one."""
-    # Additions between LayerNorms carry few values far larger than all others, which one scale does not serve.
-    if asked is None and any(isinstance(module, nn.LayerNorm) for module in reference.network.modules()):
-        return None
-    student = copy.deepcopy(reference)
-    try:
-        untraced = quantize_tensors(student, wanted)
-    except BadInput as error:
-        if asked:
-            raise
-        console.notice(f"{error.problem} The file is smaller and not faster.")
-        return None
-    for name in untraced:
-        console.notice(f"torch.fx cannot trace {name}: inside it inputs of layers alone are quantized.")
-    return student
-
-
-def _name_what_stays(teacher: Classifier, layers: Layers) -> None:
-    for name, kind in layers.others.items():
-        console.notice(f"Layer {name} is a {kind}, which cannot be quantized: it stays in float.")
-    if any(isinstance(module, nn.LayerNorm) for module in teacher.network.modules()):
-        console.notice("LayerNorms, and softmax and products inside attention, stay in float.")
-    if layers.unused:
-        console.notice(f"Evaluation does not use {named_bytes(layers.unused)}: the file holds them in float.")
 
 
 def competitor(

@@ -9,10 +9,10 @@ from torch import nn
 
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import load
+from dfcompress.models.checkpoint import as_classifier, load
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import FusedRecorder, HookRecorder, require_outputs
-from dfcompress.models.statistics import statistics_layers
+from dfcompress.models.statistics import named_statistics_layers, statistics_layers
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, Loss
 from dfcompress.synthesis.recipe import Recipe, choose
@@ -106,6 +106,52 @@ def test_batchnorms_that_do_more_than_normalise_record_with_the_analytic_backwar
         )
         found.append((value, *torch.autograd.grad(value, images)))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def with_statistics(network: nn.Module) -> nn.Module:
+    """The network in evaluation mode, its BatchNorms with the statistics of noise."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        network.train()(torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    "name", ["tf_efficientnet_lite0", "resnet18", "mobilenetv3_small_050", "regnety_002", "frozen mobilenetv2_050"]
+)
+def test_every_batchnorm_of_timms_families_is_fused_with_the_losses_and_gradients_of_the_hooks(name):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network = with_statistics(timm.create_model(name.split()[-1], num_classes=10))
+    if name.startswith("frozen"):
+        network = timm.layers.norm_act.freeze_batch_norm_2d(network)
+        card = ModelCard(name, 10, (3, 64, 64), (0.5,) * 3, (0.5,) * 3)
+        network = as_classifier(Classifier(network, card)).frozen().network
+    fused = FusedRecorder(network, moments=True)
+    names = list(named_statistics_layers(network))
+    assert len(names) > 15
+    assert {type(fused.network.get_submodule(each)).__name__ for each in names} == {"_RecordingBatchNorm"}
+    random = torch.Generator().manual_seed(1)
+    batch = torch.randn(4, 3, 64, 64, generator=random), torch.arange(4)
+    expected, expected_gradient = losses_and_gradient(HookRecorder(network, moments=True), batch)
+    values, gradient = losses_and_gradient(fused, batch)
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
+    assert (gradient - expected_gradient).norm() < 5e-3 * expected_gradient.norm()
+
+
+def test_group_norms_with_activations_stay_what_they_are():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    layer = timm.layers.GroupNormAct(8, 4)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    images = torch.randn(2, 3, 16, 16)
+    fused = FusedRecorder(network, moments=True)
+    recording = fused(images)
+    assert type(fused.network[1]) is type(layer)
+    assert recording.layers == ()
+    torch.testing.assert_close(recording.logits, network(images))
 
 
 MIXED = ("attention", "transformer", "conv1d", "deconv", "prelu", "root_buffer", "relu6")

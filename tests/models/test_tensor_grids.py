@@ -247,3 +247,35 @@ def test_a_network_that_no_name_leads_to_is_read_into_its_own_form(tmp_path):
     classifier = int8(Residual())
     save(classifier, tmp_path)
     assert torch.equal(load_saved(tmp_path, classifier)(images()), classifier(images()))
+
+
+def test_what_works_in_place_keeps_its_answer():
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(256, 4)
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            features = self.conv(pixels)
+            F.relu_(features)  # Nothing takes what it returns.
+            return self.fc(features.flatten(1))
+
+    exact, (found, _) = classifier_of(InPlace()), placed(InPlace())
+    found.load_state_dict(exact.state_dict())
+    torch.testing.assert_close(found(images()), exact(images()))
+
+
+def test_a_graph_that_answers_otherwise_is_refused():
+    class Counting(nn.Module):
+        """torch.fx sees a constant where each pass has another number."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.passes = nn.Linear(192, 4), 0
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            self.passes += 1
+            return self.fc(pixels.flatten(1)) * self.passes
+
+    with pytest.raises(BadInput, match="answers otherwise"):
+        placed(Counting())
