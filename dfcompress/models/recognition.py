@@ -31,7 +31,7 @@ COUNTED = ("total_ops", "total_params")
 
 # A file in Hugging Face's cache stands in models--timm--NAME/snapshots/REVISION.
 FOLDERS = 3
-# Of a file's tensors: fewer in common are those that any two networks share, such as `fc.bias`.
+# Of the tensors of a file, our choice: any two networks have some names and shapes in common, such as `fc.bias`.
 NEAR = 1 / 4
 # EfficientNets under these names (of efficientnet_pytorch and its like) are TensorFlow's, which pads otherwise.
 OF_TENSORFLOW, TENSORFLOW = "_conv_stem.weight", "timm:tf_"
@@ -138,6 +138,8 @@ def recognise(tensors: Mapping[str, Tensor], where: str, classes: int = 0) -> Re
     likely = [each for each in known if each.tensors in (None, count) or each.ignored]
     matches = _complete(likely, file, classes)
     if not any(_is_clear(match) for match in matches) and (match := _listed(file, where, classes)):
+        if _is_clear(match):
+            return _taken(match, where)
         matches = [match]
     if not matches and (proposed := _in_order(file)):
         raise BadInput(

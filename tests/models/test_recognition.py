@@ -401,6 +401,9 @@ def test_torchvisions_network_stands_before_its_variants_and_says_so(notices):
     file = _file("resnet50", classes=10, channels=3)
     assert recognise(file, "net.pth").architecture.name == "resnet50"
     assert "taken for resnet50. The tensors fit timm:resnetaa50 and timm:resnetblur50 as well" in notices.pop()
+    assert recognise({f"model.{name}": file[name] for name in file}, "net.pth").architecture.name == "resnet50"
+    assert "taken for resnet50" in notices.pop()
+    assert not notices
     assert recognise(file, "resnet50-11ad3fa6.pth").architecture.name == "resnet50"
     assert recognise(file, "resnetblur50-84f4748f.pth").architecture.name == "timm:resnetblur50"
     assert not notices
