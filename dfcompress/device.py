@@ -508,11 +508,12 @@ COMPILING_SECONDS = 30.0
 COMPILED_SHARE = 0.6
 
 
-def resolve_execution(compute: Compute, work: float, *, steps: int) -> Execution:
+def resolve_execution(compute: Compute, work: float, *, steps: int, sizes: int = 1) -> Execution:
     """Make every automatic choice once, from the whole job.
 
-    `work` is the job's, in the unit of `models.classifier.work_of`, which it does in so many `steps`; `auto` compiles
-    where it predicts a gain, and small steps have one thread. Nothing is timed, so the same job is computed in the same
+    `work` is the job's, in the unit of `models.classifier.work_of`, which it does in so many `steps`, on images of so
+    many `sizes`, for each of which the network is compiled anew; `auto` compiles where it predicts a gain, and small
+    steps have one thread. Nothing is timed, so the same job is computed in the same
     way, and to the same bits, however busy the machine is.
     Raises `BadInput` where the device or the precision is not to be had, or `compile="on"` finds no compiler.
     """
@@ -528,10 +529,11 @@ def resolve_execution(compute: Compute, work: float, *, steps: int) -> Execution
         return eager
     console.notice(f"Computing on {device} in {precision} with {eager.threads} threads.", level=console.VERBOSE)
     gain = (1 - COMPILED_SHARE) * work / EAGER_WORK_PER_SECOND[device.type]
-    if compute.compile == "auto" and gain < COMPILING_SECONDS:
-        console.notice(f"Not compiling: it would win about {gain:.0f} s and take half a minute.", level=console.VERBOSE)
+    cost = COMPILING_SECONDS * sizes
+    if compute.compile == "auto" and gain < cost:
+        console.notice(f"Not compiling: it would win about {gain:.0f} s and take {cost:.0f} s.", level=console.VERBOSE)
         return eager
-    console.notice(f"Compiling takes half a minute and wins about {gain:.0f} s.", level=console.VERBOSE)
+    console.notice(f"Compiling takes about {cost:.0f} s and wins about {gain:.0f} s.", level=console.VERBOSE)
     return replace(eager, compile=True)
 
 
@@ -571,6 +573,6 @@ def _why_not(attempt: Callable[[Execution], object], execution: Execution) -> st
     return None
 
 
-def predicted_seconds(execution: Execution, eager_seconds: float) -> float:
-    """Estimate of a job's seconds, compiling included, from those it would take eagerly."""
-    return COMPILING_SECONDS + COMPILED_SHARE * eager_seconds if execution.compile else eager_seconds
+def predicted_seconds(execution: Execution, eager_seconds: float, *, sizes: int = 1) -> float:
+    """Estimate of a job's seconds, compiling for each size of images included, from those it would take eagerly."""
+    return COMPILING_SECONDS * sizes + COMPILED_SHARE * eager_seconds if execution.compile else eager_seconds

@@ -44,6 +44,7 @@ def test_a_long_job_is_compiled_and_a_short_one_is_not():
     compute = Compute(device="cpu", precision="fp32")
     assert resolve_execution(compute, LONG, steps=1000).compile
     assert not resolve_execution(compute, SHORT, steps=1000).compile
+    assert not resolve_execution(compute, LONG, steps=1000, sizes=1000).compile
 
 
 @pytest.mark.usefixtures("no_compiler")

@@ -168,7 +168,7 @@ def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | No
     batch_size = min(recipe.batch_size, images)
     batches = -(-images // batch_size)
     work = work_in(recipe, teacher, batches * batch_size)
-    execution = resolve_execution(compute, work, steps=batches * recipe.steps)
+    execution = resolve_execution(compute, work, steps=batches * recipe.steps, sizes=recipe.sizes)
     student = (student or teacher) if Want.STUDENT in recipe.wants else None
     sampler = spec.sampler()
 

@@ -91,7 +91,7 @@ class Synthesize:
             timed = min(chunk, max(1, int(TIMED // (2 * work_of(self.spec.teacher)))))
             seconds = seconds_per_step(recipe, self.spec.teacher, eager, timed, self.spec.sampler())
             seconds *= self.batch_size / timed
-        seconds = predicted_seconds(execution, seconds * recipe.work * batches)
+        seconds = predicted_seconds(execution, seconds * recipe.work * batches, sizes=recipe.sizes)
         return SynthesisEstimate(
             self.spec.choice,
             self.spec.images,
