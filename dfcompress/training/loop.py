@@ -225,19 +225,21 @@ def _tried(
     counted: dict[str, float] = {}
 
     def passes(execution: Execution) -> None:
-        counted[execution.precision] = count_bytes(lambda: go(execution)) / TRIED
-
-    def go(execution: Execution) -> None:
         target, precision = device.resolve_device(execution.device), device.PRECISIONS[execution.precision]
         low = torch.autocast(target.type, precision, enabled=precision != torch.float32)
         images = torch.rand(TRIED, *student.card.input_size, generator=generator("trial")).to(target)
         twin = copy.deepcopy(student).to(target)
-        mode = training_mode(twin, repair=repair, freeze_batchnorm=training.freeze_batchnorm)
-        with device.forked_randomness(target), mode:
+
+        def train() -> None:
             with low:
                 logits = main_logits(twin.network(twin.normalise(images)))
             logits.float().sum().backward()
             twin.zero_grad()  # What the weights take does not grow with the images.
+
+        mode = training_mode(twin, repair=repair, freeze_batchnorm=training.freeze_batchnorm)
+        with device.forked_randomness(target), mode:
+            counted[execution.precision] = count_bytes(train) / TRIED
+        # Without counting: below it, torch's fused layer of transformers is not under autocast.
         for teacher in teachers:
             images = torch.rand(1, *teacher.card.input_size, generator=generator("trial")).to(target)
             with torch.no_grad(), low:
