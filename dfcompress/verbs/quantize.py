@@ -67,6 +67,9 @@ FINETUNING: Mapping[Finetuning, Training | Reconstruction | None] = {
     "none": None,
 }
 BEFORE_LSQ = Reconstruction(steps=300, lr=0.03)
+# Above 64 pixels, where an image costs a hundred times as much: 3,200 of them in each half, at a lower rate for batches
+# an eighth as large.
+LARGE_LSQ, LARGE_BEFORE_LSQ = replace(LSQ, steps=100, batch_size=32, lr=0.001), replace(BEFORE_LSQ, steps=100)
 OBJECTIVES: Mapping[Finetuning, Mapping[str, float]] = {
     "blocks+lsq": {"kd": 1.0, "feature": 10.0},
     "lsq": {"kd": 1.0, "feature": 10.0},
@@ -157,7 +160,7 @@ def quantize(
     placement, reference, student, layers, wanted = place_grids(teacher, wish, why_not, placement, bits)
     finetune = finetune or FINETUNED_ON.get(placement) or FINETUNED_BY[method]
     tuning = usual_tuning(finetune, training, method=method, input_size=teacher.card.input_size)
-    rounding = usual_rounding(finetune, rounding, tuning)
+    rounding = usual_rounding(finetune, rounding, tuning, input_size=teacher.card.input_size)
     terms = _objectives(teacher, finetune, objectives, temperature=temperature, seed=compute.seed)
     _require_exportable(export, student, wanted, calibration.scheme)
     if not data:
@@ -378,8 +381,11 @@ def usual_tuning(
     if finetune not in FINETUNING:
         raise BadInput(f"There is no --finetune {finetune!r}.", f"Known: {', '.join(FINETUNING)}.")
     usual = FINETUNING[finetune]
+    large = max(input_size[1:]) > SMALL
     if method == "paper" and finetune == "kd":
-        usual = PAPER_KD if max(input_size[1:]) <= SMALL else PAPER_KD_LARGE
+        usual = PAPER_KD_LARGE if large else PAPER_KD
+    elif large and usual is LSQ:
+        usual = LARGE_LSQ
     if usual is None:
         if settings:
             raise BadInput("--finetune none trains nothing.", "Leave the settings of training out.")
@@ -396,6 +402,8 @@ def usual_rounding(
     finetune: Finetuning,
     settings: Reconstruction | Mapping[str, Any] | None,
     tuning: Training | Reconstruction | None,
+    *,
+    input_size: tuple[int, int, int],
 ) -> Reconstruction | None:
     """The settings of the rounding that `blocks+lsq` learns before the training `tuning`, as usual or with changes;
     without training there is none unless it was asked for.
@@ -411,10 +419,9 @@ def usual_rounding(
         return None
     if not settings and tuning is None:
         return None
+    usual = BEFORE_LSQ if max(input_size[1:]) <= SMALL else LARGE_BEFORE_LSQ
     chosen = (
-        settings
-        if isinstance(settings, Reconstruction)
-        else replace_settings(BEFORE_LSQ, settings or {}, ROUNDING_SETTING)
+        settings if isinstance(settings, Reconstruction) else replace_settings(usual, settings or {}, ROUNDING_SETTING)
     )
     return chosen if chosen.steps else None
 
