@@ -81,9 +81,11 @@ def exported(result: Exported) -> None:
     """What was written, and how it compares with the model."""
     size = "" if result.bytes_ratio is None else f", {result.bytes_ratio:.3f} of the checkpoint"
     console.result(f"{result.path}: {result.bytes:,} bytes{size}")
-    usual = "does not load" if result.equal_rewritten is None else f"{result.equal_rewritten} of {result.images}"
+    usual = f"equal answers in onnxruntime: {result.equal_rewritten} of {result.images}"
+    if result.equal_rewritten is None:
+        usual = "onnxruntime does not load the file with its default options"
     console.result(
-        f"equal answers in onnxruntime: {usual}; with session.disable_quant_qdq=1: {result.equal}, logits differ by "
+        f"{usual}; with session.disable_quant_qdq=1: {result.equal} of {result.images} answers are equal, logits differ by "
         f"{result.median_difference:.1e} (median), {result.largest_difference:.1e} at most"
     )
     faster = result.milliseconds_fp32 / result.milliseconds
