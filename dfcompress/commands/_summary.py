@@ -85,8 +85,8 @@ def exported(result: Exported) -> None:
     if result.equal_rewritten is None:
         usual = "onnxruntime does not load the file with its default options"
     console.result(
-        f"{usual}; with session.disable_quant_qdq=1: {result.equal} of {result.images} answers are equal, logits differ by "
-        f"{result.median_difference:.1e} (median), {result.largest_difference:.1e} at most"
+        f"{usual}; with session.disable_quant_qdq=1: {result.equal} of {result.images} answers are equal, "
+        f"logits differ by {result.median_difference:.1e} (median), {result.largest_difference:.1e} at most"
     )
     faster = result.milliseconds_fp32 / result.milliseconds
     slow = "smaller, but not faster here: grids of few bits, or on inputs of layers alone, save size and not time"
