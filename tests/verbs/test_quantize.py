@@ -32,7 +32,15 @@ from dfcompress.verbs._gates import Gates
 from dfcompress.verbs.distill import distill
 from dfcompress.verbs.evaluate import Evaluation, Score
 from dfcompress.verbs.invert import co_trained_student
-from dfcompress.verbs.quantize import BEFORE_LSQ, LSQ, quantize, usual_calibration, usual_images, usual_tuning
+from dfcompress.verbs.quantize import (
+    BEFORE_LSQ,
+    LSQ,
+    quantize,
+    usual_calibration,
+    usual_images,
+    usual_rounding,
+    usual_tuning,
+)
 
 DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
 EAGER = Compute(device="cpu", precision="fp32", compile="off", seed=0)
@@ -427,6 +435,16 @@ def test_both_halves_of_the_fine_tuning_are_settable(asked, rounded, trained):
     planned = quantize.plan(DEMO, data=DEMO, compute=EAGER, **asked).settings
     assert planned["rounding"] == rounded
     assert (planned["training"].steps if planned["training"] else None) == trained
+
+
+def test_large_images_are_fine_tuned_on_fewer_of_them():
+    """An hour of two cores holds a hundred times as many images of 32 pixels as of 224."""
+    large = {"method": "default", "input_size": (3, 224, 224)}
+    tuning = usual_tuning("blocks+lsq", None, **large)
+    assert (tuning.steps, tuning.batch_size) == (100, 32)
+    assert usual_tuning("lsq", {"steps": 7}, **large) == replace(tuning, steps=7)
+    assert usual_rounding("blocks+lsq", None, tuning, input_size=(3, 224, 224)) == replace(BEFORE_LSQ, steps=100)
+    assert usual_rounding("blocks+lsq", None, tuning, input_size=(3, 32, 32)) == BEFORE_LSQ
 
 
 def test_settings_of_the_rounding_reach_the_reconstruction(tmp_path, monkeypatch):
