@@ -93,7 +93,7 @@ COARSE = {"quarter_steps": 4, "half_steps": 2}
 # 0.99 (0.19 and 8), and a spectrum divided by the frequency to the 0.7 (0.18 and 11). 60 steps each at a quarter and
 # half and 40 at full size have 0.104 and 12. Crops to 0.9 in place of jitter showed no gain.
 # A batch of 128 shares its statistics, whatever part of it fits into memory at once.
-LARGE_IMAGES = {
+FAST_IMAGENET = {
     "quarter_steps": 60,
     "half_steps": 60,
     "steps": 40,

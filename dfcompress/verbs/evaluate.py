@@ -157,16 +157,16 @@ def placed(classifier: Classifier, target: torch.device) -> Iterator[None]:
         classifier.to(home)
 
 
-def score(name: str, predict: Predictions, first: Predictions | None, *, images: str | None = None) -> Score:
+def score(name: str, predictions: Predictions, first: Predictions | None, *, images: str | None = None) -> Score:
     """The score of a checkpoint's answers; without `first` there is nobody to agree with."""
-    correct, total = predict.correct(), len(predict)
+    correct, total = predictions.correct(), len(predictions)
     return Score(
         checkpoint=name,
         correct=correct,
         total=total,
         top1=correct / total,
         standard_error=standard_error(correct, total),
-        top5=predict.correct(TOP) / total if predict.classes.shape[1] == TOP else None,
-        agreement=predict.agreement(first) if first else None,
+        top5=predictions.correct(TOP) / total if predictions.classes.shape[1] == TOP else None,
+        agreement=predictions.agreement(first) if first else None,
         images=images,
     )

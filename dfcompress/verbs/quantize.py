@@ -94,7 +94,6 @@ FINETUNED_BY: Mapping[QuantizationMethod, Finetuning] = {"default": "blocks+lsq"
 # ResNet-20, calibrated on 128 made images: 999 of 1,000 training images right, as many as in float.
 FINETUNED_ON: Mapping[Placement, Finetuning] = {"all-tensors": "none"}
 # Haroush et al. 2020, section 4.2: CIFAR's ResNet-44, and ImageNet's ResNet-18.
-SMALL = 64
 PAPER_KD, PAPER_KD_LARGE = replace(KD, steps=16_000, batch_size=512), replace(KD, steps=44_000)
 RECIPE, PAPER_PRESET, IMAGES, LARGE_IMAGES = "bns-inception", "paper-cifar10", 2048, 128
 ROUNDING_SETTING = "setting of rounding called"
@@ -159,8 +158,8 @@ def quantize(
     why_not = partial(_why_not_all_tensors, method, asked, calibration.scheme)
     placement, reference, student, layers, wanted = place_grids(teacher, wish, why_not, placement, bits)
     finetune = finetune or FINETUNED_ON.get(placement) or FINETUNED_BY[method]
-    tuning = usual_tuning(finetune, training, method=method, input_size=teacher.card.input_size)
-    rounding = usual_rounding(finetune, rounding, tuning, input_size=teacher.card.input_size)
+    tuning = usual_tuning(finetune, training, method=method, small=teacher.card.small)
+    rounding = usual_rounding(finetune, rounding, tuning, small=teacher.card.small)
     terms = _objectives(teacher, finetune, objectives, temperature=temperature, seed=compute.seed)
     _require_exportable(export, student, wanted, calibration.scheme)
     if not data:
@@ -373,18 +372,17 @@ def usual_tuning(
     settings: Training | Reconstruction | Mapping[str, Any] | None,
     *,
     method: QuantizationMethod,
-    input_size: tuple[int, int, int],
+    small: bool,
 ) -> Training | Reconstruction | None:
-    """The settings of fine-tuning, a method's usual ones or with changes; raises `BadInput` where those given are of
-    another kind.
+    """The settings of fine-tuning, a method's usual ones for `small` images (`ModelCard.small`) or large ones, or with
+    changes; raises `BadInput` where those given are of another kind.
     """
     if finetune not in FINETUNING:
         raise BadInput(f"There is no --finetune {finetune!r}.", f"Known: {', '.join(FINETUNING)}.")
     usual = FINETUNING[finetune]
-    large = max(input_size[1:]) > SMALL
     if method == "paper" and finetune == "kd":
-        usual = PAPER_KD_LARGE if large else PAPER_KD
-    elif large and usual is LSQ:
+        usual = PAPER_KD if small else PAPER_KD_LARGE
+    elif not small and usual is LSQ:
         usual = LARGE_LSQ
     if usual is None:
         if settings:
@@ -403,7 +401,7 @@ def usual_rounding(
     settings: Reconstruction | Mapping[str, Any] | None,
     tuning: Training | Reconstruction | None,
     *,
-    input_size: tuple[int, int, int],
+    small: bool,
 ) -> Reconstruction | None:
     """The settings of the rounding that `blocks+lsq` learns before the training `tuning`, as usual or with changes;
     without training there is none unless it was asked for.
@@ -419,7 +417,7 @@ def usual_rounding(
         return None
     if not settings and tuning is None:
         return None
-    usual = BEFORE_LSQ if max(input_size[1:]) <= SMALL else LARGE_BEFORE_LSQ
+    usual = BEFORE_LSQ if small else LARGE_BEFORE_LSQ
     chosen = (
         settings if isinstance(settings, Reconstruction) else replace_settings(usual, settings or {}, ROUNDING_SETTING)
     )

@@ -30,7 +30,7 @@ from dfcompress.synthesis.batch_state import SMALLER, BatchState
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.recipe import Phase, Recipe, choose
 from dfcompress.synthesis.records.targets import BatchTargets
-from dfcompress.synthesis.synthesizer import Synthesizer, losses_of
+from dfcompress.synthesis.synthesizer import STEPS_BEFORE_RELEASE, Synthesizer, losses_of
 
 EAGER = Execution("cpu", "fp32", False, 1, "")
 LABELS = torch.arange(16) % 10
@@ -345,7 +345,7 @@ def first_step(made):
 def test_every_loss_is_tried_in_chunks():
     makers = [each for each in vars(losses).values() if inspect.isfunction(each) and each.__module__ == losses.__name__]
     names = {each.__name__.removeprefix("class_") for each in makers if not each.__name__.startswith("_")}
-    # The range of similarities is that of the images at hand, so the value depends on the chunk.
+    # ResNet-20 has no patches.
     assert {loss.name for loss in LOSSES} == names - {"patch_similarity"}
 
 
@@ -376,6 +376,14 @@ def test_chunks_of_compiled_losses_have_the_loss_of_their_batch(teacher, monkeyp
     assert (state.parameters[0].grad - expected).norm() < 1e-4 * expected.norm()
     made.step(state)
     assert len(graphs) == 3
+
+
+def test_freed_memory_is_given_back_every_few_steps(teacher, monkeypatch):
+    """Kept all the time, it falls into pieces, and a process grows with its steps."""
+    released = []
+    monkeypatch.setattr(device, "release_freed_memory", lambda: released.append(True))
+    synthesizer(teacher, 2 * STEPS_BEFORE_RELEASE + 1).batch(0, LABELS)
+    assert len(released) == 2
 
 
 def test_a_chunk_of_the_whole_batch_changes_no_bit(teacher):

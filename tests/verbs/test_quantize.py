@@ -276,15 +276,15 @@ def test_the_papers_method_has_every_published_value_and_each_can_be_changed():
     assert usual_calibration("paper", None, input_size=(3, 224, 224)) == published
     changes = {"steps": 3, "correction": True}
     assert usual_calibration("paper", changes, input_size=(3, 32, 32)) == replace(published, steps=3, correction=True)
-    small = usual_tuning("kd", None, method="paper", input_size=(3, 32, 32))
+    small = usual_tuning("kd", None, method="paper", small=True)
     assert (small.steps, small.batch_size, small.freeze_batchnorm, small.schedule) == (16_000, 512, True, "cosine")
     assert small.augmentation.flip
     assert small.augmentation.mixup
-    large = usual_tuning("kd", None, method="paper", input_size=(3, 224, 224))
+    large = usual_tuning("kd", None, method="paper", small=False)
     assert (large.steps, large.batch_size) == (44_000, 256)
-    fewer = usual_tuning("kd", {"steps": 7}, method="paper", input_size=(3, 32, 32))
+    fewer = usual_tuning("kd", {"steps": 7}, method="paper", small=True)
     assert fewer == replace(small, steps=7)
-    assert usual_tuning("lsq", None, method="paper", input_size=(3, 32, 32)) == LSQ
+    assert usual_tuning("lsq", None, method="paper", small=True) == LSQ
 
 
 @pytest.mark.parametrize(
@@ -439,12 +439,12 @@ def test_both_halves_of_the_fine_tuning_are_settable(asked, rounded, trained):
 
 def test_large_images_are_fine_tuned_on_fewer_of_them():
     """An hour of two cores holds a hundred times as many images of 32 pixels as of 224."""
-    large = {"method": "default", "input_size": (3, 224, 224)}
+    large = {"method": "default", "small": False}
     tuning = usual_tuning("blocks+lsq", None, **large)
     assert (tuning.steps, tuning.batch_size) == (100, 32)
     assert usual_tuning("lsq", {"steps": 7}, **large) == replace(tuning, steps=7)
-    assert usual_rounding("blocks+lsq", None, tuning, input_size=(3, 224, 224)) == replace(BEFORE_LSQ, steps=100)
-    assert usual_rounding("blocks+lsq", None, tuning, input_size=(3, 32, 32)) == BEFORE_LSQ
+    assert usual_rounding("blocks+lsq", None, tuning, small=False) == replace(BEFORE_LSQ, steps=100)
+    assert usual_rounding("blocks+lsq", None, tuning, small=True) == BEFORE_LSQ
 
 
 def test_settings_of_the_rounding_reach_the_reconstruction(tmp_path, monkeypatch):

@@ -11,13 +11,13 @@ The paper's figure uses 1,000 steps of batch 128 and states no optimiser or rate
 
 from dfcompress.synthesis.images import parametrised
 from dfcompress.synthesis.losses import bn_divergence
-from dfcompress.synthesis.recipe import LARGE_IMAGES, Phase, Recipe, Schedule, coarse_to_fine
+from dfcompress.synthesis.recipe import FAST_IMAGENET, Phase, Recipe, Schedule, coarse_to_fine
 from dfcompress.synthesis.transforms import augmentations
 
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {
     "fast-cifar10": {"steps": 400, "copies": 1, "crop": 0.9, "cutout": 0.125},
-    "fast-imagenet": {**LARGE_IMAGES, "copies": 1, "crop": 1.0, "cutout": 0.0},
+    "fast-imagenet": {**FAST_IMAGENET, "copies": 1, "crop": 1.0, "cutout": 0.0},
     "paper-cifar10": {"steps": 1000, "batch_size": 128},
 }
 

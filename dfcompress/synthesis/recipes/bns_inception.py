@@ -17,14 +17,14 @@ go on asking once the teacher is sure, made 10 to 14 in place of 15 (20 steps at
 
 from dfcompress.synthesis.images import parametrised
 from dfcompress.synthesis.losses import bn_divergence, inception, smoothness
-from dfcompress.synthesis.recipe import LARGE_IMAGES, Phase, Recipe, Schedule, coarse_to_fine
+from dfcompress.synthesis.recipe import FAST_IMAGENET, Phase, Recipe, Schedule, coarse_to_fine
 from dfcompress.synthesis.transforms import augmentations
 
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {
     "fast-cifar10": {"steps": 400, "copies": 1, "crop": 0.9, "cutout": 0.125, "bn": 100.0},
     "fast-imagenet": {
-        **LARGE_IMAGES,
+        **FAST_IMAGENET,
         "copies": 1,
         "crop": 1.0,
         "cutout": 0.0,

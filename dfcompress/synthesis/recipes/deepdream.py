@@ -8,7 +8,7 @@ The teacher is certain of such images, other networks see little in them: the ba
 
 from dfcompress.synthesis.images import parametrised
 from dfcompress.synthesis.losses import class_cross_entropy, image_norm, total_variation
-from dfcompress.synthesis.recipe import LARGE_IMAGES, Phase, Recipe, Schedule, coarse_to_fine
+from dfcompress.synthesis.recipe import FAST_IMAGENET, Phase, Recipe, Schedule, coarse_to_fine
 from dfcompress.synthesis.transforms import jitters
 
 PAPER = "Mordvintsev et al., Inceptionism, 2015; Yin et al., Dreaming to Distill, CVPR 2020"
@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "clip": True,
         "flip": True,
     },
-    "fast-imagenet": {**LARGE_IMAGES, "beta1": 0.5, "beta2": 0.9, "tv": 1e-4, "l2": 0.0, "flip": True, "clip": True},
+    "fast-imagenet": {**FAST_IMAGENET, "beta1": 0.5, "beta2": 0.9, "tv": 1e-4, "l2": 0.0, "flip": True, "clip": True},
     "paper-cifar10": {},
 }
 

@@ -20,7 +20,7 @@ What they reach, and how long they take, is in docs/results.md.
 
 from dfcompress.synthesis.images import parametrised
 from dfcompress.synthesis.losses import bn_distance, class_cross_entropy, image_norm, total_variation
-from dfcompress.synthesis.recipe import LARGE_IMAGES, Phase, Recipe, Schedule, coarse_to_fine
+from dfcompress.synthesis.recipe import FAST_IMAGENET, Phase, Recipe, Schedule, coarse_to_fine
 from dfcompress.synthesis.transforms import jitters
 
 PAPER = "Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion, CVPR 2020"
@@ -28,7 +28,7 @@ FAST = {"steps": 400, "lr": 0.1, "beta1": 0.5, "beta2": 0.9, "schedule": "cosine
 PRESETS: dict[str, dict[str, object]] = {
     "fast-cifar10": {**FAST, "ce": 30.0, "flip": True, "crop": 0.8, "cutout": 0.125},
     "fast-mnist": {**FAST, "ce": 10.0, "tv": 0.1},
-    "fast-imagenet": {**FAST, **LARGE_IMAGES, "ce": 3.0, "bn": 0.01, "tv": 1e-4, "l2": 0.0, "flip": True},
+    "fast-imagenet": {**FAST, **FAST_IMAGENET, "ce": 3.0, "bn": 0.01, "tv": 1e-4, "l2": 0.0, "flip": True},
     "paper-cifar10": {},
     "paper-merging": {"lr": 0.085, "tv": 1e-3, "l2": 0.0, "batch_size": 64},
     "paper-imagenet": {

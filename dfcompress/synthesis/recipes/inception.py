@@ -12,13 +12,13 @@ those are ours. It smooths 5×5 with σ 1; σ 0.375, which it also tables, is mu
 from dfcompress.synthesis.images import parametrised
 from dfcompress.synthesis.losses import inception as inception_loss
 from dfcompress.synthesis.losses import smoothness
-from dfcompress.synthesis.recipe import LARGE_IMAGES, Phase, Recipe, Schedule, coarse_to_fine
+from dfcompress.synthesis.recipe import FAST_IMAGENET, Phase, Recipe, Schedule, coarse_to_fine
 from dfcompress.synthesis.transforms import augmentations
 
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {
     "fast-cifar10": {"steps": 400, "copies": 1, "crop": 0.9, "cutout": 0.125},
-    "fast-imagenet": {**LARGE_IMAGES, "copies": 1, "crop": 1.0, "cutout": 0.0, "scale": 10.0},
+    "fast-imagenet": {**FAST_IMAGENET, "copies": 1, "crop": 1.0, "cutout": 0.0, "scale": 10.0},
     "paper-cifar10": {"sigma": 1.0, "steps": 1000, "batch_size": 128},
 }
 
