@@ -64,6 +64,10 @@ class Loss:
     (a head) and buffers (a memory bank, changed in place): every batch begins with a copy of them, the parameters are
     optimised together with the images, at the rate of the phase, and all of them are saved with the batch.
 
+    Where a student learns in between, the module lives on from batch to batch. With `lesson` its parameters are not
+    optimised together with the images: on every batch that the student learns from, `module(trace, lesson=True)` is
+    minimised in them alone.
+
     A value is one of the whole batch where it is made of moments or of `norm_over_batch` (`wants` says so); else it is
     taken for a mean over images, and where a batch is computed in chunks, each counts by its share.
     """
@@ -72,6 +76,7 @@ class Loss:
     value: Callable[[Trace], Tensor]
     weight: float = 1.0
     wants: Sequence[Want | LayerOutput | ChannelMeans] = ()
+    lesson: bool = False
 
     @property
     def of_batch(self) -> bool:
