@@ -15,7 +15,7 @@ from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import class_names_in
 
-ANY = 2**31  # So many classes: labels are looked at here, not by `open_images`.
+ANY = 2**63  # So many classes: labels are looked at here, not by `open_images`.
 READ = 256  # Images that are in memory as floats while a set is read: 154 MB at 224².
 
 
