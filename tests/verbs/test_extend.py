@@ -69,13 +69,14 @@ def test_every_method_leaves_a_model_of_all_classes(method, old, new, tmp_path):
     assert ("new-classes" in result.seconds) == incremental_method(method).expert
 
 
-def test_another_step_is_quantized_and_merged(old, new, tmp_path):
+def test_another_step_is_quantized_and_merged(old, new, tmp_path, capsys):
     """On the model that is extended already; known names are more images of their classes."""
     first = extended(old, new, tmp_path / "first")
     again = images(tmp_path / "again.npz", 7, 8)
     second = extended(first.checkpoint, again, tmp_path / "second", also_old=True, old_images=tmp_path / "first")
     assert load(second.checkpoint).card.class_names == ("x", "y", "5", "6", "7", "8")
     assert not (tmp_path / "second" / "synthetic").exists()
+    assert "No image stands for 3 of the 5 classes that first knows" in capsys.readouterr().err
     line = f"quantize {second.checkpoint} --data {tmp_path / 'first'} --bits 8w8a --finetune none -q"
     assert run([*line.split(), "-o", str(tmp_path / "packed")]) == 0
     assert load(tmp_path / "packed").card.classes == 6
