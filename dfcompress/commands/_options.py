@@ -595,13 +595,19 @@ objectives = group(
         help=f"Distillation losses with weights: {', '.join(OBJECTIVES)}.",
     ),
 )
-temperature = click.option(
-    "--temperature",
-    type=float,
-    default=4.0,
-    show_default=True,
-    help="Temperature of the distillation losses; both models' logits are divided by it.",
-)
+
+
+def temperature(default: str, usual: float | None = None) -> Decorator:
+    """`--temperature`, whose default is described so; None leaves it to the verb."""
+    return click.option(
+        "--temperature",
+        type=float,
+        default=usual,
+        show_default=default,
+        help="Temperature of the distillation losses; both models' logits are divided by it.",
+    )
+
+
 second_recipe = renamed(
     "--mix",
     "--second-recipe",
@@ -610,12 +616,6 @@ second_recipe = renamed(
     callback=_nothing,
     show_default=True,
     help="Second recipe, for half of the images; auto: bns if the model has BatchNorm statistics; none: no second.",
-)
-co_train = renamed(
-    "--live",
-    "--co-train",
-    is_flag=True,
-    help="Let an adaptive recipe's images compete with the student itself, which trains between their rounds.",
 )
 probe_images = renamed(
     "--unseen",

@@ -55,7 +55,8 @@ class Generator:
         self._latent, self._width, self._conditional = latent, width, conditional
         self._learn_latents, self._latent_lr, self._fresh_noise = learn_latents, latent_lr, fresh_noise
         self._weights: dict[str, Tensor] = {}
-        self._latents = self._labels = torch.empty(0)
+        # Vectors and classes by the size of a batch, as a student is shown other batches than those that are optimised.
+        self._batches: dict[int, tuple[Tensor, Tensor]] = {}
         self._generated: Callable[..., Tensor] = generated
         self._precision = torch.float32
 
@@ -76,12 +77,12 @@ class Generator:
         elif self._fresh_noise:
             self._draw_weights(generator, "first.")
         latents = torch.randn(len(labels), self._latent, generator=generator)
-        if latents.shape == self._latents.shape:
-            self._latents.detach().copy_(latents)
-            self._labels.copy_(labels)
-        else:
-            self._latents = latents.to(labels.device).requires_grad_(self._learn_latents)
-            self._labels = labels.clone()
+        if len(labels) not in self._batches:
+            vectors = torch.empty_like(latents, device=labels.device).requires_grad_(self._learn_latents)
+            self._batches[len(labels)] = vectors, torch.empty_like(labels)
+        self._latents, self._labels = self._batches[len(labels)]
+        self._latents.detach().copy_(latents)
+        self._labels.copy_(labels)
         self._mean, self._std = teacher.mean, teacher.std
 
     def _draw_weights(self, generator: torch.Generator, part: str) -> None:

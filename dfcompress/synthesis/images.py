@@ -32,7 +32,8 @@ class Images(Protocol):
     Everything is in normalised space, where the papers state their weights; the synthesizer renders to [0, 1].
     `in_range` says whether the images stay in [0, 1], so that 8 bits can hold them. `persistent` says whether the
     parametrisation lives on over batches, as a generator does that goes on learning; else the synthesizer makes a deep
-    copy of it for every batch. Of a persistent one `start` begins the next batch and leaves what it has learnt.
+    copy of it for every batch. Of a persistent one `start` begins the next batch, always of equally many images, in the
+    same memory, and leaves what it has learnt.
     """
 
     in_range: bool

@@ -101,12 +101,15 @@ class Loss:
         return replace(self, value=self.value.sized_for(teacher))
 
     def module_state(self, device: torch.device) -> ModuleState:
-        """Fresh copies of the tensors that the loss owns; none where its value is a plain function."""
+        """Fresh copies of the tensors that the loss owns; none where its value is a plain function. Those that require
+        gradients are optimised together with the images.
+        """
         if not isinstance(self.value, nn.Module):
             return {}
         tensors = [*self.value.named_parameters(), *self.value.named_buffers()]
         return {
-            name: tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad) for name, tensor in tensors
+            name: tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad and not self.lesson)
+            for name, tensor in tensors
         }
 
     def value_with(self, state: ModuleState, trace: Trace) -> Tensor:
@@ -115,6 +118,17 @@ class Loss:
             return self.value(trace)
         value: Tensor = functional_call(self.value, state, (trace,))
         return value
+
+    def lesson_with(self, state: ModuleState, trace: Trace) -> Tensor:
+        """What the loss's module shall minimise on images that the student learns from."""
+        assert isinstance(self.value, nn.Module), "a plain function learns nothing"
+        value: Tensor = functional_call(self.value, state, (trace,), {"lesson": True})
+        return value
+
+    def lesson_parameters(self, state: ModuleState) -> list[Tensor]:
+        """The tensors of `module_state` that the lesson changes."""
+        assert isinstance(self.value, nn.Module), "a plain function has none"
+        return [state[name] for name, _ in self.value.named_parameters()]
 
     def __rmul__(self, weight: float) -> Loss:
         return replace(self, weight=weight * self.weight)

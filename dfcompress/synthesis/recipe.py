@@ -195,6 +195,14 @@ class Recipe:
         return self.images.persistent or any(isinstance(loss.value, torch.nn.Module) for loss in self.losses)
 
     @property
+    def lives_on(self) -> bool:
+        """Whether a batch depends on those before: through a generator that goes on learning, or where a student learns
+        in between through the modules of losses.
+        """
+        modules = any(isinstance(loss.value, torch.nn.Module) for loss in self.losses)
+        return self.images.persistent or (modules and self.student_updates is not None)
+
+    @property
     def label_free(self) -> bool:
         """Whether nothing steers the images towards a class; their label is then the teacher's answer."""
         return Want.LABELS not in self.wants

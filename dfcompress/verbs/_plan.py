@@ -63,17 +63,12 @@ class Synthesize:
     compute: Compute
     student: Classifier | None = None
 
-    @property
-    def batch_size(self) -> int:
-        """Images of a batch; all of them where they are fewer than the recipe's batch."""
-        return min(self.spec.recipe.batch_size, self.spec.images)
-
     def to_json(self) -> dict[str, Any]:
         """What is made, as `run.json` keeps it."""
         return {
             "recipe": asdict(self.spec.choice),
             "images": self.spec.images,
-            "batches": -(-self.spec.images // self.batch_size),
+            "batches": self.spec.batches,
             "steps": self.spec.recipe.steps,
         }
 
@@ -82,15 +77,15 @@ class Synthesize:
 
         Raises `BadInput` where a network fails in the precision that was asked for, or in any.
         """
-        recipe, batches = self.spec.recipe, -(-self.spec.images // self.batch_size)
+        recipe, batches, batch_size = self.spec.recipe, self.spec.batches, self.spec.batch_size
         before = peak_memory_bytes(resolve_device(self.compute.device))
         execution, taken = execution_of(self.spec, self.compute, self.student)
         eager, seconds = replace(execution, compile=False), 0.0
         if recipe.steps:
-            chunk = execution.chunk or self.batch_size
+            chunk = execution.chunk or batch_size
             timed = min(chunk, max(1, int(TIMED // (2 * work_of(self.spec.teacher)))))
             seconds = seconds_per_step(recipe, self.spec.teacher, eager, timed, self.spec.sampler())
-            seconds *= self.batch_size / timed
+            seconds *= batch_size / timed
         seconds = predicted_seconds(execution, seconds * recipe.work * batches, sizes=recipe.sizes)
         return SynthesisEstimate(
             self.spec.choice,
