@@ -25,10 +25,10 @@ from dfcompress.memory import count_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized
 from dfcompress.models.patches import patch_blocks
-from dfcompress.models.recorder import FusedRecorder, Recording, Rest, Target, traces
+from dfcompress.models.recorder import FusedRecorder, Recording, Rest, Target, last_weighted_layer, traces
 from dfcompress.randomness import generator
 from dfcompress.synthesis.batch_state import SMALLER, BatchState, detached, put_modules
-from dfcompress.synthesis.images import Images, PixelStatistics
+from dfcompress.synthesis.images import ComputedAs, Images, PixelStatistics
 from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, ModuleState, Want
 from dfcompress.synthesis.recipe import Phase, Recipe
 from dfcompress.synthesis.records.targets import BatchTargets, TargetSampler
@@ -88,6 +88,9 @@ class Synthesizer:
         sampler: TargetSampler | None = None,
         pixels: PixelStatistics | None = None,
     ) -> None:
+        recipe = recipe.sized_for(teacher)
+        if isinstance(recipe.images, ComputedAs):
+            recipe.images.compute_as(execution)
         self.recipe, self.seed, self.execution = recipe, seed, execution
         self.student, self.sampler, self.pixels = student, sampler, pixels
         self.device = device.resolve_device(execution.device)
@@ -538,6 +541,7 @@ def recorder_of(
         outputs=outputs + sorted(wanted.difference(outputs)),
         channel_means=sorted(want.layer for want in recipe.wants if isinstance(want, ChannelMeans)),
         patches=patch_blocks(teacher) if Want.PATCHES in recipe.wants else (),
+        last=last_weighted_layer(teacher) if Want.PENULTIMATE in recipe.wants else None,
         dropout=sampler is not None and sampler.fixes_dropout,
         precision=device.PRECISIONS[execution.precision],
     )
