@@ -33,6 +33,7 @@ from dfcompress import console, schedules
 from dfcompress.device import forked_randomness
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
+from dfcompress.models.classifier import Classifier
 from dfcompress.settings import parse, unknown
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.labels import BALANCED
@@ -172,6 +173,10 @@ class Recipe:
         object.__setattr__(self, "losses", tuple(self.losses))
         object.__setattr__(self, "phases", tuple(self.phases))
 
+    def sized_for(self, teacher: Classifier) -> Recipe:
+        """The recipe whose losses own modules that fit to this teacher."""
+        return replace(self, losses=[loss.sized_for(teacher) for loss in self.losses])
+
     @property
     def wants(self) -> frozenset[Want | LayerOutput | ChannelMeans]:
         """What any of the losses wants to be recorded."""
@@ -188,6 +193,14 @@ class Recipe:
         lives on makes it whole.
         """
         return self.images.persistent or any(isinstance(loss.value, torch.nn.Module) for loss in self.losses)
+
+    @property
+    def lives_on(self) -> bool:
+        """Whether a batch depends on those before: through a generator that goes on learning, or where a student learns
+        in between through the modules of losses.
+        """
+        modules = any(isinstance(loss.value, torch.nn.Module) for loss in self.losses)
+        return self.images.persistent or (modules and self.student_updates is not None)
 
     @property
     def label_free(self) -> bool:
