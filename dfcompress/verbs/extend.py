@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,13 @@ from dfcompress.training.class_incremental.replay import Replay, class_weights
 from dfcompress.training.class_incremental.widening import make_expert, widen
 from dfcompress.training.loop import Trained
 from dfcompress.training.settings import Training
+from dfcompress.verbs._co_training import co_training
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._extended import extended_evaluator
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._new_images import NewImages, open_new_images
 from dfcompress.verbs._plan import Outcome, Plan, Step, planned
 from dfcompress.verbs.distill import IMAGES, LARGE_IMAGES, PROBE_IMAGES
-from dfcompress.verbs.invert import co_trained_student
 
 EXPERT = "new-classes"  # The step, and the folder, of the model of the new classes alone.
 # Of the side: 4 pixels at 32, as is usual for CIFAR, and 28 at 224.
@@ -95,7 +96,7 @@ def extend(
         compute,
         second_recipe=second_recipe,
         probe_images=probe_images,
-        competitor=lambda recipe: co_trained_student(old, recipe, old.card.architecture, compute),
+        competitor=partial(co_training, old, student=old.card.architecture, compute=compute),
     )
     _tell_missing(source, old)
     shift = round(SHIFTED * max(old.card.input_size[1:]))

@@ -71,12 +71,14 @@ def test_every_method_leaves_a_model_of_all_classes(method, old, new, tmp_path):
 
 def test_another_step_is_quantized_and_merged(old, new, tmp_path, capsys):
     """On the model that is extended already; known names are more images of their classes."""
+    console.configure(console.NORMAL)
     first = extended(old, new, tmp_path / "first")
     again = images(tmp_path / "again.npz", 7, 8)
     second = extended(first.checkpoint, again, tmp_path / "second", also_old=True, old_images=tmp_path / "first")
     assert load(second.checkpoint).card.class_names == ("x", "y", "5", "6", "7", "8")
     assert not (tmp_path / "second" / "synthetic").exists()
     assert "No image stands for 3 of the 5 classes that first knows" in capsys.readouterr().err
+    console.configure(console.QUIET)
     line = f"quantize {second.checkpoint} --data {tmp_path / 'first'} --bits 8w8a --finetune none -q"
     assert run([*line.split(), "-o", str(tmp_path / "packed")]) == 0
     assert load(tmp_path / "packed").card.classes == 6
@@ -154,7 +156,6 @@ def nameless(folder):
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(old, new, tmp_path, capsys):
-    console.configure(console.QUIET)
     assert run(["extend", str(old), "--new-data", str(new), *LINE.split(), "--dry-run", "-o", str(tmp_path / "o")]) == 0
     out = capsys.readouterr().out
     assert "training: steps=" in out

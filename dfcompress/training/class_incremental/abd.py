@@ -53,7 +53,7 @@ class AlwaysBeDreaming:
     @contextmanager
     def attached(self, student: Classifier) -> Iterator[None]:
         """Record the student's features."""
-        with self._head.attached():
+        with Head(student).attached() as self._head:
             yield
 
     def targets(self, batch: Batch) -> tuple[Tensor, ...]:

@@ -45,7 +45,7 @@ class LwfMc:
     def losses(self, student: nn.Module, batch: Batch, targets: tuple[Tensor, ...]) -> Tensor:
         """The two sums."""
         logits = student(batch.images).float()
-        wanted = F.one_hot(batch.labels, logits.shape[1]).float()
+        wanted = F.one_hot(batch.labels.clamp_min(0), logits.shape[1]).float()
         new, old = logits[:, self.known :], logits[:, : self.known]
         return torch.stack(
             [

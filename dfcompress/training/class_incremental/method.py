@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dfcompress.data.batches import UNLABELLED
 from dfcompress.data.pool import Augmentation
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, pass_once
@@ -81,8 +82,8 @@ def mean_where(values: Tensor, marked: Tensor) -> Tensor:
 
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
-    """Cross-entropy of each image `(N,)` times the weight of its class."""
-    return F.cross_entropy(logits, labels, reduction="none") * class_weights[labels]
+    """Cross-entropy of each image `(N,)` times the weight of its class; 0 for an image without a label."""
+    return F.cross_entropy(logits, labels, reduction="none", ignore_index=UNLABELLED) * class_weights[labels]
 
 
 def kl_divergence(target_logits: Tensor, logits: Tensor) -> Tensor:
@@ -102,12 +103,12 @@ class Head:
         self.classifier, self.name = classifier, last_layer(classifier)
         self.layer: nn.Module = classifier.network.get_submodule(self.name)
         answers: list[Tensor] = []
+        self._seen: list[Tensor] = []
         with hooked_outputs(classifier.network, [self.name], lambda name, output: answers.append(output)):
             logits = pass_once(classifier)
         if not isinstance(self.layer, nn.Linear) or not torch.equal(answers[-1], logits):
             kind, architecture = type(self.layer).__name__, classifier.card.architecture
             raise BadInput(f"The answer of {architecture} is not what its last layer ({kind}) gives.", self.REMEDY)
-        self._seen: list[Tensor] = []
 
     @property
     def width(self) -> int:
@@ -116,11 +117,11 @@ class Head:
         return self.layer.in_features
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> Iterator[Head]:
         """Inside, every forward pass of the classifier leaves its features for `taken`."""
         with hooked_inputs(self.classifier.network, [self.name], self._note):
             try:
-                yield
+                yield self
             finally:
                 self._seen.clear()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +69,7 @@ class Rdfcil:
     @contextmanager
     def attached(self, student: Classifier) -> Iterator[None]:
         """Record the features of both models."""
-        with ExitStack() as stack:
-            stack.enter_context(self._head.attached())
-            stack.enter_context(self._old_head.attached())
+        with Head(student).attached() as self._head, self._old_head.attached():
             yield
 
     def targets(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -107,7 +105,7 @@ class Rdfcil:
         student, old = (
             angles(embed(values)) for embed, values in zip(self.module, (features, old_features), strict=True)
         )
-        return F.smooth_l1_loss(student, old)
+        return F.smooth_l1_loss(student, old, reduction="sum") / max(1, old.numel())
 
     def update(self, values: Tensor) -> None:
         """Count the step."""
