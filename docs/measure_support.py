@@ -2,13 +2,13 @@
 
     python docs/measure_support.py --write                         # what is not measured yet, then the page
     python docs/measure_support.py --only torchvision:resnet18     # one row, printed
-    python docs/measure_support.py --list                          # the networks, smallest first
+    python docs/measure_support.py --list                          # the networks in this order
 
 Every classifier of torchvision with BatchNorm, and of every family of timm (a module of it) the smallest network with
 BatchNorm, with random weights and the BatchNorm statistics that smooth random images give. Each is a process of its own
 with one thread, a limit of memory and one of time; rows are appended to support/rows.jsonl, and none is made twice.
 Images are made by two steps and nothing is fine-tuned: what is measured is whether the path works, not
-how well. Smallest first, so that an interrupted run has the most rows.
+how well. torchvision's come first, smallest first, so that an interrupted run has the most rows.
 """
 
 from __future__ import annotations
@@ -78,13 +78,16 @@ def timm_names() -> list[str]:
 
 
 def networks(rows: Rows) -> list[str]:
-    """All of them, smallest first; found once, because it takes minutes."""
+    """torchvision's and timm's, each smallest first; found once, because it takes minutes."""
     rows.make(
-        lambda: {"names": sorted(torchvision_names() + timm_names(), key=lambda name: _parameters(_on_meta(name)))},
-        networks="all",
+        lambda: {"names": [*_smallest_first(torchvision_names()), *_smallest_first(timm_names())]}, networks="all"
     )
     names: list[str] = rows.of(networks="all")[0]["names"]
     return names
+
+
+def _smallest_first(names: list[str]) -> list[str]:
+    return sorted(names, key=lambda name: _parameters(_on_meta(name)))
 
 
 def make(name: str) -> nn.Module:
@@ -190,7 +193,7 @@ def _walk(name: str, folder: Path, found: dict[str, Any]) -> None:
 
     for bits in BITS:
         found["stage"], packed = "quantize", folder / bits
-        made = dfcompress.quantize(
+        dfcompress.quantize(
             teacher,
             bits=bits,
             data=images,
@@ -198,13 +201,13 @@ def _walk(name: str, folder: Path, found: dict[str, Any]) -> None:
             finetune="none",
             calibration={"steps": 1},
             compute=compute,
-            export="onnxruntime",
         )
         found["stage"] = "load"
         loaded = dfcompress.load(packed, arch=None if found["recognised"] else name)
         if not is_quantized(loaded.network):
             raise ValueError("what is loaded is not quantized")
-        found[bits] = answers(loaded, SyntheticSet(images), made.export)
+        found["stage"] = "export"
+        found[bits] = answers(loaded, SyntheticSet(images), dfcompress.export(loaded, data=images))
 
 
 @torch.no_grad()
