@@ -11,19 +11,34 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1
 LINE_EVERY_SECONDS = 5.0
 
 _verbosity = QUIET
+_bars: list[RichProgress] = []  # The one on the screen, which takes a bar for each loop.
 
 
 def configure(verbosity: int) -> None:
     """Set how much is printed on stderr: `QUIET`, `NORMAL` or `VERBOSE`."""
     global _verbosity
     _verbosity = verbosity
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """No notices inside."""
+    global _verbosity
+    before, _verbosity = _verbosity, QUIET
+    try:
+        yield
+    finally:
+        _verbosity = before
 
 
 def speaks() -> bool:
@@ -109,8 +124,16 @@ def _bar(what: str, total: int) -> Iterator[Progress]:
     from rich.progress import Progress as RichProgress
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with RichProgress(*columns, TextColumn("{task.fields[values]}"), console=Console(stderr=True)) as bar:
+    inner = bool(_bars)
+    with ExitStack() as stack:
+        if not inner:  # A loop inside of another one has its bar below the other's.
+            bars = RichProgress(*columns, TextColumn("{task.fields[values]}"), console=Console(stderr=True))
+            _bars.append(stack.enter_context(bars))
+            stack.callback(_bars.clear)
+        bar = _bars[0]
         task = bar.add_task(what, total=total, values="")
+        if inner:
+            stack.callback(bar.remove_task, task)
 
         class Bar:
             def update(self, done: int, **values: float) -> None:

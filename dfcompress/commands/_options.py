@@ -595,13 +595,19 @@ objectives = group(
         help=f"Distillation losses with weights: {', '.join(OBJECTIVES)}.",
     ),
 )
-temperature = click.option(
-    "--temperature",
-    type=float,
-    default=4.0,
-    show_default=True,
-    help="Temperature of the distillation losses; both models' logits are divided by it.",
-)
+
+
+def temperature(default: str, usual: float | None = None) -> Decorator:
+    """`--temperature`, whose default is described so; None leaves it to the verb."""
+    return click.option(
+        "--temperature",
+        type=float,
+        default=usual,
+        show_default=default,
+        help="Temperature of the distillation losses; both models' logits are divided by it.",
+    )
+
+
 second_recipe = renamed(
     "--mix",
     "--second-recipe",
@@ -611,11 +617,24 @@ second_recipe = renamed(
     show_default=True,
     help="Second recipe, for half of the images; auto: bns if the model has BatchNorm statistics; none: no second.",
 )
-co_train = renamed(
-    "--live",
-    "--co-train",
-    is_flag=True,
-    help="Let an adaptive recipe's images compete with the student itself, which trains between their rounds.",
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def _seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """`90s`, `30m` or `2h` → seconds."""
+    if value is None:
+        return None
+    try:
+        return float(value[:-1]) * UNITS[value[-1:]]
+    except (ValueError, KeyError):
+        raise BadInput(f"--budget {value!r} is not understood.", "Write it like 90s, 30m or 2h.") from None
+
+
+budget = click.option(
+    "--budget",
+    callback=_seconds,
+    metavar="TIME",
+    help="Make so many images and take so many training steps as fit into a time on this machine, for instance 30m.",
 )
 probe_images = renamed(
     "--unseen",

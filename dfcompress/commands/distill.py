@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 @_options.synthesis(images="2048; of more than 64 pixels a side 1000")
 @_options.training(steps=6000, lr=0.1, batch_size=128)
 @_options.objectives
-@_options.temperature
+@_options.temperature("4, or what the recipe states")
 @_options.second_recipe
-@_options.co_train
 @_options.probe_images
+@_options.budget
 @_options.output
 @_options.compute
 @_options.reporting
@@ -40,10 +40,10 @@ def distill(
     synthesis: Synthesis,
     training: dict[str, Any],
     objectives: dict[str, float] | None,
-    temperature: float,
+    temperature: float | None,
     second_recipe: str | None,
-    co_train: bool,
     probe_images: int,
+    budget: float | None,
     compute: Compute,
     output: Path | None,
     resume: bool,
@@ -65,8 +65,8 @@ def distill(
         objectives=objectives,
         temperature=temperature,
         second_recipe=second_recipe,
-        co_train=co_train,
         probe_images=probe_images,
+        budget=budget,
         compute=compute,
         eval_data=eval_data,
         resume=resume,

@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     batch_size="256; 32 of blocks; 512 of paper",
 )
 @_options.objectives
-@_options.temperature
+@_options.temperature("4", 4.0)
 @click.option("--export", type=click.Choice(["onnx"]), help="Also write model.onnx and check it in onnxruntime.")
 @_options.target
 @_options.second_recipe

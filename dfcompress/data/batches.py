@@ -40,6 +40,9 @@ class BatchSource(Protocol):
     def to(self, device: torch.device) -> None:
         """Let batches come out on `device`."""
 
+    def measured(self) -> Mapping[str, float]:
+        """What it knows of the making of its images, by name; nothing of stored ones."""
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers that `torch.load(weights_only=True)` reads."""
 

@@ -25,6 +25,7 @@ class BatchState:
     """The state of one or several unfinished batches that are optimised side by side: images, modules of losses,
     optimiser, step, and the losses of every step so far.
 
+    `modules` are the tensors of losses' modules where these live on; else every batch begins with fresh ones.
     `labels` `(N,)` and `targets` are those of all batches, one after the other; `images` has one parametrisation a
     batch, and `modules` by loss the tensors of the module that it owns, of every batch its own.
 
@@ -42,22 +43,29 @@ class BatchState:
         attempt: int,
         *,
         chunk: int | None = None,
+        modules: Sequence[dict[str, ModuleState]] | None = None,
     ) -> None:
         self.shards, self.labels, self.targets, self.images = list(shards), labels, targets, list(images)
-        self.modules = [{loss.name: loss.module_state(labels.device) for loss in losses} for _ in images]
+        fresh = [{loss.name: loss.module_state(labels.device) for loss in losses} for _ in images]
+        self.modules = list(modules or fresh)
         self.attempt = attempt
         size = min(chunk or len(labels), len(labels))
         self.chunks = [slice(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
         self.shares = [(rows.stop - rows.start) / len(labels) for rows in self.chunks]
         every = torch.tensor(self.shares, device=labels.device).expand(len(self.chunks), -1)
         self._shares_of_others = every - every.diagonal().diag()
-        self.step = 0
+        self.step, self.started = 0, False
         self.history: list[Tensor] = []
         self.clock = Clock()
         self._groups = self._parameter_groups()
         self.parameters = [parameter for parameters in self._groups.values() for parameter in parameters]
         self._rates = {rate: torch.zeros((), device=labels.device) for rate in self._groups}
         self.start_phase(betas=(0.9, 0.999))
+
+    def begin_next(self, shard: int, labels: Tensor) -> None:
+        """Begin the next batch of images that live on, in the same memory and with the same optimiser."""
+        self.shards, self.step, self.history, self.clock = [shard], 0, [], Clock()
+        self.labels.copy_(labels)
 
     def _parameter_groups(self) -> dict[tuple[float, float | None], list[Tensor]]:
         """All tensors to optimise, those of one factor and rate together, so that few kernels change them."""
@@ -80,7 +88,7 @@ class BatchState:
         capturable = device.is_cuda(self.labels.device)
         groups = [{"params": parameters} for parameters in self._groups.values()]
         self.optimizer = torch.optim.Adam(groups, betas=betas, fused=True, capturable=capturable)
-        self._follow_rates()
+        self.follow_rates()
         self.drawn: list[list[Drawn]] = []
         self.captured: Callable[[], Tensor] | None = None
         self.uncaptured = 0
@@ -91,7 +99,7 @@ class BatchState:
         shares = self._shares_of_others[number]
         return {name: torch.tensordot(shares, means, 1) for name, means in self.means.items()}
 
-    def _follow_rates(self) -> None:
+    def follow_rates(self) -> None:
         """Let the optimiser read the rates from memory of the device, where a captured step finds them too."""
         for group, rate in zip(self.optimizer.param_groups, self._rates.values(), strict=True):
             group["lr"] = rate
@@ -120,7 +128,7 @@ class BatchState:
             "step": self.step,
             "seconds": self.clock.seconds,
             "images": [dict(images.state_dict()) for images in self.images],
-            "modules": [{name: _detached(module) for name, module in modules.items()} for modules in self.modules],
+            "modules": [detached(modules) for modules in self.modules],
             "optimizer": self.optimizer.state_dict(),
             "means": self.means,
             "history": self.losses,
@@ -137,15 +145,12 @@ class BatchState:
         self.attempt = state["attempt"]
         for images, saved in zip(self.images, state["images"], strict=True):
             images.load_state_dict(saved)
-        with torch.no_grad():
-            for modules, saved_modules in zip(self.modules, state["modules"], strict=True):
-                for name, module in modules.items():
-                    for key, tensor in module.items():
-                        tensor.copy_(saved_modules[name][key])
+        for modules, saved_modules in zip(self.modules, state["modules"], strict=True):
+            put_modules(modules, saved_modules)
         self.optimizer.load_state_dict(state["optimizer"])
-        self._follow_rates()
+        self.follow_rates()
         self.means = {name: means.to(self.labels.device) for name, means in state.get("means", {}).items()}
-        self.step = state["step"]
+        self.step, self.started = state["step"], True
         self.clock.go_on_from(state["seconds"])
         self.history = list(state["history"].to(self.labels.device))
 
@@ -154,5 +159,14 @@ def _flat(drawn: Sequence[Sequence[Drawn]]) -> list[Tensor]:
     return [tensor for of_batch in drawn for numbers in of_batch for tensor in numbers]
 
 
-def _detached(module: ModuleState) -> Mapping[str, Tensor]:
-    return {name: tensor.detach() for name, tensor in module.items()}
+def detached(modules: Mapping[str, ModuleState]) -> dict[str, ModuleState]:
+    """The tensors of losses' modules, by loss, as they are saved."""
+    return {name: {key: tensor.detach() for key, tensor in module.items()} for name, module in modules.items()}
+
+
+@torch.no_grad()
+def put_modules(modules: Mapping[str, ModuleState], saved: Mapping[str, ModuleState]) -> None:
+    """Put saved tensors of losses' modules in the place of these."""
+    for name, module in modules.items():
+        for key, tensor in module.items():
+            tensor.copy_(saved[name][key])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from dfcompress.device import Execution
 from dfcompress.models.classifier import Classifier
 
 PixelStatistics = tuple[Tensor, Tensor]
@@ -31,7 +32,8 @@ class Images(Protocol):
     Everything is in normalised space, where the papers state their weights; the synthesizer renders to [0, 1].
     `in_range` says whether the images stay in [0, 1], so that 8 bits can hold them. `persistent` says whether the
     parametrisation lives on over batches, as a generator does that goes on learning; else the synthesizer makes a deep
-    copy of it for every batch. Of a persistent one `start` begins the next batch and leaves what it has learnt.
+    copy of it for every batch. Of a persistent one `start` begins the next batch, always of equally many images, in the
+    same memory, and leaves what it has learnt.
     """
 
     in_range: bool
@@ -60,6 +62,14 @@ class Images(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state_dict`, in the same memory: the optimiser holds the parameters."""
+
+
+@runtime_checkable
+class ComputedAs(Protocol):
+    """Images whose rendering is work enough to be done in the precision of an execution, and compiled."""
+
+    def compute_as(self, execution: Execution) -> None:
+        """Render from now on as `execution` says."""
 
 
 class Pixels:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from dfcompress.errors import BadInput
+from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import LayerMoments, Moments, Trace, moments_of
 
 # The tensors of a module by name, outside of the module.
@@ -29,7 +31,7 @@ ModuleState = dict[str, Tensor]
 class Want(Enum):
     """What a loss may want besides images and logits: the moments of the layers with known statistics, the targets that
     an activation record sets (and the outputs of its layers), the patch features of all blocks that mix positions, the
-    labels, the logits of a student, norms over the batch.
+    labels, the logits of a student, norms over the batch, what goes into the last weighted layer.
 
     A recipe none of whose losses wants labels steers its images towards no class.
     """
@@ -40,6 +42,7 @@ class Want(Enum):
     LABELS = "labels"
     STUDENT = "student"
     BATCH = "batch"
+    PENULTIMATE = "penultimate"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,14 @@ class ChannelMeans:
     layer: str
 
 
+@runtime_checkable
+class SizedByTeacher(Protocol):
+    """A module of a loss without tensors yet, because their shapes depend on the teacher."""
+
+    def sized_for(self, teacher: Classifier) -> nn.Module:
+        """A new module that fits to what is recorded of `teacher`, the same one in every process."""
+
+
 @dataclass(frozen=True)
 class Loss:
     """A named, weighted scalar of a `Trace`, and what it wants to be recorded there.
@@ -63,6 +74,10 @@ class Loss:
     `value` is a function of the trace, or a module whose `forward` is one. The loss then owns the module's parameters
     (a head) and buffers (a memory bank, changed in place): every batch begins with a copy of them, the parameters are
     optimised together with the images, at the rate of the phase, and all of them are saved with the batch.
+
+    Where a student learns in between, the module lives on from batch to batch. With `lesson` its parameters are not
+    optimised together with the images: on every batch that the student learns from, `module(trace, lesson=True)` is
+    minimised in them alone.
 
     A value is one of the whole batch where it is made of moments or of `norm_over_batch` (`wants` says so); else it is
     taken for a mean over images, and where a batch is computed in chunks, each counts by its share.
@@ -72,19 +87,29 @@ class Loss:
     value: Callable[[Trace], Tensor]
     weight: float = 1.0
     wants: Sequence[Want | LayerOutput | ChannelMeans] = ()
+    lesson: bool = False
 
     @property
     def of_batch(self) -> bool:
         """Whether the value is one of the whole batch, and no mean over images."""
         return Want.MOMENTS in self.wants or Want.BATCH in self.wants
 
+    def sized_for(self, teacher: Classifier) -> Loss:
+        """The loss whose module fits to this teacher; itself where its value depends on none."""
+        if not isinstance(self.value, SizedByTeacher):
+            return self
+        return replace(self, value=self.value.sized_for(teacher))
+
     def module_state(self, device: torch.device) -> ModuleState:
-        """Fresh copies of the tensors that the loss owns; none where its value is a plain function."""
+        """Fresh copies of the tensors that the loss owns; none where its value is a plain function. Those that require
+        gradients are optimised together with the images.
+        """
         if not isinstance(self.value, nn.Module):
             return {}
         tensors = [*self.value.named_parameters(), *self.value.named_buffers()]
         return {
-            name: tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad) for name, tensor in tensors
+            name: tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad and not self.lesson)
+            for name, tensor in tensors
         }
 
     def value_with(self, state: ModuleState, trace: Trace) -> Tensor:
@@ -93,6 +118,17 @@ class Loss:
             return self.value(trace)
         value: Tensor = functional_call(self.value, state, (trace,))
         return value
+
+    def lesson_with(self, state: ModuleState, trace: Trace) -> Tensor:
+        """What the loss's module shall minimise on images that the student learns from."""
+        assert isinstance(self.value, nn.Module), "a plain function learns nothing"
+        value: Tensor = functional_call(self.value, state, (trace,), {"lesson": True})
+        return value
+
+    def lesson_parameters(self, state: ModuleState) -> list[Tensor]:
+        """The tensors of `module_state` that the lesson changes."""
+        assert isinstance(self.value, nn.Module), "a plain function has none"
+        return [state[name] for name, _ in self.value.named_parameters()]
 
     def __rmul__(self, weight: float) -> Loss:
         return replace(self, weight=weight * self.weight)
@@ -108,7 +144,7 @@ def inception(scale: float = 100.0) -> Loss:
 
     Raises `BadInput` for a scale of 0.
     """
-    _require_positive("scale", scale)
+    require_positive("scale", scale)
 
     def value(trace: Trace) -> Tensor:
         intended = trace.logits.gather(1, trace.labels[:, None])
@@ -123,7 +159,7 @@ def competition(temperature: float = 3.0) -> Loss:
     JS = ½KL(p_T ‖ M) + ½KL(p_S ‖ M) with M = ½(p_T + p_S), taken from log-softmax: nothing is clamped, so its
     gradient never dies. JS ≤ ln 2, so the value never falls below 0.307. Raises `BadInput` for a temperature of 0.
     """
-    _require_positive("temperature", temperature)
+    require_positive("temperature", temperature)
 
     def value(trace: Trace) -> Tensor:
         assert trace.student_logits is not None
@@ -221,7 +257,7 @@ def patch_similarity(points: int = 10, bandwidth: float = 0.01) -> Loss:
     of the batch, is ours: so an image's value depends on no other.
     Raises `BadInput` for less than 2 points and for a bandwidth of 0.
     """
-    _require_positive("bandwidth", bandwidth)
+    require_positive("bandwidth", bandwidth)
     if points < 2:
         raise BadInput(f"There is no integral over {points} points.", "Use 2 or more.")
 
@@ -354,7 +390,8 @@ def image_norm(*, each: bool = False) -> Loss:
     return Loss("image_norm", value, wants=() if each else (Want.BATCH,))
 
 
-def _require_positive(name: str, value: float) -> None:
+def require_positive(name: str, value: float) -> None:
+    """Raise `BadInput` where a setting that something is divided by is not above 0."""
     if value <= 0:
         raise BadInput(f"{name} = {value} divides by nothing.", "Use a number above 0.")
 

@@ -20,19 +20,23 @@ from dfcompress.synthesis.synthesizer import Batch
 
 CONFIDENT = 0.8
 VARIED = 0.25
+ONE_CLASS = 0.9
+FEW = 16  # Images that tell nothing of classes.
 
 
 @dataclass(frozen=True)
 class BatchQuality:
     """What a batch shows: the share of images the teacher classifies as intended (None where no label steered them),
     J_KL of the batch and of as much Gaussian noise (None where no loss looks at statistics), and how far images
-    differ: the deviation of a pixel over the batch against that over all pixels, 0 where all images are one.
+    differ: the deviation of a pixel over the batch against that over all pixels, 0 where all images are one; and the
+    share of the class that the teacher sees oftenest, None where labels steered the images.
     """
 
     teacher_top1: float | None
     bn_divergence: float | None
     noise_divergence: float | None
     variety: float
+    largest_class: float | None = None
 
     def warnings(self, settings: Mapping[str, Any]) -> dict[str, str]:
         """A sentence for everything that is wrong and which of a recipe's `settings` to change, by what it is about."""
@@ -54,6 +58,10 @@ class BatchQuality:
             found["variety"] = (
                 f"The images are nearly the same (variety {self.variety:.2f} of 1): lower --lr, or raise --batch-size."
             )
+        if self.largest_class is not None and self.largest_class > ONE_CLASS:
+            found["classes"] = (
+                f"The teacher takes {self.largest_class:.0%} of a batch for one class: {more_of('balance')}"
+            )
         return found
 
 
@@ -71,12 +79,15 @@ class QualityCheck:
         device = self.teacher.mean.device
         images = self.teacher.normalise(batch.images.to(device))
         divergence, logits = self._divergence(images)
-        right = float((logits.argmax(1).cpu() == batch.labels).double().mean())
+        answers = logits.argmax(1).cpu()
+        right = float((answers == batch.labels).double().mean())
+        largest = float(answers.bincount().max()) / len(answers)
         return BatchQuality(
             teacher_top1=None if self.recipe.label_free else right,
             bn_divergence=divergence,
             noise_divergence=self._noise(len(images)),
             variety=_variety(images),
+            largest_class=largest if self.recipe.label_free and len(answers) >= FEW else None,
         )
 
     def _divergence(self, images: Tensor) -> tuple[float | None, Tensor]:

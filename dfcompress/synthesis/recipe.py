@@ -33,6 +33,7 @@ from dfcompress import console, schedules
 from dfcompress.device import forked_randomness
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
+from dfcompress.models.classifier import Classifier
 from dfcompress.settings import parse, unknown
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.labels import BALANCED
@@ -120,23 +121,31 @@ def coarse_to_fine(
     return [phase for phase in [*smaller, replace(full, transforms=transforms(1))] if phase.steps]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StudentUpdates:
-    """How the student that images compete with is trained while they are made.
+    """How the student that images compete with learns while they are made: synthesis and training alternate.
 
-    After every round of `every` batches, `steps` of `batch_size` images at the rate `lr`, warmed up and along a cosine,
-    from all images so far.
+    A round makes `every` batches of images; then the student takes `steps` steps of `batch_size` images, at a rate that
+    falls from `lr` along a cosine over all rounds. With `keep` the images of all rounds so far are kept, and these are
+    what it learns from; else a generator renders new ones for each of its steps, and there are so many `rounds` as are
+    stated here. `temperature` and `objectives` are the distillation's, where the user asks for no others.
     """
 
-    every: int
+    every: int = 1
     steps: int
     lr: float
     batch_size: int
+    keep: bool = True
+    rounds: int = 0
+    temperature: float = 4.0
+    objectives: Mapping[str, float] = field(default_factory=lambda: {"kd": 1.0})
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for rounds without a batch."""
-        if self.every < 1:
-            raise BadInput(f"A round of {self.every} batches is none.", "Use 1 or more.")
+        """Raise `BadInput` for rounds without a batch or a step, and for a number of rounds that is not stated."""
+        if self.every < 1 or self.steps < 1:
+            raise BadInput(f"A round of {self.every} batches and {self.steps} steps is none.", "Use 1 or more.")
+        if not self.keep and self.rounds < 1:
+            raise BadInput("Images that are not kept are made in rounds.", "State how many.")
 
 
 @dataclass(frozen=True)
@@ -164,6 +173,10 @@ class Recipe:
         object.__setattr__(self, "losses", tuple(self.losses))
         object.__setattr__(self, "phases", tuple(self.phases))
 
+    def sized_for(self, teacher: Classifier) -> Recipe:
+        """The recipe whose losses own modules that fit to this teacher."""
+        return replace(self, losses=[loss.sized_for(teacher) for loss in self.losses])
+
     @property
     def wants(self) -> frozenset[Want | LayerOutput | ChannelMeans]:
         """What any of the losses wants to be recorded."""
@@ -180,6 +193,14 @@ class Recipe:
         lives on makes it whole.
         """
         return self.images.persistent or any(isinstance(loss.value, torch.nn.Module) for loss in self.losses)
+
+    @property
+    def lives_on(self) -> bool:
+        """Whether a batch depends on those before: through a generator that goes on learning, or where a student learns
+        in between through the modules of losses.
+        """
+        modules = any(isinstance(loss.value, torch.nn.Module) for loss in self.losses)
+        return self.images.persistent or (modules and self.student_updates is not None)
 
     @property
     def label_free(self) -> bool:

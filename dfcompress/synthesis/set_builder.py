@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -36,7 +36,8 @@ from dfcompress.distributed import world
 from dfcompress.errors import BadInput
 from dfcompress.memory import GROWTH, images_at_once
 from dfcompress.models.classifier import Classifier, work_of
-from dfcompress.run import METRICS, STATE, save_state, write_atomically
+from dfcompress.randomness import generator
+from dfcompress.run import METRICS, STATE, write_atomically
 from dfcompress.synthesis.labels import Labels
 from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.quality import BatchQuality, QualityCheck
@@ -45,7 +46,7 @@ from dfcompress.synthesis.spec import SynthesisSpec
 from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch, try_step
 
 PREVIEW = "preview.png"
-STUDENT_STATE = "lessons.pt"
+STUDENT_UPDATES = "student.json"
 PREVIEW_IMAGES = 80
 # Of a batch's images in fp32: noise, images, gradient, Adam's two moments, finished ones, and those of the batch before
 # that are being written.
@@ -53,49 +54,20 @@ COPIES = 7
 PREVIEW_SIDE = 112  # Twice that, 80 images are 2,262 × 1,810 pixels, and up to 12 MB as PNG; averaged, 3 MB.
 
 
-class UpdatedStudent(Protocol):
-    """The student that images compete with, and the training that it gets between rounds of batches."""
-
-    student: Classifier
-
-    def update(self, images: Tensor, *, number: int, precision: Precision) -> None:
-        """Train the student on all images so far, `(N, C, H, W)` as they are stored; the first update has `number` 1.
-
-        The outcome depends on the student as it is, and on these arguments alone.
-        """
-
-
-def build_set(
-    spec: SynthesisSpec, folder: Path, compute: Compute, *, student: UpdatedStudent | None = None
-) -> SyntheticSet:
+def build_set(spec: SynthesisSpec, folder: Path, compute: Compute) -> SyntheticSet:
     """Make the set in `folder`, or finish the one that is there; every process of a job makes some of its shards.
 
-    A recipe with student updates needs `student`, which is updated after each round of batches but the last, and is
-    left as its last update made it, also where the set was finished before.
+    Images that compete with a student are not made so, but by a `LiveSource`, while it learns.
     Raises `BadInput` where the folder holds a set of another teacher, recipe, count or seed.
     """
-    everyone = world()
-    if everyone.is_main:
-        _open(spec, folder, compute, student.student if student else None)
-    everyone.barrier()
-    synthetic = SyntheticSet(folder)
-    builder = _SetBuilder(synthetic, spec, student)
-    for round_number in range(len(builder.rounds)):
-        builder.make_round(round_number)
-        everyone.barrier()
-    if everyone.is_main:
-        _merge_metrics(synthetic)
-        _write_preview(synthetic.folder, _first_images(synthetic))
-    everyone.barrier()
-    if student:
-        builder.update_student(student, len(builder.rounds) - 1)
-    return synthetic
+    builder = SetBuilder(spec, folder, compute)
+    builder.make(builder.synthetic.shards)
+    return builder.finish()
 
 
 def _open(spec: SynthesisSpec, folder: Path, compute: Compute, student: Classifier | None) -> None:
     """Begin a set, or check that the one in `folder` is of the same spec."""
-    teacher, recipe, images = spec.teacher, spec.recipe, spec.images
-    batch_size = min(recipe.batch_size, images)
+    teacher, recipe, images, batch_size = spec.teacher, spec.recipe, spec.images, spec.batch_size
     described = {
         "recipe": asdict(spec.choice),
         "images": images,
@@ -111,8 +83,9 @@ def _open(spec: SynthesisSpec, folder: Path, compute: Compute, student: Classifi
         _check_same_spec(SyntheticSet(folder), described)
         return
     sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
-    if recipe.student_updates and len(sizes) <= recipe.student_updates.every:
-        console.notice(_no_update(images, len(sizes), recipe.student_updates.every))
+    updates = recipe.student_updates
+    if updates and updates.keep and Want.STUDENT in recipe.wants and len(sizes) <= updates.every:
+        console.notice(_no_update(images, len(sizes), updates.every))
     execution = execution_of(spec, compute, student).execution
     SyntheticSet.create(
         folder, {**described, "batch_size": batch_size, "shards": sizes, "execution": asdict(execution)}
@@ -137,9 +110,9 @@ def _no_update(images: int, batches: int, every: int) -> str:
 PIXELS_A_STEP = 128 * 32 * 32
 
 
-def _groups(spec: SynthesisSpec, batch_size: int, execution: Execution) -> int:
-    batches = -(-spec.images // batch_size)
-    if execution.chunk and execution.chunk < batch_size:
+def _groups(spec: SynthesisSpec, execution: Execution) -> int:
+    batch_size, batches = spec.batch_size, spec.batches
+    if spec.recipe.lives_on or (execution.chunk and execution.chunk < batch_size):
         return 1
     if spec.synthesis.groups != "auto":
         return min(spec.synthesis.groups, batches)
@@ -164,9 +137,8 @@ def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | No
     at once, the others of their batch before and after. Raises `BadInput` where the precision that was asked for does
     not work, or none does; where not one image fits, and where a batch that cannot be computed in chunks does not.
     """
-    teacher, recipe, images = spec.teacher, spec.recipe, spec.images
-    batch_size = min(recipe.batch_size, images)
-    batches = -(-images // batch_size)
+    teacher, recipe = spec.teacher, spec.recipe
+    batch_size, batches = spec.batch_size, spec.batches
     work = work_in(recipe, teacher, batches * batch_size)
     execution = resolve_execution(compute, work, steps=batches * recipe.steps, sizes=recipe.sizes)
     student = (student or teacher) if Want.STUDENT in recipe.wants else None
@@ -189,7 +161,7 @@ def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | No
             f"Use --batch-size {chunk}.",
         )
     execution = replace(execution, chunk=chunk)
-    execution = replace(execution, groups=_groups(spec, batch_size, execution))
+    execution = replace(execution, groups=_groups(spec, execution))
     return Resolved(execution, int(beside + GROWTH * each * chunk * execution.groups))
 
 
@@ -203,14 +175,9 @@ def seconds_of(synthetic: SyntheticSet) -> float:
     all processes together.
     """
     shards: float = sum(line["seconds"] for line in _lines(synthetic.folder / METRICS) if "seconds" in line)
-    student_updates = synthetic.folder / STUDENT_STATE
-    return round(shards + (_saved_student(student_updates)["seconds"] if student_updates.exists() else 0.0), 2)
-
-
-def _saved_student(path: Path) -> dict[str, Any]:
-    """The student's state dict, how many updates made it (`lesson`), and their seconds."""
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    return state
+    path = synthetic.folder / STUDENT_UPDATES
+    updates: float = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+    return round(shards + updates, 2)
 
 
 def warnings_of(synthetic: SyntheticSet) -> list[str]:
@@ -225,12 +192,21 @@ def warnings_of(synthetic: SyntheticSet) -> list[str]:
     return [f"{len(same)} of {len(synthetic.shards)} batches: {same[0]}" for same in found.values()]
 
 
-class _SetBuilder:
-    """The shards of one set being made by this process."""
+class SetBuilder:
+    """A set being made by this process: opened, or begun, in `folder`.
 
-    def __init__(self, synthetic: SyntheticSet, spec: SynthesisSpec, student: UpdatedStudent | None) -> None:
-        self.synthetic, self.spec, self.student = synthetic, spec, student
-        self.teacher, self.recipe = spec.teacher, spec.recipe
+    `student` is what the images compete with, if anything.
+    Raises `BadInput` where the folder holds a set of another teacher, recipe, count or seed.
+    """
+
+    def __init__(
+        self, spec: SynthesisSpec, folder: Path, compute: Compute, *, student: Classifier | None = None
+    ) -> None:
+        if world().is_main:
+            _open(spec, folder, compute, student)
+        world().barrier()
+        self.synthetic = synthetic = SyntheticSet(folder)
+        self.spec, self.student, self.teacher, self.recipe = spec, student, spec.teacher, spec.recipe
         manifest = synthetic.manifest
         self.seed, self.batch_size = manifest["seed"], manifest["batch_size"]
         self.labels = Labels(**manifest["labels"])
@@ -238,16 +214,11 @@ class _SetBuilder:
         threads = min(stored.threads, threads_here())
         self.execution = replace(stored, device=as_mine(stored.device), threads=threads)
         self.preview_every = spec.synthesis.preview_every
-        self.synthesizer: Synthesizer | None = None
         self.warned: set[str] = set()
-        shards, student_updates = list(synthetic.shards), self.recipe.student_updates
-        every = student_updates.every if student_updates else len(shards)
-        # The shards between which the student is updated; all at once where there is none.
-        self.rounds = [shards[i : i + every] for i in range(0, len(shards), every)]
 
-    def make_round(self, number: int) -> None:
-        """Make the shards of a round that are not there, together with the other processes."""
-        shards, groups = self.rounds[number], self.execution.groups
+    def make(self, shards: Sequence[int]) -> None:
+        """Make those of the shards that are not there, together with the other processes."""
+        groups = self.execution.groups
         units = [list(shards[i : i + groups]) for i in range(0, len(shards), groups)]
         absent = set(self.synthetic.missing_shards())
         if world().is_main:
@@ -256,71 +227,87 @@ class _SetBuilder:
         missing = world().broadcast([unit for unit in units if absent & set(unit)])
         if not missing:
             return
-        if self.student:
-            self.update_student(self.student, number)
         with computing(self.execution), ThreadPoolExecutor(1) as writer:
-            check = QualityCheck(self.recipe, self.teacher, chunk=self.execution.chunk)
-            synthesizer = self._ready()
             written: Future[None] | None = None
-            for unit in world().claim(missing):
-                labels = {shard: self.labels.of_batch(shard, self.batch_size, seed=self.seed) for shard in unit}
+            for unit in self._mine(missing):
+                labels = {shard: self.labels_of(shard) for shard in unit}
                 partial = self.synthetic.shard_path(unit[0]).with_suffix(STATE)
-                batches = synthesizer.batches(labels, partial=partial, watch=self._watch())
-                self._warn(qualities := [check.examine(batch) for batch in batches])
+                batches = self.synthesizer.batches(labels, partial=partial, watch=self._watch())
+                self._warn(qualities := [self._check.examine(batch) for batch in batches])
                 if written:
                     written.result()  # A shard that could not be written ends the run before the next one is made.
                 written = writer.submit(self._write, unit, batches, [asdict(quality) for quality in qualities], partial)
             if written:
                 written.result()
+        world().barrier()
         release_freed_memory()  # What follows has tensors of other sizes.
 
-    def update_student(self, student: UpdatedStudent, updates: int) -> None:
-        """Bring the student to where it is after so many updates, each on everything made before its round.
+    def _mine(self, units: Sequence[list[int]]) -> Iterable[list[int]]:
+        """What this process makes; what lives on from batch to batch is in one process."""
+        if self.recipe.lives_on:
+            return units if world().is_main else []
+        return world().claim(units)
 
-        A saved student is taken further; one that is further already starts again, so that an early shard that was
-        lost comes back as it was.
-        """
-        path = self.synthetic.folder / STUDENT_STATE
+    def sample(self, history: list[dict[str, float]]) -> None:
+        """Let a generator that lives on make the shards that are not there; `history` are its losses on the way."""
         if world().is_main:
-            state: dict[str, Any] = {"lesson": 0, "seconds": 0.0, "student": student.student.state_dict()}
-            fresh = copy.deepcopy(state)
-            if path.exists():
-                state = _saved_student(path)
-            state = state if state["lesson"] <= updates else fresh
-            student.student.load_state_dict(state["student"])
-            for number in range(state["lesson"] + 1, updates + 1):
-                started = time.perf_counter()
-                images = [self.synthetic.read_shard(shard)[0] for shard in range(self.rounds[number][0])]
-                console.notice(f"Update {number}: the student learns from {sum(map(len, images))} images.")
-                student.update(torch.cat(images), number=number, precision=self.execution.precision)
-                seconds = state["seconds"] + time.perf_counter() - started
-                state = {"lesson": number, "seconds": seconds, "student": student.student.state_dict()}
-            save_state(path, state)
+            for shard in self.synthetic.missing_shards():
+                batch = replace(self._sampled(shard, "sample"), history=[] if shard else history)
+                self._warn([quality := self._check.examine(batch)])
+                self._write([shard], [batch], [asdict(quality)], self.synthetic.shard_path(shard).with_suffix(STATE))
         world().barrier()
-        student.student.load_state_dict(_saved_student(path)["student"])
 
-    def _ready(self) -> Synthesizer:
-        """The synthesizer, whose images compete with the student as it is now."""
-        student = self.student.student if self.student else None
-        if self.synthesizer is None:
-            record = self.spec.record
-            self.synthesizer = Synthesizer(
-                self.recipe,
-                self.teacher,
-                self.execution,
-                seed=self.seed,
-                student=student,
-                sampler=self.spec.sampler(),
-                pixels=record.pixels if record else None,
+    def look(self, number: int) -> None:
+        """Show what a generator that lives on makes now, and warn of what is wrong with it."""
+        batch = self._sampled(number, "look")
+        self._warn([self._check.examine(batch)])
+        _write_preview(self.synthetic.folder, batch.images[:PREVIEW_IMAGES])
+
+    def _sampled(self, number: int, purpose: str) -> Batch:
+        started, labels = time.perf_counter(), self.labels_of(number)
+        with torch.no_grad(), computing(self.execution):
+            images = self.synthesizer.sample(labels, generator(purpose, self.seed, number))
+            if self.recipe.label_free:
+                labels = self.teacher(images).argmax(1)
+        return Batch(images.cpu(), labels.cpu(), {}, [], time.perf_counter() - started)
+
+    @cached_property
+    def _check(self) -> QualityCheck:
+        return QualityCheck(self.recipe, self.teacher, chunk=self.execution.chunk)
+
+    def finish(self) -> SyntheticSet:
+        """The whole set, its losses in one file, and its picture."""
+        if world().is_main:
+            _merge_metrics(self.synthetic)
+            _write_preview(self.synthetic.folder, _first_images(self.synthetic))
+        world().barrier()
+        return self.synthetic
+
+    def labels_of(self, batch: int) -> Tensor:
+        """The labels `(N,)` of a batch."""
+        return self.labels.of_batch(batch, self.batch_size, seed=self.seed)
+
+    @cached_property
+    def synthesizer(self) -> Synthesizer:
+        """The synthesizer, whose images compete with the student as it was when this was first asked for, or last
+        updated.
+        """
+        record = self.spec.record
+        synthesizer = Synthesizer(
+            self.recipe,
+            self.teacher,
+            self.execution,
+            seed=self.seed,
+            student=self.student,
+            sampler=self.spec.sampler(),
+            pixels=record.pixels if record else None,
+        )
+        processor = processor_name(synthesizer.device)
+        if processor != self.execution.processor:
+            console.notice(
+                f"This set was begun on {self.execution.processor}; {processor} may round its images differently."
             )
-            processor = processor_name(self.synthesizer.device)
-            if processor != self.execution.processor:
-                console.notice(
-                    f"This set was begun on {self.execution.processor}; {processor} may round its images differently."
-                )
-        elif student:
-            self.synthesizer.update_student(student)
-        return self.synthesizer
+        return synthesizer
 
     def _write(self, unit: list[int], batches: list[Batch], qualities: list[dict[str, Any]], partial: Path) -> None:
         sizes = self.synthetic.manifest["shards"]

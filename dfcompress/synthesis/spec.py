@@ -49,6 +49,18 @@ class SynthesisSpec:
         """The recipe, built once."""
         return self.choice.recipe
 
+    @property
+    def batch_size(self) -> int:
+        """Images of a batch: the recipe's, or all of them where they are fewer and kept."""
+        updates = self.recipe.student_updates
+        return self.recipe.batch_size if updates and not updates.keep else min(self.recipe.batch_size, self.images)
+
+    @property
+    def batches(self) -> int:
+        """How many batches are optimised: those of the set, or of the rounds where no image is kept."""
+        updates = self.recipe.student_updates
+        return updates.rounds * updates.every if updates and not updates.keep else -(-self.images // self.batch_size)
+
     def sampler(self) -> TargetSampler | None:
         """The record's activations made ready to draw from, where the recipe asks for some."""
         if self.record is None or Want.TARGETS not in self.recipe.wants:
@@ -86,10 +98,15 @@ def resolve(teacher: Classifier, synthesis: Synthesis) -> SynthesisSpec:
             f"Recipe {choice.name} needs a record of activations.",
             "Give it with --records; `dfcompress record` makes one.",
         )
-    if recipe.images.persistent:
+    if recipe.images.persistent and recipe.student_updates is None:
         raise BadInput(
             f"The images of recipe {choice.name} live on over batches; those of a set are made batch by batch.",
             "Let them start anew with every batch: persistent = False.",
+        )
+    if recipe.student_updates and not recipe.student_updates.keep and not recipe.images.persistent:
+        raise BadInput(
+            f"Recipe {choice.name} keeps no images, and its images begin anew with every batch.",
+            "Let a generator go on learning (persistent = True), or keep its images.",
         )
     if record and (Want.MOMENTS if kind == BN_EQUIVALENT else Want.TARGETS) not in recipe.wants:
         console.notice(f"Recipe {choice.name} does not use the record of kind {kind}.")

@@ -25,10 +25,10 @@ from dfcompress.memory import count_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized
 from dfcompress.models.patches import patch_blocks
-from dfcompress.models.recorder import FusedRecorder, Recording, Rest, Target, traces
+from dfcompress.models.recorder import FusedRecorder, Recording, Rest, Target, last_weighted_layer, traces
 from dfcompress.randomness import generator
-from dfcompress.synthesis.batch_state import SMALLER, BatchState
-from dfcompress.synthesis.images import Images, PixelStatistics
+from dfcompress.synthesis.batch_state import SMALLER, BatchState, detached, put_modules
+from dfcompress.synthesis.images import ComputedAs, Images, PixelStatistics
 from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, ModuleState, Want
 from dfcompress.synthesis.recipe import Phase, Recipe
 from dfcompress.synthesis.records.targets import BatchTargets, TargetSampler
@@ -37,6 +37,7 @@ from dfcompress.synthesis.transforms import Drawn
 HISTORY_POINTS = 50
 ATTEMPTS = 3
 STEPS_BEFORE_CAPTURE = 3
+LESSON_RATE = 1e-3  # Of Adam, for heads that learn beside a student; not stated in the papers, the usual one.
 # Freed memory is kept for the next step, but falls into pieces: with 64 images of EfficientNet-Lite0 at 56 pixels the
 # process grew by 30 MB a step, without end.
 STEPS_BEFORE_RELEASE = 8
@@ -87,6 +88,7 @@ class Synthesizer:
         sampler: TargetSampler | None = None,
         pixels: PixelStatistics | None = None,
     ) -> None:
+        recipe = recipe.sized_for(teacher)
         self.recipe, self.seed, self.execution = recipe, seed, execution
         self.student, self.sampler, self.pixels = student, sampler, pixels
         self.device = device.resolve_device(execution.device)
@@ -94,6 +96,15 @@ class Synthesizer:
         self._network = compiled(recorder_of(recipe, self.teacher, sampler, execution), execution)
         self._plain_losses = losses_of(recipe)
         self._losses = compiled(self._plain_losses, execution)
+        # What lives on from batch to batch: the images' parametrisation with its optimiser, and the modules of losses.
+        self._images = copy.deepcopy(recipe.images)
+        if isinstance(self._images, ComputedAs):
+            self._images.compute_as(execution)
+        self._living: BatchState | None = None
+        self._modules: dict[str, ModuleState] | None = None
+        if recipe.student_updates:
+            self._modules = {loss.name: loss.module_state(self.device) for loss in recipe.losses}
+        self._lessons = self._optimizer_of_lessons()
         self._live_student: LiveStudent | None = None
         if Want.STUDENT in recipe.wants:
             assert student is not None, "a recipe that competes with a student needs one"
@@ -101,9 +112,80 @@ class Synthesizer:
 
     def update_student(self, student: Classifier) -> None:
         """Compete with `student` as it is now; nothing is compiled or captured anew."""
-        assert self._live_student is not None, "the recipe competes with no student"
         self.student = student
-        self._live_student.update(student)
+        if self._live_student:
+            self._live_student.update(student)
+
+    def advance(self, shard: int, labels: Tensor) -> Mapping[str, float]:
+        """Let images that live on take the steps of a batch, which is not finished; the last losses by name."""
+        state = self.begin({shard: labels})
+        while state.step < self.recipe.steps:
+            self.step(state)
+        self._check_finite(state.losses)
+        return self._named(state.losses[-1, 0])
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor, random: torch.Generator) -> Tensor:
+        """New images `(N, C, H, W)` in [0, 1] of a generator that lives on, for labels `(N,)`; it learns nothing."""
+        self._images.start(labels.to(self.device), self.teacher, random, self.pixels)
+        return self.teacher.denormalise(self._images.render()).clamp(0, 1)
+
+    def teach(self, images: Tensor, labels: Tensor) -> None:
+        """Take a step of the lessons that losses' modules have, on images `(N, C, H, W)` in [0, 1] with their labels
+        `(N,)`, which a student learns from.
+        """
+        if self._lessons is None:
+            return
+        assert self._modules is not None, "a lesson needs a student that learns"
+        with device.computing(self.execution):
+            with torch.no_grad():
+                seen = self.teacher.normalise(images.to(self.device))
+                recording = self._network(seen)
+            (trace,) = traces(seen, labels.to(self.device), recording)
+            parameters = self._lesson_parameters()
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            lessons = [loss.lesson_with(self._modules[loss.name], trace) for loss in self.recipe.losses if loss.lesson]
+            gradients = torch.autograd.grad(torch.stack(lessons).sum(), parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.requires_grad_(False).grad = gradient
+            self._lessons.step()
+
+    def _lesson_parameters(self) -> list[Tensor]:
+        if self._modules is None:
+            return []
+        lessons = [loss.lesson_parameters(self._modules[loss.name]) for loss in self.recipe.losses if loss.lesson]
+        return [parameter for parameters in lessons for parameter in parameters]
+
+    def _optimizer_of_lessons(self) -> torch.optim.Optimizer | None:
+        parameters = self._lesson_parameters()
+        return torch.optim.Adam(parameters, lr=LESSON_RATE) if parameters else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that lives on from batch to batch, between two of them."""
+        state: dict[str, Any] = {}
+        if self._modules is not None:
+            state["modules"] = detached(self._modules)
+        if self._lessons:
+            state["lessons"] = self._lessons.state_dict()
+        if self._living:
+            state["images"], state["labels"] = dict(self._images.state_dict()), self._living.labels
+            state["optimizer"] = self._living.optimizer.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        if self._modules is not None:
+            put_modules(self._modules, state["modules"])
+        if self._lessons:
+            self._lessons.load_state_dict(state["lessons"])
+        if "images" in state:
+            living = self.begin({0: state["labels"]})
+            living.start_phase(betas=self.recipe.phases[0].betas)
+            living.started = True
+            living.optimizer.load_state_dict(state["optimizer"])
+            living.follow_rates()
+            self._images.load_state_dict(state["images"])
 
     def batch(self, shard: int, labels: Tensor, *, partial: Path | None = None, watch: Watch | None = None) -> Batch:
         """The images of one shard, as `batches` makes them."""
@@ -150,7 +232,7 @@ class Synthesizer:
             except NotFinite as error:
                 if error.step == 0 and (remedy := self._what_helps_at_the_start(labels)):
                     raise DfcompressError(error.problem, remedy) from None
-                if state.attempt + 1 == ATTEMPTS or self.recipe.images.persistent:
+                if state.attempt + 1 == ATTEMPTS or self.recipe.lives_on:
                     raise
                 seconds, state = state.clock.seconds, self.begin(labels, attempt=state.attempt + 1)
                 state.clock.go_on_from(seconds)
@@ -175,18 +257,21 @@ class Synthesizer:
         images: list[Images] = []
         targets: list[BatchTargets] = []
         for shard, labels_of_shard in labels.items():
-            template = self.recipe.images
+            template = self._images
             images.append(template if template.persistent else copy.deepcopy(template))
             noise = generator("noise", self.seed, shard)
             images[-1].start(labels_of_shard.to(self.device), self.teacher, noise, self.pixels)
             if self.sampler:
                 targets.append(self.sampler.sample(labels_of_shard.cpu(), generator("targets", self.seed, shard)))
-        assert len(labels) == 1 or not self.recipe.images.persistent, "persistent images make one batch at a time"
+        assert len(labels) == 1 or not self.recipe.lives_on, "what lives on makes one batch at a time"
+        if self._living:
+            self._living.begin_next(*next(iter(labels.items())))
+            return self._living
         together = BatchTargets.together(targets).to(self.device)
         all_labels = torch.cat(list(labels.values())).to(self.device)
         chunk = self.execution.chunk
         assert len(labels) == 1 or chunk is None or chunk * len(labels) >= len(all_labels), "chunks are of one batch"
-        return BatchState(
+        state = BatchState(
             list(labels),
             all_labels,
             together,
@@ -194,7 +279,11 @@ class Synthesizer:
             self.recipe.losses,
             attempt,
             chunk=chunk if len(labels) == 1 else None,
+            modules=[self._modules] if self._modules is not None and len(labels) == 1 else None,
         )
+        if self._images.persistent:
+            self._living = state
+        return state
 
     def begin_last_phase(self, labels: Mapping[int, Tensor]) -> BatchState:
         """The state before the first step of the last phase, on images that no step has changed."""
@@ -205,8 +294,9 @@ class Synthesizer:
     def step(self, state: BatchState) -> None:
         """One step of the optimiser: eager, compiled, or after a few of those the replay of a captured one."""
         phase, step_in_phase = self.recipe.phase_at(state.step)
-        if step_in_phase == 0:
+        if step_in_phase == 0 and not (self._images.persistent and state.started):
             state.start_phase(betas=phase.betas)
+            state.started = True
         state.set_rates(phase, step_in_phase)
         state.put_drawn(self._drawn(state, phase))
         with device.computing(self.execution):
@@ -415,7 +505,9 @@ class LiveStudent:
 
     def update(self, student: Classifier) -> None:
         """Answer as `student` does now."""
-        self._recorder.take_weights(frozen_copy(student, self._teacher.mean.device).network)
+        quantized = is_quantized(student.network)
+        frozen = frozen_copy(student, self._teacher.mean.device) if quantized else student
+        self._recorder.take_weights(frozen.network)
 
     def logits(self, seen: Tensor) -> Tensor:
         """The student's logits `(N, classes)` for images as the teacher sees them."""
@@ -449,6 +541,7 @@ def recorder_of(
         outputs=outputs + sorted(wanted.difference(outputs)),
         channel_means=sorted(want.layer for want in recipe.wants if isinstance(want, ChannelMeans)),
         patches=patch_blocks(teacher) if Want.PATCHES in recipe.wants else (),
+        last=last_weighted_layer(teacher) if Want.PENULTIMATE in recipe.wants else None,
         dropout=sampler is not None and sampler.fixes_dropout,
         precision=device.PRECISIONS[execution.precision],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from dfcompress.models.statistics import why_no_statistics
 from dfcompress.randomness import generator
 from dfcompress.settings import AUTO
 from dfcompress.synthesis.labels import BALANCED
+from dfcompress.synthesis.live import LiveSource, Pool
 from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.recipe import Recipe, Synthesis, settings_of
-from dfcompress.synthesis.set_builder import UpdatedStudent, build_set, seconds_of
+from dfcompress.synthesis.set_builder import build_set, seconds_of
 from dfcompress.synthesis.spec import SynthesisSpec, resolve
 
 HELD_OUT_SHARE = 1 / 16
@@ -31,6 +32,17 @@ SYNTHETIC = "synthetic"
 OF_TEACHER = "teacher-"
 PROBE = "unseen"  # The folder of the probe images, as version 0.1 called them.
 OTHER_RECIPES = ("bns", "deepinversion", "bns-inception")
+
+
+class CoTraining(Protocol):
+    """A student that images compete with, which is left behind."""
+
+    @property
+    def student(self) -> Classifier:
+        """The network that learns."""
+
+    def build(self, spec: SynthesisSpec, folder: Path, compute: Compute) -> SyntheticSet:
+        """Make the set in `folder`, or finish it, while the student learns."""
 
 
 class TransferSetSource:
@@ -43,7 +55,8 @@ class TransferSetSource:
     statistics are known and no classes were asked for; None leaves all to the chosen recipe.
     So many `probe_images` are synthesized beside them, in `unseen`, by another seed and a third recipe, to compare
     student and teacher on, and never to train on; none where the statistics are not known.
-    `competitor` gives the student that a recipe's images compete with, None for recipes that need none.
+    Images that compete with a student are made while one learns: the verb's own `student`, if it is given, which takes
+    them from `live_source`; else the one that `competitor` gives for their recipe, which is left behind.
     Raises `BadInput` where the data cannot be used, or nothing can be made from this teacher.
     """
 
@@ -56,7 +69,8 @@ class TransferSetSource:
         *,
         second_recipe: str | None = None,
         probe_images: int = 0,
-        competitor: Callable[[Recipe], UpdatedStudent | None] = lambda recipe: None,
+        competitor: Callable[[Recipe], CoTraining | None] = lambda recipe: None,
+        student: Classifier | None = None,
     ) -> None:
         self.compute = compute
         places = _parts(data)
@@ -67,7 +81,8 @@ class TransferSetSource:
         self.specs = {} if self.sources else _specs(teacher, synthesis, second_recipe)
         if self.sources and (second_recipe not in (AUTO, None) or replace(synthesis, images=1) != Synthesis(images=1)):
             console.notice("The images are those of --data: options of synthesis make no others to train on.")
-        self.competitors = {name: competitor(spec.recipe) for name, spec in self.specs.items()}
+        self.student = student if any(spec.recipe.student_updates for spec in self.specs.values()) else None
+        self.competitors = {} if student else {name: competitor(spec.recipe) for name, spec in self.specs.items()}
         informed = next((spec.teacher for spec in self.specs.values()), teacher)
         self.probe = None
         if probe_images and not why_no_statistics(informed.network):
@@ -91,41 +106,90 @@ class TransferSetSource:
         with, if any.
         """
         students = {name: competitor.student for name, competitor in self.competitors.items() if competitor}
+        if self.live and self.student:
+            students[self.live] = self.student
         sets = [(spec, students.get(name)) for name, spec in self.specs.items()]
         return sets + ([(self.probe, None)] if self.probe else [])
 
     @property
-    def adaptive(self) -> bool:
-        """Whether images are made that compete with a student."""
-        return any(spec.recipe.student_updates for spec in self.specs.values())
+    def live(self) -> str | None:
+        """The folder of the set that is made while the verb's own student learns, None where there is none."""
+        alive = [name for name, spec in self.specs.items() if spec.recipe.student_updates]
+        return alive[0] if self.student and alive else None
 
     def __len__(self) -> int:
         """How many images there are to train on."""
-        images = sum(map(len, self.sources)) + sum(spec.images for spec in self.specs.values())
-        return images - _held_out(images)
+        return sum(self._counts.values()) - _held_out(sum(self._counts.values()))
 
-    def gather(self, folder: Path) -> TransferSet:
-        """All images as they are stored, and their labels; one image in sixteen is held out."""
-        synthesized = [
-            build_set(spec, folder / name, self.compute, student=self.competitors[name])
+    @property
+    def _counts(self) -> dict[str, int]:
+        """The number of images of every part, in their order."""
+        read = {f"data-{number}": len(source) for number, source in enumerate(self.sources)}
+        return read | {name: spec.images for name, spec in self.specs.items()}
+
+    def _marked(self) -> dict[str, Tensor]:
+        """Which images of every part are held out, each `(images,)`."""
+        counts = self._counts
+        total = sum(counts.values())
+        marks = torch.zeros(total, dtype=torch.bool)
+        marks[torch.randperm(total, generator=generator("held-out", self.compute.seed))[: _held_out(total)]] = True
+        return dict(zip(counts, marks.split(list(counts.values())), strict=True))
+
+    def live_source(self, folder: Path, pool: Pool, others: TransferSet) -> LiveSource:
+        """The images that are made while the verb's own student learns, in the run's `folder`, and `others` beside
+        them; `pool` makes batches of what is kept.
+        """
+        assert self.live, "the recipe's images compete with no student"
+        assert self.student, "the student is the verb's own"
+        return LiveSource(
+            self.specs[self.live],
+            folder / self.live,
+            self.compute,
+            self.student,
+            pool=pool,
+            stored=(others.train, others.train_labels) if len(others.train) else None,
+            held_out=self._marked()[self.live],
+        )
+
+    def gather(self, folder: Path, *, learnt: bool = False) -> TransferSet:
+        """All images as they are stored, and their labels; one image in sixteen is held out.
+
+        Those that are made while the verb's own student learns are among them once it has `learnt`.
+        """
+        present = {
+            name: self._made(name, spec, folder / name)
             for name, spec in self.specs.items()
-        ]
-        images, labels = _gathered([*self.sources, *synthesized])
-        seconds = sum(map(seconds_of, synthesized))
+            if learnt or name != self.live
+        }
+        parts = [*self.sources, *present.values()]
+        images, labels = _gathered(parts) if parts else self._nothing()
+        marks = [marked for name, marked in self._marked().items() if name not in self.specs or name in present]
+        seconds = sum(map(seconds_of, present.values()))
         probe = images[:0]
         if self.probe:
             probes = build_set(self.probe, folder / PROBE, replace(self.compute, seed=self.compute.seed + 1))
             probe, seconds = probes.images, seconds + seconds_of(probes)
-        order = torch.randperm(len(images), generator=generator("held-out", self.compute.seed))
-        train, held_out = order[_held_out(len(images)) :].sort().values, order[: _held_out(len(images))]
+        held_out = torch.cat([torch.zeros(0, dtype=torch.bool), *marks])
         return TransferSet(
-            train=images[train],
-            train_labels=labels[train],
+            train=images[~held_out],
+            train_labels=labels[~held_out],
             held_out=images[held_out],
             held_out_labels=labels[held_out],
             probe=probe,
             synthesis_seconds=seconds,
         )
+
+    def _nothing(self) -> tuple[Tensor, Tensor]:
+        """No image yet, and no label."""
+        (spec,) = self.specs.values()
+        return torch.zeros(0, *spec.teacher.card.input_size, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
+
+    def _made(self, name: str, spec: SynthesisSpec, folder: Path) -> SyntheticSet:
+        """The set of a spec, made if it is not there."""
+        if name == self.live:
+            return SyntheticSet(folder)
+        competitor = self.competitors.get(name)
+        return competitor.build(spec, folder, self.compute) if competitor else build_set(spec, folder, self.compute)
 
 
 def _parts(data: str | Path | None) -> list[Path]:

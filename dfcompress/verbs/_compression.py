@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfcompress.data.pool import ImagePool
 from dfcompress.data.real import reshaped
 from dfcompress.data.synthetic_set import as_float, as_stored
 from dfcompress.device import Compute
@@ -19,7 +20,7 @@ from dfcompress.quantization.calibration import Calibrated
 from dfcompress.run import Run
 from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
 from dfcompress.training.distiller import Distiller
-from dfcompress.training.loop import Trained, Trainer, require_trainable
+from dfcompress.training.loop import Trained, Trainer, predicted_training, require_trainable
 from dfcompress.training.settings import Training
 from dfcompress.verbs import Target
 from dfcompress.verbs._finish import Compressed, Measure, TeacherSet, load_finished, save_and_measure
@@ -30,7 +31,7 @@ from dfcompress.verbs.export import FILE, sampled, write_compared
 @dataclass(frozen=True)
 class Train:
     """Training of the student by a distiller; `prepare` is done to its network first. With `repair` it is a trained
-    network that keeps what it knows (see `Trainer`).
+    network that keeps what it knows (see `Trainer`). A `live` source makes its images meanwhile.
     """
 
     student: Classifier
@@ -39,10 +40,15 @@ class Train:
     compute: Compute
     repair: bool = False
     prepare: Callable[[nn.Module], None] | None = None
+    live: TransferSetSource | None = None
 
     def require_possible(self, sets: Sequence[int]) -> None:
         """Raise `BadInput` where the student cannot be trained on sets of so many images."""
         require_trainable(self.student, self.settings, self.compute, sets, repair=self.repair)
+
+    def predicted(self) -> float:
+        """An estimate of its seconds, from a few steps of copies."""
+        return predicted_training(self.student, self.distiller, self.settings, self.compute, repair=self.repair)
 
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Trained:
         """Train on all sets."""
@@ -51,8 +57,23 @@ class Train:
         trainer = Trainer(
             self.student, self.distiller, self.settings, compute=self.compute, folder=run.folder, repair=self.repair
         )
+        if self.live:
+            return self._take_live(trainer, run, *sets)
         images, labels = [each.train for each in sets], [each.train_labels for each in sets]
         return trainer.fit(self.settings.pool(*images, labels=labels, seed=self.compute.seed))
+
+    def _take_live(self, trainer: Trainer, run: Run, others: TransferSet) -> Trained:
+        """Train while the images are made, and finish their set."""
+        size, seed = self.student.card.input_size, self.compute.seed
+        assert self.live, "no images are made meanwhile"
+
+        def pool(images: Tensor, labels: Tensor) -> ImagePool:
+            return self.settings.pool(_in_form(images, size), labels=[labels], seed=seed)
+
+        source = self.live.live_source(run.folder, pool, others)
+        trained = trainer.fit(source)
+        source.finish()
+        return replace(trained, seconds=trained.seconds - source.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +135,9 @@ class Compression:
         size = self.student.card.input_size
         sets = [replace(each, train=_in_form(each.train, size)) for each in images]
         found = {part: step.take(run, sets) for part, step in plan.steps.items() if step}
+        if any(source.live for source in self.sources.values()):  # Now its images are there, too.
+            images = [source.gather(run.folder / folder, learnt=True) for folder, source in self.sources.items()]
+            sets = [replace(each, train=_in_form(each.train, size)) for each in images]
         trained = found.get("training")
         assert not isinstance(trained, Calibrated)
         if self.complete:

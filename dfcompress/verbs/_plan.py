@@ -24,16 +24,13 @@ from dfcompress.synthesis.set_builder import execution_of
 from dfcompress.synthesis.spec import SynthesisSpec
 from dfcompress.synthesis.synthesizer import seconds_per_step
 from dfcompress.synthesis.transfer_set import TransferSet
-from dfcompress.training.loop import Trained
+from dfcompress.training.loop import TIMED, Trained
 from dfcompress.training.settings import Training
 
 Options = ParamSpec("Options")
 Result = TypeVar("Result")
 Settings = Calibration | Reconstruction | Training
 Outcome = Calibrated | Reconstructed | Trained
-# Work of a timed step, forward and backward: 2 s at the rate of `device.EAGER_WORK_PER_SECOND`, so that a dry run takes
-# seconds: all 256 images of ResNet-20 at 32 px, about 20 of ResNet-50 at 224 px.
-TIMED = 300e9
 
 
 @dataclass(frozen=True)
@@ -63,17 +60,12 @@ class Synthesize:
     compute: Compute
     student: Classifier | None = None
 
-    @property
-    def batch_size(self) -> int:
-        """Images of a batch; all of them where they are fewer than the recipe's batch."""
-        return min(self.spec.recipe.batch_size, self.spec.images)
-
     def to_json(self) -> dict[str, Any]:
         """What is made, as `run.json` keeps it."""
         return {
             "recipe": asdict(self.spec.choice),
             "images": self.spec.images,
-            "batches": -(-self.spec.images // self.batch_size),
+            "batches": self.spec.batches,
             "steps": self.spec.recipe.steps,
         }
 
@@ -82,15 +74,15 @@ class Synthesize:
 
         Raises `BadInput` where a network fails in the precision that was asked for, or in any.
         """
-        recipe, batches = self.spec.recipe, -(-self.spec.images // self.batch_size)
+        recipe, batches, batch_size = self.spec.recipe, self.spec.batches, self.spec.batch_size
         before = peak_memory_bytes(resolve_device(self.compute.device))
         execution, taken = execution_of(self.spec, self.compute, self.student)
         eager, seconds = replace(execution, compile=False), 0.0
         if recipe.steps:
-            chunk = execution.chunk or self.batch_size
+            chunk = execution.chunk or batch_size
             timed = min(chunk, max(1, int(TIMED // (2 * work_of(self.spec.teacher)))))
             seconds = seconds_per_step(recipe, self.spec.teacher, eager, timed, self.spec.sampler())
-            seconds *= self.batch_size / timed
+            seconds *= batch_size / timed
         seconds = predicted_seconds(execution, seconds * recipe.work * batches, sizes=recipe.sizes)
         return SynthesisEstimate(
             self.spec.choice,
@@ -109,6 +101,9 @@ class Step(Protocol):
     @property
     def settings(self) -> Settings:
         """Everything that can be set of it."""
+
+    def predicted(self) -> float | None:
+        """An estimate of its seconds, None where there is none."""
 
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Outcome:
         """Do it with images in the student's form, one set for each teacher."""
@@ -143,6 +138,11 @@ class Plan(Generic[Result]):
     def estimates(self) -> list[SynthesisEstimate]:
         """What each set will take; raises `BadInput` as making it would."""
         return [each.estimate() for each in self.synthesis]
+
+    def predicted(self) -> dict[str, float]:
+        """Estimates of the seconds of the steps, by the name of their part."""
+        found = {part: step.predicted() for part, step in self.steps.items() if step}
+        return {part: float(f"{seconds:.3g}") for part, seconds in found.items() if seconds is not None}
 
     def execute(self) -> Result:
         """Do it, from wherever an earlier run of the same plan was left; raises as the verb does."""

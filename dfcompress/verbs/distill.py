@@ -8,6 +8,7 @@ dfcompress.distill("resnet44.pt", student="cifar_resnet20", data="images", train
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,17 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages, stages_in_common
 from dfcompress.settings import AUTO, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.spec import SynthesisSpec
 from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training import OF_FEATURES
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.objectives import Objective, make_objectives
 from dfcompress.training.settings import Training
 from dfcompress.training.student import begin_student
+from dfcompress.verbs._budget import fit_budget
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed, evaluator
 from dfcompress.verbs._plan import Plan, planned
-from dfcompress.verbs.invert import co_trained_student
 
 DISTILLATION = Training(
     steps=6000,
@@ -40,6 +42,7 @@ DISTILLATION = Training(
     weight_decay=5e-4,
     augmentation=Augmentation(shift=4, flip=True, mixup=1.0),
 )
+TEMPERATURE = 4.0
 KD: Mapping[str, float] = {"kd": 1.0}
 KD_AND_FEATURES: Mapping[str, float] = {"kd": 1.0, "feature": 10.0}
 # Of large images one of each of ImageNet's classes: not measured; an image takes seconds there.
@@ -57,10 +60,10 @@ def distill(
     synthesis: Synthesis = Synthesis(),
     training: Training | Mapping[str, Any] | None = None,
     objectives: Mapping[str, float] | None = None,
-    temperature: float = 4.0,
+    temperature: float | None = None,
     second_recipe: str | None = AUTO,
-    co_train: bool = False,
     probe_images: int = PROBE_IMAGES,
+    budget: float | None = None,
     compute: Compute = Compute(),
     eval_data: str | Path | None = None,
     resume: bool = False,
@@ -77,21 +80,24 @@ def distill(
     `data` is a synthetic set, or real images; without it images are made first, half of them by `second_recipe`
     (None: all by one, see `TransferSetSource`). `probe_images` more, of another seed and recipe, tell how often student
     and teacher agree on what neither was trained on.
-    With `co_train` the images compete with the student itself, which learns between the rounds of an adaptive recipe
-    (`adaptive-deepinversion`) and is trained on from there; else with one of its architecture that is left behind.
+    Images of a recipe whose student learns in between (`adaptive-deepinversion`, and those with generators) are made
+    while this student is trained, and compete with it; where they are such, what the recipe states of the student's
+    training is the default in place of `DISTILLATION`, kd and the temperature 4.
+    A `budget` of seconds decides how many images and training steps there are, by estimates on this machine; a resumed
+    run keeps what it was begun with.
     The folder `output` (default: `<checkpoint>-distill`) holds the student (`model.safetensors`, `config.json`), the
     images that were made, `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
     Raises `BadInput` where the model, the student or the data cannot be used.
     """
-    training = with_defaults(DISTILLATION, training)
+    if budget is not None:
+        asked = {name: value for name, value in locals().items() if name != "budget"}
+        return _within(budget, asked)
     teacher = as_classifier(checkpoint)
     student_model, sentence, origin = begin_student(
         student, teacher.card, init=student_init, teachers=[(teacher, None)], seed=compute.seed
     )
     console.notice(sentence)
     _warn_if_larger(student_model, teacher)
-    terms = _objectives(student_model, teacher, objectives, temperature=temperature, seed=compute.seed)
-    competing = student_model if co_train else student_model.card.architecture
     source = TransferSetSource(
         teacher,
         data,
@@ -99,10 +105,15 @@ def distill(
         compute,
         second_recipe=second_recipe,
         probe_images=probe_images,
-        competitor=lambda recipe: co_trained_student(teacher, recipe, competing, compute),
+        student=student_model,
     )
-    if co_train and not source.adaptive:
-        raise BadInput("Nothing competes with the student.", "Give --co-train an adaptive recipe and no --data.")
+    live = source.specs[source.live] if source.live else None
+    training = with_defaults(_usual_training(live), training)
+    if live and live.recipe.student_updates:
+        objectives = objectives or live.recipe.student_updates.objectives
+        temperature = temperature or live.recipe.student_updates.temperature
+    temperature = TEMPERATURE if temperature is None else temperature
+    terms = _objectives(student_model, teacher, objectives, temperature=temperature, seed=compute.seed)
     if min(len(source), training.batch_size) < 2:
         raise BadInput("Batches of one image cannot train BatchNorm.", "Use more --images or --train-batch-size.")
     options = {
@@ -112,11 +123,10 @@ def distill(
         "objectives": {term.name: term.weight for term in terms},
         "temperature": temperature,
         "data": data,
-        "live": co_train,
         "unseen": probe_images,
         "synthesis": source.origin(),
     }
-    train = Train(student_model, Distillation(teacher, terms), training, compute)
+    train = Train(student_model, Distillation(teacher, terms), training, compute, live=source if live else None)
     return Compression(
         verb="distill",
         student=student_model,
@@ -126,6 +136,38 @@ def distill(
         measure=evaluator(eval_data, teacher, compute.device),
         compute=compute,
     ).plan({"training": train}, options, [data, eval_data], output, resume=resume, overwrite=overwrite)
+
+
+def _within(seconds: float, asked: dict[str, Any]) -> Plan[Compressed]:
+    """The plan with so many images and steps as fit into a time."""
+    asked["checkpoint"] = as_classifier(asked["checkpoint"])
+    synthesis, training = asked["synthesis"], asked["training"]
+    if synthesis.images is not None or isinstance(training, Training) or "steps" in (training or {}) or asked["data"]:
+        raise BadInput(
+            "--budget decides how many images and training steps there are.",
+            "Leave out --images, --train-steps and --data, or --budget.",
+        )
+    with console.silent():
+        usual = distill.plan(**asked)
+    budget = fit_budget(seconds, usual, resume=asked["resume"])
+    settings = {**synthesis.settings, "rounds": budget.rounds} if budget.rounds else synthesis.settings
+    synthesis = replace(synthesis, images=budget.images, settings=settings)
+    training = {**(training or {}), "steps": budget.steps}
+    plan = distill.plan(**{**asked, "synthesis": synthesis, "training": training})
+    return replace(plan, options={**plan.options, "budget": budget.to_json()})
+
+
+def _usual_training(live: SynthesisSpec | None) -> Training:
+    """What is usual, or with images that are made meanwhile what their recipe states, for as many steps at least as all
+    rounds take.
+    """
+    if live is None or live.recipe.student_updates is None:
+        return DISTILLATION
+    updates = live.recipe.student_updates
+    steps = -(-live.batches // updates.every) * updates.steps
+    # Kept images can be learnt from after the last round.
+    steps = max(steps, DISTILLATION.steps) if updates.keep else steps
+    return replace(DISTILLATION, lr=updates.lr, batch_size=updates.batch_size, steps=steps)
 
 
 def _objectives(

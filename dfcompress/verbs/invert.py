@@ -24,19 +24,14 @@ from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.run import Run
-from dfcompress.synthesis.recipe import Recipe, Synthesis
+from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.set_builder import build_set, seconds_of, warnings_of
 from dfcompress.synthesis.spec import SynthesisSpec, resolve
-from dfcompress.training.co_trained_student import CoTrainedStudent
-from dfcompress.training.loop import require_passes
-from dfcompress.training.student import make_student
+from dfcompress.verbs._co_training import co_training
 from dfcompress.verbs._plan import Plan, Synthesize, planned
 from dfcompress.verbs.evaluate import placed
 
 IMAGES, LARGE_IMAGES = 1024, 128
-# By the distillation loss on ResNet-20's training images at the end of one update of 60 steps of 64, at a rate of 0.05
-# and of 0.01: 20.6 and 14.1 at 2w4a, 1.64 and 0.87 at 4w4a.
-UNDER_REPAIR = 0.2
 
 
 @dataclass(frozen=True)
@@ -103,11 +98,12 @@ def invert(
     teacher = as_classifier(checkpoint)
     others = [as_classifier(other) for other in verify]
     spec = resolve(teacher, synthesis.counted(IMAGES if teacher.card.small else LARGE_IMAGES))
-    competing = co_trained_student(teacher, spec.recipe, student, compute)
+    competing = co_training(teacher, spec.recipe, student, compute)
 
     def work(plan: Plan[Inversion], run: Run) -> Inversion:
         (made,) = plan.synthesis
-        synthetic = build_set(made.spec, run.folder, made.compute, student=competing)
+        build = competing.build if competing else build_set
+        synthetic = build(made.spec, run.folder, made.compute)
         result = None
         if world().is_main:
             result = _measured(made.spec, synthetic, others, resolve_device(compute.device)).to_json()
@@ -161,35 +157,3 @@ def _divergence(classifier: Classifier, images: ImageSource, batch_size: int) ->
     if why_no_statistics(classifier.network):
         return None
     return bn_divergence(classifier, images.batches(batch_size))
-
-
-def co_trained_student(
-    teacher: Classifier,
-    recipe: Recipe,
-    student: Classifier | str | None,
-    compute: Compute,
-    *,
-    repair: bool = False,
-) -> CoTrainedStudent | None:
-    """The student that a recipe's images compete with, None where the recipe updates none.
-
-    `student` names its architecture, by default the teacher's own, or is the network that is trained: a quantized one
-    is under `repair`, at a fifth of the recipe's rate.
-    Raises `BadInput` where there is no such architecture, or it cannot learn.
-    """
-    if recipe.student_updates is None:
-        return None
-    if not isinstance(student, Classifier):
-        student, _ = make_student(student or teacher.card.architecture, teacher.card, seed=compute.seed)
-    updates = recipe.student_updates
-    co_trained = CoTrainedStudent(
-        student,
-        teacher,
-        steps=updates.steps,
-        lr=updates.lr * (UNDER_REPAIR if repair else 1.0),
-        batch_size=updates.batch_size,
-        compute=compute,
-        repair=repair,
-    )
-    require_passes(student, co_trained.training, repair=repair)
-    return co_trained

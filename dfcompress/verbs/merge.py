@@ -28,11 +28,11 @@ from dfcompress.training.multi_teacher import MethodName, merging_method, method
 from dfcompress.training.multi_teacher.method import MergingMethod
 from dfcompress.training.settings import Training
 from dfcompress.training.student import begin_student
+from dfcompress.verbs._co_training import co_training
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._merged import merged_evaluator
 from dfcompress.verbs._plan import Plan, planned
-from dfcompress.verbs.invert import co_trained_student
 
 GREY, COLOUR = 1, 3
 
@@ -150,7 +150,7 @@ def _sources(
             replace(compute, seed=compute.seed + number),
             second_recipe=second_recipe,
             probe_images=probe_images,
-            competitor=partial(co_trained_student, teacher, student=student, compute=compute),
+            competitor=partial(co_training, teacher, student=student, compute=compute),
         )
         for number, (teacher, of_teacher) in enumerate(zip_longest(teachers, data))
     ]

@@ -44,16 +44,15 @@ from dfcompress.settings import AUTO, replace_settings, with_defaults
 from dfcompress.synthesis.recipe import Recipe, Synthesis
 from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
 from dfcompress.training import OF_FEATURES
-from dfcompress.training.co_trained_student import CoTrainedStudent
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.objectives import Objective, make_objectives
 from dfcompress.training.settings import Training
 from dfcompress.verbs import Finetuning, QuantizationMethod, Target
+from dfcompress.verbs._co_training import CoTraining, co_training
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed, evaluator
 from dfcompress.verbs._plan import Outcome, Plan, Step, planned
 from dfcompress.verbs.export import rehearse, require_kernels, require_packages
-from dfcompress.verbs.invert import co_trained_student
 
 AS_THE_PAPER = Augmentation(shift=4, flip=True, mixup=1.0)
 KD = Training(steps=400, lr=0.01, batch_size=256, weight_decay=1e-4, freeze_batchnorm=True, augmentation=AS_THE_PAPER)
@@ -215,6 +214,9 @@ class Calibrate:
     size_ratio: float | None
     compute: Compute
 
+    def predicted(self) -> None:
+        """Nothing is known of it before."""
+
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Calibrated:
         """Calibrate on the one set."""
         with run.timed("calibration"), threads(threads_for(BATCH * work_of(self.teacher))):
@@ -238,6 +240,9 @@ class Round:
     teacher: Classifier
     settings: Reconstruction
     seed: int
+
+    def predicted(self) -> None:
+        """Nothing is known of it before."""
 
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Reconstructed:
         """Learn it on the one set."""
@@ -305,14 +310,14 @@ def _why_not_all_tensors(
 
 def competitor(
     teacher: Classifier, wanted: Mapping[str, RequestedBits], calibration: Calibration, compute: Compute, recipe: Recipe
-) -> CoTrainedStudent | None:
+) -> CoTraining | None:
     """The student that a recipe's images compete with: what quantization leaves of the teacher, repaired in its updates
     as by `kd` (Yin et al. 2020 let images compete with the student of the application).
     """
     if recipe.student_updates is None:
         return None
     student = calibrated_on_noise(teacher, wanted, calibration, seed=compute.seed)
-    return co_trained_student(teacher, recipe, student, compute, repair=True)
+    return co_training(teacher, recipe, student, compute, repair=True)
 
 
 def wanted_bits(

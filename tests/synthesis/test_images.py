@@ -34,9 +34,11 @@ class Generated:
         self.begun = False
 
     def start(self, labels, teacher, generator, pixels=None):
-        if not (self.persistent and self.begun):
-            for parameter in self.network.parameters():
-                parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+        if self.persistent and self.begun:
+            self.latent.data.copy_(torch.randn(self.latent.shape, generator=generator))
+            return
+        for parameter in self.network.parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
         self.begun = True
         self.latent = torch.randn(len(labels), 4, 1, 1, generator=generator).requires_grad_(True)
 
@@ -125,16 +127,19 @@ def test_a_batch_leaves_the_recipe_as_it_was(teacher):
 
 
 def test_a_persistent_generator_goes_on_learning_with_the_next_batch(teacher):
-    images = Generated(persistent=True)
-    made = synthesizer(teacher, images)
+    template = Generated(persistent=True)
+    made = synthesizer(teacher, template)
     made.batch(0, LABELS)
+    assert not template.begun
+    state = made.begin({1: LABELS})
+    images, moments = state.images[0], state.optimizer.state
     assert images.network[1].num_batches_tracked == 6
     learnt = images.network[3].weight.detach().clone()
-    state = made.begin({1: LABELS})
-    assert state.images[0] is images
-    assert torch.equal(images.network[3].weight, learnt)
     steps(made, state, 1)
+    assert state.optimizer.state is moments
+    assert moments[images.latent]["step"] == 7
     assert images.network[1].num_batches_tracked == 7
+    assert not torch.equal(images.network[3].weight, learnt)
 
 
 @pytest.mark.parametrize("size", [(3, 224, 224), (1, 33, 40)])

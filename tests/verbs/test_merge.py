@@ -19,10 +19,12 @@ from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
+from dfcompress.run import Clock
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training.loop import METRICS
 from dfcompress.training.multi_teacher import merging_method
+from dfcompress.training.steps import Steps
 from dfcompress.training.student import make_student
 from dfcompress.verbs._finish import _collapse
 from dfcompress.verbs.distill import DISTILLATION, distill
@@ -329,39 +331,44 @@ def distilled(folder, output, **options):
     return distill(folder, student="lenet5_bn_half", output=output, **asked)
 
 
-def test_a_live_student_goes_on_from_its_last_lesson(tmp_path):
-    """With no training of its own the student is what the lessons made of it; otherwise it is as it was made."""
-    folder, none = teacher(tmp_path / "t"), replace(SHORT, steps=0)
-    live = distilled(folder, tmp_path / "live", training=none, co_train=True)
-    other = distilled(folder, tmp_path / "other", training=none)
-    lessons = torch.load(tmp_path / "live" / "synthetic" / "lessons.pt", weights_only=True)
-    assert lessons["lesson"] == 2
-    fresh, _ = make_student("lenet5_bn_half", load(folder).card, seed=0)
-    for name, value in load(live.checkpoint).named_parameters():
-        assert torch.equal(value, lessons["student"][name]), name
-        assert torch.equal(load(other.checkpoint).get_parameter(name), fresh.get_parameter(name)), name
-
-
-@pytest.mark.parametrize("lost", ["shard-00001.safetensors", None])
-def test_a_live_student_resumes_to_the_same_weights(tmp_path, lost):
-    """From the middle of the images, whose shard may be an earlier one than the lessons, and from their end."""
+def test_images_compete_with_the_student_of_distill_itself(tmp_path):
+    """The second round, made after three steps, is another where the student learns nothing; the first is the same."""
     folder = teacher(tmp_path / "t")
-    whole = load(distilled(folder, tmp_path / "out", co_train=True).checkpoint).state_dict()
-    record = json.loads((tmp_path / "out" / "run.json").read_text())
-    del record["measurements"]
-    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
-    (tmp_path / "out" / "model.safetensors").unlink()
-    if lost:
-        (tmp_path / "out" / "synthetic" / lost).unlink()
-    resumed = load(distilled(folder, tmp_path / "out", co_train=True, resume=True).checkpoint).state_dict()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    learned = distilled(folder, tmp_path / "learned")
+    distilled(folder, tmp_path / "idle", training=replace(SHORT, lr=1e-12))
+    shards = [
+        [(tmp_path / run / "synthetic" / f"shard-0000{shard}.safetensors").read_bytes() for run in ("learned", "idle")]
+        for shard in range(3)
+    ]
+    assert shards[0][0] == shards[0][1]
+    assert all(first != second for first, second in shards[1:])
+    assert learned.teachers[0].held_out is not None
 
 
-def test_live_without_an_adaptive_recipe_is_refused(tmp_path):
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_a_live_student_that_was_killed_resumes_to_the_same_bytes(tmp_path, steps, monkeypatch):
+    """In the middle of a round, between two, and after the last."""
     folder = teacher(tmp_path / "t")
-    with pytest.raises(BadInput, match="--co-train"):
-        distilled(folder, tmp_path / "out", co_train=True, synthesis=FEW)
-    assert not (tmp_path / "out").exists()
+    whole = distilled(folder, tmp_path / "whole", training=replace(SHORT, steps=9))
+
+    class Killed(Exception):
+        pass
+
+    take = Steps.take
+
+    def until(self):
+        if self.done == steps:
+            raise Killed
+        take(self)
+
+    monkeypatch.setattr(Clock, "is_time_to_save", lambda self: True)
+    monkeypatch.setattr(Steps, "take", until)
+    with pytest.raises(Killed):
+        distilled(folder, tmp_path / "out", training=replace(SHORT, steps=9))
+    monkeypatch.undo()
+    resumed = distilled(folder, tmp_path / "out", training=replace(SHORT, steps=9), resume=True)
+    for name in ("model.safetensors", *(f"synthetic/shard-0000{shard}.safetensors" for shard in range(3))):
+        assert Path(resumed.output, name).read_bytes() == Path(whole.output, name).read_bytes(), name
 
 
 @pytest.mark.parametrize(

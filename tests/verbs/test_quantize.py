@@ -25,13 +25,14 @@ from dfcompress.quantization.reconstruction import Reconstruction
 from dfcompress.settings import named_function
 from dfcompress.synthesis.recipe import Synthesis, choose
 from dfcompress.synthesis.transfer_set import TransferSetSource
+from dfcompress.training.loop import Trainer
 from dfcompress.training.settings import Training
 from dfcompress.verbs import export
+from dfcompress.verbs._co_training import co_training
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._gates import Gates
 from dfcompress.verbs.distill import distill
 from dfcompress.verbs.evaluate import Evaluation, Score
-from dfcompress.verbs.invert import co_trained_student
 from dfcompress.verbs.quantize import (
     BEFORE_LSQ,
     LSQ,
@@ -214,24 +215,30 @@ def test_images_of_one_run_serve_another(tmp_path):
 
 def test_a_competitor_under_repair_learns_at_a_fifth_of_the_rate():
     teacher, recipe = load(DEMO), choose("adaptive-deepinversion", overrides={"student_lr": 0.05}).recipe
-    assert co_trained_student(teacher, recipe, None, EAGER).training.lr == 0.05
-    repaired = co_trained_student(teacher, recipe, load(DEMO), EAGER, repair=True)
-    assert repaired.training.lr == pytest.approx(0.01)
-    assert repaired.training.freeze_batchnorm
+    assert co_training(teacher, recipe, None, EAGER).settings(steps=1).lr == 0.05
+    repaired = co_training(teacher, recipe, load(DEMO), EAGER, repair=True).settings(steps=1)
+    assert repaired.lr == pytest.approx(0.01)
+    assert repaired.freeze_batchnorm
 
 
-def test_adaptive_images_compete_with_what_quantization_leaves_of_the_model(tmp_path):
+def test_adaptive_images_compete_with_what_quantization_leaves_of_the_model(tmp_path, monkeypatch):
     """It begins with the model's own weights and statistics, learns without losing these, and depends on the bits."""
+    learned, fit = [], Trainer.fit
+
+    def seen(trainer, source):
+        trained = fit(trainer, source)
+        learned.append(trainer.student)
+        return trained
+
+    monkeypatch.setattr(Trainer, "fit", seen)
     settings = {"steps": 2, "batch_size": 16, "student_steps": 2, "student_batch_size": 8}
     asked = Synthesis(recipe="adaptive-deepinversion", images=32, settings=settings)
     shards = []
     for bits in ("2w2a", "8w8a"):
         folder = tmp_path / bits
         quantize(DEMO, bits=bits, finetune="none", second_recipe=None, synthesis=asked, output=folder, compute=EAGER)
-        lessons = torch.load(folder / "synthetic" / "lessons.pt", weights_only=True)
-        assert lessons["lesson"] == 1
         teacher = load(DEMO).state_dict()
-        for name, value in lessons["student"].items():
+        for name, value in learned[-1].state_dict().items():
             if "running" in name:
                 assert torch.equal(value, teacher[name]), name
             elif value.dim() > 1:

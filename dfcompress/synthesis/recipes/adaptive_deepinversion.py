@@ -65,6 +65,8 @@ def adaptive_deepinversion(
             quarter_steps=quarter_steps,
             half_steps=half_steps,
         ),
-        student_updates=StudentUpdates(round_batches, student_steps, student_lr, student_batch_size),
+        student_updates=StudentUpdates(
+            every=round_batches, steps=student_steps, lr=student_lr, batch_size=student_batch_size
+        ),
         batch_size=batch_size,
     )
