@@ -16,6 +16,7 @@ from dfcompress.data.real import reshaped
 from dfcompress.data.synthetic_set import as_float, as_stored
 from dfcompress.device import Compute
 from dfcompress.models.classifier import Classifier
+from dfcompress.pruning.budget import Pruned
 from dfcompress.quantization.calibration import Calibrated
 from dfcompress.run import Run
 from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
@@ -31,7 +32,8 @@ from dfcompress.verbs.export import FILE, sampled, write_compared
 @dataclass(frozen=True)
 class Train:
     """Training of the student by a distiller; `prepare` is done to its network first. With `repair` it is a trained
-    network that keeps what it knows (see `Trainer`). A `live` source makes its images meanwhile.
+    network that keeps what it knows (see `Trainer`). A `live` source makes its images meanwhile. `folder` is the one
+    inside the run's in which the training keeps its state.
     """
 
     student: Classifier
@@ -41,6 +43,7 @@ class Train:
     repair: bool = False
     prepare: Callable[[nn.Module], None] | None = None
     live: TransferSetSource | None = None
+    folder: str = ""
 
     def require_possible(self, sets: Sequence[int]) -> None:
         """Raise `BadInput` where the student cannot be trained on sets of so many images."""
@@ -50,8 +53,9 @@ class Train:
         """Train on all sets."""
         if self.prepare:
             self.prepare(self.student.network)
+        folder = run.folder / self.folder
         trainer = Trainer(
-            self.student, self.distiller, self.settings, compute=self.compute, folder=run.folder, repair=self.repair
+            self.student, self.distiller, self.settings, compute=self.compute, folder=folder, repair=self.repair
         )
         if self.live:
             return self._take_live(trainer, run, *sets)
@@ -79,7 +83,7 @@ class Compression:
     `teachers` answer with the student's classes `outputs`, one tensor `(classes,)` for each. `sources` give the images
     of each teacher, by the folder inside the run's in which they are made. `complete` does what is left to do between
     the last step and saving, with what each step found. `export` is the runtime of an ONNX file that is written beside
-    the model.
+    the model, and timed against that of `beside`, by default of the same network in float.
     """
 
     verb: str
@@ -91,6 +95,7 @@ class Compression:
     compute: Compute
     complete: Callable[[Run, Mapping[str, Outcome]], None] | None = None
     export: Target | None = None
+    beside: Classifier | None = None
 
     def plan(
         self,
@@ -135,12 +140,19 @@ class Compression:
             images = [source.gather(run.folder / folder) for folder, source in self.sources.items()]
             sets = [replace(each, train=_in_form(each.train, size)) for each in images]
         trained = found.get("training")
-        assert not isinstance(trained, Calibrated)
+        assert not isinstance(trained, Calibrated | Pruned)
         if self.complete:
             self.complete(run, found)
         export = None
         if self.export:
-            export = partial(write_compared, path=run.folder / FILE, images=sampled(sets[0].train), target=self.export)
+            images_of_export = sampled(sets[0].train)
+            export = partial(
+                write_compared,
+                path=run.folder / FILE,
+                images=images_of_export,
+                target=self.export,
+                beside=self.beside,
+            )
         return save_and_measure(
             run,
             self.student,
