@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from dfcompress.models.classifier import Classifier as Classifier
     from dfcompress.quantization.calibration import Calibration as Calibration
     from dfcompress.quantization.reconstruction import Reconstruction as Reconstruction
+    from dfcompress.synthesis.generators import Generator as Generator
     from dfcompress.synthesis.images import Pixels as Pixels
     from dfcompress.synthesis.losses import Loss as Loss
     from dfcompress.synthesis.recipe import Phase as Phase
     from dfcompress.synthesis.recipe import Recipe as Recipe
+    from dfcompress.synthesis.recipe import StudentUpdates as StudentUpdates
     from dfcompress.synthesis.recipe import Synthesis as Synthesis
     from dfcompress.synthesis.records.accumulator import RecordSettings as RecordSettings
     from dfcompress.training.settings import Training as Training
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from dfcompress.verbs._gates import Gates as Gates
     from dfcompress.verbs._plan import Plan as Plan
     from dfcompress.verbs._plan import SynthesisEstimate as SynthesisEstimate
+    from dfcompress.verbs.bench_generator import bench_generator as bench_generator
     from dfcompress.verbs.bench_step import bench_step as bench_step
     from dfcompress.verbs.bench_train import bench_train as bench_train
     from dfcompress.verbs.demo import Demo as Demo
@@ -78,14 +81,16 @@ _MODULES = {
     "models.classifier": ["Classifier"],
     "quantization.calibration": ["Calibration"],
     "quantization.reconstruction": ["Reconstruction"],
+    "synthesis.generators": ["Generator"],
     "synthesis.images": ["Pixels"],
     "synthesis.losses": ["Loss"],
-    "synthesis.recipe": ["Phase", "Recipe", "Synthesis"],
+    "synthesis.recipe": ["Phase", "Recipe", "StudentUpdates", "Synthesis"],
     "synthesis.records.accumulator": ["RecordSettings"],
     "training.settings": ["Training"],
     "verbs._finish": ["Compressed"],
     "verbs._gates": ["Gates"],
     "verbs._plan": ["Plan", "SynthesisEstimate"],
+    "verbs.bench_generator": ["bench_generator"],
     "verbs.bench_step": ["bench_step"],
     "verbs.bench_train": ["bench_train"],
     "verbs.demo": ["Demo", "demo"],

@@ -30,6 +30,17 @@ def configure(verbosity: int) -> None:
     _verbosity = verbosity
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """No notices inside."""
+    global _verbosity
+    before, _verbosity = _verbosity, QUIET
+    try:
+        yield
+    finally:
+        _verbosity = before
+
+
 def speaks() -> bool:
     """Whether this process prints: the only one of its job, or the one of rank 0."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

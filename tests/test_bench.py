@@ -10,6 +10,7 @@ from torch.profiler import profile
 
 from dfcompress.device import Compute
 from dfcompress.models.checkpoint import load
+from dfcompress.verbs.bench_generator import bench_generator
 from dfcompress.verbs.bench_step import _convolutions, _flops, bench_step
 from dfcompress.verbs.bench_train import bench_train
 
@@ -41,6 +42,13 @@ def test_the_rows_of_training_are_the_documented_ones(resnet20_file, precision, 
     compute = Compute(device="cpu", precision=precision, compile="off")
     measured = bench_train(resnet20_file, student="half", batch_size=4, rounds=1, compute=compute)
     assert [row["name"] for row in measured.rows] == rows
+    assert all(row["ms"] > 0 for row in measured.rows)
+
+
+def test_the_rows_of_a_round_are_the_documented_ones(resnet20_file):
+    compute = Compute(device="cpu", precision="bf16", compile="off")
+    measured = bench_generator(resnet20_file, batch_size=2, rounds=1, compute=compute)
+    assert [row["name"] for row in measured.rows] == ["published", "published-bf16", "+live", "ours"]
     assert all(row["ms"] > 0 for row in measured.rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from dataclasses import replace
@@ -40,8 +41,16 @@ def a_record(teacher):
     return GaussianSampler(Record(about, accumulator.tensors()), teacher)
 
 
+def another(teacher):
+    """A student that answers otherwise: the teacher with its last layer turned."""
+    student = copy.deepcopy(teacher)
+    student.network.fc.weight.data = student.network.fc.weight.data.roll(1, 0)
+    return student
+
+
 def test_no_published_method_is_missing():
     published = {"activation-records", "adaptive-deepinversion", "bns", "bns-inception", "deepdream", "deepinversion"}
+    published |= {"cmi", "dafl", "dfq", "ifhe", "zskt"}
     assert published | {"gaussian", "inception", "psaq-vit"} <= set(recipe_names())
 
 
@@ -60,9 +69,11 @@ def test_a_few_steps_of_every_preset_lower_its_objective(name, preset, resnet20_
     settings = choose(name, preset).settings
     overrides |= {"half_steps": 6} if settings.get("half_steps") else {}
     overrides |= {"warmup": 0} if "warmup" in settings else {}
+    overrides |= {"width": 8} if "width" in settings else {}
+    overrides |= {"remembered": 16} if "remembered" in settings else {}
     recipe = choose(name, preset, overrides).recipe
     teacher = load(resnet20_file)
-    student = load(resnet20_file) if Want.STUDENT in recipe.wants else None
+    student = another(teacher) if Want.STUDENT in recipe.wants else None
     execution = Execution("cpu", "fp32", False, 1, "")
     sampler = a_record(teacher) if Want.TARGETS in recipe.wants else None
     batch = Synthesizer(recipe, teacher, execution, student=student, sampler=sampler).batch(0, torch.arange(8))
@@ -70,7 +81,7 @@ def test_a_few_steps_of_every_preset_lower_its_objective(name, preset, resnet20_
     assert batch.images.isfinite().all()
     if batch.history:
         totals = [sum(loss.weight * point[loss.name] for loss in recipe.losses) for point in batch.history]
-        assert totals[-1] < 0.9 * totals[0]
+        assert totals[-1] < totals[0] - 0.1 * abs(totals[0])
 
 
 def test_gaussian_images_are_standard_normal_where_the_network_sees_them(resnet20_file):

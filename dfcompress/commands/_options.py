@@ -617,6 +617,25 @@ second_recipe = renamed(
     show_default=True,
     help="Second recipe, for half of the images; auto: bns if the model has BatchNorm statistics; none: no second.",
 )
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def _seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """`90s`, `30m` or `2h` → seconds."""
+    if value is None:
+        return None
+    try:
+        return float(value[:-1]) * UNITS[value[-1:]]
+    except (ValueError, KeyError):
+        raise BadInput(f"--budget {value!r} is not understood.", "Write it like 90s, 30m or 2h.") from None
+
+
+budget = click.option(
+    "--budget",
+    callback=_seconds,
+    metavar="TIME",
+    help="Make so many images and take so many training steps as fit into a time on this machine, for instance 30m.",
+)
 probe_images = renamed(
     "--unseen",
     "--probe-images",

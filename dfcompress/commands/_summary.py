@@ -21,13 +21,17 @@ CLASSES_SHOWN = 20
 def plan(planned: Plan[Any], *, as_json: bool) -> None:
     """What a verb would do, with estimates; nothing was touched. Parts that do not take place are null in JSON."""
     if as_json:
-        console.result_json({"synthesis": [each.to_json() for each in planned.estimates()], **planned.settings_json()})
+        synthesis = [each.to_json() for each in planned.estimates()]
+        values = {"synthesis": synthesis, **planned.settings_json(), "predicted_seconds": planned.predicted()}
+        console.result_json(values)
         return
     for each in planned.estimates():
         _synthesis(each)
     for part, settings in planned.settings_json().items():
         if settings:
             console.result(f"{part}: " + " ".join(f"{name}={value}" for name, value in settings.items()))
+    for part, seconds in planned.predicted().items():
+        console.result(f"about {seconds:.0f} s of {part}")
 
 
 def _synthesis(estimate: SynthesisEstimate) -> None:

@@ -53,7 +53,22 @@ def train(model: Classifier, student: str, batch_size: int, rounds: int, compute
     _tell(measured, to="plain", as_json=as_json)
 
 
-def _tell(measured: Bench, *, to: str, as_json: bool) -> None:
+@bench.command(epilog=_options.example("dfcompress bench generator resnet20.pt --batch-size 128"))
+@_options.model
+@click.option("--student", default="half", show_default=True, help="Architecture of the student.")
+@click.option("--batch-size", type=click.IntRange(2), default=256, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Number of timed rounds per row.")
+@_options.compute
+@_options.reporting
+def generator(model: Classifier, student: str, batch_size: int, rounds: int, compute: Compute, as_json: bool) -> None:
+    """Time one round of a generator and a student against the plain loop."""
+    from dfcompress.verbs.bench_generator import bench_generator
+
+    measured = bench_generator(model, student=student, batch_size=batch_size, rounds=rounds, compute=compute)
+    _tell(measured, to="ours", unit="one round", as_json=as_json)
+
+
+def _tell(measured: Bench, *, to: str, as_json: bool, unit: str = "one step") -> None:
     if as_json:
         console.result_json(measured.to_json())
         return
@@ -61,6 +76,6 @@ def _tell(measured: Bench, *, to: str, as_json: bool) -> None:
     columns = {"ms": "ms", "images_per_second": "images/s", "tflops": "TFLOP/s"}
     shown = [key for key in columns if key in measured.rows[0]]
     rows = [[row["name"], *(f"{row[key]:.1f}" for key in shown), f"{row['ms'] / one:.2f}"] for row in measured.rows]
-    console.table(["one step", *(columns[key] for key in shown), f"{to} = 1"], rows)
+    console.table([unit, *(columns[key] for key in shown), f"{to} = 1"], rows)
     if measured.ceilings:
         console.result("the device reaches {tflops} TFLOP/s, {gb_per_second} GB/s".format(**measured.ceilings))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @_options.temperature("4, or what the recipe states")
 @_options.second_recipe
 @_options.probe_images
+@_options.budget
 @_options.output
 @_options.compute
 @_options.reporting
@@ -42,6 +43,7 @@ def distill(
     temperature: float | None,
     second_recipe: str | None,
     probe_images: int,
+    budget: float | None,
     compute: Compute,
     output: Path | None,
     resume: bool,
@@ -64,6 +66,7 @@ def distill(
         temperature=temperature,
         second_recipe=second_recipe,
         probe_images=probe_images,
+        budget=budget,
         compute=compute,
         eval_data=eval_data,
         resume=resume,

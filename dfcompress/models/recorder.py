@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ class LayerMoments(NamedTuple):
 class Recording(NamedTuple):
     """Logits `(N, classes)` in fp32, the moments of every layer with known statistics in the order of the forward pass,
     and by layer the outputs `(N, ...)`, the channel means `(N, C)` and the patch features `(N, patches, channels)` that
-    were wanted, in fp32.
+    were wanted, in fp32; `penultimate` `(N, ...)` where it was: what goes into the last weighted layer.
     """
 
     logits: Tensor
@@ -69,6 +69,7 @@ class Recording(NamedTuple):
     outputs: Mapping[str, Tensor]
     channel_means: Mapping[str, Tensor]
     patches: Mapping[str, Tensor]
+    penultimate: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,16 @@ class Moments:
         distances: Tensor = torch.linalg.vector_norm(of_means, dim=1) + torch.linalg.vector_norm(of_variances, dim=1)
         return distances
 
+    def squared_distances(self, eps: float = 1e-8) -> Tensor:
+        """‖μ̂ − μ‖₂² + ‖σ̂ − σ‖₂² of every layer `(layers,)`, hats measured, σ deviations (Chen 2023, L_bns).
+
+        Below a deviation of 0 there is none to move towards, so `eps` is added to both variances, and what σ² lacks to
+        the layer's eps, as in `divergences`.
+        """
+        measured = (self.var.clamp_min(0) + eps + self.lack).sqrt()
+        expected = (self.running_var + eps + self.lack).sqrt()
+        return self._by_layer(self.mean_error.square() + (measured - expected).square()).sum(1)
+
     def divergences(self, eps: float = 1e-8) -> Tensor:
         """KL(N(μ̂, σ̂²) ‖ N(μ, σ²)) of every layer `(layers,)`, mean over its channels, hats measured, `eps` added to σ̂²
         (Haroush 2020, eq. 3).
@@ -178,7 +189,8 @@ class Trace:
     `logits` `(N, classes)`, the `moments` of all layers with known statistics in the order of the forward pass (None
     where no loss wants them), by layer the `outputs` `(N, ...)` and `channel_means` `(N, C)` that a loss wants, the
     `patches` `(N, patches, channels)` of all blocks that mix positions and the `targets` that an activation record
-    sets, and `student_logits` where the images compete with a student.
+    sets, `student_logits` where the images compete with a student, the `layers` that the moments are made of, image by
+    image, and `penultimate` `(N, ...)`, what goes into the last weighted layer, where a loss wants it.
 
     Where a batch is computed in chunks these are the images of one of them, `moments` are those of the whole batch, and
     `rest` stands for the others.
@@ -194,6 +206,39 @@ class Trace:
     targets: Mapping[str, Target] = field(default_factory=dict)
     student_logits: Tensor | None = None
     rest: Rest | None = None
+    layers: Sequence[LayerMoments] = ()
+    penultimate: Tensor | None = None
+
+    def features(self) -> Tensor:
+        """What goes into all layers with known statistics, as `(N, channels of all layers)`: the mean over an image's
+        positions of every channel, less its running mean and divided by its running deviation.
+        """
+        scaled = [layer.mean_error * (layer.running_var + layer.lack).rsqrt() for layer in self.layers]
+        return torch.cat(scaled, 1)
+
+    def view(self, number: int, views: int) -> Trace:
+        """The trace of one of the `views` that transforms show of every image, one whole copy after the other."""
+        assert self.rest is None, "a batch in chunks is not looked at view by view"
+        size = len(self.images) // views
+        shown = slice(number * size, (number + 1) * size)
+
+        def of_view(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value[shown] for name, value in values.items()}
+
+        return replace(
+            self,
+            images=self.images[shown],
+            labels=self.labels[shown],
+            logits=self.logits[shown],
+            moments=Moments.of(self.layers, shown) if self.layers else None,
+            outputs=of_view(self.outputs),
+            channel_means=of_view(self.channel_means),
+            patches=of_view(self.patches),
+            targets={layer: Target(target.values[shown], target.scale) for layer, target in self.targets.items()},
+            student_logits=None if self.student_logits is None else self.student_logits[shown],
+            layers=[_of_images(layer, shown) for layer in self.layers],
+            penultimate=None if self.penultimate is None else self.penultimate[shown],
+        )
 
     def norm_over_batch(self, name: str, values: Tensor) -> Tensor:
         """The L2 norm of a value of each image, `values` `(N,)`, over all images of the batch."""
@@ -240,9 +285,15 @@ def traces(
                 },
                 student_logits=None if student_logits is None else student_logits[shown],
                 rest=rest,
+                layers=[_of_images(layer, shown) for layer in recording.layers],
+                penultimate=None if recording.penultimate is None else recording.penultimate[shown],
             )
         )
     return result
+
+
+def _of_images(layer: LayerMoments, images: slice) -> LayerMoments:
+    return layer._replace(mean_error=layer.mean_error[images], square_error=layer.square_error[images])
 
 
 def weighted_layers(network: nn.Module) -> dict[str, nn.Module]:
@@ -287,6 +338,16 @@ def require_outputs(classifier: Classifier, layers: Iterable[str]) -> None:
                 f"{classifier.name}, or gives something else than one tensor (N, ...).",
                 "Name another layer.",
             )
+
+
+@torch.no_grad()
+def last_weighted_layer(classifier: Classifier) -> str:
+    """The name of the weighted layer that runs last in a pass: the classifier of a usual network."""
+    ran: list[str] = []
+    layers = weighted_layers(classifier.network)
+    with hooked_outputs(classifier.network, layers, lambda name, output: ran.append(name)):
+        pass_once(classifier)
+    return ran[-1]
 
 
 def _require_layers(network: nn.Module, layers: Iterable[str]) -> list[str]:
@@ -348,7 +409,12 @@ class _Recorder:
     """
 
     def __init__(
-        self, network: nn.Module, outputs: Sequence[str], channel_means: Sequence[str], patches: Sequence[PatchBlock]
+        self,
+        network: nn.Module,
+        outputs: Sequence[str],
+        channel_means: Sequence[str],
+        patches: Sequence[PatchBlock],
+        last: str | None,
     ) -> None:
         self.network, self._recorded = network, outputs
         self._hidden = _require_layers(network, outputs)
@@ -358,6 +424,8 @@ class _Recorder:
         self._outputs: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
         self._patches: dict[str, Tensor] = {}
+        self._last = [last] if last else []
+        self._penultimate: list[Tensor] = []
 
     def _pass(self, images: Tensor) -> Recording:
         self._layers.clear()  # A pass that failed may have left some.
@@ -365,8 +433,9 @@ class _Recorder:
         self._outputs[LOGITS] = logits
         # In one memory layout, so that a loss reads the units of a convolution's output in the order of their names.
         outputs = {name: self._outputs[name].contiguous() for name in self._recorded}
-        recording = Recording(logits, tuple(self._layers), outputs, dict(self._means), dict(self._patches))
-        for recorded in (self._layers, self._outputs, self._means, self._patches):
+        penultimate = self._penultimate[-1] if self._penultimate else None
+        recording = Recording(logits, tuple(self._layers), outputs, dict(self._means), dict(self._patches), penultimate)
+        for recorded in (self._layers, self._outputs, self._means, self._patches, self._penultimate):
             recorded.clear()
         return recording
 
@@ -382,13 +451,17 @@ class _Recorder:
         """Keep the patch features, of a copy where they are a view of it."""
         self._patches[name] = self._blocks[name].features(output.to(torch.float32, copy=True))
 
+    def _keep_penultimate(self, name: str, features: Tensor) -> None:
+        self._penultimate.append(features.to(torch.float32, copy=True))
+
     def _recording(self, layers: Mapping[str, nn.Module]) -> Hook:
         """The hook that records what goes into these layers. The sums are taken at once, so they need no copy."""
         return lambda name, features: self._layers.append(input_moments(layers[name], features))
 
 
 class HookRecorder(_Recorder):
-    """Records through forward hooks, which are there while a pass runs; the network itself is not changed.
+    """Records through forward hooks, which are there while a pass runs; the network itself is not changed. What goes
+    into the layer named `last` is recorded as `penultimate`.
 
     Raises `BadInput` where there is no layer whose output or channel means are wanted.
     """
@@ -401,8 +474,9 @@ class HookRecorder(_Recorder):
         outputs: Sequence[str] = (),
         channel_means: Sequence[str] = (),
         patches: Sequence[PatchBlock] = (),
+        last: str | None = None,
     ) -> None:
-        super().__init__(network, outputs, channel_means, patches)
+        super().__init__(network, outputs, channel_means, patches, last)
         self._with_statistics = named_statistics_layers(network) if moments else {}
 
     def __call__(self, images: Tensor) -> Recording:
@@ -412,6 +486,7 @@ class HookRecorder(_Recorder):
             kept_outputs(self.network, self._hidden, self._keep, dtype=torch.float32),
             hooked_outputs(self.network, self._averaged, self._average),
             hooked_outputs(self.network, self._blocks, self._keep_patches),
+            hooked_inputs(self.network, self._last, self._keep_penultimate),
         ):
             return self._pass(images)
 
@@ -433,10 +508,11 @@ class FusedRecorder(_Recorder):
         outputs: Sequence[str] = (),
         channel_means: Sequence[str] = (),
         patches: Sequence[PatchBlock] = (),
+        last: str | None = None,
         dropout: bool = False,
         precision: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(copy.deepcopy(network).eval().requires_grad_(False), outputs, channel_means, patches)
+        super().__init__(copy.deepcopy(network).eval().requires_grad_(False), outputs, channel_means, patches, last)
         self._filters: list[Tensor] = []
         self._precision = precision
         with_statistics = named_statistics_layers(self.network) if moments else {}
@@ -454,6 +530,7 @@ class FusedRecorder(_Recorder):
         keep_outputs(self.network, self._hidden, self._keep, dtype=torch.float32)
         hook_outputs(self.network, self._averaged, self._average)
         hook_outputs(self.network, self._blocks, self._keep_patches)
+        hook_inputs(self.network, self._last, self._keep_penultimate)
         self.network.to(memory_format=torch.channels_last)
 
     @torch.no_grad()

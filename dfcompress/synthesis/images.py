@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from dfcompress.device import Execution
 from dfcompress.models.classifier import Classifier
 
 PixelStatistics = tuple[Tensor, Tensor]
@@ -61,6 +62,14 @@ class Images(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state_dict`, in the same memory: the optimiser holds the parameters."""
+
+
+@runtime_checkable
+class ComputedAs(Protocol):
+    """Images whose rendering is work enough to be done in the precision of an execution, and compiled."""
+
+    def compute_as(self, execution: Execution) -> None:
+        """Render from now on as `execution` says."""
 
 
 class Pixels:

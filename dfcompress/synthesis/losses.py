@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from dfcompress.errors import BadInput
+from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import LayerMoments, Moments, Trace, moments_of
 
 # The tensors of a module by name, outside of the module.
@@ -29,7 +31,7 @@ ModuleState = dict[str, Tensor]
 class Want(Enum):
     """What a loss may want besides images and logits: the moments of the layers with known statistics, the targets that
     an activation record sets (and the outputs of its layers), the patch features of all blocks that mix positions, the
-    labels, the logits of a student, norms over the batch.
+    labels, the logits of a student, norms over the batch, what goes into the last weighted layer.
 
     A recipe none of whose losses wants labels steers its images towards no class.
     """
@@ -40,6 +42,7 @@ class Want(Enum):
     LABELS = "labels"
     STUDENT = "student"
     BATCH = "batch"
+    PENULTIMATE = "penultimate"
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,14 @@ class ChannelMeans:
     """Wants `trace.channel_means[layer]`, the output's mean over each image's positions, `(N, C)`."""
 
     layer: str
+
+
+@runtime_checkable
+class SizedByTeacher(Protocol):
+    """A module of a loss without tensors yet, because their shapes depend on the teacher."""
+
+    def sized_for(self, teacher: Classifier) -> nn.Module:
+        """A new module that fits to what is recorded of `teacher`, the same one in every process."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,12 @@ class Loss:
     def of_batch(self) -> bool:
         """Whether the value is one of the whole batch, and no mean over images."""
         return Want.MOMENTS in self.wants or Want.BATCH in self.wants
+
+    def sized_for(self, teacher: Classifier) -> Loss:
+        """The loss whose module fits to this teacher; itself where its value depends on none."""
+        if not isinstance(self.value, SizedByTeacher):
+            return self
+        return replace(self, value=self.value.sized_for(teacher))
 
     def module_state(self, device: torch.device) -> ModuleState:
         """Fresh copies of the tensors that the loss owns; none where its value is a plain function. Those that require
@@ -127,7 +144,7 @@ def inception(scale: float = 100.0) -> Loss:
 
     Raises `BadInput` for a scale of 0.
     """
-    _require_positive("scale", scale)
+    require_positive("scale", scale)
 
     def value(trace: Trace) -> Tensor:
         intended = trace.logits.gather(1, trace.labels[:, None])
@@ -142,7 +159,7 @@ def competition(temperature: float = 3.0) -> Loss:
     JS = ½KL(p_T ‖ M) + ½KL(p_S ‖ M) with M = ½(p_T + p_S), taken from log-softmax: nothing is clamped, so its
     gradient never dies. JS ≤ ln 2, so the value never falls below 0.307. Raises `BadInput` for a temperature of 0.
     """
-    _require_positive("temperature", temperature)
+    require_positive("temperature", temperature)
 
     def value(trace: Trace) -> Tensor:
         assert trace.student_logits is not None
@@ -240,7 +257,7 @@ def patch_similarity(points: int = 10, bandwidth: float = 0.01) -> Loss:
     of the batch, is ours: so an image's value depends on no other.
     Raises `BadInput` for less than 2 points and for a bandwidth of 0.
     """
-    _require_positive("bandwidth", bandwidth)
+    require_positive("bandwidth", bandwidth)
     if points < 2:
         raise BadInput(f"There is no integral over {points} points.", "Use 2 or more.")
 
@@ -373,7 +390,8 @@ def image_norm(*, each: bool = False) -> Loss:
     return Loss("image_norm", value, wants=() if each else (Want.BATCH,))
 
 
-def _require_positive(name: str, value: float) -> None:
+def require_positive(name: str, value: float) -> None:
+    """Raise `BadInput` where a setting that something is divided by is not above 0."""
     if value <= 0:
         raise BadInput(f"{name} = {value} divides by nothing.", "Use a number above 0.")
 

@@ -33,6 +33,7 @@ from dfcompress import console, schedules
 from dfcompress.device import forked_randomness
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
+from dfcompress.models.classifier import Classifier
 from dfcompress.settings import parse, unknown
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.labels import BALANCED
@@ -171,6 +172,10 @@ class Recipe:
             raise BadInput(f"Two losses of a recipe have the name {twice[0]!r}.", "Give one of them another name.")
         object.__setattr__(self, "losses", tuple(self.losses))
         object.__setattr__(self, "phases", tuple(self.phases))
+
+    def sized_for(self, teacher: Classifier) -> Recipe:
+        """The recipe whose losses own modules that fit to this teacher."""
+        return replace(self, losses=[loss.sized_for(teacher) for loss in self.losses])
 
     @property
     def wants(self) -> frozenset[Want | LayerOutput | ChannelMeans]:

@@ -25,10 +25,10 @@ from dfcompress.memory import count_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized
 from dfcompress.models.patches import patch_blocks
-from dfcompress.models.recorder import FusedRecorder, Recording, Rest, Target, traces
+from dfcompress.models.recorder import FusedRecorder, Recording, Rest, Target, last_weighted_layer, traces
 from dfcompress.randomness import generator
 from dfcompress.synthesis.batch_state import SMALLER, BatchState, detached, put_modules
-from dfcompress.synthesis.images import Images, PixelStatistics
+from dfcompress.synthesis.images import ComputedAs, Images, PixelStatistics
 from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, ModuleState, Want
 from dfcompress.synthesis.recipe import Phase, Recipe
 from dfcompress.synthesis.records.targets import BatchTargets, TargetSampler
@@ -88,6 +88,7 @@ class Synthesizer:
         sampler: TargetSampler | None = None,
         pixels: PixelStatistics | None = None,
     ) -> None:
+        recipe = recipe.sized_for(teacher)
         self.recipe, self.seed, self.execution = recipe, seed, execution
         self.student, self.sampler, self.pixels = student, sampler, pixels
         self.device = device.resolve_device(execution.device)
@@ -96,7 +97,9 @@ class Synthesizer:
         self._plain_losses = losses_of(recipe)
         self._losses = compiled(self._plain_losses, execution)
         # What lives on from batch to batch: the images' parametrisation with its optimiser, and the modules of losses.
-        self._images = copy.deepcopy(recipe.images) if recipe.images.persistent else recipe.images
+        self._images = copy.deepcopy(recipe.images)
+        if isinstance(self._images, ComputedAs):
+            self._images.compute_as(execution)
         self._living: BatchState | None = None
         self._modules: dict[str, ModuleState] | None = None
         if recipe.student_updates:
@@ -538,6 +541,7 @@ def recorder_of(
         outputs=outputs + sorted(wanted.difference(outputs)),
         channel_means=sorted(want.layer for want in recipe.wants if isinstance(want, ChannelMeans)),
         patches=patch_blocks(teacher) if Want.PATCHES in recipe.wants else (),
+        last=last_weighted_layer(teacher) if Want.PENULTIMATE in recipe.wants else None,
         dropout=sampler is not None and sampler.fixes_dropout,
         precision=device.PRECISIONS[execution.precision],
     )

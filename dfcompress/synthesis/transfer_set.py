@@ -151,16 +151,19 @@ class TransferSetSource:
             held_out=self._marked()[self.live],
         )
 
-    def gather(self, folder: Path) -> TransferSet:
+    def gather(self, folder: Path, *, learnt: bool = False) -> TransferSet:
         """All images as they are stored, and their labels; one image in sixteen is held out.
 
-        Those that are made while the verb's own student learns are among them once they are there.
+        Those that are made while the verb's own student learns are among them once it has `learnt`.
         """
-        synthesized = {name: self._made(name, spec, folder / name) for name, spec in self.specs.items()}
-        present = {name: made for name, made in synthesized.items() if made}
+        present = {
+            name: self._made(name, spec, folder / name)
+            for name, spec in self.specs.items()
+            if learnt or name != self.live
+        }
         parts = [*self.sources, *present.values()]
         images, labels = _gathered(parts) if parts else self._nothing()
-        marks = [marked for name, marked in self._marked().items() if name not in synthesized or name in present]
+        marks = [marked for name, marked in self._marked().items() if name not in self.specs or name in present]
         seconds = sum(map(seconds_of, present.values()))
         probe = images[:0]
         if self.probe:
@@ -181,11 +184,10 @@ class TransferSetSource:
         (spec,) = self.specs.values()
         return torch.zeros(0, *spec.teacher.card.input_size, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
 
-    def _made(self, name: str, spec: SynthesisSpec, folder: Path) -> SyntheticSet | None:
-        """The set of a spec, made if it is not there; None for one that is made later, while the student learns."""
+    def _made(self, name: str, spec: SynthesisSpec, folder: Path) -> SyntheticSet:
+        """The set of a spec, made if it is not there."""
         if name == self.live:
-            there = (folder / MANIFEST).exists() and not SyntheticSet(folder).missing_shards()
-            return SyntheticSet(folder) if there else None
+            return SyntheticSet(folder)
         competitor = self.competitors.get(name)
         return competitor.build(spec, folder, self.compute) if competitor else build_set(spec, folder, self.compute)
 

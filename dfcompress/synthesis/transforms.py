@@ -119,6 +119,49 @@ def random_crops(copies: int = 4, *, smallest: float = 0.75, cutout: float = 0.2
     return Transform(apply, sample)
 
 
+def random_shifts(pixels: int, *, mirror: bool = True) -> Transform:
+    """Each image moved by a whole number of ±`pixels` along each axis, mirrored half of the time if `mirror`; what
+    comes in is 0, the mean of the data in normalised space.
+    """
+
+    def sample(shape: Sequence[int], random: torch.Generator) -> Drawn:
+        offsets = torch.randint(-pixels, pixels + 1, (shape[0], 2), generator=random)
+        mirrored = (torch.rand(shape[0], generator=random) < (0.5 if mirror else 0.0)).float()
+        return offsets, mirrored
+
+    def apply(images: Tensor, offsets: Tensor, mirrored: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        rows = _moving(height, offsets[:, 0], torch.zeros_like(mirrored))
+        columns = _moving(width, offsets[:, 1], mirrored)
+        return torch.einsum("nih,nchw,njw->ncij", rows, images, columns)
+
+    return Transform(apply, sample)
+
+
+def views(*transforms: Transform) -> Transform:
+    """Show every image once by each transform, one whole copy of the batch after the other."""
+    counts = [len(transform.sample((1, 1, 1, 1), torch.Generator())) for transform in transforms]
+
+    def sample(shape: Sequence[int], random: torch.Generator) -> Drawn:
+        return tuple(numbers for transform in transforms for numbers in transform.sample(shape, random))
+
+    def apply(images: Tensor, *drawn: Tensor) -> Tensor:
+        shown, start = [], 0
+        for transform, count in zip(transforms, counts, strict=True):
+            shown.append(transform.apply(images, *drawn[start : start + count]))
+            start += count
+        return torch.cat(shown)
+
+    return Transform(apply, sample)
+
+
+def _moving(pixels: int, offset: Tensor, mirrored: Tensor) -> Tensor:
+    """Matrices `(N, pixels, pixels)` that move a line of pixels by whole numbers."""
+    place = torch.arange(pixels, device=offset.device)
+    source = torch.where(mirrored[:, None] > 0, pixels - 1 - place, place) + offset[:, None]
+    return (source[:, :, None] == place).float()
+
+
 def _resampling(pixels: int, side: Tensor, start: Tensor, mirrored: Tensor) -> Tensor:
     """Matrices `(N, pixels, pixels)` that sample [start, start + side] of a line of pixels, linearly interpolated."""
     place = (torch.arange(pixels, device=side.device) + 0.5) / pixels

@@ -21,7 +21,7 @@ from dfcompress.quantization.calibration import Calibrated
 from dfcompress.run import Run
 from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
 from dfcompress.training.distiller import Distiller
-from dfcompress.training.loop import Trained, Trainer, require_trainable
+from dfcompress.training.loop import Trained, Trainer, predicted_training, require_trainable
 from dfcompress.training.settings import Training
 from dfcompress.verbs import Target
 from dfcompress.verbs._finish import Compressed, Measure, TeacherSet, load_finished, save_and_measure
@@ -48,6 +48,10 @@ class Train:
     def require_possible(self, sets: Sequence[int]) -> None:
         """Raise `BadInput` where the student cannot be trained on sets of so many images."""
         require_trainable(self.student, self.settings, self.compute, sets, repair=self.repair)
+
+    def predicted(self) -> float:
+        """An estimate of its seconds, from a few steps of copies."""
+        return predicted_training(self.student, self.distiller, self.settings, self.compute, repair=self.repair)
 
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Trained:
         """Train on all sets."""
@@ -137,7 +141,7 @@ class Compression:
         sets = [replace(each, train=_in_form(each.train, size)) for each in images]
         found = {part: step.take(run, sets) for part, step in plan.steps.items() if step}
         if any(source.live for source in self.sources.values()):  # Now its images are there, too.
-            images = [source.gather(run.folder / folder) for folder, source in self.sources.items()]
+            images = [source.gather(run.folder / folder, learnt=True) for folder, source in self.sources.items()]
             sets = [replace(each, train=_in_form(each.train, size)) for each in images]
         trained = found.get("training")
         assert not isinstance(trained, Calibrated | Pruned)

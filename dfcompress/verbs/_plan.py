@@ -25,16 +25,13 @@ from dfcompress.synthesis.set_builder import execution_of
 from dfcompress.synthesis.spec import SynthesisSpec
 from dfcompress.synthesis.synthesizer import seconds_per_step
 from dfcompress.synthesis.transfer_set import TransferSet
-from dfcompress.training.loop import Trained
+from dfcompress.training.loop import TIMED, Trained
 from dfcompress.training.settings import Training
 
 Options = ParamSpec("Options")
 Result = TypeVar("Result")
 Settings = Calibration | Reconstruction | Training | Pruning
 Outcome = Calibrated | Reconstructed | Trained | Pruned
-# Work of a timed step, forward and backward: 2 s at the rate of `device.EAGER_WORK_PER_SECOND`, so that a dry run takes
-# seconds: all 256 images of ResNet-20 at 32 px, about 20 of ResNet-50 at 224 px.
-TIMED = 300e9
 
 
 @dataclass(frozen=True)
@@ -106,6 +103,9 @@ class Step(Protocol):
     def settings(self) -> Settings:
         """Everything that can be set of it."""
 
+    def predicted(self) -> float | None:
+        """An estimate of its seconds, None where there is none."""
+
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Outcome:
         """Do it with images in the student's form, one set for each teacher."""
 
@@ -139,6 +139,11 @@ class Plan(Generic[Result]):
     def estimates(self) -> list[SynthesisEstimate]:
         """What each set will take; raises `BadInput` as making it would."""
         return [each.estimate() for each in self.synthesis]
+
+    def predicted(self) -> dict[str, float]:
+        """Estimates of the seconds of the steps, by the name of their part."""
+        found = {part: step.predicted() for part, step in self.steps.items() if step}
+        return {part: float(f"{seconds:.3g}") for part, seconds in found.items() if seconds is not None}
 
     def execute(self) -> Result:
         """Do it, from wherever an earlier run of the same plan was left; raises as the verb does."""

@@ -30,6 +30,7 @@ from dfcompress.training.distiller import Distillation
 from dfcompress.training.objectives import Objective, make_objectives
 from dfcompress.training.settings import Training
 from dfcompress.training.student import begin_student
+from dfcompress.verbs._budget import fit_budget
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed, evaluator
 from dfcompress.verbs._plan import Plan, planned
@@ -62,6 +63,7 @@ def distill(
     temperature: float | None = None,
     second_recipe: str | None = AUTO,
     probe_images: int = PROBE_IMAGES,
+    budget: float | None = None,
     compute: Compute = Compute(),
     eval_data: str | Path | None = None,
     resume: bool = False,
@@ -81,10 +83,15 @@ def distill(
     Images of a recipe whose student learns in between (`adaptive-deepinversion`, and those with generators) are made
     while this student is trained, and compete with it; where they are such, what the recipe states of the student's
     training is the default in place of `DISTILLATION`, kd and the temperature 4.
+    A `budget` of seconds decides how many images and training steps there are, by estimates on this machine; a resumed
+    run keeps what it was begun with.
     The folder `output` (default: `<checkpoint>-distill`) holds the student (`model.safetensors`, `config.json`), the
     images that were made, `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
     Raises `BadInput` where the model, the student or the data cannot be used.
     """
+    if budget is not None:
+        asked = {name: value for name, value in locals().items() if name != "budget"}
+        return _within(budget, asked)
     teacher = as_classifier(checkpoint)
     student_model, sentence, origin = begin_student(
         student, teacher.card, init=student_init, teachers=[(teacher, None)], seed=compute.seed
@@ -129,6 +136,25 @@ def distill(
         measure=evaluator(eval_data, teacher, compute.device),
         compute=compute,
     ).plan({"training": train}, options, [data, eval_data], output, resume=resume, overwrite=overwrite)
+
+
+def _within(seconds: float, asked: dict[str, Any]) -> Plan[Compressed]:
+    """The plan with so many images and steps as fit into a time."""
+    asked["checkpoint"] = as_classifier(asked["checkpoint"])
+    synthesis, training = asked["synthesis"], asked["training"]
+    if synthesis.images is not None or isinstance(training, Training) or "steps" in (training or {}) or asked["data"]:
+        raise BadInput(
+            "--budget decides how many images and training steps there are.",
+            "Leave out --images, --train-steps and --data, or --budget.",
+        )
+    with console.silent():
+        usual = distill.plan(**asked)
+    budget = fit_budget(seconds, usual, resume=asked["resume"])
+    settings = {**synthesis.settings, "rounds": budget.rounds} if budget.rounds else synthesis.settings
+    synthesis = replace(synthesis, images=budget.images, settings=settings)
+    training = {**(training or {}), "steps": budget.steps}
+    plan = distill.plan(**{**asked, "synthesis": synthesis, "training": training})
+    return replace(plan, options={**plan.options, "budget": budget.to_json()})
 
 
 def _usual_training(live: SynthesisSpec | None) -> Training:

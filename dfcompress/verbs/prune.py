@@ -233,6 +233,9 @@ class Prune:
     number: int
     compute: Compute
 
+    def predicted(self) -> None:
+        """Nothing is known of it before."""
+
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Pruned:
         """Do it by the one set, or take what an interrupted run had left."""
         path = run.folder / f"pruned-{self.number}{STATE}"
@@ -304,22 +307,28 @@ class Distill:
     folder: str
     live: TransferSetSource | None
 
+    def predicted(self) -> float:
+        """An estimate of its seconds, as if nothing had been pruned."""
+        return self._training().predicted()
+
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Trained:
-        """Train on the one set, with objectives for the channels that the student has by now."""
+        """Train on the one set."""
+        (run.folder / self.folder).mkdir(exist_ok=True)
+        return self._training().take(run, sets)
+
+    def _training(self) -> Train:
+        """With objectives for the channels that the student has by now."""
         seed = self.compute.seed
         terms = objectives_of(self.student, self.teacher, self.objectives, temperature=self.temperature, seed=seed)
-        distiller = Distillation(self.teacher, terms)
-        (run.folder / self.folder).mkdir(exist_ok=True)
-        train = Train(
+        return Train(
             self.student,
-            distiller,
+            Distillation(self.teacher, terms),
             self.settings,
             self.compute,
             repair=True,
             live=self.live,
             folder=self.folder,
         )
-        return train.take(run, sets)
 
 
 def _report(teacher: Classifier, student: Classifier, found: Found, run: Run, outcomes: Mapping[str, Outcome]) -> None:

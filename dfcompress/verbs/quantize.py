@@ -214,6 +214,9 @@ class Calibrate:
     size_ratio: float | None
     compute: Compute
 
+    def predicted(self) -> None:
+        """Nothing is known of it before."""
+
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Calibrated:
         """Calibrate on the one set."""
         with run.timed("calibration"), threads(threads_for(BATCH * work_of(self.teacher))):
@@ -237,6 +240,9 @@ class Round:
     teacher: Classifier
     settings: Reconstruction
     seed: int
+
+    def predicted(self) -> None:
+        """Nothing is known of it before."""
 
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Reconstructed:
         """Learn it on the one set."""

@@ -7,7 +7,15 @@ import torch
 from torch.nn import functional as F
 
 from dfcompress.randomness import generator
-from dfcompress.synthesis.transforms import downscale, jitters, random_crops, random_flip, random_roll
+from dfcompress.synthesis.transforms import (
+    downscale,
+    jitters,
+    random_crops,
+    random_flip,
+    random_roll,
+    random_shifts,
+    views,
+)
 
 
 def seen(transform, images, *key):
@@ -15,7 +23,17 @@ def seen(transform, images, *key):
 
 
 @pytest.mark.parametrize(
-    "transform", [random_roll(2), random_flip(1.0), random_flip(0.0), downscale(2), downscale(1), random_crops(3)]
+    "transform",
+    [
+        random_shifts(2),
+        views(random_shifts(1), random_crops(1)),
+        random_roll(2),
+        random_flip(1.0),
+        random_flip(0.0),
+        downscale(2),
+        downscale(1),
+        random_crops(3),
+    ],
 )
 @pytest.mark.parametrize("step", range(3))
 def test_gradients_go_back_through_every_view(transform, step):
@@ -86,3 +104,20 @@ def test_a_roll_and_a_flip_hand_over_a_few_bytes_whatever_the_size():
         each for transform in jitters(30, flip=True) for each in transform.sample((152, 3, 224, 224), generator("test"))
     ]
     assert sum(each.nbytes for each in drawn) < 100
+
+
+def test_views_show_every_image_by_each_transform_one_copy_after_the_other():
+    images = torch.randn(3, 2, 6, 6)
+    moved, cropped = random_shifts(2), random_crops(1, smallest=0.5, cutout=0.0)
+    numbers = moved.sample(images.shape, generator("view", 0)), cropped.sample(images.shape, generator("view", 1))
+    shown = views(moved, cropped).apply(images, *numbers[0], *numbers[1])
+    assert torch.equal(shown, torch.cat([moved.apply(images, *numbers[0]), cropped.apply(images, *numbers[1])]))
+
+
+def test_a_shift_moves_each_image_by_whole_pixels_and_mirrors_it_before_if_drawn():
+    images = torch.arange(32.0).view(2, 1, 4, 4)
+    shown = random_shifts(2).apply(images, torch.tensor([[1, -1], [0, 0]]), torch.tensor([0.0, 1.0]))
+    expected = torch.zeros(4, 4)
+    expected[:3, 1:] = images[0, 0, 1:, :3]
+    assert torch.equal(shown[0, 0], expected)
+    assert torch.equal(shown[1, 0], images[1, 0].flip(1))

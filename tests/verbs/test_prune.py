@@ -98,11 +98,11 @@ def garments(tmp_path_factory):
 
 @pytest.mark.parametrize("importance", get_args(ImportanceName))
 def test_refitting_brings_answers_back(importance, garments, tmp_path):
-    options = {"filters": 0.6, "importance": importance, "data": garments, "probe_images": 0, "compute": EAGER}
+    options = {"parameters": 0.5, "importance": importance, "data": garments, "probe_images": 0, "compute": EAGER}
     none = prune(DEMO, repair="none", output=tmp_path / "none", **options)
     refit = prune(DEMO, repair="refit", output=tmp_path / "refit", **options)
     assert none.parameters == refit.parameters
-    assert refit.agreement > max(0.8, none.agreement)
+    assert refit.agreement > max(0.7, none.agreement)
 
 
 def test_the_export_is_timed_beside_the_unpruned_network(whole, tmp_path):

@@ -1,0 +1,280 @@
+"""What generators are asked to minimise, for students that start from nothing: one function a loss.
+
+    losses = [own_argmax_cross_entropy(), 0.001 * feature_activation(), 20.0 * class_balance()]       # DAFL
+    losses = [disagreement(), squared_bn_distance(), 0.5 * auxiliary_head(temperature=20.0)]          # IFHE's kind
+
+`on_view` lets a loss see one of several views that a transform shows of each image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfcompress.errors import BadInput
+from dfcompress.models.classifier import Classifier
+from dfcompress.models.recorder import Trace
+from dfcompress.models.statistics import named_statistics_layers
+from dfcompress.randomness import generator
+from dfcompress.synthesis.losses import Loss, Want, bn_distance, require_positive
+
+
+def own_argmax_cross_entropy() -> Loss:
+    """CE(T(x̂), argmax T(x̂)), mean over the batch (Chen 2019, L_oh): the teacher shall be certain, of any class."""
+    return Loss("own_cross_entropy", lambda trace: F.cross_entropy(trace.logits, trace.logits.argmax(1)))
+
+
+def feature_activation() -> Loss:
+    """−mean |f| of what goes into the last weighted layer, over units and images (Chen 2019, L_a; there a norm over
+    units, here the mean, as coded).
+    """
+
+    def value(trace: Trace) -> Tensor:
+        assert trace.penultimate is not None
+        return -trace.penultimate.flatten(1).abs().mean(1).mean()
+
+    return Loss("feature_activation", value, wants=(Want.PENULTIMATE,))
+
+
+# What a class counts as at least, where a teacher that is certain gives it exactly 0 in fp32.
+RAREST = 1e-12
+
+
+def class_balance() -> Loss:
+    """Σ_c p̄_c·log p̄_c, p̄ the mean of the teacher's predictions over the batch (Chen 2019, L_ie): −log(classes) where
+    all classes are equally frequent.
+    """
+
+    def value(trace: Trace) -> Tensor:
+        predicted = trace.logits.softmax(1)
+        mean = trace.rest.mean("class_balance", predicted) if trace.rest else predicted.mean(0)
+        mean = mean.clamp_min(RAREST)
+        return (mean * mean.log()).sum()
+
+    return Loss("class_balance", value, wants=(Want.BATCH,))
+
+
+def disagreement(temperature: float = 1.0, *, where_agreed: bool = False) -> Loss:
+    """−KL(p_T ‖ p_S) of the predictions of teacher and student at `temperature`, mean over the batch (Micaelli and
+    Storkey 2019; Chen 2023, L_adv).
+
+    With `where_agreed` only images on which both answer the same class count, and others as 0 (L_mask-adv; the mask is
+    that of the code of Fang 2021): the images are drawn towards the border between classes and not beyond it.
+    Raises `BadInput` for a temperature of 0.
+    """
+    require_positive("temperature", temperature)
+
+    def value(trace: Trace) -> Tensor:
+        assert trace.student_logits is not None
+        divergence = _divergence(trace.logits, trace.student_logits, temperature)
+        if where_agreed:
+            divergence = divergence * (trace.logits.argmax(1) == trace.student_logits.argmax(1))
+        return -divergence.mean()
+
+    return Loss("disagreement", value, wants=(Want.STUDENT,))
+
+
+def _divergence(logits: Tensor, approximate: Tensor, temperature: float) -> Tensor:
+    """KL of softened predictions from those of approximate logits, `(N,)`."""
+    exact, approximated = (logits / temperature).log_softmax(1), (approximate / temperature).log_softmax(1)
+    return (exact.exp() * (exact - approximated)).sum(1)
+
+
+def squared_bn_distance() -> Loss:
+    """(1/L)·Σ_l ‖μ_l − BN mean‖₂² + ‖σ_l − BN deviation‖₂² over L BatchNorm inputs (Chen 2023, L_bns)."""
+
+    def value(trace: Trace) -> Tensor:
+        assert trace.moments is not None
+        return trace.moments.squared_distances().mean()
+
+    return Loss("squared_bn_distance", value, wants=(Want.MOMENTS,))
+
+
+def weighted_losses(
+    *,
+    adv: float = 0.0,
+    bn: float = 0.0,
+    oh: float = 0.0,
+    act: float = 0.0,
+    balance: float = 0.0,
+    head: float = 0.0,
+    temperature: float = 20.0,
+) -> list[Loss]:
+    """What methods without intended classes are made of, by weights as the code of Fang 2021 names them; a loss whose
+    weight is 0 is left out. `head` is that of Chen 2023, at the `temperature` of the student.
+    """
+    losses = [
+        adv * disagreement(),
+        bn * bn_distance(),
+        oh * own_argmax_cross_entropy(),
+        act * feature_activation(),
+        balance * class_balance(),
+        head * auxiliary_head(temperature, own_argmax=True),
+    ]
+    return [loss for loss in losses if loss.weight]
+
+
+def on_view(loss: Loss, number: int, views: int = 2) -> Loss:
+    """The loss of one of the `views` that a transform shows of every image, one whole copy after the other."""
+    value: Callable[[Trace], Tensor] = loss.value
+    assert not isinstance(value, nn.Module), "a module of a loss is handed every view"
+    return replace(loss, value=lambda trace: value(trace.view(number, views)))
+
+
+class AuxiliaryHead(nn.Module):
+    """h(f_T): logits `(N, classes)` that one linear layer makes of a network's intermediate features.
+
+    `forward` is CE(h(f_T), t), and as a lesson KL(T/τ ‖ h(f_T)/τ), both means over the batch. t is the intended class;
+    with `own_argmax` the teacher's answer.
+    """
+
+    def __init__(self, *, temperature: float, own_argmax: bool, features: int = 0, classes: int = 0) -> None:
+        super().__init__()
+        self._temperature, self._own_argmax = temperature, own_argmax
+        self.weight = nn.Parameter(torch.zeros(classes, features))
+        self.bias = nn.Parameter(torch.zeros(classes))
+
+    def sized_for(self, teacher: Classifier) -> AuxiliaryHead:
+        """A head for the features and the classes of this teacher."""
+        features, classes = feature_count(teacher), teacher.card.classes
+        return AuxiliaryHead(
+            temperature=self._temperature, own_argmax=self._own_argmax, features=features, classes=classes
+        )
+
+    def forward(self, trace: Trace, *, lesson: bool = False) -> Tensor:
+        """The loss of the images; as a lesson that of the head."""
+        features = trace.features().detach() if lesson else trace.features()
+        logits = F.linear(features, self.weight, self.bias)
+        if lesson:
+            return _divergence(trace.logits.detach(), logits, self._temperature).mean()
+        return F.cross_entropy(logits, trace.logits.argmax(1) if self._own_argmax else trace.labels)
+
+
+def auxiliary_head(temperature: float, *, own_argmax: bool = False) -> Loss:
+    """CE(h(f_T), t) of an auxiliary classifier h on concatenated intermediate features f_T, mean over the batch (Chen
+    2023, L_H); h itself learns KL(T/τ ‖ h(f_T)/τ) on the images that the student learns from (L_KD-h).
+
+    Not stated, and ours: the features are the channel means of all BatchNorm inputs, each less its running mean and
+    divided by its running deviation; h is one linear layer that begins at 0, so that the images of the first round are
+    steered by the other losses alone. `own_argmax` is for methods that intend no class.
+    Raises `BadInput` for a temperature of 0.
+    """
+    require_positive("temperature", temperature)
+    head = AuxiliaryHead(temperature=temperature, own_argmax=own_argmax)
+    wants = (Want.MOMENTS,) if own_argmax else (Want.MOMENTS, Want.LABELS)
+    return Loss("auxiliary_head", head, wants=wants, lesson=True)
+
+
+# Units of the hidden layer at most. As coded it has as many as there are features: 688 of ResNet-20, but 26,560 of
+# ResNet-50, whose square is 700 million weights.
+HIDDEN = 1024
+
+
+class Contrast(nn.Module):
+    """Tells images apart by their features: the two views of an image are alike, and unlike all others and those in
+    `memory` `(2, slots · batch, features)`, the features of both views of the batches before.
+
+    Every call writes into one slot of the memory, which is left out of what is looked at, and goes on to the next after
+    `steps` calls: so a batch leaves the features of its last step there.
+    """
+
+    memory: Tensor
+    filled: Tensor
+    calls: Tensor
+
+    def __init__(
+        self, *, temperature: float, units: int, remembered: int, batch_size: int, steps: int, features: int = 0
+    ) -> None:
+        super().__init__()
+        self._settings = {
+            "temperature": temperature,
+            "units": units,
+            "remembered": remembered,
+            "batch_size": batch_size,
+            "steps": steps,
+        }
+        self._temperature, self._steps = temperature, max(1, steps)
+        slots = 1 + max(1, round(remembered / batch_size))  # One more: that of the batch in work is not looked at.
+        hidden = min(features, HIDDEN)
+        draw = generator("head", features, units)
+        self.hidden = nn.Parameter(_uniform((hidden, features), draw))
+        self.hidden_bias = nn.Parameter(torch.zeros(hidden))
+        self.head = nn.Parameter(_uniform((units, hidden), draw))
+        self.head_bias = nn.Parameter(torch.zeros(units))
+        self.register_buffer("memory", torch.zeros(2, slots, batch_size, features))
+        self.register_buffer("filled", torch.zeros(slots))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def sized_for(self, teacher: Classifier) -> Contrast:
+        """A head and a memory for the features of this teacher."""
+        return Contrast(**self._settings, features=feature_count(teacher))  # type: ignore[arg-type]
+
+    def forward(self, trace: Trace, *, lesson: bool = False) -> Tensor:
+        """The loss of a batch of which transforms show the global views first and then the local ones."""
+        features = trace.features()
+        size, slots = len(features) // 2, len(self.filled)
+        views = features.view(2, size, -1)
+        slot = (self.calls // self._steps) % slots
+        looked_at = self.filled * (torch.arange(slots, device=slot.device) != slot)
+        rows = self.memory.shape[2]
+        known = looked_at[:, None].expand(slots, rows).flatten()
+        every = torch.cat([views, self.memory.flatten(1, 2)], 1)
+        of_globals, of_locals = self._projected(every)
+        similarity = of_locals @ of_globals.detach().T / self._temperature
+        counted = torch.cat([known.new_ones(size), known])
+        similarity = similarity.masked_fill(counted[None] == 0, -torch.inf)
+        # A row that does not count is given an answer that is finite, and then a weight of 0.
+        similarity = torch.where(counted[:, None] == 0, torch.zeros_like(similarity), similarity)
+        alone = F.cross_entropy(similarity, torch.arange(len(counted), device=slot.device), reduction="none")
+        remembered = (alone * counted)[size:].sum() / known.sum().clamp_min(1)
+        self._remember(views.detach(), slot)
+        return alone[:size].mean() + remembered
+
+    def _projected(self, features: Tensor) -> Tensor:
+        """Directions `(2, N, units)` of length 1."""
+        hidden = F.relu(F.linear(features, self.hidden, self.hidden_bias))
+        return F.normalize(F.linear(hidden, self.head, self.head_bias), dim=2)
+
+    @torch.no_grad()
+    def _remember(self, views: Tensor, slot: Tensor) -> None:
+        """Write the views of a batch into its slot; of a batch of another size as many as fit, or only these."""
+        rows = min(views.shape[1], self.memory.shape[2])
+        index = slot.view(1)
+        kept = self.memory[:, :, :rows].index_copy(1, index, views[:, None, :rows])
+        self.memory[:, :, :rows].copy_(kept)
+        self.filled.index_fill_(0, index, 1.0)
+        self.calls.add_(1)
+
+
+def _uniform(shape: tuple[int, int], draw: torch.Generator) -> Tensor:
+    """Weights of a linear layer, uniform in ±1/√inputs, as torch begins them."""
+    bound = max(1, shape[1]) ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=draw)
+
+
+def contrast(
+    *, batch_size: int, steps: int, temperature: float = 0.1, units: int = 128, remembered: int = 4096
+) -> Loss:
+    """−log softmax of the cosine between the local view of an image and its global view, at `temperature`, among the
+    global views of the batch and of `remembered` images before; mean over the batch, + the mean over the remembered
+    ones (Fang 2021, L_cr, as coded). Gradients pass through local views.
+
+    The vectors compared are made of channel means of all BatchNorm inputs (less their running means and divided by
+    their running deviations, which is ours) by a head of two layers with `units` outputs. As coded, 4,096 are drawn
+    from a memory of 40,960 at every step; here all of the last 4,096 are looked at. `steps` are those of a batch.
+    Raises `BadInput` for a temperature of 0.
+    """
+    require_positive("temperature", temperature)
+    if remembered < batch_size:
+        raise BadInput(f"{remembered} remembered images are not one batch.", f"Use {batch_size} or more.")
+    module = Contrast(temperature=temperature, units=units, remembered=remembered, batch_size=batch_size, steps=steps)
+    return Loss("contrast", module, wants=(Want.MOMENTS,))
+
+
+def feature_count(teacher: Classifier) -> int:
+    """How many features `Trace.features` gives of an image."""
+    return sum(len(layer.get_buffer("running_var")) for layer in named_statistics_layers(teacher.network).values())

@@ -1,0 +1,80 @@
+"""So many images and training steps as fit into a time on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dfcompress import console
+from dfcompress.errors import BadInput
+from dfcompress.run import RECORD, RunRecord
+from dfcompress.verbs._plan import Plan
+
+# Of the time, for synthesis where images are kept; the rest is training. Not measured.
+SYNTHESIS = 0.5
+# Of the time, for saving, comparing, and for what an estimate from a few steps is wrong by.
+SPARE = 0.1
+FEWEST = 32
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Seconds, and what fits into them: images, training steps, and rounds of a generator whose images are not kept."""
+
+    seconds: float
+    images: int
+    steps: int
+    rounds: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As `run.json` keeps it."""
+        return asdict(self)
+
+
+def fit_budget(seconds: float, usual: Plan[Any], *, resume: bool) -> Budget:
+    """What fits into so many seconds, by the estimates of the `usual` plan, whose one step is a training; a resumed run
+    has what it was begun with.
+
+    Raises `BadInput` where the time is too short for anything.
+    """
+    if seconds <= 0:
+        raise BadInput(f"A budget of {seconds:g} s is none.", "Give for instance 30m.")
+    if resume and (usual.folder / RECORD).is_file():
+        return _stored(RunRecord.read(usual.folder).options, seconds, usual.folder)
+    estimates, time = usual.estimates(), (1 - SPARE) * seconds
+    synthesis, training = sum(each.seconds for each in estimates), usual.predicted()["training"]
+    steps_usual: int = usual.settings_json()["training"]["steps"]
+    made = usual.synthesis[0].spec
+    images_usual, a_step = made.synthesis.images or 1, training / steps_usual
+    updates = made.recipe.student_updates
+    if updates and not updates.keep:
+        share = time / (synthesis + training)
+        rounds = int(share * updates.rounds)
+        budget = Budget(seconds, images_usual, rounds * updates.steps, rounds)
+    else:
+        an_image = synthesis / images_usual
+        images = SYNTHESIS * time / an_image
+        if updates:  # Every round has its steps.
+            images = min(images, time / (an_image + a_step * updates.steps / (updates.every * made.batch_size)))
+        size = made.batch_size if images > made.batch_size else 1
+        images = int(images) // size * size
+        budget = Budget(seconds, images, int((time - images * an_image) / a_step))
+    if budget.images < FEWEST or budget.steps < 1:
+        least = FEWEST * synthesis / images_usual / SYNTHESIS / (1 - SPARE)
+        raise BadInput(
+            f"{seconds:.0f} s are too short: {FEWEST} images alone take {SYNTHESIS:.0%} of {least:.0f} s.",
+            "Give a longer --budget, or fewer --steps.",
+        )
+    what = f"{budget.rounds} rounds of a generator" if budget.rounds else f"{budget.images} images"
+    console.notice(f"{what} and {budget.steps} training steps fit into {seconds:.0f} s.")
+    return budget
+
+
+def _stored(options: Mapping[str, Any], seconds: float, folder: Path) -> Budget:
+    stored = options.get("budget")
+    if not stored or stored["seconds"] != seconds:
+        began = f"{stored['seconds']:g} s" if stored else "no budget"
+        raise BadInput(f"{folder} was begun with {began}.", "Resume with the same, or name another folder.")
+    return Budget(**stored)
