@@ -54,12 +54,14 @@ if TYPE_CHECKING:
     from dfcompress.verbs.evaluate import Evaluation as Evaluation
     from dfcompress.verbs.evaluate import evaluate as evaluate
     from dfcompress.verbs.export import export as export
+    from dfcompress.verbs.extend import extend as extend
     from dfcompress.verbs.inspect import Ability as Ability
     from dfcompress.verbs.inspect import Inspection as Inspection
     from dfcompress.verbs.inspect import inspect as inspect
     from dfcompress.verbs.invert import Inversion as Inversion
     from dfcompress.verbs.invert import invert as invert
     from dfcompress.verbs.merge import merge as merge
+    from dfcompress.verbs.prune import prune as prune
     from dfcompress.verbs.quantize import quantize as quantize
     from dfcompress.verbs.record import Recorded as Recorded
     from dfcompress.verbs.record import record as record
@@ -97,9 +99,11 @@ _MODULES = {
     "verbs.doctor": ["Diagnosis", "doctor"],
     "verbs.evaluate": ["Evaluation", "evaluate"],
     "verbs.export": ["export"],
+    "verbs.extend": ["extend"],
     "verbs.inspect": ["Ability", "Inspection", "inspect"],
     "verbs.invert": ["Inversion", "invert"],
     "verbs.merge": ["merge"],
+    "verbs.prune": ["prune"],
     "verbs.quantize": ["quantize"],
     "verbs.record": ["Recorded", "record"],
 }

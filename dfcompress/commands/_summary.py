@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dfcompress.evaluation.onnx_check import Exported
     from dfcompress.verbs._finish import Compressed
     from dfcompress.verbs._plan import Plan, SynthesisEstimate
-    from dfcompress.verbs.evaluate import Evaluation
+    from dfcompress.verbs.evaluate import Evaluation, Forgetting
 
 # More numbers or names than these do not fit into a line of 100 characters.
 CLASSES_SHOWN = 20
@@ -60,6 +60,17 @@ def evaluation(measured: Evaluation) -> None:
         for score in measured.results
     ]
     console.table(["checkpoint", *which, "correct", "top-1", "top-5", "agreement"], rows)
+    if measured.forgetting:
+        forgotten(measured.forgetting)
+
+
+def forgotten(classes: Sequence[Forgetting]) -> None:
+    """What was right of each old class before and after; of many classes those that lost the most."""
+    worst = sorted(classes, key=lambda each: each.after - each.before)[:CLASSES_SHOWN]
+    lost = sum(each.before - each.after for each in classes) / len(classes)
+    console.result(f"forgotten of an old class: {100 * lost:.2f} points on average; the classes that lost the most:")
+    rows = [[each.name, str(each.total), f"{each.before:.2%}", f"{each.after:.2%}"] for each in worst]
+    console.table(["old class", "images", "before", "after"], rows)
 
 
 def _share(share: float | None) -> str:
@@ -118,6 +129,26 @@ def layers(report: dict[str, Any]) -> None:
         console.result(f"{name} ({kind}) stays in float")
     for name, count in report.get("unused_bytes", {}).items():  # Earlier runs did not name them.
         console.result(f"{name} ({count:,} bytes) is not used by evaluation and stays in float")
+
+
+def widths(report: dict[str, Any]) -> None:
+    """What pruning kept of the budget, a line for each layer that lost channels, and why others did not."""
+    last = report["rounds"][-1]
+    share = last["after"] / last["before"]
+    console.result(f"{last['after']:,.0f} of {last['before']:,.0f} {last['unit']} ({share:.1%})")
+    rows = [
+        [
+            row["layer"],
+            "{} > {}".format(*row["in"]),
+            "{} > {}".format(*row["out"]),
+            "" if row["importance"] is None else f"{row['importance']:.3g}",
+        ]
+        for row in report["layers"]
+        if row["in"][0] != row["in"][1] or row["out"][0] != row["out"][1]
+    ]
+    console.table(["layer", "channels in", "channels out", "importance"], rows)
+    for sentence in report["refused"].values():
+        console.result(sentence)
 
 
 def compressed(result: Compressed, *, as_json: bool) -> None:

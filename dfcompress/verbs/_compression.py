@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfcompress.data.batches import BatchSource
 from dfcompress.data.pool import ImagePool
 from dfcompress.data.real import reshaped
 from dfcompress.data.synthetic_set import as_float, as_stored
 from dfcompress.device import Compute
 from dfcompress.models.classifier import Classifier
+from dfcompress.pruning.budget import Pruned
 from dfcompress.quantization.calibration import Calibrated
 from dfcompress.run import Run
 from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
@@ -31,7 +33,9 @@ from dfcompress.verbs.export import FILE, sampled, write_compared
 @dataclass(frozen=True)
 class Train:
     """Training of the student by a distiller; `prepare` is done to its network first. With `repair` it is a trained
-    network that keeps what it knows (see `Trainer`). A `live` source makes its images meanwhile.
+    network that keeps what it knows (see `Trainer`). A `live` source makes its images meanwhile. `batches` makes other
+    batches of the sets than those that hold equally many images of each. The state is kept in the folder `place` inside
+    the run's.
     """
 
     student: Classifier
@@ -41,6 +45,8 @@ class Train:
     repair: bool = False
     prepare: Callable[[nn.Module], None] | None = None
     live: TransferSetSource | None = None
+    batches: Callable[[Sequence[TransferSet]], BatchSource] | None = None
+    place: str = ""
 
     def require_possible(self, sets: Sequence[int]) -> None:
         """Raise `BadInput` where the student cannot be trained on sets of so many images."""
@@ -54,11 +60,15 @@ class Train:
         """Train on all sets."""
         if self.prepare:
             self.prepare(self.student.network)
+        folder = run.folder / self.place
+        folder.mkdir(exist_ok=True)
         trainer = Trainer(
-            self.student, self.distiller, self.settings, compute=self.compute, folder=run.folder, repair=self.repair
+            self.student, self.distiller, self.settings, compute=self.compute, folder=folder, repair=self.repair
         )
         if self.live:
             return self._take_live(trainer, run, *sets)
+        if self.batches:
+            return trainer.fit(self.batches(sets))
         images, labels = [each.train for each in sets], [each.train_labels for each in sets]
         return trainer.fit(self.settings.pool(*images, labels=labels, seed=self.compute.seed))
 
@@ -83,7 +93,7 @@ class Compression:
     `teachers` answer with the student's classes `outputs`, one tensor `(classes,)` for each. `sources` give the images
     of each teacher, by the folder inside the run's in which they are made. `complete` does what is left to do between
     the last step and saving, with what each step found. `export` is the runtime of an ONNX file that is written beside
-    the model.
+    the model, and timed against that of `beside`, by default of the same network in float.
     """
 
     verb: str
@@ -95,6 +105,7 @@ class Compression:
     compute: Compute
     complete: Callable[[Run, Mapping[str, Outcome]], None] | None = None
     export: Target | None = None
+    beside: Classifier | None = None
 
     def plan(
         self,
@@ -139,12 +150,19 @@ class Compression:
             images = [source.gather(run.folder / folder, learnt=True) for folder, source in self.sources.items()]
             sets = [replace(each, train=_in_form(each.train, size)) for each in images]
         trained = found.get("training")
-        assert not isinstance(trained, Calibrated)
+        assert not isinstance(trained, Calibrated | Pruned)
         if self.complete:
             self.complete(run, found)
         export = None
         if self.export:
-            export = partial(write_compared, path=run.folder / FILE, images=sampled(sets[0].train), target=self.export)
+            images_of_export = sampled(sets[0].train)
+            export = partial(
+                write_compared,
+                path=run.folder / FILE,
+                images=images_of_export,
+                target=self.export,
+                beside=self.beside,
+            )
         return save_and_measure(
             run,
             self.student,
