@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from dfcompress.verbs.evaluate import Evaluation as Evaluation
     from dfcompress.verbs.evaluate import evaluate as evaluate
     from dfcompress.verbs.export import export as export
+    from dfcompress.verbs.extend import extend as extend
     from dfcompress.verbs.inspect import Ability as Ability
     from dfcompress.verbs.inspect import Inspection as Inspection
     from dfcompress.verbs.inspect import inspect as inspect
@@ -98,6 +99,7 @@ _MODULES = {
     "verbs.doctor": ["Diagnosis", "doctor"],
     "verbs.evaluate": ["Evaluation", "evaluate"],
     "verbs.export": ["export"],
+    "verbs.extend": ["extend"],
     "verbs.inspect": ["Ability", "Inspection", "inspect"],
     "verbs.invert": ["Inversion", "invert"],
     "verbs.merge": ["merge"],

@@ -155,7 +155,7 @@ class Run:
                 "processor": processor_name(device),
             }
         )
-        for state in self.folder.glob(f"*{STATE}"):
+        for state in self.folder.rglob(f"*{STATE}"):
             state.unlink()
 
     def _write(self, values: Mapping[str, Any]) -> None:

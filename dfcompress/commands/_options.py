@@ -285,6 +285,7 @@ class _ModelPath(click.Path):
 
 one = click.argument("model", type=_ModelPath(path_type=Path), envvar="DFCOMPRESS_MODEL")
 model = group("model", _load, one, loading, class_names)
+model_of_other_classes = group("model", _load, one, loading)
 
 several = click.argument("models", nargs=-1, required=True, type=PATH)
 models = group("models", _load_all, several, loading, class_names)

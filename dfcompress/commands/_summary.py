@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dfcompress.evaluation.onnx_check import Exported
     from dfcompress.verbs._finish import Compressed
     from dfcompress.verbs._plan import Plan, SynthesisEstimate
-    from dfcompress.verbs.evaluate import Evaluation
+    from dfcompress.verbs.evaluate import Evaluation, Forgetting
 
 # More numbers or names than these do not fit into a line of 100 characters.
 CLASSES_SHOWN = 20
@@ -60,6 +60,17 @@ def evaluation(measured: Evaluation) -> None:
         for score in measured.results
     ]
     console.table(["checkpoint", *which, "correct", "top-1", "top-5", "agreement"], rows)
+    if measured.forgetting:
+        forgotten(measured.forgetting)
+
+
+def forgotten(classes: Sequence[Forgetting]) -> None:
+    """What was right of each old class before and after; of many classes those that lost the most."""
+    worst = sorted(classes, key=lambda each: each.after - each.before)[:CLASSES_SHOWN]
+    lost = sum(each.before - each.after for each in classes) / len(classes)
+    console.result(f"forgotten of an old class: {100 * lost:.2f} points on average; the classes that lost the most:")
+    rows = [[each.name, str(each.total), f"{each.before:.2%}", f"{each.after:.2%}"] for each in worst]
+    console.table(["old class", "images", "before", "after"], rows)
 
 
 def _share(share: float | None) -> str:

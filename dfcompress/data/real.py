@@ -84,6 +84,14 @@ def open_images(path: str | Path, card: ModelCard, *, part: Part = "test") -> Im
     return Fitted(source, card.input_size)
 
 
+def folder_names(path: str | Path) -> tuple[str, ...] | None:
+    """The names of the class folders at `path`, sorted, where it is an `ImageFolder`; None for all else."""
+    path = Path(path)
+    if not path.is_dir() or (path / MANIFEST).exists() or _idx_files(path):
+        return None
+    return tuple(folder.name for folder in _class_folders(path)) or None
+
+
 def _open_whole(path: Path, card: ModelCard, part: Part) -> tuple[ImageSource, Size]:
     """A source whose images are all of one size, and that size."""
     if path.is_dir() and (path / MANIFEST).exists():
@@ -168,7 +176,7 @@ class ImageFolder:
 
     def __init__(self, folder: Path, card: ModelCard) -> None:
         self.size = card.input_size
-        folders = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        folders = _class_folders(folder)
         if not folders:
             raise BadInput(f"{folder} holds no class folders and no image data.", KINDS)
         self.class_names = card.class_names or _sorted_names(folder, folders, card.classes)
@@ -202,6 +210,10 @@ class ImageFolder:
 
     def _read(self, file: Path) -> Tensor:
         return fit(as_float(_read_picture(file))[None], self.size)[0]
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def fit(images: Tensor, input_size: Size) -> Tensor:

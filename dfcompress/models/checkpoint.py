@@ -107,7 +107,7 @@ def load(
         "input_size": input_size,
         "mean": mean,
         "std": std,
-        "class_names": _names(Path(class_names)) if class_names else None,
+        "class_names": class_names_in(Path(class_names)) if class_names else None,
     }
     given = _checked(given, "the command line")
     if arch and arch != stated.get("architecture"):
@@ -171,7 +171,7 @@ def load_saved(folder: Path, classifier: Classifier) -> Classifier:
     leads to: its form is then that of the classifier's.
     """
     name = classifier.card.architecture
-    if _is_built_by_name(classifier):
+    if is_built_by_name(classifier):
         # Naming the architecture again lets a factory of the user's run: it was named for this run.
         return load(folder, arch=name if runs_code(name) else None)
     console.notice(
@@ -189,7 +189,7 @@ def load_saved(folder: Path, classifier: Classifier) -> Classifier:
     return Classifier(network, settled, name=_name(folder), sha256=sha256(folder), path=folder).frozen()
 
 
-def _is_built_by_name(classifier: Classifier) -> bool:
+def is_built_by_name(classifier: Classifier) -> bool:
     """Whether the name on the card leads to a network with these tensors."""
     card = classifier.card
     shapes = {name: value.shape for name, value in without_counters(classifier.network.state_dict()).items()}
@@ -585,7 +585,8 @@ def _check_names(card: ModelCard) -> None:
         )
 
 
-def _names(path: Path) -> tuple[str, ...]:
+def class_names_in(path: Path) -> tuple[str, ...]:
+    """The lines of a text file that are not empty; raises `BadInput` where it cannot be read."""
     try:
         return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:

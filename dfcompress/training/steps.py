@@ -219,12 +219,12 @@ def layout_of(execution: Execution) -> torch.memory_format:
 @contextmanager
 def dropping(student: Classifier, share: float) -> Iterator[None]:
     """Drop that share of what the student's last layer takes, at random in every pass; 0 drops nothing."""
-    names = [_last_layer(student)] if share else []
+    names = [last_layer(student)] if share else []
     with hooked_inputs(student.network, names, lambda name, features: F.dropout(features, share)):
         yield
 
 
-def _last_layer(student: Classifier) -> str:
+def last_layer(student: Classifier) -> str:
     """The name of the layer with weights that evaluation calls last."""
     called: list[str] = []
     layers = weighted_layers(student.network)

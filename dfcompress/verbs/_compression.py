@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfcompress.data.batches import BatchSource
 from dfcompress.data.pool import ImagePool
 from dfcompress.data.real import reshaped
 from dfcompress.data.synthetic_set import as_float, as_stored
@@ -32,8 +33,9 @@ from dfcompress.verbs.export import FILE, sampled, write_compared
 @dataclass(frozen=True)
 class Train:
     """Training of the student by a distiller; `prepare` is done to its network first. With `repair` it is a trained
-    network that keeps what it knows (see `Trainer`). A `live` source makes its images meanwhile. `folder` is the one
-    inside the run's in which the training keeps its state.
+    network that keeps what it knows (see `Trainer`). A `live` source makes its images meanwhile. `batches` makes other
+    batches of the sets than those that hold equally many images of each. The state is kept in the folder `place` inside
+    the run's.
     """
 
     student: Classifier
@@ -43,7 +45,8 @@ class Train:
     repair: bool = False
     prepare: Callable[[nn.Module], None] | None = None
     live: TransferSetSource | None = None
-    folder: str = ""
+    batches: Callable[[Sequence[TransferSet]], BatchSource] | None = None
+    place: str = ""
 
     def require_possible(self, sets: Sequence[int]) -> None:
         """Raise `BadInput` where the student cannot be trained on sets of so many images."""
@@ -57,12 +60,15 @@ class Train:
         """Train on all sets."""
         if self.prepare:
             self.prepare(self.student.network)
-        folder = run.folder / self.folder
+        folder = run.folder / self.place
+        folder.mkdir(exist_ok=True)
         trainer = Trainer(
             self.student, self.distiller, self.settings, compute=self.compute, folder=folder, repair=self.repair
         )
         if self.live:
             return self._take_live(trainer, run, *sets)
+        if self.batches:
+            return trainer.fit(self.batches(sets))
         images, labels = [each.train for each in sets], [each.train_labels for each in sets]
         return trainer.fit(self.settings.pool(*images, labels=labels, seed=self.compute.seed))
 

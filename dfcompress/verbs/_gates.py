@@ -39,7 +39,10 @@ class Gates:
         if self.max_drop is not None:
             self.require_images(result.output if result.evaluation else None)
             assert result.evaluation
-            of_teacher, of_student = result.evaluation.results[:2]
+            of_teacher, *others = result.evaluation.results
+            if of_teacher.images in ("new", "all"):
+                raise GateNotMet("--max-drop is of the old classes, and no image of --eval-data is of one.")
+            of_student = others[0]
             # By counts: shares are not exact, and a loss of just so many points is allowed.
             drop = 100 * (of_teacher.correct - of_student.correct) / of_student.total
             if drop > self.max_drop:

@@ -31,7 +31,8 @@ class Score:
 
     `top1` has its `standard_error`; `top5` is None for fewer than five classes. `agreement` is the share of images on
     which it answers as the first checkpoint does, None where there is nobody to agree with. After merging, `images`
-    names the teacher whose images they are, or `all`; else it is None.
+    names the teacher whose images they are, or `all`; after extending, whether they are of `old` or `new` classes, or
+    of `all`; else it is None.
     """
 
     checkpoint: str
@@ -49,21 +50,38 @@ class Score:
         return values if self.images is not None else {name: values[name] for name in values if name != "images"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Forgetting:
+    """The shares, in [0, 1], of the `total` images of an old class that were right `before` a model was extended, among
+    its own classes, and are right `after`, among all.
+    """
+
+    name: str
+    total: int
+    before: float
+    after: float
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """One `Score` a checkpoint, in the order given."""
+    """One `Score` a checkpoint, in the order given; after extending, `forgetting` has every old class of the images."""
 
     results: list[Score]
     fail_under: float | None = None
+    forgetting: list[Forgetting] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as `--json` prints them."""
-        return {"results": [score.to_json() for score in self.results]}
+        """The fields as `--json` prints them; `forgetting` only where it is known."""
+        values: dict[str, Any] = {"results": [score.to_json() for score in self.results]}
+        if self.forgetting is not None:
+            values["forgetting"] = [asdict(each) for each in self.forgetting]
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
         """The evaluation that `to_json` gave."""
-        return cls([Score(**score) for score in values["results"]])
+        forgetting = [Forgetting(**each) for each in values["forgetting"]] if "forgetting" in values else None
+        return cls([Score(**score) for score in values["results"]], forgetting=forgetting)
 
     def check_gate(self) -> None:
         """Raise `GateNotMet` where the top-1 of any checkpoint is below `fail_under`."""

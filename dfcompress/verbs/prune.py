@@ -324,7 +324,7 @@ class Distill:
             self.compute,
             repair=True,
             live=self.live,
-            folder=self.folder,
+            place=self.folder,
         )
 
 

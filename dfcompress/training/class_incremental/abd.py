@@ -1,0 +1,83 @@
+"""ABD, Always Be Dreaming (Smith et al. 2021): new classes are told apart among themselves, old features are kept.
+
+L = CE(p(x | new), y) + 0.1·‖W_old φ(x) − W_old φ_old(x)‖²/K on all images (φ are features, W_old the old model's last
+layer, K its outputs) + CE(W sg(φ(x)), y) over all outputs and images, which trains the last layer alone (sg stops
+gradients); both cross-entropies weigh classes equally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dfcompress.data.batches import Batch
+from dfcompress.models.classifier import Classifier
+from dfcompress.training.class_incremental.method import (
+    NEW,
+    ExtensionTask,
+    Head,
+    IncrementalMethod,
+    mean_where,
+    usual_training,
+    weighted_cross_entropy,
+)
+
+FEATURE_WEIGHT = 0.1  # As in the released code for CIFAR-100.
+
+
+class AlwaysBeDreaming:
+    """Values: `new`, the cross-entropy among new classes; `features`, the squared difference through the old last
+    layer; `balance`, the cross-entropy over all classes that trains the last layer.
+
+    The label of a made image is the old model's best class.
+    """
+
+    names: Sequence[str] = ("new", "features", "balance")
+
+    def __init__(self, task: ExtensionTask) -> None:
+        self.teachers: Sequence[Classifier] = [task.old]
+        self.known, self.repeatable = task.known, True
+        self._old_head, self._head = Head(task.old), Head(task.student)
+        self.module: nn.Module = nn.Module()
+        self.module.register_buffer("weights", torch.tensor([1.0, FEATURE_WEIGHT, 1.0]))
+        self.module.register_buffer("class_weights", task.class_weights)
+
+    @property
+    def weights(self) -> Tensor:
+        """Those of the released code."""
+        return self.module.get_buffer("weights")
+
+    @contextmanager
+    def attached(self, student: Classifier) -> Iterator[None]:
+        """Record the student's features."""
+        with Head(student).attached() as self._head:
+            yield
+
+    def targets(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The old model's logits."""
+        return (self.teachers[0](batch.images).float(),)
+
+    def losses(self, student: nn.Module, batch: Batch, targets: tuple[Tensor, ...]) -> Tensor:
+        """The three terms."""
+        logits = student(batch.images).float()
+        features, is_new, class_weights = (
+            self._head.taken(),
+            batch.sources == NEW,
+            self.module.get_buffer("class_weights"),
+        )
+        labels = batch.labels.where(is_new, targets[0].argmax(1))
+        is_of_new_class = labels >= self.known
+        among_new = (labels - self.known).clamp_min(0)
+        new = weighted_cross_entropy(logits[:, self.known :], among_new, class_weights[self.known :])
+        distance = (self._old_head.answer(features) - targets[0]).square().mean(1)
+        balance = weighted_cross_entropy(self._head.answer(features.detach()), labels, class_weights)
+        return torch.stack([mean_where(new, is_of_new_class), distance.mean(), balance.mean()])
+
+    def update(self, values: Tensor) -> None:
+        """Nothing: the weights are fixed."""
+
+
+METHOD = IncrementalMethod(distiller=AlwaysBeDreaming, training=usual_training(steps=3000, lr=0.05))

@@ -1,0 +1,82 @@
+"""DeepInversion's class-incremental learning (Yin et al. 2020, section 4.4).
+
+L = KL(p_old(x̂) ‖ p(x̂)) + CE(p(x), y) + KL(p_new(x) ‖ p(x | new)) + KL(p_old(x) ‖ p(x | old)) on images x̂ that the old
+model made and labelled images x of new classes; p is the student's softmax, p(· | new) that over its new outputs alone,
+p_new a model of the new classes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfcompress.data.batches import Batch
+from dfcompress.models.classifier import Classifier
+from dfcompress.training.class_incremental.method import (
+    NEW,
+    ExtensionTask,
+    IncrementalMethod,
+    kl_divergence,
+    mean_where,
+    usual_training,
+    weighted_cross_entropy,
+)
+
+
+class DeepInversion:
+    """Values: `kd`, the divergence on made images, over all outputs, so that they are no new class either; `ce` on
+    labelled ones; `kd-new` and `kd-old`, the two divergences on those.
+
+    The paper states no weights. Ours: `kd` counts as the old classes' share of all, the others as the new ones'.
+    """
+
+    names: Sequence[str] = ("kd", "ce", "kd-new", "kd-old")
+
+    def __init__(self, task: ExtensionTask) -> None:
+        assert task.expert is not None
+        self.teachers: Sequence[Classifier] = [task.old, task.expert]
+        self.known, self.repeatable = task.known, True
+        old, new = task.shares
+        self.module: nn.Module = nn.Module()
+        self.module.register_buffer("weights", torch.tensor([old, new, new, new]))
+        self.module.register_buffer("class_weights", task.class_weights)
+
+    @property
+    def weights(self) -> Tensor:
+        """The shares of the classes."""
+        return self.module.get_buffer("weights")
+
+    def attached(self, student: Classifier) -> AbstractContextManager[None]:
+        """Nothing is attached."""
+        return nullcontext()
+
+    def targets(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The logits of the old model and of the model of the new classes alone."""
+        return tuple(teacher(batch.images).float() for teacher in self.teachers)
+
+    def losses(self, student: nn.Module, batch: Batch, targets: tuple[Tensor, ...]) -> Tensor:
+        """The four terms."""
+        logits, is_new = student(batch.images).float(), batch.sources == NEW
+        of_old, of_expert = targets
+        missing = logits.shape[1] - self.known
+        old_over_all = F.pad(of_old, (0, missing), value=-100.0)  # No probability for what it does not know.
+        labels = batch.labels.where(is_new, 0)
+        ce = weighted_cross_entropy(logits, labels, self.module.get_buffer("class_weights"))
+        return torch.stack(
+            [
+                mean_where(kl_divergence(old_over_all, logits), ~is_new),
+                mean_where(ce, is_new),
+                mean_where(kl_divergence(of_expert, logits[:, self.known :]), is_new),
+                mean_where(kl_divergence(of_old, logits[:, : self.known]), is_new),
+            ]
+        )
+
+    def update(self, values: Tensor) -> None:
+        """Nothing: the weights are fixed."""
+
+
+METHOD = IncrementalMethod(distiller=DeepInversion, training=usual_training(steps=3000, lr=0.05), expert=True)

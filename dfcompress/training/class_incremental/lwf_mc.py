@@ -1,0 +1,61 @@
+"""LwF.MC (Rebuffi et al. 2017, section 4): learning without forgetting for several classes, on new images alone.
+
+The sum over all outputs of the binary cross-entropy of σ(logit): with the labels for new outputs, with what the old
+model answers for old ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfcompress.data.batches import Batch
+from dfcompress.models.classifier import Classifier
+from dfcompress.training.class_incremental.method import ExtensionTask, IncrementalMethod, usual_training
+
+
+class LwfMc:
+    """Values: `new` and `old`, the binary cross-entropies summed over the outputs of each, mean over images."""
+
+    names: Sequence[str] = ("new", "old")
+
+    def __init__(self, task: ExtensionTask) -> None:
+        self.teachers: Sequence[Classifier] = [task.old]
+        self.known, self.repeatable = task.known, True
+        self.module: nn.Module = nn.Module()
+        self.module.register_buffer("weights", torch.ones(2))
+
+    @property
+    def weights(self) -> Tensor:
+        """One each."""
+        return self.module.get_buffer("weights")
+
+    def attached(self, student: Classifier) -> AbstractContextManager[None]:
+        """Nothing is attached."""
+        return nullcontext()
+
+    def targets(self, batch: Batch) -> tuple[Tensor, ...]:
+        """σ of the old model's logits."""
+        return (self.teachers[0](batch.images).float().sigmoid(),)
+
+    def losses(self, student: nn.Module, batch: Batch, targets: tuple[Tensor, ...]) -> Tensor:
+        """The two sums."""
+        logits = student(batch.images).float()
+        wanted = F.one_hot(batch.labels.clamp_min(0), logits.shape[1]).float()
+        new, old = logits[:, self.known :], logits[:, : self.known]
+        return torch.stack(
+            [
+                F.binary_cross_entropy_with_logits(new, wanted[:, self.known :], reduction="none").sum(1).mean(),
+                F.binary_cross_entropy_with_logits(old, targets[0], reduction="none").sum(1).mean(),
+            ]
+        )
+
+    def update(self, values: Tensor) -> None:
+        """Nothing: the weights are fixed."""
+
+
+METHOD = IncrementalMethod(distiller=LwfMc, training=usual_training(steps=3000, lr=0.05), replays=False)

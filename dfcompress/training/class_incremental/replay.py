@@ -1,0 +1,92 @@
+"""`Replay`: batches of images that stand for old classes, replayed, and of labelled images of new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfcompress.data.batches import Batch
+from dfcompress.data.pool import ImagePool
+from dfcompress.randomness import seed_of
+from dfcompress.training.class_incremental.method import NEW, OLD
+from dfcompress.training.settings import Training
+
+LEAST_SHARE = 1 / 4
+
+
+class Replay:
+    """A `BatchSource`: the old images first, then the new ones, in the `shares` of the classes that they stand for, but
+    never less than a quarter of a batch of either.
+
+    Images are stored ones, `(N, C, H, W)`, with their labels; without `old` images all are new ones. A set that has
+    fewer images than its part of a batch shows them several times.
+    """
+
+    def __init__(
+        self,
+        old: tuple[Tensor, Tensor] | None,
+        new: tuple[Tensor, Tensor],
+        training: Training,
+        *,
+        old_share: float,
+        seed: int,
+    ) -> None:
+        parts = parts_of(training.batch_size, old_share) if old else (0, training.batch_size)
+        self._pools = {
+            source: _pool(*images, training, size, seed_of("replay", seed, source))
+            for source, images, size in zip((OLD, NEW), (old, new), parts, strict=True)
+            if images is not None
+        }
+        self.batch_size = sum(parts)
+
+    def batch(self, step: int) -> Batch:
+        """The images of `step`, changed as the training's augmentation says; `sources` is `OLD` or `NEW`."""
+        batches = [
+            batch._replace(sources=torch.full_like(batch.sources, source))
+            for source, pool in self._pools.items()
+            for batch in [pool.batch(step)]
+        ]
+        return Batch(*(torch.cat(values) for values in zip(*batches, strict=True)))
+
+    def to(self, device: torch.device) -> None:
+        """Put the stored images, and so the batches, on `device`."""
+        for pool in self._pools.values():
+            pool.to(device)
+
+    def measured(self) -> dict[str, float]:
+        """Nothing: the images were there before."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the step says all."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to go on from."""
+
+
+def parts_of(batch_size: int, old_share: float) -> tuple[int, int]:
+    """How many images of a batch stand for old classes, and how many for new ones."""
+    old = round(batch_size * min(max(old_share, LEAST_SHARE), 1 - LEAST_SHARE))
+    return old, batch_size - old
+
+
+def class_weights(new_labels: Tensor, classes: int, known: int, batch_size: int) -> Tensor:
+    """The weights `(classes,)` with which every class counts the same in a batch, if the images replayed are as many of
+    each of the `known` classes; 0 for a class without images.
+    """
+    old, new = parts_of(batch_size, known / classes)
+    counts = torch.zeros(classes)
+    counts[:known] = old / known
+    counts += new * new_labels.bincount(minlength=classes) / len(new_labels)
+    return torch.where(counts > 0, batch_size / (classes * counts), 0.0)
+
+
+def _pool(images: Tensor, labels: Tensor, training: Training, size: int, seed: int) -> ImagePool:
+    repeats = -(-size // len(images))
+    part = replace(training, batch_size=size)
+    return part.pool(images.repeat(repeats, 1, 1, 1), labels=[labels.repeat(repeats)], seed=seed)

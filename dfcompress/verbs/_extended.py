@@ -1,0 +1,94 @@
+"""How a model does on real images before and after it was extended: on old classes, on new ones, and on all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dfcompress.data.real import open_images
+from dfcompress.device import resolve_device
+from dfcompress.errors import BadInput
+from dfcompress.evaluation.metrics import Predictions, predict
+from dfcompress.models.card import ModelCard
+from dfcompress.models.classifier import Classifier
+from dfcompress.verbs._finish import Measure
+from dfcompress.verbs._new_images import open_new_images
+from dfcompress.verbs.evaluate import Evaluation, Forgetting, placed, score
+
+
+def extended_evaluator(
+    data: Sequence[str | Path],
+    old: Classifier,
+    card: ModelCard,
+    *,
+    names_file: str | Path | None,
+    device: str,
+) -> Measure:
+    """Counts both models on real images, where there are some: on one source whose labels are those of the extended
+    model, whose card is given, or on two, of the old classes and of new ones, labelled as the images that brought them.
+
+    Raises `BadInput` for more, and for images that do not fit.
+    """
+    if len(data) > 2:
+        raise BadInput(
+            f"--eval-data was given {len(data)} times.", "Give one source of all classes, or one of old, one of new."
+        )
+    if not data:
+        return lambda saved: None
+    sources = [(each, each.labels) for each in [open_images(data[0], card if len(data) == 1 else old.card)]]
+    if len(data) == 2:
+        new = open_new_images(data[1], old.card, names_file=names_file, part="test")
+        unknown = [name for name in new.class_names if name not in (card.class_names or ())]
+        if unknown:
+            raise BadInput(
+                f"{data[1]} has the class {unknown[0]!r}, which is not learnt.", "Give images of new classes."
+            )
+        outputs = torch.tensor([(card.class_names or ()).index(name) for name in new.class_names])
+        sources.append((new.source, outputs[new.labels]))
+
+    def measure(saved: Classifier) -> Evaluation:
+        target, labels = resolve_device(device), torch.cat([labels for _, labels in sources])
+        predictions = []
+        for classifier in (old, saved):
+            with placed(classifier, target):
+                found = [predict(classifier, source.batches(256)).classes for source, _ in sources]
+            predictions.append(Predictions(torch.cat(found), labels))
+        return evaluate_extended(old, saved, *predictions)
+
+    return measure
+
+
+def evaluate_extended(old: Classifier, extended: Classifier, before: Predictions, after: Predictions) -> Evaluation:
+    """The old model and the extended one on images of the old classes, and the extended one on those of the new classes
+    and on all; of every old class, the share that was right and is right.
+
+    The old model chooses among its own classes, the extended one among all: its task is harder.
+    """
+    known = old.card.classes
+    of_old = after.labels < known
+    name, scores = str(extended.path or extended.name), []
+    if of_old.any():
+        old_before, old_after = _part(before, of_old), _part(after, of_old)
+        scores += [score(str(old.path or old.name), old_before, old_before, images="old")]
+        scores += [score(name, old_after, old_before, images="old")]
+    if not of_old.all():
+        scores += [score(name, _part(after, ~of_old), None, images="new")]
+    scores += [score(name, after, None, images="all")]
+    names = old.card.class_names or tuple(map(str, range(known)))
+    forgetting = [
+        _forgotten(names[label], _part(before, after.labels == label), _part(after, after.labels == label))
+        for label in after.labels[of_old].unique().tolist()
+    ]
+    return Evaluation(scores, forgetting=forgetting)
+
+
+def _part(predictions: Predictions, chosen: Tensor) -> Predictions:
+    return Predictions(predictions.classes[chosen], predictions.labels[chosen])
+
+
+def _forgotten(name: str, before: Predictions, after: Predictions) -> Forgetting:
+    total = len(after)
+    return Forgetting(name=name, total=total, before=before.correct() / total, after=after.correct() / total)

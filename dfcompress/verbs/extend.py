@@ -1,0 +1,181 @@
+"""`extend`: a checkpoint and labelled images of new classes in, a model of all classes out.
+
+dfcompress.extend("resnet20.pt", new_data="birds")
+dfcompress.extend("digits.pt", new_data="letters.npz", class_names="letters.txt", method="abd")
+dfcompress.extend("digits-extend", new_data="signs", old_images="images", training={"steps": 500})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfcompress import console
+from dfcompress.device import Compute
+from dfcompress.errors import BadInput
+from dfcompress.models.checkpoint import as_classifier
+from dfcompress.models.classifier import Classifier
+from dfcompress.run import Run
+from dfcompress.settings import AUTO, with_defaults
+from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
+from dfcompress.training.class_incremental import DEFAULT, MethodName, incremental_method
+from dfcompress.training.class_incremental.method import ExtensionTask, IncrementalMethod
+from dfcompress.training.class_incremental.oracle import Oracle
+from dfcompress.training.class_incremental.replay import Replay, class_weights
+from dfcompress.training.class_incremental.widening import make_expert, widen
+from dfcompress.training.loop import Trained
+from dfcompress.training.settings import Training
+from dfcompress.verbs._co_training import co_training
+from dfcompress.verbs._compression import Compression, Train
+from dfcompress.verbs._extended import extended_evaluator
+from dfcompress.verbs._finish import Compressed
+from dfcompress.verbs._new_images import NewImages, open_new_images
+from dfcompress.verbs._plan import Outcome, Plan, Step, planned
+from dfcompress.verbs.distill import IMAGES, LARGE_IMAGES, PROBE_IMAGES
+
+EXPERT = "new-classes"  # The step, and the folder, of the model of the new classes alone.
+# Of the side: 4 pixels at 32, as is usual for CIFAR, and 28 at 224.
+SHIFTED = 1 / 8
+
+
+@planned
+def extend(
+    checkpoint: str | Path | Classifier,
+    *,
+    new_data: str | Path,
+    class_names: str | Path | None = None,
+    also_old: bool = False,
+    old_images: str | Path | None = None,
+    old_data: str | Path | None = None,
+    method: MethodName = DEFAULT,
+    output: str | Path | None = None,
+    synthesis: Synthesis = Synthesis(),
+    training: Training | Mapping[str, Any] | None = None,
+    second_recipe: str | None = AUTO,
+    probe_images: int = PROBE_IMAGES,
+    compute: Compute = Compute(),
+    eval_data: Sequence[str | Path] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Plan[Compressed]:
+    """Let a classifier learn the classes of `new_data`, while images that it made itself replay its own classes.
+
+    The result is the same network with a wider last layer; outputs of old classes keep their numbers. `new_data` are
+    labelled images: an ImageFolder, an `.npz` or IDX files; their classes are called as the folders are, as the lines
+    of the text file `class_names` by label, or by the labels. Names that the model knows are refused, or with
+    `also_old` taken as more images of those classes.
+    `method` is one of the files in `training/class_incremental/`, and `training` changes single settings of its usual
+    ones. `old_images` are a synthetic set of the model (or real images) to replay; without them
+    `synthesis.images` are made first, half of them by `second_recipe`. `lwf-mc` replays nothing, and makes images only
+    to compare on; `oracle` replays real ones, `old_data`, and is there for comparison.
+    `probe_images` more, of another seed and recipe, tell how often both models agree on what was never trained on.
+    The folder `output` (default: `<checkpoint>-extend`) holds the model (`model.safetensors`, `config.json`), the
+    images that were made, `metrics.jsonl` and `run.json`. `eval_data` are real images that only report: one source with
+    the labels of the result, or two, of the old classes with their labels and of new ones, labelled as `new_data` are.
+    Raises `BadInput` where the model or the images cannot be used.
+    """
+    how = incremental_method(method)
+    old = as_classifier(checkpoint)
+    new = open_new_images(new_data, old.card, names_file=class_names, also_old=also_old)
+    student = widen(old, new.class_names, seed=compute.seed)
+    console.notice(_sentence(old, new))
+    if (old_data is not None) != how.real:
+        problem = f"--method {method} learns from {'' if how.real else 'no '}real images of the old classes."
+        raise BadInput(problem, "Give them with --old-data." if how.real else "Leave --old-data out.")
+    source = TransferSetSource(
+        old,
+        old_data if how.real else old_images,
+        synthesis.counted(_images(old, how)),
+        compute,
+        second_recipe=second_recipe,
+        probe_images=probe_images,
+        competitor=partial(co_training, old, student=old.card.architecture, compute=compute),
+    )
+    _tell_missing(source, old)
+    shift = round(SHIFTED * max(old.card.input_size[1:]))
+    usual = replace(how.training, augmentation=replace(how.training.augmentation, shift=shift))
+    training = with_defaults(usual, training)
+    measure = extended_evaluator(eval_data, old, student.card, names_file=class_names, device=compute.device)
+    options = {
+        "teacher": old.identity(),
+        "method": method,
+        "new_data": str(new_data),
+        "class_names": list(new.class_names),
+        "old_images": old_images and str(old_images),
+        "old_data": old_data and str(old_data),
+        "unseen": probe_images,
+        "synthesis": source.origin(),
+    }
+    labels = new.labels - old.card.classes
+    steps: dict[str, Step | None] = {}
+    expert = None
+    if how.expert:
+        expert = make_expert(old, new.class_names[old.card.classes :], seed=compute.seed + 1)
+        steps[EXPERT] = _train_expert(expert, new, labels, replace(training, steps=training.steps // 2), compute)
+    weights = class_weights(new.labels, student.card.classes, old.card.classes, training.batch_size)
+    task = ExtensionTask(old=old, student=student, expert=expert, class_weights=weights, steps=training.steps)
+
+    def batches(sets: Sequence[TransferSet]) -> Replay:
+        replayed = (sets[0].train, sets[0].train_labels) if how.replays else None
+        return Replay(replayed, (new.stored, new.labels), training, old_share=task.shares[0], seed=compute.seed)
+
+    steps["training"] = Train(student, how.distiller(task), training, compute, repair=True, batches=batches)
+    inputs = [new_data, class_names, old_images, old_data, *eval_data]
+    return Compression(
+        verb="extend",
+        student=student,
+        teachers=[old],
+        outputs=[torch.arange(old.card.classes)],
+        sources={"": source},
+        measure=measure,
+        compute=compute,
+        complete=_count_seconds,
+    ).plan(steps, options, inputs, output, resume=resume, overwrite=overwrite)
+
+
+def _images(old: Classifier, how: IncrementalMethod) -> int:
+    """How many images are made by default: a method that replays none needs some to compare on."""
+    if not how.replays:
+        return PROBE_IMAGES
+    return IMAGES if old.card.small else LARGE_IMAGES
+
+
+def _train_expert(expert: Classifier, new: NewImages, labels: Tensor, training: Training, compute: Compute) -> Train:
+    """The training of a model of the new classes alone, by their `labels`; below 0 they are old ones."""
+    is_new, classes = labels >= 0, expert.card.classes
+    counts = labels[is_new].bincount(minlength=classes)
+    weights = is_new.sum() / (classes * counts)
+    task = ExtensionTask(old=expert, student=expert, expert=None, class_weights=weights, steps=training.steps)
+
+    def batches(sets: Sequence[TransferSet]) -> Replay:
+        return Replay(None, (new.stored[is_new], labels[is_new]), training, old_share=0.0, seed=compute.seed + 1)
+
+    return Train(expert, Oracle(task), training, compute, repair=True, batches=batches, place=EXPERT)
+
+
+def _count_seconds(run: Run, found: Mapping[str, Outcome]) -> None:
+    """Let the model of the new classes count in the run's seconds."""
+    expert = found.get(EXPERT)
+    if isinstance(expert, Trained):
+        run.seconds[EXPERT] = expert.seconds
+
+
+def _tell_missing(source: TransferSetSource, old: Classifier) -> None:
+    """Say how many old classes no given image stands for: images that the model's ancestor made, for instance."""
+    seen = [each.labels for each in source.sources]
+    missing = old.card.classes - len(torch.cat(seen).unique()) if seen else 0
+    if missing:
+        console.notice(f"No image stands for {missing} of the {old.card.classes} classes that {old.name} knows.")
+
+
+def _sentence(old: Classifier, new: NewImages) -> str:
+    names = new.class_names[old.card.classes :]
+    shown = ", ".join(names[:12]) + " ..." * (len(names) > 12)
+    return f"{len(new)} images bring {len(names)} new classes to the {old.card.classes} of {old.name}: {shown}."

@@ -1,0 +1,161 @@
+"""The tables of "Extending" in docs/results.md, by the installed command.
+
+    python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT [--seeds N] [--only CASE/ROW ...]
+    python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT --colour RESNET20 CIFAR --only colour/deepinversion
+
+TEACHERS is what docs/train_mnist_teachers.py wrote (`lenet5_bn-01234 lenet5_bn-56789 lenet5_bn-01 lenet5_bn`). Every
+row is one `dfcompress extend` a step, which is printed; results are appended to OUTPUT/rows.jsonl, and rows that are
+there are not made again. The images of the old classes are made by the first row of a case and seed, and the other rows
+replay the same. RESNET20 is the released checkpoint, CIFAR its test images (`cifar10-test-846.npz`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from measuring import Rows, run
+
+from dfcompress.data.real import Part, read_idx
+
+METHODS = ("deepinversion", "lwf-mc", "abd", "rdfcil", "oracle")
+# Of every case the digits that each step brings; the first ones are the teacher's.
+DIGITS = {
+    "halves": ("01234", "56789"),
+    "halves in the other order": ("56789", "01234"),
+    "few-shot": ("01234", "56789"),
+    "five steps": ("01", "23", "45", "67", "89"),
+}
+FEW = 50
+CASES = (*DIGITS, "fashion", "colour")
+
+
+def digits_file(given: argparse.Namespace, digits: str, part: Part, order: str = "", few: int = 0) -> Path:
+    """Images of these digits as an .npz, labelled by themselves or, with an `order`, by their places in it."""
+    file = given.output / f"{digits}-{part}{f'-of-{order}' if order else ''}{f'-{few}' if few else ''}.npz"
+    if not file.exists():
+        whole = read_idx(given.mnist, part)
+        images, labels = whole.images.numpy(), whole.labels.numpy()
+        chosen = {digit: np.flatnonzero(labels == int(digit))[: few or None] for digit in digits}
+        named = [np.full(len(places), (order or "0123456789").index(digit)) for digit, places in chosen.items()]
+        np.savez(file, images=images[np.concatenate([*chosen.values()])], labels=np.concatenate(named))
+    return file
+
+
+def colour_file(given: argparse.Namespace, part: Part) -> Path:
+    """MNIST in colour: every digit in a colour of its own on another one, drawn by seed 0."""
+    file = given.output / f"colour-{part}.npz"
+    if not file.exists():
+        whole, random = read_idx(given.mnist, part), np.random.default_rng(0)
+        ink = whole.images.numpy().astype(np.float32)[:, 0, :, :, None] / 255
+        paper, pen = (random.uniform(*ends, (len(ink), 1, 1, 3)) for ends in ((0, 120), (135, 255)))
+        coloured = (paper + ink * (pen - paper)).round().astype(np.uint8)
+        np.savez(file, images=coloured, labels=whole.labels.numpy())
+    return file
+
+
+def names_file(given: argparse.Namespace, what: str) -> Path:
+    """The names of ten classes, one a line."""
+    file = given.output / f"{what}.txt"
+    file.write_text("".join(f"{what}-{number}\n" for number in range(10)))
+    return file
+
+
+def measure(given: argparse.Namespace, case: str, method: str, seed: int) -> dict:
+    """One row: the evaluation after the last step, the seconds of all, and the forgetting of each old class."""
+    if case in DIGITS:
+        return steps_of_digits(given, case, method, seed)
+    old, tests, new, what = given.teachers / "lenet5_bn", [given.mnist, given.fashion], given.fashion, "fashion"
+    if case == "colour":
+        resnet20, cifar = given.colour
+        old, tests, new, what = resnet20, [cifar, colour_file(given, "test")], colour_file(given, "train"), "digit"
+    shown = " ".join(f"--eval-data {test}" for test in tests)
+    real = f" --old-data {given.mnist}" if method == "oracle" else ""
+    line = f"{old} --new-data {new} --class-names {names_file(given, what)} {shown}{real}"
+    return extended(given, case, method, seed, [line])
+
+
+def steps_of_digits(given: argparse.Namespace, case: str, method: str, seed: int) -> dict:
+    """Every step on the model of the step before."""
+    first, *others = DIGITS[case]
+    model, known, lines = given.teachers / f"lenet5_bn-{first}", first, []
+    for number, digits in enumerate(others):
+        order = known + digits
+        new = digits_file(given, digits, "train", few=FEW if case == "few-shot" else 0)
+        real = f" --old-data {digits_file(given, known, 'train', known)}" if method == "oracle" else ""
+        lines.append(f"{model} --new-data {new} --eval-data {digits_file(given, order, 'test', order)}{real}")
+        known, model = order, folder(given, case, method, seed, number)
+    return extended(given, case, method, seed, lines)
+
+
+def folder(given: argparse.Namespace, case: str, method: str, seed: int, number: int) -> Path:
+    """Where a step's result is kept."""
+    return given.output / f"{case.replace(' ', '-')}-{method}-{seed}-{number}"
+
+
+def extended(given: argparse.Namespace, case: str, method: str, seed: int, lines: list[str]) -> dict:
+    """Take the steps; the images of a first step are those of the first method that made some."""
+    seconds, results = 0.0, []
+    for number, line in enumerate(lines):
+        where, made = folder(given, case, method, seed, number), folder(given, case, METHODS[0], seed, number)
+        shared = number == 0 and made.exists() and method not in (METHODS[0], "lwf-mc", "oracle")
+        images = f" --old-images {made}" if shared else ""
+        result = run(f"extend {line}{images} --method {method} --seed {seed} -o {where} --overwrite")
+        seconds += result["seconds"]["total"]
+        results.append({**result["evaluation"], "unseen": result["teachers"][0]["unseen"]})
+    return {"seconds": seconds, "after": results}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: a line for each case and method, after the last step."""
+    columns = ("case", "method", "old classes", "new classes", "all classes", "mean", "forgotten", "agrees", "seconds")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for case in CASES:
+        for method in METHODS:
+            made = [row for row in rows if (row["case"], row["row"]) == (case, method)]
+            if made:
+                lines.append(_line(case, method, made))
+    return "\n".join(lines)
+
+
+def _line(case: str, method: str, made: list[dict]) -> str:
+    last = [row["after"][-1] for row in made]
+
+    def counts(images: str) -> str:
+        found = [[score for score in each["results"] if score["images"] == images][-1] for each in last]
+        return " ".join(f"{score['correct']:,}" for score in found) + f" of {found[0]['total']:,}"
+
+    shares = [each["results"][-1]["top1"] for each in last]
+    lost = [statistics.mean(old["before"] - old["after"] for old in each["forgetting"]) for each in last]
+    unseen = [each["unseen"] for each in last if each["unseen"] is not None]
+    cells = [case, method, counts("old"), counts("new"), counts("all"), f"{statistics.mean(shares):.2%}"]
+    cells += [f"{100 * statistics.mean(lost):.2f}", f"{statistics.mean(unseen):.1%}" if unseen else ""]
+    cells += [f"{statistics.mean(row['seconds'] for row in made):.0f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    for name in ("teachers", "mnist", "fashion", "output"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--colour", type=Path, nargs=2, metavar=("RESNET20", "CIFAR"))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=[], help="for instance halves/abd")
+    given = parser.parse_args()
+    rows = Rows(given.output)
+    for seed in range(given.seeds):
+        for case in CASES:
+            for method in METHODS:
+                possible = case != "colour" or (given.colour and method != "oracle")
+                if possible and (not given.only or f"{case}/{method}" in given.only):
+                    rows.make(partial(measure, given, case, method, seed), case=case, row=method, seed=seed)
+    sys.stdout.write(table(rows.made) + "\n")
+
+
+if __name__ == "__main__":
+    main()
