@@ -1,7 +1,8 @@
 """Distillation and merging on CIFAR-10 for a CUDA machine, by the installed command.
 
     python docs/train_cifar_teachers.py CIFAR10_FOLDER TEACHERS cifar_resnet34 wrn40_2 cifar_vgg11_bn \
-        cifar_resnet18-01234 cifar_resnet18-56789 cifar_resnet18-01 cifar_resnet18-23 cifar_resnet18-45 cifar_resnet18-67 cifar_resnet18-89
+        cifar_resnet18-01234 cifar_resnet18-56789 cifar_resnet18-01 cifar_resnet18-23 cifar_resnet18-45 \
+        cifar_resnet18-67 cifar_resnet18-89
     python docs/measure_cifar.py TEACHERS CIFAR10_FOLDER OUTPUT [--seeds N] [--only ROW ...] [--more "OPTIONS"]
 
 Every row is one command, which is printed; results are appended to OUTPUT/rows.jsonl, and rows that are there are not
