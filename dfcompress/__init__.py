@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from dfcompress.verbs.invert import Inversion as Inversion
     from dfcompress.verbs.invert import invert as invert
     from dfcompress.verbs.merge import merge as merge
+    from dfcompress.verbs.prune import prune as prune
     from dfcompress.verbs.quantize import quantize as quantize
     from dfcompress.verbs.record import Recorded as Recorded
     from dfcompress.verbs.record import record as record
@@ -102,6 +103,7 @@ _MODULES = {
     "verbs.inspect": ["Ability", "Inspection", "inspect"],
     "verbs.invert": ["Inversion", "invert"],
     "verbs.merge": ["merge"],
+    "verbs.prune": ["prune"],
     "verbs.quantize": ["quantize"],
     "verbs.record": ["Recorded", "record"],
 }

@@ -24,7 +24,7 @@ FLOORS = (
     {"cli", "__init__"},
     {"commands"},
     {"verbs"},
-    {"synthesis", "training", "quantization", "evaluation"},
+    {"synthesis", "training", "quantization", "pruning", "evaluation"},
     {"models", "data"},
     {"run", "errors", "console", "device", "memory", "distributed", "randomness", "schedules", "settings"},
 )

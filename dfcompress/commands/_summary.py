@@ -131,6 +131,26 @@ def layers(report: dict[str, Any]) -> None:
         console.result(f"{name} ({count:,} bytes) is not used by evaluation and stays in float")
 
 
+def widths(report: dict[str, Any]) -> None:
+    """What pruning kept of the budget, a line for each layer that lost channels, and why others did not."""
+    last = report["rounds"][-1]
+    share = last["after"] / last["before"]
+    console.result(f"{last['after']:,.0f} of {last['before']:,.0f} {last['unit']} ({share:.1%})")
+    rows = [
+        [
+            row["layer"],
+            "{} > {}".format(*row["in"]),
+            "{} > {}".format(*row["out"]),
+            "" if row["importance"] is None else f"{row['importance']:.3g}",
+        ]
+        for row in report["layers"]
+        if row["in"][0] != row["in"][1] or row["out"][0] != row["out"][1]
+    ]
+    console.table(["layer", "channels in", "channels out", "importance"], rows)
+    for sentence in report["refused"].values():
+        console.result(sentence)
+
+
 def compressed(result: Compressed, *, as_json: bool) -> None:
     """Where the result is, its size, its seconds, and its accuracy if it was asked for."""
     if as_json:

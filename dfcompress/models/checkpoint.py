@@ -49,7 +49,7 @@ from dfcompress.models.huggingface import TRANSFORMERS, card_of, is_of_transform
 from dfcompress.models.plain import is_plain, make_plain
 from dfcompress.models.recognition import MISSING, Recognised, differences, first, fit_to, recognise, why_in_part
 from dfcompress.models.released import is_released, released
-from dfcompress.models.resizing import REMEDY
+from dfcompress.models.resizing import REMEDY, resized
 from dfcompress.models.safe_reading import (
     CARD_KEY,
     CONFIG,
@@ -178,11 +178,15 @@ def load_saved(folder: Path, classifier: Classifier) -> Classifier:
         f"{folder} holds {name}, which has no name that dfcompress knows: load it with --arch file.py:factory."
     )
     network, stored = dequantized(classifier.network), read(folder)
+    card = ModelCard.from_json(stored.card)
+    if card.widths != classifier.card.widths:
+        resized(network, dict(card.widths or {}))
     if stored.quantization is None:
         load_tensors(network, stored.tensors)
     else:
         packing.unpack_network(network, stored.tensors, stored.quantization)
-    return Classifier(network, classifier.card, name=_name(folder), sha256=sha256(folder), path=folder).frozen()
+    settled = replace(classifier.card, widths=card.widths)
+    return Classifier(network, settled, name=_name(folder), sha256=sha256(folder), path=folder).frozen()
 
 
 def is_built_by_name(classifier: Classifier) -> bool:

@@ -23,7 +23,12 @@ from dfcompress.errors import BadInput
 
 # Where layers of a class keep the channels that they take and give.
 _WEIGHTED = {_ConvNd: ("in_channels", "out_channels"), nn.Linear: ("in_features", "out_features")}
-_NORMALISING = {_BatchNorm: "num_features", nn.GroupNorm: "num_channels", nn.LayerNorm: "normalized_shape"}
+_NORMALISING = {
+    _BatchNorm: "num_features",
+    nn.GroupNorm: "num_channels",
+    nn.LayerNorm: "normalized_shape",
+    nn.PReLU: "num_parameters",
+}
 _PLACES = _WEIGHTED | {kind: (place, place) for kind, place in _NORMALISING.items()}
 
 REMEDY = "Correct the widths on the model's card, or make the model again."
@@ -62,8 +67,24 @@ def resized(network: nn.Module, widths: Mapping[str, tuple[int, int]]) -> nn.Mod
     return network
 
 
+def has_widths(layer: nn.Module) -> bool:
+    """Whether a layer is one that can have other widths."""
+    return _places(layer) is not None
+
+
+def is_channelwise(layer: nn.Module) -> bool:
+    """Whether a layer that has widths gives each channel from the same one that it takes: it normalises, or is a
+    depthwise convolution.
+    """
+    if isinstance(layer, _ConvNd):
+        return layer.groups == layer.in_channels == layer.out_channels > 1
+    return has_widths(layer) and isinstance(layer, tuple(_NORMALISING))
+
+
 def _places(layer: nn.Module) -> tuple[str, str] | None:
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
+        return None
+    if isinstance(layer, nn.PReLU) and layer.num_parameters == 1:  # One slope for all channels.
         return None
     return next((places for kind, places in _PLACES.items() if isinstance(layer, kind)), None)
 
@@ -103,6 +124,6 @@ def _resize(layer: Any, c_in: int, c_out: int, groups: int) -> None:
     for name, shape in shapes.items():
         old = getattr(layer, name, None)
         if old is not None:
-            new = torch.empty(shape, device=old.device)
+            new = torch.empty(shape, device=old.device, dtype=old.dtype)
             setattr(layer, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
     layer.reset_parameters()

@@ -89,8 +89,6 @@ class Synthesizer:
         pixels: PixelStatistics | None = None,
     ) -> None:
         recipe = recipe.sized_for(teacher)
-        if isinstance(recipe.images, ComputedAs):
-            recipe.images.compute_as(execution)
         self.recipe, self.seed, self.execution = recipe, seed, execution
         self.student, self.sampler, self.pixels = student, sampler, pixels
         self.device = device.resolve_device(execution.device)
@@ -99,7 +97,9 @@ class Synthesizer:
         self._plain_losses = losses_of(recipe)
         self._losses = compiled(self._plain_losses, execution)
         # What lives on from batch to batch: the images' parametrisation with its optimiser, and the modules of losses.
-        self._images = copy.deepcopy(recipe.images) if recipe.images.persistent else recipe.images
+        self._images = copy.deepcopy(recipe.images)
+        if isinstance(self._images, ComputedAs):
+            self._images.compute_as(execution)
         self._living: BatchState | None = None
         self._modules: dict[str, ModuleState] | None = None
         if recipe.student_updates:

@@ -8,3 +8,4 @@ from typing import Literal
 QuantizationMethod = Literal["default", "paper"]
 Finetuning = Literal["blocks+lsq", "lsq", "blocks", "kd", "none"]
 Target = Literal["onnxruntime", "tensorrt", "openvino"]
+Repair = Literal["distill", "refit", "none"]

@@ -17,6 +17,7 @@ from dfcompress.data.real import reshaped
 from dfcompress.data.synthetic_set import as_float, as_stored
 from dfcompress.device import Compute
 from dfcompress.models.classifier import Classifier
+from dfcompress.pruning.budget import Pruned
 from dfcompress.quantization.calibration import Calibrated
 from dfcompress.run import Run
 from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
@@ -92,7 +93,7 @@ class Compression:
     `teachers` answer with the student's classes `outputs`, one tensor `(classes,)` for each. `sources` give the images
     of each teacher, by the folder inside the run's in which they are made. `complete` does what is left to do between
     the last step and saving, with what each step found. `export` is the runtime of an ONNX file that is written beside
-    the model.
+    the model, and timed against that of `beside`, by default of the same network in float.
     """
 
     verb: str
@@ -104,6 +105,7 @@ class Compression:
     compute: Compute
     complete: Callable[[Run, Mapping[str, Outcome]], None] | None = None
     export: Target | None = None
+    beside: Classifier | None = None
 
     def plan(
         self,
@@ -148,12 +150,19 @@ class Compression:
             images = [source.gather(run.folder / folder, learnt=True) for folder, source in self.sources.items()]
             sets = [replace(each, train=_in_form(each.train, size)) for each in images]
         trained = found.get("training")
-        assert not isinstance(trained, Calibrated)
+        assert not isinstance(trained, Calibrated | Pruned)
         if self.complete:
             self.complete(run, found)
         export = None
         if self.export:
-            export = partial(write_compared, path=run.folder / FILE, images=sampled(sets[0].train), target=self.export)
+            images_of_export = sampled(sets[0].train)
+            export = partial(
+                write_compared,
+                path=run.folder / FILE,
+                images=images_of_export,
+                target=self.export,
+                beside=self.beside,
+            )
         return save_and_measure(
             run,
             self.student,

@@ -16,6 +16,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from dfcompress.device import Compute, Execution, peak_memory_bytes, predicted_seconds, resolve_device
 from dfcompress.models.classifier import Classifier, work_of
+from dfcompress.pruning.budget import Pruned, Pruning
 from dfcompress.quantization.calibration import Calibrated, Calibration
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction
 from dfcompress.run import Run, running
@@ -29,8 +30,8 @@ from dfcompress.training.settings import Training
 
 Options = ParamSpec("Options")
 Result = TypeVar("Result")
-Settings = Calibration | Reconstruction | Training
-Outcome = Calibrated | Reconstructed | Trained
+Settings = Calibration | Reconstruction | Training | Pruning
+Outcome = Calibrated | Reconstructed | Trained | Pruned
 
 
 @dataclass(frozen=True)

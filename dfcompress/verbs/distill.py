@@ -113,7 +113,7 @@ def distill(
         objectives = objectives or live.recipe.student_updates.objectives
         temperature = temperature or live.recipe.student_updates.temperature
     temperature = TEMPERATURE if temperature is None else temperature
-    terms = _objectives(student_model, teacher, objectives, temperature=temperature, seed=compute.seed)
+    terms = objectives_of(student_model, teacher, objectives, temperature=temperature, seed=compute.seed)
     if min(len(source), training.batch_size) < 2:
         raise BadInput("Batches of one image cannot train BatchNorm.", "Use more --images or --train-batch-size.")
     options = {
@@ -170,7 +170,7 @@ def _usual_training(live: SynthesisSpec | None) -> Training:
     return replace(DISTILLATION, lr=updates.lr, batch_size=updates.batch_size, steps=steps)
 
 
-def _objectives(
+def objectives_of(
     student: Classifier, teacher: Classifier, weights: Mapping[str, float] | None, *, temperature: float, seed: int
 ) -> list[Objective]:
     """What the student minimises: as given, or `kd`, and `feature` where the stages of both networks have equally many

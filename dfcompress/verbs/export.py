@@ -111,9 +111,13 @@ def rehearse(teacher: Classifier, bits: Mapping[str, Bits], scheme: Scheme) -> N
         Session(path, rewriting=False)
 
 
-def write_compared(classifier: Classifier, path: Path, images: Tensor, *, target: Target) -> Exported:
-    """Write `path`, once it has been compared on `images` `(N, C, H, W)` in [0, 1]; raises `BadInput` as
-    `require_kernels` does, and `DfcompressError` where onnxruntime does not load it.
+def write_compared(
+    classifier: Classifier, path: Path, images: Tensor, *, target: Target, beside: Classifier | None = None
+) -> Exported:
+    """Write `path`, once it has been compared on `images` `(N, C, H, W)` in [0, 1], and timed against the network in
+    float, or the one that stands `beside` it.
+
+    Raises `BadInput` as `require_kernels` does, and `DfcompressError` where onnxruntime does not load it.
     """
     layers = quantized_layers(classifier.network)
     signed = all(layer.input_grid is None or layer.input_grid.signed for layer in layers.values())
@@ -122,8 +126,8 @@ def write_compared(classifier: Classifier, path: Path, images: Tensor, *, target
     require_kernels(target, bits, Scheme(signed, asymmetric))
     with tempfile.TemporaryDirectory() as folder, write_atomically(path) as written:
         fp32 = Path(folder) / FILE
-        with in_float(classifier.network):
-            write_onnx(classifier, fp32)
+        with in_float((beside or classifier).network):
+            write_onnx(beside or classifier, fp32)
         write_onnx(classifier, written)
         return replace(compare(classifier, written, fp32, images, target=target), path=str(path))
 

@@ -6,6 +6,7 @@ import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from dfcompress.errors import BadInput
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
 from dfcompress.run import RunRecord
-from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.recipe import StudentUpdates, Synthesis
+from dfcompress.verbs._budget import Budget, fit_budget
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs.distill import distill
 from dfcompress.verbs.invert import invert
@@ -103,3 +105,62 @@ def test_a_run_whose_record_holds_no_plan_goes_on(tmp_path):
     resumed = distill(DEMO, student="half", output=tmp_path / "out", resume=True, **SHORT)
     assert load(resumed.checkpoint).sha256 == whole
     assert record(tmp_path / "out")["plan"]["training"]["steps"] == 1
+
+
+def usual_plan(folder, *, updates=None):
+    """1,000 images in 100 s, and 6,000 training steps in 60 s."""
+    recipe = SimpleNamespace(student_updates=updates)
+    made = SimpleNamespace(recipe=recipe, batch_size=64, synthesis=SimpleNamespace(images=1000))
+    return SimpleNamespace(
+        folder=folder,
+        synthesis=[SimpleNamespace(spec=made)],
+        estimates=lambda: [SimpleNamespace(seconds=70.0), SimpleNamespace(seconds=30.0)],
+        predicted=lambda: {"training": 60.0},
+        settings_json=lambda: {"training": {"steps": 6000}},
+    )
+
+
+def test_a_budget_is_shared_between_images_and_steps(tmp_path):
+    budget = fit_budget(100.0, usual_plan(tmp_path), resume=False)
+    # A tenth is spare; half of the rest makes whole batches of 64, and training has what is left of it.
+    assert (budget.images, budget.rounds) == (448, None)
+    assert budget.steps == pytest.approx(4520, abs=1)
+    every = StudentUpdates(steps=640, lr=0.1, batch_size=64)
+    # A round of 64 images takes 6.4 s, and its steps as long: fewer images, so that every round has all of its steps.
+    live = fit_budget(100.0, usual_plan(tmp_path, updates=every), resume=False)
+    assert live.images == 448
+    longer = fit_budget(100.0, usual_plan(tmp_path, updates=replace(every, steps=1280)), resume=False)
+    assert longer.images == 256
+    assert longer.steps >= 4 * 1280
+    painted = fit_budget(100.0, usual_plan(tmp_path, updates=replace(every, keep=False, rounds=10)), resume=False)
+    assert (painted.rounds, painted.steps) == (5, 5 * 640)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3.0])
+def test_a_budget_too_short_for_anything_is_refused(seconds, tmp_path):
+    with pytest.raises(BadInput, match=r"budget|too short"):
+        fit_budget(seconds, usual_plan(tmp_path), resume=False)
+
+
+def test_a_resumed_run_keeps_the_budget_that_it_was_begun_with(tmp_path):
+    kept = Budget(100.0, 96, 7)
+    (tmp_path / "run.json").write_text(json.dumps({"verb": "distill", "options": {"budget": kept.to_json()}}))
+    assert fit_budget(100.0, usual_plan(tmp_path), resume=True) == kept
+    with pytest.raises(BadInput, match="was begun with 100 s"):
+        fit_budget(200.0, usual_plan(tmp_path), resume=True)
+
+
+def test_a_budget_decides_the_plan_of_distill(tmp_path, monkeypatch):
+    monkeypatch.setattr("dfcompress.verbs.distill.fit_budget", lambda *_, **__: Budget(100.0, 96, 7))
+    plan = distill.plan(DEMO, student="half", budget=100.0, output=tmp_path / "out", compute=EAGER)
+    assert sum(each.spec.images for each in plan.synthesis[:2]) == 96
+    assert plan.settings["training"].steps == 7
+    assert plan.options["budget"] == {"seconds": 100.0, "images": 96, "steps": 7, "rounds": None}
+    with pytest.raises(BadInput, match="--budget decides"):
+        distill.plan(DEMO, student="half", budget=100.0, data=DEMO)
+
+
+def test_a_dry_run_estimates_what_training_takes(tmp_path):
+    plan = distill.plan(DEMO, student="half", data=DEMO, output=tmp_path / "out", compute=EAGER)
+    short = distill.plan(DEMO, student="half", data=DEMO, training={"steps": 60}, compute=EAGER)
+    assert 20 < plan.predicted()["training"] / short.predicted()["training"] < 500

@@ -1,0 +1,134 @@
+"""`dfcompress prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from dfcompress.commands import _options, _summary
+from dfcompress.pruning import ImportanceName
+from dfcompress.verbs import Repair
+
+if TYPE_CHECKING:
+    from dfcompress.device import Compute
+    from dfcompress.models.classifier import Classifier
+    from dfcompress.synthesis.recipe import Synthesis
+    from dfcompress.verbs._gates import Gates
+
+
+@click.command(epilog=_options.example("dfcompress prune resnet44.pt --flops 0.5 -o resnet44-half"))
+@_options.model
+@click.option("--flops", type=float, metavar="SHARE", help="Share of the multiply-accumulates to keep.")
+@click.option("--parameters", type=float, metavar="SHARE", help="Share of the parameters to keep.")
+@click.option("--filters", type=float, metavar="SHARE", help="Share of the filters (outputs of convolutions) to keep.")
+@click.option(
+    "--importance",
+    type=click.Choice(get_args(ImportanceName)),
+    default="taylor",
+    show_default=True,
+    help="Which channels go first; fold merges similar channels.",
+)
+@click.option("--uniform", is_flag=True, help="Take the same share of channels from every layer.")
+@click.option(
+    "--round-to",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Keep a multiple of that many channels in every layer that loses some.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of rounds of pruning and repair; all of them share the training steps.",
+)
+@click.option(
+    "--repair",
+    type=click.Choice(get_args(Repair)),
+    default="distill",
+    show_default=True,
+    help="Repair: refit weights and BatchNorm statistics in seconds, then distill; refit alone; none.",
+)
+@_options.data
+@_options.eval_data
+@_options.synthesis(images="2048; of more than 64 pixels a side 1000")
+@_options.second_recipe
+@_options.probe_images
+@_options.training(
+    steps="3000; above 64 pixels 1000", lr="0.02; above 64 pixels 0.01", batch_size="128; above 64 pixels 32"
+)
+@_options.objectives
+@_options.temperature("4.0", 4.0)
+@click.option("--export", type=click.Choice(["onnx"]), help="Also write model.onnx, and time it beside the unpruned.")
+@_options.gates
+@_options.output
+@_options.compute
+@_options.reporting
+def prune(
+    model: Classifier,
+    flops: float | None,
+    parameters: float | None,
+    filters: float | None,
+    importance: ImportanceName,
+    uniform: bool,
+    round_to: int,
+    rounds: int,
+    repair: Repair,
+    data: Path | None,
+    eval_data: Path | None,
+    synthesis: Synthesis,
+    second_recipe: str | None,
+    probe_images: int,
+    training: dict[str, Any],
+    objectives: dict[str, float] | None,
+    temperature: float,
+    export: str | None,
+    gates: Gates,
+    compute: Compute,
+    output: Path | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Make a smaller dense network: fewer channels, repaired on images made from the model."""
+    import json
+
+    from dfcompress.verbs.prune import REPORT, prune
+
+    gates.require_images(eval_data)
+    plan = prune.plan(
+        model,
+        flops=flops,
+        parameters=parameters,
+        filters=filters,
+        importance=importance,
+        uniform=uniform,
+        round_to=round_to,
+        rounds=rounds,
+        repair=repair,
+        data=data,
+        output=output,
+        synthesis=synthesis,
+        second_recipe=second_recipe,
+        probe_images=probe_images,
+        training=training,
+        objectives=objectives,
+        temperature=temperature,
+        export="onnxruntime" if export else None,
+        compute=compute,
+        eval_data=eval_data,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    if dry_run:
+        _summary.plan(plan, as_json=as_json)
+        return
+    result = plan.execute()
+    _summary.compressed(result, as_json=as_json)
+    if not as_json:
+        _summary.widths(json.loads((Path(result.output) / REPORT).read_text()))
+    gates.check(result)

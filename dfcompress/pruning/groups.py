@@ -1,0 +1,433 @@
+"""Channels that only go together, and the surgery that takes them away.
+
+    found = find_groups(classifier)
+    found.groups[0].members           # who gives, normalises and takes the channels of the first group
+    found.refused                     # {"layer": "why its channels cannot be pruned"}
+    cut(classifier, found.groups, {"layer1.0.conv1": kept})
+
+torch-pruning's dependency graph says which channels of which layers belong together. Whether that is true is tried: a
+network whose consumers ignore some channels must answer as the network that has them no more. What does not, stays.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from dfcompress.errors import BadInput, first_line
+from dfcompress.models.classifier import Classifier, evaluating, load_tensors
+from dfcompress.models.resizing import has_widths, is_channelwise, resized, widths_of
+from dfcompress.randomness import generator
+
+Side = Literal["in", "out", "both"]
+# Of the largest logit, in double precision: a wrong channel changes logits by more than a millionth of them, another
+# order of summation by less than 1e-12.
+SAME = 1e-8
+
+
+class Member(NamedTuple):
+    """A layer that takes the channels of a group (`in`), gives them (`out`), or does both channel by channel.
+
+    `places` `(units, k)` are the layer's channels of each unit of the group: several where a linear layer takes every
+    pixel of a channel.
+    """
+
+    layer: str
+    side: Side
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that go together: each unit is one channel of every member, and goes from all of them or from none.
+
+    `name` is the first layer that gives them. `blocks` `(units,)` is the block of grouped convolutions that a unit is
+    in: of each block equally many units must stay.
+    """
+
+    name: str
+    units: int
+    members: tuple[Member, ...]
+    blocks: Tensor
+
+    @property
+    def consumers(self) -> list[Member]:
+        """The layers that take its channels and give others."""
+        return [member for member in self.members if member.side == "in"]
+
+    @property
+    def producers(self) -> list[Member]:
+        """The layers whose weights make its channels."""
+        return [member for member in self.members if member.side == "out"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What can be pruned, and why each other layer's channels cannot, by the layer's name in half a sentence."""
+
+    groups: list[ChannelGroup]
+    refused: dict[str, str]
+
+
+Clusters = Tensor
+"""Int64 `(units,)`: the number of the new channel that each unit becomes part of, -1 for a unit that goes."""
+
+
+def find_groups(classifier: Classifier) -> Found:
+    """The groups of a classifier's network whose channels can be taken away.
+
+    The classifier stays as it is. Raises `BadInput` where torch-pruning is missing or cannot trace the network.
+    """
+    traced = _traced(classifier)
+    groups, refused = [], dict(traced.refused)
+    for group in traced.groups:
+        if why := _why_not_whole(group, classifier.network):
+            refused[group.name] = why
+        else:
+            groups.append(group)
+    for group in _not_as_traced(classifier, groups):
+        groups.remove(group)
+        refused[group.name] = "the network depends on its channels in a way that the trace does not show"
+    return Found(groups, refused)
+
+
+def _traced(classifier: Classifier) -> Found:
+    """What torch-pruning's dependency graph says, as it says it."""
+    try:
+        import torch_pruning
+    except ImportError:
+        raise BadInput("prune needs torch-pruning.", "Install it with: pip install 'dfcompress[prune]'.") from None
+    twin = copy.deepcopy(classifier).float()
+    twin.requires_grad_(True)
+    images = torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device)
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        graph = _graph_of(torch_pruning.DependencyGraph, twin, images)
+    names = {module: name for name, module in twin.network.named_modules()}
+    groups: list[ChannelGroup] = []
+    refused: dict[str, str] = {}
+    seen: set[str] = set()
+    for layer in list(graph.module2node):
+        name = names.get(layer)
+        if name is None or not isinstance(layer, _ConvNd | nn.Linear) or name in seen:
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pruner = graph.get_pruner_of_module(layer)
+                units = range(pruner.get_out_channels(layer))
+                items = graph.get_pruning_group(layer, pruner.prune_out_channels, units).items
+            members = _members(graph, items, names, len(units))
+        except _Unprunable as error:
+            refused[name] = str(error)
+        except Exception as error:  # The graph of a stranger's network can trip torch-pruning anywhere.
+            refused[name] = f"torch-pruning cannot follow its channels ({first_line(error)})"
+        else:
+            seen |= {member.layer for member in members if member.side != "in"}
+            groups.append(ChannelGroup(name, len(units), members, _blocks(members, twin.network, len(units))))
+    return Found(groups, refused)
+
+
+class _Unprunable(Exception):
+    """Why a group cannot be pruned, in half a sentence."""
+
+
+def _graph_of(make: Any, twin: Classifier, images: Tensor) -> Any:
+    """The dependency graph, auxiliary heads included where the network answers in training mode, too.
+
+    Raises `BadInput` where it cannot be traced.
+    """
+    failed: Exception | None = None
+    for training in (True, False):
+        try:
+            return make().build_dependency(
+                twin.network,
+                example_inputs=twin.normalise(images),
+                forward_fn=_in_training if training else _answered,
+                output_transform=_tensors_of,
+                unwrapped_parameters=[],
+                customized_pruners={},
+                ignored_layers=[],
+                ignored_params=[],
+                verbose=False,
+            )
+        except Exception as error:
+            failed = error
+    where = f"{twin.card.architecture} cannot be traced"
+    raise BadInput(f"{where}: {first_line(failed)}." if failed else where, "prune needs a network that autograd sees.")
+
+
+def _answered(network: nn.Module, images: Tensor) -> Any:
+    return network(images)
+
+
+def _in_training(network: nn.Module, images: Tensor) -> Any:
+    """What the network answers in training mode, its layers in evaluation mode."""
+    for module in network.modules():
+        module.training = any(True for _ in module.children()) and not is_channelwise(module)
+    try:
+        return network(images)
+    finally:
+        network.eval()
+
+
+def _tensors_of(answer: Any) -> list[Tensor]:
+    from torch.utils._pytree import tree_leaves
+
+    values = list(answer.values()) if isinstance(answer, Mapping) else answer
+    return [each for each in tree_leaves(values) if isinstance(each, Tensor) and each.grad_fn is not None]
+
+
+def _members(graph: Any, items: Iterable[Any], names: Mapping[nn.Module, str], units: int) -> tuple[Member, ...]:
+    """The layers of a group; raises `_Unprunable` where something in it cannot change its channels."""
+    places: dict[tuple[str, Side], list[set[int]]] = {}
+    for item in items:
+        module = item.dep.target.module
+        if type(module).__name__ == "_OutputOp":
+            raise _Unprunable("the network answers with its channels")
+        if isinstance(module, nn.Parameter):
+            raise _Unprunable("its channels meet a parameter that belongs to no layer")
+        if module not in names:
+            continue
+        name = names[module]
+        if not has_widths(module):
+            if any(True for _ in module.parameters(recurse=False)) or isinstance(module, nn.MultiheadAttention):
+                raise _Unprunable(f"its channels pass {name}, a {type(module).__name__}")
+            continue
+        side: Side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+        if is_channelwise(module):
+            side = "both"
+        of_units = places.setdefault((name, side), [set() for _ in range(units)])
+        for unit, place in zip(item.root_idxs, item.idxs, strict=True):
+            if unit is None or not 0 <= unit < units:
+                raise _Unprunable("torch-pruning loses sight of its channels")
+            of_units[unit].add(int(place))
+    return tuple(Member(name, side, _table(of_units, name)) for (name, side), of_units in places.items())
+
+
+def _table(of_units: Sequence[set[int]], name: str) -> Tensor:
+    lengths = {len(each) for each in of_units}
+    if len(lengths) > 1 or lengths == {0}:
+        raise _Unprunable(f"{name} treats some of its channels otherwise")
+    return torch.tensor([sorted(each) for each in of_units])
+
+
+def _blocks(members: Iterable[Member], network: nn.Module, units: int) -> Tensor:
+    """Units in the same blocks of all grouped convolutions have one number."""
+    blocks = torch.zeros(units, dtype=torch.long)
+    for name, side, places in members:
+        layer = network.get_submodule(name)
+        groups = getattr(layer, "groups", 1)
+        if side != "both" and isinstance(layer, _ConvNd) and groups > 1:
+            channels = layer.in_channels if side == "in" else layer.out_channels
+            blocks = blocks * groups + places[:, 0] // (channels // groups)
+    numbers: Tensor = torch.unique(blocks, return_inverse=True)[1]
+    return numbers
+
+
+def _why_not_whole(group: ChannelGroup, network: nn.Module) -> str | None:
+    """Why the group as it was traced cannot lose channels; None where nothing speaks against it."""
+    sizes = group.blocks.bincount()
+    if len(sizes) * 2 > group.units or len(set(sizes.tolist())) > 1:
+        grouped = next((each.layer for each in group.members if len(sizes) > 1), group.name)
+        if group.units == 1:
+            return "it has one channel"
+        return f"{grouped} and others share its channels among groups of uneven or single channels"
+    if not group.consumers:
+        return "the network answers with its channels"
+    for name, side, places in group.members:
+        layer = network.get_submodule(name)
+        c_in, c_out = widths_of(network)[name]
+        channels = c_in if side == "in" else c_out
+        if int(places.max()) >= channels or len(places.unique()) != places.numel():
+            return f"{name} uses its channels more than once"
+        groups = getattr(layer, "groups", 1)
+        if side != "both" and groups > 1 and len((places // (channels // groups)).unique()) < groups:
+            return f"{name} takes them into some of its {groups} groups alone"
+    return None
+
+
+def _not_as_traced(classifier: Classifier, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """The groups whose channels cannot go without changing more than what takes them: tried, half of each at random."""
+    twin = copy.deepcopy(classifier).double().frozen()
+    clusters = {group.name: _random_half(group, number) for number, group in enumerate(groups)}
+    shape = (2, *classifier.card.input_size)
+    images = torch.rand(shape, generator=generator("groups"), dtype=torch.float64).to(classifier.mean.device)
+
+    def equal(some: Sequence[ChannelGroup]) -> bool:
+        masked, pruned = copy.deepcopy(twin), copy.deepcopy(twin)
+        for group in some:
+            _mask(masked.network, group, clusters[group.name] < 0)
+        try:
+            cut(pruned, some, clusters)
+            with torch.no_grad(), evaluating(masked), evaluating(pruned):
+                expected, answer = masked(images), pruned(images)
+        except Exception:  # The forward pass is a stranger's code: it may count channels anywhere.
+            return False
+        return bool((answer - expected).abs().max() <= SAME * expected.abs().max())
+
+    def unequal(some: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+        if not some or equal(some):
+            return []
+        half = len(some) // 2
+        return list(some) if len(some) == 1 else [*unequal(some[:half]), *unequal(some[half:])]
+
+    return unequal(groups)
+
+
+def _random_half(group: ChannelGroup, number: int) -> Clusters:
+    """Clusters that keep about half of the units of every block, chosen at random."""
+    order = torch.rand(group.units, generator=generator("groups", number))
+    keep = torch.zeros(group.units, dtype=torch.bool)
+    for block in range(int(group.blocks.max()) + 1):
+        mine = (group.blocks == block).nonzero()[:, 0]
+        keep[mine[order[mine].argsort()[: (len(mine) + 1) // 2]]] = True
+    return clusters_of(keep)
+
+
+def clusters_of(keep: Tensor) -> Clusters:
+    """The clusters of units that stay alone or go, from a mask `(units,)`."""
+    return torch.where(keep, keep.long().cumsum(0) - 1, -1)
+
+
+@torch.no_grad()
+def _mask(network: nn.Module, group: ChannelGroup, gone: Tensor) -> None:
+    """Let all consumers ignore the units that are `gone`."""
+    for name, _, places in group.consumers:
+        layer: Any = network.get_submodule(name)
+        taken = places[gone].flatten()
+        groups = getattr(layer, "groups", 1)
+        for block, weight in enumerate(weight_blocks(layer)):
+            size = weight.shape[1]
+            mine = taken[(taken >= block * size) & (taken < (block + 1) * size)] if groups > 1 else taken
+            weight[:, mine - block * size] = 0
+
+
+def weight_blocks(layer: Any) -> list[Tensor]:
+    """A layer's weight as one matrix `(outputs, inputs, ...)` for each of its groups, sharing its memory."""
+    groups = getattr(layer, "groups", 1)
+    if getattr(layer, "transposed", False):
+        return [block.transpose(0, 1) for block in layer.weight.chunk(groups, 0)]
+    return list(layer.weight.chunk(groups, 0))
+
+
+@torch.no_grad()
+def cut(classifier: Classifier, groups: Sequence[ChannelGroup], clusters: Mapping[str, Clusters]) -> None:
+    """Take channels away in place: of every group that `clusters` names the units become its clusters.
+
+    A layer that gives the channels of a cluster gives their mean, one that takes them takes the sum; a unit of cluster
+    -1 is gone. The card knows the new widths.
+    """
+    network = classifier.network
+    before = widths_of(network)
+    layers: dict[str, dict[Side, list[tuple[Tensor, Clusters]]]] = {}
+    for group in groups:
+        if group.name in clusters:
+            for name, side, places in group.members:
+                layers.setdefault(name, {}).setdefault(side, []).append((places, clusters[group.name]))
+    state: dict[str, Tensor] = {}
+    widths: dict[str, tuple[int, int]] = {}
+    for name, sides in layers.items():
+        tensors, widths[name] = _smaller(network.get_submodule(name), before[name], sides)
+        state |= {f"{name}.{key}": value for key, value in tensors.items()}
+    kept = {name: value for name, value in network.state_dict().items() if name not in state}
+    wanted_grad = {name: each.requires_grad for name, each in network.named_parameters()}
+    with torch.random.fork_rng(devices=[]):
+        resized(network, widths)
+    load_tensors(network, kept | state)
+    for name, each in network.named_parameters():
+        each.requires_grad_(wanted_grad[name])
+    known = dict(classifier.card.widths or {})
+    changed = {name: each for name, each in widths.items() if each != before[name]}
+    classifier.card = replace(classifier.card, widths=known | changed or None)
+
+
+def _smaller(
+    layer: nn.Module,
+    before: tuple[int, int],
+    sides: Mapping[Side, Sequence[tuple[Tensor, Clusters]]],
+) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """The tensors of one layer with fewer channels, and its widths."""
+    c_in, c_out = before
+    tensors = dict(layer.state_dict())
+    if "both" in sides:
+        target, new = _targets(sides["both"], c_out)
+        per_channel = {key: value for key, value in tensors.items() if value.dim() and len(value) == c_out}
+        return tensors | {key: _averaged(value, target, new) for key, value in per_channel.items()}, (new, new)
+    from_in, new_in = _targets(sides.get("in", ()), c_in)
+    from_out, new_out = _targets(sides.get("out", ()), c_out)
+    blocks = weight_blocks(layer)
+    taken = []
+    for block, weight in enumerate(blocks):
+        size = weight.shape[1]
+        local = from_in[block * size : (block + 1) * size]
+        local = torch.where(local >= 0, local - block * (new_in // len(blocks)), -1)
+        taken.append(_summed(weight, local, new_in // len(blocks)))
+    given = []
+    size = c_out // len(blocks)
+    for block, weight in enumerate(taken):
+        local = from_out[block * size : (block + 1) * size]
+        local = torch.where(local >= 0, local - block * (new_out // len(blocks)), -1)
+        given.append(_averaged(weight, local, new_out // len(blocks)))
+    if getattr(layer, "transposed", False):
+        given = [weight.transpose(0, 1) for weight in given]
+    tensors["weight"] = torch.cat(given).contiguous()
+    if "bias" in tensors:
+        tensors["bias"] = _averaged(tensors["bias"], from_out, new_out)
+    return tensors, (new_in, new_out)
+
+
+def averaged(
+    name: str, values: Tensor, side: Side, groups: Sequence[ChannelGroup], clusters: Mapping[str, Clusters]
+) -> Tensor:
+    """Values `(channels, ...)` of one side of a layer, as its channels were cut: of those that became one the mean."""
+    parts = [
+        (member.places, clusters[group.name])
+        for group in groups
+        if group.name in clusters
+        for member in group.members
+        if (member.layer, member.side) == (name, side)
+    ]
+    return _averaged(values, *_targets(parts, len(values)))
+
+
+def _targets(parts: Iterable[tuple[Tensor, Clusters]], channels: int) -> tuple[Tensor, int]:
+    """The new number of every channel of a layer, -1 where it goes, and how many there are: clusters stand where their
+    first channel stood.
+    """
+    leader = torch.arange(channels)
+    for places, clusters in parts:
+        firsts = _first_units(clusters)
+        for column in places.T:
+            leader[column] = torch.where(clusters >= 0, column[firsts[clusters.clamp(min=0)]], -1)
+    stays = leader == torch.arange(channels)
+    number = stays.long().cumsum(0) - 1
+    return torch.where(leader >= 0, number[leader.clamp(min=0)], -1), int(stays.sum())
+
+
+def _first_units(clusters: Clusters) -> Tensor:
+    """The first unit of each cluster, in the order of their numbers."""
+    return torch.stack([(clusters == each).nonzero()[0, 0] for each in range(int(clusters.max()) + 1)])
+
+
+def _summed(weight: Tensor, target: Tensor, new: int) -> Tensor:
+    """Inputs of a weight `(outputs, inputs, ...)`, those of one target added up."""
+    stays = target >= 0
+    sums = weight.new_zeros(weight.shape[0], new, *weight.shape[2:])
+    return sums.index_add(1, target[stays].to(weight.device), weight[:, stays.to(weight.device)])
+
+
+def _averaged(values: Tensor, target: Tensor, new: int) -> Tensor:
+    """Values `(channels, ...)`, those of one target averaged."""
+    stays = target >= 0
+    sums = values.new_zeros(new, *values.shape[1:])
+    sums = sums.index_add(0, target[stays].to(values.device), values[stays.to(values.device)])
+    counts = target[stays].bincount(minlength=new).to(sums.device, sums.dtype)
+    return sums / counts.reshape(-1, *[1] * (values.dim() - 1))

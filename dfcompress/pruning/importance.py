@@ -1,0 +1,195 @@
+"""What each channel is worth: the order in which the channels of a group go.
+
+    ranking = rank("taylor", classifier, groups, images, seed=0)
+    ranking["layer1.0.conv1"].scores          # (units,), larger is worth more
+
+Scores of one name can be compared between groups. `fold` (Wang et al., ICLR 2025) merges channels of similar weights
+and loses none; every other name takes the channels of the lowest scores away.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfcompress.data.synthetic_set import as_float
+from dfcompress.models.classifier import Classifier
+from dfcompress.pruning import ImportanceName
+from dfcompress.pruning.groups import ChannelGroup, Clusters, clusters_of
+from dfcompress.randomness import generator
+
+BATCH = 32  # Images of a gradient, as Molchanov et al. 2019 took in section 4.1.
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The `scores` `(units,)` of a group's channels, and for `fold` the `tree` of each block: what merges with what, as
+    scipy's `linkage` gives it; None where channels are taken away.
+    """
+
+    scores: Tensor
+    tree: Mapping[int, Any] | None = None
+
+    def clusters(self, group: ChannelGroup, kept: int) -> Clusters:
+        """The clusters that leave `kept` units, equally many of every block."""
+        blocks = int(group.blocks.max()) + 1
+        each = kept // blocks
+        if self.tree is None:
+            keep = torch.zeros(group.units, dtype=torch.bool)
+            for block in range(blocks):
+                mine = (group.blocks == block).nonzero()[:, 0]
+                keep[mine[self.scores[mine].argsort(descending=True, stable=True)[:each]]] = True
+            return clusters_of(keep)
+        return self._merged(group, each)
+
+    def _merged(self, group: ChannelGroup, each: int) -> Clusters:
+        from scipy.cluster.hierarchy import cut_tree
+
+        assert self.tree is not None
+        clusters = torch.full((group.units,), -1)
+        for block, tree in self.tree.items():
+            mine = (group.blocks == block).nonzero()[:, 0]
+            merged = torch.zeros(1) if tree is None else torch.from_numpy(cut_tree(tree, n_clusters=each)[:, 0])
+            clusters[mine] = block * each + merged.long()
+        return _in_order_of_first(clusters)
+
+
+def _in_order_of_first(clusters: Tensor) -> Clusters:
+    """The same clusters, numbered in the order of their first units."""
+    firsts = {int(number): unit for unit, number in reversed([*enumerate(clusters.tolist())])}
+    order = {number: new for new, number in enumerate(sorted(firsts, key=firsts.__getitem__))}
+    return torch.tensor([order[number] for number in clusters.tolist()])
+
+
+def rank(
+    name: ImportanceName,
+    classifier: Classifier,
+    groups: Sequence[ChannelGroup],
+    images: Tensor | None = None,
+    *,
+    seed: int = 0,
+) -> dict[str, Ranking]:
+    """The ranking of every group by the importance of that name; `images` are stored ones, which `taylor` alone needs.
+
+    `taylor`: (weight x gradient)^2 summed over all that makes a channel (Molchanov et al. 2019, equation 8), mean over
+    batches, the loss being the cross-entropy against the classifier's own answers. `bn-scale`: the squared scale of its
+    BatchNorms (Liu et al. 2017), groups without one by `magnitude`. `magnitude`: the squared weights that make it (Li
+    et al. 2017). Both as a share of the group's mean. `fold`: what merging costs, the squared distance of weights.
+    `random`: uniform.
+    """
+    network = classifier.network
+    if name == "taylor":
+        assert images is not None
+        worth = _worth(classifier, images)
+        return {group.name: Ranking(_taylor(group, worth)) for group in groups}
+    if name == "random":
+        return {
+            group.name: Ranking(torch.rand(group.units, generator=generator("pruning", seed, number)))
+            for number, group in enumerate(groups)
+        }
+    if name == "fold":
+        return {group.name: _folding(group, network) for group in groups}
+    scores = {group.name: _magnitude(group, network) for group in groups}
+    if name == "bn-scale":
+        scores |= {group.name: found for group in groups if (found := _scales(group, network)) is not None}
+    return {group: Ranking(each / each.mean().clamp(min=torch.finfo().tiny)) for group, each in scores.items()}
+
+
+def _worth(classifier: Classifier, images: Tensor) -> dict[str, Tensor]:
+    """(weight x gradient)^2 of every value of every parameter, the mean over batches."""
+    twin = copy.deepcopy(classifier).eval().requires_grad_(True)
+    parameters = dict(twin.network.named_parameters())
+    worth = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    batches = images.split(BATCH)
+    for stored in batches:
+        logits = twin(as_float(stored).to(twin.mean.device))
+        F.cross_entropy(logits, logits.argmax(1)).backward()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if parameter.grad is not None:
+                    worth[name] += (parameter * parameter.grad).square() / len(batches)
+                    parameter.grad = None
+    return worth
+
+
+def _taylor(group: ChannelGroup, worth: Mapping[str, Tensor]) -> Tensor:
+    total = torch.zeros(group.units)
+    for name, side, places in group.members:
+        if side != "in":
+            of_channels = sum(
+                values.flatten(1).sum(1) if values.dim() > 1 else values
+                for values in (worth.get(f"{name}.{key}") for key in ("weight", "bias"))
+                if values is not None
+            )
+            if isinstance(of_channels, Tensor):
+                total += of_channels.cpu()[places].sum(1)
+    return total
+
+
+def _rows(name: str, network: nn.Module, places: Tensor) -> Tensor:
+    """The weights that make each unit's channels, `(units, values)`."""
+    layer: Any = network.get_submodule(name)
+    weight = layer.weight.detach()
+    if getattr(layer, "transposed", False):
+        weight = weight.transpose(0, 1)
+    rows: Tensor = weight.flatten(1).cpu()[places].flatten(1)
+    return rows
+
+
+def _magnitude(group: ChannelGroup, network: nn.Module) -> Tensor:
+    total = torch.zeros(group.units)
+    for name, _, places in group.producers:
+        squares = _rows(name, network, places).square().sum(1)
+        total += squares / squares.mean().clamp(min=torch.finfo().tiny)
+    return total
+
+
+def _scales(group: ChannelGroup, network: nn.Module) -> Tensor | None:
+    """The squared scales of the BatchNorms, None without one."""
+    total, found = torch.zeros(group.units), False
+    for name, _, places in group.members:
+        layer = network.get_submodule(name)
+        if isinstance(layer, _BatchNorm) and layer.affine:
+            total += layer.weight.detach().cpu()[places].square().sum(1)
+            found = True
+    return total if found else None
+
+
+def _folding(group: ChannelGroup, network: nn.Module) -> Ranking:
+    """Hierarchical clusters of least variance (Ward) of the channels' weights, those of a single layer and BatchNorm as
+    one affine map. The i-th merge of a block is the i-th score; of several blocks the channels only share the order.
+    """
+    from scipy.cluster.hierarchy import linkage
+
+    described = _described(group, network)
+    scores, trees = torch.full((group.units,), torch.inf), {}
+    for block in range(int(group.blocks.max()) + 1):
+        mine = (group.blocks == block).nonzero()[:, 0]
+        trees[block] = tree = linkage(described[mine].double().numpy(), "ward") if len(mine) > 1 else None
+        if tree is not None:
+            # Ward's heights are sqrt(2) times the growth's root; all that counts is the order.
+            scores[mine[:-1]] = torch.from_numpy(tree[:, 2]).float().square()
+    return Ranking(scores, trees)
+
+
+def _described(group: ChannelGroup, network: nn.Module) -> Tensor:
+    """What makes each channel, `(units, values)`, every part as a share of its mean square."""
+    parts = [_rows(name, network, places) for name, _, places in group.producers]
+    norms = [(network.get_submodule(name), places) for name, side, places in group.members if side == "both"]
+    affine = [(layer, places[:, 0]) for layer, places in norms if isinstance(layer, _BatchNorm) and layer.affine]
+    if len(parts) == len(affine) == 1:
+        norm, places = affine[0]
+        assert norm.running_var is not None
+        assert norm.running_mean is not None
+        scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().cpu()[places]
+        shift = (norm.bias - norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt()).detach().cpu()
+        return torch.cat([parts[0] * scale[:, None], shift[places][:, None]], 1)
+    parts += [torch.stack([norm.weight, norm.bias], 1).detach().cpu()[places] for norm, places in affine]
+    return torch.cat([part / part.square().mean().sqrt().clamp(min=torch.finfo().tiny) for part in parts], 1)

@@ -1,0 +1,150 @@
+"""What pruning breaks and seconds mend: layer by layer, from the first to the last, the pruned network is refitted to
+what the unpruned one computes on made images.
+
+A layer that lost inputs gets the weights that give its former outputs from what it sees now, by least squares:
+W' = W·E[x·x'ᵀ]·E[x'·x'ᵀ]⁻¹, with x what it saw in the unpruned network and x' what it sees now (as He et al. 2017 refit
+weights, section 3.1; of a kernel all taps share one matrix, and the ridge draws W' to the weights that are there). A
+BatchNorm gets statistics with which every channel behind it has the mean and the variance that it had: so it takes over
+the change between both networks alone, and the images need not have the statistics of the training data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfcompress.data.synthetic_set import as_float
+from dfcompress.device import exact_fp32
+from dfcompress.models.classifier import Classifier, count_runs, evaluating
+from dfcompress.models.hooks import hooked_inputs
+from dfcompress.pruning.groups import ChannelGroup, Clusters, averaged, weight_blocks
+from dfcompress.randomness import generator
+
+PIXELS, FEWEST = 2**20, 64  # Of all images that are seen at once, and the fewest images: as bias correction takes them.
+ROWS = 8192  # Places of a layer's input that it is fitted on, or four times as many as it has channels.
+RIDGE = 1e-3  # Of the mean second moment.
+STILL = 1e-12  # Variance of a channel that says nothing, and has nothing to be rescaled by.
+
+
+def images_to_repair_on(images: Tensor) -> Tensor:
+    """Some of the stored images, evenly spread: enough for stable statistics, few enough to be seen at once."""
+    wanted = max(FEWEST, PIXELS // images[0, 0].numel())
+    return images[:: -(-len(images) // wanted)]
+
+
+class _Seen(NamedTuple):
+    """What a layer of the unpruned network saw: rows of its input, or the moments of every channel."""
+
+    rows: Tensor | None = None
+    moments: tuple[Tensor, Tensor] | None = None
+
+
+@torch.no_grad()
+def refit(
+    pruned: Classifier,
+    classifier: Classifier,
+    groups: Sequence[ChannelGroup],
+    clusters: Mapping[str, Clusters],
+    images: Tensor,
+) -> None:
+    """Change the weights and the BatchNorm statistics of a network that was just cut, in place; `classifier` is the
+    one that it was cut from, `images` are stored ones.
+
+    One pass of each: what a layer of the pruned network sees is mended already. Layers that run several times, and
+    depthwise ones, keep their weights.
+    """
+    smaller = [group for group in groups if group.name in clusters]
+    lengths = {(member.layer, member.places.shape[1]) for group in smaller for member in group.consumers}
+    runs = count_runs(classifier, [name for name, _ in classifier.network.named_modules() if name])
+    flat = {name: length for name, length in lengths if length > 1}
+    consumers = sorted(name for name, _ in lengths if runs[name] == 1)
+    norms = [
+        name
+        for name, layer in pruned.network.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and runs[name] == 1
+    ]
+    seen: dict[str, _Seen] = {}
+
+    def note(name: str, features: Tensor) -> None:
+        layer = classifier.network.get_submodule(name)
+        if name in consumers:
+            seen[name] = _Seen(rows=_rows(layer, features, flat.get(name, 1), number=consumers.index(name)))
+        else:
+            seen[name] = _Seen(moments=_moments(features))
+
+    def mend(name: str, features: Tensor) -> None:
+        layer: Any = pruned.network.get_submodule(name)
+        before = seen.pop(name)
+        if before.moments is not None:
+            expected = [averaged(name, each, "both", groups, clusters) for each in before.moments]
+            _renormalise(layer, features, *expected)
+        elif before.rows is not None:
+            rows = _rows(layer, features, flat.get(name, 1), number=consumers.index(name))
+            old: Any = classifier.network.get_submodule(name)
+            weight = averaged(name, torch.cat(weight_blocks(old)), "out", groups, clusters)
+            _fit(layer, weight, before.rows, rows, flat.get(name, 1))
+
+    shown = as_float(images).to(classifier.mean.device)
+    for each, hook in ((classifier, note), (pruned, mend)):
+        with evaluating(each), exact_fp32(), hooked_inputs(each.network, [*norms, *consumers], hook):
+            each(shown)
+
+
+def _rows(layer: nn.Module, features: Tensor, length: int, *, number: int) -> Tensor:
+    """Some rows of a layer's input, the same places in every network of the same form: `(rows, channels)`. Of a linear
+    layer that takes `length` pixels of each channel every pixel is a row.
+    """
+    if isinstance(layer, nn.Linear):
+        rows: Tensor = features.flatten(0, -2).unflatten(-1, (-1, length)).movedim(-1, 1).flatten(0, 1)
+    else:
+        rows = features.movedim(1, -1).flatten(0, -2)
+    wanted = max(ROWS, 4 * rows.shape[1])
+    if len(rows) > wanted:
+        chosen = torch.randperm(len(rows), generator=generator("refit", number))[:wanted]
+        rows = rows[chosen.to(rows.device)]
+    return rows
+
+
+def _fit(layer: Any, weight: Tensor, before: Tensor, after: Tensor, length: int) -> None:
+    """Give a layer the weights with which `after` `(rows, channels now)` leads to what `weight`
+    `(outputs, channels before of a group, ...)` made of `before`; a grouped convolution group by group.
+    """
+    blocks = weight_blocks(layer)
+    parts = zip(
+        blocks, *(each.chunk(len(blocks), axis) for each, axis in ((weight, 0), (before, 1), (after, 1))), strict=True
+    )
+    shifts = []
+    for current, old_weight, saw, sees in parts:
+        x_mean, y_mean = saw.double().mean(0), sees.double().mean(0)
+        centred = layer.bias is not None
+        x, y = saw.double() - centred * x_mean, sees.double() - centred * y_mean
+        joint, across = y.T @ y / len(y), x.T @ y / len(y)
+        now, old = (each.double().unflatten(1, (-1, length)).flatten(2) for each in (current, old_weight))
+        missing = torch.einsum("oct,cd->dot", old, across) - torch.einsum("oct,cd->dot", now, joint)
+        ridge = RIDGE * joint.diagonal().mean().clamp(min=STILL)
+        joint.diagonal().add_(ridge)
+        fitted = now + torch.linalg.solve(joint, missing.flatten(1)).unflatten(1, missing.shape[1:]).transpose(0, 1)
+        current.copy_(fitted.reshape(current.shape))
+        shifts.append(old.sum(2) @ x_mean - fitted.sum(2) @ y_mean)
+    if layer.bias is not None:
+        layer.bias += torch.cat(shifts).to(layer.bias.dtype)
+
+
+def _renormalise(layer: _BatchNorm, features: Tensor, was_mean: Tensor, was_variance: Tensor) -> None:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    mean, variance = _moments(features)
+    growth = torch.where(was_variance > STILL, variance / was_variance.clamp(min=STILL), torch.ones_like(variance))
+    layer.running_mean.copy_(mean - (was_mean - layer.running_mean) * growth.sqrt())
+    layer.running_var.copy_(((layer.running_var + layer.eps) * growth - layer.eps).clamp(min=0))
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every channel."""
+    axes = [axis for axis in range(features.dim()) if axis != 1]
+    variance, mean = torch.var_mean(features, axes, correction=0)
+    return mean, variance

@@ -1,0 +1,80 @@
+"""The budget is met, by the channels of least importance, and no layer is left without any."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_groups import NETWORKS, classifier
+
+from dfcompress.errors import BadInput
+from dfcompress.pruning.budget import Costs, Pruning, choose, require_reachable
+from dfcompress.pruning.groups import cut, find_groups
+from dfcompress.pruning.importance import Ranking
+
+pytest.importorskip("torch_pruning")
+
+
+def ranked(groups):
+    random = torch.Generator().manual_seed(0)
+    return {group.name: Ranking(torch.rand(group.units, generator=random)) for group in groups}
+
+
+@pytest.fixture(scope="module")
+def networks():
+    made = {name: classifier(NETWORKS[name]()) for name in ("residual adds", "grouped", "concatenations")}
+    return {name: (each, find_groups(each).groups) for name, each in made.items()}
+
+
+@pytest.mark.parametrize("resource", ["flops", "parameters", "filters"])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_the_target_is_met_within_a_percent(resource, uniform, networks):
+    made, groups = networks["residual adds"]
+    asked = Pruning(resource=resource, share=0.4, importance="magnitude", uniform=uniform)
+    ranking, costs = ranked(groups), Costs.of(made, groups, resource)
+    kept = choose(costs, groups, ranking, asked)
+    pruned = classifier(NETWORKS["residual adds"]())
+    cut(pruned, groups, {group.name: ranking[group.name].clusters(group, kept[group.name]) for group in groups})
+    share = Costs.of(pruned, [], resource).whole / costs.whole
+    assert 0.99 * 0.4 <= share <= 0.4
+    shares = [kept[group.name] / group.units for group in groups]
+    assert (max(shares) - min(shares) < 0.05) == uniform
+
+
+def test_channels_of_a_grouped_convolution_go_from_all_its_groups_alike(networks):
+    made, groups = networks["grouped"]
+    asked = Pruning(resource="flops", share=0.5, importance="magnitude")
+    kept = choose(Costs.of(made, groups, "flops"), groups, ranked(groups), asked)
+    several = [group for group in groups if group.blocks.max() > 0]
+    assert several
+    assert all(kept[group.name] % 4 == 0 for group in several)
+
+
+def test_a_multiple_of_channels_stays(networks):
+    made, groups = networks["residual adds"]
+    asked = Pruning(resource="flops", share=0.5, importance="magnitude", round_to=8)
+    kept = choose(Costs.of(made, groups, "flops"), groups, ranked(groups), asked)
+    assert all(units % 8 == 0 for units in kept.values())
+    assert any(kept[group.name] < group.units for group in groups)
+
+
+def test_the_least_important_go_and_a_twentieth_of_each_group_stays(networks):
+    made, groups = networks["concatenations"]
+    costs = Costs.of(made, groups, "flops")
+    scores = {
+        group.name: Ranking(torch.arange(float(group.units)) + 100 * number) for number, group in enumerate(groups)
+    }
+    kept = choose(costs, groups, scores, Pruning(resource="flops", share=0.9, importance="magnitude"))
+    assert kept[groups[0].name] == max(1, round(0.05 * groups[0].units))
+    assert kept[groups[-1].name] == groups[-1].units
+    left = scores[groups[0].name].clusters(groups[0], 2)
+    assert left.tolist() == [-1] * (groups[0].units - 2) + [0, 1]
+
+
+def test_a_share_out_of_reach_names_the_least_there_is(networks):
+    made, groups = networks["residual adds"]
+    costs = Costs.of(made, groups, "flops")
+    with pytest.raises(BadInput, match=r"--flops 0.0001 is out of reach: the least there is is 0.0\d\d"):
+        require_reachable(costs, groups, Pruning(resource="flops", share=0.0001))
+    for share in (0.0, 1.0, -1.0, float("nan")):
+        with pytest.raises(BadInput, match="is no share between 0 and 1"):
+            Pruning(resource="flops", share=share)
