@@ -69,7 +69,7 @@ def test_every_method_leaves_a_model_of_all_classes(method, old, new, tmp_path):
     assert ("new-classes" in result.seconds) == incremental_method(method).expert
 
 
-def test_another_step_is_quantized_and_merged(old, new, tmp_path, capsys):
+def test_another_step_is_pruned_quantized_and_merged(old, new, tmp_path, capsys):
     """On the model that is extended already; known names are more images of their classes."""
     console.configure(console.NORMAL)
     first = extended(old, new, tmp_path / "first")
@@ -79,6 +79,9 @@ def test_another_step_is_quantized_and_merged(old, new, tmp_path, capsys):
     assert not (tmp_path / "second" / "synthetic").exists()
     assert "No image stands for 3 of the 5 classes that first knows" in capsys.readouterr().err
     console.configure(console.QUIET)
+    line = f"prune {second.checkpoint} --data {tmp_path / 'first'} --filters 0.8 --train-steps 2 --probe-images 0 -q"
+    assert run([*line.split(), "--train-batch-size", "16", "--compile", "off", "-o", str(tmp_path / "pruned")]) == 0
+    assert load(tmp_path / "pruned").card.class_names == ("x", "y", "5", "6", "7", "8")
     line = f"quantize {second.checkpoint} --data {tmp_path / 'first'} --bits 8w8a --finetune none -q"
     assert run([*line.split(), "-o", str(tmp_path / "packed")]) == 0
     assert load(tmp_path / "packed").card.classes == 6
