@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     help="Real images to report accuracy on: one source of all classes, or one of the old and one of the new classes.",
 )
 @_options.synthesis(images="2048; of more than 64 pixels a side 1000")
-@_options.training(steps=3000, lr=0.05, batch_size=128)
+@_options.training(steps=1000, lr=0.05, batch_size=128)
 @_options.second_recipe
 @_options.probe_images
 @_options.gates

@@ -82,4 +82,4 @@ class AlwaysBeDreaming:
         """Nothing: the weights are fixed."""
 
 
-METHOD = IncrementalMethod(distiller=AlwaysBeDreaming, training=usual_training(steps=3000, lr=0.05))
+METHOD = IncrementalMethod(distiller=AlwaysBeDreaming, training=usual_training())

@@ -20,6 +20,4 @@ from dfcompress.training.class_incremental.method import IncrementalMethod, usua
 
 PASSED = 0.1
 
-METHOD = IncrementalMethod(
-    distiller=partial(AlwaysBeDreaming, passed=PASSED), training=usual_training(steps=3000, lr=0.05)
-)
+METHOD = IncrementalMethod(distiller=partial(AlwaysBeDreaming, passed=PASSED), training=usual_training())

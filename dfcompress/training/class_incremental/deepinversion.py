@@ -83,4 +83,4 @@ class DeepInversion:
         """Nothing: the weights are fixed."""
 
 
-METHOD = IncrementalMethod(distiller=DeepInversion, training=usual_training(steps=3000, lr=0.05), expert=True)
+METHOD = IncrementalMethod(distiller=DeepInversion, training=usual_training(), expert=True)

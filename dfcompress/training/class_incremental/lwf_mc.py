@@ -58,4 +58,4 @@ class LwfMc:
         """Nothing: the weights are fixed."""
 
 
-METHOD = IncrementalMethod(distiller=LwfMc, training=usual_training(steps=3000, lr=0.05), replays=False)
+METHOD = IncrementalMethod(distiller=LwfMc, training=usual_training(), replays=False)

@@ -53,4 +53,4 @@ class Oracle:
         """Nothing: the weight is fixed."""
 
 
-METHOD = IncrementalMethod(distiller=Oracle, training=usual_training(steps=3000, lr=0.05), real=True)
+METHOD = IncrementalMethod(distiller=Oracle, training=usual_training(), real=True)

@@ -122,4 +122,4 @@ def angles(points: Tensor) -> Tensor:
     return directions @ directions.transpose(1, 2)
 
 
-METHOD = IncrementalMethod(distiller=Rdfcil, training=usual_training(steps=3000, lr=0.05))
+METHOD = IncrementalMethod(distiller=Rdfcil, training=usual_training())
