@@ -28,6 +28,9 @@ from dfcompress.pruning.importance import Ranking
 Widths = Mapping[str, tuple[int, int]]
 # Of a group's channels: what is left of a layer must still tell something. Ours, not measured.
 LEAST_SHARE = 0.05
+# Without --uniform, too: the cost of a merge says nothing of other groups (ResNet-20 at 0.63 of its operations,
+# refitted, on 500 training images: fold answers 44 % as before, and 63 % where every group loses the same share).
+EVERYWHERE_ALIKE = ("random", "fold")
 NEAR = 0.99  # Of the target: what is left costs at least so much, where whole channels allow it.
 UNITS: Mapping[Resource, str] = {"flops": "multiply-accumulates", "parameters": "parameters", "filters": "filters"}
 
@@ -186,8 +189,8 @@ def choose(
     of what it costs now), and as nearly that as whole channels allow.
 
     Channels go by their importance; `taylor` estimates a loss, and is taken for each unit of the resource that goes.
-    With `uniform`, and where the importance is `random`, the same share of every group goes. Of each group a twentieth
-    stays, and with `round_to` a multiple of that number.
+    With `uniform`, and by `random` and `fold`, the same share of every group goes. Of each group a twentieth stays, and
+    with `round_to` a multiple of that number.
     (ResNet-20 at 0.63 of its operations, refitted: it answers 500 training images as before by taylor 74.6 % so and
     65.6 % without the division, by bn-scale 43.0 and 82.2 %, by magnitude 77.8 and 82.6 %.)
     """
@@ -263,7 +266,7 @@ def _bundles(
     rows = len(worth)
     freed = costs.whole - costs.at(widths_for(costs.widths, [group], [blocks * (rows - rows // 2)]))
     freed = max(freed / max(1, rows // 2), 1e-30) if asked.importance == "taylor" else 1.0
-    alike = asked.uniform or asked.importance == "random"
+    alike = asked.uniform or asked.importance in EVERYWHERE_ALIKE
     bundles: list[_Bundle] = []
     left, score = rows, -float("inf")
     for fewer in range(rows - 1, max(1, round(LEAST_SHARE * rows)) - 1, -1):

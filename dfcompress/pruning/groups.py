@@ -304,13 +304,13 @@ def _mask(network: nn.Module, group: ChannelGroup, gone: Tensor) -> None:
         layer: Any = network.get_submodule(name)
         taken = places[gone].flatten()
         groups = getattr(layer, "groups", 1)
-        for block, weight in enumerate(_weight_blocks(layer)):
+        for block, weight in enumerate(weight_blocks(layer)):
             size = weight.shape[1]
             mine = taken[(taken >= block * size) & (taken < (block + 1) * size)] if groups > 1 else taken
             weight[:, mine - block * size] = 0
 
 
-def _weight_blocks(layer: Any) -> list[Tensor]:
+def weight_blocks(layer: Any) -> list[Tensor]:
     """A layer's weight as one matrix `(outputs, inputs, ...)` for each of its groups, sharing its memory."""
     groups = getattr(layer, "groups", 1)
     if getattr(layer, "transposed", False):
@@ -319,31 +319,23 @@ def _weight_blocks(layer: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def cut(
-    classifier: Classifier,
-    groups: Sequence[ChannelGroup],
-    clusters: Mapping[str, Clusters],
-    absorbed: Mapping[tuple[str, str], tuple[Tensor, Tensor]] | None = None,
-) -> None:
+def cut(classifier: Classifier, groups: Sequence[ChannelGroup], clusters: Mapping[str, Clusters]) -> None:
     """Take channels away in place: of every group that `clusters` names the units become its clusters.
 
     A layer that gives the channels of a cluster gives their mean, one that takes them takes the sum; a unit of cluster
-    -1 is gone. Consumers `absorbed` by (group, layer) take matrices `(units, clusters)` in place of sums, and numbers
-    `(units,)` that go into their bias, where they have one (see `repair`). The card knows the new widths.
+    -1 is gone. The card knows the new widths.
     """
     network = classifier.network
     before = widths_of(network)
-    layers: dict[str, dict[Side, list[tuple[Tensor, Clusters, tuple[Tensor, Tensor] | None]]]] = {}
+    layers: dict[str, dict[Side, list[tuple[Tensor, Clusters]]]] = {}
     for group in groups:
         if group.name in clusters:
             for name, side, places in group.members:
-                how = (absorbed or {}).get((group.name, name))
-                layers.setdefault(name, {}).setdefault(side, []).append((places, clusters[group.name], how))
+                layers.setdefault(name, {}).setdefault(side, []).append((places, clusters[group.name]))
     state: dict[str, Tensor] = {}
     widths: dict[str, tuple[int, int]] = {}
     for name, sides in layers.items():
-        layer = network.get_submodule(name)
-        tensors, widths[name] = _smaller(layer, before[name], sides)
+        tensors, widths[name] = _smaller(network.get_submodule(name), before[name], sides)
         state |= {f"{name}.{key}": value for key, value in tensors.items()}
     kept = {name: value for name, value in network.state_dict().items() if name not in state}
     wanted_grad = {name: each.requires_grad for name, each in network.named_parameters()}
@@ -360,7 +352,7 @@ def cut(
 def _smaller(
     layer: nn.Module,
     before: tuple[int, int],
-    sides: Mapping[Side, Sequence[tuple[Tensor, Clusters, tuple[Tensor, Tensor] | None]]],
+    sides: Mapping[Side, Sequence[tuple[Tensor, Clusters]]],
 ) -> tuple[dict[str, Tensor], tuple[int, int]]:
     """The tensors of one layer with fewer channels, and its widths."""
     c_in, c_out = before
@@ -371,22 +363,13 @@ def _smaller(
         return tensors | {key: _averaged(value, target, new) for key, value in per_channel.items()}, (new, new)
     from_in, new_in = _targets(sides.get("in", ()), c_in)
     from_out, new_out = _targets(sides.get("out", ()), c_out)
-    blocks = _weight_blocks(layer)
+    blocks = weight_blocks(layer)
     taken = []
     for block, weight in enumerate(blocks):
         size = weight.shape[1]
         local = from_in[block * size : (block + 1) * size]
         local = torch.where(local >= 0, local - block * (new_in // len(blocks)), -1)
         taken.append(_summed(weight, local, new_in // len(blocks)))
-    bias = tensors.get("bias")
-    for places, clusters, how in sides.get("in", ()):
-        if how is not None:
-            mixed, left = how
-            weights = blocks[0][:, places].to(mixed.dtype)  # (outputs, units, k, ...)
-            slots = _slots(places, clusters, from_in)  # (clusters, k)
-            taken[0][:, slots] = torch.einsum("ou...,uc->oc...", weights, mixed).to(taken[0].dtype)
-            if bias is not None:
-                bias = bias + torch.einsum("ou...,u->o", weights, left).to(bias.dtype)
     given = []
     size = c_out // len(blocks)
     for block, weight in enumerate(taken):
@@ -396,31 +379,31 @@ def _smaller(
     if getattr(layer, "transposed", False):
         given = [weight.transpose(0, 1) for weight in given]
     tensors["weight"] = torch.cat(given).contiguous()
-    if bias is not None:
-        tensors["bias"] = _averaged(bias, from_out, new_out)
+    if "bias" in tensors:
+        tensors["bias"] = _averaged(tensors["bias"], from_out, new_out)
     return tensors, (new_in, new_out)
 
 
-def averaged(name: str, values: Tensor, groups: Sequence[ChannelGroup], clusters: Mapping[str, Clusters]) -> Tensor:
-    """Values `(channels,)` of what a layer takes and gives channel by channel, as its channels were cut: of those that
-    became one the mean.
-    """
+def averaged(
+    name: str, values: Tensor, side: Side, groups: Sequence[ChannelGroup], clusters: Mapping[str, Clusters]
+) -> Tensor:
+    """Values `(channels, ...)` of one side of a layer, as its channels were cut: of those that became one the mean."""
     parts = [
-        (member.places, clusters[group.name], None)
+        (member.places, clusters[group.name])
         for group in groups
         if group.name in clusters
         for member in group.members
-        if member.layer == name
+        if (member.layer, member.side) == (name, side)
     ]
     return _averaged(values, *_targets(parts, len(values)))
 
 
-def _targets(parts: Iterable[tuple[Tensor, Clusters, Any]], channels: int) -> tuple[Tensor, int]:
+def _targets(parts: Iterable[tuple[Tensor, Clusters]], channels: int) -> tuple[Tensor, int]:
     """The new number of every channel of a layer, -1 where it goes, and how many there are: clusters stand where their
     first channel stood.
     """
     leader = torch.arange(channels)
-    for places, clusters, _ in parts:
+    for places, clusters in parts:
         firsts = _first_units(clusters)
         for column in places.T:
             leader[column] = torch.where(clusters >= 0, column[firsts[clusters.clamp(min=0)]], -1)
@@ -432,12 +415,6 @@ def _targets(parts: Iterable[tuple[Tensor, Clusters, Any]], channels: int) -> tu
 def _first_units(clusters: Clusters) -> Tensor:
     """The first unit of each cluster, in the order of their numbers."""
     return torch.stack([(clusters == each).nonzero()[0, 0] for each in range(int(clusters.max()) + 1)])
-
-
-def _slots(places: Tensor, clusters: Clusters, target: Tensor) -> Tensor:
-    """Where the channels of each cluster are in the smaller layer, `(clusters, k)`."""
-    slots: Tensor = target[places[_first_units(clusters)]]
-    return slots
 
 
 def _summed(weight: Tensor, target: Tensor, new: int) -> Tensor:

@@ -1,14 +1,17 @@
-"""What pruning breaks and seconds mend: the layer that follows takes what a channel gave from those that stay, and
-BatchNorms normalise by what they see now.
+"""What pruning breaks and seconds mend: layer by layer, from the first to the last, the pruned network is refitted to
+what the unpruned one computes on made images.
 
-The weights of a consumer are W' = W·P, with P = C·M·(Mᵀ·C·M)⁻¹ the least-squares prediction of all channels from the
-new ones: C are the second moments of the channels on made images, M says which new channel is the mean of which old
-ones (as He et al. 2017 refit weights, section 3.1, but of all layers at once, on the unpruned network's features).
+A layer that lost inputs gets the weights that give its former outputs from what it sees now, by least squares:
+W' = W·E[x·x'ᵀ]·E[x'·x'ᵀ]⁻¹, with x what it saw in the unpruned network and x' what it sees now (as He et al. 2017 refit
+weights, section 3.1; of a kernel all taps share one matrix, and the ridge draws W' to the weights that are there). A
+BatchNorm gets statistics with which every channel behind it has the mean and the variance that it had: so it takes over
+the change between both networks alone, and the images need not have the statistics of the training data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +19,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import exact_fp32
-from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.classifier import Classifier, count_runs, evaluating
 from dfcompress.models.hooks import hooked_inputs
-from dfcompress.pruning.groups import ChannelGroup, Clusters, Member, averaged
+from dfcompress.pruning.groups import ChannelGroup, Clusters, averaged, weight_blocks
+from dfcompress.randomness import generator
 
-PIXELS = 2**20  # Of all images that are seen at once, but never fewer than 64: as `bias_correction` takes.
-FEWEST = 64
-RIDGE = 1e-4  # Of the mean second moment: channels that are always 0 have none.
+PIXELS, FEWEST = 2**20, 64  # Of all images that are seen at once, and the fewest images: as bias correction takes them.
+ROWS = 8192  # Places of a layer's input that it is fitted on, or four times as many as it has channels.
+RIDGE = 1e-3  # Of the mean second moment.
+STILL = 1e-12  # Variance of a channel that says nothing, and has nothing to be rescaled by.
 
 
 def images_to_repair_on(images: Tensor) -> Tensor:
@@ -31,112 +36,111 @@ def images_to_repair_on(images: Tensor) -> Tensor:
     return images[:: -(-len(images) // wanted)]
 
 
-@torch.no_grad()
-def absorption(
-    classifier: Classifier, groups: Sequence[ChannelGroup], clusters: Mapping[str, Clusters], images: Tensor
-) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-    """What `cut` takes as `absorbed`: for every consumer of a pruned group the matrix P `(units, clusters)` and the
-    mean that P leaves `(units,)`, on stored images. Grouped convolutions absorb nothing.
+class _Seen(NamedTuple):
+    """What a layer of the unpruned network saw: rows of its input, or the moments of every channel."""
 
-    A layer with a bias is fitted about the means, and its bias takes what is left on average; of one without, the
-    means are part of what is fitted.
-    """
-    network = classifier.network
-    pruned = [group for group in groups if group.name in clusters and int(clusters[group.name].max()) + 1 < group.units]
-    consumers = {
-        (group.name, member.layer): (member, clusters[group.name])
-        for group in pruned
-        for member in group.consumers
-        if getattr(network.get_submodule(member.layer), "groups", 1) == 1
-    }
-    by_layer: dict[str, list[tuple[str, Member]]] = {}
-    for (group_name, layer), (member, _) in consumers.items():
-        by_layer.setdefault(layer, []).append((group_name, member))
-    sums: dict[tuple[str, str], list[Tensor]] = {}
-
-    def note(layer: str, features: Tensor) -> None:
-        for group_name, member in by_layer[layer]:
-            rows = _of_units(network.get_submodule(layer), features, member)
-            found = [rows.T @ rows, rows.sum(0), rows.new_tensor(len(rows))]
-            before = sums.get((group_name, layer))
-            sums[group_name, layer] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
-
-    with evaluating(classifier), exact_fp32(), hooked_inputs(network, by_layer, note):
-        for some in images.split(FEWEST):
-            classifier(as_float(some).to(classifier.mean.device))
-    absorbed = {}
-    for key, (product, total, count) in sums.items():
-        _, of_group = consumers[key]
-        biased = getattr(network.get_submodule(key[1]), "bias", None) is not None
-        absorbed[key] = _prediction(product.double() / count, total.double() / count, of_group, centred=biased)
-    return absorbed
-
-
-def _of_units(layer: nn.Module, features: Tensor, member: Member) -> Tensor:
-    """A layer's input, one row for each place and channel of a unit: `(places, units)`."""
-    by_channel = features.movedim(-1 if isinstance(layer, nn.Linear) else 1, -1).flatten(0, -2)
-    places = member.places.to(features.device)
-    return by_channel[:, places].movedim(-1, 1).flatten(0, 1)
-
-
-def _prediction(moments: Tensor, means: Tensor, clusters: Clusters, *, centred: bool) -> tuple[Tensor, Tensor]:
-    """P and what it leaves on average."""
-    if centred:
-        moments = moments - means[:, None] * means
-    counts = clusters[clusters >= 0].bincount()
-    merging = torch.zeros(len(clusters), len(counts), dtype=moments.dtype)
-    stays = (clusters >= 0).nonzero()[:, 0]
-    merging[stays, clusters[stays]] = 1.0 / counts[clusters[stays]].to(moments.dtype)
-    merging = merging.to(moments.device)
-    joint = merging.T @ moments @ merging
-    ridge = RIDGE * moments.diagonal().mean().clamp(min=torch.finfo(moments.dtype).tiny)
-    ridges = ridge * torch.eye(len(joint), dtype=joint.dtype, device=joint.device)
-    # Where the fit says nothing (channels that are always 0) the sums of `cut` stand.
-    usual = (merging > 0).to(moments.dtype)
-    mixed = usual + torch.linalg.solve(joint + ridges, (moments @ merging - usual @ joint).T).T
-    left = means - mixed @ (merging.T @ means) if centred else torch.zeros_like(means)
-    return mixed, left
+    rows: Tensor | None = None
+    moments: tuple[Tensor, Tensor] | None = None
 
 
 @torch.no_grad()
-def renormalise(
+def refit(
     pruned: Classifier,
     classifier: Classifier,
     groups: Sequence[ChannelGroup],
     clusters: Mapping[str, Clusters],
     images: Tensor,
 ) -> None:
-    """Give the pruned network's BatchNorms the statistics with which each channel behind them has the mean and the
-    variance that it has in the unpruned `classifier`, on stored images.
+    """Change the weights and the BatchNorm statistics of a network that was just cut, in place; `classifier` is the
+    one that it was cut from, `images` are stored ones.
 
-    One pass: what a layer sees is mended already. The images need not have the training data's statistics, because a
-    BatchNorm takes over the change between both networks alone (as `quantization/bias_correction.py` does).
+    One pass of each: what a layer of the pruned network sees is mended already. Layers that run several times, and
+    depthwise ones, keep their weights.
     """
-    norms = {
-        name: layer
+    smaller = [group for group in groups if group.name in clusters]
+    lengths = {(member.layer, member.places.shape[1]) for group in smaller for member in group.consumers}
+    runs = count_runs(classifier, [name for name, _ in classifier.network.named_modules() if name])
+    flat = {name: length for name, length in lengths if length > 1}
+    consumers = sorted(name for name, _ in lengths if runs[name] == 1)
+    norms = [
+        name
         for name, layer in pruned.network.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None
-    }
-    expected: dict[str, tuple[Tensor, Tensor]] = {}
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and runs[name] == 1
+    ]
+    seen: dict[str, _Seen] = {}
 
     def note(name: str, features: Tensor) -> None:
-        expected[name] = _moments(features)
+        layer = classifier.network.get_submodule(name)
+        if name in consumers:
+            seen[name] = _Seen(rows=_rows(layer, features, flat.get(name, 1), number=consumers.index(name)))
+        else:
+            seen[name] = _Seen(moments=_moments(features))
 
     def mend(name: str, features: Tensor) -> None:
-        layer, (was_mean, was_variance) = norms[name], expected[name]
-        mean, variance = _moments(features)
-        was_mean, was_variance = (averaged(name, each, groups, clusters) for each in (was_mean, was_variance))
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        growth = torch.where(was_variance > 1e-12, variance / was_variance.clamp(min=1e-12), torch.ones_like(variance))
-        deviation = layer.running_var + layer.eps
-        layer.running_var.copy_((deviation * growth - layer.eps).clamp(min=0))
-        layer.running_mean.copy_(mean - (was_mean - layer.running_mean) * growth.sqrt())
+        layer: Any = pruned.network.get_submodule(name)
+        before = seen.pop(name)
+        if before.moments is not None:
+            expected = [averaged(name, each, "both", groups, clusters) for each in before.moments]
+            _renormalise(layer, features, *expected)
+        elif before.rows is not None:
+            rows = _rows(layer, features, flat.get(name, 1), number=consumers.index(name))
+            old: Any = classifier.network.get_submodule(name)
+            weight = averaged(name, torch.cat(weight_blocks(old)), "out", groups, clusters)
+            _fit(layer, weight, before.rows, rows, flat.get(name, 1))
 
     shown = as_float(images).to(classifier.mean.device)
     for each, hook in ((classifier, note), (pruned, mend)):
-        with evaluating(each), exact_fp32(), hooked_inputs(each.network, norms, hook):
+        with evaluating(each), exact_fp32(), hooked_inputs(each.network, [*norms, *consumers], hook):
             each(shown)
+
+
+def _rows(layer: nn.Module, features: Tensor, length: int, *, number: int) -> Tensor:
+    """Some rows of a layer's input, the same places in every network of the same form: `(rows, channels)`. Of a linear
+    layer that takes `length` pixels of each channel every pixel is a row.
+    """
+    if isinstance(layer, nn.Linear):
+        rows: Tensor = features.flatten(0, -2).unflatten(-1, (-1, length)).movedim(-1, 1).flatten(0, 1)
+    else:
+        rows = features.movedim(1, -1).flatten(0, -2)
+    wanted = max(ROWS, 4 * rows.shape[1])
+    if len(rows) > wanted:
+        chosen = torch.randperm(len(rows), generator=generator("refit", number))[:wanted]
+        rows = rows[chosen.to(rows.device)]
+    return rows
+
+
+def _fit(layer: Any, weight: Tensor, before: Tensor, after: Tensor, length: int) -> None:
+    """Give a layer the weights with which `after` `(rows, channels now)` leads to what `weight`
+    `(outputs, channels before of a group, ...)` made of `before`; a grouped convolution group by group.
+    """
+    blocks = weight_blocks(layer)
+    parts = zip(
+        blocks, *(each.chunk(len(blocks), axis) for each, axis in ((weight, 0), (before, 1), (after, 1))), strict=True
+    )
+    shifts = []
+    for current, old_weight, saw, sees in parts:
+        x_mean, y_mean = saw.double().mean(0), sees.double().mean(0)
+        centred = layer.bias is not None
+        x, y = saw.double() - centred * x_mean, sees.double() - centred * y_mean
+        joint, across = y.T @ y / len(y), x.T @ y / len(y)
+        now, old = (each.double().unflatten(1, (-1, length)).flatten(2) for each in (current, old_weight))
+        missing = torch.einsum("oct,cd->dot", old, across) - torch.einsum("oct,cd->dot", now, joint)
+        ridge = RIDGE * joint.diagonal().mean().clamp(min=STILL)
+        joint.diagonal().add_(ridge)
+        fitted = now + torch.linalg.solve(joint, missing.flatten(1)).unflatten(1, missing.shape[1:]).transpose(0, 1)
+        current.copy_(fitted.reshape(current.shape))
+        shifts.append(old.sum(2) @ x_mean - fitted.sum(2) @ y_mean)
+    if layer.bias is not None:
+        layer.bias += torch.cat(shifts).to(layer.bias.dtype)
+
+
+def _renormalise(layer: _BatchNorm, features: Tensor, was_mean: Tensor, was_variance: Tensor) -> None:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    mean, variance = _moments(features)
+    growth = torch.where(was_variance > STILL, variance / was_variance.clamp(min=STILL), torch.ones_like(variance))
+    layer.running_mean.copy_(mean - (was_mean - layer.running_mean) * growth.sqrt())
+    layer.running_var.copy_(((layer.running_var + layer.eps) * growth - layer.eps).clamp(min=0))
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:

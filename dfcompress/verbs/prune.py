@@ -32,7 +32,7 @@ from dfcompress.pruning.budget import UNITS, Costs, Pruned, Pruning, choose, req
 from dfcompress.pruning.groups import Found, cut, find_groups
 from dfcompress.pruning.importance import BATCH, rank
 from dfcompress.pruning.picture import draw_widths
-from dfcompress.pruning.repair import absorption, images_to_repair_on, renormalise
+from dfcompress.pruning.repair import images_to_repair_on, refit
 from dfcompress.run import STATE, Run, save_state, write_json
 from dfcompress.settings import AUTO, with_defaults
 from dfcompress.synthesis.labels import BALANCED
@@ -266,12 +266,9 @@ class Prune:
         kept = choose(costs, groups, ranking, asked, whole=whole)
         smaller = [group for group in groups if kept[group.name] < group.units]
         clusters = {group.name: ranking[group.name].clusters(group, kept[group.name]) for group in smaller}
-        few = images_to_repair_on(images)
-        refits = self.repair != "none"
-        absorbed = absorption(before, groups, clusters, few) if refits else None
-        cut(self.student, groups, clusters, absorbed)
-        if refits:
-            renormalise(self.student, before, groups, clusters, few)
+        cut(self.student, groups, clusters)
+        if self.repair != "none":
+            refit(self.student, before, groups, clusters, images_to_repair_on(images))
         after = Costs.of(self.student, [], asked.resource).whole
         rows = [
             {
