@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--importance",
     type=click.Choice(get_args(ImportanceName)),
-    default="taylor",
+    default="magnitude",
     show_default=True,
     help="Which channels go first; fold merges similar channels.",
 )

@@ -41,7 +41,7 @@ class Pruning:
 
     resource: Resource
     share: float
-    importance: ImportanceName = "taylor"
+    importance: ImportanceName = "magnitude"
     uniform: bool = False
     round_to: int = 1
 

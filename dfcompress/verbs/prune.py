@@ -52,6 +52,10 @@ from dfcompress.verbs.export import require_packages
 REPORT, PICTURE = "prune.json", "widths.png"
 RECIPE = "adaptive-deepinversion"
 IMAGES, LARGE_IMAGES, PROBE_IMAGES = 2048, 1000, 128
+# ResNet-20 at 0.4 of its operations, by 512 made images: refitted it answers 500 training images as before by magnitude
+# 38 %, bn-scale 35, taylor 32, random 31, fold 17; after 200 steps of 64 images 1,000 of them by magnitude 77.7, taylor
+# 70.1 (one seed).
+IMPORTANCE: ImportanceName = "magnitude"
 RANKED_BY = 512  # Images that importance is taken from, at most: 16 gradients of 32.
 DISTILLATION = Training(
     steps=3000,
@@ -71,7 +75,7 @@ def prune(
     flops: float | None = None,
     parameters: float | None = None,
     filters: float | None = None,
-    importance: ImportanceName = "taylor",
+    importance: ImportanceName = IMPORTANCE,
     uniform: bool = False,
     round_to: int = 1,
     rounds: int = 1,
