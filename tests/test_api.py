@@ -45,6 +45,7 @@ plan = dfcompress.distill.plan(teacher, student="half")
 reveal_type(plan)  # -> "dfcompress.verbs._plan.Plan[dfcompress.verbs._finish.Compressed]"
 reveal_type(plan.estimates()[0].seconds)  # -> "float"
 reveal_type(dfcompress.merge([teacher, "other.pt"]))  # -> "dfcompress.verbs._finish.Compressed"
+reveal_type(dfcompress.extend(teacher, new_data="birds"))  # -> "dfcompress.verbs._finish.Compressed"
 reveal_type(dfcompress.record(teacher, data="train"))  # -> "dfcompress.verbs.record.Recorded"
 reveal_type(dfcompress.evaluate([teacher], data="test"))  # -> "dfcompress.verbs.evaluate.Evaluation"
 reveal_type(dfcompress.export(teacher))  # -> "dfcompress.evaluation.onnx_check.Exported"

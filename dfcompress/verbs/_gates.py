@@ -11,9 +11,9 @@ from dfcompress.verbs._finish import Compressed
 
 @dataclass(frozen=True, kw_only=True)
 class Gates:
-    """`max_drop` is how many points of top-1 the result may lose on the real images it is evaluated on; `min_agreement`
-    the share in [0, 1] of held-out images on which it must answer as its teacher (as each of them) does. None asks
-    nothing.
+    """`max_drop` is how many points of top-1 the result may lose on the real images it is evaluated on, after extending
+    on those of the old classes; `min_agreement` the share in [0, 1] of held-out images on which it must answer as its
+    teacher (as each of them) does. None asks nothing.
     """
 
     max_drop: float | None = None

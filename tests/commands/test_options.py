@@ -16,6 +16,7 @@ from dfcompress.quantization.calibration import ASYMMETRIC, Calibration
 from dfcompress.quantization.observers import range_rules
 from dfcompress.synthesis.recipes import recipe_names
 from dfcompress.synthesis.records.accumulator import RecordSettings
+from dfcompress.training.class_incremental import METHODS
 from dfcompress.training.objectives import make_objectives
 from dfcompress.training.optimizers import make_optimizer
 from dfcompress.training.settings import Training
@@ -43,6 +44,7 @@ REGISTRIES = [
     ("quantize", "--weight-grid", ASYMMETRIC),
     ("quantize", "--method", CALIBRATIONS),
     ("quantize", "--finetune", FINETUNING),
+    ("extend", "--method", METHODS),
 ]
 # Spelling: where the Python API states the type of what the option gives.
 TYPES = [
