@@ -1,7 +1,7 @@
 """The tables of "Extending" in docs/results.md, by the installed command.
 
     python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT [--seeds N] [--only CASE/ROW ...]
-    python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT --colour RESNET20 CIFAR --only colour/deepinversion
+    python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT --colour RESNET20 CIFAR --only colour/damped
 
 TEACHERS is what docs/train_mnist_teachers.py wrote (`lenet5_bn-01234 lenet5_bn-56789 lenet5_bn-01 lenet5_bn`). Every
 row is one `dfcompress extend` a step, which is printed; results are appended to OUTPUT/rows.jsonl, and rows that are
@@ -22,7 +22,7 @@ from measuring import Rows, run
 
 from dfcompress.data.real import Part, read_idx
 
-METHODS = ("deepinversion", "lwf-mc", "abd", "rdfcil", "oracle")
+METHODS = ("damped", "deepinversion", "lwf-mc", "abd", "rdfcil", "oracle")
 # Of every case the digits that each step brings; the first ones are the teacher's.
 DIGITS = {
     "halves": ("01234", "56789"),
