@@ -4,7 +4,8 @@
 
 DEMO_FILES is the folder `demo_files` of the package. Every row is one `dfcompress distill` of a student with random
 weights, which is printed; images, rounds and steps of the methods are such that each takes about 150 s of one core of
-an AMD EPYC, but for the row that says 10 minutes. No setting was chosen here: all are those of the presets. The 10,000 real test images only report.
+an AMD EPYC, but for the row that says 10 minutes. No setting was chosen here: all are those of the presets. The 10,000
+real test images only report.
 Rows are appended to OUTPUT/rows.jsonl, and rows that are there are not made again.
 """
 

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 @click.option("--parameters", type=float, metavar="SHARE", help="Share of the parameters to keep.")
 @click.option("--filters", type=float, metavar="SHARE", help="Share of the filters (outputs of convolutions) to keep.")
 @click.option(
+    "--latency", type=float, metavar="SHARE", help="Share of the time in onnxruntime to keep, by a table of its layers."
+)
+@click.option(
     "--importance",
     type=click.Choice(get_args(ImportanceName)),
-    default="taylor",
+    default="magnitude",
     show_default=True,
     help="Which channels go first; fold merges similar channels.",
 )
@@ -72,6 +75,7 @@ def prune(
     flops: float | None,
     parameters: float | None,
     filters: float | None,
+    latency: float | None,
     importance: ImportanceName,
     uniform: bool,
     round_to: int,
@@ -105,6 +109,7 @@ def prune(
         flops=flops,
         parameters=parameters,
         filters=filters,
+        latency=latency,
         importance=importance,
         uniform=uniform,
         round_to=round_to,

@@ -7,4 +7,4 @@ Names that options take are here, so that `--help` shows them without importing 
 from typing import Literal
 
 ImportanceName = Literal["taylor", "bn-scale", "magnitude", "fold", "random"]
-Resource = Literal["flops", "parameters", "filters"]
+Resource = Literal["flops", "parameters", "filters", "latency"]

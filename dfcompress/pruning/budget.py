@@ -24,6 +24,7 @@ from dfcompress.models.resizing import is_channelwise, widths_of
 from dfcompress.pruning import ImportanceName, Resource
 from dfcompress.pruning.groups import ChannelGroup
 from dfcompress.pruning.importance import Ranking
+from dfcompress.pruning.latency import layer_times
 
 Widths = Mapping[str, tuple[int, int]]
 # Of a group's channels: what is left of a layer must still tell something. Ours, not measured.
@@ -32,7 +33,12 @@ LEAST_SHARE = 0.05
 # refitted, on 500 training images: fold answers 44 % as before, and 63 % where every group loses the same share).
 EVERYWHERE_ALIKE = ("random", "fold")
 NEAR = 0.99  # Of the target: what is left costs at least so much, where whole channels allow it.
-UNITS: Mapping[Resource, str] = {"flops": "multiply-accumulates", "parameters": "parameters", "filters": "filters"}
+UNITS: Mapping[Resource, str] = {
+    "flops": "multiply-accumulates",
+    "parameters": "parameters",
+    "filters": "filters",
+    "latency": "milliseconds for 64 images in convolutions and linear layers, by the table",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +47,7 @@ class Pruning:
 
     resource: Resource
     share: float
-    importance: ImportanceName = "taylor"
+    importance: ImportanceName = "magnitude"
     uniform: bool = False
     round_to: int = 1
 
@@ -82,12 +88,16 @@ class Costs:
 
     @classmethod
     def of(cls, classifier: Classifier, groups: Sequence[ChannelGroup], resource: Resource) -> Costs:
-        """The costs in multiply-accumulates of an image, parameters, or filters (outputs of convolutions, or of linear
-        layers where there is no convolution).
+        """The costs in multiply-accumulates of an image, parameters, filters (outputs of convolutions, or of linear
+        layers where there is no convolution), or milliseconds of 64 images in these layers (see `layer_times`).
         """
         network = classifier.network
         names = sorted({member.layer for group in groups for member in group.members})
         widths = widths_of(network)
+        if resource == "latency":
+            times = layer_times(classifier)
+            whole = sum(times[name](*widths[name]) for name in times)
+            return cls(resource, whole, widths, {name: times[name] for name in names if name in times})
         if resource == "parameters":
             whole = float(sum(parameter.numel() for parameter in network.parameters()))
             return cls(resource, whole, widths, {name: _parameters(network.get_submodule(name)) for name in names})
@@ -98,6 +108,10 @@ class Costs:
         counted = _filters(network)
         whole = float(sum(widths[name][1] for name in counted))
         return cls(resource, whole, widths, {name: _given for name in names if name in counted})
+
+    def kept(self, groups: Sequence[ChannelGroup], units: Mapping[str, int]) -> float:
+        """The cost where so many units of each group stay."""
+        return self.at(widths_for(self.widths, groups, [units[group.name] for group in groups]))
 
     def at(self, widths: Widths) -> float:
         """The cost where some layers have other widths."""

@@ -144,7 +144,7 @@ def _graph_of(make: Any, twin: Classifier, images: Tensor) -> Any:
 
     Raises `BadInput` where it cannot be traced.
     """
-    failed: Exception | None = None
+    failed = ""
     for training in (True, False):
         try:
             return make().build_dependency(
@@ -158,10 +158,12 @@ def _graph_of(make: Any, twin: Classifier, images: Tensor) -> Any:
                 ignored_params=[],
                 verbose=False,
             )
-        except Exception as error:
-            failed = error
-    where = f"{twin.card.architecture} cannot be traced"
-    raise BadInput(f"{where}: {first_line(failed)}." if failed else where, "prune needs a network that autograd sees.")
+        except Exception as error:  # Of the network's own code, or of torch-pruning: both end here.
+            failed = first_line(error)
+    raise BadInput(
+        f"{twin.card.architecture} cannot be traced: {failed}.",
+        "torch-pruning follows a network by its gradients, and stops there; no option of ours helps.",
+    )
 
 
 def _answered(network: nn.Module, images: Tensor) -> Any:
@@ -234,12 +236,12 @@ def _blocks(members: Iterable[Member], network: nn.Module, units: int) -> Tensor
 
 def _why_not_whole(group: ChannelGroup, network: nn.Module) -> str | None:
     """Why the group as it was traced cannot lose channels; None where nothing speaks against it."""
+    if group.units == 1:
+        return "it has one channel"
     sizes = group.blocks.bincount()
     if len(sizes) * 2 > group.units or len(set(sizes.tolist())) > 1:
-        grouped = next((each.layer for each in group.members if len(sizes) > 1), group.name)
-        if group.units == 1:
-            return "it has one channel"
-        return f"{grouped} and others share its channels among groups of uneven or single channels"
+        several = (each.layer for each in group.members if getattr(network.get_submodule(each.layer), "groups", 1) > 1)
+        return f"the groups of {next(several)} have uneven or single channels of it"
     if not group.consumers:
         return "the network answers with its channels"
     for name, side, places in group.members:

@@ -29,7 +29,7 @@ from dfcompress.models.resizing import resized, widths_of
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.pruning import ImportanceName, Resource
 from dfcompress.pruning.budget import UNITS, Costs, Pruned, Pruning, choose, require_reachable
-from dfcompress.pruning.groups import Found, cut, find_groups
+from dfcompress.pruning.groups import ChannelGroup, Found, cut, find_groups
 from dfcompress.pruning.importance import BATCH, rank
 from dfcompress.pruning.picture import draw_widths
 from dfcompress.pruning.repair import images_to_repair_on, refit
@@ -52,6 +52,10 @@ from dfcompress.verbs.export import require_packages
 REPORT, PICTURE = "prune.json", "widths.png"
 RECIPE = "adaptive-deepinversion"
 IMAGES, LARGE_IMAGES, PROBE_IMAGES = 2048, 1000, 128
+# ResNet-20 at 0.4 of its operations, by 512 made images: refitted it answers 500 training images as before by magnitude
+# 38 %, bn-scale 35, taylor 32, random 31, fold 17; after 200 steps of 64 images 1,000 of them by magnitude 77.7, taylor
+# 70.1 (one seed).
+IMPORTANCE: ImportanceName = "magnitude"
 RANKED_BY = 512  # Images that importance is taken from, at most: 16 gradients of 32.
 DISTILLATION = Training(
     steps=3000,
@@ -71,7 +75,8 @@ def prune(
     flops: float | None = None,
     parameters: float | None = None,
     filters: float | None = None,
-    importance: ImportanceName = "taylor",
+    latency: float | None = None,
+    importance: ImportanceName = IMPORTANCE,
     uniform: bool = False,
     round_to: int = 1,
     rounds: int = 1,
@@ -92,10 +97,10 @@ def prune(
 ) -> Plan[Compressed]:
     """Take channels away and repair the rest on images made from the model alone.
 
-    One of `flops`, `parameters` and `filters` is the share of them that stays, in (0, 1). `importance` says which
-    channels go first (see `pruning.importance.rank`); with `uniform` every layer loses the same share, and with
-    `round_to` keeps a multiple of that many channels. In several `rounds` the share falls in equal ratios, each with
-    its part of the training.
+    One of `flops`, `parameters`, `filters` and `latency` (in onnxruntime, by a table of layers that is measured in
+    this run) is the share of it that stays, in (0, 1). `importance` says which channels go first (see
+    `pruning.importance.rank`); with `uniform` every layer loses the same share, and with `round_to` keeps a multiple of
+    that many channels. In several `rounds` the share falls in equal ratios, each with its part of the training.
     `repair`: `none`; `refit` lets the layers that follow, and BatchNorms, make up for what is gone, in seconds;
     `distill` then trains the network to answer as the unpruned one does, on half of the images that were there before,
     and half that compete with it meanwhile (`adaptive-deepinversion`). `training` changes or replaces its settings
@@ -106,15 +111,16 @@ def prune(
     real images that only report.
     Raises `BadInput` where the network cannot be traced, or the share not be reached.
     """
-    asked = _asked(flops, parameters, filters, importance=importance, uniform=uniform, round_to=round_to)
+    asked = _asked(flops, parameters, filters, latency, importance=importance, uniform=uniform, round_to=round_to)
     _check(repair, rounds, training)
     teacher = as_classifier(checkpoint)
     if is_quantized(teacher.network):
         raise BadInput(f"{teacher.name} is quantized.", "Prune the model that it was made from, then quantize.")
-    if export:
-        require_packages(export)
+    if export or latency:
+        require_packages(export or "onnxruntime")
     found = find_groups(teacher)
-    require_reachable(Costs.of(teacher, found.groups, asked.resource), found.groups, asked)
+    costs = Costs.of(teacher, found.groups, asked.resource)
+    require_reachable(costs, found.groups, asked)
     student = Classifier(copy.deepcopy(teacher.network), teacher.card).frozen()
     tuning = None
     if repair == "distill":
@@ -138,7 +144,9 @@ def prune(
     for number in range(1, rounds + 1):
         last = number == rounds
         part = replace(asked, share=asked.share ** (number / rounds))
-        steps[_named("pruning", number, last)] = Prune(student, teacher, part, repair, number, compute)
+        steps[_named("pruning", number, last)] = Prune(
+            student, teacher, found.groups, costs, part, repair, number, compute
+        )
         if tuning:
             require_trainable(student, tuning, compute, [len(source)], repair=True)
             part_of_training = replace(tuning, steps=-(-tuning.steps // rounds))
@@ -183,12 +191,18 @@ def _asked(
     flops: float | None,
     parameters: float | None,
     filters: float | None,
+    latency: float | None,
     *,
     importance: ImportanceName,
     uniform: bool,
     round_to: int,
 ) -> Pruning:
-    shares: dict[Resource, float | None] = {"flops": flops, "parameters": parameters, "filters": filters}
+    shares: dict[Resource, float | None] = {
+        "flops": flops,
+        "parameters": parameters,
+        "filters": filters,
+        "latency": latency,
+    }
     given = {resource: share for resource, share in shares.items() if share is not None}
     if len(given) != 1:
         found = " and ".join(f"--{each}" for each in given) or "none"
@@ -224,10 +238,14 @@ def _usual_images(synthesis: Synthesis, teacher: Classifier, second_recipe: str 
 
 @dataclass(frozen=True)
 class Prune:
-    """Take channels of the student away, and refit what is left unless `repair` is none."""
+    """Take channels of the student away, and refit what is left unless `repair` is none. `groups` and `costs` are the
+    teacher's.
+    """
 
     student: Classifier
     teacher: Classifier
+    groups: Sequence[ChannelGroup]
+    costs: Costs
     settings: Pruning
     repair: Repair
     number: int
@@ -258,18 +276,18 @@ class Prune:
 
     def _pruned(self, images: Tensor) -> Pruned:
         asked, before = self.settings, copy.deepcopy(self.student)
-        whole = Costs.of(self.teacher, [], asked.resource).whole
-        groups = find_groups(before).groups
-        costs = Costs.of(before, groups, asked.resource)
+        groups, costs = self.groups, self.costs
+        if self.number > 1:
+            groups = find_groups(before).groups
+            costs = Costs.of(before, groups, asked.resource)
         ranked_by = images[:: -(-len(images) // RANKED_BY)]
         ranking = rank(asked.importance, before, groups, ranked_by, seed=self.compute.seed)
-        kept = choose(costs, groups, ranking, asked, whole=whole)
+        kept = choose(costs, groups, ranking, asked, whole=self.costs.whole)
         smaller = [group for group in groups if kept[group.name] < group.units]
         clusters = {group.name: ranking[group.name].clusters(group, kept[group.name]) for group in smaller}
         cut(self.student, groups, clusters)
         if self.repair != "none":
             refit(self.student, before, groups, clusters, images_to_repair_on(images))
-        after = Costs.of(self.student, [], asked.resource).whole
         rows = [
             {
                 "group": group.name,
@@ -280,7 +298,8 @@ class Prune:
             }
             for group in groups
         ]
-        return Pruned(before=whole, after=after, unit=UNITS[asked.resource], groups=rows, seconds=0.0)
+        left = costs.kept(groups, kept)
+        return Pruned(before=self.costs.whole, after=left, unit=UNITS[asked.resource], groups=rows, seconds=0.0)
 
     def _restored(self, state: Mapping[str, Any]) -> Pruned:
         widths = {name: (c_in, c_out) for name, (c_in, c_out) in state["widths"].items()}

@@ -78,3 +78,13 @@ def test_a_share_out_of_reach_names_the_least_there_is(networks):
     for share in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(BadInput, match="is no share between 0 and 1"):
             Pruning(resource="flops", share=share)
+
+
+def test_latency_is_the_sum_of_a_table_of_layers_that_grows_with_the_widths(networks):
+    pytest.importorskip("onnxruntime")
+    made, groups = networks["residual adds"]
+    costs = Costs.of(made, groups, "latency")
+    assert costs.kept(groups, {group.name: group.units for group in groups}) == pytest.approx(costs.whole)
+    asked = Pruning(resource="latency", share=0.6, importance="magnitude")
+    kept = choose(costs, groups, ranked(groups), asked)
+    assert 0.59 * costs.whole <= costs.kept(groups, kept) <= 0.6 * costs.whole

@@ -20,6 +20,7 @@ from dfcompress.training.class_incremental.method import (
     NEW,
     ExtensionTask,
     IncrementalMethod,
+    answer_by_source,
     kl_divergence,
     mean_where,
     usual_training,
@@ -63,9 +64,7 @@ class DeepInversion:
 
     def losses(self, student: nn.Module, batch: Batch, targets: tuple[Tensor, ...]) -> Tensor:
         """The four terms."""
-        is_new = batch.sources == NEW
-        logits = torch.cat([student(batch.images[chosen]) for chosen in (~is_new, is_new) if chosen.any()])
-        logits = logits.float()  # In the batch's own order: replayed images come first.
+        logits, is_new = answer_by_source(student, batch), batch.sources == NEW
         of_old, of_expert = targets
         missing = logits.shape[1] - self.known
         old_over_all = F.pad(of_old, (0, missing), value=-100.0)  # No probability for what it does not know.

@@ -1,0 +1,146 @@
+"""What layers of other widths take in onnxruntime: a table that is measured, one layer at a time.
+
+    times = layer_times(classifier)
+    times["layer1.0.conv1"](16, 9)          # milliseconds of 64 images on one thread, 16 channels in and 9 out
+
+Each distinct layer is timed alone with random weights at a few widths; between these, times are interpolated.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from dfcompress.models.classifier import Classifier, pass_once
+from dfcompress.models.hooks import hooked_inputs
+from dfcompress.models.resizing import is_channelwise, widths_of
+
+Time = Callable[[float, float], float]
+FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
+IMAGES, PIXELS = 64, 2**18  # Images that a time is for, and values a channel of a timed batch.
+ROUNDS, RUNS = 5, 2
+OPSET, IR_VERSION = 17, 9  # Old enough for every onnxruntime that is supported.
+
+
+class _Kind(NamedTuple):
+    """All that the time of a layer depends on besides its widths; a linear layer is a convolution of one place."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    channelwise: bool
+    size: tuple[int, ...]
+
+
+def layer_times(classifier: Classifier) -> dict[str, Time]:
+    """The milliseconds of every convolution and linear layer as a function of its channels in and out; those of
+    transposed ones, of other layers and of what lies between are not known and count nothing.
+    """
+    widths = widths_of(classifier.network)
+    kinds = _kinds(classifier)
+    wanted = {(kind, *widths[name]) for name, kind in kinds.items()}
+    tables = {key: _table(*key) for key in sorted(wanted)}
+    return {name: tables[kind, *widths[name]] for name, kind in kinds.items()}
+
+
+def _kinds(classifier: Classifier) -> dict[str, _Kind]:
+    kinds: dict[str, _Kind] = {}
+    layers: dict[str, Any] = {
+        name: layer
+        for name, layer in classifier.network.named_modules()
+        if isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not layer.transposed)
+    }
+
+    def note(name: str, features: Tensor) -> None:
+        layer = layers[name]
+        if isinstance(layer, nn.Linear):
+            kinds[name] = _Kind((1,), (1,), (0,), (1,), 1, False, (features[..., 0].numel(),))
+            return
+        padding = layer.padding if isinstance(layer.padding, tuple) else (0,) * len(layer.kernel_size)
+        sizes = (layer.kernel_size, layer.stride, padding, layer.dilation)
+        groups = 1 if is_channelwise(layer) else layer.groups
+        kinds[name] = _Kind(*sizes, groups, is_channelwise(layer), tuple(features.shape[2:]))
+
+    with hooked_inputs(classifier.network, layers, note):
+        pass_once(classifier)
+    return kinds
+
+
+def _table(kind: _Kind, c_in: int, c_out: int) -> Time:
+    """Times at some of the widths up to these, and between them on straight lines."""
+    ins, outs = _points(c_in, kind.groups), [1] if kind.channelwise else _points(c_out, kind.groups)
+    sessions = [[_session(kind, i, i if kind.channelwise else o) for o in outs] for i in ins]
+    times = np.full((len(ins), len(outs)), np.inf)
+    for _ in range(ROUNDS):  # In turn, so that a busy machine slows all of them.
+        for row, of_row in enumerate(sessions):
+            for column, run in enumerate(of_row):
+                times[row, column] = min(times[row, column], run())
+    # More channels take no less time; what says otherwise is the noise of the clock.
+    times = np.maximum.accumulate(np.maximum.accumulate(times, 0), 1)
+
+    def interpolated(new_in: float, new_out: float) -> float:
+        of_outs = [float(np.interp(new_in, ins, column)) for column in times.T]
+        return of_outs[0] if kind.channelwise else float(np.interp(new_out, outs, of_outs))
+
+    return interpolated
+
+
+def _points(channels: int, groups: int) -> list[int]:
+    """Some numbers of channels up to this one, multiples of the groups."""
+    each = channels // groups
+    return sorted({groups * max(1, round(fraction * each)) for fraction in FRACTIONS})
+
+
+def _session(kind: _Kind, c_in: int, c_out: int) -> Callable[[], float]:
+    """A function that gives the milliseconds of `IMAGES` images in one convolution."""
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    batch = max(1, min(IMAGES, PIXELS // max(1, int(np.prod(kind.size)))))
+    groups = c_in if kind.channelwise else kind.groups
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((c_out, c_in // groups, *kind.kernel)).astype(np.float32)
+    images: NDArray[np.float32] = random.standard_normal((batch, c_in, *kind.size)).astype(np.float32)
+    node = helper.make_node(
+        "Conv",
+        ["images", "weight"],
+        ["features"],
+        strides=kind.stride,
+        pads=[*kind.padding, *kind.padding],
+        dilations=kind.dilation,
+        group=groups,
+    )
+    graph = helper.make_graph(
+        [node],
+        "layer",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, images.shape)],
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    file = io.BytesIO()
+    onnx.save(model, file)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    session.run(None, {"images": images})
+
+    def milliseconds() -> float:
+        seconds = []
+        for _ in range(RUNS):
+            started = time.perf_counter()
+            session.run(None, {"images": images})
+            seconds.append(time.perf_counter() - started)
+        return 1e3 * min(seconds) * IMAGES / batch
+
+    return milliseconds
