@@ -125,6 +125,7 @@ def prune(
     tuning = None
     if repair == "distill":
         tuning = with_defaults(DISTILLATION if teacher.card.small else LARGE_DISTILLATION, training)
+        tuning = tuning if tuning.steps else None
     source = TransferSetSource(
         teacher,
         data,
@@ -140,6 +141,8 @@ def prune(
             "Images that compete with the pruned network are made after pruning, and there are none to prune by.",
             "Use another --recipe, for instance deepinversion" + (", or --second-recipe bns." if tuning else "."),
         )
+    if tuning:
+        require_trainable(student, tuning, compute, [len(source)], repair=True)
     steps: dict[str, Step | None] = {}
     for number in range(1, rounds + 1):
         last = number == rounds
@@ -148,7 +151,6 @@ def prune(
             student, teacher, found.groups, costs, part, repair, number, compute
         )
         if tuning:
-            require_trainable(student, tuning, compute, [len(source)], repair=True)
             part_of_training = replace(tuning, steps=-(-tuning.steps // rounds))
             steps[_named("training", number, last)] = Distill(
                 student,
