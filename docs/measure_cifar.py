@@ -1,7 +1,8 @@
 """Distillation and merging on CIFAR-10 for a CUDA machine, by the installed command.
 
-    python docs/train_cifar_teachers.py CIFAR10_FOLDER TEACHERS cifar_resnet34 wrn40_2 cifar_resnet18-01234 \
-        cifar_resnet18-56789 cifar_resnet18-01 cifar_resnet18-23 cifar_resnet18-45 cifar_resnet18-67 cifar_resnet18-89
+    python docs/train_cifar_teachers.py CIFAR10_FOLDER TEACHERS cifar_resnet34 wrn40_2 cifar_vgg11_bn \
+        cifar_resnet18-01234 cifar_resnet18-56789 cifar_resnet18-01 cifar_resnet18-23 cifar_resnet18-45 \
+        cifar_resnet18-67 cifar_resnet18-89
     python docs/measure_cifar.py TEACHERS CIFAR10_FOLDER OUTPUT [--seeds N] [--only ROW ...] [--more "OPTIONS"]
 
 Every row is one command, which is printed; results are appended to OUTPUT/rows.jsonl, and rows that are there are not
@@ -22,6 +23,20 @@ IMAGES, STEPS = "--images 51200 --preset paper-cifar10", "--train-steps 80000"
 PAIRS = " ".join(f"cifar_resnet18-{pair}" for pair in ("01", "23", "45", "67", "89"))
 HALVES = "cifar_resnet18-01234 cifar_resnet18-56789"
 EACH = {2: "--images 12800", 5: "--images 5120"}
+# The pairs and the methods of table 2 of Chen et al. 2023; `paper-cifar10` is 200 epochs of 400 steps, and hours.
+ALONE = "--student-init none --second-recipe none --probe-images 0"
+METHODS = {
+    **{name: f"--recipe {name} --preset paper-cifar10 --images 2560" for name in ("dafl", "zskt", "dfq")},
+    "fast-generator": "--recipe fast-generator --images 51200 --train-steps 80000",
+    **{name: f"--recipe {name} --preset paper-cifar10 --images 10240" for name in ("cmi", "ifhe")},
+}
+TEACHER_OF = {
+    "wrn16_1": "wrn40_2",
+    "wrn40_1": "wrn40_2",
+    "wrn16_2": "wrn40_2",
+    "cifar_resnet18": "cifar_vgg11_bn",
+    "resnet18": "cifar_resnet34",
+}
 # Of every row the verb, the teachers, and the student with what else is asked for.
 ROWS = {
     "ResNet-34 to ResNet-18": ("distill", "cifar_resnet34", f"--student cifar_resnet18 {IMAGES} {STEPS}"),
@@ -30,6 +45,11 @@ ROWS = {
         "cifar_resnet34",
         f"--student cifar_resnet18 --student-init none {IMAGES} {STEPS}",
     ),
+    **{
+        f"{method}: {teacher} to {student}": ("distill", teacher, f"--student {student} {asked} {ALONE}")
+        for method, asked in METHODS.items()
+        for student, teacher in TEACHER_OF.items()
+    },
     "WRN40-2 to WRN16-2": ("distill", "wrn40_2", f"--student wrn16_2 {IMAGES} {STEPS}"),
     **{
         f"{count} teachers to {student}": ("merge", names, f"--student cifar_{student} {EACH[count]} {STEPS}")

@@ -376,16 +376,16 @@ def install(count):
     sys.meta_path.insert(0, Renamed)
 
 
-def count_waits_of(owner, name):
-    """Count the waits inside a method."""
+def count_waits_of(owner, name, *, count=True):
+    """Count the waits inside a method, or do not count them there."""
     honest = getattr(owner, name)
 
     def counted(*args, **kwargs):
-        GPU.stepping = True
+        before, GPU.stepping = GPU.stepping, count
         try:
             return honest(*args, **kwargs)
         finally:
-            GPU.stepping = False
+            GPU.stepping = before
 
     setattr(owner, name, counted)
 
@@ -393,6 +393,7 @@ def count_waits_of(owner, name):
 def main():
     install(int(sys.argv[1]))
     from dfcompress import cli
+    from dfcompress.synthesis.live import LiveSource
     from dfcompress.synthesis.synthesizer import Synthesizer
     from dfcompress.training.steps import Steps
     from dfcompress.verbs import bench_step
@@ -400,6 +401,7 @@ def main():
     bench_step.CEILING_SIDE = 64  # A CPU computes it.
     count_waits_of(Synthesizer, "step")
     count_waits_of(Steps, "take")
+    count_waits_of(LiveSource, "_make_round", count=False)  # A batch begins with tensors of the CPU; its steps count.
     for command in json.load(sys.stdin):
         GPU.start_counting()
         with contextlib.redirect_stdout(sys.stderr), GPU:

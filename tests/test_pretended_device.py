@@ -18,6 +18,7 @@ from torch import nn
 from dfcompress.models.architectures import find
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
+from dfcompress.synthesis.recipe import settings_of
 from dfcompress.synthesis.recipes import recipe_names
 
 DEMO = Path(__file__).resolve().parents[1] / "dfcompress" / "demo_files"
@@ -94,7 +95,8 @@ def test_every_recipe_replays_its_graph_and_ends_in_the_bytes_of_launched_steps(
             *MADE,
             *(["--steps", STEPS] if has_steps else []),
         ]
-        asked += ["--set", "round_batches=1"] if name.startswith("adaptive") else []
+        few = {"rounds": 2, "student_steps": 2, "student_batch_size": 8, "width": 2}
+        asked += [f"--set={key}={value}" for key, value in few.items() if key in settings_of(name)]
         asked += ["--records", records] if name == "activation-records" else []
         for way in ("auto", "off"):
             commands[f"{name} {way}"] = [*asked, "--compile", way, "-o", tmp_path / f"{name}-{way}"]

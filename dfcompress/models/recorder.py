@@ -144,15 +144,14 @@ class Moments:
         distances: Tensor = torch.linalg.vector_norm(of_means, dim=1) + torch.linalg.vector_norm(of_variances, dim=1)
         return distances
 
-    def squared_distances(self, eps: float = 1e-8) -> Tensor:
+    def squared_distances(self) -> Tensor:
         """‖μ̂ − μ‖₂² + ‖σ̂ − σ‖₂² of every layer `(layers,)`, hats measured, σ deviations (Chen 2023, L_bns).
 
-        Below a deviation of 0 there is none to move towards, so `eps` is added to both variances, and what σ² lacks to
-        the layer's eps, as in `divergences`.
+        Variances are those that `divergences` compares: a root has no gradient at 0.
         """
-        measured = (self.var.clamp_min(0) + eps + self.lack).sqrt()
-        expected = (self.running_var + eps + self.lack).sqrt()
-        return self._by_layer(self.mean_error.square() + (measured - expected).square()).sum(1)
+        measured, expected = self._variances()
+        of_deviations = measured.sqrt() - expected.sqrt()
+        return self._by_layer(self.mean_error.square() + of_deviations.square()).sum(1)
 
     def divergences(self, eps: float = 1e-8) -> Tensor:
         """KL(N(μ̂, σ̂²) ‖ N(μ, σ²)) of every layer `(layers,)`, mean over its channels, hats measured, `eps` added to σ̂²
@@ -161,12 +160,16 @@ class Moments:
         Where σ² is below the layer's eps, which BatchNorm adds before it divides, both variances grow by what is
         lacking: a dead channel (σ² = 0) counts as KL(N(μ̂, σ̂² + eps) ‖ N(μ, eps)), and all others as in the paper.
         """
-        measured = self.var.clamp_min(0) + eps + self.lack  # E[d²] − E[d]² may round to just below 0.
-        expected = self.running_var + self.lack
+        measured, expected = self._variances(eps)
         ratio = (measured + self.mean_error**2) / expected
         of_channels = 0.5 * (expected.log() - measured.log()) - 0.5 * (1 - ratio)
         channels = self._by_layer(torch.ones_like(of_channels)).sum(1)
         return self._by_layer(of_channels).sum(1) / channels
+
+    def _variances(self, eps: float = 1e-8) -> tuple[Tensor, Tensor]:
+        """Those measured and those expected, all above 0."""
+        measured = self.var.clamp_min(0) + eps + self.lack  # E[d²] − E[d]² may round to just below 0.
+        return measured, self.running_var + self.lack
 
     def _by_layer(self, values: Tensor) -> Tensor:
         """Values of the channels as `(layers, channels of the widest)`, a row a layer, narrower ones filled with 0."""

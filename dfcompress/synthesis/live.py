@@ -55,7 +55,7 @@ class LiveSource:
         self._made, self._values = 0, dict[str, float]()
         self._kept_parts = [stored] if stored else []
         self._history: list[dict[str, float]] = []
-        self.seconds = 0.0
+        self.seconds = 0.0  # Of synthesis.
         shards = list(self._builder.synthetic.shards)
         every = self.updates.every
         self._rounds = [shards[first : first + every] for first in range(0, len(shards), every)]
@@ -169,8 +169,10 @@ class LiveSource:
         return self._pool.batch(step)
 
     def _new(self, step: int) -> Batch:
+        started = time.perf_counter()
         labels = self._builder.labels_of(self.rounds * self.updates.every + step)
         images = self._builder.synthesizer.sample(labels, generator("latent", self._builder.seed, step))
+        self.seconds += time.perf_counter() - started
         if self.spec.recipe.label_free:
             labels = torch.full_like(labels, UNLABELLED)
         new = Batch(images.to(self._device), labels.to(self._device), torch.zeros_like(labels).to(self._device))

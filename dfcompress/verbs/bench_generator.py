@@ -27,6 +27,7 @@ from dfcompress.models.statistics import named_statistics_layers, require_statis
 from dfcompress.synthesis.live import LiveSource
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.spec import resolve
+from dfcompress.synthesis.synthesizer import STEPS_BEFORE_CAPTURE
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import Trainer
 from dfcompress.training.objectives import kd
@@ -36,8 +37,6 @@ from dfcompress.training.student import make_student
 RECIPE, PRESET = "dfq", "paper-cifar10"
 # Of that preset.
 STUDENT_STEPS, TEMPERATURE, LATENT = 10, 20.0, 256
-# Compiled networks are there after the first round, and a captured step after three.
-WARM_UP = 4
 
 
 def bench_generator(
@@ -81,7 +80,9 @@ def bench_generator(
             ("ours", replace(compute, precision=precision, compile="off" if eager else "on")),
         ):
             steps[name] = _ours(stack, teacher, student_model, batch_size, way)
-        times = interleaved(steps, rounds=rounds, warm_up=WARM_UP, target=target)
+        # Compiled networks are there after the first round, a captured step of the generator after some more.
+        warm_up = STEPS_BEFORE_CAPTURE + 1 if device.is_cuda(target) else 1
+        times = interleaved(steps, rounds=rounds, warm_up=warm_up, target=target)
     shown = batch_size * (1 + STUDENT_STEPS)
     measured = [row(name, seconds, shown) for name, seconds in times.items()]
     return Bench(measured, batch_size, rounds, device.processor_name(target))

@@ -43,6 +43,7 @@ from dfcompress.verbs.distill import IMAGES, LARGE_IMAGES, PROBE_IMAGES
 EXPERT = "new-classes"  # The step, and the folder, of the model of the new classes alone.
 # Of the side: 4 pixels at 32, as is usual for CIFAR, and 28 at 224.
 SHIFTED = 1 / 8
+SMALLEST_BATCH = 8  # A quarter of it is two images, and BatchNorm cannot normalise one.
 
 
 @planned
@@ -102,6 +103,9 @@ def extend(
     shift = round(SHIFTED * max(old.card.input_size[1:]))
     usual = replace(how.training, augmentation=replace(how.training.augmentation, shift=shift))
     training = with_defaults(usual, training)
+    if training.batch_size < SMALLEST_BATCH:
+        problem = f"Batches of {training.batch_size} images have too few of the old or of the new classes."
+        raise BadInput(problem, f"Use a --train-batch-size of at least {SMALLEST_BATCH}.")
     measure = extended_evaluator(eval_data, old, student.card, names_file=class_names, device=compute.device)
     options = {
         "teacher": old.identity(),
@@ -120,7 +124,9 @@ def extend(
         expert = make_expert(old, new.class_names[old.card.classes :], seed=compute.seed + 1)
         steps[EXPERT] = _train_expert(expert, new, labels, replace(training, steps=training.steps // 2), compute)
     weights = class_weights(new.labels, student.card.classes, old.card.classes, training.batch_size)
-    task = ExtensionTask(old=old, student=student, expert=expert, class_weights=weights, steps=training.steps)
+    task = ExtensionTask(
+        old=old, student=student, expert=expert, class_weights=weights, steps=training.steps, seed=compute.seed
+    )
 
     def batches(sets: Sequence[TransferSet]) -> Replay:
         replayed = (sets[0].train, sets[0].train_labels) if how.replays else None
@@ -152,7 +158,7 @@ def _train_expert(expert: Classifier, new: NewImages, labels: Tensor, training: 
     is_new, classes = labels >= 0, expert.card.classes
     counts = labels[is_new].bincount(minlength=classes)
     weights = is_new.sum() / (classes * counts)
-    task = ExtensionTask(old=expert, student=expert, expert=None, class_weights=weights, steps=training.steps)
+    task = ExtensionTask(old=expert, student=expert, expert=None, class_weights=weights, steps=training.steps, seed=0)
 
     def batches(sets: Sequence[TransferSet]) -> Replay:
         return Replay(None, (new.stored[is_new], labels[is_new]), training, old_share=0.0, seed=compute.seed + 1)

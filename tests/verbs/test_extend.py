@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dfcompress import console
-from dfcompress.cli import run
+from dfcompress.cli import root, run
 from dfcompress.device import Compute
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
@@ -88,13 +88,18 @@ def test_another_step_is_quantized_and_merged(old, new, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("state", "saves"), [("shard-00000.partial", 3), ("training.partial", 12), ("training.partial", 30)]
+    ("method", "state", "saves"),
+    [
+        ("damped", "shard-00000.partial", 3),
+        ("deepinversion", "training.partial", 7),
+        ("rdfcil", "training.partial", 20),
+    ],
 )
 def test_a_command_that_ends_between_two_states_resumes_to_the_same_bytes(
-    state, saves, old, new, killed_at_save, tmp_path
+    method, state, saves, old, new, killed_at_save, tmp_path
 ):
-    """In the middle of its images, of the model of the new classes, and of its training."""
-    line = f"extend {old} --new-data {new} --method deepinversion --train-steps 24 {LINE}".split()
+    """In the middle of its images, of the model of the new classes, and of the two parts of a training."""
+    line = f"extend {old} --new-data {new} --method {method} --train-steps 24 {LINE}".split()
     whole, ended = tmp_path / "whole", tmp_path / "ended"
     assert run([*line, "-o", str(whole)]) == 0
     with killed_at_save(state, saves):
@@ -135,6 +140,7 @@ def test_real_images_are_counted_from_one_source_or_two_and_gate_the_old_classes
         ("--new-data {new} --eval-data {new} --eval-data {new} --eval-data {new}", "3 times"),
         ("--new-data {new} --max-drop 1", "--max-drop needs real images"),
         ("--new-data {new} --method lwf", "is not one of"),
+        ("--new-data {new} --train-batch-size 7", "too few of the old or of the new classes"),
     ],
 )
 def test_bad_input_ends_with_2_and_nothing_written(asked, message, old, new, tmp_path, capsys, monkeypatch):
@@ -142,9 +148,9 @@ def test_bad_input_ends_with_2_and_nothing_written(asked, message, old, new, tmp
     if "{known}" in asked:  # A model without names calls its classes 0 and 1.
         save(nameless(old), old)
     known = images(tmp_path / "known.npz", 0, 5)
-    words = asked.format(new=new, absent=tmp_path / "absent", known=known).split()
+    words = [*LINE.replace("-q", "").split(), *asked.format(new=new, absent=tmp_path / "absent", known=known).split()]
     before = sorted(tmp_path.rglob("*"))
-    assert run(["extend", str(old), *words, *LINE.replace("-q", "").split()]) == 2
+    assert run(["extend", str(old), *words]) == 2
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -153,6 +159,15 @@ def nameless(folder):
     classifier = load(folder)
     classifier.card = replace(classifier.card, class_names=None)
     return classifier
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_tells_the_training_of_every_method(method):
+    """Help must not import torch, so it repeats numbers that belong to the methods."""
+    told = {parameter.name: parameter for parameter in root.get_command(None, "extend").params}
+    training = incremental_method(method).training
+    for field in ("steps", "lr", "batch_size"):
+        assert told[f"train_{field}"].show_default == str(getattr(training, field))
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(old, new, tmp_path, capsys):

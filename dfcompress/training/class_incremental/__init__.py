@@ -14,9 +14,9 @@ from dfcompress.settings import unknown
 if TYPE_CHECKING:
     from dfcompress.training.class_incremental.method import IncrementalMethod
 
-MethodName = Literal["deepinversion", "lwf-mc", "abd", "rdfcil", "oracle"]
+MethodName = Literal["damped", "deepinversion", "lwf-mc", "abd", "rdfcil", "oracle"]
 METHODS = get_args(MethodName)
-DEFAULT: MethodName = "deepinversion"
+DEFAULT: MethodName = "damped"
 
 
 def incremental_method(name: str) -> IncrementalMethod:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfcompress.data.batches import UNLABELLED
+from dfcompress.data.batches import UNLABELLED, Batch
 from dfcompress.data.pool import Augmentation
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, pass_once
@@ -31,7 +31,7 @@ class ExtensionTask:
     classes alone (`expert`), where the method asks for one.
 
     `class_weights` `(classes,)` weigh the images of a class so that all classes count the same in a batch; `steps` is
-    the length of the training.
+    the length of the training; `seed` is for what a method initialises itself.
     """
 
     old: Classifier
@@ -39,6 +39,7 @@ class ExtensionTask:
     expert: Classifier | None
     class_weights: Tensor
     steps: int
+    seed: int
 
     @property
     def known(self) -> int:
@@ -79,6 +80,14 @@ def usual_training(*, steps: int, lr: float) -> Training:
 def mean_where(values: Tensor, marked: Tensor) -> Tensor:
     """The mean of the values `(N,)` that are marked, 0 where none is."""
     return torch.where(marked, values, 0.0).sum() / marked.sum().clamp_min(1)
+
+
+def answer_by_source(student: nn.Module, batch: Batch) -> Tensor:
+    """The student's logits, `(N, classes)`; replayed images, which come first, and new ones go through it in passes of
+    their own, so that BatchNorm cannot tell them apart.
+    """
+    kinds = (batch.sources != NEW, batch.sources == NEW)
+    return torch.cat([student(batch.images[kind]) for kind in kinds if kind.any()]).float()
 
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
@@ -126,8 +135,10 @@ class Head:
                 self._seen.clear()
 
     def taken(self) -> Tensor:
-        """The features of the last pass, in fp32."""
-        return self._seen.pop().float()
+        """The features of all passes since they were taken last, in fp32."""
+        features = torch.cat(self._seen).float()
+        self._seen.clear()
+        return features
 
     def answer(self, features: Tensor) -> Tensor:
         """The logits of features, in fp32."""
@@ -136,4 +147,4 @@ class Head:
         return F.linear(features, layer.weight, layer.bias).float()
 
     def _note(self, name: str, features: Tensor) -> None:
-        self._seen[:] = [features]
+        self._seen.append(features)

@@ -24,6 +24,7 @@ from dfcompress.training.class_incremental.method import (
     ExtensionTask,
     Head,
     IncrementalMethod,
+    answer_by_source,
     mean_where,
     usual_training,
     weighted_cross_entropy,
@@ -38,7 +39,8 @@ class Rdfcil:
     """Values: `new`, `hard` and `relations`, then `hard-head` and `refine`, which train the last layer alone, in the
     last fifth of the steps.
 
-    One rate and one momentum serve both parts; in the second the other layers get no gradient, and their BatchNorms
+    As in the released code either kind of image goes through the student in a pass of its own. One rate and one
+    momentum serve both parts; in the second the other layers get no gradient, and their BatchNorms
     still take statistics. The label of a made image is the old model's best class.
     """
 
@@ -54,7 +56,9 @@ class Rdfcil:
         hard = HARD_WEIGHT * alpha * beta
         learning = [NEW_WEIGHT * (1 + 1 / alpha) / beta, hard, RELATION_WEIGHT * alpha * beta, 0.0, 0.0]
         width = self._head.width
-        self.module: nn.Module = nn.ModuleList([nn.Linear(width, 2 * width), nn.Linear(width, 2 * width)])
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(task.seed)
+            self.module: nn.Module = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(2))
         self.module.register_buffer("learning", torch.tensor(learning))
         self.module.register_buffer("refining", torch.tensor([0.0, 0.0, 0.0, hard, REFINED_WEIGHT]))
         self.module.register_buffer("class_weights", task.class_weights)
@@ -78,7 +82,7 @@ class Rdfcil:
 
     def losses(self, student: nn.Module, batch: Batch, targets: tuple[Tensor, ...]) -> Tensor:
         """The terms of both parts."""
-        logits = student(batch.images).float()
+        logits = answer_by_source(student, batch)
         features, is_new, class_weights = (
             self._head.taken(),
             batch.sources == NEW,
