@@ -25,8 +25,10 @@ from dfcompress.pruning.groups import ChannelGroup, Clusters, averaged, weight_b
 from dfcompress.randomness import generator
 
 PIXELS, FEWEST = 2**20, 64  # Of all images that are seen at once, and the fewest images: as bias correction takes them.
-ROWS = 8192  # Places of a layer's input that it is fitted on, or four times as many as it has channels.
-RIDGE = 1e-3  # Of the mean second moment.
+ROWS = 8192  # Places of a layer's input that it is fitted on, at most: four for each of 2,048 channels.
+# Of the mean second moment. ResNet-20 at 0.63 of its operations answers 500 training images as before 74.8, 73.4, 73.2
+# and 73.2 % by taylor, 81.8, 81.8, 81.6 and 81.6 % by bn-scale, with 0.1, 0.01, 0.001 and 0.0001.
+RIDGE = 1e-3
 STILL = 1e-12  # Variance of a channel that says nothing, and has nothing to be rescaled by.
 
 
@@ -57,11 +59,13 @@ def refit(
     One pass of each: what a layer of the pruned network sees is mended already. Layers that run several times, and
     depthwise ones, keep their weights.
     """
-    smaller = [group for group in groups if group.name in clusters]
-    lengths = {(member.layer, member.places.shape[1]) for group in smaller for member in group.consumers}
+    lengths: dict[str, set[int]] = {}
+    for group in groups:
+        if group.name in clusters:
+            for member in group.consumers:
+                lengths.setdefault(member.layer, set()).add(member.places.shape[1])
     runs = count_runs(classifier, [name for name, _ in classifier.network.named_modules() if name])
-    flat = {name: length for name, length in lengths if length > 1}
-    consumers = sorted(name for name, _ in lengths if runs[name] == 1)
+    consumers = {name: each.pop() for name, each in lengths.items() if len(each) == 1 and runs[name] == 1}
     norms = [
         name
         for name, layer in pruned.network.named_modules()
@@ -69,10 +73,14 @@ def refit(
     ]
     seen: dict[str, _Seen] = {}
 
+    def rows_of(name: str, features: Tensor) -> Tensor:
+        rows = _rows(classifier.network.get_submodule(name), features, consumers[name])
+        random = generator("refit", [*consumers].index(name))
+        return rows[torch.randperm(len(rows), generator=random)[:ROWS].to(rows.device)]
+
     def note(name: str, features: Tensor) -> None:
-        layer = classifier.network.get_submodule(name)
         if name in consumers:
-            seen[name] = _Seen(rows=_rows(layer, features, flat.get(name, 1), number=consumers.index(name)))
+            seen[name] = _Seen(rows=rows_of(name, features))
         else:
             seen[name] = _Seen(moments=_moments(features))
 
@@ -83,10 +91,9 @@ def refit(
             expected = [averaged(name, each, "both", groups, clusters) for each in before.moments]
             _renormalise(layer, features, *expected)
         elif before.rows is not None:
-            rows = _rows(layer, features, flat.get(name, 1), number=consumers.index(name))
-            old: Any = classifier.network.get_submodule(name)
+            old = classifier.network.get_submodule(name)
             weight = averaged(name, torch.cat(weight_blocks(old)), "out", groups, clusters)
-            _fit(layer, weight, before.rows, rows, flat.get(name, 1))
+            _fit(layer, weight, before.rows, rows_of(name, features), consumers[name])
 
     shown = as_float(images).to(classifier.mean.device)
     for each, hook in ((classifier, note), (pruned, mend)):
@@ -94,19 +101,14 @@ def refit(
             each(shown)
 
 
-def _rows(layer: nn.Module, features: Tensor, length: int, *, number: int) -> Tensor:
-    """Some rows of a layer's input, the same places in every network of the same form: `(rows, channels)`. Of a linear
-    layer that takes `length` pixels of each channel every pixel is a row.
+def _rows(layer: nn.Module, features: Tensor, length: int) -> Tensor:
+    """A layer's input with a row for each place, `(rows, channels)`; of a linear layer that takes `length` pixels of
+    each channel every pixel is a place.
     """
     if isinstance(layer, nn.Linear):
         rows: Tensor = features.flatten(0, -2).unflatten(-1, (-1, length)).movedim(-1, 1).flatten(0, 1)
-    else:
-        rows = features.movedim(1, -1).flatten(0, -2)
-    wanted = max(ROWS, 4 * rows.shape[1])
-    if len(rows) > wanted:
-        chosen = torch.randperm(len(rows), generator=generator("refit", number))[:wanted]
-        rows = rows[chosen.to(rows.device)]
-    return rows
+        return rows
+    return features.movedim(1, -1).flatten(0, -2)
 
 
 def _fit(layer: Any, weight: Tensor, before: Tensor, after: Tensor, length: int) -> None:
