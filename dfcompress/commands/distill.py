@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @_options.student_init
 @_options.data
 @_options.eval_data
-@_options.synthesis(images="2048; of more than 64 pixels a side 1000")
+@_options.synthesis(images="2048; of more than 64 pixels a side 1000; of a generator 12800")
 @_options.training(steps=6000, lr=0.1, batch_size=128)
 @_options.objectives
 @_options.temperature("4, or what the recipe states")

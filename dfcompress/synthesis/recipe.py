@@ -128,7 +128,8 @@ class StudentUpdates:
     A round makes `every` batches of images; then the student takes `steps` steps of `batch_size` images, at a rate that
     falls from `lr` along a cosine over all rounds. With `keep` the images of all rounds so far are kept, and these are
     what it learns from; else a generator renders new ones for each of its steps, and there are so many `rounds` as are
-    stated here. `temperature` and `objectives` are the distillation's, where the user asks for no others.
+    stated here. `temperature` and `objectives` (None: the usual ones) are the distillation's, where no others are asked
+    for.
     """
 
     every: int = 1
@@ -138,7 +139,7 @@ class StudentUpdates:
     keep: bool = True
     rounds: int = 0
     temperature: float = 4.0
-    objectives: Mapping[str, float] = field(default_factory=lambda: {"kd": 1.0})
+    objectives: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for rounds without a batch or a step, and for a number of rounds that is not stated."""

@@ -84,7 +84,7 @@ class CoTraining:
 
     def distillation(self, seed: int) -> Distillation:
         """What the recipe says that the student is taught."""
-        objectives, temperature = self.updates.objectives, self.updates.temperature
+        objectives, temperature = self.updates.objectives or {"kd": 1.0}, self.updates.temperature
         of_features = any(name in OF_FEATURES for name in objectives)
         pairs = shared_stages(self.student, self.teacher) if of_features else []
         return Distillation(self.teacher, make_objectives(objectives, temperature=temperature, pairs=pairs, seed=seed))

@@ -153,11 +153,25 @@ def test_a_resumed_run_keeps_the_budget_that_it_was_begun_with(tmp_path):
 def test_a_budget_decides_the_plan_of_distill(tmp_path, monkeypatch):
     monkeypatch.setattr("dfcompress.verbs.distill.fit_budget", lambda *_, **__: Budget(100.0, 96, 7))
     plan = distill.plan(DEMO, student="half", budget=100.0, output=tmp_path / "out", compute=EAGER)
-    assert sum(each.spec.images for each in plan.synthesis[:2]) == 96
+    assert [(each.spec.choice.name, each.spec.images) for each in plan.synthesis[:1]] == [("fast-generator", 96)]
     assert plan.settings["training"].steps == 7
     assert plan.options["budget"] == {"seconds": 100.0, "images": 96, "steps": 7, "rounds": None}
     with pytest.raises(BadInput, match="--budget decides"):
         distill.plan(DEMO, student="half", budget=100.0, data=DEMO)
+
+
+@pytest.mark.parametrize(
+    ("options", "recipes"),
+    [
+        ({"student": "half"}, ["fast-generator"]),
+        ({"student": "lenet5_bn", "student_init": DEMO}, ["deepinversion", "bns"]),
+        ({"student": "half", "second_recipe": "bns"}, ["deepinversion", "bns"]),
+        ({"student": "half", "synthesis": Synthesis(settings={"steps": 3})}, ["deepinversion", "bns"]),
+    ],
+)
+def test_a_student_that_starts_from_nothing_learns_from_a_generator_unless_something_was_asked_for(options, recipes):
+    plan = distill.plan(DEMO, probe_images=0, compute=EAGER, **options)
+    assert [each.spec.choice.name for each in plan.synthesis] == recipes
 
 
 def test_a_dry_run_estimates_what_training_takes(tmp_path):

@@ -47,7 +47,7 @@ def fast_generator(
     flip: bool = True,
     batch_size: int = 128,
     round_batches: int = 1,
-    student_steps: int = 30,
+    student_steps: int = 50,
     student_lr: float = 0.1,
     student_batch_size: int = 128,
     temperature: float = 4.0,
