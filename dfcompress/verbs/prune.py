@@ -58,6 +58,8 @@ IMAGES, LARGE_IMAGES, PROBE_IMAGES = 2048, 1000, 128
 IMPORTANCE: ImportanceName = "magnitude"
 RANKED_BY = 512  # Images that importance is taken from, at most: 16 gradients of 32.
 # A fifth of the rate and half of the steps of `distill`, whose student begins from nothing: not measured otherwise.
+# BatchNorms take the batches' statistics: with frozen ones ResNet-20 at 0.4 of its operations answers 71.8 % of 1,000
+# training images as before after 200 steps of 64 images, in place of 77.7 %.
 DISTILLATION = Training(
     steps=3000,
     lr=0.02,
