@@ -96,7 +96,6 @@ def test_every_objective_and_optimizer_in_the_help_can_be_built():
 FORMER = [
     ("distill", "--mix", "--second-recipe", "none"),
     ("merge", "--unseen", "--probe-images", "7"),
-    ("distill", "--live", "--co-train", None),
     ("record", "--keep", "--coefficients", "0.3"),
     ("record", "--pooled", "--class-independent", None),
 ]
