@@ -25,7 +25,7 @@ from dfcompress.device import (
 )
 from dfcompress.training.optimizers import probe
 
-PACKAGES = ("dfcompress", "torch", "torchvision", "numpy", "safetensors", "timm", "onnx", "onnxruntime")
+PACKAGES = ("dfcompress", "torch", "torchvision", "numpy", "safetensors", "timm", "onnx", "onnxruntime", "torch-pruning")
 
 
 @dataclass(frozen=True)

@@ -162,11 +162,14 @@ NEEDS: Mapping[str, Sequence[_Need]] = {
     "distill": [_classes, _images("--data or --records", optional=True)],
     "merge": [_classes, _images("--data", optional=True, by_patches=False)],
     "quantize": [_classes, _float_weights, _images("--data or --records", optional=True)],
+    "prune": [_classes, _float_weights, _images("--data or --records", optional=True)],
+    "extend": [_classes, _float_weights, _images("--old-images or --records", optional=True)],
     "record": [_classes],
     "evaluate": [_classes],
     "export": [],
     "bench_step": [_classes, _statistics],
     "bench_train": [_classes, _pictures],
+    "bench_generator": [_classes, _statistics],
 }
 
 

@@ -37,11 +37,14 @@ def test_the_shared_resnet20_is_described(resnet20_file):
         ("distill", True),
         ("merge", True),
         ("quantize", True),
+        ("prune", True),
+        ("extend", True),
         ("record", True),
         ("evaluate", True),
         ("export", True),
         ("bench_step", True),
         ("bench_train", True),
+        ("bench_generator", True),
     ]
 
 
@@ -123,7 +126,7 @@ def test_the_answer_that_is_used_is_named(name, answers, tmp_path):
     torch.save(load_factory(name).state_dict(), tmp_path / "net.pt")
     found = inspect(load(tmp_path / "net.pt", arch=f"{NETS}:{name}", input_size=(3, 16, 16)))
     assert found.answers == answers
-    assert {ability.verb for ability in found.can if not ability.possible} == {"invert", "bench_step"}
+    assert {ability.verb for ability in found.can if not ability.possible} == {"invert", "bench_step", "bench_generator"}
 
 
 @pytest.mark.parametrize(
