@@ -466,7 +466,9 @@ def test_help_tells_how_many_images_a_verb_makes(name):
     usual, _, others = _parameters(name)["images"].show_default.partition("; of ")
     assert usual == str(merging_method("logit-matching").images if name == "merge" else module.IMAGES)
     of_shapira_sidi = f"shapira-sidi {merging_method('shapira-sidi').images}"
-    assert others == (of_shapira_sidi if name == "merge" else f"more than 64 pixels a side {module.LARGE_IMAGES}")
+    by_size = f"more than 64 pixels a side {getattr(module, 'LARGE_IMAGES', None)}"
+    of_generator = f"; of a generator {module.GENERATED}" if name == "distill" else ""
+    assert others == (of_shapira_sidi if name == "merge" else by_size + of_generator)
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name in dfcompress.__all__])

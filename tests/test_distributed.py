@@ -349,12 +349,16 @@ def test_groups_leave_no_process_without_work(monkeypatch):
     """64 images in batches of 16 fill a step together, and would be the work of one process."""
     cuda, card = Execution("cuda", "bf16", False, 1, ""), ModelCard("tiny", 10, (3, 32, 32), (0.5,) * 3, (0.25,) * 3)
     job = SynthesisSpec(
-        Classifier(nn.Identity(), card), None, Synthesis(images=64), choose("deepinversion", card=card), Labels((0,))
+        Classifier(nn.Identity(), card),
+        None,
+        Synthesis(images=64),
+        choose("deepinversion", overrides={"batch_size": 16}, card=card),
+        Labels((0,)),
     )
     groups = []
     for count in (1, 2, 4, 8):
         monkeypatch.setattr(set_builder, "world", lambda count=count: World(0, count))
-        groups.append(set_builder._groups(job, 16, cuda))
+        groups.append(set_builder._groups(job, cuda))
     assert groups == [4, 2, 1, 1]
 
 

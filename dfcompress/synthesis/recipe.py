@@ -21,6 +21,7 @@ On the command line the function is named by its file: `--recipe mine.py:quiet -
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -176,7 +177,8 @@ class Recipe:
 
     def sized_for(self, teacher: Classifier) -> Recipe:
         """The recipe whose losses own modules that fit to this teacher."""
-        return replace(self, losses=[loss.sized_for(teacher) for loss in self.losses])
+        losses = [loss.sized_for(teacher) for loss in self.losses]
+        return self if all(map(operator.is_, losses, self.losses)) else replace(self, losses=losses)
 
     @property
     def wants(self) -> frozenset[Want | LayerOutput | ChannelMeans]:

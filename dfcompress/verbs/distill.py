@@ -117,8 +117,9 @@ def distill(
     live = source.specs[source.live] if source.live else None
     training = with_defaults(_usual_training(live), training)
     if live and live.recipe.student_updates:
-        objectives = objectives or live.recipe.student_updates.objectives
-        temperature = temperature or live.recipe.student_updates.temperature
+        updates = live.recipe.student_updates
+        objectives = updates.objectives if objectives is None else objectives
+        temperature = updates.temperature if temperature is None else temperature
     temperature = TEMPERATURE if temperature is None else temperature
     terms = objectives_of(student_model, teacher, objectives, temperature=temperature, seed=compute.seed)
     if min(len(source), training.batch_size) < 2:

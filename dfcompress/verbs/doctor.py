@@ -25,7 +25,17 @@ from dfcompress.device import (
 )
 from dfcompress.training.optimizers import probe
 
-PACKAGES = ("dfcompress", "torch", "torchvision", "numpy", "safetensors", "timm", "onnx", "onnxruntime", "torch-pruning")
+PACKAGES = (
+    "dfcompress",
+    "torch",
+    "torchvision",
+    "numpy",
+    "safetensors",
+    "timm",
+    "onnx",
+    "onnxruntime",
+    "torch-pruning",
+)
 
 
 @dataclass(frozen=True)

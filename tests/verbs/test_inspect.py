@@ -126,7 +126,11 @@ def test_the_answer_that_is_used_is_named(name, answers, tmp_path):
     torch.save(load_factory(name).state_dict(), tmp_path / "net.pt")
     found = inspect(load(tmp_path / "net.pt", arch=f"{NETS}:{name}", input_size=(3, 16, 16)))
     assert found.answers == answers
-    assert {ability.verb for ability in found.can if not ability.possible} == {"invert", "bench_step", "bench_generator"}
+    assert {ability.verb for ability in found.can if not ability.possible} == {
+        "invert",
+        "bench_step",
+        "bench_generator",
+    }
 
 
 @pytest.mark.parametrize(
