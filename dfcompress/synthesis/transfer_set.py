@@ -81,7 +81,13 @@ class TransferSetSource:
         self.specs = {} if self.sources else _specs(teacher, synthesis, second_recipe)
         if self.sources and (second_recipe not in (AUTO, None) or replace(synthesis, images=1) != Synthesis(images=1)):
             console.notice("The images are those of --data: options of synthesis make no others to train on.")
-        self.student = student if any(spec.recipe.student_updates for spec in self.specs.values()) else None
+        alternating = [spec.choice.name for spec in self.specs.values() if spec.recipe.student_updates]
+        if student and len(alternating) > 1:
+            raise BadInput(
+                f"One student cannot learn between the rounds of {alternating[0]} and of {alternating[1]}.",
+                "Name another --second-recipe.",
+            )
+        self.student = student if alternating else None
         self.competitors = {} if student else {name: competitor(spec.recipe) for name, spec in self.specs.items()}
         informed = next((spec.teacher for spec in self.specs.values()), teacher)
         self.probe = None

@@ -178,3 +178,9 @@ def test_a_dry_run_estimates_what_training_takes(tmp_path):
     plan = distill.plan(DEMO, student="half", data=DEMO, output=tmp_path / "out", compute=EAGER)
     short = distill.plan(DEMO, student="half", data=DEMO, training={"steps": 60}, compute=EAGER)
     assert 20 < plan.predicted()["training"] / short.predicted()["training"] < 500
+
+
+def test_two_recipes_whose_rounds_a_student_learns_between_are_refused():
+    images = Synthesis(recipe="dafl", images=16)
+    with pytest.raises(BadInput, match="rounds of dafl and of ifhe"):
+        distill.plan(DEMO, student="half", synthesis=images, second_recipe="ifhe", compute=EAGER)
