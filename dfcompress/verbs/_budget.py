@@ -50,8 +50,8 @@ def fit_budget(seconds: float, usual: Plan[Any], *, resume: bool) -> Budget:
     images_usual, a_step = made.synthesis.images or 1, training / steps_usual
     updates = made.recipe.student_updates
     if updates and not updates.keep:
-        share = time / (synthesis + training)
-        rounds = int(share * updates.rounds)
+        of_rounds = estimates[0].seconds  # Other sets are made as they are.
+        rounds = max(0, int((time - synthesis + of_rounds) / (of_rounds + training) * updates.rounds))
         budget = Budget(seconds, images_usual, rounds * updates.steps, rounds)
     else:
         an_image = synthesis / images_usual
@@ -62,9 +62,8 @@ def fit_budget(seconds: float, usual: Plan[Any], *, resume: bool) -> Budget:
         images = int(images) // size * size
         budget = Budget(seconds, images, int((time - images * an_image) / a_step))
     if budget.images < FEWEST or budget.steps < 1:
-        least = FEWEST * synthesis / images_usual / SYNTHESIS / (1 - SPARE)
         raise BadInput(
-            f"{seconds:.0f} s are too short: {FEWEST} images alone take {SYNTHESIS:.0%} of {least:.0f} s.",
+            f"{seconds:.0f} s are too short for {FEWEST} images and a training step.",
             "Give a longer --budget, or fewer --steps.",
         )
     what = f"{budget.rounds} rounds of a generator" if budget.rounds else f"{budget.images} images"
