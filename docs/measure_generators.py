@@ -31,7 +31,7 @@ ROWS = {
     "dfq": "--recipe dfq --set rounds=340",
     "cmi": "--recipe cmi --images 2048 --train-steps 1000",
     "ifhe": "--recipe ifhe --images 3072 --train-steps 1000",
-    "fast-generator": "--recipe fast-generator --images 14080 --train-steps 3300",
+    "fast-generator": "--recipe fast-generator --images 14080 --set student_steps=30 --train-steps 3300",
     "fast-generator, 10 minutes": "--recipe fast-generator --images 51200 --train-steps 12000",
     "ifhe alpha 0": "--recipe ifhe --images 3072 --train-steps 1000 --set alpha=0",
     "ifhe alpha 1": "--recipe ifhe --images 3072 --train-steps 1000 --set alpha=1",
