@@ -124,11 +124,13 @@ def _traced(classifier: Classifier) -> Found:
                 pruner = graph.get_pruner_of_module(layer)
                 units = range(pruner.get_out_channels(layer))
                 items = graph.get_pruning_group(layer, pruner.prune_out_channels, units).items
+        except Exception as error:  # The graph of a stranger's network can trip torch-pruning anywhere.
+            refused[name] = f"torch-pruning cannot follow its channels ({first_line(error)})"
+            continue
+        try:
             members = _members(graph, items, names, len(units))
         except _Unprunable as error:
             refused[name] = str(error)
-        except Exception as error:  # The graph of a stranger's network can trip torch-pruning anywhere.
-            refused[name] = f"torch-pruning cannot follow its channels ({first_line(error)})"
         else:
             seen |= {member.layer for member in members if member.side != "in"}
             groups.append(ChannelGroup(name, len(units), members, _blocks(members, twin.network, len(units))))
@@ -267,8 +269,8 @@ def _not_as_traced(classifier: Classifier, groups: Sequence[ChannelGroup]) -> li
         masked, pruned = copy.deepcopy(twin), copy.deepcopy(twin)
         for group in some:
             _mask(masked.network, group, clusters[group.name] < 0)
+        cut(pruned, some, clusters)
         try:
-            cut(pruned, some, clusters)
             with torch.no_grad(), evaluating(masked), evaluating(pruned):
                 expected, answer = masked(images), pruned(images)
         except Exception:  # The forward pass is a stranger's code: it may count channels anywhere.
