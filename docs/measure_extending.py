@@ -5,10 +5,10 @@
     python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT --cifar10 FOLDER --only cifar/damped cifar/oracle
 
 TEACHERS is what docs/train_mnist_teachers.py wrote (`lenet5_bn-01234 lenet5_bn-56789 lenet5_bn-01 lenet5_bn`), and for
-the case `cifar` docs/train_cifar_teachers.py (`--epochs 16 cifar_resnet20-01234`). Every row is one `dfcompress extend` a
-step, which is printed; results are appended to OUTPUT/rows.jsonl, and rows that are there are not made again. The images
-of the old classes are made by the first row of a case and seed, and the other rows replay the same, but `deepdream`:
-DeepInversion's losses on DeepDream's images. RESNET20 is the released checkpoint, CIFAR its test images
+the case `cifar` docs/train_cifar_teachers.py (`--epochs 16 cifar_resnet20-01234`). Every row is one `dfcompress extend`
+a step, which is printed; results are appended to OUTPUT/rows.jsonl, and rows that are there are not made again. The
+images of the old classes are made by the first row of a case and seed, and the other rows replay the same, but
+`deepdream`: DeepInversion's losses on DeepDream's images. RESNET20 is the released checkpoint, CIFAR its test images
 (`cifar10-test-846.npz`); FOLDER holds `train` and `test`, a folder a class in each.
 """
 
