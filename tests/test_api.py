@@ -48,6 +48,7 @@ reveal_type(dfcompress.merge([teacher, "other.pt"]))  # -> "dfcompress.verbs._fi
 reveal_type(dfcompress.extend(teacher, new_data="birds"))  # -> "dfcompress.verbs._finish.Compressed"
 reveal_type(dfcompress.record(teacher, data="train"))  # -> "dfcompress.verbs.record.Recorded"
 reveal_type(dfcompress.evaluate([teacher], data="test"))  # -> "dfcompress.verbs.evaluate.Evaluation"
+reveal_type(dfcompress.compare([teacher], sets=["test", "random"]))  # -> "dfcompress.verbs._comparison.Comparison"
 reveal_type(dfcompress.export(teacher))  # -> "dfcompress.evaluation.onnx_check.Exported"
 reveal_type(dfcompress.inspect("resnet20.pt"))  # -> "dfcompress.verbs.inspect.Inspection"
 reveal_type(dfcompress.doctor())  # -> "dfcompress.verbs.doctor.Diagnosis"
