@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--round-to",
     type=click.IntRange(1),
-    default=1,
-    show_default=True,
+    show_default="1; with --latency 8",
     help="Keep a multiple of that many channels in every layer that loses some.",
 )
 @click.option(
@@ -78,7 +77,7 @@ def prune(
     latency: float | None,
     importance: ImportanceName,
     uniform: bool,
-    round_to: int,
+    round_to: int | None,
     rounds: int,
     repair: Repair,
     data: Path | None,
