@@ -2,11 +2,14 @@
 
     python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT [--seeds N] [--only CASE/ROW ...]
     python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT --colour RESNET20 CIFAR --only colour/damped
+    python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT --cifar10 FOLDER --only cifar/damped cifar/oracle
 
-TEACHERS is what docs/train_mnist_teachers.py wrote (`lenet5_bn-01234 lenet5_bn-56789 lenet5_bn-01 lenet5_bn`). Every
-row is one `dfcompress extend` a step, which is printed; results are appended to OUTPUT/rows.jsonl, and rows that are
-there are not made again. The images of the old classes are made by the first row of a case and seed, and the other rows
-replay the same. RESNET20 is the released checkpoint, CIFAR its test images (`cifar10-test-846.npz`).
+TEACHERS is what docs/train_mnist_teachers.py wrote (`lenet5_bn-01234 lenet5_bn-56789 lenet5_bn-01 lenet5_bn`), and for
+the case `cifar` docs/train_cifar_teachers.py (`--epochs 16 cifar_resnet20-01234`). Every row is one `dfcompress extend`
+a step, which is printed; results are appended to OUTPUT/rows.jsonl, and rows that are there are not made again. The
+images of the old classes are made by the first row of a case and seed, and the other rows replay the same, but
+`deepdream`: DeepInversion's losses on DeepDream's images. RESNET20 is the released checkpoint, CIFAR its test images
+(`cifar10-test-846.npz`); FOLDER holds `train` and `test`, a folder a class in each.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from measuring import Rows, run
 
 from dfcompress.data.real import Part, read_idx
 
-METHODS = ("damped", "deepinversion", "lwf-mc", "abd", "rdfcil", "oracle")
+METHODS = {name: f"--method {name}" for name in ("damped", "deepinversion", "lwf-mc", "abd", "rdfcil", "oracle")}
+METHODS["deepdream"] = "--method deepinversion --recipe deepdream --second-recipe none"
+OWN_IMAGES = ("damped", "lwf-mc", "oracle", "deepdream")  # The others replay those of `damped`.
 # Of every case the digits that each step brings; the first ones are the teacher's.
 DIGITS = {
     "halves": ("01234", "56789"),
@@ -31,7 +36,7 @@ DIGITS = {
     "five steps": ("01", "23", "45", "67", "89"),
 }
 FEW = 50
-CASES = (*DIGITS, "fashion", "colour")
+CASES = (*DIGITS, "fashion", "colour", "cifar")
 
 
 def digits_file(given: argparse.Namespace, digits: str, part: Part, order: str = "", few: int = 0) -> Path:
@@ -58,6 +63,17 @@ def colour_file(given: argparse.Namespace, part: Part) -> Path:
     return file
 
 
+def cifar_folder(given: argparse.Namespace, part: Part, new: bool) -> Path:
+    """The last five classes of CIFAR-10, or the first, as a folder of links."""
+    folder = given.output / f"cifar-{part}-{'new' if new else 'old'}"
+    names = sorted((given.cifar10 / part).iterdir())
+    folder.mkdir(exist_ok=True)
+    for each in names[5:] if new else names[:5]:
+        if not (folder / each.name).exists():
+            (folder / each.name).symlink_to(each.resolve())
+    return folder
+
+
 def names_file(given: argparse.Namespace, what: str) -> Path:
     """The names of ten classes, one a line."""
     file = given.output / f"{what}.txt"
@@ -69,6 +85,12 @@ def measure(given: argparse.Namespace, case: str, method: str, seed: int) -> dic
     """One row: the evaluation after the last step, the seconds of all, and the forgetting of each old class."""
     if case in DIGITS:
         return steps_of_digits(given, case, method, seed)
+    if case == "cifar":
+        real = f" --old-data {cifar_folder(given, 'train', new=False)}" if method == "oracle" else ""
+        old, new = given.teachers / "cifar_resnet20-01234", cifar_folder(given, "train", new=True)
+        return extended(
+            given, case, method, seed, [f"{old} --new-data {new} --eval-data {given.cifar10 / 'test'}{real}"]
+        )
     old, tests, new, what = given.teachers / "lenet5_bn", [given.mnist, given.fashion], given.fashion, "fashion"
     if case == "colour":
         resnet20, cifar = given.colour
@@ -101,10 +123,10 @@ def extended(given: argparse.Namespace, case: str, method: str, seed: int, lines
     """Take the steps; the images of a first step are those of the first method that made some."""
     seconds, results = 0.0, []
     for number, line in enumerate(lines):
-        where, made = folder(given, case, method, seed, number), folder(given, case, METHODS[0], seed, number)
-        shared = number == 0 and made.exists() and method not in (METHODS[0], "lwf-mc", "oracle")
+        where, made = folder(given, case, method, seed, number), folder(given, case, "damped", seed, number)
+        shared = number == 0 and made.exists() and method not in OWN_IMAGES
         images = f" --old-images {made}" if shared else ""
-        result = run(f"extend {line}{images} --method {method} --seed {seed} -o {where} --overwrite")
+        result = run(f"extend {line}{images} {METHODS[method]} --seed {seed} -o {where} --overwrite")
         seconds += result["seconds"]["total"]
         results.append({**result["evaluation"], "unseen": result["teachers"][0]["unseen"]})
     return {"seconds": seconds, "after": results}
@@ -144,6 +166,7 @@ def main() -> None:
     for name in ("teachers", "mnist", "fashion", "output"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--colour", type=Path, nargs=2, metavar=("RESNET20", "CIFAR"))
+    parser.add_argument("--cifar10", type=Path)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], help="for instance halves/abd")
     given = parser.parse_args()
@@ -151,7 +174,7 @@ def main() -> None:
     for seed in range(given.seeds):
         for case in CASES:
             for method in METHODS:
-                possible = case != "colour" or (given.colour and method != "oracle")
+                possible = {"colour": given.colour and method != "oracle", "cifar": given.cifar10}.get(case, True)
                 if possible and (not given.only or f"{case}/{method}" in given.only):
                     rows.make(partial(measure, given, case, method, seed), case=case, row=method, seed=seed)
     sys.stdout.write(table(rows.made) + "\n")
