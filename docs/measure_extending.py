@@ -1,4 +1,4 @@
-"""The tables of "Extending" in docs/results.md, by the installed command.
+"""The tables of docs/results/extend.md, by the installed command.
 
     python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT [--seeds N] [--only CASE/ROW ...]
     python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT --colour RESNET20 CIFAR --only colour/damped

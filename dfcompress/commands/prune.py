@@ -42,8 +42,7 @@ if TYPE_CHECKING:
     click.option(
         "--round-to",
         type=click.IntRange(1),
-        default=1,
-        show_default=True,
+        show_default="1, or 8 with --latency",
         help="Keep a multiple of this number of channels in every layer that loses some.",
     ),
     click.option(
@@ -87,7 +86,7 @@ def prune(
     latency: float | None,
     importance: ImportanceName,
     uniform: bool,
-    round_to: int,
+    round_to: int | None,
     rounds: int,
     repair: Repair,
     data: Path | None,
