@@ -42,4 +42,6 @@ def demo(output: Path, resume: bool, overwrite: bool, compute: Compute, as_json:
     ]
     console.table(["MNIST, no training image used", "correct", "top-1", "bytes", "seconds"], rows)
     console.result(f"the images it made: {shown.picture}")
+    missing = "none written; pip install 'dfcompress[report]', then dfcompress report " + shown.output
+    console.result(f"report: {shown.report or missing}")
     console.result(f"{shown.seconds:.0f} s in all; everything is kept in {shown.output}")

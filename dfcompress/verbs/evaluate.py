@@ -154,10 +154,11 @@ def _predict(
     name: str, classifier: Classifier, source: ImageSource, target: torch.device, batch_size: int
 ) -> Predictions:
     with placed(classifier, target), console.progress(name, len(source)) as progress:
-        return predict(classifier, _counted(source.batches(batch_size), progress))
+        return predict(classifier, counted(source.batches(batch_size), progress))
 
 
-def _counted(batches: Iterator[tuple[Tensor, Tensor]], progress: console.Progress) -> Iterator[tuple[Tensor, Tensor]]:
+def counted(batches: Iterator[tuple[Tensor, Tensor]], progress: console.Progress) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches themselves, told to `progress` when they are done with."""
     done = 0
     for images, labels in batches:
         yield images, labels
