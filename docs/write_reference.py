@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import re
@@ -387,6 +388,7 @@ class Message:
     remedy: str
 
 
+@functools.cache
 def messages() -> list[Message]:
     """Every error and notice of the package, in the order of its files."""
     found = []
@@ -419,9 +421,10 @@ class _Texts:
 
     def __init__(self, module: ast.Module) -> None:
         self.module = module
-        self.parents = {child: node for node in ast.walk(module) for child in ast.iter_child_nodes(node)}
-        self.functions = {node.name: node for node in ast.walk(module) if isinstance(node, ast.FunctionDef)}
-        calls = [node for node in ast.walk(module) if isinstance(node, ast.Call) and node.args]
+        nodes = list(ast.walk(module))
+        self.parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+        self.functions = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
+        calls = [node for node in nodes if isinstance(node, ast.Call) and node.args]
         self.calls = [call for call in calls if self.called(call) in RAISED or self._tells(call)]
         self.calls.sort(key=lambda call: call.lineno)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted(DOCS.rgl
 COMMANDS = root.list_commands(None)
 
 
+@pytest.fixture(scope="module")
 def reference() -> ModuleType:
     """docs/write_reference.py."""
     found = importlib.util.spec_from_file_location("write_reference", DOCS / "write_reference.py")
@@ -29,18 +31,18 @@ def reference() -> ModuleType:
     return module
 
 
-def test_pages_that_are_made_from_the_code_are_up_to_date():
-    stale = [name for name, text in reference().pages().items() if text != (DOCS / name).read_text()]
+def test_pages_that_are_made_from_the_code_are_up_to_date(reference):
+    stale = [name for name, text in reference.pages().items() if text != (DOCS / name).read_text()]
     assert not stale, "run: python docs/write_reference.py"
 
 
-def test_the_messages_that_troubleshooting_explains_are_messages_of_the_code():
+def test_the_messages_that_troubleshooting_explains_are_messages_of_the_code(reference):
     """The hand-written tables; those of every message are compared with the code above."""
     page = (DOCS / "troubleshooting.md").read_text()
     explained = re.findall(r"^\| ([^|]+) \| [^|]+ \| [^|]+ \|$", page.partition("## Reading a checkpoint")[2], re.M)
     parsed = [ast.parse(path.read_text()) for path in (REPOSITORY / "dfcompress").rglob("*.py")]
-    texts = "\n".join(str(n.value) for tree in parsed for n in ast.walk(tree) if isinstance(n, ast.Constant))
-    known = {message.problem for message in reference().messages()} | set(texts.splitlines())
+    texts = {str(n.value) for tree in parsed for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+    known = {message.problem for message in reference.messages()} | texts
     explained = [each for each in explained if each not in ("message", "---")]
     assert len(explained) > 40
     assert [each for each in explained if not any(each in text for text in known)] == []
@@ -53,8 +55,28 @@ def test_every_command_has_a_page_that_shows_how_to_call_it(command):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", page.read_text()):
+        aimed_at = page.parent / target if target else page
+        assert aimed_at.exists(), target
+        assert not anchor or anchor in anchors(aimed_at), f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub and mkdocs make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_asks_no_other_host(tmp_path):
+    pytest.importorskip("material")
+    line = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = "".join(page.read_text() for page in tmp_path.rglob("*.html"))
+    assert "<h1" in (tmp_path / "index.html").read_text()
+    assert re.findall(r'<(?:link|script|img)[^>]+(?:src|href)="(https?:[^"]+)"', pages) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
