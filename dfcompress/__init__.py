@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from dfcompress.synthesis.recipe import Synthesis as Synthesis
     from dfcompress.synthesis.records.accumulator import RecordSettings as RecordSettings
     from dfcompress.training.settings import Training as Training
+    from dfcompress.verbs._comparison import Comparison as Comparison
     from dfcompress.verbs._finish import Compressed as Compressed
     from dfcompress.verbs._gates import Gates as Gates
     from dfcompress.verbs._plan import Plan as Plan
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from dfcompress.verbs.bench_generator import bench_generator as bench_generator
     from dfcompress.verbs.bench_step import bench_step as bench_step
     from dfcompress.verbs.bench_train import bench_train as bench_train
+    from dfcompress.verbs.compare import compare as compare
     from dfcompress.verbs.demo import Demo as Demo
     from dfcompress.verbs.demo import demo as demo
     from dfcompress.verbs.distill import distill as distill
@@ -90,12 +92,14 @@ _MODULES = {
     "synthesis.recipe": ["Phase", "Recipe", "StudentUpdates", "Synthesis"],
     "synthesis.records.accumulator": ["RecordSettings"],
     "training.settings": ["Training"],
+    "verbs._comparison": ["Comparison"],
     "verbs._finish": ["Compressed"],
     "verbs._gates": ["Gates"],
     "verbs._plan": ["Plan", "SynthesisEstimate"],
     "verbs.bench_generator": ["bench_generator"],
     "verbs.bench_step": ["bench_step"],
     "verbs.bench_train": ["bench_train"],
+    "verbs.compare": ["compare"],
     "verbs.demo": ["Demo", "demo"],
     "verbs.distill": ["distill"],
     "verbs.doctor": ["Diagnosis", "doctor"],

@@ -1,43 +1,49 @@
-"""The documentation is true to the code: `python tests/test_docs.py` writes docs/recipes.md anew."""
+"""The documentation is true to the code; `python docs/write_reference.py` renews the pages that are made from it."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
+import ast
+import importlib.util
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import click
 import pytest
 
 from dfcompress.cli import root
-from dfcompress.synthesis.recipes import recipe_names
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 COMMANDS = root.list_commands(None)
 
 
-def recipes_page() -> str:
-    """docs/recipes.md, from the docstrings, signatures and presets of the recipe files."""
-    parts = ["# Recipes", "", "Made from the docstrings by `python tests/test_docs.py`; a test compares.", ""]
-    for name in recipe_names():
-        module = importlib.import_module(f"dfcompress.synthesis.recipes.{name.replace('-', '_')}")
-        function = getattr(module, name.replace("-", "_"))
-        defaults = {key: value.default for key, value in inspect.signature(function).parameters.items()}
-        parts += [f"## `{name}`", "", module.__doc__.strip(), "", f"Source: {module.PAPER}.", ""]
-        parts += [f"| setting | {' | '.join(f'`{preset}`' for preset in module.PRESETS)} |"]
-        parts += ["|---" * (1 + len(module.PRESETS)) + "|"]
-        for key, default in defaults.items():
-            cells = " | ".join(str(preset.get(key, default)) for preset in module.PRESETS.values())
-            parts.append(f"| `{key}` | {cells} |")
-        parts.append("")
-    return "\n".join(parts)
+def reference() -> ModuleType:
+    """docs/write_reference.py."""
+    found = importlib.util.spec_from_file_location("write_reference", DOCS / "write_reference.py")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module
+    found.loader.exec_module(module)
+    return module
 
 
-def test_the_recipes_page_is_the_one_the_code_makes():
-    assert (DOCS / "recipes.md").read_text() == recipes_page()
+def test_pages_that_are_made_from_the_code_are_up_to_date():
+    stale = [name for name, text in reference().pages().items() if text != (DOCS / name).read_text()]
+    assert not stale, "run: python docs/write_reference.py"
+
+
+def test_the_messages_that_troubleshooting_explains_are_messages_of_the_code():
+    """The hand-written tables; those of every message are compared with the code above."""
+    page = (DOCS / "troubleshooting.md").read_text()
+    explained = re.findall(r"^\| ([^|]+) \| [^|]+ \| [^|]+ \|$", page.partition("## Reading a checkpoint")[2], re.M)
+    parsed = [ast.parse(path.read_text()) for path in (REPOSITORY / "dfcompress").rglob("*.py")]
+    texts = "\n".join(str(n.value) for tree in parsed for n in ast.walk(tree) if isinstance(n, ast.Constant))
+    known = {message.problem for message in reference().messages()} | set(texts.splitlines())
+    explained = [each for each in explained if each not in ("message", "---")]
+    assert len(explained) > 40
+    assert [each for each in explained if not any(each in text for text in known)] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -53,7 +59,16 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_option_that_is_mentioned_exists(page):
-    known = {"--help", "--version", "--upgrade", "--extra-index-url", "--nproc-per-node", "--ntasks", "--gpus-per-task"}
+    known = {
+        "--help",
+        "--help-all",
+        "--version",
+        "--upgrade",
+        "--extra-index-url",
+        "--nproc-per-node",
+        "--ntasks",
+        "--gpus-per-task",
+    }
     known |= {"--no-deps", "--no-build-isolation", "--no-index", "--durations", "--dist"}  # Of pip and pytest.
     known |= {"--only", "--seeds", "--sources"}  # Of docs/measure_quantization.py.
     known |= {"--write"}  # Of docs/measure_support.py.
@@ -83,7 +98,3 @@ def test_every_file_of_the_package_has_its_place_in_the_architecture():
     rooms = [path for path in rooms if path.parent.name != "verbs" or path.name.startswith("_")]
     missing = [path.name for path in rooms if path.name not in text and not path.name.startswith("__")]
     assert not missing
-
-
-if __name__ == "__main__":
-    (DOCS / "recipes.md").write_text(recipes_page())

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfcompress import console
+from dfcompress.data.batches import UNLABELLED
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_float
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
@@ -64,20 +65,22 @@ class ImageSource(Protocol):
         """Float images `(B, C, H, W)` in [0, 1] and int64 labels `(B,)`: every so many batches from the `first`."""
 
 
-def open_images(path: str | Path, card: ModelCard, *, part: Part = "test") -> ImageSource:
+def open_images(path: str | Path, card: ModelCard, *, part: Part = "test", labelled: bool = True) -> ImageSource:
     """The labelled images at `path`, fitted to the model's input and checked against its classes.
 
     A folder with `dataset.json` is a synthetic set; a folder (or file) with `*-images-idx3-ubyte[.gz]` holds IDX files,
     of which `part` is taken; any other folder has one subfolder a class. Subfolders are matched to the card's
     class names where it has some, otherwise taken in sorted order.
+    Of images that are not `labelled`, labels say nothing: they need not be there, nor be the model's, and pictures may
+    lie anywhere in a folder.
     Raises `BadInput` naming the file and what was found in it.
     """
     path = Path(path)
     if not path.exists():
         raise BadInput(f"{path} does not exist.", KINDS)
     if path.is_dir() and not (path / MANIFEST).exists() and not _idx_files(path):
-        return ImageFolder(path, card)
-    source, size = _open_whole(path, card, part)
+        return ImageFolder(path, card, labelled=labelled)
+    source, size = _open_whole(path, card, part, labelled)
     if size == card.input_size:
         return source
     _tell_fitting(path, size, card.input_size)
@@ -92,20 +95,20 @@ def folder_names(path: str | Path) -> tuple[str, ...] | None:
     return tuple(folder.name for folder in _class_folders(path)) or None
 
 
-def _open_whole(path: Path, card: ModelCard, part: Part) -> tuple[ImageSource, Size]:
+def _open_whole(path: Path, card: ModelCard, part: Part, labelled: bool) -> tuple[ImageSource, Size]:
     """A source whose images are all of one size, and that size."""
     if path.is_dir() and (path / MANIFEST).exists():
         synthetic = SyntheticSet(path)
         made_for = ModelCard.from_json(synthetic.manifest["card"])
-        if made_for.classes > card.classes:
+        if labelled and made_for.classes > card.classes:
             raise BadInput(
                 f"{path} has {made_for.classes} classes, the model has {card.classes}.", "Give other images."
             )
         return synthetic, made_for.input_size
     if path.is_dir() or IDX_IMAGES.fullmatch(path.name):
-        arrays = read_idx(path, part)
+        arrays = read_idx(path, part, labelled=labelled)
     elif path.suffix == ".npz":
-        arrays = read_npz(path)
+        arrays = read_npz(path, labelled=labelled)
     else:
         raise BadInput(f"{path} is no image data.", KINDS)
     if (highest := int(arrays.labels.max())) >= card.classes:
@@ -168,28 +171,33 @@ class Fitted:
 
 
 class ImageFolder:
-    """One subfolder a class, pictures in them: read while they are used, so memory does not grow with the set.
+    """One subfolder a class, pictures in them: read while they are used, so memory does not grow with the set. Where
+    they are not `labelled`, pictures anywhere in the folder.
 
     Raises `BadInput` where the subfolders do not fit the card's classes, where there are no pictures,
     and while reading, at the first picture that cannot be decoded.
     """
 
-    def __init__(self, folder: Path, card: ModelCard) -> None:
+    def __init__(self, folder: Path, card: ModelCard, *, labelled: bool = True) -> None:
         self.size = card.input_size
-        folders = _class_folders(folder)
-        if not folders:
-            raise BadInput(f"{folder} holds no class folders and no image data.", KINDS)
-        self.class_names = card.class_names or _sorted_names(folder, folders, card.classes)
+        self.class_names: tuple[str, ...] | None = None
         self.files: list[Path] = []
         numbers: list[int] = []
-        for class_folder in folders:
-            pictures = sorted(file for file in class_folder.rglob("*") if file.suffix.lower() in PICTURES)
-            self.files += pictures
-            numbers += [_label(class_folder, self.class_names)] * len(pictures)
+        if labelled:
+            folders = _class_folders(folder)
+            if not folders:
+                raise BadInput(f"{folder} holds no class folders and no image data.", KINDS)
+            names = self.class_names = card.class_names or _sorted_names(folder, folders, card.classes)
+            for class_folder in folders:
+                pictures = _pictures(class_folder)
+                self.files += pictures
+                numbers += [_label(class_folder, names)] * len(pictures)
+        else:
+            self.files = _pictures(folder)
+            numbers = [UNLABELLED] * len(self.files)
         if not self.files:
-            raise BadInput(
-                f"{folder} has class folders, but no pictures in them.", f"Known: {' '.join(sorted(PICTURES))}"
-            )
+            has = "has class folders, but no pictures in them" if labelled else "holds no pictures and no image data"
+            raise BadInput(f"{folder} {has}.", f"Known: {' '.join(sorted(PICTURES))}")
         self.labels = torch.tensor(numbers)
         size = _shape(_read_picture(self.files[0]))
         if size != card.input_size:
@@ -210,6 +218,10 @@ class ImageFolder:
 
     def _read(self, file: Path) -> Tensor:
         return fit(as_float(_read_picture(file))[None], self.size)[0]
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
 
 
 def _class_folders(folder: Path) -> list[Path]:
@@ -300,15 +312,18 @@ def _shape(image: Tensor) -> Size:
     return channels, height, width
 
 
-def read_npz(path: Path) -> Arrays:
-    """`images`, uint8 `(N, C, H, W)` or `(N, H, W, C)` with 1 or 3 channels, and integer `labels` `(N,)`."""
+def read_npz(path: Path, *, labelled: bool = True) -> Arrays:
+    """`images`, uint8 `(N, C, H, W)` or `(N, H, W, C)` with 1 or 3 channels, and integer `labels` `(N,)`; these are
+    `UNLABELLED` where the images are not to be `labelled`.
+    """
     form = "It must hold `images`, uint8 (N, C, H, W) or (N, H, W, C), and integer `labels` (N,)."
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            missing = {"images", "labels"} - set(arrays.files)
+            missing = {"images", *(["labels"] if labelled else [])} - set(arrays.files)
             if missing:
                 raise BadInput(f"{path} has no array `{min(missing)}`, only {sorted(arrays.files)}.", form)
-            images, labels = arrays["images"], arrays["labels"]
+            images = arrays["images"]
+            labels = arrays["labels"] if labelled else None
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} is no readable .npz: {error}.", form) from None
     if images.dtype != np.uint8 or images.ndim != 4 or not {images.shape[1], images.shape[3]} & {1, 3}:
@@ -318,9 +333,13 @@ def read_npz(path: Path) -> Arrays:
     return _checked(path, images, labels, form)
 
 
-def read_idx(path: Path, part: Part = "test") -> Arrays:
-    """The images file at `path`, or the one in that folder (that `part` of several), and the labels beside it."""
+def read_idx(path: Path, part: Part = "test", *, labelled: bool = True) -> Arrays:
+    """The images file at `path`, or the one in that folder (that `part` of several), and the labels beside it, where
+    the images are to be `labelled`.
+    """
     images_file = _choose_part(path, _idx_files(path), part) if path.is_dir() else path
+    if not labelled:
+        return _checked(images_file, _read_idx_file(images_file, 3)[:, None], None, KINDS)
     name = images_file.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     beside = [file for file in (images_file.with_name(name), images_file.with_name(f"{name}.gz")) if file.exists()]
     if not beside:
@@ -359,13 +378,15 @@ def _read_idx_file(path: Path, dimensions: int) -> NDArray[np.uint8]:
     return np.frombuffer(bytearray(content), np.uint8, offset=header).reshape(shape)
 
 
-def _checked(path: Path, images: NDArray[np.uint8], labels: NDArray[np.integer], form: str) -> Arrays:
+def _checked(path: Path, images: NDArray[np.uint8], labels: NDArray[np.integer] | None, form: str) -> Arrays:
+    if not len(images):
+        raise BadInput(f"{path} holds no images.", form)
+    if labels is None:
+        return Arrays(images, np.full(len(images), UNLABELLED))
     if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
         raise BadInput(f"{path}: `labels` is {labels.dtype} {labels.shape}.", form)
     if len(images) != len(labels):
         raise BadInput(f"{path} has {len(images)} images and {len(labels)} labels.", form)
-    if not len(images):
-        raise BadInput(f"{path} holds no images.", form)
     if labels.min() < 0:
         raise BadInput(f"{path} has the label {labels.min()}.", "Labels count from 0.")
     return Arrays(images, labels)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,14 @@ from dfcompress.data.real import ImageSource
 from dfcompress.device import exact_fp32, threads, threads_for
 from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier, evaluating, images_a_pass, work_of
+from dfcompress.models.ood_score import BatchNormOodScore
 from dfcompress.models.recorder import HookRecorder, LayerMoments, Moments
+from dfcompress.models.statistics import why_no_statistics
+
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 TOP = 5
+BINS = 15  # Of Guo et al. 2017, the usual number.
 BATCH = 256  # Images of a batch, usually; what threads are chosen by.
 
 
@@ -39,24 +45,20 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> Predictions:
+def predict(classifier: Classifier, batches: Batches) -> Predictions:
     """Ask a classifier, in fp32 and evaluation mode, about float images `(N, C, H, W)` in [0, 1] with labels.
 
     Of a batch, as many images as fit into memory are in the network at once.
     Raises `DfcompressError` where it answers with something that is not a number.
     """
-    device, k = classifier.mean.device, min(TOP, classifier.card.classes)
+    k = min(TOP, classifier.card.classes)
     classes, labels = [], []
-    with evaluating(classifier), exact_fp32(), threads(threads_for(BATCH * work_of(classifier))):
-        fit = images_a_pass(classifier)
-        for images, truth in batches:
-            labels.append(truth.cpu())
-            for some in images.split(fit):
-                logits = classifier(some.to(device))
-                if not logits.isfinite().all():
-                    problem = "The network answers with NaN or infinity."
-                    raise DfcompressError(problem, "Its weights or its card are wrong.")
-                classes.append(logits.topk(k).indices.cpu())
+
+    def ask(images: Tensor, truth: Tensor) -> None:
+        classes.append(_finite(classifier(images)).topk(k).indices.cpu())
+        labels.append(truth)
+
+    _pass_through(classifier, batches, ask)
     return Predictions(torch.cat(classes), torch.cat(labels))
 
 
@@ -66,7 +68,7 @@ def share_correct(classifier: Classifier, source: ImageSource, *, batch_size: in
 
 
 @torch.no_grad()
-def bn_divergence(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def bn_divergence(classifier: Classifier, batches: Batches) -> float:
     """J_KL of a whole set: how far its BatchNorm inputs are from the running statistics (Haroush 2020, section 3.3).
 
     `batches` are float images `(N, C, H, W)` in [0, 1] with labels. Mean over channels, then over BatchNorm layers, of
@@ -76,19 +78,104 @@ def bn_divergence(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor
     of CIFAR-10's ten classes it is 0.041 on ResNet-44 (0.037 on ResNet-20), of 128 of all ten 0.023 (0.017). The size
     adds 6 to 8 % at 128 images to what 1,000 have, and 47 to 89 % at 16.
     """
-    device = classifier.mean.device
-    sums: list[LayerMoments] = []
-    seen = 0
     recorder = HookRecorder(classifier.network, moments=True)
+    pooled = _PooledMoments()
+    _pass_through(classifier, batches, lambda images, _: pooled.add(recorder(classifier.normalise(images)).layers))
+    return pooled.divergence()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a classifier shows of a whole set, on the CPU.
+
+    Image by image its best `classes`, int64 `(N,)`, the softmax of these, `confidences` `(N,)`, and the OOD `scores`
+    `(N,)` where they were wanted and are known; over all images the mean softmax of every class, `soft` `(classes,)`,
+    and `divergence`, J_KL, None where no statistics are known.
+    """
+
+    classes: Tensor
+    confidences: Tensor
+    soft: Tensor
+    scores: Tensor | None
+    divergence: float | None
+
+    @property
+    def hard(self) -> Tensor:
+        """The share of images that are taken for every class, `(classes,)`."""
+        return self.classes.bincount(minlength=len(self.soft)).double() / len(self.classes)
+
+
+@torch.no_grad()
+def observe(classifier: Classifier, batches: Batches, *, scores: bool = False) -> Observation:
+    """Answers, statistics and, if wanted, the `scores` of images by one pass of each, otherwise as `predict`."""
+    knows = not why_no_statistics(classifier.network)
+    recorder = HookRecorder(classifier.network, moments=knows)
+    pooled, ood = _PooledMoments(), BatchNormOodScore(classifier)
+    wanted = scores and ood.is_known
+    classes, confidences, ranks = [], [], []
+    soft = torch.zeros(classifier.card.classes, dtype=torch.double)
+
+    def ask(images: Tensor, _: Tensor) -> None:
+        recording = recorder(classifier.normalise(images))
+        shares = _finite(recording.logits).double().softmax(1).cpu()
+        soft.add_(shares.sum(0))
+        best = shares.max(1)
+        confidences.append(best.values)
+        classes.append(best.indices)
+        if knows:
+            pooled.add(recording.layers)
+        if wanted:
+            ranks.append(ood.taken().cpu())
+
+    with ood.attached() if wanted else nullcontext():
+        _pass_through(classifier, batches, ask)
+    answers = torch.cat(classes)
+    return Observation(
+        classes=answers,
+        confidences=torch.cat(confidences),
+        soft=soft / len(answers),
+        scores=torch.cat(ranks) if wanted else None,
+        divergence=pooled.divergence() if knows else None,
+    )
+
+
+def _pass_through(classifier: Classifier, batches: Batches, ask: Callable[[Tensor, Tensor], None]) -> None:
+    """Call `ask` with as many images at once as fit into memory, on the classifier's device, and with their labels, on
+    the CPU; inside, the classifier computes in fp32 and evaluation mode.
+    """
     with evaluating(classifier), exact_fp32(), threads(threads_for(BATCH * work_of(classifier))):
         fit = images_a_pass(classifier)
-        for some in (some for images, _ in batches for some in images.split(fit)):
-            layers = recorder(classifier.normalise(some.to(device))).layers
-            new = [_with_errors(layer, layer.mean_error.sum(0), layer.square_error.sum(0)) for layer in layers]
-            sums = [_plus(one, other) for one, other in zip(sums, new, strict=True)] if sums else new
-            seen += len(some)
-    pooled = [_with_errors(layer, layer.mean_error[None] / seen, layer.square_error[None] / seen) for layer in sums]
-    return float(Moments.of(pooled).divergences().mean())
+        for images, truth in batches:
+            for some, labels in zip(images.split(fit), truth.split(fit), strict=True):
+                ask(some.to(classifier.mean.device), labels.cpu())
+
+
+def _finite(logits: Tensor) -> Tensor:
+    if not logits.isfinite().all():
+        raise DfcompressError("The network answers with NaN or infinity.", "Its weights or its card are wrong.")
+    return logits
+
+
+class _PooledMoments:
+    """The moments of all images of a set, pass by pass."""
+
+    def __init__(self) -> None:
+        self._sums: list[LayerMoments] = []
+        self._images = 0
+
+    def add(self, layers: Sequence[LayerMoments]) -> None:
+        """Count the images of one pass."""
+        new = [_with_errors(layer, layer.mean_error.sum(0), layer.square_error.sum(0)) for layer in layers]
+        self._sums = [_plus(one, other) for one, other in zip(self._sums, new, strict=True)] if self._sums else new
+        self._images += len(layers[0].mean_error)
+
+    def divergence(self) -> float:
+        """J_KL of all images at once."""
+        pooled = [
+            _with_errors(layer, layer.mean_error[None] / self._images, layer.square_error[None] / self._images)
+            for layer in self._sums
+        ]
+        return float(Moments.of(pooled).divergences().mean())
 
 
 def _plus(one: LayerMoments, other: LayerMoments) -> LayerMoments:
@@ -103,3 +190,12 @@ def standard_error(correct: int, total: int) -> float:
     """The standard error of the share `correct / total`: √(p (1 − p) / n)."""
     share = correct / total
     return math.sqrt(share * (1 - share) / total)
+
+
+def calibration_error(confidences: Tensor, right: Tensor) -> float:
+    """ECE: Σ_b |B_b| / n · |accuracy(B_b) − mean confidence(B_b)| over `BINS` equal bins of the confidence (Guo 2017,
+    eq. 3), of the softmax of the best class and whether that is right, each `(N,)`.
+    """
+    bins = (confidences * BINS).ceil().long().clamp(1, BINS) - 1  # Bins are (0, 1/15], (1/15, 2/15], ...
+    gaps = torch.zeros(BINS, dtype=torch.double).index_add_(0, bins, right.double() - confidences.double())
+    return float(gaps.abs().sum()) / len(confidences)

@@ -73,7 +73,7 @@ class TransferSetSource:
         student: Classifier | None = None,
     ) -> None:
         self.compute = compute
-        places = _parts(data)
+        places = parts_of(data)
         synthetic_sets = [SyntheticSet(place) for place in places if (place / MANIFEST).exists()]
         for synthetic in synthetic_sets:
             synthetic.require_complete()
@@ -198,7 +198,7 @@ class TransferSetSource:
         return competitor.build(spec, folder, self.compute) if competitor else build_set(spec, folder, self.compute)
 
 
-def _parts(data: str | Path | None) -> list[Path]:
+def parts_of(data: str | Path | None) -> list[Path]:
     """Where the images of `data` lie: the sets in a run's folder, or in its folder of each teacher, or one place."""
     if data is None:
         return []

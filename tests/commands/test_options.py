@@ -10,6 +10,8 @@ import pytest
 
 from dfcompress import console
 from dfcompress.cli import root
+from dfcompress.commands import _help
+from dfcompress.commands.compare import _repeated
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.quantization.calibration import ASYMMETRIC, Calibration
@@ -133,7 +135,9 @@ def test_a_former_name_gives_what_the_present_one_gives_and_says_so_once(
 @pytest.mark.parametrize(("command", "former", "present", "value"), FORMER)
 def test_help_shows_the_present_name_alone(command, former, present, value):
     found = root.get_command(click.Context(root), command)
-    page = found.get_help(click.Context(found))
+    context = click.Context(found)
+    context.meta[_help.SHOW_ALL] = True
+    page = found.get_help(context)
     assert present in page
     assert re.search(rf"{former}\b", page) is None
 
@@ -162,3 +166,33 @@ def test_a_wrong_value_under_a_former_name_is_refused():
         parsed("distill", "net.pt", "--mix", "nonsense")
     with pytest.raises(BadInput, match="--coefficients"):
         RecordSettings(coefficients=0.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "sets", "own"),
+    [
+        ("a.pt b.pt --sets x y z --json", ["x", "y", "z"], []),
+        ("a.pt b.pt --json --sets x y --own x --sets z", ["x", "y", "z"], ["x"]),
+        ("--sets=x y --own=y x a.pt", None, None),
+        ("--sets x --outliers 3 a.pt b.pt --own x x", ["x"], ["x", "x"]),
+        ("--sets x y -q a.pt b.pt", ["x", "y"], []),
+        ("a.pt b.pt", [], []),
+    ],
+)
+def test_sets_take_all_words_up_to_the_next_option(words, sets, own, monkeypatch):
+    command = root.get_command(click.Context(root), "compare")
+    needed = next(parameter for parameter in command.params if parameter.name == "sets")
+    monkeypatch.setattr(needed, "required", False)
+    if sets is None:
+        with pytest.raises(click.UsageError, match=r"(?i)models"):
+            command.make_context("compare", words.split())
+        return
+    given = command.make_context("compare", words.split()).params
+    assert [str(model) for model in given["models"]] == ["a.pt", "b.pt"]
+    assert (list(given["sets"]), list(given["own"])) == (sets, own)
+
+
+def test_words_of_other_options_stay_as_they_are():
+    assert list(_repeated(["m", "--csv", "out", "--sets", "a", "b", "-q"])) == (
+        ["m", "--csv", "out", "--sets", "a", "--sets", "b", "-q"]
+    )

@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision import transforms
 
 from dfcompress import console
+from dfcompress.data.batches import UNLABELLED
 from dfcompress.data.real import ImageFolder, fit, open_images
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.errors import BadInput
@@ -119,6 +120,20 @@ def test_a_named_images_file_takes_its_own_labels(tmp_path, grey_images):
     write_idx_pair(tmp_path, "t10k", images, labels)
     train = write_idx_pair(tmp_path, "train", images[:6], labels[:6])
     assert len(open_images(train, GREY)) == 6
+
+
+def test_images_whose_labels_do_not_count_need_none(tmp_path, grey_images):
+    images, labels = grey_images
+    write_idx(tmp_path / "idx" / "t10k-images-idx3-ubyte", images)
+    np.savez(tmp_path / "alone.npz", images=images[:, None])
+    write_npz(tmp_path / "other.npz", images[:, None], labels + 50)
+    write_folder(tmp_path / "flat", images, np.zeros_like(labels))
+    for place in ("idx", "alone.npz", "other.npz", "flat/0"):
+        with pytest.raises(BadInput):
+            open_images(tmp_path / place, GREY)
+        shown, given = next(open_images(tmp_path / place, GREY, labelled=False).batches(20))
+        assert torch.equal(shown, torch.from_numpy(images)[:, None] / 255)
+        assert set(given.tolist()) == {UNLABELLED}
 
 
 def test_class_folders_follow_the_names_of_the_card(tmp_path, grey_images):

@@ -8,7 +8,15 @@ from torch import nn
 
 from dfcompress.errors import DfcompressError
 from dfcompress.evaluation import metrics
-from dfcompress.evaluation.metrics import Predictions, bn_divergence, predict, share_correct, standard_error
+from dfcompress.evaluation.metrics import (
+    Predictions,
+    bn_divergence,
+    calibration_error,
+    observe,
+    predict,
+    share_correct,
+    standard_error,
+)
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
@@ -61,6 +69,12 @@ def test_answers_and_statistics_in_parts_are_those_of_the_whole(resnet20_file, m
     assert torch.equal(predict(classifier, batches).classes[:, 0], whole.classes[:, 0])
     assert passed[-6:] == [5, 5, 5, 1, 5, 3]
     assert bn_divergence(classifier, batches) == pytest.approx(divergence, rel=1e-5)
+    seen = observe(classifier, batches, scores=True)
+    assert torch.equal(seen.classes, whole.classes[:, 0])
+    assert seen.divergence == pytest.approx(divergence, rel=1e-5)
+    assert float(seen.soft.sum()) == pytest.approx(1)
+    assert float(seen.hard.sum()) == pytest.approx(1)
+    assert seen.confidences.shape == seen.scores.shape == (24,)
 
 
 def test_the_training_mode_is_given_back():
@@ -85,3 +99,15 @@ def test_the_share_correct_is_over_all_images():
 
 def test_the_standard_error_near_92_percent_of_846_is_0_9_points():
     assert standard_error(776, 846) == pytest.approx(0.0095, abs=5e-5)
+
+
+def test_the_calibration_error_weighs_each_bin_by_its_images():
+    confidences = torch.tensor([0.95, 0.95, 0.95, 0.5, 1.0])
+    right = torch.tensor([True, True, False, True, True])
+    # (14/15, 1]: 4 images of mean confidence 0.9625, 3 right; (7/15, 8/15]: one.
+    assert calibration_error(confidences, right) == pytest.approx(4 / 5 * (0.9625 - 0.75) + 1 / 5 * 0.5)
+
+
+def test_without_statistics_there_is_no_divergence_and_no_score():
+    seen = observe(classifier(), [(images(LADDER), torch.tensor([5]))], scores=True)
+    assert (seen.divergence, seen.scores) == (None, None)

@@ -2,7 +2,7 @@
 
 What a teacher answers to images that it does not know is knowledge too: on real images it tells whose they are better
 than the images themselves, because synthetic images of two teachers differ in how they were made. Measured on MNIST and
-Fashion-MNIST beside Shapira and Sidi's method: docs/results.md, "Merging".
+Fashion-MNIST beside Shapira and Sidi's method: docs/results/merge.md.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dfcompress.data.batches import Batch
 from dfcompress.data.pool import Augmentation
 from dfcompress.data.real import reshaped
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.ood_score import BatchNormOodScore
 from dfcompress.settings import AUTO
 from dfcompress.training.class_map import ClassMap
 from dfcompress.training.multi_teacher.method import MergingMethod, mean_where
-from dfcompress.training.ood_score import BatchNormOodScore
 from dfcompress.training.settings import Training
 
 PARTS = ("logits", "block", "agreement")

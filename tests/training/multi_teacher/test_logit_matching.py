@@ -10,10 +10,10 @@ from linear_teachers import BLOCKS, LOGITS, batch_of, images, teacher, values_of
 from torch import nn
 
 from dfcompress.device import Compute
+from dfcompress.models.ood_score import BatchNormOodScore
 from dfcompress.training.class_map import ClassMap
 from dfcompress.training.loop import PARTIAL, Trainer
 from dfcompress.training.multi_teacher.logit_matching import LogitMatching
-from dfcompress.training.ood_score import BatchNormOodScore
 from dfcompress.training.settings import Training
 
 EAGER = Compute(device="cpu", precision="fp32", compile="off")

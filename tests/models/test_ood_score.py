@@ -8,7 +8,7 @@ from torch import nn
 
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.training.ood_score import FLOOR, BatchNormOodScore
+from dfcompress.models.ood_score import FLOOR, BatchNormOodScore
 
 CARD = ModelCard("tiny", 2, (1, 4, 4), (0.0,), (1.0,))
 

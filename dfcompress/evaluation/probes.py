@@ -1,0 +1,67 @@
+"""Sets that are made of nothing or of another set, to show a classifier what its training data is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from dfcompress.data.batches import UNLABELLED
+from dfcompress.errors import BadInput
+from dfcompress.memory import count_bytes, images_at_once
+from dfcompress.models.classifier import LARGEST_PASS, Classifier
+from dfcompress.randomness import generator
+
+
+def noise(classifier: Classifier, images: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """So many images of N(0, 1) in the normalised space of a classifier, the same each time, without labels."""
+    draw = generator("noise-set")
+    for start in range(0, images, batch_size):
+        count = min(batch_size, images - start)
+        values = torch.randn(count, *classifier.card.input_size, generator=draw).to(classifier.mean.device)
+        yield classifier.denormalise(values), torch.full((count,), UNLABELLED)
+
+
+def attacked(
+    classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]], epsilon: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images moved one step of the fast gradient sign method against a classifier in evaluation mode: x + ε σ
+    sign(∂ cross-entropy / ∂x), kept in [0, 1] (Goodfellow 2015).
+
+    ε is in the classifier's normalised space, σ the standard deviations of its card. (Haroush 2020 says ε = 0.1 and not
+    where: so it raises J_KL of ResNet-44 2.7 times, of pixels in [0, 1] 12.0 times; the paper has 3.3.)
+    Where labels are `UNLABELLED` the attack leads away from the classifier's own answers.
+    """
+    fit = images_at_once(LARGEST_PASS, _bytes_a_gradient(classifier), target=classifier.mean.device)
+    for images, labels in batches:
+        parts = zip(images.split(fit), labels.split(fit), strict=True)
+        signs = [_gradient(classifier, some.to(classifier.mean.device), truth).sign() for some, truth in parts]
+        step = epsilon * classifier.std * torch.cat(signs)
+        yield (images.to(step.device) + step).clamp(0, 1), labels
+
+
+def _bytes_a_gradient(classifier: Classifier) -> float:
+    pair = torch.zeros(2, *classifier.card.input_size, device=classifier.mean.device)
+    return count_bytes(lambda: _gradient(classifier, pair, torch.full((2,), UNLABELLED))) / 2
+
+
+def _gradient(classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+    """∂ cross-entropy / ∂x of every image, up to a factor above 0.
+
+    Cross-entropy is softplus(m), m = log Σ_{j≠y} exp z_j − z_y, so both have gradients of one sign; but that of
+    cross-entropy is rounded to 0 where the answer is sure.
+    """
+    with torch.enable_grad():
+        moving = images.detach().requires_grad_()
+        logits = classifier(moving)
+        classes = torch.where(labels.to(logits.device) == UNLABELLED, logits.argmax(1), labels.to(logits.device))
+        if not logits.requires_grad:
+            raise BadInput(
+                f"{classifier.name} passes no gradient to its images, so it cannot be attacked.",
+                "Leave out fgsm: sets for it.",
+            )
+        places = classes[:, None]
+        margins = logits.scatter(1, places, -torch.inf).logsumexp(1) - logits.gather(1, places)[:, 0]
+        (gradient,) = torch.autograd.grad(margins.sum(), moving)
+    return gradient
