@@ -24,10 +24,10 @@ SECTIONS = [
     "done",
     "warnings",
     "accuracy",
-    "agreement",
-    "class-bias",
     "images",
     "losses",
+    "agreement",
+    "class-bias",
     "layers",
     "machine",
 ]
