@@ -67,6 +67,8 @@ if TYPE_CHECKING:
     from dfcompress.verbs.quantize import quantize as quantize
     from dfcompress.verbs.record import Recorded as Recorded
     from dfcompress.verbs.record import record as record
+    from dfcompress.verbs.report import Report as Report
+    from dfcompress.verbs.report import report as report
 
     __version__: str
 
@@ -110,6 +112,7 @@ _MODULES = {
     "verbs.prune": ["prune"],
     "verbs.quantize": ["quantize"],
     "verbs.record": ["Recorded", "record"],
+    "verbs.report": ["Report", "report"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -15,9 +15,18 @@ from typing import Any
 import click
 
 from dfcompress import commands, console
+from dfcompress.commands import _config
 from dfcompress.errors import DfcompressError
 
 INTERRUPTED = 130
+# How `dfcompress --help` orders the commands; a command that is not here is under the last heading.
+ORDER = {
+    "See and measure": ["inspect", "evaluate", "compare", "report"],
+    "Make images": ["invert", "record"],
+    "Make a smaller model": ["quantize", "prune", "distill", "merge", "export"],
+    "Teach new classes": ["extend"],
+    "Try it and this machine": ["demo", "doctor", "bench"],
+}
 
 
 class Commands(click.Group):
@@ -36,6 +45,16 @@ class Commands(click.Group):
             _take_environment(part)
         return command
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands under their headings, each with its first sentence."""
+        known = self.list_commands(ctx)
+        others = [name for name in known if name not in {each for names in ORDER.values() for each in names}]
+        for heading, names in ORDER.items():
+            found = [name for name in names if name in known] + (others if heading == list(ORDER)[-1] else [])
+            commands = [(name, self.get_command(ctx, name)) for name in found]
+            with formatter.section(heading):
+                formatter.write_dl([(name, each.get_short_help_str(200)) for name, each in commands if each])
+
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Suggest the nearest command where the name is none."""
         known = self.list_commands(ctx)
@@ -47,11 +66,10 @@ class Commands(click.Group):
 
 
 def _take_environment(command: click.Command) -> None:
-    """Let every option be given as `DFCOMPRESS_` and its spelling, for instance DFCOMPRESS_BATCH_SIZE."""
+    """Let every option be given by its variable of the environment."""
     for parameter in command.params:
         if isinstance(parameter, click.Option):
-            spelling = max(parameter.opts, key=len).lstrip("-")
-            parameter.envvar = f"DFCOMPRESS_{spelling.replace('-', '_').upper()}"
+            parameter.envvar = _config.variable(parameter)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,8 +77,8 @@ def _take_environment(command: click.Command) -> None:
 def root() -> None:
     """Compress released image classifiers without the data they were trained on.
 
-    Every option can also stand in the environment (DFCOMPRESS_STEPS) or in dfcompress.toml;
-    the command line wins, then the environment, then the file.
+    Every option can also stand in the environment (DFCOMPRESS_STEPS for --steps) or in the file dfcompress.toml. The
+    command line comes first, then the environment, then the file.
     """
 
 

@@ -15,10 +15,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dfcompress.command_line import command_line
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput, DfcompressError
 
 RECORD, METRICS = "run.json", "metrics.jsonl"
+SCHEMA = 1
 STATE = ".partial"  # The suffix of files that unfinished work is resumed from.
 SAVE_EVERY_SECONDS = 20.0
 # By verb and option: values that older versions wrote into the record, and their names now.
@@ -48,7 +50,7 @@ class Run:
         overwrite: bool = False,
     ) -> None:
         self.verb, self.folder, self.options = verb, folder, json.loads(json.dumps(options, default=str))
-        self.plan = plan
+        self.plan, self.command = plan, command_line()
         self.inputs = [Path(path) for path in inputs if path is not None]
         self.seconds: dict[str, float] = {}
         self.earlier: Mapping[str, Any] | None = None
@@ -74,7 +76,7 @@ class Run:
             if resume:
                 before = read_record(record)
                 self._check_same_job(before)
-                self.earlier = before.get("measurements")
+                self.earlier, self.command = before.get("measurements"), before.get("command")
                 return
             self._refuse_to_delete_inputs()
         try:
@@ -163,7 +165,8 @@ class Run:
             "python": platform.python_version()
         }
         planned = {} if self.plan is None else {"plan": self.plan}
-        record = {"verb": self.verb, "options": self.options, **planned, "versions": versions, **values}
+        record = {"schema": SCHEMA, "verb": self.verb, "command": self.command, "options": self.options}
+        record |= {**planned, "versions": versions, **values}
         write_json(self.folder / RECORD, record)
 
 
@@ -257,22 +260,25 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of an earlier run; raises `BadInput` where it is none."""
+    """The record of an earlier run; raises `BadInput` where it is none, or of a later version's form."""
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         record["options"].items(), record["verb"].lower()
-        return record
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{path} is not a record of dfcompress.", "Name another folder.") from None
+    if record.get("schema", SCHEMA) != SCHEMA:
+        found = record["schema"]
+        raise BadInput(f"{path} has schema {found!r}, this version reads {SCHEMA}.", "Use the version that wrote it.")
+    return record
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """What `run.json` tells of a run: how its numbers came about.
 
-    `options` are what the result depends on; `plan` is what was to be done, None in records of version 0.1;
-    `measurements` are the verb's result as JSON, None where the run is not finished. `seconds` are those of each part
-    of the last invocation, and of all of it (`invocation`).
+    `options` are what the result depends on; `plan` is what was to be done, None in records of version 0.1; `command`
+    is the line that started it, None where Python did; `measurements` are the verb's result as JSON, None where the run
+    is not finished. `seconds` are those of each part of the last invocation, and of all of it (`invocation`).
     """
 
     folder: Path
@@ -281,6 +287,7 @@ class RunRecord:
     versions: Mapping[str, str]
     finished: bool = False
     plan: Mapping[str, Any] | None = None
+    command: str | None = None
     measurements: Mapping[str, Any] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None

@@ -78,6 +78,11 @@ def _module_at(place: str, option: str) -> ModuleType:
     return module
 
 
+def one_or_more(given: Any) -> list[Any]:
+    """A list of what was given: one path, which is not taken for its letters, or several things."""
+    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+
+
 def assignments(texts: Sequence[str], option: str) -> dict[str, str]:
     """`NAME=VALUE` texts by name; raises `BadInput` naming the option for one without a '='."""
     values: dict[str, str] = {}

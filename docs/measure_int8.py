@@ -1,4 +1,4 @@
-"""The table of int8 files in docs/results.md: ONNX in fp32 and at 8w8a, on one thread of this machine's CPU.
+"""The table of int8 files in docs/results/quantize.md: ONNX in fp32 and at 8w8a, on one thread of this machine's CPU.
 
     python docs/measure_int8.py resnet20.th torchvision:resnet18 torchvision:mobilenet_v2 [--images FOLDER] [--batch 64]
 

@@ -1,4 +1,4 @@
-"""The tables of "Merging" in docs/results.md, by the installed command.
+"""The tables of docs/results/merge.md, by the installed command.
 
     python docs/measure_merging.py TEACHERS MNIST FASHION OUTPUT [--seeds N] [--only CASE/ROW ...]
 

@@ -1,4 +1,4 @@
-"""The tables of "Pruning" in docs/results.md, by the installed command.
+"""The tables of docs/results/prune.md, by the installed command.
 
     python docs/measure_pruning.py CHECKPOINT TEST LARGER_TEST REAL OUTPUT [--seeds N] [--only ROW ...]
 

@@ -1,4 +1,4 @@
-"""The tables of "Quantization" in docs/results.md, by the installed command.
+"""The tables of docs/results/quantize.md, by the installed command.
 
     python docs/measure_quantization.py CHECKPOINT TEST LARGER_TEST REAL OUTPUT [--seeds N] [--only ROW ...]
 

@@ -1,4 +1,4 @@
-"""The table of "Activation records" in docs/results.md: records, synthesis and distillation, by the installed command.
+"""The table of docs/results/record.md: records, synthesis and distillation, by the installed command.
 
     python docs/measure_records.py TEACHERS_FOLDER MNIST_FOLDER OUTPUT_FOLDER [--seeds N] [--only TEACHER/ROW ...]
 

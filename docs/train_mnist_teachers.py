@@ -1,4 +1,4 @@
-"""How the MNIST teachers of docs/results.md were trained: 10 epochs, Adam 1e-3.
+"""How the MNIST teachers of docs/results were trained: 10 epochs, Adam 1e-3.
 
     python docs/train_mnist_teachers.py MNIST_FOLDER OUTPUT_FOLDER [[PREFIX:]ARCHITECTURE[-DIGITS] ...]
 

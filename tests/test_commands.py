@@ -395,10 +395,10 @@ def test_what_help_says_of_training_is_what_the_verbs_do():
     for name, training in usual.items():
         told = {parameter.name: parameter for parameter in root.get_command(None, name).params}
         for field in ("steps", "lr", "batch_size"):
-            first, _, others = told[f"train_{field}"].show_default.partition("; ")
+            first, _, others = told[f"train_{field}"].show_default.partition(", or ")
             assert first == str(getattr(training, field))
             if name == "quantize":
-                assert others.startswith(f"{getattr(FINETUNING['blocks'], field)} of blocks")
+                assert others.startswith(f"{getattr(FINETUNING['blocks'], field)} with --finetune blocks")
         if name == "merge":
             assert tuple(told["method"].type.choices) == METHODS
 
@@ -463,11 +463,11 @@ def test_a_dry_run_on_the_command_line_plans_the_sets_that_the_verb_makes_in_pyt
 def test_help_tells_how_many_images_a_verb_makes(name):
     """The verb's own number stands in its module; help must not import torch, so it repeats it."""
     module = _module(name)
-    usual, _, others = _parameters(name)["images"].show_default.partition("; of ")
+    usual, _, others = _parameters(name)["images"].show_default.partition(", or ")
     assert usual == str(merging_method("logit-matching").images if name == "merge" else module.IMAGES)
-    of_shapira_sidi = f"shapira-sidi {merging_method('shapira-sidi').images}"
-    by_size = f"more than 64 pixels a side {getattr(module, 'LARGE_IMAGES', None)}"
-    of_generator = f"; of a generator {module.GENERATED}" if name == "distill" else ""
+    of_shapira_sidi = f"{merging_method('shapira-sidi').images} with --method shapira-sidi"
+    by_size = f"{getattr(module, 'LARGE_IMAGES', None)} for images of more than 64 pixels a side"
+    of_generator = f", or {module.GENERATED} from a generator" if name == "distill" else ""
     assert others == (of_shapira_sidi if name == "merge" else by_size + of_generator)
 
 

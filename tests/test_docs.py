@@ -1,43 +1,51 @@
-"""The documentation is true to the code: `python tests/test_docs.py` writes docs/recipes.md anew."""
+"""The documentation is true to the code; `python docs/write_reference.py` renews the pages that are made from it."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
+import ast
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import click
 import pytest
 
 from dfcompress.cli import root
-from dfcompress.synthesis.recipes import recipe_names
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 COMMANDS = root.list_commands(None)
 
 
-def recipes_page() -> str:
-    """docs/recipes.md, from the docstrings, signatures and presets of the recipe files."""
-    parts = ["# Recipes", "", "Made from the docstrings by `python tests/test_docs.py`; a test compares.", ""]
-    for name in recipe_names():
-        module = importlib.import_module(f"dfcompress.synthesis.recipes.{name.replace('-', '_')}")
-        function = getattr(module, name.replace("-", "_"))
-        defaults = {key: value.default for key, value in inspect.signature(function).parameters.items()}
-        parts += [f"## `{name}`", "", module.__doc__.strip(), "", f"Source: {module.PAPER}.", ""]
-        parts += [f"| setting | {' | '.join(f'`{preset}`' for preset in module.PRESETS)} |"]
-        parts += ["|---" * (1 + len(module.PRESETS)) + "|"]
-        for key, default in defaults.items():
-            cells = " | ".join(str(preset.get(key, default)) for preset in module.PRESETS.values())
-            parts.append(f"| `{key}` | {cells} |")
-        parts.append("")
-    return "\n".join(parts)
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    """docs/write_reference.py."""
+    found = importlib.util.spec_from_file_location("write_reference", DOCS / "write_reference.py")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module
+    found.loader.exec_module(module)
+    return module
 
 
-def test_the_recipes_page_is_the_one_the_code_makes():
-    assert (DOCS / "recipes.md").read_text() == recipes_page()
+def test_pages_that_are_made_from_the_code_are_up_to_date(reference):
+    stale = [name for name, text in reference.pages().items() if text != (DOCS / name).read_text()]
+    assert not stale, "run: python docs/write_reference.py"
+
+
+def test_the_messages_that_troubleshooting_explains_are_messages_of_the_code(reference):
+    """The hand-written tables; those of every message are compared with the code above."""
+    page = (DOCS / "troubleshooting.md").read_text()
+    explained = re.findall(r"^\| ([^|]+) \| [^|]+ \| [^|]+ \|$", page.partition("## Reading a checkpoint")[2], re.M)
+    parsed = [ast.parse(path.read_text()) for path in (REPOSITORY / "dfcompress").rglob("*.py")]
+    texts = {str(n.value) for tree in parsed for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+    known = {message.problem for message in reference.messages()} | texts
+    explained = [each for each in explained if each not in ("message", "---")]
+    assert len(explained) > 40
+    assert [each for each in explained if not any(each in text for text in known)] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -47,13 +55,42 @@ def test_every_command_has_a_page_that_shows_how_to_call_it(command):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", page.read_text()):
+        aimed_at = page.parent / target if target else page
+        assert aimed_at.exists(), target
+        assert not anchor or anchor in anchors(aimed_at), f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub and mkdocs make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_asks_no_other_host(tmp_path):
+    pytest.importorskip("material")
+    line = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = "".join(page.read_text() for page in tmp_path.rglob("*.html"))
+    assert "<h1" in (tmp_path / "index.html").read_text()
+    assert re.findall(r'<(?:link|script|img)[^>]+(?:src|href)="(https?:[^"]+)"', pages) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_option_that_is_mentioned_exists(page):
-    known = {"--help", "--version", "--upgrade", "--extra-index-url", "--nproc-per-node", "--ntasks", "--gpus-per-task"}
+    known = {
+        "--help",
+        "--help-all",
+        "--version",
+        "--upgrade",
+        "--extra-index-url",
+        "--nproc-per-node",
+        "--ntasks",
+        "--gpus-per-task",
+    }
     known |= {"--no-deps", "--no-build-isolation", "--no-index", "--durations", "--dist"}  # Of pip and pytest.
     known |= {"--only", "--seeds", "--sources"}  # Of docs/measure_quantization.py.
     known |= {"--write"}  # Of docs/measure_support.py.
@@ -83,7 +120,3 @@ def test_every_file_of_the_package_has_its_place_in_the_architecture():
     rooms = [path for path in rooms if path.parent.name != "verbs" or path.name.startswith("_")]
     missing = [path.name for path in rooms if path.name not in text and not path.name.startswith("__")]
     assert not missing
-
-
-if __name__ == "__main__":
-    (DOCS / "recipes.md").write_text(recipes_page())

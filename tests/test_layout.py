@@ -24,9 +24,20 @@ FLOORS = (
     {"cli", "__init__"},
     {"commands"},
     {"verbs"},
-    {"synthesis", "training", "quantization", "pruning", "evaluation"},
+    {"synthesis", "training", "quantization", "pruning", "evaluation", "reporting"},
     {"models", "data"},
-    {"run", "errors", "console", "device", "memory", "distributed", "randomness", "schedules", "settings"},
+    {
+        "run",
+        "command_line",
+        "errors",
+        "console",
+        "device",
+        "memory",
+        "distributed",
+        "randomness",
+        "schedules",
+        "settings",
+    },
 )
 SIDE_BY_SIDE = (FLOORS[-2], FLOORS[-1])
 

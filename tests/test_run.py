@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 import stat
+from importlib import resources
+from itertools import pairwise
 
 import pytest
 
-from dfcompress import run
+from dfcompress import cli, run
 from dfcompress.errors import BadInput
 from dfcompress.run import Clock, Run, write_atomically
+
+DEMO = str(resources.files("dfcompress") / "demo_files")
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -122,3 +127,22 @@ def test_a_run_that_is_refused_before_any_work_leaves_no_folder(tmp_path):
     (begun.folder / "shard").touch()
     begun.withdraw()
     assert {path.name for path in begun.folder.iterdir()} == {"run.json", "shard"}
+
+
+def test_the_line_of_a_command_has_what_the_environment_and_the_file_gave(tmp_path, monkeypatch):
+    """Of a shell command that is read back; --resume says nothing of the result, and the first line stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DFCOMPRESS_STEPS", "2")
+    (tmp_path / "dfcompress.toml").write_text('images = 8\n[invert]\nbatch-size = 4\nset = ["tv=0", "l2=0"]\n')
+    line = ["invert", DEMO, "--no-records", "-o", "a b", "--compile", "off"]
+    assert cli.run([*line, "-q"]) == 0
+    command = json.loads((tmp_path / "a b" / "run.json").read_text())["command"]
+    words = shlex.split(command)
+    assert words[:3] == ["dfcompress", "invert", DEMO]
+    given = {("--steps", "2"), ("--images", "8"), ("--batch-size", "4"), ("--set", "tv=0"), ("--set", "l2=0")}
+    given |= {("--output", "a b"), ("--compile", "off")}
+    assert given <= set(pairwise(words))
+    assert "--no-records" in words
+    assert len(words) == 3 + 2 * len(given) + 1
+    assert cli.run([*line, "-q", "--resume"]) == 0
+    assert json.loads((tmp_path / "a b" / "run.json").read_text())["command"] == command

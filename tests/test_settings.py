@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dfcompress.errors import BadInput
-from dfcompress.settings import assignments, replace_settings
+from dfcompress.settings import assignments, one_or_more, replace_settings
 from dfcompress.verbs.distill import DISTILLATION
 
 
@@ -39,3 +39,8 @@ def test_assignments_name_their_option():
     assert assignments(["a=1", "b = x"], "--train-set") == {"a": "1", "b": "x"}
     with pytest.raises(BadInput, match=r"--train-set 'a' has no '='"):
         assignments(["a"], "--train-set")
+
+
+def test_one_path_is_not_taken_for_its_letters():
+    assert one_or_more("net.pt") == ["net.pt"]
+    assert one_or_more(("a.pt", "b.pt")) == ["a.pt", "b.pt"]

@@ -1,15 +1,18 @@
-"""`--config FILE.toml`, or `dfcompress.toml` in the current folder: defaults for every option.
+"""Defaults for every option: `--config FILE.toml`, or `dfcompress.toml` in the current folder; the environment.
 
     images = 512            # for every command that has it
     [quantize]
     bits = "4w4a"
 
-Click ignores keys it does not know; here they are an error with a suggestion.
+    DFCOMPRESS_IMAGES=512   # for every command that has it
+
+Click ignores keys and variables it does not know; here they are an error with a suggestion.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +23,34 @@ import click
 from dfcompress.errors import BadInput
 
 DEFAULT_FILE = Path("dfcompress.toml")
+PREFIX = "DFCOMPRESS_"
+OF_THE_TESTS = "DFCOMPRESS_TEST_DATA"
+# What else of the environment is read, here and by the libraries that dfcompress calls.
+OTHER_VARIABLES = {
+    "OMP_NUM_THREADS": "Number of threads of a process on the CPU; without it, small steps take one thread.",
+    "CUDA_VISIBLE_DEVICES": "The GPUs that a process sees, in CUDA's own form.",
+    "CC, CXX": "The C and C++ compilers that torch.compile takes; gcc and g++ without them.",
+    "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT": "Set by torchrun for each process.",
+    "SLURM_*": "Read where srun started several tasks and torchrun did not set the variables above.",
+    "TORCH_HOME, HF_HOME": "Where the libraries keep released weights that `torchvision:NAME` and `timm:NAME` fetch.",
+    OF_THE_TESTS: "Folder of the released checkpoints that the test suite reads; no command reads it.",
+}
+
+
+def variable(parameter: click.Parameter) -> str:
+    """The variable of the environment that gives an option or argument: DFCOMPRESS_BATCH_SIZE for `--batch-size`."""
+    return PREFIX + _spelling(parameter).upper()
+
+
+def check_environment(root: click.Context) -> None:
+    """Raise `BadInput` for a variable of our prefix that is no command's option; the command line is not touched."""
+    given = sorted(name for name in os.environ if name.startswith(PREFIX) and name != OF_THE_TESTS)
+    known = {p.envvar for several in parts(root).values() for part in several for p in part.params} if given else ()
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, [each for each in known if isinstance(each, str)], 1)
+            remedy = f"Did you mean {close[0]}?" if close else "Unset it."
+            raise BadInput(f"The environment has {name}, which is no option of any command.", remedy)
 
 
 def _use(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> None:
@@ -27,7 +58,8 @@ def _use(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> N
     if path is None and not DEFAULT_FILE.exists():
         return
     values = _read(path or DEFAULT_FILE)
-    names = _options_by_command(ctx.find_root())
+    commands = parts(ctx.find_root())
+    names = {name: {_spelling(p) for part in commands[name] for p in part.params} for name in commands}
     everywhere = {key: value for key, value in values.items() if not isinstance(value, dict)}
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
     _check(path or DEFAULT_FILE, everywhere, set().union(*names.values()), "option")
@@ -45,7 +77,7 @@ option = click.option(
     is_eager=True,
     expose_value=False,
     callback=_use,
-    help=f"Options from a TOML file; default is {DEFAULT_FILE} in the current folder, if it is there.",
+    help=f"TOML file with options. By default {DEFAULT_FILE} in the current folder, where there is one.",
 )
 
 
@@ -58,14 +90,15 @@ def _read(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path} is not TOML: {error}.", "Correct it, or name another file with --config.") from None
 
 
-def _options_by_command(root: click.Context) -> dict[str, set[str]]:
+def parts(root: click.Context) -> dict[str, list[click.Command]]:
+    """Every command by its name, as what takes options: `bench` is three, every other one itself."""
     assert isinstance(root.command, click.Group)
     commands = {name: root.command.get_command(root, name) for name in root.command.list_commands(root)}
-    return {name: {_spelling(p) for part in _parts(command) for p in part.params} for name, command in commands.items()}
-
-
-def _parts(command: click.Command | None) -> Iterable[click.Command]:
-    return command.commands.values() if isinstance(command, click.Group) else [command] if command else []
+    return {
+        name: list(command.commands.values()) if isinstance(command, click.Group) else [command]
+        for name, command in commands.items()
+        if command
+    }
 
 
 def _spelling(parameter: click.Parameter) -> str:

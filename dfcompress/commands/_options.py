@@ -16,6 +16,7 @@ from click.core import ParameterSource
 
 from dfcompress import console
 from dfcompress.commands import _config
+from dfcompress.commands._help import Argument, Decorator, under
 from dfcompress.errors import BadInput
 from dfcompress.quantization import WeightGridKind
 from dfcompress.quantization.observers import range_rules
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from dfcompress.synthesis.records.accumulator import RecordSettings
     from dfcompress.verbs._gates import Gates
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 PATH = click.Path(path_type=Path)
 
 
@@ -256,23 +256,35 @@ def _speaking(name: str, letter: str, level: int, explanation: str) -> Decorator
     )
 
 
-loading = together(
-    click.option("--arch", help="Architecture: a name, timm:NAME, file.py:factory or package.module:factory."),
+loading = under(
+    "Model",
+    click.option(
+        "--arch",
+        metavar="NAME",
+        help="Architecture of the checkpoint, where it is not recognised: a name, timm:NAME, file.py:factory or "
+        "package.module:factory. The code of a factory is run.",
+    ),
     click.option(
         "--match-by-order",
         is_flag=True,
-        help="Match tensors to the architecture by order and shape where their names differ.",
+        help="Match the tensors of the file to those of --arch by order and shape, where their names differ.",
     ),
     click.option(
-        "--num-classes", type=click.IntRange(1), help="Number of classes, handed to a factory that takes num_classes."
+        "--num-classes",
+        type=click.IntRange(1),
+        help="Number of classes, for a factory that takes num_classes and a file without a card.",
     ),
     click.option(
         "--input-size", metavar="CxHxW", help="Channels, height and width of the input, for instance 3x32x32."
     ),
-    click.option("--mean", metavar="M,M,M", help="Mean of the training images, per channel, in [0, 1]."),
-    click.option("--std", metavar="S,S,S", help="Standard deviation of the training images, per channel, in [0, 1]."),
+    click.option("--mean", metavar="M,M,M", help="Mean of the training images, one number per channel, in [0, 1]."),
+    click.option(
+        "--std", metavar="S,S,S", help="Standard deviation of the training images, one number per channel, in [0, 1]."
+    ),
 )
-class_names = click.option("--class-names", type=PATH, help="Text file with one class name per line.")
+class_names = under(
+    "Model", click.option("--class-names", type=PATH, help="Text file with the name of one class per line, in order.")
+)
 
 
 class _ModelPath(click.Path):
@@ -283,44 +295,79 @@ class _ModelPath(click.Path):
         return "Name a checkpoint, or set DFCOMPRESS_MODEL, or `model` in dfcompress.toml."
 
 
-one = click.argument("model", type=_ModelPath(path_type=Path), envvar="DFCOMPRESS_MODEL")
+A_CHECKPOINT = "a file, a folder, or the name of released weights such as torchvision:resnet18"
+one = click.argument(
+    "model",
+    cls=Argument,
+    type=_ModelPath(path_type=Path),
+    envvar="DFCOMPRESS_MODEL",
+    explanation=f"The checkpoint: {A_CHECKPOINT}.",
+)
 model = group("model", _load, one, loading, class_names)
 model_of_other_classes = group("model", _load, one, loading)
 
-several = click.argument("models", nargs=-1, required=True, type=PATH)
+several = click.argument(
+    "models",
+    cls=Argument,
+    nargs=-1,
+    required=True,
+    type=PATH,
+    explanation=f"The checkpoints, each of them {A_CHECKPOINT}.",
+)
 models = group("models", _load_all, several, loading, class_names)
 models_of_other_classes = group("models", _load_all, several, loading)
 
+dry_run = click.option(
+    "--dry-run", is_flag=True, help="Print the plan with an estimate of time and memory, and write nothing."
+)
 output = together(
-    click.option("-o", "--output", type=PATH, help="Folder for the result; by default named after the checkpoint."),
+    click.option(
+        "-o", "--output", type=PATH, help="Folder for the result. By default it is named after the checkpoint."
+    ),
     click.option("--resume", is_flag=True, help="Continue an interrupted run in that folder."),
     click.option("--overwrite", is_flag=True, help="Replace the contents of that folder."),
-    click.option("--dry-run", is_flag=True, help="Print the plan with an estimate of time and memory; write nothing."),
+    dry_run,
 )
 
-device = click.option(
-    "--device", default="auto", show_default=True, help="Device to compute on: auto, cpu, cuda or cuda:N."
+device = under(
+    "Machine",
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="NAME",
+        help="Device to compute on: auto (the GPU where there is one), cpu, cuda or cuda:N.",
+    ),
 )
 
 compute = group(
     "compute",
     _compute,
     device,
-    click.option(
-        "--precision",
-        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-        default="auto",
-        show_default=True,
-        help="Precision of convolutions; auto is bf16 on processors with bf16 instructions, else fp32.",
+    under(
+        "Machine",
+        click.option(
+            "--precision",
+            type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+            default="auto",
+            show_default=True,
+            help="Precision of convolutions. auto is bf16 on processors with bf16 instructions, and fp32 on others.",
+        ),
+        click.option(
+            "--compile",
+            type=click.Choice(["auto", "on", "off"]),
+            default="auto",
+            show_default=True,
+            help="Whether to use torch.compile. auto compiles when the job is long enough to save time.",
+        ),
+        click.option(
+            "--seed",
+            type=click.IntRange(0),
+            default=0,
+            show_default=True,
+            help="Seed of every random number. The same seed on the same kind of processor gives the same bytes.",
+        ),
     ),
-    click.option(
-        "--compile",
-        type=click.Choice(["auto", "on", "off"]),
-        default="auto",
-        show_default=True,
-        help="Use torch.compile; auto compiles when the job is long enough to save time.",
-    ),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
 )
 
 
@@ -329,7 +376,7 @@ def synthesis(*, images: int | str) -> Decorator:
     number = click.option(
         "--images", type=click.IntRange(1), show_default=str(images), help="Number of images to synthesize."
     )
-    return group("synthesis", _synthesis, *_SYNTHESIS, number)
+    return group("synthesis", _synthesis, number, *_SYNTHESIS)
 
 
 class _RecipeName(click.Choice[str]):
@@ -344,175 +391,223 @@ _SYNTHESIS = (
     click.option(
         "--recipe",
         type=_RecipeName(known_recipes()),
-        help="Synthesis method, or file.py:function for a recipe of your own; by default the activation record's, else "
-        "the command's usual one.",
+        help="Method of synthesis, or file.py:function for a recipe of your own. By default the method that the "
+        "activation record asks for, or the command's usual one.",
     ),
-    click.option("--preset", help="Named settings of the recipe; by default its first preset."),
-    click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override one setting of the recipe."),
-    click.option("--steps", type=click.IntRange(1), help="Optimisation steps for each batch of images."),
-    click.option("--lr", type=float, help="Learning rate of synthesis."),
-    click.option(
-        "--batch-size", type=click.IntRange(1), help="Images per synthesis batch; they share batch statistics."
+    under(
+        "Images",
+        click.option(
+            "--preset",
+            metavar="NAME",
+            help="Named settings of the recipe, for instance paper-cifar10. By default those for images of the "
+            "model's size.",
+        ),
+        click.option(
+            "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override one setting of the recipe."
+        ),
+        click.option("--steps", type=click.IntRange(1), help="Number of optimisation steps for each batch of images."),
+        click.option("--lr", type=float, help="Learning rate of synthesis."),
+        click.option(
+            "--batch-size",
+            type=click.IntRange(1),
+            help="Number of images in a batch of synthesis. The images of a batch share their BatchNorm statistics.",
+        ),
+        click.option(
+            "--labels",
+            default="balanced",
+            show_default=True,
+            metavar="balanced|random|FILE",
+            help="Classes of the images: all in turn, drawn at random, or listed in a file.",
+        ),
+        click.option(
+            "--classes", "only", metavar="C,C,...", help="Synthesize images of these classes alone, by number or name."
+        ),
+        click.option(
+            "--groups",
+            default="auto",
+            show_default=True,
+            metavar="N",
+            help="Number of batches that one step optimises side by side.",
+        ),
+        click.option(
+            "--preview-every",
+            type=click.IntRange(0),
+            default=0,
+            show_default=True,
+            metavar="STEPS",
+            help="Write preview.png again after this number of steps. With 0 it is written once, at the end.",
+        ),
+        click.option(
+            "--records",
+            type=PATH,
+            help="Activation record that was released with the model. By default the file beside the model.",
+        ),
+        click.option("--no-records", is_flag=True, help="Ignore the activation record beside the model."),
     ),
-    click.option(
-        "--labels",
-        default="balanced",
-        show_default=True,
-        help="Classes of the images: balanced, random, or a file that lists them.",
-    ),
-    click.option("--classes", "only", metavar="C,C,...", help="Synthesize only these classes, by number or name."),
-    click.option(
-        "--groups", default="auto", show_default=True, help="Number of batches that one step optimises side by side."
-    ),
-    click.option(
-        "--preview-every",
-        type=click.IntRange(0),
-        default=0,
-        metavar="STEPS",
-        help="Write preview.png anew every so many steps; 0 writes it once, at the end.",
-    ),
-    click.option(
-        "--records", type=PATH, help="Activation record released with the model; by default the file beside the model."
-    ),
-    click.option("--no-records", is_flag=True, help="Ignore the activation record beside the model."),
 )
 
 record_settings = group(
     "settings",
     _record_settings,
     click.option(
-        "--kind", type=click.Choice(KINDS), default="all-layers", show_default=True, help="Kind of activation record."
+        "--kind",
+        type=click.Choice(KINDS),
+        default="all-layers",
+        show_default=True,
+        help="Kind of activation record.",
     ),
     click.option(
         "--layers", multiple=True, metavar="PATTERN", help="Record only the layers that match, for instance 'conv*'."
     ),
-    renamed(
-        "--pooled",
-        "--class-independent",
-        "class_independent",
-        is_flag=True,
-        help="Gaussian kinds: one set of statistics for all classes together.",
-    ),
-    click.option(
-        "--covariance",
-        default="auto",
-        show_default=True,
-        help="Gaussian kinds: form of the covariance: auto, full, block:N or diagonal.",
-    ),
-    click.option(
-        "--temperature",
-        type=float,
-        default=8.0,
-        show_default=True,
-        help="Divide the recorded logits by this temperature.",
-    ),
-    click.option(
-        "--per-class",
-        type=click.IntRange(1),
-        default=100,
-        show_default=True,
-        help="Spectral kinds: activations stored per class.",
-    ),
-    renamed(
-        "--keep",
-        "--coefficients",
-        "coefficients",
-        type=float,
-        default=0.1,
-        show_default=True,
-        help="Spectral kinds: share of an activation's coefficients to store.",
-    ),
-    click.option(
-        "--min-images",
-        type=click.IntRange(2),
-        default=20,
-        show_default=True,
-        help="Refuse a class with fewer images than this.",
+    under(
+        "Recording",
+        renamed(
+            "--pooled",
+            "--class-independent",
+            "class_independent",
+            is_flag=True,
+            help="Keep one set of statistics for all classes together. Gaussian kinds alone have this option.",
+        ),
+        click.option(
+            "--covariance",
+            default="auto",
+            show_default=True,
+            metavar="FORM",
+            help="Form of the covariance of Gaussian kinds: auto, full, block:N or diagonal.",
+        ),
+        click.option(
+            "--temperature",
+            type=float,
+            default=8.0,
+            show_default=True,
+            help="Temperature by which the recorded logits are divided.",
+        ),
+        click.option(
+            "--per-class",
+            type=click.IntRange(1),
+            default=100,
+            show_default=True,
+            help="Number of activations of each class that spectral kinds store.",
+        ),
+        renamed(
+            "--keep",
+            "--coefficients",
+            "coefficients",
+            type=float,
+            default=0.1,
+            show_default=True,
+            help="Share of an activation's coefficients that spectral kinds store.",
+        ),
+        click.option(
+            "--min-images",
+            type=click.IntRange(2),
+            default=20,
+            show_default=True,
+            help="Refuse a class with fewer images than this.",
+        ),
     ),
 )
 
 data = click.option(
-    "--data", type=PATH, help="Synthetic set or real images to use; without it, images are synthesized first."
+    "--data",
+    type=PATH,
+    help="Synthetic set, folder of an earlier run, or real images to learn from. Without it, images are synthesized "
+    "first.",
 )
-eval_data = click.option("--eval-data", type=PATH, help="Real images to report accuracy on; they influence nothing.")
+eval_data = click.option(
+    "--eval-data", type=PATH, help="Real images on which accuracy is reported. They influence nothing else."
+)
 
 calibration = group(
     "calibration",
     _calibration,
-    click.option(
-        "--calibrate",
-        type=click.Choice(range_rules()),
-        show_default="mse; minmax of paper",
-        help="Rule for the range of activations.",
-    ),
-    click.option(
-        "--weight-ranges",
-        type=click.Choice(range_rules()),
-        show_default="mse; minmax of paper",
-        help="Rule for the range of weights.",
-    ),
-    click.option(
-        "--weight-grid",
-        type=click.Choice(get_args(WeightGridKind)),
-        show_default="auto; asymmetric of paper",
-        help="Give weights a zero point per output channel (asymmetric), or none (symmetric).",
-    ),
-    click.option(
-        "--calibration-steps",
-        type=click.IntRange(1),
-        show_default="16, fewer above 64 pixels; 200 of paper",
-        help="Number of calibration batches of 256 images.",
-    ),
-    click.option(
-        "--replacement/--no-replacement",
-        default=None,
-        show_default="no-replacement; replacement of paper",
-        help="Draw the images of calibration with replacement.",
-    ),
-    click.option(
-        "--signed",
-        is_flag=True,
-        default=None,
-        help="Use signed activation grids with zero point 0, as TensorRT requires.",
-    ),
-    click.option(
-        "--correction/--no-correction",
-        default=None,
-        show_default="correction; no-correction of paper",
-        help="Correct the biases and the BatchNorm statistics that quantization shifts.",
+    under(
+        "Quantization",
+        click.option(
+            "--calibrate",
+            type=click.Choice(range_rules()),
+            show_default="mse, or minmax with --method paper",
+            help="Rule that finds the range of activations.",
+        ),
+        click.option(
+            "--weight-ranges",
+            type=click.Choice(range_rules()),
+            show_default="mse, or minmax with --method paper",
+            help="Rule that finds the range of weights.",
+        ),
+        click.option(
+            "--weight-grid",
+            type=click.Choice(get_args(WeightGridKind)),
+            show_default="auto, or asymmetric with --method paper",
+            help="Grid of weights: with a zero point per output channel (asymmetric) or without one (symmetric). auto "
+            "is asymmetric for 2 and 3 bits.",
+        ),
+        click.option(
+            "--calibration-steps",
+            type=click.IntRange(1),
+            show_default="16, or fewer for images of more than 64 pixels a side, or 200 with --method paper",
+            help="Number of calibration batches of 256 images.",
+        ),
+        click.option(
+            "--replacement/--no-replacement",
+            default=None,
+            show_default="--no-replacement, or --replacement with --method paper",
+            help="Draw the images of calibration with replacement, or show every image once before any comes again.",
+        ),
+        click.option(
+            "--signed",
+            is_flag=True,
+            default=None,
+            help="Use signed grids with zero point 0 for activations, as TensorRT requires.",
+        ),
+        click.option(
+            "--correction/--no-correction",
+            default=None,
+            show_default="--correction, or --no-correction with --method paper",
+            help="Correct the biases and the BatchNorm statistics that quantization shifts, or skip this step.",
+        ),
     ),
 )
 
+export = click.option(
+    "--export",
+    type=click.Choice(["onnx"]),
+    help="Also write model.onnx, check it in onnxruntime, and time it beside the model as it was.",
+)
 target = click.option(
     "--target",
     type=click.Choice(get_args(Target)),
     default="onnxruntime",
     show_default=True,
-    help="Runtime of the ONNX file; openvino takes 8 bits alone, tensorrt signed 8-bit grids alone.",
+    help="Runtime that the ONNX file is for. openvino takes 8 bits alone, tensorrt signed 8-bit grids alone.",
 )
 
 gates = group(
     "gates",
     _gates,
-    click.option(
-        "--max-drop",
-        type=float,
-        metavar="POINTS",
-        help="Exit with code 3 if top-1 on --eval-data drops by more than this.",
-    ),
-    click.option(
-        "--min-agreement",
-        type=float,
-        metavar="SHARE",
-        help="Exit with code 3 if student and teacher agree on less than this share of the held-out images.",
+    under(
+        "Checks",
+        click.option(
+            "--max-drop",
+            type=float,
+            metavar="POINTS",
+            help="Exit with code 3 if top-1 on --eval-data drops by more than this number of percentage points.",
+        ),
+        click.option(
+            "--min-agreement",
+            type=float,
+            metavar="SHARE",
+            help="Exit with code 3 if the result and its teacher agree on less than this share of the held-out images.",
+        ),
     ),
 )
 
-reporting = together(
+reporting = under(
+    "Output",
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."),
     _config.option,
-    _speaking("verbose", "v", console.VERBOSE, "Explain automatic choices."),
-    _speaking("quiet", "q", console.QUIET, "No progress, no notices."),
+    _speaking("verbose", "v", console.VERBOSE, "Explain automatic choices on stderr."),
+    _speaking("quiet", "q", console.QUIET, "Print no progress and no notices."),
 )
 
 
@@ -522,24 +617,39 @@ def training(*, steps: int | str, lr: float | str, batch_size: int | str) -> Dec
         "training",
         _training,
         click.option(
-            "--train-steps", type=click.IntRange(0), show_default=str(steps), help="Number of training steps."
+            "--train-steps",
+            type=click.IntRange(0),
+            show_default=str(steps),
+            help="Number of training steps. With 0 nothing is trained.",
         ),
-        click.option("--train-lr", type=float, show_default=str(lr), help="Learning rate of training."),
-        click.option(
-            "--train-batch-size", type=click.IntRange(1), show_default=str(batch_size), help="Images per training step."
-        ),
-        click.option("--optimizer", show_default="sgd", help=f"Optimizer: {_listed(get_args(OptimizerName))}."),
-        click.option(
-            "--optimizer-backend",
-            show_default="auto",
-            help=f"Implementation of the optimizer: {_listed(get_args(OptimizerBackend))}.",
-        ),
-        click.option(
-            "--train-set",
-            "train_settings",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="Override one setting of training.",
+        under(
+            "Training",
+            click.option("--train-lr", type=float, show_default=str(lr), help="Learning rate of training."),
+            click.option(
+                "--train-batch-size",
+                type=click.IntRange(1),
+                show_default=str(batch_size),
+                help="Number of images in a training step.",
+            ),
+            click.option(
+                "--optimizer",
+                show_default="sgd",
+                metavar="NAME",
+                help=f"Optimizer: {_listed(get_args(OptimizerName))}.",
+            ),
+            click.option(
+                "--optimizer-backend",
+                show_default="auto",
+                metavar="NAME",
+                help=f"Implementation of the optimizer: {_listed(get_args(OptimizerBackend))}.",
+            ),
+            click.option(
+                "--train-set",
+                "train_settings",
+                multiple=True,
+                metavar="NAME=VALUE",
+                help="Override one setting of training.",
+            ),
         ),
     )
 
@@ -576,47 +686,65 @@ def _objectives(objective: tuple[str, ...]) -> dict[str, float] | None:
 
 
 student = click.option(
-    "--student", help="Architecture of the student, fitted to the card; half: the teacher's with half the channels."
+    "--student",
+    metavar="NAME",
+    help="Architecture of the student, with as many classes and channels as the teacher has. half is the teacher's "
+    "architecture with half the channels.",
 )
-student_init = click.option(
-    "--student-init",
-    default="auto",
-    callback=_nothing,
-    show_default=True,
-    metavar="auto|none|CHECKPOINT",
-    help="Initial weights: a checkpoint, none, or auto (layers of a teacher of the same, perhaps deeper, form).",
+student_init = under(
+    "Training",
+    click.option(
+        "--student-init",
+        default="auto",
+        callback=_nothing,
+        show_default=True,
+        metavar="auto|none|CHECKPOINT",
+        help="Initial weights of the student: a checkpoint, none (random), or auto (layers of the teacher "
+        "where it has the same, perhaps deeper, form, and otherwise random).",
+    ),
 )
 objectives = group(
     "objectives",
     _objectives,
-    click.option(
-        "--objective",
-        multiple=True,
-        metavar="NAME[=WEIGHT]",
-        help=f"Distillation losses with weights: {', '.join(OBJECTIVES)}.",
+    under(
+        "Training",
+        click.option(
+            "--objective",
+            multiple=True,
+            metavar="NAME[=WEIGHT]",
+            help=f"Distillation loss, with its weight. Known: {', '.join(OBJECTIVES)}.",
+        ),
     ),
 )
 
 
 def temperature(default: str, usual: float | None = None) -> Decorator:
     """`--temperature`, whose default is described so; None leaves it to the verb."""
-    return click.option(
-        "--temperature",
-        type=float,
-        default=usual,
-        show_default=default,
-        help="Temperature of the distillation losses; both models' logits are divided by it.",
+    return under(
+        "Training",
+        click.option(
+            "--temperature",
+            type=float,
+            default=usual,
+            show_default=default,
+            help="Temperature of the distillation losses. The logits of both models are divided by it.",
+        ),
     )
 
 
-second_recipe = renamed(
-    "--mix",
-    "--second-recipe",
-    type=click.Choice(["auto", "none", *recipe_names()]),
-    default="auto",
-    callback=_nothing,
-    show_default=True,
-    help="Second recipe, for half of the images; auto: bns if the model has BatchNorm statistics; none: no second.",
+second_recipe = under(
+    "Images",
+    renamed(
+        "--mix",
+        "--second-recipe",
+        type=click.Choice(["auto", "none", *recipe_names()]),
+        default="auto",
+        callback=_nothing,
+        show_default=True,
+        metavar="NAME",
+        help="Recipe of the second half of the images. auto is bns where the model has BatchNorm statistics, none "
+        "leaves all images to --recipe.",
+    ),
 )
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -635,14 +763,18 @@ budget = click.option(
     "--budget",
     callback=_seconds,
     metavar="TIME",
-    help="Make so many images and take so many training steps as fit into a time on this machine, for instance 30m.",
+    help="Time for the whole run on this machine, for instance 30m. It decides the number of images and of training "
+    "steps.",
 )
-probe_images = renamed(
-    "--unseen",
-    "--probe-images",
-    type=click.IntRange(0),
-    default=128,
-    show_default=True,
-    help="Number of probe images (other seed and recipe, never trained on) used to report student-teacher agreement; "
-    "0 disables.",
+probe_images = under(
+    "Images",
+    renamed(
+        "--unseen",
+        "--probe-images",
+        type=click.IntRange(0),
+        default=128,
+        show_default=True,
+        help="Number of probe images (other seed and recipe, never trained on) used to report student-teacher "
+        "agreement. With 0 there are none.",
+    ),
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dfcompress import console
-from dfcompress.commands import _options
+from dfcompress.commands import _help, _options
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
@@ -18,6 +18,19 @@ if TYPE_CHECKING:
 _rounds = click.option(
     "--rounds", type=click.IntRange(1), default=7, show_default=True, help="Number of timed steps per row."
 )
+_student = click.option(
+    "--student", default="half", show_default=True, metavar="NAME", help="Architecture of the student."
+)
+
+
+def _batch_size(*, smallest: int, usual: int) -> _help.Decorator:
+    return click.option(
+        "--batch-size",
+        type=click.IntRange(smallest),
+        default=usual,
+        show_default=True,
+        help="Number of images in a batch.",
+    )
 
 
 @click.group()
@@ -25,9 +38,9 @@ def bench() -> None:
     """Measure this machine."""
 
 
-@bench.command(epilog=_options.example("dfcompress bench step resnet20.pt --batch-size 256"))
+@bench.command(cls=_help.Command, epilog=_options.example("dfcompress bench step resnet20.pt --batch-size 256"))
 @_options.model
-@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True)
+@_batch_size(smallest=1, usual=256)
 @_rounds
 @_options.compute
 @_options.reporting
@@ -38,10 +51,12 @@ def step(model: Classifier, batch_size: int, rounds: int, compute: Compute, as_j
     _tell(bench_step(model, batch_size=batch_size, rounds=rounds, compute=compute), to="ours", as_json=as_json)
 
 
-@bench.command(epilog=_options.example("dfcompress bench train resnet44.pt --student cifar_resnet20"))
+@bench.command(
+    cls=_help.Command, epilog=_options.example("dfcompress bench train resnet44.pt --student cifar_resnet20")
+)
 @_options.model
-@click.option("--student", default="half", show_default=True, help="Architecture of the student.")
-@click.option("--batch-size", type=click.IntRange(2), default=128, show_default=True)
+@_student
+@_batch_size(smallest=2, usual=128)
 @_rounds
 @_options.compute
 @_options.reporting
@@ -53,10 +68,10 @@ def train(model: Classifier, student: str, batch_size: int, rounds: int, compute
     _tell(measured, to="plain", as_json=as_json)
 
 
-@bench.command(epilog=_options.example("dfcompress bench generator resnet20.pt --batch-size 128"))
+@bench.command(cls=_help.Command, epilog=_options.example("dfcompress bench generator resnet20.pt --batch-size 128"))
 @_options.model
-@click.option("--student", default="half", show_default=True, help="Architecture of the student.")
-@click.option("--batch-size", type=click.IntRange(2), default=256, show_default=True)
+@_student
+@_batch_size(smallest=2, usual=256)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Number of timed rounds per row.")
 @_options.compute
 @_options.reporting

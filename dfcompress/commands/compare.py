@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dfcompress import console
-from dfcompress.commands import _options, _summary
+from dfcompress.commands import _help, _options, _summary
 from dfcompress.errors import BadInput
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ FEW = 3  # Classes and pairs of classes in a line.
 TAIL = 0.1  # Of the classes, in the column of the tail degradation.
 
 
-class _TakesSeveral(click.Command):
+class _TakesSeveral(_help.Command):
     """A command whose options `SEVERAL` take all words up to the next option: `--sets a b` is `--sets a --sets b`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -52,38 +52,48 @@ def _repeated(args: Sequence[str]) -> Iterator[str]:
     multiple=True,
     required=True,
     metavar="SET...",
-    help="Sets of images, behind the models: ImageFolder, .npz, IDX files, synthetic set or run folder; random for "
-    "Gaussian noise; fgsm:SET for a set under attack; images:SET for a set whose labels do not count.",
+    help="Sets of images, behind the models: a folder of class folders, an .npz, IDX files, a synthetic set or a run "
+    "folder. random is Gaussian noise, fgsm:SET a set under attack, images:SET a set whose labels do not count.",
 )
 @click.option(
     "--own",
     multiple=True,
     metavar="SET...",
-    help="Set that is the models' own data, one for all or one for each model; J_KL is also given divided by its J_KL.",
+    help="Set that is the models' own data, one for all or one for each model. J_KL is also given divided by the J_KL "
+    "of this set.",
 )
 @click.option(
     "--epsilon",
     type=float,
     default=0.1,
     show_default=True,
-    help="Step of the attack of fgsm:SET, in standard deviations of the card.",
+    help="Step of the attack of fgsm:SET, in standard deviations of the model card.",
 )
 @click.option(
     "--outliers",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="List so many images of each set that lie furthest from the training data.",
+    help="Number of images of each set to list that lie furthest from the training data.",
 )
 @click.option(
     "--tail-by",
     metavar="SET",
-    help="Order the classes for the tail degradation by the first model's mean predictions over this set; by default "
-    "over each set itself.",
+    help="Set over which the first model's mean predictions order the classes for the tail degradation. By default "
+    "each set itself.",
 )
-@click.option("--by-class", is_flag=True, help="Print also accuracy and mean predictions of every class.")
+@click.option("--by-class", is_flag=True, help="Also print accuracy and mean predictions of every class.")
 @click.option("--csv", type=_options.PATH, help="Write all tables in full to this new or empty folder.")
-@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, help="Images read at once.")
+@_help.under(
+    "Machine",
+    click.option(
+        "--batch-size",
+        type=click.IntRange(1),
+        default=256,
+        show_default=True,
+        help="Number of images that are read at once.",
+    ),
+)
 @_options.device
 @_options.reporting
 def compare(
@@ -99,7 +109,7 @@ def compare(
     device: str,
     as_json: bool,
 ) -> None:
-    """Show sets of images to several models, and compare all models with the first."""
+    """Show sets of images to several models. All models are compared with the first."""
     from dfcompress.verbs.compare import compare
 
     if csv and csv.exists() and (not csv.is_dir() or any(csv.iterdir())):

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from dfcompress import console
-from dfcompress.commands import _options
+from dfcompress.commands import _help, _options
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
 
 
-@click.command(epilog=_options.example("dfcompress demo"))
+@click.command(cls=_help.Command, epilog=_options.example("dfcompress demo"))
 @click.option(
     "-o", "--output", type=_options.PATH, default="dfcompress-demo", show_default=True, help="Folder for the results."
 )
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @_options.compute
 @_options.reporting
 def demo(output: Path, resume: bool, overwrite: bool, compute: Compute, as_json: bool) -> None:
-    """Compress a small MNIST classifier that the package ships, and test it on real images (a minute or two)."""
+    """Compress a small MNIST classifier that the package ships, in a minute or two."""
     from dfcompress.verbs.demo import demo
 
     shown = demo(output=output, compute=compute, resume=resume, overwrite=overwrite)
@@ -42,4 +42,6 @@ def demo(output: Path, resume: bool, overwrite: bool, compute: Compute, as_json:
     ]
     console.table(["MNIST, no training image used", "correct", "top-1", "bytes", "seconds"], rows)
     console.result(f"the images it made: {shown.picture}")
+    missing = "none written; pip install 'dfcompress[report]', then dfcompress report " + shown.output
+    console.result(f"report: {shown.report or missing}")
     console.result(f"{shown.seconds:.0f} s in all; everything is kept in {shown.output}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dfcompress.commands import _options, _summary
+from dfcompress.commands import _help, _options, _summary
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     from dfcompress.synthesis.recipe import Synthesis
 
 
-@click.command(epilog=_options.example("dfcompress distill resnet44.pt --student cifar_resnet20 -o student"))
+@click.command(
+    cls=_help.Command, epilog=_options.example("dfcompress distill resnet44.pt --student cifar_resnet20 -o student")
+)
 @_options.model
 @_options.student
 @_options.student_init
 @_options.data
 @_options.eval_data
-@_options.synthesis(images="2048; of more than 64 pixels a side 1000; of a generator 12800")
+@_options.synthesis(images="2048, or 1000 for images of more than 64 pixels a side, or 12800 from a generator")
 @_options.training(steps=6000, lr=0.1, batch_size=128)
 @_options.objectives
-@_options.temperature("4, or what the recipe states")
+@_options.temperature("4, or the temperature that the recipe states")
 @_options.second_recipe
 @_options.probe_images
 @_options.budget

@@ -5,13 +5,13 @@ from __future__ import annotations
 import click
 
 from dfcompress import console
-from dfcompress.commands import _options
+from dfcompress.commands import _help, _options
 
 
-@click.command(epilog=_options.example("dfcompress doctor"))
+@click.command(cls=_help.Command, epilog=_options.example("dfcompress doctor"))
 @_options.reporting
 def doctor(as_json: bool) -> None:
-    """Tell what this machine is and what works on it: GPU, compilers, precision, apex, versions."""
+    """Tell what this machine has: GPU, compilers, precision, apex, versions."""
     from dfcompress.verbs.doctor import doctor
 
     found = doctor()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dfcompress.commands import _options, _summary
+from dfcompress.commands import _help, _options, _summary
 from dfcompress.training.class_incremental import DEFAULT, METHODS
 
 if TYPE_CHECKING:
@@ -18,38 +18,44 @@ if TYPE_CHECKING:
     from dfcompress.verbs._gates import Gates
 
 
-@click.command(epilog=_options.example("dfcompress extend resnet20.pt --new-data birds -o extended"))
+@click.command(cls=_help.Command, epilog=_options.example("dfcompress extend resnet20.pt --new-data birds -o extended"))
 @_options.model_of_other_classes
 @click.option(
     "--new-data",
     required=True,
     type=_options.PATH,
-    help="Labelled images of the new classes: one folder a class, an .npz, or IDX files.",
+    help="Labelled images of the new classes: one folder per class, an .npz file, or IDX files.",
 )
 @click.option(
-    "--class-names", type=_options.PATH, help="Text file with the names of the labels of --new-data, one a line."
+    "--class-names", type=_options.PATH, help="Text file with the name of one label of --new-data per line, in order."
 )
-@click.option("--also-old", is_flag=True, help="Take images of known class names as more images of those classes.")
+@click.option(
+    "--also-old", is_flag=True, help="Take images of a class that the model knows as more images of that class."
+)
 @click.option(
     "--old-images",
     type=_options.PATH,
-    help="Synthetic set that stands for the old classes; without it, images are synthesized first.",
+    help="Synthetic set that stands for the old classes. Without it, images are synthesized first.",
 )
-@click.option("--old-data", type=_options.PATH, help="Real images of the old classes, for --method oracle alone.")
+@_help.under(
+    "Training",
+    click.option("--old-data", type=_options.PATH, help="Real images of the old classes, for --method oracle alone."),
+)
 @click.option(
     "--method",
     type=click.Choice(METHODS),
     default=DEFAULT,
     show_default=True,
-    help="Method of class-incremental learning; oracle learns from real images of all classes, for comparison.",
+    help="Method of class-incremental learning. oracle learns from real images of all classes, for comparison.",
 )
 @click.option(
     "--eval-data",
     multiple=True,
     type=_options.PATH,
-    help="Real images to report accuracy on: one source of all classes, or one of the old and one of the new classes.",
+    help="Real images on which accuracy is reported: one source of all classes, or one of the old and then one of the "
+    "new classes.",
 )
-@_options.synthesis(images="2048; of more than 64 pixels a side 1000")
+@_options.synthesis(images="2048, or 1000 for images of more than 64 pixels a side")
 @_options.training(steps=1000, lr=0.05, batch_size=128)
 @_options.second_recipe
 @_options.probe_images
@@ -78,7 +84,7 @@ def extend(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Let the model learn new classes from labelled images, without images of the classes that it knows."""
+    """Teach the model new classes from labelled images. No image of the classes that it knows is needed."""
     from dfcompress.verbs.extend import extend
 
     gates.require_images(eval_data[0] if eval_data else None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dfcompress import console
-from dfcompress.commands import _options, _summary
+from dfcompress.commands import _help, _options, _summary
 
 if TYPE_CHECKING:
     from dfcompress.evaluation.normalisation import NormalisationCheck
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from dfcompress.verbs.inspect import Inspection
 
 
-@click.command(epilog=_options.example("dfcompress inspect resnet20.pt"))
+@click.command(cls=_help.Command, epilog=_options.example("dfcompress inspect resnet20.pt"))
 @_options.model
 @click.option(
-    "--write-card", is_flag=True, help="Write model.card.json beside the checkpoint, to be corrected and kept."
+    "--write-card",
+    is_flag=True,
+    help="Write model.card.json beside the checkpoint. Commands read it from then on, with your corrections.",
 )
 @_options.reporting
 def inspect(model: Classifier, write_card: bool, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dfcompress import console
-from dfcompress.commands import _options, _summary
+from dfcompress.commands import _help, _options, _summary
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
@@ -17,17 +17,22 @@ if TYPE_CHECKING:
     from dfcompress.verbs.invert import Inversion
 
 
-@click.command(epilog=_options.example("dfcompress invert resnet20.pt --images 2048 -o images"))
+@click.command(cls=_help.Command, epilog=_options.example("dfcompress invert resnet20.pt --images 2048 -o images"))
 @_options.model
-@_options.synthesis(images="1024; of more than 64 pixels a side 128")
-@click.option(
-    "--student", help="Architecture of the student that adaptive images compete with; by default the model's own."
+@_options.synthesis(images="1024, or 128 for images of more than 64 pixels a side")
+@_help.under(
+    "Images",
+    click.option(
+        "--student",
+        metavar="NAME",
+        help="Architecture of the student that adaptive images compete with. By default the model's own.",
+    ),
 )
 @click.option(
     "--verify",
     type=_options.PATH,
     multiple=True,
-    help="Another checkpoint to classify the finished images, as a check.",
+    help="Another checkpoint, which classifies the finished images as a check.",
 )
 @_options.output
 @_options.compute

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dfcompress.commands import _options, _summary
+from dfcompress.commands import _help, _options, _summary
 from dfcompress.training.multi_teacher import NAMES
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dfcompress.training.merging import Method
 
 
-@click.command(epilog=_options.example("dfcompress merge t1.pt t2.pt --student resnet18 -o merged"))
+@click.command(cls=_help.Command, epilog=_options.example("dfcompress merge t1.pt t2.pt --student resnet18 -o merged"))
 @_options.models_of_other_classes
 @_options.student
 @_options.student_init
@@ -26,23 +26,29 @@ if TYPE_CHECKING:
     type=click.Choice(NAMES),
     default="logit-matching",
     show_default=True,
-    help="Merging method: logit-matching (ours; alias all-logits) or shapira-sidi (their paper of 2020; alias paper).",
+    metavar="NAME",
+    help="Method of merging: logit-matching (ours, also called all-logits) or shapira-sidi (Shapira and Sidi 2020, "
+    "also called paper).",
 )
-@click.option("--class-map", type=_options.PATH, help="JSON file with a list of class names for each teacher.")
+@click.option("--class-map", type=_options.PATH, help="JSON file with one list of class names for each teacher.")
 @click.option(
     "--data",
     multiple=True,
     type=_options.PATH,
-    help="Images of one teacher; repeat the option for each teacher, in order.",
+    help="Images of one teacher. Give the option once for each teacher, in order.",
 )
 @click.option(
     "--eval-data",
     multiple=True,
     type=_options.PATH,
-    help="Real images to report accuracy on: one source, or one per teacher.",
+    help="Real images on which accuracy is reported: one source, or one for each teacher.",
 )
-@_options.synthesis(images="1024; of shapira-sidi 4096")
-@_options.training(steps="12000; of shapira-sidi 125 epochs", lr=0.05, batch_size="128; of shapira-sidi 64 a model")
+@_options.synthesis(images="1024, or 4096 with --method shapira-sidi")
+@_options.training(
+    steps="12000, or 125 epochs with --method shapira-sidi",
+    lr=0.05,
+    batch_size="128, or 64 per model with --method shapira-sidi",
+)
 @_options.second_recipe
 @_options.probe_images
 @_options.output
@@ -67,7 +73,7 @@ def merge(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train one student that knows the classes of several models, on images made from each."""
+    """Train one student that knows the classes of several models. It learns from images made from each of them."""
     from dfcompress.verbs.merge import merge
 
     plan = merge.plan(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from dfcompress.commands import _options, _summary
+from dfcompress.commands import _help, _options, _summary
 from dfcompress.pruning import ImportanceName
 from dfcompress.verbs import Repair
 
@@ -18,54 +18,62 @@ if TYPE_CHECKING:
     from dfcompress.verbs._gates import Gates
 
 
-@click.command(epilog=_options.example("dfcompress prune resnet44.pt --flops 0.5 -o resnet44-half"))
+@click.command(cls=_help.Command, epilog=_options.example("dfcompress prune resnet44.pt --flops 0.5 -o resnet44-half"))
 @_options.model
 @click.option("--flops", type=float, metavar="SHARE", help="Share of the multiply-accumulates to keep.")
-@click.option("--parameters", type=float, metavar="SHARE", help="Share of the parameters to keep.")
-@click.option("--filters", type=float, metavar="SHARE", help="Share of the filters (outputs of convolutions) to keep.")
-@click.option(
-    "--latency", type=float, metavar="SHARE", help="Share of the time in onnxruntime to keep, by a table of its layers."
-)
-@click.option(
-    "--importance",
-    type=click.Choice(get_args(ImportanceName)),
-    default="magnitude",
-    show_default=True,
-    help="Which channels go first; fold merges similar channels.",
-)
-@click.option("--uniform", is_flag=True, help="Take the same share of channels from every layer.")
-@click.option(
-    "--round-to",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Keep a multiple of that many channels in every layer that loses some.",
-)
-@click.option(
-    "--rounds",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Number of rounds of pruning and repair; all of them share the training steps.",
+@_help.under(
+    "Pruning",
+    click.option("--parameters", type=float, metavar="SHARE", help="Share of the parameters to keep."),
+    click.option("--filters", type=float, metavar="SHARE", help="Share of the outputs of convolutions to keep."),
+    click.option(
+        "--latency",
+        type=float,
+        metavar="SHARE",
+        help="Share of the time in onnxruntime to keep, by the measured times of the network's layers.",
+    ),
+    click.option(
+        "--importance",
+        type=click.Choice(get_args(ImportanceName)),
+        default="magnitude",
+        show_default=True,
+        help="Measure by which the least important channels are removed first. fold merges similar channels.",
+    ),
+    click.option("--uniform", is_flag=True, help="Remove the same share of channels from every layer."),
+    click.option(
+        "--round-to",
+        type=click.IntRange(1),
+        show_default="1, or 8 with --latency",
+        help="Keep a multiple of this number of channels in every layer that loses some.",
+    ),
+    click.option(
+        "--rounds",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Number of rounds of pruning and repair. All rounds share the training steps.",
+    ),
 )
 @click.option(
     "--repair",
     type=click.Choice(get_args(Repair)),
     default="distill",
     show_default=True,
-    help="Repair: refit weights and BatchNorm statistics in seconds, then distill; refit alone; none.",
+    help="Repair after pruning: refit weights and BatchNorm statistics in seconds and then distill, refit alone, or "
+    "none.",
 )
 @_options.data
 @_options.eval_data
-@_options.synthesis(images="2048; of more than 64 pixels a side 1000")
+@_options.synthesis(images="2048, or 1000 for images of more than 64 pixels a side")
 @_options.second_recipe
 @_options.probe_images
 @_options.training(
-    steps="3000; above 64 pixels 1000", lr="0.02; above 64 pixels 0.01", batch_size="128; above 64 pixels 32"
+    steps="3000, or 1000 for images of more than 64 pixels a side",
+    lr="0.02, or 0.01 for images of more than 64 pixels a side",
+    batch_size="128, or 32 for images of more than 64 pixels a side",
 )
 @_options.objectives
 @_options.temperature("4.0", 4.0)
-@click.option("--export", type=click.Choice(["onnx"]), help="Also write model.onnx, and time it beside the unpruned.")
+@_options.export
 @_options.gates
 @_options.output
 @_options.compute
@@ -78,7 +86,7 @@ def prune(
     latency: float | None,
     importance: ImportanceName,
     uniform: bool,
-    round_to: int,
+    round_to: int | None,
     rounds: int,
     repair: Repair,
     data: Path | None,
@@ -98,7 +106,7 @@ def prune(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Make a smaller dense network: fewer channels, repaired on images made from the model."""
+    """Make a dense network of fewer channels. It is repaired on images made from the model."""
     import json
 
     from dfcompress.verbs.prune import REPORT, prune

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from dfcompress.commands import _options, _summary
+from dfcompress.commands import _help, _options, _summary
 from dfcompress.errors import BadInput
 from dfcompress.quantization import Placement
 from dfcompress.settings import assignments
@@ -20,68 +20,86 @@ if TYPE_CHECKING:
     from dfcompress.verbs._gates import Gates
 
 
-@click.command(epilog=_options.example("dfcompress quantize resnet20.pt --bits 4w4a -o resnet20-4w4a"))
+@click.command(
+    cls=_help.Command, epilog=_options.example("dfcompress quantize resnet20.pt --bits 4w4a -o resnet20-4w4a")
+)
 @_options.model
 @click.option(
     "--bits",
     default="4w4a",
     show_default=True,
-    help="Bits of weights, then of activations, for instance 4w4a; or auto.",
+    metavar="BITS",
+    help="Bits of weights, then of activations, for instance 4w4a or 8w8a. auto chooses bits for each layer.",
 )
-@click.option(
-    "--first-last-bits",
-    default="8",
-    show_default=True,
-    help="Bits of the first and the last layer; same: as all others.",
-)
-@click.option(
-    "--layer-bits",
-    multiple=True,
-    metavar="PATTERN=BITS",
-    help="Bits, or float, of the layers that match, for instance 'layer1.*=8w8a'.",
-)
-@click.option(
-    "--size-ratio", type=float, help="With --bits auto: largest size of the file, as a share of the model in fp32."
+@_help.under(
+    "Quantization",
+    click.option(
+        "--first-last-bits",
+        default="8",
+        show_default=True,
+        metavar="BITS",
+        help="Bits of the first and the last layer. same gives them the bits of all others.",
+    ),
+    click.option(
+        "--layer-bits",
+        multiple=True,
+        metavar="PATTERN=BITS",
+        help="Bits of the layers that match, for instance 'layer1.*=8w8a'. float leaves a layer alone.",
+    ),
+    click.option(
+        "--size-ratio",
+        type=float,
+        metavar="SHARE",
+        help="Largest size of the file that --bits auto may choose, as a share of the model in fp32.",
+    ),
 )
 @_options.data
 @_options.eval_data
-@_options.synthesis(images="2048; of more than 64 pixels a side 128")
-@click.option(
-    "--method",
-    type=click.Choice(get_args(QuantizationMethod)),
-    default="default",
-    show_default=True,
-    help="Default settings: ours, or those of Haroush et al. 2020 (paper); other options override them.",
-)
-@click.option(
-    "--placement",
-    type=click.Choice(get_args(Placement)),
-    show_default="all-tensors where everything is 8w8a and nothing is fine-tuned",
-    help="Which activations are quantized: all that int8 kernels read or write (faster), or inputs of layers alone.",
+@_options.synthesis(images="2048, or 128 for images of more than 64 pixels a side")
+@_help.under(
+    "Quantization",
+    click.option(
+        "--method",
+        type=click.Choice(get_args(QuantizationMethod)),
+        default="default",
+        show_default=True,
+        help="Settings that hold where no other option says otherwise: ours, or those of Haroush et al. 2020 (paper).",
+    ),
+    click.option(
+        "--placement",
+        type=click.Choice(get_args(Placement)),
+        show_default="all-tensors where everything is 8w8a and nothing is fine-tuned, else layer-inputs",
+        help="Activations that are quantized: every tensor that int8 kernels read or write (faster), or the inputs of "
+        "layers alone.",
+    ),
 )
 @_options.calibration
 @click.option(
     "--finetune",
     type=click.Choice(get_args(Finetuning)),
-    show_default="blocks+lsq; kd of paper; none of all-tensors",
-    help="Fine-tuning: rounding by blocks, then weights and steps (lsq); one of the two; weights only (kd); none.",
+    show_default="blocks+lsq, or kd with --method paper, or none with --placement all-tensors",
+    help="Fine-tuning after calibration: of the rounding block by block (blocks), of weights and grids together (lsq), "
+    "of both in turn, of weights alone (kd), or none.",
 )
-@click.option(
-    "--rounding-set",
-    "rounding",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Override one setting of the rounding that blocks+lsq learns first; steps=0 leaves it out.",
+@_help.under(
+    "Quantization",
+    click.option(
+        "--rounding-set",
+        "rounding",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Override one setting of the rounding that blocks+lsq learns first. steps=0 leaves this part out.",
+    ),
 )
 @_options.training(
-    steps="400; 1000 of blocks; 16000 of paper",
-    lr="0.003; 0.01 of blocks, kd",
-    batch_size="256; 32 of blocks; 512 of paper",
+    steps="400, or 1000 with --finetune blocks, or 16000 with --method paper",
+    lr="0.003, or 0.01 with --finetune blocks or kd",
+    batch_size="256, or 32 with --finetune blocks, or 512 with --method paper",
 )
 @_options.objectives
 @_options.temperature("4", 4.0)
-@click.option("--export", type=click.Choice(["onnx"]), help="Also write model.onnx and check it in onnxruntime.")
-@_options.target
+@_options.export
+@_help.under("Output", _options.target)
 @_options.second_recipe
 @_options.gates
 @_options.output
@@ -115,7 +133,7 @@ def quantize(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Make a few-bit model, calibrated and fine-tuned on images made from it."""
+    """Make a model of few bits. It is calibrated and fine-tuned on images made from the model."""
     import json
 
     from dfcompress.quantization.layer_report import REPORT

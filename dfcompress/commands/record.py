@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dfcompress import console
-from dfcompress.commands import _options, _summary
+from dfcompress.commands import _help, _options, _summary
 
 if TYPE_CHECKING:
     from dfcompress.models.classifier import Classifier
@@ -16,18 +16,25 @@ if TYPE_CHECKING:
     from dfcompress.verbs.record import Recorded
 
 
-@click.command(epilog=_options.example("dfcompress record model.pt --data train --kind all-layers"))
+@click.command(cls=_help.Command, epilog=_options.example("dfcompress record model.pt --data train --kind all-layers"))
 @_options.model
-@click.option("--data", type=_options.PATH, required=True, help="Images the model was trained on.")
+@click.option("--data", type=_options.PATH, required=True, help="Images that the model was trained on.")
 @_options.record_settings
 @click.option(
-    "-o", "--output", type=_options.PATH, help="File to write; by default MODEL.records.safetensors beside the model."
+    "-o", "--output", type=_options.PATH, help="File to write. By default MODEL.records.safetensors beside the model."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
-@click.option("--dry-run", is_flag=True, help="Print what would be recorded and its size; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would be recorded and its size, and write nothing.")
 @_options.device
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed that chooses the activations to store."
+@_help.under(
+    "Machine",
+    click.option(
+        "--seed",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="Seed that chooses the activations to store.",
+    ),
 )
 @_options.reporting
 def record(
@@ -41,7 +48,7 @@ def record(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Record activations on real images, for the owner of a model to release beside it."""
+    """Record activations on the training images. The owner of a model releases them beside it."""
     from dfcompress.verbs.record import record
 
     made = record(

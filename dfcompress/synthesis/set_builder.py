@@ -106,7 +106,7 @@ def _no_update(images: int, batches: int, every: int) -> str:
 
 
 # Unmeasured: CUDA steps of fewer images than 128 of CIFAR's size are taken to be mostly launching. On a CPU it does not
-# pay (docs/results.md).
+# pay (docs/results/robustness.md).
 PIXELS_A_STEP = 128 * 32 * 32
 
 

@@ -37,7 +37,8 @@ class TeacherReport:
 
     `agreement` is of the images trained on, `held_out` of others of the same set, `unseen` of probe images of another
     seed and recipe; None where there are none. `blocks` are the shares of its held-out images that the student takes
-    for classes of each teacher; None where there is one teacher.
+    for classes of each teacher; None where there is one teacher. `teacher_answers` and `student_answers` count the
+    images trained on that each of them takes for each of the student's classes; None in records of version 0.1.
     """
 
     checkpoint: str
@@ -45,6 +46,8 @@ class TeacherReport:
     held_out: float | None
     unseen: float | None
     blocks: list[float | None] | None
+    teacher_answers: list[int] | None = None
+    student_answers: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -172,12 +175,20 @@ def _followed(
         name = each.teacher.name
         with placed(student, target), placed(each.teacher, target):
             held_out = _compared(student, each, each.images.held_out)
-            agreement = _agreement(_compared(student, each, each.images.train)) or 0.0
+            trained_on = _compared(student, each, each.images.train)
             unseen = _agreement(_compared(student, each, each.images.probe))
+        agreement = _agreement(trained_on) or 0.0
+        by_student, by_teacher = trained_on or (torch.zeros(0, dtype=torch.long),) * 2
         blocks = [_share_in(held_out, other.outputs) for other in teacher_sets] if len(teacher_sets) > 1 else None
         teachers.append(
             TeacherReport(
-                checkpoint=name, agreement=agreement, held_out=_agreement(held_out), unseen=unseen, blocks=blocks
+                checkpoint=name,
+                agreement=agreement,
+                held_out=_agreement(held_out),
+                unseen=unseen,
+                blocks=blocks,
+                teacher_answers=by_teacher.bincount(minlength=student.card.classes).tolist(),
+                student_answers=by_student.bincount(minlength=student.card.classes).tolist(),
             )
         )
         if held_out and (warning := _collapse(*held_out)):

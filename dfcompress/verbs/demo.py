@@ -1,6 +1,6 @@
 """`demo`: the main job end to end on what the package ships, a LeNet-5 for MNIST and 10,000 real test images.
 
-inspect → invert → distill to half the width → quantize → evaluate. No training image is in the package.
+inspect → invert → distill to half the width → quantize → report. No training image is in the package.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from dfcompress.run import Run
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.set_builder import PREVIEW
 from dfcompress.verbs.distill import DISTILLATION, distill
-from dfcompress.verbs.evaluate import Score, evaluate
+from dfcompress.verbs.evaluate import Score
 from dfcompress.verbs.inspect import Inspection, inspect
 from dfcompress.verbs.invert import Inversion, invert
 from dfcompress.verbs.quantize import LSQ, quantize
+from dfcompress.verbs.report import FILE, missing_packages, report
 
 FILES = Path(__file__).parents[1] / "demo_files"
 SHOWN = Synthesis(images=512, settings={"steps": 200})
@@ -47,7 +48,9 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo showed: its teacher, the images, a row for each model, and the seconds of everything."""
+    """What the demo showed: its teacher, the images, a row for each model, the seconds of everything, and the page
+    about it, None where the packages for that are missing.
+    """
 
     output: str
     picture: str
@@ -55,6 +58,7 @@ class Demo:
     images: Inversion
     rows: list[DemoRow]
     seconds: float
+    report: str | None
 
     def to_json(self) -> dict[str, Any]:
         """The fields as `--json` prints them."""
@@ -89,6 +93,7 @@ def demo(
             training=training,
             probe_images=0,
             compute=compute,
+            eval_data=FILES,
             **_step(run, "student", resume),
         )
         console.notice(f"Quantizing the teacher to {BITS}.")
@@ -100,20 +105,32 @@ def demo(
             finetune="lsq",
             training=training,
             compute=compute,
+            eval_data=FILES,
             **_step(run, "quantized", resume),
         )
-        measured = evaluate([teacher, student.checkpoint, packed.checkpoint], data=FILES, device=compute.device)
-    of_teacher, of_student, of_packed = measured.results
+    assert student.evaluation
+    assert packed.evaluation
+    of_teacher, of_student = student.evaluation.results
+    _, of_packed = packed.evaluation.results
     packed_seconds = made.seconds + packed.seconds["total"]
     rows = [
         DemoRow("teacher", of_teacher, file_bytes(FILES), 0.0),
         DemoRow("half-width student", of_student, student.bytes, round(student.seconds["total"], 1)),
         DemoRow(f"teacher {BITS}", of_packed, packed.bytes, round(packed_seconds, 1)),
     ]
+    page = None if missing_packages() else str(run.folder / FILE)
     result = Demo(
-        str(run.folder), str(Path(made.output) / PREVIEW), inspect(teacher), made, rows, round(run.seconds["total"], 1)
+        output=str(run.folder),
+        picture=str(Path(made.output) / PREVIEW),
+        teacher=inspect(teacher),
+        images=made,
+        rows=rows,
+        seconds=round(run.seconds["total"], 1),
+        report=page,
     )
     run.finish(result.to_json())
+    if page:
+        report([run.folder], output=page, data=FILES, overwrite=True)
     return result
 
 

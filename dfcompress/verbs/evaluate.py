@@ -23,6 +23,7 @@ from dfcompress.errors import BadInput, GateNotMet
 from dfcompress.evaluation.metrics import TOP, Predictions, predict, standard_error
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
+from dfcompress.settings import one_or_more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +95,14 @@ class Evaluation:
 
 
 def evaluate(
-    checkpoints: Sequence[str | Path | Classifier],
+    checkpoints: str | Path | Classifier | Sequence[str | Path | Classifier],
     *,
     data: str | Path,
     device: str = "auto",
     batch_size: int = 256,
     fail_under: float | None = None,
 ) -> Evaluation:
-    """Count each checkpoint's right answers on the images at `data`, in fp32.
+    """Count the right answers of a checkpoint, or of each of several, on the images at `data`, in fp32.
 
     `data` is an ImageFolder, an `.npz`, IDX files or a synthetic set. Everything is loaded and checked before anything
     runs. `fail_under` is a share in [0, 1]; a number above 1 is read as percent. The result carries it, and
@@ -109,10 +110,10 @@ def evaluate(
     Raises `BadInput` for a checkpoint, data or number that cannot be used, and for unequal numbers of classes.
     """
     gate = None if fail_under is None else as_share(fail_under)
-    if not checkpoints:
+    classifiers = [as_classifier(checkpoint) for checkpoint in one_or_more(checkpoints)]
+    if not classifiers:
         raise BadInput("No checkpoint was given.", "Name at least one.")
     target = resolve_device(device)
-    classifiers = [as_classifier(checkpoint) for checkpoint in checkpoints]
     names = [str(classifier.path or classifier.name) for classifier in classifiers]
     _check_same_classes(names, classifiers)
     sources = _open_for_each(data, classifiers)

@@ -22,7 +22,7 @@ from dfcompress.errors import BadInput
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.run import Run
-from dfcompress.settings import AUTO, with_defaults
+from dfcompress.settings import AUTO, one_or_more, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
 from dfcompress.training.class_incremental import DEFAULT, MethodName, incremental_method
@@ -62,7 +62,7 @@ def extend(
     second_recipe: str | None = AUTO,
     probe_images: int = PROBE_IMAGES,
     compute: Compute = Compute(),
-    eval_data: Sequence[str | Path] = (),
+    eval_data: str | Path | Sequence[str | Path] = (),
     resume: bool = False,
     overwrite: bool = False,
 ) -> Plan[Compressed]:
@@ -106,6 +106,7 @@ def extend(
     if training.batch_size < SMALLEST_BATCH:
         problem = f"Batches of {training.batch_size} images have too few of the old or of the new classes."
         raise BadInput(problem, f"Use a --train-batch-size of at least {SMALLEST_BATCH}.")
+    eval_data = one_or_more(eval_data)
     measure = extended_evaluator(eval_data, old, student.card, names_file=class_names, device=compute.device)
     options = {
         "teacher": old.identity(),

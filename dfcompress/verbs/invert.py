@@ -24,6 +24,7 @@ from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.run import Run
+from dfcompress.settings import one_or_more
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.set_builder import build_set, seconds_of, warnings_of
 from dfcompress.synthesis.spec import SynthesisSpec, resolve
@@ -82,7 +83,7 @@ def invert(
     synthesis: Synthesis = Synthesis(),
     compute: Compute = Compute(),
     student: str | None = None,
-    verify: Sequence[str | Path | Classifier] = (),
+    verify: str | Path | Classifier | Sequence[str | Path | Classifier] = (),
     resume: bool = False,
     overwrite: bool = False,
 ) -> Plan[Inversion]:
@@ -96,7 +97,7 @@ def invert(
     where the options do not fit.
     """
     teacher = as_classifier(checkpoint)
-    others = [as_classifier(other) for other in verify]
+    others = [as_classifier(other) for other in one_or_more(verify)]
     spec = resolve(teacher, synthesis.counted(IMAGES if teacher.card.small else LARGE_IMAGES))
     competing = co_training(teacher, spec.recipe, student, compute)
 

@@ -20,7 +20,7 @@ from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
-from dfcompress.settings import AUTO, with_defaults
+from dfcompress.settings import AUTO, one_or_more, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.transfer_set import OF_TEACHER, TransferSetSource
 from dfcompress.training.class_map import ClassMap, join_classes
@@ -62,7 +62,7 @@ def merge(
     second_recipe: str | None = AUTO,
     probe_images: int = 128,
     compute: Compute = Compute(),
-    eval_data: Sequence[str | Path] = (),
+    eval_data: str | Path | Sequence[str | Path] = (),
     resume: bool = False,
     overwrite: bool = False,
 ) -> Plan[Compressed]:
@@ -87,7 +87,8 @@ def merge(
     merging = merging_method(method)
     if synthesis.records not in (None, "beside"):
         raise BadInput(f"--records {synthesis.records} is of one model.", "Put each record beside its model.")
-    teachers = [as_classifier(checkpoint) for checkpoint in checkpoints]
+    teachers = [as_classifier(checkpoint) for checkpoint in one_or_more(checkpoints)]
+    data, eval_data = one_or_more(data), one_or_more(eval_data)
     _check_different(teachers)
     classes = join_classes(teachers, class_map)
     student_model, sentence, origin = begin_student(

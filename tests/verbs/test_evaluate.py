@@ -79,7 +79,7 @@ def test_every_kind_of_source_gives_the_same_counts(tmp_path, resnet20_file, fir
 
 def test_a_loaded_classifier_is_taken_as_well(resnet20_file, first_100):
     loaded = load(resnet20_file)
-    row = evaluate([loaded], data=first_100, device="cpu").results[0]
+    row = evaluate(loaded, data=first_100, device="cpu").results[0]
     assert (row.checkpoint, row.correct) == (str(resnet20_file), 94)
 
 

@@ -115,11 +115,17 @@ def test_the_export_is_timed_beside_the_unpruned_network(whole, tmp_path):
     assert (out / "model.onnx").stat().st_size < 0.5 * (DEMO / "model.safetensors").stat().st_size
 
 
+def test_a_budget_of_time_keeps_multiples_of_what_onnxruntime_computes_at_once(tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    assert run(["prune", str(DEMO), "--latency", "0.9", "--json", "--dry-run", "-o", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out)["pruning"]["round_to"] == 8
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     assert run([*line_of(tmp_path / "out", "--rounds", "2", "--json"), "--dry-run"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["pruning 1"]["share"] == pytest.approx(0.5**0.5)
-    assert planned["pruning"] | {"share": 0.5, "resource": "flops"} == planned["pruning"]
+    assert planned["pruning"] | {"share": 0.5, "resource": "flops", "round_to": 1} == planned["pruning"]
     assert planned["training"]["steps"] == 6
     assert not (tmp_path / "out").exists()
 

@@ -16,7 +16,7 @@ Samples of several layers are drawn each on its own and contradict each other, s
 tenth of the one before it (`later`). Logits alone say little, so `fast-top-layer` asks for smooth images that stay
 what they are when moved, each with the mean and deviation of the data's pixels (`pixels`).
 `ce` adds cross-entropy and `bn` the distance to BatchNorm's statistics; `pooled` is the record's.
-What they reach is in docs/results.md.
+What they reach is in docs/results/record.md.
 """
 
 from dfcompress.errors import BadInput

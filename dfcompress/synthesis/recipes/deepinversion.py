@@ -15,7 +15,7 @@ network 11, at J_KL 0.088 (20 steps at full size); with an α_f of 0.1 and `ce` 
 `ce` 30 16 and 8, at 0.132.
 `fast-mnist`, the default for grey images, has no flip, which makes other characters, and much more smoothness; with
 `ce` 1 the teacher took only half of a LeNet-5's images for what they were made as.
-What they reach, and how long they take, is in docs/results.md.
+What they reach, and how long they take, is in docs/results/invert.md.
 """
 
 from dfcompress.synthesis.images import parametrised

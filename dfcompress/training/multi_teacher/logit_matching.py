@@ -2,7 +2,7 @@
 
 What a teacher answers to images that it does not know is knowledge too: on real images it tells whose they are better
 than the images themselves, because synthetic images of two teachers differ in how they were made. Measured on MNIST and
-Fashion-MNIST beside Shapira and Sidi's method: docs/results.md, "Merging".
+Fashion-MNIST beside Shapira and Sidi's method: docs/results/merge.md.
 """
 
 from __future__ import annotations

@@ -1,0 +1,46 @@
+"""The line that started a command, with every option that the environment or the configuration file gave."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+# Options that say nothing of what is computed.
+LEFT_OUT = {"resume", "overwrite", "as_json", "dry_run"}
+
+
+def command_line() -> str | None:
+    """The command that is running as a line for a shell; None where a verb was called from Python."""
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return None
+    arguments: list[str] = []
+    options: list[str] = []
+    for parameter in context.command.params:
+        name = parameter.name
+        if name is None or name in LEFT_OUT or name not in context.params:
+            continue
+        if context.get_parameter_source(name) in (ParameterSource.DEFAULT, None):
+            continue
+        if isinstance(parameter, click.Option):
+            options += _words(parameter, context.params[name])
+        else:
+            arguments += map(str, _each(context.params[name]))
+    return shlex.join([*context.command_path.split(), *arguments, *options])
+
+
+def _words(option: click.Option, value: Any) -> Iterator[str]:
+    spelling = max(option.opts, key=len)
+    if option.is_flag:
+        yield from [spelling] if value else option.secondary_opts[:1]
+        return
+    for one in _each(value):
+        yield from (spelling, "none" if one is None else str(one))
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -1,0 +1,84 @@
+"""Images of a class as one small PNG that is part of a page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from dfcompress.data.real import ImageSource
+from dfcompress.data.synthetic_set import SyntheticSet, as_float
+
+CLASSES = 10  # Of more, as many are shown, evenly spread.
+IMAGES, LARGE_IMAGES, COLUMNS = 8, 4, 4
+# An image of 224 pixels as PNG is 100 KB; averaged to 112, a page of ten classes of four is 1.5 MB.
+SIDE = 112
+GAP = 1
+READ = 64  # Images of a source that are read together to find one.
+
+
+def shown_classes(labels: Tensor) -> list[int]:
+    """Which of the classes of the labels `(N,)` a page shows."""
+    present: list[int] = labels.unique().tolist()
+    if len(present) <= CLASSES:
+        return present
+    return [present[number * (len(present) - 1) // (CLASSES - 1)] for number in range(CLASSES)]
+
+
+def written(synthetic: SyntheticSet) -> tuple[Tensor, Tensor] | None:
+    """The stored images and labels of the shards that are there, None where there is none yet."""
+    there = [shard for shard in synthetic.shards if shard not in set(synthetic.missing_shards())]
+    if not there:
+        return None
+    parts = [synthetic.read_shard(shard) for shard in there]
+    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def made_of(images: Tensor, labels: Tensor, classes: Sequence[int]) -> dict[int, str]:
+    """The first stored images `(N, C, H, W)` of each class, as data URLs."""
+    count = _count(tuple(images.shape[2:]))
+    return {label: _tiles(as_float(images[labels == label][:count])) for label in classes}
+
+
+def real_of(source: ImageSource, classes: Sequence[int], size: tuple[int, int]) -> dict[int, str]:
+    """Real images of each class that has some, evenly taken, as data URLs; `size` is their height and width."""
+    wanted: dict[int, list[int]] = {}
+    for label in classes:
+        of_class = (source.labels == label).nonzero()[:, 0]
+        if len(of_class):
+            wanted[label] = of_class[:: -(-len(of_class) // _count(size))].tolist()
+    read = dict(_read(source, sorted({index for indices in wanted.values() for index in indices})))
+    return {label: _tiles(torch.stack([read[index] for index in indices])) for label, indices in wanted.items()}
+
+
+def _read(source: ImageSource, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    for batch, together in groupby(indices, key=lambda index: index // READ):
+        images, _ = next(iter(source.batches(READ, first=batch)))
+        yield from ((index, images[index % READ]) for index in together)
+
+
+def _count(size: Sequence[int]) -> int:
+    return IMAGES if min(size) <= SIDE else LARGE_IMAGES
+
+
+def _tiles(images: Tensor) -> str:
+    """Float images `(N, C, H, W)` in rows of four, with gaps that are transparent; colours that a picture has not
+    become grey.
+    """
+    if images.shape[1] not in (1, 3):
+        images = images.mean(1, keepdim=True)
+    images = F.avg_pool2d(images, max(1, min(images.shape[2:]) // SIDE)).expand(-1, 3, -1, -1)
+    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    height, width = pixels.shape[1] + GAP, pixels.shape[2] + GAP
+    picture = Image.new("RGBA", (COLUMNS * width - GAP, -(-len(pixels) // COLUMNS) * height - GAP))
+    for number, image in enumerate(pixels):
+        picture.paste(Image.fromarray(image), (number % COLUMNS * width, number // COLUMNS * height))
+    file = io.BytesIO()
+    picture.save(file, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,113 @@
+"""What a report knows of a run: its record, its losses, its images and its layers, as their files hold them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dfcompress.data.synthetic_set import SyntheticSet
+from dfcompress.models.card import ModelCard
+from dfcompress.run import METRICS, RunRecord
+
+# Of a line of metrics.jsonl, what is no loss.
+NO_LOSSES = {"step", "shard", "process", "lr", "images_per_second"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One loss of one batch of images, or of a training: its values at `steps`."""
+
+    steps: list[float]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of one part of a run (`phase`) by name, with a curve for each batch of images."""
+
+    phase: str
+    curves: Mapping[str, list[Curve]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportedRun:
+    """A run in a report.
+
+    `sets` are the images it made, by the folder inside the run's; `layers` is what quantization wrote of them and
+    `widths` what pruning did; `warnings` are those of the run and of its sets. `inside` of another run it has no line
+    of its own.
+    """
+
+    name: str
+    record: RunRecord
+    losses: Sequence[Losses] = ()
+    sets: Mapping[str, SyntheticSet] = field(default_factory=dict)
+    layers: Mapping[str, Any] | None = None
+    widths: Mapping[str, Any] | None = None
+    warnings: Sequence[str] = ()
+    inside: bool = False
+
+    @property
+    def measured(self) -> Mapping[str, Any]:
+        """The measurements, empty where the run is not finished."""
+        return self.record.measurements or {}
+
+    @property
+    def teachers(self) -> list[Mapping[str, Any]]:
+        """The identity of each teacher: its weights' sha256 and its card."""
+        options = self.record.options
+        return [*options.get("teachers", ()), *([options["teacher"]] if "teacher" in options else ())]
+
+    @property
+    def card(self) -> ModelCard | None:
+        """The card of the first teacher, None where the run has none."""
+        return ModelCard.from_json(self.teachers[0]["card"]) if self.teachers else None
+
+    @property
+    def scores(self) -> list[Mapping[str, Any]]:
+        """A score for each checkpoint that was evaluated on real images, that of the result last."""
+        return list((self.measured.get("evaluation") or {}).get("results", ()))
+
+    def class_name(self, label: int) -> str:
+        """The name of one of the result's classes, or its number."""
+        names = self.record.options.get("class_names") or (self.card.class_names if self.card else None) or ()
+        return str(names[label]) if label < len(names) else f"class {label}"
+
+
+def read_losses(phase: str, folder: Path) -> Iterator[Losses]:
+    """The losses in a folder's `metrics.jsonl`, and in those of its shards while a set is not finished; nothing where
+    there are none.
+    """
+    curves: dict[str, dict[int, Curve]] = {}
+    for path in [folder / METRICS, *sorted(folder.glob("shard-*.jsonl"))]:
+        for line in _lines(path):
+            if "step" not in line:
+                continue
+            for name, value in line.items():
+                if name not in NO_LOSSES and isinstance(value, int | float):
+                    curve = curves.setdefault(name, {}).setdefault(line.get("shard", 0), Curve([], []))
+                    curve.steps.append(line["step"])
+                    curve.values.append(value)
+    if curves:
+        yield Losses(phase, {name: list(shards.values()) for name, shards in curves.items()})
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines, up to the one that a killed process left half written."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def repeated(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
+    """The runs in groups that differ in their seeds alone, in the order of their first."""
+    groups: dict[str, list[ReportedRun]] = {}
+    for run in runs:
+        options = {name: value for name, value in run.record.options.items() if name != "seed"}
+        groups.setdefault(json.dumps([run.record.verb, options], sort_keys=True), []).append(run)
+    return list(groups.values())

@@ -1,0 +1,179 @@
+"""`report`: runs as one page that needs no network.
+
+dfcompress.report(["resnet20-quantize"])
+dfcompress.report(["seed-0", "seed-1", "seed-2"], output="seeds.html", data="cifar10-test.npz")
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dfcompress.data.real import ImageSource, open_images
+from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet
+from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
+from dfcompress.quantization.layer_report import REPORT as LAYERS
+from dfcompress.reporting.page import render
+from dfcompress.reporting.runs import Losses, ReportedRun, read_losses
+from dfcompress.reporting.sections import sections_of
+from dfcompress.run import RECORD, RunRecord, write_atomically
+from dfcompress.synthesis.set_builder import warnings_of
+from dfcompress.verbs.prune import REPORT as WIDTHS
+
+FILE = "report.html"
+PACKAGES = ("jinja2", "matplotlib")
+PROBES = "unseen"  # Folders of images that nothing was trained on.
+
+
+@dataclass(frozen=True)
+class Report:
+    """The page that was written, its size in bytes, the runs that it shows, and its sections by name."""
+
+    output: str
+    bytes: int
+    runs: list[str]
+    sections: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as `--json` prints them."""
+        return asdict(self)
+
+
+def report(
+    runs: Sequence[str | Path],
+    *,
+    output: str | Path = FILE,
+    data: str | Path | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Write one HTML page about the run folders `runs`: what was done, what came of it, images, losses and layers.
+
+    The page holds what the runs stored, and asks the network for nothing. A run of `demo` brings the runs inside of it.
+    `data` are real images, as `evaluate` takes them, that are shown beside those that were made.
+    Raises `BadInput`, with nothing written, where a folder is no run's, jinja2 or matplotlib is missing, `data` does
+    not fit the models, or `output` is there already and `overwrite` is not asked for.
+    """
+    require_packages()
+    path = _checked(Path(output), overwrite=overwrite)
+    found = [run for folder in _distinct(runs) for run in _read(folder)]
+    named = [_named(run, found) for run in found]
+    opened: dict[str, ImageSource] = {}
+
+    def real(synthetic: SyntheticSet) -> ImageSource | None:
+        if data is None:
+            return None
+        card = synthetic.manifest["card"]
+        key = json.dumps([card["input_size"], card["classes"], card.get("class_names")])
+        if key not in opened:
+            opened[key] = open_images(data, ModelCard.from_json(card))
+        return opened[key]
+
+    sections = sections_of(named, real)
+    title = named[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    subtitle = f"dfcompress {metadata.version('dfcompress')}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
+    page = render(title, subtitle, sections)
+    with write_atomically(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return Report(str(path), path.stat().st_size, [run.name for run in named], [section.name for section in sections])
+
+
+def missing_packages() -> list[str]:
+    """The packages that a report needs and this machine has not."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
+def require_packages() -> None:
+    """Raise `BadInput` where a package is missing."""
+    if missing := missing_packages():
+        raise BadInput(f"A report needs {', '.join(missing)}.", "Install them with: pip install 'dfcompress[report]'.")
+
+
+def _checked(path: Path, *, overwrite: bool) -> Path:
+    if path.is_dir():
+        raise BadInput(f"--output {path} is a folder.", f"Name a file, for instance {path / FILE}.")
+    if path.exists() and not overwrite:
+        raise BadInput(f"--output {path} exists.", "Add --overwrite, or name another file.")
+    if not path.parent.is_dir():
+        raise BadInput(f"--output {path}: there is no folder {path.parent}.", "Make it, or name another file.")
+    return path
+
+
+def _distinct(runs: Sequence[str | Path]) -> list[Path]:
+    """The folders in their order, each once."""
+    folders = {Path(run).resolve(): Path(run) for run in reversed(runs)}
+    if not folders:
+        raise BadInput("No run was named.", "Name the folder of at least one run.")
+    return list(reversed(folders.values()))
+
+
+def _read(folder: Path, *, inside: bool = False) -> Iterator[ReportedRun]:
+    """The run whose folder this is, and those that a demo made inside of it."""
+    record = RunRecord.read(folder)
+    inner = sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
+    sets = {} if inner else dict(_sets(folder))
+    warnings = list((record.measurements or {}).get("warnings", ()))
+    try:
+        for synthetic in sets.values():
+            warnings += [warning for warning in warnings_of(synthetic) if warning not in warnings]
+        yield ReportedRun(
+            name=str(folder),
+            record=record,
+            losses=list(_losses(folder, record.verb, sets)),
+            sets=sets,
+            layers=_json(folder / LAYERS),
+            widths=_json(folder / WIDTHS),
+            warnings=warnings,
+            inside=inside,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable(folder, error) from None
+    for path in inner:
+        yield from _read(path, inside=True)
+
+
+def _sets(folder: Path) -> Iterator[tuple[str, SyntheticSet]]:
+    """The sets of images in a run's folder by where they are in it, without probe images."""
+    for path in sorted(folder.rglob(MANIFEST)):
+        place = path.parent.relative_to(folder)
+        if PROBES not in place.parts:
+            yield str(place), SyntheticSet(path.parent)
+
+
+def _losses(folder: Path, verb: str, sets: dict[str, SyntheticSet]) -> Iterator[Losses]:
+    for synthetic in sets.values():
+        recipe = synthetic.manifest["recipe"]["name"]
+        yield from read_losses(f"images by {recipe}", synthetic.folder)
+        yield from read_losses(f"student beside {recipe}", synthetic.folder / "student")
+    for round_folder in sorted(folder.glob("round-*")):
+        yield from read_losses(f"training, {round_folder.name.replace('-', ' ')}", round_folder)
+    if verb != "invert":
+        yield from read_losses("training", folder)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values
+
+
+def _unreadable(folder: Path, error: Exception) -> BadInput:
+    return BadInput(
+        f"{folder} holds files that are not as this version writes them ({type(error).__name__}: {error}).",
+        "Make the run again, or use the version that made it.",
+    )
+
+
+def _named(run: ReportedRun, all_runs: Sequence[ReportedRun]) -> ReportedRun:
+    """The run by the end of its folder's name, as long as is needed to tell it from the others."""
+    own = Path(run.name).resolve().parts
+    others = [Path(other.name).resolve().parts for other in all_runs if other is not run]
+    length = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own))
+    return replace(run, name="/".join(own[-length:]))
