@@ -34,7 +34,9 @@ DIGITS = {
     "halves in the other order": ("56789", "01234"),
     "few-shot": ("01234", "56789"),
     "five steps": ("01", "23", "45", "67", "89"),
+    "five steps, rate 0.003": ("01", "23", "45", "67", "89"),
 }
+MORE = {"five steps, rate 0.003": " --train-lr 0.003"}
 FEW = 50
 CASES = (*DIGITS, "fashion", "colour", "cifar")
 
@@ -116,7 +118,7 @@ def steps_of_digits(given: argparse.Namespace, case: str, method: str, seed: int
 
 def folder(given: argparse.Namespace, case: str, method: str, seed: int, number: int) -> Path:
     """Where a step's result is kept."""
-    return given.output / f"{case.replace(' ', '-')}-{method}-{seed}-{number}"
+    return given.output / f"{case.replace(', ', '-').replace(' ', '-')}-{method}-{seed}-{number}"
 
 
 def extended(given: argparse.Namespace, case: str, method: str, seed: int, lines: list[str]) -> dict:
@@ -126,7 +128,9 @@ def extended(given: argparse.Namespace, case: str, method: str, seed: int, lines
         where, made = folder(given, case, method, seed, number), folder(given, case, "damped", seed, number)
         shared = number == 0 and made.exists() and method not in OWN_IMAGES
         images = f" --old-images {made}" if shared else ""
-        result = run(f"extend {line}{images} {METHODS[method]} --seed {seed} -o {where} --overwrite")
+        result = run(
+            f"extend {line}{images} {METHODS[method]}{MORE.get(case, '')} --seed {seed} -o {where} --overwrite"
+        )
         seconds += result["seconds"]["total"]
         results.append({**result["evaluation"], "unseen": result["teachers"][0]["unseen"]})
     return {"seconds": seconds, "after": results}
