@@ -49,6 +49,7 @@ reveal_type(dfcompress.extend(teacher, new_data="birds"))  # -> "dfcompress.verb
 reveal_type(dfcompress.record(teacher, data="train"))  # -> "dfcompress.verbs.record.Recorded"
 reveal_type(dfcompress.report(["student"], output="r.html"))  # -> "dfcompress.verbs.report.Report"
 reveal_type(dfcompress.evaluate([teacher], data="test"))  # -> "dfcompress.verbs.evaluate.Evaluation"
+reveal_type(dfcompress.compare([teacher], sets=["test", "random"]))  # -> "dfcompress.verbs._comparison.Comparison"
 reveal_type(dfcompress.export(teacher))  # -> "dfcompress.evaluation.onnx_check.Exported"
 reveal_type(dfcompress.inspect("resnet20.pt"))  # -> "dfcompress.verbs.inspect.Inspection"
 reveal_type(dfcompress.doctor())  # -> "dfcompress.verbs.doctor.Diagnosis"

@@ -45,6 +45,16 @@ def test_the_demo_at_a_fifth_of_its_size_ends_in_smaller_models_that_work(tmp_pa
     require_smaller_models_that_work(shown, student=2000, quantized=9850)
     with Image.open(tmp_path / shown["picture"]) as picture:
         assert picture.size[0] > 300
+    page = (tmp_path / shown["report"]).read_text()
+    assert [name for name in ("accuracy", "layers", "losses") if f'<section id="{name}"' not in page] == []
+
+
+def test_a_demo_without_the_packages_of_reports_says_how_to_write_one(monkeypatch, capsys):
+    shown = demo.Demo("there", "there/images/preview.png", None, None, [], 60.0, None)
+    monkeypatch.setattr(demo, "demo", lambda **options: shown)
+    assert run(["demo"]) == 0
+    line = "report: none written; pip install 'dfcompress[report]', then dfcompress report there"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.release

@@ -135,8 +135,8 @@ def compare(
 def _print(found: Comparison, *, by_class: bool) -> None:
     numbers = {model.checkpoint: str(number) for number, model in enumerate(found.models, 1)}
     console.table(
-        ["model", "checkpoint", "classes", "own data"],
-        [[numbers[each.checkpoint], each.checkpoint, str(each.classes), each.own or ""] for each in found.models],
+        ["model", "classes", "own data"],
+        [[f"{numbers[each.checkpoint]} {each.checkpoint}", str(each.classes), each.own or ""] for each in found.models],
     )
     console.result("")
     _similarity(found, list(numbers.values()))
@@ -148,8 +148,9 @@ def _print(found: Comparison, *, by_class: bool) -> None:
 
 
 def _similarity(found: Comparison, numbers: Sequence[str]) -> None:
-    ratio = " (and divided by that of the model's own data)" if any(model.own for model in found.models) else ""
-    console.result(f"J_KL of each set under each model{ratio}; the least is the most like the training data:")
+    console.result("J_KL of each set under each model: how far it is from the training data")
+    if any(model.own for model in found.models):
+        console.result("in brackets: divided by J_KL of the model's own data")
     rows = []
     for name in found.sets:
         results = found.on(name)
@@ -177,19 +178,20 @@ def _answers(found: Comparison, name: str, numbers: dict[str, str]) -> None:
         number, other = numbers[one.checkpoint], against.get(one.checkpoint)
         console.result(f"model {number} predicts {_bias(one, model.class_names)}")
         if other and other.moves:
-            console.result(f"model {number} changes {_changes(other, model.class_names)}")
+            lost = _lost(found.on(name)[0], one, model.class_names)
+            console.result(f"model {number} changes {_changes(other, model.class_names)}{lost}")
         if one.outliers:
             listed = ", ".join(f"{each.image} ({each.score:.2f})" for each in one.outliers)
             console.result(f"model {number} finds furthest out: {listed}")
 
 
-COLUMNS = ("model", "correct", "top-1", "ECE", "agreement", "gained", "lost", "points (95 %)", "p", "", "tail")
+COLUMNS = ("model", "correct", "top-1", "ECE", "agrees", "gained", "lost", "points (95 %)", "p", "verdict", "tail")
 
 
 def _accuracy(one: ModelOnSet) -> list[str]:
     if one.top1 is None:
-        return ["", "", ""]
-    return [f"{one.correct}/{one.images}", f"{one.top1:.2%}", f"{one.calibration_error:.2%}"]
+        return [""] * 3
+    return [f"{one.correct}/{one.images}", f"{one.top1:.2%}", f"{one.calibration_error:.1%}"]
 
 
 def _against(one: Difference | None) -> list[str]:
@@ -204,7 +206,7 @@ def _against(one: Difference | None) -> list[str]:
         f"{one.agreement:.2%}",
         str(one.gained),
         str(one.lost),
-        f"{100 * one.difference:+.2f} ({100 * low:+.2f} .. {100 * high:+.2f})",
+        f"{100 * one.difference:+.1f} ({100 * low:+.1f} .. {100 * high:+.1f})",
         f"{one.p_value:.2g}",
         verdict,
         f"{tail:.1%}",
@@ -219,17 +221,32 @@ def _bias(one: ModelOnSet, names: Sequence[str] | None) -> str:
     """The classes of the largest and of the least mean softmax."""
     order = sorted(range(len(one.soft)), key=lambda each: -one.soft[each])
 
+    digits = _digits(one)
+
     def shares(classes: Sequence[int]) -> str:
-        return ", ".join(f"{_named(each, names)} ({one.soft[each]:.1%})" for each in classes)
+        return ", ".join(f"{_named(each, names)} ({one.soft[each]:.{digits}%})" for each in classes)
 
     never = one.hard.count(0)
     none = f"; {never} of {len(order)} classes never" if never else ""
-    return f"most {shares(order[:FEW])}, least {shares(order[-FEW:])} (mean softmax){none}"
+    return f"most {shares(order[:FEW])}, least {shares(order[-FEW:])}{none}"
+
+
+def _digits(one: ModelOnSet) -> int:
+    """Of percentages that add up to 100 over all classes."""
+    return 1 if len(one.soft) <= _summary.CLASSES_SHOWN else 2
 
 
 def _changes(one: Difference, names: Sequence[str] | None) -> str:
     pairs = [f"{_named(move.before, names)} > {_named(move.after, names)} ({move.images})" for move in one.moves[:FEW]]
     return f"{one.changed:,} of {one.images:,} answers, most often {', '.join(pairs)}"
+
+
+def _lost(first: ModelOnSet, one: ModelOnSet, names: Sequence[str] | None) -> str:
+    """The classes whose accuracy fell most against the first model's, in points."""
+    pairs = enumerate(zip(first.class_accuracy, one.class_accuracy, strict=True))
+    falls = [(now - was, each) for each, (was, now) in pairs if was is not None and now is not None and now < was]
+    worst = [f"{_named(each, names)} ({100 * fall:.1f} points)" for fall, each in sorted(falls)[:FEW]]
+    return f"; loses most on {', '.join(worst)}" if worst else ""
 
 
 def _classes(results: Sequence[ModelOnSet], found: Comparison, numbers: Sequence[str]) -> None:
@@ -238,10 +255,11 @@ def _classes(results: Sequence[ModelOnSet], found: Comparison, numbers: Sequence
     alike = [number for number, model in enumerate(found.models) if model.compared]
     order = sorted(range(len(first.soft)), key=lambda each: -first.soft[each])
     half = _summary.CLASSES_SHOWN // 2
+    digits = _digits(first)
     shown = order if len(order) <= _summary.CLASSES_SHOWN else [*order[:half], *order[-half:]]
     rows = []
     for each in shown:
-        cells = [f"{results[one].soft[each]:.1%} / {results[one].hard[each]:.1%}" for one in alike]
+        cells = [f"{results[one].soft[each]:.{digits}%} / {results[one].hard[each]:.{digits}%}" for one in alike]
         accuracies = [results[one].class_accuracy[each] for one in alike]
         rows.append(
             [_named(each, found.models[0].class_names), *cells]

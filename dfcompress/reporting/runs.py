@@ -37,7 +37,8 @@ class ReportedRun:
     """A run in a report.
 
     `sets` are the images it made, by the folder inside the run's; `layers` is what quantization wrote of them and
-    `widths` what pruning did; `warnings` are those of the run and of its sets.
+    `widths` what pruning did; `warnings` are those of the run and of its sets. `inside` of another run it has no line
+    of its own.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ReportedRun:
     layers: Mapping[str, Any] | None = None
     widths: Mapping[str, Any] | None = None
     warnings: Sequence[str] = ()
+    inside: bool = False
 
     @property
     def measured(self) -> Mapping[str, Any]:

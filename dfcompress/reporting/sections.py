@@ -42,11 +42,11 @@ def sections_of(runs: Sequence[ReportedRun], real: RealImages) -> list[Section]:
         Section("summary", "Summary", [Part("", list(_summary(runs, colours)))]),
         Section("done", "What was done", _each(runs, colours, _done)),
         Section("warnings", "Health checks", _warnings(runs, colours)),
-        Section("accuracy", "Accuracy on real images", _each(runs, colours, _accuracy)),
-        Section("agreement", "Agreement with the teacher", [Part("", list(_agreement(runs, colours)))]),
-        Section("class-bias", "Class bias", _each(runs, colours, _class_bias)),
+        Section("accuracy", "Accuracy on real images", _accuracy(runs, colours)),
         Section("images", "Images by class", _each(runs, colours, lambda run: _images(run, real))),
         Section("losses", "Losses", list(_losses(runs, colours))),
+        Section("agreement", "Agreement with the teacher", [Part("", list(_agreement(runs, colours)))]),
+        Section("class-bias", "Class bias", _each(runs, colours, _class_bias)),
         Section("layers", "Layers", _each(runs, colours, _layers)),
         Section("machine", "Time, versions and hardware", [Part("", list(_machine(runs, colours)))]),
     ]
@@ -222,10 +222,9 @@ def _done(run: ReportedRun) -> Iterator[Block]:
             rate, batch = settings["lr"], settings["batch_size"]
             facts.append(f"{part}: {settings['steps']:,} steps of {batch:,} images, learning rate {rate:g}")
     yield Facts(facts)
-    if record.command:
-        again = record.command if record.finished else f"{record.command} --resume"
-        yield Line(again)
-    else:
+    if record.command and not run.inside:
+        yield Line(record.command if record.finished else f"{record.command} --resume")
+    elif not run.inside:
         yield Text("The record has no command line: the run was started from Python, or by an earlier version.")
     kept = {name: value for name, value in record.options.items() if name not in ("teacher", "teachers", "bits")}
     teachers = [{"sha256": each["sha256"], **each["card"]} for each in run.teachers]
@@ -247,31 +246,41 @@ def _warnings(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> list[P
 # Accuracy
 
 
-def _accuracy(run: ReportedRun) -> Iterator[Block]:
-    scores = run.scores
-    if scores:
-        which = ["images"] if any(score.get("images") for score in scores) else []
-        rows = [
-            [
-                Cell(Path(score["checkpoint"]).name),
-                *([Cell(score.get("images") or "")] if which else []),
-                Cell(f"{score['correct']:,}"),
-                Cell(f"{score['total']:,}"),
-                Cell(_percent(score["top1"])),
-                Cell("" if score.get("standard_error") is None else f"± {100 * score['standard_error']:.2f}"),
-                Cell("" if score["top5"] is None else _percent(score["top5"])),
-                Cell("" if score["agreement"] is None else _percent(score["agreement"])),
-            ]
-            for score in scores
+def _accuracy(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> list[Part]:
+    """One table of all scores, and for each extended model one of what it forgot."""
+    found = [(run, score) for run in runs for score in run.scores]
+    which = any(score.get("images") for _, score in found)
+    rows = [
+        [
+            Cell(run.name, colour=colours.get(run.name)),
+            Cell(Path(score["checkpoint"]).name),
+            *([Cell(score.get("images") or "")] if which else []),
+            Cell(f"{score['correct']:,}"),
+            Cell(f"{score['total']:,}"),
+            Cell(_percent(score["top1"])),
+            Cell("" if score.get("standard_error") is None else f"± {100 * score['standard_error']:.2f}"),
+            Cell("" if score["top5"] is None else _percent(score["top5"])),
+            Cell("" if score["agreement"] is None else _percent(score["agreement"])),
         ]
-        columns = ["checkpoint", *which, "right", "of", "top-1", "standard error", "top-5", "answers as the first"]
-        yield Table(columns=columns, rows=rows, texts=1 + len(which))
-    if forgetting := (run.measured.get("evaluation") or {}).get("forgetting"):
+        for run, score in found
+    ]
+    columns = ["run", "checkpoint", *(["images"] if which else []), "right", "of", "top-1", "standard error", "top-5"]
+    scores = Table(columns=[*columns, "answers as the first"], rows=rows, texts=3 if which else 2)
+    return [Part("", [scores] if rows else []), *_each(runs, colours, _forgetting)]
+
+
+def _forgetting(run: ReportedRun) -> Iterator[Block]:
+    if classes := (run.measured.get("evaluation") or {}).get("forgetting"):
         rows = [
             [Cell(each["name"]), Cell(f"{each['total']:,}"), Cell(_percent(each["before"])), _share(each["after"])]
-            for each in _both_ends(forgetting, key=lambda each: each["after"] - each["before"])
+            for each in _both_ends(classes, key=lambda each: each["after"] - each["before"])
         ]
         yield Table(columns=["old class", "images", "right before", "right after"], rows=rows)
+
+
+def _signed(number: str) -> str:
+    """With the minus that is as wide as a plus."""
+    return number.replace("-", "−")
 
 
 def _both_ends(rows: Sequence[Any], key: Callable[[Any], float]) -> list[Any]:
@@ -330,12 +339,17 @@ def _class_bias(run: ReportedRun) -> Iterator[Block]:
         ]
         most = max(max(one, other) for _, one, other in shares)
         rows = [
-            [Cell(run.class_name(label)), _share(one, most), _share(other, most), Cell(f"{100 * (other - one):+.2f}")]
+            [
+                Cell(run.class_name(label)),
+                _share(one, most),
+                _share(other, most),
+                Cell(_signed(f"{100 * (other - one):+.2f}")),
+            ]
             for label, one, other in _both_ends(shares, key=lambda each: each[2] - each[1])
         ]
         note = f"Shares of the {total:,} images trained on that each takes for a class"
         note += f"; {len(rows)} of {len(by_teacher):,} classes" if len(rows) < len(by_teacher) else ""
-        columns = ["class", teacher["checkpoint"], "student", "points"]
+        columns = ["class", f"teacher {teacher['checkpoint']}", "student", "points"]
         yield Table(columns=columns, rows=rows, note=f"{note}.")
 
 
@@ -376,7 +390,7 @@ def _losses(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> Iterator
         for losses in run.losses:
             for name, curves in losses.curves.items():
                 phases.setdefault(losses.phase, {}).setdefault(name, []).extend((run.name, each) for each in curves)
-    for phase, found in phases.items():
+    for phase, found in sorted(phases.items(), key=lambda each: each[0].startswith("training")):
         figures = [_figure(phase, name, curves, colours) for name, curves in found.items()]
         shown = {run for curves in found.values() for run, _ in curves}
         legend = [(run, colour) for run, colour in colours.items() if run in shown]
@@ -411,7 +425,7 @@ def _quantized(layers: Sequence[Mapping[str, Any]]) -> Table:
             Cell(each["type"]),
             Cell(f"{each['weights']:,}"),
             Cell(f"{each['weight_bits']}w{each['input_bits']}a"),
-            Cell("" if each["input_low"] is None else f"{each['input_low']:.3g} … {each['input_high']:.3g}"),
+            Cell("" if each["input_low"] is None else _signed(f"{each['input_low']:.3g} … {each['input_high']:.3g}")),
             Cell(f"{each['sensitivity']:.4f}", bar=_length(each["sensitivity"], most)),
             Cell("")
             if each["signal_to_noise"] is None
@@ -459,7 +473,8 @@ def _pruned(widths: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _machine(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> Iterator[Block]:
-    parts = {part: None for run in runs for part in _parts(run)}
+    wholes = ("total", "invocation")
+    parts = sorted({part: None for run in runs for part in _parts(run)}, key=lambda part: part in wholes)
     if parts:
         rows = [
             [Cell(run.name, colour=colours.get(run.name))]
@@ -467,7 +482,7 @@ def _machine(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> Iterato
             for run in runs
             if (told := _parts(run))
         ]
-        yield Table(columns=["run", *parts], rows=rows, note="Seconds of each part.")
+        yield Table(columns=["run", *parts], rows=rows, note="Seconds of each part; invocation: of the last call.")
     columns = ["run", "processor", "device", "precision", "compiled", "threads", "peak memory", *_libraries(runs)]
     rows = []
     for run in runs:

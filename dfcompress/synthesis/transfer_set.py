@@ -80,7 +80,7 @@ class TransferSetSource:
         self.sources = [open_images(place, teacher.card, part="train") for place in places]
         self.specs = {} if self.sources else _specs(teacher, synthesis, second_recipe)
         if self.sources and (second_recipe not in (AUTO, None) or replace(synthesis, images=1) != Synthesis(images=1)):
-            console.notice("The images are those of --data: options of synthesis make no others to train on.")
+            console.notice("The images are given: options of synthesis make no others to train on.")
         alternating = [spec.choice.name for spec in self.specs.values() if spec.recipe.student_updates]
         if student and len(alternating) > 1:
             raise BadInput(

@@ -35,6 +35,8 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "torch-pruning",
+    "jinja2",
+    "matplotlib",
 )
 
 

@@ -113,7 +113,7 @@ def _distinct(runs: Sequence[str | Path]) -> list[Path]:
     return list(reversed(folders.values()))
 
 
-def _read(folder: Path) -> Iterator[ReportedRun]:
+def _read(folder: Path, *, inside: bool = False) -> Iterator[ReportedRun]:
     """The run whose folder this is, and those that a demo made inside of it."""
     record = RunRecord.read(folder)
     inner = sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
@@ -130,11 +130,12 @@ def _read(folder: Path) -> Iterator[ReportedRun]:
             layers=_json(folder / LAYERS),
             widths=_json(folder / WIDTHS),
             warnings=warnings,
+            inside=inside,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(folder, error) from None
     for path in inner:
-        yield from _read(path)
+        yield from _read(path, inside=True)
 
 
 def _sets(folder: Path) -> Iterator[tuple[str, SyntheticSet]]:
