@@ -16,7 +16,7 @@ from dfcompress.cli import run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "tutorial.md"
 SHORTER = ("--images 512", "--images 32 --batch-size 32 --steps 2 --compile off")
-# Numbers differ, and what is said of them: warnings about images of two steps, whether a difference is noise, and where.
+# Numbers differ, and so does what is said of them: warnings, whether a difference is noise, and where it lies.
 NUMBERS = re.compile(r"[+-]?\d[\d,.]*(e[+-]\d+)?%?")
 SAID = re.compile(r"^warning: .*\n|within noise|better|worse|answers, .*", re.M)
 
