@@ -97,7 +97,7 @@ BREAKS = [
     Break(
         "a shard that is made again has the labels of the first",
         "synthesis/set_builder.py",
-        "self.labels.of_batch(shard, self.batch_size",
+        "self.labels.of_batch(batch, self.batch_size",
         "self.labels.of_batch(0, self.batch_size",
         "tests/verbs/test_invert.py -k balanced_labels",
     ),
