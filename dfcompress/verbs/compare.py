@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dfcompress import console
 from dfcompress.data.batches import UNLABELLED
-from dfcompress.data.real import ImageFolder, ImageSource, open_images
+from dfcompress.data.real import Fitted, ImageFolder, ImageSource, open_images
+from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet
 from dfcompress.device import resolve_device
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import Observation, calibration_error, observe, standard_error
@@ -196,16 +197,28 @@ class _Opener:
 def _opened(place: str, labelled: bool, card: ModelCard) -> tuple[list[ImageSource], Tensor | None]:
     """The sources at a place, and their labels where these count and fit the model."""
     parts = parts_of(place)
+    for part in parts:
+        if (part / MANIFEST).exists():
+            SyntheticSet(part).require_complete()
     if labelled:
         try:
             sources = [open_images(part, card) for part in parts]
-            return sources, torch.cat([source.labels for source in sources])
+            return sources, torch.cat([_labels(source) for source in sources])
         except BadInput as error:
             why = error.problem
     sources = [open_images(part, card, labelled=False) for part in parts]
     if labelled:
         console.notice(f"{place} is taken as images alone for {card.architecture}: {why}")
     return sources, None
+
+
+def _labels(source: ImageSource) -> Tensor:
+    """The labels of a source; of a synthetic set shard by shard, because images come with them."""
+    if isinstance(source, Fitted):
+        return _labels(source.source)
+    if isinstance(source, SyntheticSet):
+        return torch.cat([source.read_shard(shard)[1] for shard in source.shards])
+    return source.labels
 
 
 def _different(names: Sequence[str]) -> list[str]:

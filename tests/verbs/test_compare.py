@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from dfcompress.cli import run
 from dfcompress.data.real import read_idx
+from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import bn_divergence
 from dfcompress.models.checkpoint import load, save
@@ -58,7 +60,7 @@ def test_counts_are_those_of_evaluate_and_divergences_those_of_invert(found, fol
     assert [(each.correct, each.images) for each in results] == [(each.correct, each.total) for each in scores]
     assert found.differences[0].agreement == pytest.approx(scores[1].agreement)
     digits_images = torch.from_numpy(np.load(digits)["images"]).float() / 255
-    fitted = torch.nn.functional.interpolate(digits_images, (32, 32), mode="bilinear", antialias=True)
+    fitted = F.interpolate(digits_images, (32, 32), mode="bilinear", antialias=True)
     expected = bn_divergence(load(DEMO), [(fitted, torch.zeros(IMAGES))])
     assert [each.bn_divergence for each in results] == pytest.approx([expected] * 2, rel=1e-4)
 
@@ -145,6 +147,22 @@ def test_tables_and_files_hold_what_was_found(folder, tmp_path, capsys):
     again = run(list(map(str, line)))
     assert again == 2
     assert "is no new or empty folder" in capsys.readouterr().err
+
+
+def test_the_sets_of_a_run_are_one_and_must_be_finished(folder, tmp_path):
+    digits, card = read_idx(DEMO), load(DEMO).card.to_json()
+    for number, name in enumerate(("synthetic", "synthetic-bns")):
+        synthetic = SyntheticSet.create(tmp_path / name, {"card": card, "shards": [5]})
+        rows = slice(5 * number, 5 * number + 5)
+        images = F.interpolate(digits.images[rows].float(), (32, 32), mode="bilinear", antialias=True)
+        synthetic.write_shard(0, images.round().byte(), digits.labels[rows])
+    (one,) = compare([DEMO], sets=[tmp_path], outliers=10, device="cpu").results
+    assert (one.images, one.correct) == (10, 10)
+    names = {f"{part}/{number}" for part in ("synthetic", "synthetic-bns") for number in range(5)}
+    assert {outlier.image for outlier in one.outliers} == names
+    synthetic.shard_path(0).unlink()
+    with pytest.raises(BadInput, match="synthetic-bns is not complete"):
+        compare([DEMO], sets=[tmp_path], device="cpu")
 
 
 @pytest.mark.parametrize(
