@@ -216,7 +216,7 @@ def _done(run: ReportedRun) -> Iterator[Block]:
     )
     facts += [f"{count} times {made}" if count > 1 else made for made, count in sets.items()]
     if data := record.options.get("data"):
-        facts.append(f"images from {data if isinstance(data, str) else ', '.join(data)}")
+        facts.append(f"given images: {data if isinstance(data, str) else ', '.join(data)}")
     for part, settings in (record.plan or {}).items():
         if part.startswith(("training", "rounding")) and settings:
             rate, batch = settings["lr"], settings["batch_size"]
@@ -399,7 +399,7 @@ def _losses(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> Iterator
 
 def _figure(phase: str, name: str, curves: Sequence[tuple[str, Curve]], colours: Mapping[str, int]) -> Figure:
     several = f", {len(curves)} curves" if len(curves) > 1 else ""
-    ends = "" if several else f"{curves[0][1].values[0]:.3g} → {curves[0][1].values[-1]:.3g}"
+    ends = "" if several else f"{curves[0][1].values[0]:.4g} → {curves[0][1].values[-1]:.4g}"
     svg = loss_figure([(colours.get(run, 0), curve) for run, curve in curves])
     return Figure(svg, name.replace("_", " "), ends, f"{name} of {phase} over the steps{several} {ends}".strip())
 

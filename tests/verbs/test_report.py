@@ -111,7 +111,7 @@ def test_the_page_says_the_line_that_makes_a_run_again(page, runs):
     assert line.startswith(f"dfcompress quantize {DEMO} ")
     assert "--seed 1" in line
     assert "--train-steps 4" in line
-    assert line in page[1]
+    assert line in text_of(page[1])
 
 
 def opened(path: Path, tmp_path: Path) -> tuple[str, list[str], list[str]]:
