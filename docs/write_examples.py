@@ -2,8 +2,9 @@
 
 In a block of code behind the line `<!-- run -->` every line that begins with `$ ` is run in an empty folder, and what
 it writes to stdout takes the place of the lines below it; progress and notices on stderr are left out. In the folder
-are `lenet5`, the model that the package ships, `mnist-test`, its 10,000 test images, and `resnet20.th` where
-DFCOMPRESS_TEST_DATA has it. Without names all pages are renewed. The numbers depend on the machine; no test compares.
+are `lenet5`, the model that the package ships, `mnist-test`, its 10,000 test images, `images`, 512 images made from the
+model where a line names them, and `resnet20.th` where DFCOMPRESS_TEST_DATA has it. Without names all pages are renewed.
+The numbers depend on the machine; no test compares.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def main() -> None:
         if BLOCK.search(text):
             with tempfile.TemporaryDirectory() as folder:
                 furnish(Path(folder))
+                if "--data images" in "".join(found[2] for found in BLOCK.finditer(text)):
+                    printed("dfcompress invert lenet5 --images 512 -o images", folder)
                 page.write_text(BLOCK.sub(lambda found, inside=folder: found[1] + run(found[2], inside), text))
 
 

@@ -16,9 +16,9 @@ from dfcompress.cli import run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "tutorial.md"
 SHORTER = ("--images 512", "--images 32 --batch-size 32 --steps 2 --compile off")
-# Numbers differ, and what is said of them: warnings about images of two steps, and whether a difference is noise.
+# Numbers differ, and what is said of them: warnings about images of two steps, whether a difference is noise, and where.
 NUMBERS = re.compile(r"[+-]?\d[\d,.]*(e[+-]\d+)?%?")
-SAID = re.compile(r"^warning: .*\n|within noise|better|worse", re.M)
+SAID = re.compile(r"^warning: .*\n|within noise|better|worse|answers, .*", re.M)
 
 
 def lines_of_the_page() -> list[tuple[str, str]]:
