@@ -14,7 +14,7 @@ from dfcompress.data.real import ImageSource
 from dfcompress.device import exact_fp32, threads, threads_for
 from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier, evaluating, images_a_pass, work_of
-from dfcompress.models.ood_score import BatchNormOodScore
+from dfcompress.models.ood_score import SpreadScore
 from dfcompress.models.recorder import HookRecorder, LayerMoments, Moments
 from dfcompress.models.statistics import why_no_statistics
 
@@ -88,7 +88,7 @@ def bn_divergence(classifier: Classifier, batches: Batches) -> float:
 class Observation:
     """What a classifier shows of a whole set, on the CPU.
 
-    Image by image its best `classes`, int64 `(N,)`, the softmax of these, `confidences` `(N,)`, and the OOD `scores`
+    Image by image its best `classes`, int64 `(N,)`, the softmax of these, `confidences` `(N,)`, and the spread `scores`
     `(N,)` where they were wanted and are known; over all images the mean softmax of every class, `soft` `(classes,)`,
     and `divergence`, J_KL, None where no statistics are known.
     """
@@ -110,9 +110,9 @@ def observe(classifier: Classifier, batches: Batches, *, scores: bool = False) -
     """Answers, statistics and, if wanted, the `scores` of images by one pass of each, otherwise as `predict`."""
     knows = not why_no_statistics(classifier.network)
     recorder = HookRecorder(classifier.network, moments=knows)
-    pooled, ood = _PooledMoments(), BatchNormOodScore(classifier)
-    wanted = scores and ood.is_known
-    classes, confidences, ranks = [], [], []
+    pooled, spread = _PooledMoments(), SpreadScore(classifier)
+    wanted = scores and spread.is_known
+    classes, confidences, spreads = [], [], []
     soft = torch.zeros(classifier.card.classes, dtype=torch.double)
 
     def ask(images: Tensor, _: Tensor) -> None:
@@ -125,16 +125,16 @@ def observe(classifier: Classifier, batches: Batches, *, scores: bool = False) -
         if knows:
             pooled.add(recording.layers)
         if wanted:
-            ranks.append(ood.taken().cpu())
+            spreads.append(spread.taken().cpu())
 
-    with ood.attached() if wanted else nullcontext():
+    with spread.attached() if wanted else nullcontext():
         _pass_through(classifier, batches, ask)
     answers = torch.cat(classes)
     return Observation(
         classes=answers,
         confidences=torch.cat(confidences),
         soft=soft / len(answers),
-        scores=torch.cat(ranks) if wanted else None,
+        scores=torch.cat(spreads) if wanted else None,
         divergence=pooled.divergence() if knows else None,
     )
 

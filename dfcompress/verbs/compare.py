@@ -56,7 +56,7 @@ def compare(
     `own` names the set, one of `sets`, that is the models' own data, or one for each model: J_KL is also given divided
     by J_KL of it, models of other own data are not compared with the first, and a set that is another model's own has
     no labels that count.
-    So many `outliers` of a set are named: images of the largest OOD score. `tail_by` is the set over which the first
+    So many `outliers` of a set are named: images of the largest spread score. `tail_by` is the set over which the first
     model's mean predictions order the classes for the tail degradation; by default each set itself.
     Raises `BadInput` for a checkpoint, a set or a number that cannot be used, before anything runs.
     """

@@ -8,7 +8,7 @@ from torch import nn
 
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.ood_score import FLOOR, BatchNormOodScore
+from dfcompress.models.ood_score import FLOOR, BatchNormOodScore, SpreadScore
 
 CARD = ModelCard("tiny", 2, (1, 4, 4), (0.0,), (1.0,))
 
@@ -59,3 +59,16 @@ def test_the_network_is_left_as_it_was():
     with BatchNormOodScore(made).attached():
         assert made.network[0]._forward_pre_hooks
     assert not made.network[0]._forward_pre_hooks
+
+
+def test_the_spread_is_that_of_an_images_own_features_in_the_last_layer_with_several_positions():
+    made = network(nn.BatchNorm2d(1), nn.ReLU(), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2), nn.BatchNorm1d(2))
+    shown = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    score = SpreadScore(made)
+    with score.attached(), torch.no_grad():
+        made(shown[:1])
+        made(shown)
+    features = made.network[:2](shown).detach()
+    expected = (features.var((1, 2, 3), correction=0) / 4 + FLOOR).log() ** 2
+    assert torch.allclose(score.taken(), expected, rtol=1e-4)
+    assert not SpreadScore(network(nn.Flatten(), nn.Linear(16, 2), nn.BatchNorm1d(2))).is_known
