@@ -166,6 +166,7 @@ NEEDS: Mapping[str, Sequence[_Need]] = {
     "extend": [_classes, _float_weights, _images("--old-images or --records", optional=True)],
     "record": [_classes],
     "evaluate": [_classes],
+    "compare": [_classes],
     "export": [],
     "bench_step": [_classes, _statistics],
     "bench_train": [_classes, _pictures],
