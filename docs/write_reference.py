@@ -357,7 +357,7 @@ RAISED = ("BadInput", "DfcompressError", "GateNotMet", "NotFinite", "Unfit")
 TOLD = ("notice", "append")  # `append` to a list of warnings.
 REASONS = re.compile(r"_?why\w*|warnings|_collapse")  # Functions whose texts are the middle of a message.
 ANY = "…"
-NOTICE, GATE = "Nothing: a notice.", "The result is written; exit code 3."
+NOTICE, GATE = "A notice: the run goes on.", "The result is written; exit code 3."
 _VALUE = re.compile(f"{ANY}|‹[^›]*›")
 # What the user was doing where the messages of files come up; the longest beginning of a file's path counts.
 DOING = {
@@ -409,7 +409,7 @@ def messages() -> list[Message]:
 
 def _doing(file: str) -> str:
     order = sorted(
-        ((start, doing) for starts, doing in DOING.items() for start in starts.split()), key=lambda e: -len(e[0])
+        ((start, doing) for doing, starts in DOING.items() for start in starts.split()), key=lambda e: -len(e[0])
     )
     return next((doing for start, doing in order if file.startswith(start)), "Measuring and comparing")
 
@@ -489,7 +489,7 @@ class _Texts:
 def with_messages(page: str) -> str:
     """docs/troubleshooting.md with its generated tables renewed: behind the marker of each activity."""
     known = messages()
-    for doing in dict.fromkeys(message.doing for message in known):
+    for doing in DOING:
         mine = sorted((m for m in known if m.doing == doing), key=lambda m: m.remedy == NOTICE)
         rows = [[m.problem, m.remedy] for m in mine]
         start, end = f"<!-- every message: {doing} -->\n", "<!-- end -->\n"
