@@ -76,14 +76,14 @@ def jitters(pixels: int, *, flip: bool = False, crop: float = 1.0, cutout: float
     return transforms
 
 
-def augmentations(copies: int, *, crop: float, cutout: float, jitter: int = 0) -> list[Transform]:
+def augmentations(copies: int, *, crop: float, cutout: float, jitter: int = 0, flip: bool = True) -> list[Transform]:
     """In-batch augmentation (`random_crops`), after the published jitter where it is asked for; images that are neither
-    repeated nor cropped nor cut out of are mirrored all together, which costs no resampling.
+    repeated nor cropped nor cut out of are mirrored all together, which costs no resampling. Without `flip` none is.
     """
     if copies == 1 and crop == 1 and not cutout:
-        return jitters(jitter, flip=True)
+        return jitters(jitter, flip=flip)
     rolled = [random_roll(jitter)] if jitter else []
-    return [*rolled, random_crops(copies, smallest=crop, cutout=cutout)]
+    return [*rolled, random_crops(copies, smallest=crop, cutout=cutout, mirror=flip)]
 
 
 def downscale(factor: int) -> Transform:

@@ -17,6 +17,7 @@ from dfcompress.synthesis.transforms import augmentations
 PAPER = "Haroush et al., The Knowledge Within: Methods for Data-Free Model Compression, CVPR 2020"
 PRESETS: dict[str, dict[str, object]] = {
     "fast-cifar10": {"steps": 400, "copies": 1, "crop": 0.9, "cutout": 0.125},
+    "fast-mnist": {"steps": 400, "copies": 1, "crop": 0.9, "cutout": 0.125, "flip": False},
     "fast-imagenet": {**FAST_IMAGENET, "copies": 1, "crop": 1.0, "cutout": 0.0},
     "paper-cifar10": {"steps": 1000, "batch_size": 128},
 }
@@ -33,6 +34,7 @@ def bns(
     crop: float = 0.75,
     cutout: float = 0.25,
     jitter: int = 0,
+    flip: bool = True,
     spectrum: bool = False,
     batch_size: int = 256,
 ) -> Recipe:
@@ -42,7 +44,7 @@ def bns(
         losses=[bn_divergence()],
         phases=coarse_to_fine(
             Phase(steps, lr, (0.5, 0.9), schedule),
-            lambda factor: augmentations(copies, crop=crop, cutout=cutout, jitter=jitter // factor),
+            lambda factor: augmentations(copies, crop=crop, cutout=cutout, jitter=jitter // factor, flip=flip),
             quarter_steps=quarter_steps,
             half_steps=half_steps,
         ),
