@@ -225,7 +225,7 @@ def _done(run: ReportedRun) -> Iterator[Block]:
     if record.command and not run.inside:
         yield Line(record.command if record.finished else f"{record.command} --resume")
     elif not run.inside:
-        yield Text("The record has no command line: the run was started from Python, or by an earlier version.")
+        yield Text("The record has no command line: the run was started from Python, by a demo, or by an earlier version.")
     kept = {name: value for name, value in record.options.items() if name not in ("teacher", "teachers", "bits")}
     teachers = [{"sha256": each["sha256"], **each["card"]} for each in run.teachers]
     yield Details(
