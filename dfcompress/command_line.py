@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import click
@@ -12,12 +14,26 @@ from click.core import ParameterSource
 # Options that say nothing of what is computed.
 LEFT_OUT = {"resume", "overwrite", "as_json", "dry_run"}
 
+_line: ContextVar[str | None] = ContextVar("line", default=None)
+
 
 def command_line() -> str | None:
-    """The command that is running as a line for a shell; None where a verb was called from Python."""
-    context = click.get_current_context(silent=True)
-    if context is None:
-        return None
+    """The line that started what is running; None where a verb was called from Python."""
+    return _line.get()
+
+
+@contextmanager
+def started_by(line: str | None) -> Iterator[None]:
+    """Say that `line` starts what runs inside; None: that no line does."""
+    before = _line.set(line)
+    try:
+        yield
+    finally:
+        _line.reset(before)
+
+
+def line_of(context: click.Context) -> str:
+    """A command, as it was called, as a line for a shell."""
     arguments: list[str] = []
     options: list[str] = []
     for parameter in context.command.params:

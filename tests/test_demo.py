@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dfcompress.cli import run
+from dfcompress.run import RunRecord
 from dfcompress.verbs import demo
 
 
@@ -47,6 +48,9 @@ def test_the_demo_at_a_fifth_of_its_size_ends_in_smaller_models_that_work(tmp_pa
         assert picture.size[0] > 300
     page = (tmp_path / shown["report"]).read_text()
     assert [name for name in ("accuracy", "layers", "losses") if f'<section id="{name}"' not in page] == []
+    folder = tmp_path / shown["output"]
+    lines = [RunRecord.read(folder / part).command for part in (".", "images", "student", "quantized")]
+    assert lines == ["dfcompress demo", None, None, None]
 
 
 def test_a_demo_without_the_packages_of_reports_says_how_to_write_one(monkeypatch, capsys):

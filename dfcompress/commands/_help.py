@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from dfcompress.command_line import line_of, started_by
 from dfcompress.commands import _config
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -73,7 +74,8 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; raises `BadInput` where the environment has a DFCOMPRESS_ variable of no option."""
         _config.check_environment(ctx.find_root())
-        return super().invoke(ctx)
+        with started_by(line_of(ctx)):
+            return super().invoke(ctx)
 
     def _fits(self) -> bool:
         return sum(isinstance(each, click.Option) and not each.hidden for each in self.params) <= ONE_PAGE

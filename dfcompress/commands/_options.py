@@ -749,22 +749,25 @@ second_recipe = under(
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
-def _seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+def _seconds(budget: str | None) -> float | None:
     """`90s`, `30m` or `2h` → seconds."""
-    if value is None:
+    if budget is None:
         return None
     try:
-        return float(value[:-1]) * UNITS[value[-1:]]
+        return float(budget[:-1]) * UNITS[budget[-1:]]
     except (ValueError, KeyError):
-        raise BadInput(f"--budget {value!r} is not understood.", "Write it like 90s, 30m or 2h.") from None
+        raise BadInput(f"--budget {budget!r} is not understood.", "Write it like 90s, 30m or 2h.") from None
 
 
-budget = click.option(
-    "--budget",
-    callback=_seconds,
-    metavar="TIME",
-    help="Time for the whole run on this machine, for instance 30m. It decides the number of images and of training "
-    "steps.",
+budget = group(
+    "budget",
+    _seconds,
+    click.option(
+        "--budget",
+        metavar="TIME",
+        help="Time for the whole run on this machine, for instance 30m. It decides the number of images and of "
+        "training steps.",
+    ),
 )
 probe_images = under(
     "Images",

@@ -131,5 +131,5 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text())
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(title=title, subtitle=subtitle, sections=sections)

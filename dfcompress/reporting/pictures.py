@@ -31,19 +31,23 @@ def shown_classes(labels: Tensor) -> list[int]:
     return [present[number * (len(present) - 1) // (CLASSES - 1)] for number in range(CLASSES)]
 
 
-def written(synthetic: SyntheticSet) -> tuple[Tensor, Tensor] | None:
-    """The stored images and labels of the shards that are there, None where there is none yet."""
-    there = [shard for shard in synthetic.shards if shard not in set(synthetic.missing_shards())]
-    if not there:
-        return None
-    parts = [synthetic.read_shard(shard) for shard in there]
-    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+def written(synthetic: SyntheticSet) -> list[int]:
+    """The shards that are there."""
+    missing = set(synthetic.missing_shards())
+    return [shard for shard in synthetic.shards if shard not in missing]
 
 
-def made_of(images: Tensor, labels: Tensor, classes: Sequence[int]) -> dict[int, str]:
-    """The first stored images `(N, C, H, W)` of each class, as data URLs."""
-    count = _count(tuple(images.shape[2:]))
-    return {label: _tiles(as_float(images[labels == label][:count])) for label in classes}
+def made_of(synthetic: SyntheticSet, shards: Sequence[int], classes: Sequence[int]) -> dict[int, str]:
+    """The first images of each class in these shards, as data URLs; one shard is in memory at a time."""
+    count = _count(synthetic.size[1:])
+    found: dict[int, list[Tensor]] = {label: [] for label in classes}
+    for shard in shards:
+        images, labels = synthetic.read_shard(shard)
+        for label, kept in found.items():
+            kept.extend(images[(labels == label).nonzero()[: count - len(kept), 0]])
+        if all(len(kept) == count for kept in found.values()):
+            break
+    return {label: _tiles(as_float(torch.stack(kept))) for label, kept in found.items()}
 
 
 def real_of(source: ImageSource, classes: Sequence[int], size: tuple[int, int]) -> dict[int, str]:

@@ -71,10 +71,19 @@ class ReportedRun:
         """A score for each checkpoint that was evaluated on real images, that of the result last."""
         return list((self.measured.get("evaluation") or {}).get("results", ()))
 
-    def class_name(self, label: int) -> str:
-        """The name of one of the result's classes, or its number."""
-        names = self.record.options.get("class_names") or (self.card.class_names if self.card else None) or ()
-        return str(names[label]) if label < len(names) else f"class {label}"
+    @property
+    def class_names(self) -> Mapping[int, str]:
+        """Names of the result's classes by its outputs, of those that have one: its own, else those of its teachers."""
+        options = self.record.options
+        if options.get("class_names"):
+            return dict(enumerate(options["class_names"]))
+        cards = [ModelCard.from_json(teacher["card"]) for teacher in self.teachers]
+        outputs = options.get("outputs") or [range(card.classes) for card in cards]
+        return {
+            output: name
+            for card, of_teacher in zip(cards, outputs, strict=True)
+            for output, name in zip(of_teacher, card.class_names or (), strict=False)
+        }
 
 
 def read_losses(phase: str, folder: Path) -> Iterator[Losses]:
@@ -96,12 +105,16 @@ def read_losses(phase: str, folder: Path) -> Iterator[Losses]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, up to the one that a killed process left half written."""
-    for line in path.read_text().splitlines() if path.exists() else ():
+    """The objects of a file of JSON lines without the last, where a killed process left that half written; raises
+    `ValueError` for another.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)
         except ValueError:
-            return
+            if number < len(lines):
+                raise
 
 
 def repeated(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:

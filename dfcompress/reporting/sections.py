@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dfcompress.data.real import ImageSource
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.reporting.figures import loss_figure
@@ -208,7 +210,8 @@ def _done(run: ReportedRun) -> Iterator[Block]:
     record = run.record
     if not record.finished:
         yield Text("This run is not finished: it was interrupted, or is still going on.", warning=True)
-    facts = [f"{_short(run)[0].upper()}{_short(run)[1:]}, seed {record.options.get('seed', 0)}"]
+    seed = f", seed {record.options['seed']}" if "seed" in record.options else ""
+    facts = [f"{_short(run)[0].upper()}{_short(run)[1:]}{seed}"]
     sets = Counter(
         f"{made['images']:,} images by {made['recipe']['name']} ({made['recipe']['preset']}) in {made['batches']:,} "
         f"{'batch' if made['batches'] == 1 else 'batches'} of {made['steps']:,} steps"
@@ -225,7 +228,7 @@ def _done(run: ReportedRun) -> Iterator[Block]:
     if record.command and not run.inside:
         yield Line(record.command if record.finished else f"{record.command} --resume")
     elif not run.inside:
-        yield Text("The record has no command line: the run was started from Python, or by an earlier version.")
+        yield Text("The record has no line: Python, a demo or an earlier version started the run.")
     kept = {name: value for name, value in record.options.items() if name not in ("teacher", "teachers", "bits")}
     teachers = [{"sha256": each["sha256"], **each["card"]} for each in run.teachers]
     yield Details(
@@ -327,6 +330,7 @@ def _merged(found: Iterable[tuple[ReportedRun, Mapping[str, Any]]]) -> bool:
 
 def _class_bias(run: ReportedRun) -> Iterator[Block]:
     """What shares of the images trained on the teachers and the student take for each class."""
+    names = run.class_names
     for teacher in run.measured.get("teachers", ()):
         by_teacher, by_student = teacher.get("teacher_answers"), teacher.get("student_answers")
         if not by_teacher or not sum(by_teacher):
@@ -340,7 +344,7 @@ def _class_bias(run: ReportedRun) -> Iterator[Block]:
         most = max(max(one, other) for _, one, other in shares)
         rows = [
             [
-                Cell(run.class_name(label)),
+                Cell(_class_name(names, label)),
                 _share(one, most),
                 _share(other, most),
                 Cell(_signed(f"{100 * (other - one):+.2f}")),
@@ -358,26 +362,31 @@ def _class_bias(run: ReportedRun) -> Iterator[Block]:
 
 def _images(run: ReportedRun, real: RealImages) -> Iterator[Block]:
     for synthetic in run.sets.values():
-        there = written(synthetic)
-        if there is None:
+        shards = written(synthetic)
+        if not shards:
             continue
-        images, labels = there
+        labels = torch.cat([synthetic.read_shard(shard)[1] for shard in shards])
         classes, counts = shown_classes(labels), labels.bincount()
-        made = made_of(images, labels, classes)
+        made = made_of(synthetic, shards, classes)
         source = real(synthetic)
         beside = real_of(source, classes, (synthetic.size[1], synthetic.size[2])) if source else {}
         present = int((counts > 0).sum())
         of_many = f", {len(classes)} of {present:,} classes" if len(classes) < present else ""
         beside_them = "; real images on the right" if beside else ""
-        unfinished = f" of {len(synthetic):,}, which are not finished" if len(images) < len(synthetic) else ""
+        unfinished = f" of {len(synthetic):,}, which are not finished" if len(labels) < len(synthetic) else ""
         recipe = synthetic.manifest["recipe"]["name"]
-        yield Text(f"{len(images):,} images{unfinished} by {recipe}{of_many}{beside_them}.")
+        yield Text(f"{len(labels):,} images{unfinished} by {recipe}{of_many}{beside_them}.")
+        names = dict(enumerate(synthetic.class_names or ()))
         yield Pictures(
             [
-                ClassPicture(run.class_name(label), f"{counts[label]:,}", made[label], beside.get(label))
+                ClassPicture(_class_name(names, label), f"{counts[label]:,}", made[label], beside.get(label))
                 for label in classes
             ]
         )
+
+
+def _class_name(names: Mapping[int, str], label: int) -> str:
+    return str(names.get(label, f"class {label}"))
 
 
 # Losses

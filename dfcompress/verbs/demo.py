@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dfcompress import console
+from dfcompress.command_line import started_by
 from dfcompress.device import Compute
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
@@ -80,7 +81,7 @@ def demo(
         raise BadInput("demo runs in one process.", "Start it without torchrun.")
     run = Run("demo", Path(output), asdict(compute), resume=resume, overwrite=overwrite)
     teacher = load(FILES)
-    with run.timed("total"):
+    with run.timed("total"), started_by(None):  # No line makes a part of the demo alone.
         console.notice("Making images from the teacher.")
         images = _step(run, "images", resume)
         made = invert(teacher, synthesis=SHOWN, compute=compute, **images)
@@ -118,7 +119,6 @@ def demo(
         DemoRow("half-width student", of_student, student.bytes, round(student.seconds["total"], 1)),
         DemoRow(f"teacher {BITS}", of_packed, packed.bytes, round(packed_seconds, 1)),
     ]
-    page = None if missing_packages() else str(run.folder / FILE)
     result = Demo(
         output=str(run.folder),
         picture=str(Path(made.output) / PREVIEW),
@@ -126,12 +126,13 @@ def demo(
         images=made,
         rows=rows,
         seconds=round(run.seconds["total"], 1),
-        report=page,
+        report=None,
     )
     run.finish(result.to_json())
-    if page:
-        report([run.folder], output=page, data=FILES, overwrite=True)
-    return result
+    if missing_packages():
+        return result
+    page = report([run.folder], output=run.folder / FILE, data=FILES, overwrite=True)
+    return replace(result, report=page.output)
 
 
 def _step(run: Run, name: str, resume: bool) -> dict[str, Any]:

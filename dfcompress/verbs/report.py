@@ -20,16 +20,19 @@ from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.quantization.layer_report import REPORT as LAYERS
-from dfcompress.reporting.page import render
+from dfcompress.reporting.page import Section, render
 from dfcompress.reporting.runs import Losses, ReportedRun, read_losses
-from dfcompress.reporting.sections import sections_of
+from dfcompress.reporting.sections import RealImages, sections_of
 from dfcompress.run import RECORD, RunRecord, write_atomically
+from dfcompress.settings import one_or_more
 from dfcompress.synthesis.set_builder import warnings_of
 from dfcompress.verbs.prune import REPORT as WIDTHS
 
 FILE = "report.html"
 PACKAGES = ("jinja2", "matplotlib")
 PROBES = "unseen"  # Folders of images that nothing was trained on.
+# What reading values raises that are not as this version writes them.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Report:
 
 
 def report(
-    runs: Sequence[str | Path],
+    runs: str | Path | Sequence[str | Path],
     *,
     output: str | Path = FILE,
     data: str | Path | None = None,
@@ -62,7 +65,7 @@ def report(
     """
     require_packages()
     path = _checked(Path(output), overwrite=overwrite)
-    found = [run for folder in _distinct(runs) for run in _read(folder)]
+    found = _all(one_or_more(runs))
     named = [_named(run, found) for run in found]
     opened: dict[str, ImageSource] = {}
 
@@ -75,8 +78,8 @@ def report(
             opened[key] = open_images(data, ModelCard.from_json(card))
         return opened[key]
 
-    sections = sections_of(named, real)
-    title = named[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    sections = _sections(named, real)
+    title = named[0].name if all(run.inside for run in named[1:]) else f"{len(named)} runs"
     subtitle = f"dfcompress {metadata.version('dfcompress')}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     page = render(title, subtitle, sections)
     with write_atomically(path) as temporary:
@@ -105,21 +108,26 @@ def _checked(path: Path, *, overwrite: bool) -> Path:
     return path
 
 
-def _distinct(runs: Sequence[str | Path]) -> list[Path]:
-    """The folders in their order, each once."""
-    folders = {Path(run).resolve(): Path(run) for run in reversed(runs)}
+def _all(folders: Sequence[str | Path]) -> list[ReportedRun]:
+    """The runs of the folders in their order, each once."""
     if not folders:
         raise BadInput("No run was named.", "Name the folder of at least one run.")
-    return list(reversed(folders.values()))
+    found: dict[Path, ReportedRun] = {}
+    for folder in folders:
+        for run in _read(Path(folder)):
+            found.setdefault(run.record.folder.resolve(), run)
+    return list(found.values())
 
 
 def _read(folder: Path, *, inside: bool = False) -> Iterator[ReportedRun]:
     """The run whose folder this is, and those that a demo made inside of it."""
     record = RunRecord.read(folder)
+    if not record.options:
+        raise BadInput(f"{folder} was being overwritten and holds no run.", "Make the run again, or leave it out.")
     inner = sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
     sets = {} if inner else dict(_sets(folder))
-    warnings = list((record.measurements or {}).get("warnings", ()))
     try:
+        warnings = list((record.measurements or {}).get("warnings", ()))
         for synthetic in sets.values():
             warnings += [warning for warning in warnings_of(synthetic) if warning not in warnings]
         yield ReportedRun(
@@ -132,7 +140,7 @@ def _read(folder: Path, *, inside: bool = False) -> Iterator[ReportedRun]:
             warnings=warnings,
             inside=inside,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise _unreadable(folder, error) from None
     for path in inner:
         yield from _read(path, inside=True)
@@ -160,8 +168,20 @@ def _losses(folder: Path, verb: str, sets: dict[str, SyntheticSet]) -> Iterator[
 def _json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    values: dict[str, Any] = json.loads(path.read_text())
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return values
+
+
+def _sections(runs: Sequence[ReportedRun], real: RealImages) -> list[Section]:
+    """The sections of the page; raises `BadInput` for the first run that has none because its files are malformed."""
+    try:
+        return sections_of(runs, real)
+    except MALFORMED as error:
+        if len(runs) == 1:
+            raise _unreadable(runs[0].record.folder, error) from None
+        for run in runs:
+            _sections([run], real)
+        raise
 
 
 def _unreadable(folder: Path, error: Exception) -> BadInput:
@@ -176,4 +196,4 @@ def _named(run: ReportedRun, all_runs: Sequence[ReportedRun]) -> ReportedRun:
     own = Path(run.name).resolve().parts
     others = [Path(other.name).resolve().parts for other in all_runs if other is not run]
     length = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own))
-    return replace(run, name="/".join(own[-length:]))
+    return replace(run, name=str(Path(*own[-length:])))

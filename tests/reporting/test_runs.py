@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from dfcompress.reporting.runs import Curve, Losses, ReportedRun, read_losses, repeated
 from dfcompress.run import RunRecord
 
@@ -17,6 +19,26 @@ def test_losses_of_an_interrupted_set_are_read_up_to_the_half_written_line(tmp_p
     assert list(read_losses("images", tmp_path)) == [
         Losses("images", {"ce": [Curve([0, 1], [3.0, 2.0]), Curve([2], [1.0])]})
     ]
+    (tmp_path / "metrics.jsonl").write_text(whole.replace("}", "", 1))
+    with pytest.raises(ValueError, match="delimiter"):
+        list(read_losses("images", tmp_path))
+
+
+def test_a_merged_model_has_the_names_of_all_teachers_where_its_outputs_are():
+    digits = {"architecture": "a", "classes": 2, "input_size": [1, 8, 8], "mean": [0.5], "std": [0.5]}
+    teachers = [
+        {"card": {**digits, "class_names": ["zero", "one"]}, "sha256": "a"},
+        {"card": {**digits, "class_names": ["one", "two"]}, "sha256": "b"},
+        {"card": digits, "sha256": "c"},
+    ]
+
+    def names(**options):
+        record = RunRecord(folder=Path(), verb="merge", options=options, versions={})
+        return ReportedRun(name="merged", record=record).class_names
+
+    assert names(teachers=teachers, outputs=[[0, 1], [1, 2], [3, 4]]) == {0: "zero", 1: "one", 2: "two"}
+    assert names(teacher=teachers[1]) == {0: "one", 1: "two"}
+    assert names(teacher=teachers[0], class_names=["zero", "one", "seven"])[2] == "seven"
 
 
 def test_runs_repeat_where_their_options_differ_in_the_seed_alone():

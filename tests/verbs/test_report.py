@@ -22,6 +22,7 @@ from dfcompress.verbs.report import Report, report
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
+WITHOUT_TOP5 = {"checkpoint": "a", "correct": 1, "total": 2, "top1": 0.5}
 SECTIONS = [
     "summary",
     "done",
@@ -166,6 +167,43 @@ def test_what_is_no_run_is_refused_in_one_line_and_nothing_is_written(runs, tmp_
     page.write_text("mine")
     assert "--overwrite" in refused([str(runs / "images"), *line], capsys)
     assert page.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"options": {}, "measurements": None}, "was being overwritten"),
+        ({"measurements": [1]}, "AttributeError"),
+        ({"seconds": None, "measurements": {}}, "TypeError"),
+        ({"measurements": {"evaluation": {"results": [WITHOUT_TOP5]}}}, "top5"),
+        ({"plan": {"synthesis": [{}]}}, "KeyError"),
+    ],
+    ids=["overwritten", "measurements", "seconds", "evaluation", "plan"],
+)
+def test_a_record_that_is_malformed_or_of_a_killed_run_is_refused_by_the_name_of_its_folder(
+    wrong, said, runs, tmp_path
+):
+    for name, change in (("good", {}), ("bad", wrong)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({**stored(runs / "images"), **change}))
+    with pytest.raises(BadInput, match=rf"{tmp_path / 'bad'} .*{said}"):
+        report([tmp_path / "good", tmp_path / "bad"], output=tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_run_that_is_named_twice_or_lies_inside_another_is_shown_once(runs, tmp_path, monkeypatch):
+    record = stored(runs / "images")
+    for place in ("demo", "demo/student", "alone"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "run.json").write_text(json.dumps({**record, "command": None}))
+    monkeypatch.chdir(tmp_path)
+    for asked, names, title in (
+        (["demo", "demo/student"], ["demo", "student"], "demo"),
+        (["alone", "demo", tmp_path / "alone"], ["alone", "demo", "student"], "3 runs"),
+        ("alone", ["alone"], "alone"),
+    ):
+        assert report(asked, overwrite=True).runs == names
+        assert f"<title>{title}" in Path("report.html").read_text()
 
 
 def test_without_its_packages_a_report_says_how_to_get_them(runs, tmp_path, monkeypatch):
