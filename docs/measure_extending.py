@@ -36,9 +36,9 @@ DIGITS = {
     "five steps": ("01", "23", "45", "67", "89"),
     "five steps, rate 0.003": ("01", "23", "45", "67", "89"),
 }
-MORE = {"five steps, rate 0.003": " --train-lr 0.003"}
+MORE = dict.fromkeys(("five steps, rate 0.003", "cifar, rate 0.003"), " --train-lr 0.003")
 FEW = 50
-CASES = (*DIGITS, "fashion", "colour", "cifar")
+CASES = (*DIGITS, "fashion", "colour", "cifar", "cifar, rate 0.003")
 
 
 def digits_file(given: argparse.Namespace, digits: str, part: Part, order: str = "", few: int = 0) -> Path:
@@ -87,7 +87,7 @@ def measure(given: argparse.Namespace, case: str, method: str, seed: int) -> dic
     """One row: the evaluation after the last step, the seconds of all, and the forgetting of each old class."""
     if case in DIGITS:
         return steps_of_digits(given, case, method, seed)
-    if case == "cifar":
+    if case.startswith("cifar"):
         real = f" --old-data {cifar_folder(given, 'train', new=False)}" if method == "oracle" else ""
         old, new = given.teachers / "cifar_resnet20-01234", cifar_folder(given, "train", new=True)
         return extended(
@@ -178,7 +178,11 @@ def main() -> None:
     for seed in range(given.seeds):
         for case in CASES:
             for method in METHODS:
-                possible = {"colour": given.colour and method != "oracle", "cifar": given.cifar10}.get(case, True)
+                possible = {
+                    "colour": given.colour and method != "oracle",
+                    "cifar": given.cifar10,
+                    "cifar, rate 0.003": given.cifar10,
+                }.get(case, True)
                 if possible and (not given.only or f"{case}/{method}" in given.only):
                     rows.make(partial(measure, given, case, method, seed), case=case, row=method, seed=seed)
     sys.stdout.write(table(rows.made) + "\n")

@@ -104,6 +104,11 @@ def test_every_option_that_is_mentioned_exists(page):
     assert mentioned <= known, mentioned - known
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_place_waits_to_be_filled(page):
+    assert not re.findall(r"@@|@[A-Z0-9]+@", page.read_text())
+
+
 def test_the_readme_begins_with_the_two_lines():
     first_screen = "\n".join((REPOSITORY / "README.md").read_text().splitlines()[:45])
     assert "pip install . && dfcompress demo" in first_screen

@@ -186,7 +186,7 @@ def require_reachable(costs: Costs, groups: Sequence[ChannelGroup], asked: Pruni
     least = costs.at(widths_for(costs.widths, groups, left)) / costs.whole
     if least > asked.share:
         raise BadInput(
-            f"--{asked.resource} {asked.share:g} is out of reach: the least there is is {least:.3f}.",
+            f"--{asked.resource} {asked.share:g} is out of reach: the least possible is {least:.3f}.",
             "Ask for more" + (f", or for a smaller --round-to than {asked.round_to}." if asked.round_to > 1 else "."),
         )
 

@@ -215,7 +215,7 @@ def _asked(
     given = {resource: share for resource, share in shares.items() if share is not None}
     if len(given) != 1:
         found = " and ".join(f"--{each}" for each in given) or "none"
-        raise BadInput(f"One budget says how much stays, and there is {found}.", "Use for instance --flops 0.5.")
+        raise BadInput(f"Give one budget that says how much stays, not {found}.", "Use for instance --flops 0.5.")
     ((resource, share),) = given.items()
     if round_to is None:
         round_to = BLOCK if resource == "latency" else 1

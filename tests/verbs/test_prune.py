@@ -133,10 +133,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "One budget says how much stays, and there is none"),
-        ("--flops 0.5 --filters 0.5", "there is --flops and --filters"),
+        ("", "that says how much stays, not none"),
+        ("--flops 0.5 --filters 0.5", "not --flops and --filters"),
         ("--flops 2", "--flops 2 is no share"),
-        ("--flops 0.001", "the least there is is 0.0"),
+        ("--flops 0.001", "the least possible is 0.0"),
         ("--filters 0.5 --repair refit --train-steps 5", "--repair refit trains nothing"),
         ("--filters 0.5 --recipe adaptive-deepinversion --second-recipe none", "there are none to prune by"),
     ],
