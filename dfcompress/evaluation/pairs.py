@@ -36,16 +36,21 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * float(bdtr(min(gained, lost), changed, 0.5))) if changed else 1.0
 
 
-def difference_interval(gained: int, lost: int, images: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """The confidence interval of (gained − lost) / images, a difference of paired proportions in [−1, 1].
+def difference_interval(gained: int, lost: int, images: int) -> tuple[float, float]:
+    """The 95 % confidence interval of (gained − lost) / images, a difference of paired proportions in [−1, 1]. It holds
+    0 exactly where `mcnemar` is `NOISE` or more.
 
-    Wald's interval after half an image is added to each of the four counts (Agresti & Min 2005, section 2).
+    Wald's interval after half an image is added to each of the four counts (Agresti & Min 2005, section 2), which
+    reaches on to 0 where the exact test does not rule 0 out. (An interval of the exact test alone takes the number of
+    changed images for certain: where a model loses 1 % of 846 images and gains none, it is right 46 % of the time, this
+    one 92 %.)
     """
     gains, losses, total = gained + 0.5, lost + 0.5, images + 2
     difference = (gains - losses) / total
     error = math.sqrt((gains + losses) / total - difference**2) / math.sqrt(total)
-    reach = float(ndtri(0.5 + confidence / 2)) * error
-    return max(-1.0, difference - reach), min(1.0, difference + reach)
+    reach = float(ndtri(1 - NOISE / 2)) * error
+    low, high = max(-1.0, difference - reach), min(1.0, difference + reach)
+    return (min(low, 0.0), max(high, 0.0)) if mcnemar(gained, lost) >= NOISE else (low, high)
 
 
 def tail_degradation(

@@ -10,7 +10,7 @@ from torch import Tensor
 from dfcompress.data.batches import UNLABELLED
 from dfcompress.errors import BadInput
 from dfcompress.memory import count_bytes, images_at_once
-from dfcompress.models.classifier import LARGEST_PASS, Classifier
+from dfcompress.models.classifier import LARGEST_PASS, Classifier, evaluating
 from dfcompress.randomness import generator
 
 
@@ -39,6 +39,13 @@ def attacked(
         signs = [_gradient(classifier, some.to(classifier.mean.device), truth).sign() for some, truth in parts]
         step = epsilon * classifier.std * torch.cat(signs)
         yield (images.to(step.device) + step).clamp(0, 1), labels
+
+
+def require_gradient(classifier: Classifier) -> None:
+    """Raise `BadInput` where no gradient passes through a classifier to its images, so that it cannot be attacked."""
+    image = torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device)
+    with evaluating(classifier):
+        _gradient(classifier, image, torch.full((1,), UNLABELLED))
 
 
 def _bytes_a_gradient(classifier: Classifier) -> float:

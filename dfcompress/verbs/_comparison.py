@@ -140,7 +140,10 @@ class Comparison:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, rows in self._tables().items():
             if rows:
-                with write_atomically(Path(folder) / f"{name}.csv") as path, path.open("w", newline="") as file:
+                with (
+                    write_atomically(Path(folder) / f"{name}.csv") as path,
+                    path.open("w", newline="", encoding="utf-8") as file,
+                ):
                     writer = csv.DictWriter(file, list(rows[0]))
                     writer.writeheader()
                     writer.writerows(rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from dfcompress.device import resolve_device
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import Observation, calibration_error, observe, standard_error
 from dfcompress.evaluation.pairs import NOISE, difference_interval, mcnemar, moves, tail_degradation
-from dfcompress.evaluation.probes import attacked, noise
+from dfcompress.evaluation.probes import attacked, noise, require_gradient
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.statistics import why_no_statistics
+from dfcompress.settings import one_or_more
 from dfcompress.synthesis.transfer_set import parts_of
 from dfcompress.verbs._comparison import Change, ComparedModel, Comparison, Difference, ModelOnSet, Outlier
 from dfcompress.verbs.evaluate import counted, placed
@@ -38,9 +39,9 @@ SETS = "Name images, synthetic sets or run folders, random, or fgsm: before one 
 
 
 def compare(
-    checkpoints: Sequence[str | Path | Classifier],
+    checkpoints: str | Path | Classifier | Sequence[str | Path | Classifier],
     *,
-    sets: Sequence[str | Path],
+    sets: str | Path | Sequence[str | Path],
     own: str | Path | Sequence[str | Path] | None = None,
     epsilon: float = 0.1,
     outliers: int = 0,
@@ -67,20 +68,21 @@ def compare(
     if not 0 < epsilon < float("inf"):
         raise BadInput(f"--epsilon {epsilon:g} is no step.", "Give a number above 0, such as 0.1.")
     target = resolve_device(device)
-    names = list(dict.fromkeys(map(str, sets)))
-    classifiers = [as_classifier(checkpoint) for checkpoint in checkpoints]
+    names = list(dict.fromkeys(map(str, one_or_more(sets))))
+    classifiers = [as_classifier(checkpoint) for checkpoint in one_or_more(checkpoints)]
     owned = _owned(own, names, len(classifiers))
     order_by = _listed(tail_by, "--tail-by", names) if tail_by is not None else None
-    opener = _Opener(owned)
-    shown = [
-        [opener.open(_Asked.of(name), each, belongs) for name in names]
-        for each, belongs in zip(classifiers, owned, strict=True)
-    ]
     called = _different([str(each.path or each.name) for each in classifiers])
     models = [
         _described(name, each, belongs, classifiers[0], owned[0])
         for name, each, belongs in zip(called, classifiers, owned, strict=True)
     ]
+    asked = [_Asked.of(name) for name in names]
+    if any(each.attack for each in asked):
+        for classifier in classifiers:
+            require_gradient(classifier)
+    opener = _Opener(classifiers, models)
+    shown = zip(*[opener.open(each) for each in asked], strict=True)
     answers = []
     for model, classifier, row in zip(models, classifiers, shown, strict=True):
         seen = [_observed(classifier, one, target, batch_size, epsilon, outliers) for one in row]
@@ -112,8 +114,7 @@ def _listed(name: str | Path, option: str, names: Sequence[str]) -> str:
 
 def _owned(own: str | Path | Sequence[str | Path] | None, names: Sequence[str], models: int) -> list[str | None]:
     """The own data of each model."""
-    given = [own] if isinstance(own, str | Path) else list(own or [])
-    found = [_listed(each, "--own", names) for each in given]
+    found = [_listed(each, "--own", names) for each in one_or_more(own or ())]
     if len(found) not in (0, 1, models):
         raise BadInput(f"--own names {len(found)} sets for {models} models.", "Name one for all, or one for each.")
     if len(found) == 1:
@@ -167,10 +168,12 @@ class _Shown:
         """The file of an image, or its number in the set, or in the part of it that has a name."""
         for source in self.sources:
             if number < len(source):
-                if isinstance(source, ImageFolder):
-                    return str(source.files[number])
-                folder = getattr(source, "folder", None)
-                return f"{folder.name}/{number}" if folder and len(self.sources) > 1 else str(number)
+                stored = source.source if isinstance(source, Fitted) else source
+                if isinstance(stored, ImageFolder):
+                    return str(stored.files[number])
+                if isinstance(stored, SyntheticSet) and len(self.sources) > 1:
+                    return f"{stored.folder.name}/{number}"
+                return str(number)
             number -= len(source)
         return str(number)
 
@@ -178,16 +181,36 @@ class _Shown:
 class _Opener:
     """Opens each set once for all models that want it alike, so that its notices come once."""
 
-    def __init__(self, owned: Sequence[str | None]) -> None:
-        self._owned = {_Asked.of(name).place for name in owned if name}
+    def __init__(self, classifiers: Sequence[Classifier], models: Sequence[ComparedModel]) -> None:
+        self._cards, self._models = [classifier.card for classifier in classifiers], models
+        self._owned = {_Asked.of(model.own).place for model in models if model.own}
         self._opened: dict[Any, tuple[list[ImageSource], Tensor | None]] = {}
 
-    def open(self, asked: _Asked, classifier: Classifier, own: str | None) -> _Shown:
-        """The set for one model, whose own data is `own`."""
+    def open(self, asked: _Asked) -> list[_Shown]:
+        """The set for each model. All models that are compared see the same images, with the same labels or without."""
+        shown = [self._open_for(asked, *each) for each in zip(self._cards, self._models, strict=True)]
+        compared = [number for number, model in enumerate(self._models) if model.compared]
+        known = {number: labels for number in compared if (labels := shown[number].labels) is not None}
+        if known and len(known) < len(compared):
+            console.notice(f"{asked.name} is taken as images alone for all models that are compared.")
+            alone = replace(asked, labelled=False)
+            for number in compared:
+                shown[number] = self._open_for(alone, self._cards[number], self._models[number])
+            return shown
+        for number, labels in known.items():
+            if not torch.equal(labels, known[0]):
+                name, first = self._models[number].checkpoint, self._models[0].checkpoint
+                raise BadInput(
+                    f"{asked.name} has other labels for {name} than for {first}: one of them has no class names.",
+                    "Give the class names in the models' order with --class-names FILE.",
+                )
+        return shown
+
+    def _open_for(self, asked: _Asked, card: ModelCard, model: ComparedModel) -> _Shown:
         if asked.place is None:
             return _Shown(asked, [], None)
-        foreign = own is not None and asked.place in self._owned - {_Asked.of(own).place}
-        labelled, card = asked.labelled and not foreign, classifier.card
+        foreign = model.own is not None and asked.place in self._owned - {_Asked.of(model.own).place}
+        labelled = asked.labelled and not foreign
         key = (asked.place, labelled, card.input_size, card.class_names, card.classes)
         if key not in self._opened:
             self._opened[key] = _opened(asked.place, labelled, card)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from scipy.stats import binomtest
@@ -22,6 +24,14 @@ def test_the_interval_is_walds_after_half_an_image_is_added_to_each_count():
     assert (low, high) == pytest.approx((middle - 1.959964 * error, middle + 1.959964 * error), abs=1e-7)
     assert difference_interval(3, 3, 100) == pytest.approx((-0.05084, 0.05084), abs=1e-5)
     assert difference_interval(0, 1, 1)[0] == -1.0
+
+
+def test_the_interval_holds_zero_where_the_exact_test_does_not_rule_it_out():
+    assert difference_interval(10, 22, 846) == pytest.approx((-0.027394, 0), abs=1e-6)  # Wald's ends at -0.0009.
+    for gained, lost in itertools.product(range(30), repeat=2):
+        for images in (max(1, gained + lost), 846):
+            low, high = difference_interval(gained, lost, images)
+            assert (low <= 0 <= high) == (mcnemar(gained, lost) >= 0.05)
 
 
 def test_moves_are_the_pairs_of_different_answers_the_most_frequent_first():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import csv
 import json
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from dfcompress.cli import run
@@ -19,6 +21,7 @@ from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import bn_divergence
 from dfcompress.models.checkpoint import load, save
+from dfcompress.models.classifier import Classifier
 from dfcompress.verbs._comparison import Comparison
 from dfcompress.verbs.compare import compare
 from dfcompress.verbs.evaluate import evaluate
@@ -163,6 +166,47 @@ def test_the_sets_of_a_run_are_one_and_must_be_finished(folder, tmp_path):
     synthetic.shard_path(0).unlink()
     with pytest.raises(BadInput, match="synthetic-bns is not complete"):
         compare([DEMO], sets=[tmp_path], device="cpu")
+
+
+def test_compared_models_see_the_same_images_with_the_same_labels_or_with_none(tmp_path):
+    """Two of the ten class folders that the unnamed model needs, and a picture beside them; then all ten."""
+
+    def named(*names: str) -> Classifier:
+        model = load(DEMO)
+        return Classifier(model.network, replace(model.card, class_names=names or None)).frozen()
+
+    for place in ("3/a.png", "7/b.png", "c.png"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        Image.new("L", (28, 28)).save(tmp_path / place)
+    found = compare([named(*"0123456789"), named()], sets=tmp_path, outliers=3, device="cpu")
+    assert [(one.images, one.correct) for one in found.results] == [(3, None)] * 2
+    assert {each.image for each in found.results[0].outliers} == {str(file) for file in tmp_path.rglob("*.png")}
+    for digit in "01245689":
+        (tmp_path / digit).mkdir()
+    assert [one.correct for one in compare([named(*"0123456789"), named()], sets=tmp_path).results] == [0, 0]
+    with pytest.raises(BadInput, match="one of them has no class names"):
+        compare([named(*"9876543210"), named()], sets=tmp_path)
+
+
+def test_images_of_several_parts_are_named_by_their_part_when_they_are_fitted_too(tmp_path):
+    """The card of the sets has images of 28 pixels, that of the model of 32."""
+    card = replace(load(DEMO).card, input_size=(1, 28, 28)).to_json()
+    for name in ("synthetic", "synthetic-bns"):
+        SyntheticSet.create(tmp_path / name, {"card": card, "shards": [2]}).write_shard(
+            0, torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
+        )
+    outliers = compare(DEMO, sets=tmp_path, outliers=4, device="cpu").results[0].outliers
+    assert {each.image for each in outliers} == {
+        f"synthetic{part}/{number}" for part in ("", "-bns") for number in "01"
+    }
+
+
+def test_a_model_that_cannot_be_attacked_is_refused_before_anything_runs(folder, monkeypatch):
+    hard = load(DEMO)
+    hard.network.register_forward_hook(lambda module, images, logits: logits.detach())
+    monkeypatch.setattr("dfcompress.verbs.compare.observe", lambda *_, **__: pytest.fail("a model ran"))
+    with pytest.raises(BadInput, match="passes no gradient"):
+        compare([DEMO, hard], sets=[folder / "digits.npz", f"fgsm:{folder / 'digits.npz'}"], device="cpu")
 
 
 @pytest.mark.parametrize(
