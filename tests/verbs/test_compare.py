@@ -150,6 +150,8 @@ def test_tables_and_files_hold_what_was_found(folder, tmp_path, capsys):
     again = run(list(map(str, line)))
     assert again == 2
     assert "is no new or empty folder" in capsys.readouterr().err
+    assert run(["compare", str(DEMO), "--sets", "random", "--csv", str(tmp_path / "nowhere" / "tables")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_the_sets_of_a_run_are_one_and_must_be_finished(folder, tmp_path):
