@@ -93,7 +93,7 @@ def through(classifier: Classifier, folder: Path) -> tuple[Classifier, Exported]
         ("resnet18", 32),
         pytest.param("timm:efficientnet_lite0", 32, marks=pytest.mark.release),
         ("squeezenet1_1", 48),
-        ("mobilenet_v3_small", 32),
+        pytest.param("mobilenet_v3_small", 32, marks=pytest.mark.release),
     ],
 )
 @torch.no_grad()
@@ -369,7 +369,7 @@ AROUND = {"Sub", "Div", "QuantizeLinear", "DequantizeLinear", "Transpose", "Resh
     [
         ("cifar_resnet20", 32, {"Slice", "Pad", "GlobalAveragePool"}),
         pytest.param("resnet18", 32, {"NhwcMaxPool"}, marks=pytest.mark.slow),
-        pytest.param("mobilenet_v2", 32, set(), marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", 32, set(), marks=pytest.mark.release),
         pytest.param("timm:tf_efficientnet_lite0", 64, set(), marks=pytest.mark.slow),
     ],
 )

@@ -41,6 +41,7 @@ def test_the_shared_resnet20_is_described(resnet20_file):
         ("extend", True),
         ("record", True),
         ("evaluate", True),
+        ("compare", True),
         ("export", True),
         ("bench_step", True),
         ("bench_train", True),
