@@ -2,9 +2,13 @@
 
     import dfcompress
 
-    dfcompress.inspect("resnet20.pt")
-    dfcompress.invert("resnet20.pt", output="images")
-    dfcompress.quantize("resnet20.pt", bits="4w4a", data="images")
+    model = dfcompress.load("resnet20.pt")
+    asked = dfcompress.Synthesis(recipe="bns-inception", images=512, settings={"steps": 400})
+    made = dfcompress.invert(model, output="images", synthesis=asked)
+    small = dfcompress.quantize(model, bits="4w4a", data="images", output="resnet20-4w4a")
+    print(made.bn_divergence, small.bytes_ratio, small.agreement)
+    print(dfcompress.evaluate([model, small.checkpoint], data="test.npz").results[1].top1)
+    network = small.load().network  # A torch.nn.Module.
 
 Every verb of the command line is a function of the same name and returns a result with typed fields; what goes wrong
 raises a `DfcompressError`. A type checker sees every name's true type.

@@ -281,7 +281,7 @@ def page(names: list[str], rows: Rows, today: str) -> str:
         parts += [
             f"## {library}",
             "",
-            f"{working} of {len(listed)} work; {len(listed) - len(made)} are not measured yet.",
+            f"{len(made)} of {len(listed)} networks are measured, and {working} of these work.",
             "",
             f"| network | million parameters | pixels | recognised | {' | '.join(BITS)} | seconds |",
             "|---" * (5 + len(BITS)) + "|",

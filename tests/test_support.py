@@ -68,6 +68,6 @@ def test_the_page_has_a_line_for_every_row_and_counts_what_works(tmp_path, suppo
     page = support.page(names, rows, "2026-01-01")
     assert "| `a` |  | 96 | yes | works | works | 3 |" in page
     assert "| `b` |  |  | no | works | quantize: no | 9 |" in page
-    assert "1 of 3 work; 1 are not measured yet." in page
+    assert "2 of 3 networks are measured, and 1 of these work." in page
     support.forget(rows, lambda made: made.get("4w4a") != "works")
     assert [made["network"] for made in support.Rows(tmp_path).made] == ["timm:a"]
