@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from dfcompress.randomness import generator
 from dfcompress.synthesis.transforms import (
+    augmentations,
     downscale,
     jitters,
     random_crops,
@@ -78,6 +79,16 @@ def test_crops_of_the_whole_image_without_a_hole_are_the_image_or_its_mirror():
     for copy in shown:
         for got, original in zip(copy, image, strict=True):
             assert torch.allclose(got, original, atol=1e-5) or torch.allclose(got, original.flip(2), atol=1e-5)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_augmentations_mirror_only_where_they_are_asked_to(flip):
+    image = torch.arange(6.0).expand(20, 1, 6, 6)
+    (crops,) = augmentations(2, crop=1.0, cutout=0.0, flip=flip)
+    (_, *mirrors) = augmentations(1, crop=1.0, cutout=0.0, jitter=1, flip=flip)
+    mirrored = seen(crops, image)[:, 0, 0, 0] > 3
+    assert mirrored.any() == flip
+    assert bool(mirrors) == flip
 
 
 def test_crops_stay_inside_the_image():
