@@ -222,7 +222,6 @@ def _named(number: int, names: Sequence[str] | None) -> str:
 def _bias(one: ModelOnSet, names: Sequence[str] | None) -> str:
     """The classes of the largest and of the least mean softmax."""
     order = sorted(range(len(one.soft)), key=lambda each: -one.soft[each])
-
     digits = _digits(one)
 
     def shares(classes: Sequence[int]) -> str:
@@ -230,6 +229,8 @@ def _bias(one: ModelOnSet, names: Sequence[str] | None) -> str:
 
     never = one.hard.count(0)
     none = f"; {never} of {len(order)} classes never" if never else ""
+    if len(order) <= 2 * FEW:
+        return f"{shares(order)}{none}"
     return f"most {shares(order[:FEW])}, least {shares(order[-FEW:])}{none}"
 
 

@@ -14,7 +14,7 @@ from dfcompress.data.real import ImageSource
 from dfcompress.device import exact_fp32, threads, threads_for
 from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier, evaluating, images_a_pass, work_of
-from dfcompress.models.ood_score import SpreadScore
+from dfcompress.models.ood_score import OodScore, spread
 from dfcompress.models.recorder import HookRecorder, LayerMoments, Moments
 from dfcompress.models.statistics import why_no_statistics
 
@@ -110,8 +110,8 @@ def observe(classifier: Classifier, batches: Batches, *, scores: bool = False) -
     """Answers, statistics and, if wanted, the `scores` of images by one pass of each, otherwise as `predict`."""
     knows = not why_no_statistics(classifier.network)
     recorder = HookRecorder(classifier.network, moments=knows)
-    pooled, spread = _PooledMoments(), SpreadScore(classifier)
-    wanted = scores and spread.is_known
+    pooled, outlying = _PooledMoments(), OodScore(classifier, spread, last_layer=True)
+    wanted = scores and outlying.is_known
     classes, confidences, spreads = [], [], []
     soft = torch.zeros(classifier.card.classes, dtype=torch.double)
 
@@ -125,9 +125,9 @@ def observe(classifier: Classifier, batches: Batches, *, scores: bool = False) -
         if knows:
             pooled.add(recording.layers)
         if wanted:
-            spreads.append(spread.taken().cpu())
+            spreads.append(outlying.taken().cpu())
 
-    with spread.attached() if wanted else nullcontext():
+    with outlying.attached() if wanted else nullcontext():
         _pass_through(classifier, batches, ask)
     answers = torch.cat(classes)
     return Observation(

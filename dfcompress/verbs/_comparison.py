@@ -107,8 +107,7 @@ class Difference:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as `--json` prints them: all but the single images that changed."""
-        values = {name: value for name, value in asdict(self).items() if name != "changes"}
-        return {**values, "moves": [move._asdict() for move in self.moves]}
+        return {**_without(vars(self), ("changes",)), "moves": [move._asdict() for move in self.moves]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +186,6 @@ def _without(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _difference_row(difference: Difference) -> dict[str, Any]:
-    values = _without(asdict(difference), ("moves", "changes", "tail_degradation", "interval"))
+    values = _without(vars(difference), ("moves", "changes", "tail_degradation", "interval"))
     low, high = difference.interval or (None, None)
     return {**values, "low": low, "high": high}

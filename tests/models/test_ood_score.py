@@ -8,7 +8,7 @@ from torch import nn
 
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.ood_score import FLOOR, BatchNormOodScore, SpreadScore
+from dfcompress.models.ood_score import FLOOR, OodScore, spread
 
 CARD = ModelCard("tiny", 2, (1, 4, 4), (0.0,), (1.0,))
 
@@ -31,7 +31,7 @@ def test_it_is_the_divergence_of_one_images_pixels_from_what_is_remembered():
 
 def asked(made):
     shown = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    strange = BatchNormOodScore(made)
+    strange = OodScore(made)
     with strange.attached(), torch.no_grad():
         made(shown)
         return shown, strange.taken()
@@ -44,19 +44,19 @@ def test_a_dead_channel_is_no_nan():
 
 def test_batchnorms_that_were_never_trained_tell_nothing():
     made = network(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2), mean=0.0, var=1.0)
-    assert not BatchNormOodScore(made).is_known
+    assert not OodScore(made).is_known
 
 
 def test_layers_of_one_position_tell_nothing():
-    strange = BatchNormOodScore(network(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 2)))
+    strange = OodScore(network(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 2)))
     assert not strange.is_known
-    strange = BatchNormOodScore(network(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, 2)))
+    strange = OodScore(network(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, 2)))
     assert not strange.is_known
 
 
 def test_the_network_is_left_as_it_was():
     made = network(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2))
-    with BatchNormOodScore(made).attached():
+    with OodScore(made).attached():
         assert made.network[0]._forward_pre_hooks
     assert not made.network[0]._forward_pre_hooks
 
@@ -64,11 +64,29 @@ def test_the_network_is_left_as_it_was():
 def test_the_spread_is_that_of_an_images_own_features_in_the_last_layer_with_several_positions():
     made = network(nn.BatchNorm2d(1), nn.ReLU(), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2), nn.BatchNorm1d(2))
     shown = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    score = SpreadScore(made)
+    score = OodScore(made, spread, last_layer=True)
     with score.attached(), torch.no_grad():
         made(shown[:1])
         made(shown)
+        found = score.taken()
     features = made.network[:2](shown).detach()
     expected = (features.var((1, 2, 3), correction=0) / 4 + FLOOR).log() ** 2
-    assert torch.allclose(score.taken(), expected, rtol=1e-4)
-    assert not SpreadScore(network(nn.Flatten(), nn.Linear(16, 2), nn.BatchNorm1d(2))).is_known
+    assert torch.allclose(found, expected, rtol=1e-4)
+
+
+def test_the_last_layer_is_the_last_of_a_pass():
+    class Backwards(nn.Sequential):
+        def forward(self, images):
+            return self[3](self[2](self[0](self[1](images))))
+
+    layers = network(nn.BatchNorm2d(1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2))
+    made = Classifier(Backwards(*layers.network), CARD).eval()
+    made.network[0].running_var.fill_(100.0)
+    made.network[1].running_var.fill_(4.0)
+    shown = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    score = OodScore(made, spread, last_layer=True)
+    with score.attached(), torch.no_grad():
+        made(shown)
+        found = score.taken()
+    features = made.network[1](shown).detach()
+    assert torch.allclose(found, (features.var((1, 2, 3), correction=0) / 100 + FLOOR).log() ** 2, rtol=1e-4)

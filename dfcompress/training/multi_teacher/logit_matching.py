@@ -17,7 +17,7 @@ from dfcompress.data.batches import Batch
 from dfcompress.data.pool import Augmentation
 from dfcompress.data.real import reshaped
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.ood_score import BatchNormOodScore
+from dfcompress.models.ood_score import OodScore
 from dfcompress.settings import AUTO
 from dfcompress.training.class_map import ClassMap
 from dfcompress.training.multi_teacher.method import MergingMethod, mean_where
@@ -35,7 +35,7 @@ class LogitMatching:
     """Every teacher sees every image, and the student imitates all logits in that teacher's block of its outputs.
 
     The targets of teacher t are its logits, centred, then shifted by clip(−16·(u_t − mean u), ±4), where u_t is the
-    image's `BatchNormOodScore` under teacher t (no shift where a teacher's BatchNorms remember nothing): a mean over a
+    image's `OodScore` under teacher t (no shift where a teacher's BatchNorms remember nothing): a mean over a
     teacher's classes says nothing of them, and the shift tells how much more familiar the image is to it.
 
     Values of each teacher: `logits`, the mean squared difference from its targets, on its own images and on the others'
@@ -54,7 +54,7 @@ class LogitMatching:
         self.module.register_buffer("followed", torch.zeros(len(teachers)))
         for number, outputs in enumerate(class_map.of):
             self.module.register_buffer(f"outputs{number}", outputs)
-        self._scores = [BatchNormOodScore(teacher) for teacher in teachers]
+        self._scores = [OodScore(teacher) for teacher in teachers]
         self._shifts = all(score.is_known for score in self._scores)
 
     @property

@@ -10,7 +10,7 @@ from linear_teachers import BLOCKS, LOGITS, batch_of, images, teacher, values_of
 from torch import nn
 
 from dfcompress.device import Compute
-from dfcompress.models.ood_score import BatchNormOodScore
+from dfcompress.models.ood_score import OodScore
 from dfcompress.training.class_map import ClassMap
 from dfcompress.training.loop import PARTIAL, Trainer
 from dfcompress.training.multi_teacher.logit_matching import LogitMatching
@@ -35,7 +35,7 @@ def test_its_values_by_hand():
 def test_a_teachers_mean_logit_is_how_much_more_familiar_an_image_is_to_it():
     """Logits keep their differences; their means are ±16 times half the difference of the OOD scores, at most ±4."""
     teachers, shown = [remembering(0.0), remembering(0.2)], torch.randn(6, 1, 4, 4)
-    matching, alone = LogitMatching(teachers, BLOCKS), [BatchNormOodScore(each) for each in teachers]
+    matching, alone = LogitMatching(teachers, BLOCKS), [OodScore(each) for each in teachers]
     with matching.attached(teachers[0]), alone[0].attached(), alone[1].attached(), torch.no_grad():
         targets = matching.targets(batch_of(shown, torch.zeros(6)))
         scores = [each.taken() for each in alone]
