@@ -61,20 +61,10 @@ class Run:
         self._started = time.perf_counter()
 
     def _open(self, *, resume: bool, overwrite: bool) -> None:
-        if resume and overwrite:
-            raise BadInput("--resume and --overwrite exclude each other.", "Give one of them.")
-        if self.folder.exists() and not self.folder.is_dir():
-            raise BadInput(f"--output {self.folder} is a file.", "Name a folder.")
-        record = self.folder / RECORD
+        check_output(self.folder, resume=resume, overwrite=overwrite)
         if self.folder.exists() and any(self.folder.iterdir()):
-            if not (resume or overwrite):
-                raise BadInput(
-                    f"--output {self.folder} is not empty.", "Add --resume to go on with it, or --overwrite."
-                )
-            if not record.exists():
-                raise BadInput(f"--output {self.folder} was not made by dfcompress.", "Name an empty or a new folder.")
             if resume:
-                before = read_record(record)
+                before = read_record(self.folder / RECORD)
                 self._check_same_job(before)
                 self.earlier, self.command = before.get("measurements"), before.get("command")
                 return
@@ -125,8 +115,9 @@ class Run:
             old, new = before["options"].get(name), self.options.get(name)
             old = FORMER_VALUES.get((self.verb, name), {}).get(str(old), _without_removed(old, new))
             if old != new:
+                which, was, now = _first_difference(name, old, new)
                 raise BadInput(
-                    f"{self.folder} was started with {name} = {old!r}, now it is {new!r}.",
+                    f"{self.folder} was started with {which} = {was!r}, now it is {now!r}.",
                     "Resume with the same options, or name another folder.",
                 )
 
@@ -168,6 +159,19 @@ class Run:
         record = {"schema": SCHEMA, "verb": self.verb, "command": self.command, "options": self.options}
         record |= {**planned, "versions": versions, **values}
         write_json(self.folder / RECORD, record)
+
+
+def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that a run could not begin in, or go on in; nothing is written."""
+    if resume and overwrite:
+        raise BadInput("--resume and --overwrite exclude each other.", "Give one of them.")
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--output {folder} is a file.", "Name a folder.")
+    if folder.exists() and any(folder.iterdir()):
+        if not (resume or overwrite):
+            raise BadInput(f"--output {folder} is not empty.", "Add --resume to go on with it, or --overwrite.")
+        if not (folder / RECORD).exists():
+            raise BadInput(f"--output {folder} was not made by dfcompress.", "Name an empty or a new folder.")
 
 
 @contextmanager
@@ -240,6 +244,18 @@ def write_atomically(path: Path) -> Iterator[Path]:
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _first_difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """The first of the values inside that differs, with its path."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(f"{name}.{key}", old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{name}[{number}]", *pair) for number, pair in enumerate(zip(old, new, strict=True))]
+    else:
+        return name, old, new
+    differ = (_first_difference(*pair) for pair in pairs if pair[1] != pair[2])
+    return next(differ, (name, old, new))
 
 
 def _without_removed(old: Any, new: Any) -> Any:

@@ -146,3 +146,22 @@ def test_the_line_of_a_command_has_what_the_environment_and_the_file_gave(tmp_pa
     assert len(words) == 3 + 2 * len(given) + 1
     assert cli.run([*line, "-q", "--resume"]) == 0
     assert json.loads((tmp_path / "a b" / "run.json").read_text())["command"] == command
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "difference"),
+    [
+        (
+            {"synthesis": [{"images": 8}]},
+            {"synthesis": [{"images": 4}]},
+            "synthesis[0].images = 8",
+        ),
+        ({"recipe": {"settings": {"a": None}}}, {"recipe": {"settings": {}}}, "recipe.settings = {'a': None}"),
+        ({"recipe": {}}, {"recipe": {"steps": 3}}, "recipe.steps = None"),
+    ],
+)
+def test_other_options_are_named_by_the_value_that_differs(tmp_path, old, new, difference):
+    Run("distill", tmp_path, old)
+    with pytest.raises(BadInput) as refused:
+        Run("distill", tmp_path, new, resume=True)
+    assert f"was started with {difference}, now" in refused.value.problem

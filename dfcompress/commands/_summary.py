@@ -19,7 +19,10 @@ CLASSES_SHOWN = 20
 
 
 def plan(planned: Plan[Any], *, as_json: bool) -> None:
-    """What a verb would do, with estimates; nothing was touched. Parts that do not take place are null in JSON."""
+    """What a verb would do, with estimates; nothing was touched. Parts that do not take place are null in JSON. What
+    the verb would refuse is refused.
+    """
+    planned.check_output()
     if as_json:
         synthesis = [each.to_json() for each in planned.estimates()]
         values = {"synthesis": synthesis, **planned.settings_json(), "predicted_seconds": planned.predicted()}

@@ -189,7 +189,9 @@ def _read_safetensors(path: Path) -> StoredModel:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     head = _head(path, 40)
     if not head.startswith((b"PK", b"\x80")):
-        raise BadInput(f"{path} is no checkpoint: it begins with {head!r}.", "Name a PyTorch or safetensors file.")
+        readable = head.isascii() and head.decode()[0].isprintable()
+        begins = repr(head.decode()) if readable else f"the bytes {head[:4].hex(' ')}"
+        raise BadInput(f"{path} is no checkpoint: it begins with {begins}.", "Name a PyTorch or safetensors file.")
     return read_pickled(path)
 
 

@@ -19,7 +19,7 @@ from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.pruning.budget import Pruned, Pruning
 from dfcompress.quantization.calibration import Calibrated, Calibration
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction
-from dfcompress.run import Run, running
+from dfcompress.run import Run, check_output, running
 from dfcompress.synthesis.recipe import RecipeChoice
 from dfcompress.synthesis.set_builder import execution_of
 from dfcompress.synthesis.spec import SynthesisSpec
@@ -135,6 +135,10 @@ class Plan(Generic[Result]):
     def settings(self) -> dict[str, Settings | None]:
         """The settings of each step by the name of its part."""
         return {part: step.settings if step else None for part, step in self.steps.items()}
+
+    def check_output(self) -> None:
+        """Raise `BadInput` where the run could not begin, or go on, in its folder."""
+        check_output(self.folder, resume=self.resume, overwrite=self.overwrite)
 
     def estimates(self) -> list[SynthesisEstimate]:
         """What each set will take; raises `BadInput` as making it would."""

@@ -153,7 +153,7 @@ def _open_for_each(data: str | Path, classifiers: Sequence[Classifier]) -> list[
 def _predict(
     name: str, classifier: Classifier, source: ImageSource, target: torch.device, batch_size: int
 ) -> Predictions:
-    with placed(classifier, target), console.progress(name, len(source)) as progress:
+    with placed(classifier, target), console.progress(f"images of {name}", len(source)) as progress:
         return predict(classifier, counted(source.batches(batch_size), progress))
 
 

@@ -86,7 +86,7 @@ def record(
     """
     started = time.perf_counter()
     teacher = as_classifier(checkpoint).frozen().to(resolve_device(device))
-    path = _path(teacher, output, overwrite=overwrite or dry_run)
+    path = _path(teacher, output, overwrite=overwrite)
     source = open_images(data, teacher.card, part="train")
     if isinstance(source, SyntheticSet):
         raise BadInput(f"{data} is a synthetic set.", "A record is made from the images the model was trained on.")

@@ -206,8 +206,9 @@ def _with_value(value: float) -> Callable[[Path, nn.Module], None]:
     ("write", "message"),
     [
         (_bytes(b""), "is empty"),
-        (_bytes(b"<html>404 Not Found</html>"), "is no checkpoint: it begins with b'<html>404 Not Found"),
-        (_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "is no checkpoint: it begins with b'version https"),
+        (_bytes(b"<html>404 Not Found</html>"), "is no checkpoint: it begins with '<html>404 Not Found"),
+        (_bytes(b"\xaeQ\xb7\x05\xd0;v\xd8"), "is no checkpoint: it begins with the bytes ae 51 b7 05."),
+        (_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "is no checkpoint: it begins with 'version https"),
         (lambda path, network: _truncated(path, network, zipped=True), "is cut short or damaged"),
         (lambda path, network: _truncated(path, network, zipped=False), "is cut short or damaged"),
         (_truncated_safetensors, "is cut short or damaged"),
