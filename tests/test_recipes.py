@@ -131,10 +131,9 @@ def test_every_recipe_of_pixels_takes_settings_for_large_images_by_itself(name, 
     monkeypatch.setattr(console, "_verbosity", console.NORMAL)
     assert choose(name, card=CARD).preset == "fast-imagenet"
     assert choose(name, card=replace(CARD, input_size=(3, 64, 64))).preset == "fast-cifar10"
-    grey = "fast-mnist" if "fast-mnist" in module_of(name).PRESETS else "fast-cifar10"
-    assert choose(name, card=GREY).preset == grey
-    if grey == "fast-mnist":  # A mirrored character is another one.
-        assert not choose(name, card=GREY).settings.get("flip", False)
+    grey = choose(name, card=GREY)
+    assert grey.preset == "fast-mnist"
+    assert not grey.settings.get("flip", False)  # A mirrored character is another one.
     assert not capsys.readouterr().err
 
 

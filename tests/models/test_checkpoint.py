@@ -185,6 +185,7 @@ def test_a_sidecar_written_and_corrected_is_read(lenet_file):
         ({"input_size": (1, 64, 64)}, "cannot take images of 1x64x64"),
         ({"arch": "lenet5"}, "is not lenet5"),
         ({"arch": "lenet"}, "no architecture 'lenet'"),
+        ({"arch": "torchvision:resnet_18"}, "no architecture 'resnet_18'"),
         ({"arch": "no_such_file.py:make"}, "no_such_file.py does not exist"),
         ({"arch": "no_such_package:make"}, "no module 'no_such_package'"),
         ({"arch": "timm:no_such_model"}, "timm has no model 'no_such_model'"),
@@ -210,6 +211,11 @@ def test_a_damaged_sidecar_is_named(content, lenet_file):
     lenet_file.with_name("lenet.card.json").write_text(content)
     with pytest.raises(BadInput, match=r"lenet\.card\.json"):
         load(lenet_file)
+
+
+def test_an_architecture_of_torchvision_may_be_named_with_its_library(lenet_file):
+    with pytest.raises(BadInput, match="is not resnet18"):
+        load(lenet_file, arch="torchvision:resnet18")
 
 
 FACTORY = """
@@ -238,11 +244,11 @@ def test_a_network_of_the_users_own_is_built_by_the_factory_named(tmp_path):
     assert classifier.card.classes == 7
 
 
-@pytest.mark.parametrize("before", ["", "half:", "half:half:", "timm:"])
+@pytest.mark.parametrize("before", ["", "half:", "half:half:", "timm:", "torchvision:"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_code_that_a_file_names_is_not_run_until_the_user_names_it(before, packed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("net.py", "timm:net.py"):
+    for name in ("net.py", "timm:net.py", "torchvision:net.py"):
         (tmp_path / name).write_text(FACTORY)
     card = ModelCard(f"{before}net.py:make", 7, (1, 20, 20), (0.0,), (1.0,)).to_json()
     metadata = {CARD_KEY: json.dumps(card)}

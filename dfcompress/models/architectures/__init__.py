@@ -54,9 +54,10 @@ def find(name: str) -> Architecture:
 def named(
     spec: str, config: Mapping[str, Any] | None = None, widths: Mapping[str, tuple[int, int]] | None = None
 ) -> Architecture:
-    """The architecture that `--arch` names: NAME, timm:NAME, file.py:factory, package.module:factory, or half:... of
-    these with half the channels; or the one that a card names, `transformers:TYPE`, with the card's `config`. `widths`
-    are a card's, too: those of the layers that have others than the name says.
+    """The architecture that `--arch` names: NAME (also torchvision:NAME), timm:NAME, file.py:factory,
+    package.module:factory, or half:... of these with half the channels; or the one that a card names,
+    `transformers:TYPE`, with the card's `config`. `widths` are a card's, too: those of the layers that have others than
+    the name says.
 
     Code runs only because the user named it; a factory is called without arguments, or with `num_classes` where that is
     known and it takes it.
@@ -69,8 +70,8 @@ def named(
         return replace(whole, name=spec, make=partial(_make_half, whole), tensors=None, namings=(Naming(),))
     if spec.startswith(TRANSFORMERS):
         return architecture_of(spec, config)
-    place, colon, name = spec.rpartition(":")
-    if not colon:
+    place, _, name = spec.rpartition(":")
+    if place in ("", "torchvision"):
         return find(name)
     if place == "timm":
         return _from_timm(name)
@@ -87,7 +88,7 @@ def runs_code(spec: str) -> bool:
     """Whether an architecture's name is one of code that only the user may name."""
     while spec.startswith(HALF):
         spec = spec.removeprefix(HALF)
-    return ":" in spec.removeprefix("timm:").removeprefix(TRANSFORMERS)
+    return ":" in spec.removeprefix("timm:").removeprefix("torchvision:").removeprefix(TRANSFORMERS)
 
 
 def _make_plain(make: Callable[[int, int], nn.Module], classes: int, channels: int) -> nn.Module:
