@@ -1,13 +1,13 @@
-"""Which networks can be pruned by half, saved, loaded and exported; a table for docs/support.md.
+"""Which networks can be pruned by half, saved, loaded and exported; a column of docs/support.md.
 
-    python docs/measure_prune_support.py                                   # what is not measured yet, then the table
+    python docs/measure_prune_support.py --write                           # what is not measured yet, then the page
     python docs/measure_prune_support.py --only torchvision:resnet18       # these alone
 
 The networks are those of measure_support.py, with random weights and the BatchNorm statistics of smooth random images.
-Of each half of the multiply-accumulates goes, by magnitude and without repair; *works* means that the budget was met
-within a percent, that the file loads, and that onnxruntime
-answers as the network does. It says nothing of accuracy. Each network is a process of its own with one
-thread, a limit of memory and one of time; rows are appended to prune-support/rows.jsonl, and none is made twice.
+Half of the multiply-accumulates of each goes, by magnitude and without repair; *works* means that the budget was met
+within a percent, that the file loads, and that onnxruntime answers as the network does. It says nothing of accuracy.
+Each network is a process of its own with one thread, a limit of memory and one of time; rows are appended to the
+rows.jsonl of measure_support.py, and none is made twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure_support import CLOSE, GIGABYTES, LARGEST, SECONDS, _parameters, _smallest, make, networks
+from measure_support import CLOSE, GIGABYTES, LARGEST, PRUNED, SECONDS, _parameters, _smallest, make, networks, write
 from measuring import Rows
 
 from dfcompress.errors import first_line
@@ -40,10 +40,10 @@ def row(name: str) -> dict[str, Any]:
     started, found = time.perf_counter(), {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            found["pruned"] = _walk(name, Path(folder), found)
+            found[PRUNED] = _walk(name, Path(folder), found)
         except Exception as error:  # A row says what failed, whatever it is.
             why = getattr(error, "problem", None) or f"{type(error).__name__}: {first_line(error)}"
-            found["pruned"] = f"{found.get('stage', '')}: {why}"
+            found[PRUNED] = f"{found.get('stage', '')}: {why}"
     found.pop("stage", None)
     return {**found, "seconds": round(time.perf_counter() - started, 1)}
 
@@ -110,26 +110,15 @@ def alone(name: str) -> dict[str, Any]:
         why = f"the process ended with {done.returncode}"
     except subprocess.TimeoutExpired:
         why = f"takes more than {SECONDS} s here"
-    return {"pruned": why, "seconds": round(time.perf_counter() - started, 1)}
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| network | pixels | groups | layers that keep their channels | half pruned | seconds |",
-        "|---" * 6 + "|",
-    ]
-    for made in sorted(rows, key=lambda made: made["network"]):
-        cells = [f"`{made['network']}`", *(made.get(key, "") for key in ("side", "groups", "refused", "pruned"))]
-        lines.append(f"| {' | '.join(map(str, [*cells, round(made['seconds'])]))} |")
-    return "\n".join(lines)
+    return {PRUNED: why, "seconds": round(time.perf_counter() - started, 1)}
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure, and print or write."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=Path, default=Path("prune-support"), help="Folder of rows.jsonl.")
+    parser.add_argument("--rows", type=Path, default=Path("support"), help="Folder of rows.jsonl.")
     parser.add_argument("--only", nargs="*", help="These networks, for instance timm:resnet18.")
+    parser.add_argument("--write", action="store_true", help="Write docs/support.md after every row.")
     parser.add_argument("--row", help="For the processes that this one starts.")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -138,9 +127,10 @@ def main() -> None:
         return
     rows = Rows(given.rows)
     for name in given.only or networks(rows):
-        rows.make(lambda name=name: alone(name), network=name)
-        sys.stderr.write(f"{rows.of(network=name)[0]}\n")
-    sys.stdout.write(table([made for made in rows.made if "pruned" in made]) + "\n")
+        rows.make(lambda name=name: alone(name), pruned=name)
+        sys.stderr.write(f"{rows.of(pruned=name)[0]}\n")
+        if given.write:
+            write(rows)
 
 
 if __name__ == "__main__":

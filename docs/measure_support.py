@@ -42,7 +42,7 @@ from dfcompress.evaluation.onnx_check import Exported
 from dfcompress.models.classifier import Classifier
 
 PAGE = Path(__file__).parent / "support.md"
-BITS = ("8w8a", "4w4a")
+BITS, PRUNED = ("8w8a", "4w4a"), "half pruned"
 # The first size that a network takes: above the 64 pixels up to which presets are those of CIFAR, and a sixth of the
 # work of 224; timm's and torchvision's own where a network is fixed to it.
 SIDE = 96
@@ -271,6 +271,8 @@ Random weights, with the BatchNorm statistics of smooth random images, go throug
 random weights leave ties, with logits that differ by less than {CLOSE:.0%} of their deviation in the median, or by less
 than those of the packed model itself when noise of {NOISE:g}, a 400th of a grey level, is added to the images).
 It says nothing of accuracy.
+*half pruned*, by docs/measure_prune_support.py, says whether half of the multiply-accumulates can go (by magnitude,
+without repair), whether the file loads, and whether onnxruntime answers as the pruned network does.
 *recognised* says that the file of weights alone was enough; for the others `--arch` names the network.
 *seconds* are those of processor time.
 
@@ -286,24 +288,27 @@ def page(names: list[str], rows: Rows, today: str) -> str:
         listed = [name for name in names if name.startswith(library)]
         made = {name: rows.of(network=name)[0] for name in listed if rows.of(network=name)}
         working = sum(all(each.get(bits) == "works" for bits in BITS) for each in made.values())
+        pruned = [each[PRUNED] for name in listed for each in rows.of(pruned=name)]
         parts += [
             f"## {library}",
             "",
-            f"{len(made)} of {len(listed)} networks are measured, and {working} of these work.",
+            f"{len(made)} of {len(listed)} networks are measured, and {working} of these work; "
+            f"{len(pruned)} were pruned by half, and {pruned.count('works')} of these work.",
             "",
-            f"| network | million parameters | pixels | recognised | {' | '.join(BITS)} | seconds |",
-            "|---" * (5 + len(BITS)) + "|",
-            *[_line(name, made[name]) for name in sorted(made)],
+            f"| network | million parameters | pixels | recognised | {' | '.join([*BITS, PRUNED])} | seconds |",
+            "|---" * (6 + len(BITS)) + "|",
+            *[_line(name, made[name], rows.of(pruned=name)) for name in sorted(made)],
             "",
         ]
     return "\n".join(parts)
 
 
-def _line(name: str, made: dict[str, Any]) -> str:
+def _line(name: str, made: dict[str, Any], pruned: list[dict[str, Any]]) -> str:
     million = f"{made['parameters'] / 1e6:.1f}" if "parameters" in made else ""
     recognised = {None: "", "": "no"}.get(made.get("recognised"), "yes")
-    cells = [f"`{name.partition(':')[2]}`", million, str(made.get("side", "")), recognised]
-    return f"| {' | '.join([*cells, *(str(made.get(bits, '')) for bits in BITS), str(round(made['seconds']))])} |"
+    works = [*(made.get(bits, "") for bits in BITS), pruned[0][PRUNED] if pruned else ""]
+    cells = [f"`{name.partition(':')[2]}`", million, made.get("side", ""), recognised, *works, round(made["seconds"])]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
@@ -331,7 +336,12 @@ def main() -> None:
         rows.make(lambda name=name: alone(name), network=name)
         sys.stderr.write(f"{rows.of(network=name)[0]}\n")
         if given.write:
-            PAGE.write_text(page(networks(rows), rows, date.today().isoformat()))
+            write(rows)
+
+
+def write(rows: Rows) -> None:
+    """Write the page anew."""
+    PAGE.write_text(page(networks(rows), rows, date.today().isoformat()))
 
 
 def forget(rows: Rows, wrong: Callable[[dict[str, Any]], bool]) -> None:

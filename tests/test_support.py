@@ -65,9 +65,10 @@ def test_the_page_has_a_line_for_every_row_and_counts_what_works(tmp_path, suppo
         lambda: {"8w8a": "works", "4w4a": "works", "seconds": 3.2, "recognised": "a", "side": 96}, network="timm:a"
     )
     rows.make(lambda: {"8w8a": "works", "4w4a": "quantize: no", "seconds": 9, "recognised": ""}, network="timm:b")
+    rows.make(lambda: {"half pruned": "works", "seconds": 5}, pruned="timm:a")
     page = support.page(names, rows, "2026-01-01")
-    assert "| `a` |  | 96 | yes | works | works | 3 |" in page
-    assert "| `b` |  |  | no | works | quantize: no | 9 |" in page
-    assert "2 of 3 networks are measured, and 1 of these work." in page
+    assert "| `a` |  | 96 | yes | works | works | works | 3 |" in page
+    assert "| `b` |  |  | no | works | quantize: no |  | 9 |" in page
+    assert "2 of 3 networks are measured, and 1 of these work; 1 were pruned by half, and 1 of these work." in page
     support.forget(rows, lambda made: made.get("4w4a") != "works")
-    assert [made["network"] for made in support.Rows(tmp_path).made] == ["timm:a"]
+    assert [made["network"] for made in support.Rows(tmp_path).made if "network" in made] == ["timm:a"]

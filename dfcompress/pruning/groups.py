@@ -12,9 +12,11 @@ network whose consumers ignore some channels must answer as the network that has
 from __future__ import annotations
 
 import copy
+import traceback
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -161,7 +163,8 @@ def _graph_of(make: Any, twin: Classifier, images: Tensor) -> Any:
                 verbose=False,
             )
         except Exception as error:  # Of the network's own code, or of torch-pruning: both end here.
-            failed = first_line(error)
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            failed = f"{first_line(error)} (in {where.name} of {Path(where.filename).name})"
     raise BadInput(
         f"{twin.card.architecture} cannot be traced: {failed}.",
         "torch-pruning follows a network by its gradients, and stops there; no option of ours helps.",
