@@ -102,6 +102,8 @@ def run(args: list[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         if console.speaks():
-            click.echo("dfcompress: interrupted; the same line goes on with --resume, where there is that.", err=True)
+            click.echo(
+                "dfcompress: interrupted; add --resume to the same line to go on, where the command has it.", err=True
+            )
         return INTERRUPTED
     return 0

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1
 LINE_EVERY_SECONDS = 5.0
+BAR = 12  # Characters.
 
 _verbosity = QUIET
 _bars: list[RichProgress] = []  # The one on the screen, which takes a bar for each loop.
@@ -122,12 +124,20 @@ def _bar(what: str, total: int) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
+    from rich.table import Column
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    whole, rest = partial(Column, no_wrap=True), Column(ratio=1, no_wrap=True)  # What does not fit is cut from values.
+    columns = (
+        TextColumn("{task.description}", table_column=whole()),
+        BarColumn(BAR, table_column=whole(min_width=BAR)),
+        MofNCompleteColumn(table_column=whole(min_width=len(f"{total}/{total}"))),
+        TimeRemainingColumn(table_column=whole(min_width=len("0:00:00"))),
+        TextColumn("{task.fields[values]}", table_column=rest),
+    )
     inner = bool(_bars)
     with ExitStack() as stack:
         if not inner:  # A loop inside of another one has its bar below the other's.
-            bars = RichProgress(*columns, TextColumn("{task.fields[values]}"), console=Console(stderr=True))
+            bars = RichProgress(*columns, console=Console(stderr=True), expand=True)
             _bars.append(stack.enter_context(bars))
             stack.callback(_bars.clear)
         bar = _bars[0]

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dfcompress import console
 from dfcompress.command_line import command_line
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput, DfcompressError
@@ -69,6 +70,8 @@ class Run:
                 self.earlier, self.command = before.get("measurements"), before.get("command")
                 return
             self._refuse_to_delete_inputs()
+        if resume:
+            console.notice(f"{self.folder} holds nothing to resume: it begins anew.")
         try:
             self._made_folder = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from dfcompress import cli, run
+from dfcompress import cli, console, run
 from dfcompress.errors import BadInput
 from dfcompress.run import Clock, Run, write_atomically
 
@@ -92,6 +92,12 @@ def test_a_folder_whose_overwriting_was_killed_is_ours_and_is_not_resumed(tmp_pa
         Run("invert", tmp_path / "run", {"seed": 3}, resume=True)
     Run("invert", tmp_path / "run", {"seed": 3}, overwrite=True)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+def test_nothing_to_resume_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "_verbosity", console.NORMAL)
+    Run("invert", tmp_path / "rum", {}, resume=True)
+    assert "rum holds nothing to resume" in capsys.readouterr().err
 
 
 def test_a_file_is_no_folder(tmp_path):

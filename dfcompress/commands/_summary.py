@@ -28,13 +28,18 @@ def plan(planned: Plan[Any], *, as_json: bool) -> None:
         values = {"synthesis": synthesis, **planned.settings_json(), "predicted_seconds": planned.predicted()}
         console.result_json(values)
         return
-    for each in planned.estimates():
+    estimates, predicted = planned.estimates(), planned.predicted()
+    for each in estimates:
         _synthesis(each)
     for part, settings in planned.settings_json().items():
         if settings:
             console.result(f"{part}: " + " ".join(f"{name}={value}" for name, value in settings.items()))
-    for part, seconds in planned.predicted().items():
+    for part, seconds in predicted.items():
         console.result(f"about {seconds:.0f} s of {part}")
+    whole = sum(each.seconds for each in estimates) + sum(predicted.values())
+    console.result(
+        f"about {whole:.0f} s in all, by a machine that does nothing else; the result goes to {planned.folder}"
+    )
 
 
 def _synthesis(estimate: SynthesisEstimate) -> None:
@@ -107,7 +112,10 @@ def exported(result: Exported) -> None:
         f"logits differ by {result.median_difference:.1e} (median), {result.largest_difference:.1e} at most"
     )
     faster = result.milliseconds_fp32 / result.milliseconds
-    slow = "not faster here: 8 bits on all tensors and channels in multiples of 8 save time, other grids size alone"
+    slow = (
+        "not faster here: 8 bits on all tensors save time in networks that are large enough and have channels in "
+        "multiples of 8, other grids size alone"
+    )
     console.result(
         f"{result.milliseconds:.1f} ms for 64 images on one thread, {result.milliseconds_fp32:.1f} ms in fp32: "
         + (f"{faster:.1f} times faster" if faster > 1.1 else slow)

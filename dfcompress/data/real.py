@@ -286,10 +286,10 @@ def _sorted_names(folder: Path, folders: list[Path], classes: int) -> tuple[str,
 
 def _label(class_folder: Path, class_names: tuple[str, ...]) -> int:
     if class_folder.name not in class_names:
-        known = ", ".join(class_names[:5])
+        known = ", ".join(class_names[:12]) + ", ..." * (len(class_names) > 12)
         raise BadInput(
-            f"{class_folder} is none of the model's classes ({known}, ...).",
-            "Rename the folder, or give the class names in the model's order with --class-names FILE.",
+            f"{class_folder} is none of the model's classes ({known}).",
+            "Leave the folder out, rename it, or give the class names in the model's order with --class-names FILE.",
         )
     return class_names.index(class_folder.name)
 

@@ -100,7 +100,8 @@ class Session:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # Onnxruntime's own exceptions have no common class but this.
-            raise DfcompressError(f"onnxruntime cannot load {path}: {error}", "Use the model without ONNX.") from error
+            said = str(error).replace(str(path), "the file")  # It may have another name until it is finished.
+            raise DfcompressError(f"onnxruntime cannot load the file: {said}", "Use the model without ONNX.") from error
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of images."""

@@ -79,7 +79,7 @@ def load(
     input_size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    class_names: str | Path | None = None,
+    class_names: str | Path | Sequence[str] | None = None,
 ) -> Classifier:
     """The classifier that a checkpoint holds: frozen, in evaluation mode, fp32, on the CPU; its network answers with
     logits and has plain weights (see `take_logits` and `make_plain`).
@@ -87,9 +87,10 @@ def load(
     `path` is a `.pt .pth .th .bin .ckpt .safetensors` file, a folder with `config.json` and `model.safetensors`, or the
     name of released weights (`torchvision:resnet18`, `timm:resnet18.a1_in1k`).
     `arch` names the architecture where it is not recognised (NAME, timm:NAME, file.py:factory,
-    package.module:factory); with `match_by_order` tensors are matched by order and shape, whatever their names.
+    package.module:factory), also for a file whose card says that it is `half:` of it; with `match_by_order` tensors are
+    matched by order and shape, whatever their names.
     `num_classes` is handed to a factory that takes it. `input_size` (channels, height, width), `mean`, `std` and
-    `class_names` (a text file, one name a line) override the card.
+    `class_names` (the names, or a text file of one a line) override the card.
     Raises `BadInput` for anything that cannot be used, saying what was found.
     """
     path = _as_path(path)
@@ -101,15 +102,17 @@ def load(
     stated = _checked(card, str(path))
     if not weights:
         stated |= _checked(read_json(_sidecar_path(path)), str(_sidecar_path(path)))
+    if arch and str(stated.get("architecture")).removeprefix(HALF) == arch:
+        arch = stated["architecture"]  # A student of half the channels beside its teacher.
     given = {
         "architecture": arch,
         "classes": num_classes,
         "input_size": input_size,
         "mean": mean,
         "std": std,
-        "class_names": class_names_in(Path(class_names)) if class_names else None,
+        "class_names": class_names_in(Path(class_names)) if isinstance(class_names, str | Path) else class_names,
     }
-    given = _checked(given, "the command line")
+    given = _checked(given, "given")
     if arch and arch != stated.get("architecture"):
         stated.pop("widths", None)  # They are of the layers of another network.
     known = given.get("classes", stated.get("classes", 0))
@@ -429,7 +432,8 @@ def _refuse_code(stated: str, arch: str | None, path: Path) -> None:
     """Raise `BadInput` where a file states an architecture that is code, and the user did not name the same."""
     if runs_code(stated) and stated != arch:
         raise BadInput(
-            f"{path} was made with --arch {stated}.", "Give the same --arch again: code runs only when you name it."
+            f"{path} was made with --arch {stated}.",
+            "Give the same --arch again, or arch = ... in dfcompress.toml: code runs only when you name it.",
         )
 
 

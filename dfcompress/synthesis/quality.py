@@ -21,6 +21,8 @@ from dfcompress.synthesis.synthesizer import Batch
 CONFIDENT = 0.8
 VARIED = 0.25
 ONE_CLASS = 0.9
+# A setting of generators alone, whose images need not be sure of their class: a student takes more from them.
+GENERATED = "latent"
 FEW = 16  # Images that tell nothing of classes.
 
 
@@ -45,7 +47,7 @@ class BatchQuality:
         def more_of(weight: str) -> str:
             return f"take more --steps, or raise --set {weight}=." if weight in settings else "take more --steps."
 
-        if self.teacher_top1 is not None and self.teacher_top1 < CONFIDENT:
+        if self.teacher_top1 is not None and self.teacher_top1 < CONFIDENT and GENERATED not in settings:
             found["labels"] = (
                 f"The teacher classifies only {self.teacher_top1:.0%} of a batch as intended: {more_of('ce')}"
             )

@@ -34,7 +34,7 @@ class NewImages:
 
     @cached_property
     def stored(self) -> Tensor:
-        """All images `(N, C, H, W)`, uint8."""
+        """All images `(N, C, H, W)`, uint8; raises `BadInput` where one cannot be decoded."""
         return torch.cat([as_stored(images, in_range=True) for images, _ in self.source.batches(READ)])
 
 

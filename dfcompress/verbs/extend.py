@@ -85,11 +85,14 @@ def extend(
     how = incremental_method(method)
     old = as_classifier(checkpoint)
     new = open_new_images(new_data, old.card, names_file=class_names, also_old=also_old)
+    images = new.stored  # Before anything is made, so that one that cannot be decoded is refused at once.
     student = widen(old, new.class_names, seed=compute.seed)
     console.notice(_sentence(old, new))
     if (old_data is not None) != how.real:
-        problem = f"--method {method} learns from {'' if how.real else 'no '}real images of the old classes."
-        raise BadInput(problem, "Give them with --old-data." if how.real else "Leave --old-data out.")
+        raise BadInput(
+            f"--method {method} learns from {'' if how.real else 'no '}real images of the old classes.",
+            "Give them with --old-data." if how.real else "Leave --old-data out.",
+        )
     source = TransferSetSource(
         old,
         old_data if how.real else old_images,
@@ -104,8 +107,10 @@ def extend(
     usual = replace(how.training, augmentation=replace(how.training.augmentation, shift=shift))
     training = with_defaults(usual, training)
     if training.batch_size < SMALLEST_BATCH:
-        problem = f"Batches of {training.batch_size} images have too few of the old or of the new classes."
-        raise BadInput(problem, f"Use a --train-batch-size of at least {SMALLEST_BATCH}.")
+        raise BadInput(
+            f"Batches of {training.batch_size} images have too few of the old or of the new classes.",
+            f"Use a --train-batch-size of at least {SMALLEST_BATCH}.",
+        )
     eval_data = one_or_more(eval_data)
     measure = extended_evaluator(eval_data, old, student.card, names_file=class_names, device=compute.device)
     options = {
@@ -131,7 +136,7 @@ def extend(
 
     def batches(sets: Sequence[TransferSet]) -> Replay:
         replayed = (sets[0].train, sets[0].train_labels) if how.replays else None
-        return Replay(replayed, (new.stored, new.labels), training, old_share=task.shares[0], seed=compute.seed)
+        return Replay(replayed, (images, new.labels), training, old_share=task.shares[0], seed=compute.seed)
 
     steps["training"] = Train(student, how.distiller(task), training, compute, repair=True, batches=batches)
     inputs = [new_data, class_names, old_images, old_data, *eval_data]

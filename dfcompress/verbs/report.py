@@ -64,8 +64,8 @@ def report(
     not fit the models, or `output` is there already and `overwrite` is not asked for.
     """
     require_packages()
-    path = _checked(Path(output), overwrite=overwrite)
     found = _all(one_or_more(runs))
+    path = _checked(Path(output), overwrite=overwrite)
     named = [_named(run, found) for run in found]
     opened: dict[str, ImageSource] = {}
 

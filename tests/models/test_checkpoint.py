@@ -186,6 +186,7 @@ def test_a_sidecar_written_and_corrected_is_read(lenet_file):
         ({"arch": "lenet5"}, "is not lenet5"),
         ({"arch": "lenet"}, "no architecture 'lenet'"),
         ({"arch": "torchvision:resnet_18"}, "no architecture 'resnet_18'"),
+        ({"arch": "net.py"}, "no architecture 'net.py'"),
         ({"arch": "no_such_file.py:make"}, "no_such_file.py does not exist"),
         ({"arch": "no_such_package:make"}, "no module 'no_such_package'"),
         ({"arch": "timm:no_such_model"}, "timm has no model 'no_such_model'"),
@@ -201,6 +202,7 @@ def test_options_that_do_not_fit_are_refused(options, message, lenet_file):
 
 
 def test_class_names_of_another_number_are_refused(lenet_file, tmp_path):
+    assert load(lenet_file, class_names=list("abcdefghij")).card.class_names == tuple("abcdefghij")
     (tmp_path / "names").write_text("cat\ndog\n")
     with pytest.raises(BadInput, match="2 class names for 10 classes"):
         load(lenet_file, class_names=tmp_path / "names")

@@ -89,6 +89,19 @@ def test_a_factory_of_the_users_own_is_built_with_other_widths(tmp_path):
             load(tmp_path / folder)
 
 
+def test_one_name_opens_a_network_and_its_half(tmp_path):
+    factory = tmp_path / "net.py"
+    factory.write_text("from torchvision.models import resnet18\ndef make(): return resnet18(num_classes=7)\n")
+    arch = f"{factory}:make"
+    card = replace(uneven("cifar_resnet20").card, architecture=f"half:{arch}", classes=7, widths=None)
+    half = Classifier(named(card.architecture).build(7, 3), card).frozen()
+    for folder, model in (("float", half), ("quantized", quantized(half))):
+        save(model, tmp_path / folder)
+        loaded = load(tmp_path / folder, arch=arch)
+        assert loaded.card.architecture == f"half:{arch}"
+        assert loaded.network.conv1.out_channels == 32
+
+
 HOSTILE = {
     "negative": ({"conv1": [1, -5]}, "'conv1' are [1, -5]"),
     "zero": ({"conv1": [1, 0]}, "'conv1' are [1, 0]"),

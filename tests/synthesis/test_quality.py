@@ -54,6 +54,13 @@ def test_wrong_labels_are_told(teacher, real):
     assert "--set ce" in warning
 
 
+def test_a_generators_images_need_not_be_sure_of_their_class(teacher, real):
+    images, labels = real
+    health = examine(teacher, images, (labels + 1) % 10)
+    assert "labels" in health.warnings(SETTINGS)
+    assert "labels" not in health.warnings(choose("fast-generator").settings)
+
+
 def test_noise_is_told_by_its_statistics(teacher):
     images = teacher.denormalise(2 * torch.randn(200, 3, 32, 32))
     labels = teacher(images).argmax(1)

@@ -173,9 +173,20 @@ def test_help_tells_the_training_of_every_method(method):
         assert told[f"train_{field}"].show_default == str(getattr(training, field))
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_an_image_that_cannot_be_decoded_is_refused_before_any_is_made(dry, old, tmp_path, capsys):
+    (tmp_path / "birds" / "wren").mkdir(parents=True)
+    (tmp_path / "birds" / "wren" / "1.png").touch()
+    line = ["extend", str(old), "--new-data", str(tmp_path / "birds"), *LINE.split(), "-o", str(tmp_path / "o")]
+    assert run([*line, *["--dry-run"] * dry]) == 2
+    assert "1.png" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_dry_run_tells_the_plan_and_writes_nothing(old, new, tmp_path, capsys):
     assert run(["extend", str(old), "--new-data", str(new), *LINE.split(), "--dry-run", "-o", str(tmp_path / "o")]) == 0
     out = capsys.readouterr().out
     assert "training: steps=" in out
+    assert f"the result goes to {tmp_path / 'o'}" in out
     assert "32 images" in out or "16 images" in out
     assert not (tmp_path / "o").exists()

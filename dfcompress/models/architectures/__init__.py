@@ -45,8 +45,10 @@ def find(name: str) -> Architecture:
     """The architecture of that name; raises `BadInput` with the nearest names where there is none."""
     known = architectures()
     if name not in known:
-        close = difflib.get_close_matches(name, known, 3)
-        remedy = f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(sorted(known))}."
+        close = difflib.get_close_matches(name, [*known, HALF.rstrip(":")], 3)
+        remedy = f"Did you mean {', '.join(close)}?" if close else "The page of `inspect` says which names there are."
+        if name.endswith(".py"):
+            remedy = f"Name the function too that returns the network: {name}:FUNCTION."
         raise BadInput(f"There is no architecture {name!r}.", remedy)
     return known[name]
 
