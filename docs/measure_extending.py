@@ -1,8 +1,8 @@
 """The tables of docs/results/extend.md, by the installed command.
 
     python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT [--seeds N] [--only CASE/ROW ...]
-    python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT --colour RESNET20 CIFAR --only colour/damped
-    python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT --cifar10 FOLDER --only cifar/damped cifar/oracle
+    python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT --colour RESNET20 CIFAR --only colour/default
+    python docs/measure_extending.py TEACHERS MNIST FASHION OUTPUT --cifar10 FOLDER --only cifar/default cifar/oracle
 
 TEACHERS is what docs/train_mnist_teachers.py wrote (`lenet5_bn-01234 lenet5_bn-56789 lenet5_bn-01 lenet5_bn`), and for
 the case `cifar` docs/train_cifar_teachers.py (`--epochs 16 cifar_resnet20-01234`). Every row is one `dfcompress extend`
@@ -25,20 +25,21 @@ from measuring import Rows, run
 
 from dfcompress.data.real import Part, read_idx
 
-METHODS = {name: f"--method {name}" for name in ("damped", "deepinversion", "lwf-mc", "abd", "rdfcil", "oracle")}
-METHODS["deepdream"] = "--method deepinversion --recipe deepdream --second-recipe none"
-OWN_IMAGES = ("damped", "lwf-mc", "oracle", "deepdream")  # The others replay those of `damped`.
+# As a user's first command does it, and every method in as many steps.
+METHODS = {"default": ""} | {
+    name: f"--method {name} --train-steps 1000" for name in ("abd", "deepinversion", "lwf-mc", "rdfcil", "oracle")
+}
+METHODS["deepdream"] = f"{METHODS['deepinversion']} --recipe deepdream --second-recipe none"
+OWN_IMAGES = ("default", "lwf-mc", "oracle", "deepdream")  # The others replay those of `default`.
 # Of every case the digits that each step brings; the first ones are the teacher's.
 DIGITS = {
     "halves": ("01234", "56789"),
     "halves in the other order": ("56789", "01234"),
     "few-shot": ("01234", "56789"),
     "five steps": ("01", "23", "45", "67", "89"),
-    "five steps, rate 0.003": ("01", "23", "45", "67", "89"),
 }
-MORE = dict.fromkeys(("five steps, rate 0.003", "cifar, rate 0.003"), " --train-lr 0.003")
 FEW = 50
-CASES = (*DIGITS, "fashion", "colour", "cifar", "cifar, rate 0.003")
+CASES = (*DIGITS, "fashion", "colour", "cifar")
 
 
 def digits_file(given: argparse.Namespace, digits: str, part: Part, order: str = "", few: int = 0) -> Path:
@@ -87,7 +88,7 @@ def measure(given: argparse.Namespace, case: str, method: str, seed: int) -> dic
     """One row: the evaluation after the last step, the seconds of all, and the forgetting of each old class."""
     if case in DIGITS:
         return steps_of_digits(given, case, method, seed)
-    if case.startswith("cifar"):
+    if case == "cifar":
         real = f" --old-data {cifar_folder(given, 'train', new=False)}" if method == "oracle" else ""
         old, new = given.teachers / "cifar_resnet20-01234", cifar_folder(given, "train", new=True)
         return extended(
@@ -125,12 +126,10 @@ def extended(given: argparse.Namespace, case: str, method: str, seed: int, lines
     """Take the steps; the images of a first step are those of the first method that made some."""
     seconds, results = 0.0, []
     for number, line in enumerate(lines):
-        where, made = folder(given, case, method, seed, number), folder(given, case, "damped", seed, number)
+        where, made = folder(given, case, method, seed, number), folder(given, case, "default", seed, number)
         shared = number == 0 and made.exists() and method not in OWN_IMAGES
         images = f" --old-images {made}" if shared else ""
-        result = run(
-            f"extend {line}{images} {METHODS[method]}{MORE.get(case, '')} --seed {seed} -o {where} --overwrite"
-        )
+        result = run(f"extend {line}{images} {METHODS[method]} --seed {seed} -o {where} --overwrite")
         seconds += result["seconds"]["total"]
         results.append({**result["evaluation"], "unseen": result["teachers"][0]["unseen"]})
     return {"seconds": seconds, "after": results}
@@ -181,7 +180,6 @@ def main() -> None:
                 possible = {
                     "colour": given.colour and method != "oracle",
                     "cifar": given.cifar10,
-                    "cifar, rate 0.003": given.cifar10,
                 }.get(case, True)
                 if possible and (not given.only or f"{case}/{method}" in given.only):
                     rows.make(partial(measure, given, case, method, seed), case=case, row=method, seed=seed)

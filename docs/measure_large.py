@@ -25,7 +25,7 @@ HOW = {
     "adaptive": "--images 100000 --train-steps 100000 --train-batch-size 256",
     "plain": "--images 100000 --recipe deepinversion --second-recipe none --train-steps 100000 --train-batch-size 256",
 }
-METHODS = ("damped", "deepinversion", "abd", "rdfcil", "lwf-mc")
+METHODS = ("abd", "deepinversion", "rdfcil", "lwf-mc")
 
 
 def pruned(given: argparse.Namespace, share: str, how: str) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from dfcompress.settings import unknown
 if TYPE_CHECKING:
     from dfcompress.training.class_incremental.method import IncrementalMethod
 
-MethodName = Literal["damped", "deepinversion", "lwf-mc", "abd", "rdfcil", "oracle"]
+MethodName = Literal["abd", "deepinversion", "lwf-mc", "rdfcil", "oracle"]
 METHODS = get_args(MethodName)
-DEFAULT: MethodName = "damped"
+DEFAULT: MethodName = "abd"
 
 
 def incremental_method(name: str) -> IncrementalMethod:

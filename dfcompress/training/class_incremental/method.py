@@ -68,13 +68,13 @@ class IncrementalMethod:
     expert: bool = False
 
 
-def usual_training() -> Training:
-    """A short training: methods were compared at 300 to 900 steps, and longer ones may forget more (see `damped`).
+def usual_training(steps: int = 1000) -> Training:
+    """A short training: a longer one forgets more in most methods.
 
     Augmentation is as usual for labelled images (shifts and, in colour, flips); nothing is mixed, because labels would
     not follow.
     """
-    return Training(steps=1000, lr=0.05, batch_size=128, augmentation=Augmentation(shift=4, flip=True))
+    return Training(steps=steps, lr=0.05, batch_size=128, augmentation=Augmentation(shift=4, flip=True))
 
 
 def mean_where(values: Tensor, marked: Tensor) -> Tensor:
