@@ -9,6 +9,7 @@ the integers' width is narrowed afterwards, because torch has no tensors of 2 an
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from dfcompress.models.fake_quantizers import (
 from dfcompress.run import write_atomically
 
 INPUT, OUTPUT = "images", "logits"
+# What the file says of itself, as entries of its metadata; an architecture's name may be a path, and stays out.
+TOLD = ("classes", "class_names", "input_size", "mean", "std")
+TAKES = "images (N, C, H, W) in [0, 1]; the mean and the deviation of the card are taken off inside"
 INTEGERS, ZERO_POINT = "integers", "zero_point"
 # ONNX has these widths; others are kept in the next one.
 CONTAINERS = (2, 4, 8)
@@ -42,7 +46,8 @@ OPSETS = {2: 25, 4: 21, 8: 21}  # The first with integers of that width.
 def write_onnx(classifier: Classifier, path: Path) -> None:
     """Write `path`: images `(N, C, H, W)` in [0, 1] → logits `(N, classes)`, for any N, BatchNorm folded.
 
-    `classifier` is in float, or quantized and frozen. The opset is 21, or 25 where something has 2 bits.
+    `classifier` is in float, or quantized and frozen; class names, size, mean and deviation are in the file's metadata.
+    The opset is 21, or 25 where something has 2 bits.
     """
     import onnx_ir
 
@@ -77,6 +82,8 @@ def write_onnx(classifier: Classifier, path: Path) -> None:
     if tensor_grids(twin.network):
         _replace_means(program.model)
     _strip(program.model)
+    card = classifier.card.to_json()
+    program.model.metadata_props.update({name: json.dumps(card[name]) for name in TOLD} | {"input": TAKES})
     with write_atomically(path) as temporary:
         onnx_ir.save(program.model, temporary)
 

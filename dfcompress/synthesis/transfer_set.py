@@ -78,6 +78,7 @@ class TransferSetSource:
         for synthetic in synthetic_sets:
             synthetic.require_complete()
         self.sources = [open_images(place, teacher.card, part="train") for place in places]
+        _tell_missing(self.sources, teacher)
         self.specs = {} if self.sources else _specs(teacher, synthesis, second_recipe)
         if self.sources and (second_recipe not in (AUTO, None) or replace(synthesis, images=1) != Synthesis(images=1)):
             console.notice("The images are given: options of synthesis make no others to train on.")
@@ -263,6 +264,18 @@ def _alike(synthesis: Synthesis, recipe: str, images: int) -> Synthesis:
     return Synthesis(
         recipe=recipe, preset=None, settings=settings, images=images, groups=synthesis.groups, records=synthesis.records
     )
+
+
+def _tell_missing(sources: Sequence[ImageSource], teacher: Classifier) -> None:
+    """Say how many classes no given image stands for, where there are enough: images that the ancestor of an extended
+    model made, for instance.
+    """
+    labels = torch.cat([source.labels for source in sources]) if sources else torch.arange(teacher.card.classes)
+    missing = teacher.card.classes - len(labels.unique())
+    if missing and len(labels) >= teacher.card.classes:
+        console.notice(
+            f"No image stands for {missing} of the {teacher.card.classes} classes that {teacher.name} knows."
+        )
 
 
 def _held_out(images: int) -> int:

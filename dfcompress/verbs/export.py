@@ -69,7 +69,7 @@ def export(
 def require_packages(target: Target) -> None:
     """Raise `BadInput` where there is no such target, or a package is missing."""
     if target not in get_args(Target):
-        raise BadInput(f"There is no --target {target!r}.", f"Known: {', '.join(get_args(Target))}.")
+        raise BadInput(f"There is no target {target!r} of an export.", f"Known: {', '.join(get_args(Target))}.")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise BadInput(f"Export needs {', '.join(missing)}.", "Install them with: pip install 'dfcompress[onnx]'.")

@@ -102,7 +102,6 @@ def extend(
         probe_images=probe_images,
         competitor=partial(co_training, old, student=old.card.architecture, compute=compute),
     )
-    _tell_missing(source, old)
     shift = round(SHIFTED * max(old.card.input_size[1:]))
     usual = replace(how.training, augmentation=replace(how.training.augmentation, shift=shift))
     training = with_defaults(usual, training)
@@ -177,14 +176,6 @@ def _count_seconds(run: Run, found: Mapping[str, Outcome]) -> None:
     expert = found.get(EXPERT)
     if isinstance(expert, Trained):
         run.seconds[EXPERT] = expert.seconds
-
-
-def _tell_missing(source: TransferSetSource, old: Classifier) -> None:
-    """Say how many old classes no given image stands for: images that the model's ancestor made, for instance."""
-    seen = [each.labels for each in source.sources]
-    missing = old.card.classes - len(torch.cat(seen).unique()) if seen else 0
-    if missing:
-        console.notice(f"No image stands for {missing} of the {old.card.classes} classes that {old.name} knows.")
 
 
 def _sentence(old: Classifier, new: NewImages) -> str:

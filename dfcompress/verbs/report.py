@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dfcompress import console
 from dfcompress.data.real import ImageSource, open_images
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet
 from dfcompress.errors import BadInput
@@ -60,14 +61,15 @@ def report(
 
     The page holds what the runs stored, and asks the network for nothing. A run of `demo` brings the runs inside of it.
     `data` are real images, as `evaluate` takes them, that are shown beside those that were made.
-    Raises `BadInput`, with nothing written, where a folder is no run's, jinja2 or matplotlib is missing, `data` does
-    not fit the models, or `output` is there already and `overwrite` is not asked for.
+    Raises `BadInput`, with nothing written, where a folder is no run's, jinja2 or matplotlib is missing, `data` fits
+    no model, or `output` is there already and `overwrite` is not asked for.
     """
     require_packages()
     found = _all(one_or_more(runs))
     path = _checked(Path(output), overwrite=overwrite)
     named = [_named(run, found) for run in found]
-    opened: dict[str, ImageSource] = {}
+    opened: dict[str, ImageSource | None] = {}
+    refused: dict[Path, BadInput] = {}
 
     def real(synthetic: SyntheticSet) -> ImageSource | None:
         if data is None:
@@ -75,10 +77,18 @@ def report(
         card = synthetic.manifest["card"]
         key = json.dumps([card["input_size"], card["classes"], card.get("class_names")])
         if key not in opened:
-            opened[key] = open_images(data, ModelCard.from_json(card))
+            try:
+                opened[key] = open_images(data, ModelCard.from_json(card))
+            except BadInput as error:  # A run of several may be of a model of other classes.
+                opened[key] = None
+                refused[synthetic.folder] = error
         return opened[key]
 
     sections = _sections(named, real)
+    if refused and not any(opened.values()):
+        raise next(iter(refused.values()))
+    for folder, error in refused.items():
+        console.notice(f"{folder} has no real images beside it: {error.problem}")
     title = named[0].name if all(run.inside for run in named[1:]) else f"{len(named)} runs"
     subtitle = f"dfcompress {metadata.version('dfcompress')}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     page = render(title, subtitle, sections)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -219,6 +220,9 @@ def test_the_file_tells_no_path_folds_batchnorm_and_takes_any_number_of_images(t
     session = onnxruntime.InferenceSession(exported.path, options, providers=["CPUExecutionProvider"])
     for count in (1, 5):
         assert session.run(None, {"images": pictures(3, 32, count).numpy()})[0].shape == (count, 10)
+    told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["input_size"]) == [3, 32, 32]
+    assert "[0, 1]" in told["input"]
 
 
 def test_a_float_model_is_exported_too(tmp_path):
@@ -290,7 +294,7 @@ def test_without_the_packages_nothing_is_begun(monkeypatch):
 
 
 def test_an_unknown_target_is_refused():
-    with pytest.raises(BadInput, match="no --target 'tflite'"):
+    with pytest.raises(BadInput, match="no target 'tflite'"):
         require_packages("tflite")
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dfcompress import console
 from dfcompress.cli import run
 from dfcompress.data.real import open_images
+from dfcompress.data.synthetic_set import MANIFEST
 from dfcompress.errors import BadInput
 from dfcompress.models.checkpoint import load
 from dfcompress.verbs import report as reporting
@@ -156,6 +158,17 @@ def refused(line: list[str], capsys) -> str:
     assert run(["report", *line]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     return said
+
+
+def test_real_images_stand_beside_those_of_the_models_that_they_fit(runs, tmp_path, capsys, monkeypatch):
+    shutil.copytree(runs / "images", tmp_path / "older")
+    manifest = json.loads((tmp_path / "older" / MANIFEST).read_text())
+    manifest["card"] |= {"classes": 5, "class_names": None}
+    (tmp_path / "older" / MANIFEST).write_text(json.dumps(manifest))
+    monkeypatch.setattr(console, "_verbosity", console.NORMAL)
+    report([tmp_path / "older", runs / "images"], output=tmp_path / "page.html", data=runs / "real.npz")
+    assert "older has no real images beside it" in capsys.readouterr().err
+    assert (tmp_path / "page.html").read_text().count("real images on the right") == 1
 
 
 def test_what_is_no_run_is_refused_in_one_line_and_nothing_is_written(runs, tmp_path, capsys):
