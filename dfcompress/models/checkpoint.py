@@ -118,7 +118,7 @@ def load(
     known = given.get("classes", stated.get("classes", 0))
     if stored.quantization is not None:
         fit = _fit_of_packed(arch, stated | given, stored, path)
-    elif match_by_order:
+    elif match_by_order and not (_is_sorted(path) and stated.get("architecture") == arch):  # A result has the names.
         fit = _fit_by_order(arch, stored.tensors, path, known)
     elif arch:
         fit = _fit_of(named(arch, widths=stated.get("widths")), stored.tensors, path, known)

@@ -146,8 +146,8 @@ def recognise(tensors: Mapping[str, Tensor], where: str, classes: int = 0) -> Re
             f"{where} is none of the known architectures by the names of its tensors, but their shapes in order are "
             f"those of {' and of '.join(proposed)}.",
             f"If it is {'that network' if len(proposed) == 1 else 'one of them'}, type --arch {proposed[0]} "
-            "--match-by-order: its layers must be connected alike, which shapes do not tell. If you have its code, type "
-            "--arch file.py:FUNCTION.",
+            "--match-by-order: its layers must be connected alike, which shapes do not tell. "
+            "If you have its code, type --arch file.py:FUNCTION.",
         )
     if not any(_is_clear(match) for match in matches):
         # Tensors that stand beside the network are few, so the largest architectures come first.

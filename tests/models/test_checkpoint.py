@@ -274,6 +274,9 @@ def test_other_names_in_the_same_order_are_matched_on_request(tmp_path):
     again = load(tmp_path / "net.pt", arch="lenet5_bn", match_by_order=True, mean=(0.5,), std=(0.25,))
     images = torch.rand(2, 1, 32, 32)
     assert torch.equal(again(images), classifier(images))
+    save(again, tmp_path / "result")  # It has the names, and stands in one line with the file that it came from.
+    result = load(tmp_path / "result", arch="lenet5_bn", match_by_order=True)
+    assert torch.equal(result(images), classifier(images))
 
 
 def test_matching_by_order_checks_every_shape_and_the_number(tmp_path):
