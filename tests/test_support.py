@@ -34,7 +34,9 @@ def small(monkeypatch, support):
     monkeypatch.setattr("dfcompress.evaluation.onnx_check.ROUNDS", 1)
 
 
-@pytest.mark.parametrize("name", ["torchvision:shufflenet_v2_x0_5", "timm:test_resnet"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("torchvision:shufflenet_v2_x0_5", marks=pytest.mark.release), "timm:test_resnet"]
+)
 def test_a_row_says_that_a_network_works(name, small, support):
     pytest.importorskip("onnxruntime")
     made = support.row(name)
