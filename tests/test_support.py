@@ -31,7 +31,6 @@ def small(monkeypatch, support):
     """Networks at 32 pixels, and 8 bits alone: what takes long is the export of each."""
     monkeypatch.setattr(support, "SIDE", 32)
     monkeypatch.setattr(support, "BITS", ("8w8a",))
-    monkeypatch.setattr("dfcompress.evaluation.onnx_check.ROUNDS", 1)
 
 
 @pytest.mark.parametrize(
