@@ -270,7 +270,9 @@ def _tell_missing(sources: Sequence[ImageSource], teacher: Classifier) -> None:
     """Say how many classes no given image stands for, where there are enough: images that the ancestor of an extended
     model made, for instance.
     """
-    labels = torch.cat([source.labels for source in sources]) if sources else torch.arange(teacher.card.classes)
+    if not sources:
+        return
+    labels = torch.cat([source.labels for source in sources])
     missing = teacher.card.classes - len(labels.unique())
     if missing and len(labels) >= teacher.card.classes:
         console.notice(

@@ -69,7 +69,7 @@ class IncrementalMethod:
 
 
 def usual_training(steps: int = 1000) -> Training:
-    """A short training: a longer one forgets more in most methods.
+    """A short training, in which the methods were compared.
 
     Augmentation is as usual for labelled images (shifts and, in colour, flips); nothing is mixed, because labels would
     not follow.
