@@ -96,6 +96,8 @@ def test_the_module_runs_as_a_program():
         (["invrt"], "Did you mean 'invert'"),
         (["invert"], "Missing argument"),
         (["invert", DEMO, "--bots", "4"], "No such option"),
+        (["distill", DEMO, "--epochs", "4"], "--train-steps"),
+        (["invert", DEMO, "--iterations", "4"], "--steps"),
         (["invert", "absent.pt"], "absent.pt does not exist"),
         (["invert", DEMO, "--recipe", "deepinvrsion"], "is not one of 'activation-records'"),
         (["invert", DEMO, "--set", "bn"], "has no '='"),

@@ -25,6 +25,16 @@ ONE_PAGE = 20
 # Choices of more characters than these are listed in the sentence and not in the column of names.
 CHOICES_SHOWN = 40
 LONG = "NAME"
+# Options as other tools call them.
+ELSEWHERE = {
+    "--epochs": "--train-steps",
+    "--iterations": "--steps",
+    "--learning-rate": "--train-lr",
+    "--num-images": "--images",
+    "--dataset": "--data",
+    "--calibration-data": "--data",
+    "--output-dir": "--output",
+}
 # Sentences begin in this column, on the next line where a name is longer.
 COLUMN = 30
 SHOW_ALL = "dfcompress.show_all"
@@ -58,6 +68,16 @@ class Command(click.Command):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The command's parameters, with `--help-all` where there is more than one page."""
         return super().get_params(ctx) + ([] if self._fits() else [_HELP_ALL])
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the command line; an unknown option that other tools have is answered with ours."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            ours = ELSEWHERE.get(error.option_name)
+            if any(ours in parameter.opts for parameter in self.params):
+                error.possibilities = [str(ours)]
+            raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the arguments and the options, under their headings."""

@@ -75,13 +75,15 @@ class Training:
             raise BadInput("clip or weight_decay is negative.", "Use 0 to leave it out.")
 
     def pool(self, *sets: Tensor, labels: Sequence[Tensor] | None = None, seed: int) -> ImagePool:
-        """Stored images `(N, C, H, W)`, one set for each teacher, in the batches of this training.
+        """Stored images `(N, C, H, W)`, one set for each teacher, in the batches of this training."""
+        return ImagePool(*sets, labels=labels, augmentation=self.augmentation, batch_size=self.batch_size, seed=seed)
 
-        Grey images are not mirrored: they are mostly characters, which a flip turns into other ones.
+    def suiting(self, input_size: tuple[int, int, int]) -> Training:
+        """The settings as they are usual for images of this size `(C, H, W)`: grey ones are not mirrored, because they
+        are mostly characters, which a flip turns into other ones.
         """
-        flip = self.augmentation.flip and sets[0].shape[1] > 1
-        augmentation = replace(self.augmentation, flip=flip)
-        return ImagePool(*sets, labels=labels, augmentation=augmentation, batch_size=self.batch_size, seed=seed)
+        flip = self.augmentation.flip and input_size[0] > 1
+        return replace(self, augmentation=replace(self.augmentation, flip=flip))
 
     def rate(self, step: int) -> float:
         """Learning rate of `step`, counted from 0."""

@@ -80,7 +80,7 @@ class CoTraining:
             batch_size=self.updates.batch_size,
             freeze_batchnorm=self.repair,
             augmentation=Augmentation(shift=4, flip=True, mixup=1.0),
-        )
+        ).suiting(self.student.card.input_size)
 
     def distillation(self, seed: int) -> Distillation:
         """What the recipe says that the student is taught."""

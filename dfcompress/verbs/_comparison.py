@@ -49,14 +49,14 @@ class ModelOnSet:
     images: int
     bn_divergence: float | None
     divergence_ratio: float | None
-    soft: list[float]
-    hard: list[float]
+    soft: list[float] = field(repr=False)
+    hard: list[float] = field(repr=False)
     correct: int | None = None
     top1: float | None = None
     standard_error: float | None = None
     calibration_error: float | None = None
-    class_images: list[int] | None = None
-    class_correct: list[int] | None = None
+    class_images: list[int] | None = field(default=None, repr=False)
+    class_correct: list[int] | None = field(default=None, repr=False)
     outliers: list[Outlier] = field(default_factory=list)
 
     @property
@@ -95,15 +95,15 @@ class Difference:
     images: int
     agreement: float
     changed: int
-    moves: list[Move]
-    changes: list[Change]
+    moves: list[Move] = field(repr=False)
+    changes: list[Change] = field(repr=False)
     gained: int | None = None
     lost: int | None = None
     difference: float | None = None
     interval: tuple[float, float] | None = None
     p_value: float | None = None
     within_noise: bool | None = None
-    tail_degradation: list[float] | None = None
+    tail_degradation: list[float] | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as `--json` prints them: all but the single images that changed."""

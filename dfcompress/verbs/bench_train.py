@@ -73,7 +73,9 @@ def bench_train(
     if precision != "fp32":
         rows["+" + precision] = fastest = replace(fastest, precision=precision)
     # Steps enough that asking once about each image pays.
-    changing = Training(steps=10**6, lr=0.1, batch_size=batch_size, augmentation=Augmentation(shift=SHIFT, flip=True))
+    changing = Training(
+        steps=10**6, lr=0.1, batch_size=batch_size, augmentation=Augmentation(shift=SHIFT, flip=True)
+    ).suiting(teacher.card.input_size)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         files = stack.enter_context(closing(_files(images, folder, batch_size)))

@@ -115,7 +115,7 @@ def distill(
         student=student_model,
     )
     live = source.specs[source.live] if source.live else None
-    training = with_defaults(_usual_training(live), training)
+    training = with_defaults(_usual_training(live).suiting(student_model.card.input_size), training)
     if live and live.recipe.student_updates:
         updates = live.recipe.student_updates
         objectives = updates.objectives if objectives is None else objectives

@@ -104,7 +104,7 @@ def extend(
     )
     shift = round(SHIFTED * max(old.card.input_size[1:]))
     usual = replace(how.training, augmentation=replace(how.training.augmentation, shift=shift))
-    training = with_defaults(usual, training)
+    training = with_defaults(usual.suiting(old.card.input_size), training)
     if training.batch_size < SMALLEST_BATCH:
         raise BadInput(
             f"Batches of {training.batch_size} images have too few of the old or of the new classes.",

@@ -102,7 +102,8 @@ def merge(
     architecture = student_model.card.architecture
     synthesis, second_recipe = usual_images(merging, synthesis, second_recipe)
     sources = _sources(teachers, data, synthesis, compute, second_recipe, probe_images, student=architecture)
-    training = with_defaults(merging.training(min(map(len, sources)), len(teachers)), training)
+    usual = merging.training(min(map(len, sources)), len(teachers))
+    training = with_defaults(usual.suiting(student_model.card.input_size), training)
     options = {
         "teachers": [teacher.identity() for teacher in teachers],
         "student": architecture,

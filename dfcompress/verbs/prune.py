@@ -131,7 +131,8 @@ def prune(
     student = Classifier(copy.deepcopy(teacher.network), teacher.card).frozen()
     tuning = None
     if repair == "distill":
-        tuning = with_defaults(DISTILLATION if teacher.card.small else LARGE_DISTILLATION, training)
+        usual = DISTILLATION if teacher.card.small else LARGE_DISTILLATION
+        tuning = with_defaults(usual.suiting(teacher.card.input_size), training)
         tuning = tuning if tuning.steps else None
     source = TransferSetSource(
         teacher,

@@ -20,6 +20,7 @@ from dfcompress.data.pool import Augmentation
 from dfcompress.device import Compute, threads, threads_for
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.models.fake_quantizers import LARGEST_BITS, Scheme, can_be_quantized, freeze, is_quantized, learn_steps
@@ -157,7 +158,7 @@ def quantize(
     why_not = partial(_why_not_all_tensors, method, asked, calibration.scheme)
     placement, reference, student, layers, wanted = place_grids(teacher, wish, why_not, placement, bits)
     finetune = finetune or FINETUNED_ON.get(placement) or FINETUNED_BY[method]
-    tuning = usual_tuning(finetune, training, method=method, small=teacher.card.small)
+    tuning = usual_tuning(finetune, training, method=method, card=teacher.card)
     rounding = usual_rounding(finetune, rounding, tuning, small=teacher.card.small)
     terms = _objectives(teacher, finetune, objectives, temperature=temperature, seed=compute.seed)
     _require_exportable(export, student, wanted, calibration.scheme)
@@ -377,17 +378,17 @@ def usual_tuning(
     settings: Training | Reconstruction | Mapping[str, Any] | None,
     *,
     method: QuantizationMethod,
-    small: bool,
+    card: ModelCard,
 ) -> Training | Reconstruction | None:
-    """The settings of fine-tuning, a method's usual ones for `small` images (`ModelCard.small`) or large ones, or with
-    changes; raises `BadInput` where those given are of another kind.
+    """The settings of fine-tuning, a method's usual ones for images of the model's size, or with changes; raises
+    `BadInput` where those given are of another kind.
     """
     if finetune not in FINETUNING:
         raise BadInput(f"There is no --finetune {finetune!r}.", f"Known: {', '.join(FINETUNING)}.")
     usual = FINETUNING[finetune]
     if method == "paper" and finetune == "kd":
-        usual = PAPER_KD if small else PAPER_KD_LARGE
-    elif not small and usual is LSQ:
+        usual = PAPER_KD if card.small else PAPER_KD_LARGE
+    elif not card.small and usual is LSQ:
         usual = LARGE_LSQ
     if usual is None:
         if settings:
@@ -397,6 +398,8 @@ def usual_tuning(
         raise BadInput(
             f"--finetune {finetune} is not set by a {type(settings).__name__}.", f"Give a {type(usual).__name__}."
         )
+    if isinstance(usual, Training):
+        usual = usual.suiting(card.input_size)
     chosen = with_defaults(usual, settings)
     return chosen if chosen.steps else None
 

@@ -56,6 +56,13 @@ def test_each_layer_is_asked_alone_and_fewer_bits_cost_more():
     assert all(found[2][name] > 10 * found[8][name] > 0 for name in LAYERS)
 
 
+def test_what_a_network_that_is_sure_loses_is_not_lost_in_rounding():
+    sure = teacher()
+    sure.network[8].bias.data[0] += 20
+    quantize_layers(sure.network, dict.fromkeys(LAYERS, (8, 32)))
+    assert all(0 < found < 1e-7 for found in sensitivities(sure, images(), LAYERS).values())
+
+
 @pytest.mark.parametrize(
     "scheme", [Scheme(), Scheme(True), Scheme(asymmetric=WIDTHS), Scheme(asymmetric=(2, 3))], ids=str
 )

@@ -338,12 +338,6 @@ def test_torchvisions_networks_with_auxiliary_heads_can_be_trained():
         require_passes(Classifier(network, card), TRAINING)
 
 
-def test_grey_images_are_not_flipped():
-    plain, _ = fitted(TRAINING)
-    flip, _ = fitted(replace(TRAINING, augmentation=Augmentation(flip=True)))
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), flip.parameters(), strict=True))
-
-
 def test_a_rate_that_diverges_is_reported_with_its_step():
     with pytest.raises(DfcompressError, match=r"not finite at training step \d+.*--train-lr"):
         fitted(replace(TRAINING, lr=1e30))

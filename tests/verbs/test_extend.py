@@ -188,6 +188,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(old, new, tmp_path, capsys)
     assert run(["extend", str(old), "--new-data", str(new), *LINE.split(), "--dry-run", "-o", str(tmp_path / "o")]) == 0
     out = capsys.readouterr().out
     assert "training: steps=" in out
+    assert "flip=False" in out
     assert f"the result goes to {tmp_path / 'o'}" in out
     assert "32 images" in out or "16 images" in out
     assert not (tmp_path / "o").exists()

@@ -17,6 +17,7 @@ from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
 from dfcompress.run import RunRecord
 from dfcompress.synthesis.recipe import StudentUpdates, Synthesis
+from dfcompress.training.student import make_student
 from dfcompress.verbs._budget import Budget, fit_budget
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs.distill import distill
@@ -67,6 +68,18 @@ def test_a_verb_and_its_plan_have_one_signature(verb):
     assert called.parameters == planned.parameters
     assert planned.return_annotation == f"Plan[{called.return_annotation}]"
     assert verb.__doc__ == verb.plan.__doc__
+
+
+@pytest.mark.parametrize("verb", ["distill", "merge", "quantize"])
+def test_grey_images_are_mirrored_only_where_somebody_asks_for_it(verb, tmp_path):
+    """They are mostly characters; the plan says what is done."""
+    assert VERBS[verb](tmp_path / "out").settings["training"].augmentation.flip is False
+    asked = {**SHORT, "training": {"flip": True}}
+    assert distill.plan(DEMO, student="half", **asked).settings["training"].augmentation.flip is True
+    colour, _ = make_student("cifar_resnet20", replace(load(DEMO).card, input_size=(3, 32, 32)), seed=0)
+    colour.train()(torch.rand(8, 3, 32, 32))  # Untrained BatchNorms tell nothing to make images of.
+    colour.eval()
+    assert distill.plan(colour, student="half", **SHORT).settings["training"].augmentation.flip is True
 
 
 def test_what_the_plan_leaves_out_is_not_done(tmp_path):

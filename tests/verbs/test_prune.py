@@ -127,6 +127,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     assert planned["pruning 1"]["share"] == pytest.approx(0.5**0.5)
     assert planned["pruning"] | {"share": 0.5, "resource": "flops", "round_to": 1} == planned["pruning"]
     assert planned["training"]["steps"] == 6
+    assert planned["training"]["augmentation"]["flip"] is False
     assert not (tmp_path / "out").exists()
 
 

@@ -18,6 +18,7 @@ from dfcompress.cli import run
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput, DfcompressError, GateNotMet
+from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.fake_quantizers import quantized_layers, tensor_grids
 from dfcompress.quantization.calibration import Calibration, calibration_batches
@@ -45,6 +46,7 @@ from dfcompress.verbs.quantize import (
 
 DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
 EAGER = Compute(device="cpu", precision="fp32", compile="off", seed=0)
+SMALL, LARGE = (ModelCard("own", 10, (3, side, side), (0.5,) * 3, (0.25,) * 3) for side in (32, 224))
 SAVING = "import sys; from dfcompress import cli, run; run.SAVE_EVERY_SECONDS = 0.0; sys.exit(cli.run(sys.argv[1:]))"
 
 
@@ -283,15 +285,15 @@ def test_the_papers_method_has_every_published_value_and_each_can_be_changed():
     assert usual_calibration("paper", None, input_size=(3, 224, 224)) == published
     changes = {"steps": 3, "correction": True}
     assert usual_calibration("paper", changes, input_size=(3, 32, 32)) == replace(published, steps=3, correction=True)
-    small = usual_tuning("kd", None, method="paper", small=True)
+    small = usual_tuning("kd", None, method="paper", card=SMALL)
     assert (small.steps, small.batch_size, small.freeze_batchnorm, small.schedule) == (16_000, 512, True, "cosine")
     assert small.augmentation.flip
     assert small.augmentation.mixup
-    large = usual_tuning("kd", None, method="paper", small=False)
+    large = usual_tuning("kd", None, method="paper", card=LARGE)
     assert (large.steps, large.batch_size) == (44_000, 256)
-    fewer = usual_tuning("kd", {"steps": 7}, method="paper", small=True)
+    fewer = usual_tuning("kd", {"steps": 7}, method="paper", card=SMALL)
     assert fewer == replace(small, steps=7)
-    assert usual_tuning("lsq", None, method="paper", small=True) == LSQ
+    assert usual_tuning("lsq", None, method="paper", card=SMALL) == LSQ
 
 
 @pytest.mark.parametrize(
@@ -446,10 +448,9 @@ def test_both_halves_of_the_fine_tuning_are_settable(asked, rounded, trained):
 
 def test_large_images_are_fine_tuned_on_fewer_of_them():
     """An hour of two cores holds a hundred times as many images of 32 pixels as of 224."""
-    large = {"method": "default", "small": False}
-    tuning = usual_tuning("blocks+lsq", None, **large)
+    tuning = usual_tuning("blocks+lsq", None, method="default", card=LARGE)
     assert (tuning.steps, tuning.batch_size) == (100, 32)
-    assert usual_tuning("lsq", {"steps": 7}, **large) == replace(tuning, steps=7)
+    assert usual_tuning("lsq", {"steps": 7}, method="default", card=LARGE) == replace(tuning, steps=7)
     assert usual_rounding("blocks+lsq", None, tuning, small=False) == replace(BEFORE_LSQ, steps=100)
     assert usual_rounding("blocks+lsq", None, tuning, small=True) == BEFORE_LSQ
 
