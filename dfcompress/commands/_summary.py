@@ -130,7 +130,7 @@ def layers(report: dict[str, Any]) -> None:
             f"{row['weights']:,}",
             f"{row['weight_bits']}w{row['input_bits']}a",
             "" if row["input_low"] is None else f"{row['input_low']:.3g} .. {row['input_high']:.3g}",
-            f"{round(row['sensitivity'], 4) + 0.0:.4f}",  # Not -0.0000.
+            f"{row['sensitivity']:.1e}",
             "" if row["signal_to_noise"] is None else f"{row['signal_to_noise']:.1f}",
         ]
         for row in report["layers"]

@@ -90,10 +90,14 @@ FORMATS: Mapping[str, Callable[[float], str]] = {
 
 
 def _summary(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> Iterator[Block]:
-    """One table of the models and one of the sets of images, with mean and spread over seeds."""
+    """What became of each model in a sentence, one table of the models and one of the sets of images, with mean and
+    spread over seeds.
+    """
     sets = [run for run in runs if run.record.verb == "invert"]
     models = [run for run in runs if run.record.verb not in ("invert", "demo")]
     if models:
+        verdicts = {run.name: _verdict(run) for run in models if run.record.finished}
+        yield Facts([f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict])
         yield _numbers(
             models, colours, _of_model, "ms: 64 images in onnxruntime on one thread, where a file was exported."
         )
@@ -114,6 +118,27 @@ def _of_model(run: ReportedRun) -> Row:
         "ms": export.get("milliseconds"),
         "ms in fp32": export.get("milliseconds_fp32"),
     }
+
+
+def _verdict(run: ReportedRun) -> str:
+    """How much smaller, faster and less accurate than its teacher a model is; without real images, how often they
+    agree.
+    """
+    found = _of_model(run)
+    share, ms, ms_fp32, agreement = (found[name] for name in ("of fp32", "ms", "ms in fp32", "agreement"))
+    said = []
+    if share and share < 1:
+        said.append(f"{1 / share:.1f} times smaller than the teacher")
+    if ms and ms_fp32:
+        said.append(f"{ms_fp32 / ms:.1f} times as fast in onnxruntime")
+    if found["teacher's top-1"] is not None:
+        teacher, student = run.scores[0], run.scores[-1]
+        lost = teacher["correct"] - student["correct"]
+        change = f"{100 * abs(lost) / student['total']:.2f} points {'less' if lost > 0 else 'more'} accurate"
+        said.append(f"{change if lost else 'as accurate'} on {student['total']:,} real images")
+    elif agreement is not None:
+        said.append(f"{_percent(agreement)} of the answers to its images as the teacher's")
+    return ", ".join(said)
 
 
 def _teachers_top1(run: ReportedRun) -> float | None:
@@ -435,7 +460,7 @@ def _quantized(layers: Sequence[Mapping[str, Any]]) -> Table:
             Cell(f"{each['weights']:,}"),
             Cell(f"{each['weight_bits']}w{each['input_bits']}a"),
             Cell("" if each["input_low"] is None else _signed(f"{each['input_low']:.3g} … {each['input_high']:.3g}")),
-            Cell(f"{each['sensitivity']:.4f}", bar=_length(each["sensitivity"], most)),
+            Cell(f"{each['sensitivity']:.1e}", bar=_length(each["sensitivity"], most)),
             Cell("")
             if each["signal_to_noise"] is None
             else Cell(f"{each['signal_to_noise']:.1f}", bar=_length(each["signal_to_noise"], clearest)),

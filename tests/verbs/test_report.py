@@ -95,6 +95,9 @@ def test_the_page_has_every_section_and_the_numbers_that_the_runs_stored(page, r
     for each in measured:
         right = each["evaluation"]["results"][1]["correct"]
         assert f"{right} 200 {right / 2:.2f} %" in text
+        teachers = each["evaluation"]["results"][0]["correct"]
+        lost = f"{(teachers - right) / 2:.2f} points less accurate" if teachers > right else "as accurate"
+        assert f"times smaller than the teacher, {lost} on 200 real images" in text
     seconds = [each["seconds"]["total"] for each in measured]
     assert f"{statistics.mean(seconds):.1f} ± {statistics.stdev(seconds):.1f}" in text
     assert "mean ± sd quantize lenet5_bn to 4w4a, kd 2 seeds" in text
