@@ -3,8 +3,8 @@
     python docs/measure_pruning.py CHECKPOINT TEST LARGER_TEST REAL OUTPUT [--seeds N] [--only ROW ...]
 
 TEST and LARGER_TEST are real images to report on, REAL 1,000 training images for comparison. Rows "from nothing" make
-their own images, as a user's first command does; all others of a seed share OUTPUT/images-SEED. Every command is
-printed; results are appended to OUTPUT/rows.jsonl, and rows that are there are not made again.
+their own images, as a user's first command does, and rows "distilled on" 512; all others of a seed share the 512 of
+OUTPUT/images-SEED. Every command is printed; results are appended to OUTPUT/rows.jsonl, and rows that are there are not made again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from dfcompress.pruning import ImportanceName
 # The shares that DeepInversion's table states for ResNet-50: 20 and 50 % of the filters.
 SHARES = {"-37 %": 0.63, "-71 %": 0.29}
 SHORT = "--train-steps 500"
+FEW = f"{SHORT} --images 512"
 RECIPES = {"noise": "gaussian", "deepdream": "deepdream", "deepinversion": "deepinversion"}
-EACH = 2048
+EACH = 512
 SHARED = {"synthetic": "deepinversion", "synthetic-bns": "bns"}
 
 
@@ -38,10 +39,10 @@ def rows_of(name: str, share: float) -> dict[str, str]:
         f"{name}, no repair": f"{budget} --repair none --data DATA",
         f"{name}, refit": f"{budget} --repair refit --data DATA",
         **{
-            f"{name}, distilled on {what}": f"{budget} {SHORT} --recipe {recipe} --second-recipe none"
+            f"{name}, distilled on {what}": f"{budget} {FEW} --recipe {recipe} --second-recipe none"
             for what, recipe in RECIPES.items()
         },
-        f"{name}, distilled on adaptive": f"{budget} {SHORT}",
+        f"{name}, distilled on adaptive": f"{budget} {FEW}",
         **{
             f"{name}, {importance}": f"{budget} {SHORT} --importance {importance} --data DATA"
             for importance in get_args(ImportanceName)

@@ -78,7 +78,8 @@ def test_a_network_of_an_odd_layer_goes_through(name, tmp_path, said):
     assert batchnorms == UNFOLDED.get(name, 0)
 
 
-KNOWN = (pytest.param("mobilenet_v2", marks=pytest.mark.release), "shufflenet_v2_x0_5", "timm:test_efficientnet")
+LARGE = (pytest.param(name, marks=pytest.mark.release) for name in ("mobilenet_v2", "shufflenet_v2_x0_5"))
+KNOWN = (*LARGE, "timm:test_efficientnet")
 
 
 @pytest.mark.parametrize("name", KNOWN)
