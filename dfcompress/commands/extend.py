@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     "new classes.",
 )
 @_options.synthesis(images="2048, or 1000 for images of more than 64 pixels a side")
-@_options.training(steps="4000 with abd, else 1000", lr=0.05, batch_size=128)
+@_options.training(steps="4000 with abd, more for many new images, else 1000", lr=0.05, batch_size=128)
 @_options.second_recipe
 @_options.probe_images
 @_options.gates

@@ -19,6 +19,7 @@ from torch import Tensor
 from dfcompress import console
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.run import Run
@@ -28,7 +29,7 @@ from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
 from dfcompress.training.class_incremental import DEFAULT, MethodName, incremental_method
 from dfcompress.training.class_incremental.method import ExtensionTask, IncrementalMethod
 from dfcompress.training.class_incremental.oracle import Oracle
-from dfcompress.training.class_incremental.replay import Replay, class_weights
+from dfcompress.training.class_incremental.replay import Replay, class_weights, parts_of
 from dfcompress.training.class_incremental.widening import make_expert, widen
 from dfcompress.training.loop import Trained
 from dfcompress.training.settings import Training
@@ -102,9 +103,7 @@ def extend(
         probe_images=probe_images,
         competitor=partial(co_training, old, student=old.card.architecture, compute=compute),
     )
-    shift = round(SHIFTED * max(old.card.input_size[1:]))
-    usual = replace(how.training, augmentation=replace(how.training.augmentation, shift=shift))
-    training = with_defaults(usual.suiting(old.card.input_size), training)
+    training = with_defaults(training_for(how, old.card, student.card, len(new)), training)
     if training.batch_size < SMALLEST_BATCH:
         raise BadInput(
             f"Batches of {training.batch_size} images have too few of the old or of the new classes.",
@@ -156,6 +155,17 @@ def _images(old: Classifier, how: IncrementalMethod) -> int:
     if not how.replays:
         return PROBE_IMAGES
     return IMAGES if old.card.small else LARGE_IMAGES
+
+
+def training_for(how: IncrementalMethod, old: ModelCard, extended: ModelCard, new_images: int) -> Training:
+    """A method's usual training for images of the model's size, and for so many of new classes."""
+    usual = how.training.suiting(old.input_size)
+    _, new_a_step = parts_of(usual.batch_size, old.classes / extended.classes)
+    return replace(
+        usual,
+        steps=max(usual.steps, -(-how.passes * new_images // new_a_step)),
+        augmentation=replace(usual.augmentation, shift=round(SHIFTED * max(old.input_size[1:]))),
+    )
 
 
 def _train_expert(expert: Classifier, new: NewImages, labels: Tensor, training: Training, compute: Compute) -> Train:

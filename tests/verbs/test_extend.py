@@ -18,7 +18,7 @@ from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.training.class_incremental import DEFAULT, METHODS, incremental_method
 from dfcompress.training.loop import METRICS
 from dfcompress.training.student import make_student
-from dfcompress.verbs.extend import extend
+from dfcompress.verbs.extend import extend, training_for
 
 EAGER = Compute(device="cpu", precision="fp32", compile="off")
 FEW = Synthesis(images=32, settings={"steps": 2, "batch_size": 32})
@@ -170,8 +170,16 @@ def test_help_tells_the_training_of_every_method(method):
     told = {parameter.name: parameter for parameter in root.get_command(None, "extend").params}
     training = incremental_method(method).training
     for field in ("steps", "lr", "batch_size"):
-        own, _, others = told[f"train_{field}"].show_default.partition(f" with {DEFAULT}, else ")
+        own, _, rest = told[f"train_{field}"].show_default.partition(f" with {DEFAULT}, ")
+        others = rest.removeprefix("more for many new images, ").removeprefix("else ")
         assert (own if method == DEFAULT or not others else others) == str(getattr(training, field))
+
+
+@pytest.mark.parametrize(("count", "steps"), [(10, 4000), (100_000, 8 * 100_000 // 64)])
+def test_many_new_images_are_all_seen_several_times(count, steps):
+    card = ModelCard("lenet5_bn", 10, (1, 32, 32), (0.4,), (0.2,))
+    usual = training_for(incremental_method("abd"), card, replace(card, classes=20), count)
+    assert usual.steps == steps
 
 
 @pytest.mark.parametrize("dry", [True, False])

@@ -29,6 +29,7 @@ FEATURE_WEIGHT = 0.1  # As in the released code for CIFAR-100.
 # A LeNet-5 of the digits 0 to 4 that learns 5 to 9 has 2,922 of 3,000 old training images and 2,820 new ones right
 # after 1,000 steps, 2,968 and 2,856 after 4,000.
 STEPS = 4000
+PASSES = 8
 
 
 class AlwaysBeDreaming:
@@ -83,4 +84,4 @@ class AlwaysBeDreaming:
         """Nothing: the weights are fixed."""
 
 
-METHOD = IncrementalMethod(distiller=AlwaysBeDreaming, training=usual_training(STEPS))
+METHOD = IncrementalMethod(distiller=AlwaysBeDreaming, training=usual_training(STEPS), passes=PASSES)

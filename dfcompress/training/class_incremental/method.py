@@ -58,7 +58,8 @@ class IncrementalMethod:
     """A way to extend.
 
     With `replays` a batch holds images that stand for the old classes beside the labelled ones of the new; they are
-    real ones where the method is `real`. With `expert` a model of the new classes alone is trained first.
+    real ones where the method is `real`. With `expert` a model of the new classes alone is trained first. The usual
+    training lasts until every new image came so often as there are `passes`, if it is not longer by itself.
     """
 
     distiller: Callable[[ExtensionTask], Distiller]
@@ -66,6 +67,7 @@ class IncrementalMethod:
     replays: bool = True
     real: bool = False
     expert: bool = False
+    passes: int = 0
 
 
 def usual_training(steps: int = 1000) -> Training:
