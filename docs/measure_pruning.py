@@ -4,7 +4,8 @@
 
 TEST and LARGER_TEST are real images to report on, REAL 1,000 training images for comparison. Rows "from nothing" make
 their own images, as a user's first command does, and rows "distilled on" 512; all others of a seed share the 512 of
-OUTPUT/images-SEED. Every command is printed; results are appended to OUTPUT/rows.jsonl, and rows that are there are not made again.
+OUTPUT/images-SEED. Every command is printed; results are appended to OUTPUT/rows.jsonl, and rows that are there are not
+made again.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from dfcompress.training.multi_teacher.logit_matching import TRAINING as MATCHED
 from dfcompress.verbs.distill import DISTILLATION, distill
 from dfcompress.verbs.invert import invert
 from dfcompress.verbs.merge import merge
-from dfcompress.verbs.quantize import BEFORE_LSQ, FINETUNING, quantize, usual_calibration
+from dfcompress.verbs.quantize import BEFORE_LSQ, FINETUNING, LARGE_LSQ, quantize, usual_calibration
 
 COMMANDS = root.list_commands(None)
 
@@ -103,7 +103,7 @@ def test_the_module_runs_as_a_program():
         (["invert", DEMO, "--set", "bn"], "has no '='"),
         (["invert", DEMO, "--set", "stps=1"], "Did you mean 'steps'"),
         (["invert", DEMO, "--device", "tpu"], "--device 'tpu'"),
-        (["invert", DEMO, "--precision", "fp16", "--device", "cpu"], "fp16 is not there yet"),
+        (["invert", DEMO, "--precision", "fp16", "--device", "cpu"], "is not one of"),
         (["invert", DEMO, "--input-size", "28"], "input"),
         (["invert", DEMO, "--set", "beta1=2"], "betas"),
         (["invert", DEMO, "--set", "schedule=foo"], "no schedule 'foo'"),
@@ -400,7 +400,8 @@ def test_what_help_says_of_training_is_what_the_verbs_do():
             first, _, others = told[f"train_{field}"].show_default.partition(", or ")
             assert first == str(getattr(training, field))
             if name == "quantize":
-                assert others.startswith(f"{getattr(FINETUNING['blocks'], field)} with --finetune blocks")
+                assert f"{getattr(FINETUNING['blocks'], field)} with --finetune blocks" in others
+                assert others.startswith(f"{getattr(LARGE_LSQ, field)} ")
         if name == "merge":
             assert tuple(told["method"].type.choices) == METHODS
 

@@ -74,9 +74,9 @@ class Command(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            ours = ELSEWHERE.get(error.option_name)
+            ours = ELSEWHERE.get(error.option_name, "")
             if any(ours in parameter.opts for parameter in self.params):
-                error.possibilities = [str(ours)]
+                raise click.UsageError(f"No such option {error.option_name!r}. Did you mean {ours!r}?", ctx) from None
             raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -348,7 +348,7 @@ compute = group(
         "Machine",
         click.option(
             "--precision",
-            type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+            type=click.Choice(["auto", "fp32", "bf16"]),
             default="auto",
             show_default=True,
             help="Precision of convolutions. auto is bf16 on processors with bf16 instructions, and fp32 on others.",
@@ -591,7 +591,8 @@ gates = group(
             "--max-drop",
             type=float,
             metavar="POINTS",
-            help="Exit with code 3 if top-1 on --eval-data drops by more than this number of percentage points.",
+            help="Exit with code 3 if top-1 on --eval-data (for extend: on the old classes) drops by more than "
+            "this number of percentage points.",
         ),
         click.option(
             "--min-agreement",
@@ -688,8 +689,8 @@ def _objectives(objective: tuple[str, ...]) -> dict[str, float] | None:
 student = click.option(
     "--student",
     metavar="NAME",
-    help="Architecture of the student, with as many classes and channels as the teacher has. half is the teacher's "
-    "architecture with half the channels.",
+    help="Architecture of the student. Its classes and input channels are fitted to the teacher, or to all teachers "
+    "of a merge. half is the architecture of the (first) teacher with half the channels.",
 )
 student_init = under(
     "Training",

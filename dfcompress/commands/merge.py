@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dfcompress.commands import _help, _options, _summary
-from dfcompress.training.multi_teacher import NAMES
+from dfcompress.training.multi_teacher import NAMES, MethodName
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.models.classifier import Classifier
     from dfcompress.synthesis.recipe import Synthesis
-    from dfcompress.training.merging import Method
 
 
 @click.command(cls=_help.Command, epilog=_options.example("dfcompress merge t1.pt t2.pt --student resnet18 -o merged"))
@@ -58,7 +57,7 @@ def merge(
     models: list[Classifier],
     student: str | None,
     student_init: str | None,
-    method: Method,
+    method: MethodName,
     class_map: Path | None,
     data: tuple[Path, ...],
     eval_data: tuple[Path, ...],

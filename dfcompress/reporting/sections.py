@@ -208,7 +208,8 @@ def _short(run: ReportedRun) -> str:
     architecture = run.card.architecture if run.card else ""
     match verb:
         case "quantize":
-            return f"quantize {architecture} to {_bits(options)}, {options.get('finetune')}"
+            tuning = options.get("finetune")
+            return f"quantize {architecture} to {_bits(options)}, {'calibrated only' if tuning == 'none' else tuning}"
         case "prune":
             asked = options.get("pruning") or {}
             return f"prune {architecture} to {asked.get('share')} of {asked.get('resource')}, {options.get('repair')}"

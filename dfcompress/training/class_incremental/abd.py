@@ -27,7 +27,9 @@ from dfcompress.training.class_incremental.method import (
 
 FEATURE_WEIGHT = 0.1  # As in the released code for CIFAR-100.
 # A LeNet-5 of the digits 0 to 4 that learns 5 to 9 has 2,922 of 3,000 old training images and 2,820 new ones right
-# after 1,000 steps, 2,968 and 2,856 after 4,000.
+# after 1,000 steps, 2,968 and 2,856 after 4,000. One of ten digits that learns ten kinds of clothes from 54,000 images
+# has 5,943 of 6,000 and 5,092 of 6,000 after 4,000 steps (4.7 passes), 5,950 and 5,159 after 8 passes, 5,914 and 5,202
+# after 12.
 STEPS = 4000
 PASSES = 8
 
