@@ -270,13 +270,13 @@ def _not_as_traced(classifier: Classifier, groups: Sequence[ChannelGroup]) -> li
 
     def equal(some: Sequence[ChannelGroup]) -> bool:
         masked, pruned = copy.deepcopy(twin), copy.deepcopy(twin)
-        for group in some:
-            _mask(masked.network, group, clusters[group.name] < 0)
-        cut(pruned, some, clusters)
         try:
+            for group in some:
+                _mask(masked.network, group, clusters[group.name] < 0)
+            cut(pruned, some, clusters)
             with torch.no_grad(), evaluating(masked), evaluating(pruned):
                 expected, answer = masked(images), pruned(images)
-        except Exception:  # The forward pass is a stranger's code: it may count channels anywhere.
+        except Exception:  # The forward pass is a stranger's code, and layers such as GroupNorm count channels, too.
             return False
         return bool((answer - expected).abs().max() <= SAME * expected.abs().max())
 
@@ -319,10 +319,13 @@ def _mask(network: nn.Module, group: ChannelGroup, gone: Tensor) -> None:
 
 def weight_blocks(layer: Any) -> list[Tensor]:
     """A layer's weight as one matrix `(outputs, inputs, ...)` for each of its groups, sharing its memory."""
-    groups = getattr(layer, "groups", 1)
-    if getattr(layer, "transposed", False):
-        return [block.transpose(0, 1) for block in layer.weight.chunk(groups, 0)]
-    return list(layer.weight.chunk(groups, 0))
+    return blocks_of(layer, layer.weight)
+
+
+def blocks_of(layer: Any, values: Tensor) -> list[Tensor]:
+    """Values of a layer's weight as its `weight_blocks`."""
+    blocks = values.chunk(getattr(layer, "groups", 1), 0)
+    return [block.transpose(0, 1) for block in blocks] if getattr(layer, "transposed", False) else list(blocks)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.models.classifier import Classifier
 from dfcompress.pruning import ImportanceName
-from dfcompress.pruning.groups import ChannelGroup, Clusters, clusters_of
+from dfcompress.pruning.groups import ChannelGroup, Clusters, blocks_of, clusters_of
 from dfcompress.randomness import generator
 
 BATCH = 32  # Images of a gradient, as Molchanov et al. 2019 took in section 4.1.
@@ -88,7 +88,7 @@ def rank(
     if name == "taylor":
         assert images is not None
         worth = _worth(classifier, images)
-        return {group.name: Ranking(_taylor(group, worth)) for group in groups}
+        return {group.name: Ranking(_taylor(group, network, worth)) for group in groups}
     if name == "random":
         return {
             group.name: Ranking(torch.rand(group.units, generator=generator("pruning", seed, number)))
@@ -119,27 +119,27 @@ def _worth(classifier: Classifier, images: Tensor) -> dict[str, Tensor]:
     return worth
 
 
-def _taylor(group: ChannelGroup, worth: Mapping[str, Tensor]) -> Tensor:
+def _taylor(group: ChannelGroup, network: nn.Module, worth: Mapping[str, Tensor]) -> Tensor:
     total = torch.zeros(group.units)
     for name, side, places in group.members:
         if side != "in":
-            of_channels = sum(
-                values.flatten(1).sum(1) if values.dim() > 1 else values
-                for values in (worth.get(f"{name}.{key}") for key in ("weight", "bias"))
-                if values is not None
-            )
-            if isinstance(of_channels, Tensor):
-                total += of_channels.cpu()[places].sum(1)
+            layer = network.get_submodule(name)
+            for key in ("weight", "bias"):
+                if (values := worth.get(f"{name}.{key}")) is not None:
+                    of_channels = _by_output(layer, values).sum(1) if values.dim() > 1 else values
+                    total += of_channels.cpu()[places].sum(1)
     return total
+
+
+def _by_output(layer: Any, values: Tensor) -> Tensor:
+    """Values of a layer's weight, `(outputs, all others)`."""
+    return torch.cat(blocks_of(layer, values)).flatten(1)
 
 
 def _rows(name: str, network: nn.Module, places: Tensor) -> Tensor:
     """The weights that make each unit's channels, `(units, values)`."""
     layer: Any = network.get_submodule(name)
-    weight = layer.weight.detach()
-    if getattr(layer, "transposed", False):
-        weight = weight.transpose(0, 1)
-    rows: Tensor = weight.flatten(1).cpu()[places].flatten(1)
+    rows: Tensor = _by_output(layer, layer.weight.detach()).cpu()[places].flatten(1)
     return rows
 
 
@@ -183,7 +183,11 @@ def _described(group: ChannelGroup, network: nn.Module) -> Tensor:
     """What makes each channel, `(units, values)`, every part as a share of its mean square."""
     parts = [_rows(name, network, places) for name, _, places in group.producers]
     norms = [(network.get_submodule(name), places) for name, side, places in group.members if side == "both"]
-    affine = [(layer, places[:, 0]) for layer, places in norms if isinstance(layer, _BatchNorm) and layer.affine]
+    affine = [
+        (layer, places[:, 0])
+        for layer, places in norms
+        if isinstance(layer, _BatchNorm) and layer.affine and layer.running_var is not None
+    ]
     if len(parts) == len(affine) == 1:
         norm, places = affine[0]
         assert norm.running_var is not None

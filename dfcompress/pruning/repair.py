@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import exact_fp32
+from dfcompress.models.channel_statistics import channel_moments, renormalise
 from dfcompress.models.classifier import Classifier, count_runs, evaluating
 from dfcompress.models.hooks import hooked_inputs
 from dfcompress.pruning.groups import ChannelGroup, Clusters, averaged, weight_blocks
@@ -29,7 +30,7 @@ ROWS = 8192  # Places of a layer's input that it is fitted on, at most: four for
 # Of the mean second moment. ResNet-20 at 0.63 of its operations answers 500 training images as before 74.8, 73.4, 73.2
 # and 73.2 % by taylor, 81.8, 81.8, 81.6 and 81.6 % by bn-scale, with 0.1, 0.01, 0.001 and 0.0001.
 RIDGE = 1e-3
-STILL = 1e-12  # Variance of a channel that says nothing, and has nothing to be rescaled by.
+STILL = 1e-12  # Mean second moment of inputs that say nothing.
 
 
 def images_to_repair_on(images: Tensor) -> Tensor:
@@ -82,14 +83,14 @@ def refit(
         if name in consumers:
             seen[name] = _Seen(rows=rows_of(name, features))
         else:
-            seen[name] = _Seen(moments=_moments(features))
+            seen[name] = _Seen(moments=channel_moments(classifier.network.get_submodule(name), features))
 
     def mend(name: str, features: Tensor) -> None:
         layer: Any = pruned.network.get_submodule(name)
         before = seen.pop(name)
         if before.moments is not None:
             expected = [averaged(name, each, "both", groups, clusters) for each in before.moments]
-            _renormalise(layer, features, *expected)
+            renormalise(layer, features, *expected)
         elif before.rows is not None:
             old = classifier.network.get_submodule(name)
             weight = averaged(name, torch.cat(weight_blocks(old)), "out", groups, clusters)
@@ -134,19 +135,3 @@ def _fit(layer: Any, weight: Tensor, before: Tensor, after: Tensor, length: int)
         shifts.append(old.sum(2) @ x_mean - fitted.sum(2) @ y_mean)
     if layer.bias is not None:
         layer.bias += torch.cat(shifts).to(layer.bias.dtype)
-
-
-def _renormalise(layer: _BatchNorm, features: Tensor, was_mean: Tensor, was_variance: Tensor) -> None:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    mean, variance = _moments(features)
-    growth = torch.where(was_variance > STILL, variance / was_variance.clamp(min=STILL), torch.ones_like(variance))
-    layer.running_mean.copy_(mean - (was_mean - layer.running_mean) * growth.sqrt())
-    layer.running_var.copy_(((layer.running_var + layer.eps) * growth - layer.eps).clamp(min=0))
-
-
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every channel."""
-    axes = [axis for axis in range(features.dim()) if axis != 1]
-    variance, mean = torch.var_mean(features, axes, correction=0)
-    return mean, variance

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.device import exact_fp32
+from dfcompress.models.channel_statistics import channel_moments, renormalise
 from dfcompress.models.classifier import Classifier, count_runs, evaluating
 from dfcompress.models.fake_quantizers import QuantizedLayer
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
@@ -20,10 +21,6 @@ from dfcompress.models.recorder import channel_axis
 
 PIXELS = 2**20  # Of all images that are seen at once,
 FEWEST = 64  # but never fewer images.
-# Values, 2 MiB of doubles: features (16, 32, 112, 112) took an eighth of the time they take at once.
-CACHED = 2**18
-# A channel whose deviation behind BatchNorm is below a millionth of its scale has nothing to be rescaled by.
-STILL = 1e-12
 
 
 def images_to_correct_on(input_size: tuple[int, int, int], available: int) -> int:
@@ -43,15 +40,15 @@ def correct(student: Classifier, teacher: Classifier, images: Tensor) -> None:
     teacher_moments: dict[str, tuple[Tensor, Tensor]] = {}
 
     def note(name: str, features: Tensor) -> None:
-        teacher_moments[name] = _moments(student.network.get_submodule(name), features)
+        teacher_moments[name] = channel_moments(student.network.get_submodule(name), features)
 
-    def renormalise(name: str, features: Tensor) -> None:
-        _renormalise(norms[name], features, *teacher_moments[name])
+    def take_over(name: str, features: Tensor) -> None:
+        renormalise(norms[name], features, *teacher_moments[name])
 
     def shift(name: str, output: Tensor) -> Tensor:
         return _shifted(biased[name], output, teacher_moments[name][0])
 
-    for classifier, of_norms, of_biased in ((teacher, note, note), (student, renormalise, shift)):
+    for classifier, of_norms, of_biased in ((teacher, note, note), (student, take_over, shift)):
         inputs = hooked_inputs(classifier.network, norms, of_norms)
         outputs = hooked_outputs(classifier.network, biased, of_biased)
         with exact_fp32(), evaluating(classifier), inputs, outputs:
@@ -73,32 +70,7 @@ def _correctable(student: Classifier) -> tuple[dict[str, _BatchNorm], dict[str, 
 
 def _shifted(layer: nn.Module, output: Tensor, teacher_mean: Tensor) -> Tensor:
     """The output of a layer whose bias has been moved so that it has the teacher's mean."""
-    shift = (teacher_mean - _moments(layer, output)[0]).to(output.dtype)
+    shift = (teacher_mean - channel_moments(layer, output)[0]).to(output.dtype)
     layer.get_parameter("bias").add_(shift)
     axis = channel_axis(layer)
     return (output.movedim(axis, -1) + shift).movedim(-1, axis)
-
-
-def _renormalise(norm: _BatchNorm, features: Tensor, teacher_mean: Tensor, teacher_variance: Tensor) -> None:
-    """Let a BatchNorm that is about to run take over how its input's statistics differ from the teacher's."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    mean, variance = _moments(norm, features)
-    divisor = norm.running_var.double() + norm.eps
-    moves = torch.minimum(variance, teacher_variance) > STILL * divisor
-    # BatchNorm adds eps whatever the variance, so it cannot divide by less.
-    new_divisor = (divisor * torch.where(moves, variance / teacher_variance, 1.0)).clamp_min(norm.eps)
-    norm.running_mean.copy_(mean + (norm.running_mean - teacher_mean) * (new_divisor / divisor).sqrt())
-    norm.running_var.copy_(new_divisor - norm.eps)
-
-
-def _moments(module: nn.Module, activations: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel `(C,)`, in float64, of a few images at a time, whose doubles stay in the
-    processor's cache.
-    """
-    few = max(1, CACHED * len(activations) // activations.numel())
-    parts = [images.movedim(channel_axis(module), 0).flatten(1) for images in activations.split(few)]
-    count = sum(part.shape[1] for part in parts)
-    mean = torch.stack([part.double().sum(1) for part in parts]).sum(0) / count
-    squares = torch.stack([(part.double() - mean[:, None]).square().sum(1) for part in parts])
-    return mean, squares.sum(0) / count

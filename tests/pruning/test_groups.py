@@ -178,9 +178,10 @@ class Counting(nn.Module):
     [
         (Counting, "conv", "in a way that the trace does not show"),
         (partial(Net, norm=lambda channels: nn.GroupNorm(2, channels)), "body.0", "in a way that the trace"),
+        (partial(Net, norm=lambda channels: nn.GroupNorm(4, channels)), "body.0", "in a way that the trace"),
         (lambda: named("cifar_resnet20").make(4, 3), "conv1", "in a way that the trace does not show"),
     ],
-    ids=["counts its channels", "group norm", "padded shortcut"],
+    ids=["counts its channels", "group norm", "group norm of few", "padded shortcut"],
 )
 def test_what_cannot_be_pruned_stays_and_says_why(network, layer, why):
     found = find_groups(classifier(network()))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from odd_networks import Net
 from test_groups import NETWORKS, classifier
+from torch import nn
 from torch.nn import functional as F
 
 from dfcompress.pruning.groups import cut, find_groups
@@ -51,6 +52,34 @@ def test_scales_and_weights_are_squared_and_shares_of_their_mean(small):
     assert torch.allclose(rank("bn-scale", made, groups)["stem.0"].scores, scale / scale.mean())
     weight = made.network.stem[0].weight.square().flatten(1).sum(1)
     assert torch.allclose(rank("magnitude", made, groups)["stem.0"].scores, weight / weight.mean())
+
+
+@pytest.mark.parametrize("groups", [1, 2], ids=["whole", "grouped"])
+@pytest.mark.parametrize("name", ["taylor", "magnitude", "fold"])
+def test_a_transposed_convolution_is_judged_by_what_it_gives(name, groups):
+    """It stores its inputs first; a channel that is always 0 is worth least."""
+    network = Net(
+        nn.Sequential(nn.Conv2d(8, 12, 1), nn.ConvTranspose2d(12, 16, 2, 2, groups=groups), nn.Conv2d(16, 8, 1))
+    )
+    made = classifier(network)
+    layer = network.get_submodule("between.1")
+    for block in layer.weight.data.chunk(groups, 0):
+        block[:, 3] = 0
+    layer.bias.data.view(groups, -1)[:, 3] = 0
+    images = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8)
+    group = next(each for each in find_groups(made).groups if each.name == "between.1")
+    ranking = rank(name, made, [group], images)["between.1"]
+    assert len(ranking.scores) == 16
+    if name != "fold":
+        assert set(ranking.scores.argsort()[:groups].tolist()) == {3 + 16 // groups * each for each in range(groups)}
+
+
+def test_batchnorms_without_statistics_can_be_folded():
+    made = classifier(Net())
+    for norm in (made.network.stem[1], made.network.body[1]):
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    found = find_groups(made).groups
+    assert all(ranking.tree for ranking in rank("fold", made, found).values())
 
 
 def test_random_is_of_its_seed_alone(small):

@@ -12,7 +12,7 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import in_float, quantize_layers
 from dfcompress.models.hooks import kept_outputs
-from dfcompress.quantization.bias_correction import CACHED, _moments, correct, images_to_correct_on
+from dfcompress.quantization.bias_correction import correct, images_to_correct_on
 from dfcompress.quantization.ranges import calibrate
 
 
@@ -97,23 +97,6 @@ def test_no_hook_and_no_training_mode_is_left():
 )
 def test_as_many_images_as_memory_allows_and_never_too_few(size, available, count):
     assert images_to_correct_on(size, available) == count
-
-
-@pytest.mark.parametrize(
-    ("layer", "shape", "others"),
-    [
-        (nn.Conv2d(3, 5, 1), (7, 5, 160, 160), (0, 2, 3)),
-        (nn.Linear(3, 5), (7, 9, 5), (0, 1)),
-        (nn.Linear(3, 5), (7, 5), 0),
-    ],
-)
-def test_moments_in_parts_are_those_of_all_values_in_doubles(layer, shape, others):
-    activations = 100 + torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    assert shape[2:] != (160, 160) or activations.numel() > 2 * CACHED
-    mean, variance = _moments(layer, activations)
-    expected_variance, expected_mean = torch.var_mean(activations.double(), others, correction=0)
-    torch.testing.assert_close(mean, expected_mean, rtol=1e-12, atol=0)
-    torch.testing.assert_close(variance, expected_variance, rtol=1e-12, atol=0)
 
 
 class ChannelsLast(nn.Module):
