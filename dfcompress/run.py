@@ -177,6 +177,18 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
             raise BadInput(f"--output {folder} was not made by dfcompress.", "Name an empty or a new folder.")
 
 
+def check_output_file(path: Path, *, example: str, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    """Refuse a file that cannot be written, or may not be replaced: never one of the `inputs`; nothing is written."""
+    if path.is_dir():
+        raise BadInput(f"--output {path} is a folder.", f"Name a file, for instance {path / example}.")
+    if path.resolve() in {each.resolve() for each in inputs}:
+        raise BadInput(f"--output {path} is the model itself.", "Name another file.")
+    if path.exists() and not overwrite:
+        raise BadInput(f"--output {path} exists.", "Add --overwrite, or name another file.")
+    if not path.parent.is_dir():
+        raise BadInput(f"--output {path}: there is no folder {path.parent}.", "Make it, or name another file.")
+
+
 @contextmanager
 def running(
     verb: str,

@@ -34,6 +34,8 @@ def parse(name: str, value: Any, default: Any) -> Any:
         if kind is tuple and isinstance(value, str):
             return tuple(type(default[0])(part) for part in value.split(","))
         converted = kind(value)
+        if kind is int and isinstance(value, float) and converted != value:
+            raise ValueError(value)
     except (KeyError, ValueError, TypeError):
         raise BadInput(
             f"{name} = {value!r} is not a value of type {kind.__name__}.", f"Its default is {default!r}."

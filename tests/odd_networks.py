@@ -54,6 +54,18 @@ class Tokens(nn.Module):
         return features + self.module(tokens).transpose(1, 2).unflatten(2, features.shape[2:])
 
 
+class RowsOfTokens(nn.Module):
+    """A linear layer and a BatchNorm of one dimension that see every token as a row, as LeViT's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.norm = nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mixed = self.mix(tokens)
+        return self.norm(mixed.flatten(0, 1)).reshape_as(mixed)
+
+
 class SelfAttention(nn.Module):
     """`nn.MultiheadAttention`, whose own linear layer is used and never called."""
 
@@ -157,6 +169,10 @@ def transformer() -> nn.Module:
     return Net(Tokens(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)))
 
 
+def rows_of_tokens() -> nn.Module:
+    return Net(Tokens(RowsOfTokens()))
+
+
 def conv1d() -> nn.Module:
     return Net(Sequence())
 
@@ -256,6 +272,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         plain,
         attention,
         transformer,
+        rows_of_tokens,
         conv1d,
         deconv,
         prelu,

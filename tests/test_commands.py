@@ -144,7 +144,7 @@ def test_the_module_runs_as_a_program():
             "--weight-grid symmetric",
         ),
         (["quantize"], "Missing argument 'MODEL'"),
-        (["export", DEMO, "-o", "absent/model.onnx"], "no file in a folder that exists"),
+        (["export", DEMO, "-o", "absent/model.onnx"], "there is no folder"),
         (["export", DEMO, "-o", "model.onnx", "--data", "absent"], "absent does not exist"),
         (["quantize", DEMO, "--data", "absent"], "absent does not exist"),
         (["distill", DEMO, "--student", "resnet19"], "Did you mean"),

@@ -43,7 +43,7 @@ IN_FLOAT = {
     "scaled_weights": {"between": "ScaledStdConv2d"},
 }
 # BatchNorms that see the outputs of several layers: in front of each of four layers, of the transition and at the end.
-UNFOLDED = {"densenet": 6}
+UNFOLDED = {"densenet": 6, "rows_of_tokens": 1}
 UNUSED = {"spare": {"spare": 4 * (50 * 50 + 50)}, "auxiliary": {"auxiliary": 4 * (8 * 4 + 4)}}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -79,7 +80,8 @@ def _layers_of_several_positions(classifier: Classifier) -> dict[str, nn.Module]
     layers, found = named_statistics_layers(classifier.network), dict[str, nn.Module]()
 
     def note(name: str, features: Tensor) -> None:
-        if channels_first(layers[name], features).shape[2:].numel() > 1:
+        images, _, *positions = channels_first(layers[name], features).shape
+        if images == 1 and math.prod(positions) > 1:  # Else a row is no image.
             found[name] = layers[name]
 
     with hooked_inputs(classifier.network, layers, note):

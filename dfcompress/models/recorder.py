@@ -402,6 +402,22 @@ def _per_channel(values: Tensor, like: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (like.dim() - 2))
 
 
+def _by_image(layer: LayerMoments, images: int) -> LayerMoments:
+    """The record image by image where a layer saw several rows of each, such as its tokens or windows, one image after
+    the other.
+    """
+    if len(layer.mean_error) == images:
+        return layer
+    if len(layer.mean_error) % images:
+        raise BadInput(
+            f"A BatchNorm of {len(layer.running_var)} channels sees {len(layer.mean_error)} rows of {images} images.",
+            "Use a recipe without BatchNorm statistics, for instance deepdream.",
+        )
+    of_rows = (each.unflatten(0, (images, -1)) for each in (layer.mean_error, layer.square_error))
+    mean_error, square_error = (each.mean(1) for each in of_rows)
+    return layer._replace(mean_error=mean_error, square_error=square_error)
+
+
 def _mean_of_image(features: Tensor) -> Tensor:
     return features.mean(tuple(range(2, features.dim()))) if features.dim() > 2 else features
 
@@ -437,7 +453,8 @@ class _Recorder:
         # In one memory layout, so that a loss reads the units of a convolution's output in the order of their names.
         outputs = {name: self._outputs[name].contiguous() for name in self._recorded}
         penultimate = self._penultimate[-1] if self._penultimate else None
-        recording = Recording(logits, tuple(self._layers), outputs, dict(self._means), dict(self._patches), penultimate)
+        layers = tuple(_by_image(layer, len(images)) for layer in self._layers)
+        recording = Recording(logits, layers, outputs, dict(self._means), dict(self._patches), penultimate)
         for recorded in (self._layers, self._outputs, self._means, self._patches, self._penultimate):
             recorded.clear()
         return recording

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,10 +75,13 @@ def usual_steps(input_size: tuple[int, int, int]) -> int:
 
 
 class Calibrated(NamedTuple):
-    """A few images `(N, C, H, W)` in [0, 1], and what quantizing each layer alone does to the answers to them."""
+    """A few images `(N, C, H, W)` in [0, 1], what quantizing each layer alone does to the answers to them, and the
+    seconds that calibration took.
+    """
 
     few: Tensor
     sensitivity: dict[str, float]
+    seconds: float
 
 
 def calibrated(
@@ -95,7 +99,7 @@ def calibrated(
 
     `images` `(N, C, H, W)` are as stored. Bits that are chosen (see `choose_bits`) are kept in the file `bits`.
     """
-    target = resolve_device(compute.device)
+    started, target = time.perf_counter(), resolve_device(compute.device)
     teacher.to(target)
     # Images come recipe after recipe, and real ones class after class.
     mixed = images[torch.randperm(len(images), generator=generator("calibration", compute.seed))]
@@ -114,7 +118,7 @@ def calibrated(
         count = images_to_correct_on(teacher.card.input_size, len(images))
         count = images_at_once(count, bytes_a_pass(student), target=target)
         correct(student, teacher, as_float(mixed[:count].to(target)))
-    return Calibrated(few, sensitivity)
+    return Calibrated(few, sensitivity, time.perf_counter() - started)
 
 
 def calibration_batches(images: Tensor, calibration: Calibration, *, seed: int) -> Iterator[Tensor]:

@@ -247,7 +247,7 @@ def _done(run: ReportedRun) -> Iterator[Block]:
     if data := record.options.get("data"):
         facts.append(f"given images: {data if isinstance(data, str) else ', '.join(data)}")
     for part, settings in (record.plan or {}).items():
-        if part.startswith(("training", "rounding")) and settings:
+        if isinstance(settings, dict) and "lr" in settings:
             rate, batch = settings["lr"], settings["batch_size"]
             facts.append(f"{part}: {settings['steps']:,} steps of {batch:,} images, learning rate {rate:g}")
     yield Facts(facts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -42,6 +42,33 @@ class Distiller(Protocol):
 
     def update(self, values: Tensor) -> None:
         """Take note of the values of a finished step, averaged over all processes."""
+
+
+class FixedWeights:
+    """What distillers have in common whose values keep their `weights`, and which watch no layer unless they say so."""
+
+    def __init__(self, teachers: Sequence[Classifier], weights: Sequence[float], **buffers: Tensor) -> None:
+        self.teachers, self.repeatable = teachers, True
+        self.module: nn.Module = nn.Module()
+        for name, values in {"weights": torch.tensor(weights, dtype=torch.float32), **buffers}.items():
+            self.module.register_buffer(name, values)
+
+    @property
+    def weights(self) -> Tensor:
+        """The same in every step."""
+        return self.module.get_buffer("weights")
+
+    def attached(self, student: Classifier) -> AbstractContextManager[None]:
+        """Nothing is attached."""
+        return nullcontext()
+
+    def update(self, values: Tensor) -> None:
+        """Nothing: the weights are fixed."""
+
+
+def mean_where(values: Tensor, marked: Tensor) -> Tensor:
+    """The mean of the values `(N,)` that are marked, 0 where none is."""
+    return torch.where(marked, values, 0.0).sum() / marked.sum().clamp_min(1)
 
 
 class Distillation:

@@ -55,7 +55,7 @@ def fit_budget(seconds: float, usual: Plan[Any], *, resume: bool) -> Budget:
         budget = Budget(seconds, images_usual, rounds * updates.steps, rounds)
     else:
         an_image = synthesis / images_usual
-        images = SYNTHESIS * time / an_image
+        images = SYNTHESIS * time / an_image if an_image else images_usual
         if updates:  # Every round has its steps.
             images = min(images, time / (an_image + a_step * updates.steps / (updates.every * made.batch_size)))
         size = made.batch_size if images > made.batch_size else 1

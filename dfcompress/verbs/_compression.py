@@ -1,4 +1,4 @@
-"""What `distill`, `merge` and `quantize` do alike: images for a student, steps that change it, its file, its report."""
+"""What verbs that compress do alike: images for a student, steps that change it, its file, its report."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from dfcompress.verbs.export import FILE, sampled, write_compared
 
 @dataclass(frozen=True)
 class Train:
-    """Training of the student by a distiller; `prepare` is done to its network first. With `repair` it is a trained
-    network that keeps what it knows (see `Trainer`). A `live` source makes its images meanwhile. `batches` makes other
-    batches of the sets than those that hold equally many images of each. The state is kept in the folder `place` inside
-    the run's.
+    """Training of the student by the `distiller` that is made when the training begins, because steps before may change
+    the student; `prepare` is done to its network first. With `repair` it is a trained network that keeps what it knows
+    (see `Trainer`). A `live` source makes its images meanwhile. `batches` makes other batches of the sets than those
+    that hold equally many images of each. The state is kept in the folder `place` inside the run's.
     """
 
     student: Classifier
-    distiller: Distiller
+    distiller: Callable[[], Distiller]
     settings: Training
     compute: Compute
     repair: bool = False
@@ -54,7 +54,7 @@ class Train:
 
     def predicted(self) -> float:
         """An estimate of its seconds, from a few steps of copies."""
-        return predicted_training(self.student, self.distiller, self.settings, self.compute, repair=self.repair)
+        return predicted_training(self.student, self.distiller(), self.settings, self.compute, repair=self.repair)
 
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Trained:
         """Train on all sets."""
@@ -63,7 +63,7 @@ class Train:
         folder = run.folder / self.place
         folder.mkdir(exist_ok=True)
         trainer = Trainer(
-            self.student, self.distiller, self.settings, compute=self.compute, folder=folder, repair=self.repair
+            self.student, self.distiller(), self.settings, compute=self.compute, folder=folder, repair=self.repair
         )
         if self.live:
             return self._take_live(trainer, run, *sets)
@@ -145,7 +145,12 @@ class Compression:
         images = [source.gather(run.folder / folder) for folder, source in self.sources.items()]
         size = self.student.card.input_size
         sets = [replace(each, train=_in_form(each.train, size)) for each in images]
-        found = {part: step.take(run, sets) for part, step in plan.steps.items() if step}
+        found: dict[str, Outcome] = {}
+        for name, step in plan.steps.items():
+            if step:
+                found[name] = step.take(run, sets)
+                part = name.partition(" ")[0]  # Rounds are numbered.
+                run.seconds[part] = run.seconds.get(part, 0.0) + found[name].seconds
         if any(source.live for source in self.sources.values()):  # Now its images are there, too.
             images = [source.gather(run.folder / folder, learnt=True) for folder, source in self.sources.items()]
             sets = [replace(each, train=_in_form(each.train, size)) for each in images]

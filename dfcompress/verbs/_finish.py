@@ -1,4 +1,4 @@
-"""What `distill`, `merge` and `quantize` hand back: a saved model, its size, its seconds, how far it follows its
+"""What verbs that compress hand back: a saved model, its size, its seconds, how far it follows its
 teachers, and its accuracy if asked.
 """
 
@@ -146,8 +146,8 @@ def save_and_measure(
     seconds = {
         "synthesis": sum(each.images.synthesis_seconds for each in teacher_sets),
         **run.seconds,
-        "training": trained.seconds if trained else 0.0,
     }
+    seconds.setdefault("training", 0.0)
     size = file_bytes(run.folder)
     result = Compressed(
         output=str(run.folder),

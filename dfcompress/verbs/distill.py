@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,8 @@ def distill(
         "unseen": probe_images,
         "synthesis": source.origin(),
     }
-    train = Train(student_model, Distillation(teacher, terms), training, compute, live=source if live else None)
+    taught = partial(Distillation, teacher, terms)
+    train = Train(student_model, taught, training, compute, live=source if live else None)
     return Compression(
         verb="distill",
         student=student_model,

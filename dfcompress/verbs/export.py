@@ -24,11 +24,12 @@ from dfcompress.evaluation.onnx_check import BATCH, Exported, Session, compare
 from dfcompress.models.checkpoint import opened
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import FLOAT_BITS, Scheme, in_float, quantized_layers
+from dfcompress.models.safe_reading import weights_files
 from dfcompress.quantization.bits import Bits
 from dfcompress.quantization.mixed_precision import uncalibrated
 from dfcompress.quantization.onnx import write_onnx
 from dfcompress.randomness import generator
-from dfcompress.run import write_atomically
+from dfcompress.run import check_output_file, write_atomically
 from dfcompress.synthesis.transfer_set import SYNTHETIC
 from dfcompress.verbs import Target
 
@@ -59,10 +60,8 @@ def export(
     classifier = opened(checkpoint)
     require_packages(target)
     path = Path(output) if output else _beside(classifier)
-    if path.exists() and not overwrite:
-        raise BadInput(f"{path} is there already.", "Add --overwrite, or name another file with --output.")
-    if path.is_dir() or not path.parent.is_dir():
-        raise BadInput(f"--output {path} is no file in a folder that exists.", "Name a file, for instance model.onnx.")
+    inputs = weights_files(classifier.path) if classifier.path else []
+    check_output_file(path, example=FILE, overwrite=overwrite, inputs=inputs)
     return write_compared(classifier, path, _images(classifier, data), target=target)
 
 

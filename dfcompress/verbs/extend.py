@@ -22,7 +22,6 @@ from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
-from dfcompress.run import Run
 from dfcompress.settings import AUTO, one_or_more, with_defaults
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
@@ -31,14 +30,13 @@ from dfcompress.training.class_incremental.method import ExtensionTask, Incremen
 from dfcompress.training.class_incremental.oracle import Oracle
 from dfcompress.training.class_incremental.replay import Replay, class_weights, parts_of
 from dfcompress.training.class_incremental.widening import make_expert, widen
-from dfcompress.training.loop import Trained
 from dfcompress.training.settings import Training
 from dfcompress.verbs._co_training import co_training
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._extended import extended_evaluator
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._new_images import NewImages, open_new_images
-from dfcompress.verbs._plan import Outcome, Plan, Step, planned
+from dfcompress.verbs._plan import Plan, Step, planned
 from dfcompress.verbs.distill import IMAGES, LARGE_IMAGES, PROBE_IMAGES
 
 EXPERT = "new-classes"  # The step, and the folder, of the model of the new classes alone.
@@ -104,6 +102,8 @@ def extend(
         competitor=partial(co_training, old, student=old.card.architecture, compute=compute),
     )
     training = with_defaults(training_for(how, old.card, student.card, len(new)), training)
+    if training.augmentation.mixup:
+        raise BadInput("--train-set mixup mixes images of unlike labels.", "Leave the setting out.")
     if training.batch_size < SMALLEST_BATCH:
         raise BadInput(
             f"Batches of {training.batch_size} images have too few of the old or of the new classes.",
@@ -136,7 +136,8 @@ def extend(
         replayed = (sets[0].train, sets[0].train_labels) if how.replays else None
         return Replay(replayed, (images, new.labels), training, old_share=task.shares[0], seed=compute.seed)
 
-    steps["training"] = Train(student, how.distiller(task), training, compute, repair=True, batches=batches)
+    distiller = how.distiller(task)
+    steps["training"] = Train(student, lambda: distiller, training, compute, repair=True, batches=batches)
     inputs = [new_data, class_names, old_images, old_data, *eval_data]
     return Compression(
         verb="extend",
@@ -146,7 +147,6 @@ def extend(
         sources={"": source},
         measure=measure,
         compute=compute,
-        complete=_count_seconds,
     ).plan(steps, options, inputs, output, resume=resume, overwrite=overwrite)
 
 
@@ -178,14 +178,7 @@ def _train_expert(expert: Classifier, new: NewImages, labels: Tensor, training: 
     def batches(sets: Sequence[TransferSet]) -> Replay:
         return Replay(None, (new.stored[is_new], labels[is_new]), training, old_share=0.0, seed=compute.seed + 1)
 
-    return Train(expert, Oracle(task), training, compute, repair=True, batches=batches, place=EXPERT)
-
-
-def _count_seconds(run: Run, found: Mapping[str, Outcome]) -> None:
-    """Let the model of the new classes count in the run's seconds."""
-    expert = found.get(EXPERT)
-    if isinstance(expert, Trained):
-        run.seconds[EXPERT] = expert.seconds
+    return Train(expert, partial(Oracle, task), training, compute, repair=True, batches=batches, place=EXPERT)
 
 
 def _sentence(old: Classifier, new: NewImages) -> str:

@@ -115,7 +115,7 @@ def invert(
         verb="invert",
         folder=Path(output or f"{teacher.name}-invert"),
         options={**spec.origin(), **asdict(compute), "teacher": teacher.identity(), "student": student},
-        inputs=[teacher.path, *spec.inputs],
+        inputs=[teacher.path, *(other.path for other in others), *spec.inputs],
         synthesis=[Synthesize(spec, compute, competing.student if competing else None)],
         work=work,
         resume=resume,

@@ -33,6 +33,7 @@ from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._merged import merged_evaluator
 from dfcompress.verbs._plan import Plan, planned
+from dfcompress.verbs.distill import PROBE_IMAGES
 
 GREY, COLOUR = 1, 3
 
@@ -60,7 +61,7 @@ def merge(
     method: MethodName = "logit-matching",
     class_map: str | Path | None = None,
     second_recipe: str | None = AUTO,
-    probe_images: int = 128,
+    probe_images: int = PROBE_IMAGES,
     compute: Compute = Compute(),
     eval_data: str | Path | Sequence[str | Path] = (),
     resume: bool = False,
@@ -114,7 +115,8 @@ def merge(
         "unseen": probe_images,
         "synthesis": [source.origin() for source in sources],
     }
-    train = Train(student_model, merging.distiller(teachers, classes), training, compute)
+    distiller = merging.distiller(teachers, classes)
+    train = Train(student_model, lambda: distiller, training, compute)
     inputs = [class_map, *data, *eval_data]
     return Compression(
         verb="merge",

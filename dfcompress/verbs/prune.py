@@ -39,19 +39,17 @@ from dfcompress.synthesis.labels import BALANCED
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
 from dfcompress.training.distiller import Distillation
-from dfcompress.training.loop import Trained, require_trainable
 from dfcompress.training.settings import Training
 from dfcompress.verbs import Repair, Target
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed, evaluator
 from dfcompress.verbs._plan import Outcome, Plan, Step, planned
-from dfcompress.verbs.distill import objectives_of
+from dfcompress.verbs.distill import IMAGES, LARGE_IMAGES, PROBE_IMAGES, objectives_of
 from dfcompress.verbs.evaluate import placed
 from dfcompress.verbs.export import require_packages
 
 REPORT, PICTURE = "prune.json", "widths.png"
 RECIPE = "adaptive-deepinversion"
-IMAGES, LARGE_IMAGES, PROBE_IMAGES = 2048, 1000, 128
 # ResNet-20 at 0.4 of its operations, by 512 made images: refitted it answers 500 training images as before by magnitude
 # 38 %, bn-scale 35, taylor 32, random 31, fold 17; after 200 steps of 64 images 1,000 of them by magnitude 77.7, taylor
 # 70.1 (one seed).
@@ -119,7 +117,7 @@ def prune(
     Raises `BadInput` where the network cannot be traced, or the share not be reached.
     """
     asked = _asked(flops, parameters, filters, latency, importance=importance, uniform=uniform, round_to=round_to)
-    _check(repair, rounds, training)
+    _check(repair, rounds, training, objectives)
     teacher = as_classifier(checkpoint)
     if is_quantized(teacher.network):
         raise BadInput(f"{teacher.name} is quantized.", "Prune the model that it was made from, then quantize.")
@@ -149,8 +147,14 @@ def prune(
             "Images that compete with the pruned network are made after pruning, and there are none to prune by.",
             "Use another --recipe, for instance deepinversion" + (", or --second-recipe bns." if tuning else "."),
         )
+
+    def taught() -> Distillation:
+        """By objectives for the channels that the student has by now."""
+        terms = objectives_of(student, teacher, objectives, temperature=temperature, seed=compute.seed)
+        return Distillation(teacher, terms)
+
     if tuning:
-        require_trainable(student, tuning, compute, [len(source)], repair=True)
+        taught()  # So that objectives that cannot be are refused before any work.
     steps: dict[str, Step | None] = {}
     for number in range(1, rounds + 1):
         last = number == rounds
@@ -158,20 +162,19 @@ def prune(
         steps[_named("pruning", number, last)] = Prune(
             student, teacher, found.groups, costs, part, repair, number, compute
         )
-        if tuning:
-            part_of_training = replace(tuning, steps=-(-tuning.steps // rounds))
-            steps[_named("training", number, last)] = Distill(
+        steps[_named("training", number, last)] = (
+            Train(
                 student,
-                teacher,
-                part_of_training,
-                objectives,
-                temperature,
+                taught,
+                replace(tuning, steps=-(-tuning.steps // rounds)),
                 compute,
-                folder="" if last else f"round-{number}",
+                repair=True,
                 live=live if last else None,
+                place="" if last else f"round-{number}",
             )
-        else:
-            steps[_named("training", number, last)] = None
+            if tuning
+            else None
+        )
     options = {
         "teacher": teacher.identity(),
         "repair": repair,
@@ -223,13 +226,13 @@ def _asked(
     return Pruning(resource=resource, share=share, importance=importance, uniform=uniform, round_to=round_to)
 
 
-def _check(repair: Repair, rounds: int, training: object) -> None:
+def _check(repair: Repair, rounds: int, training: object, objectives: object) -> None:
     if repair not in get_args(Repair):
         raise BadInput(f"There is no --repair {repair!r}.", f"Known: {', '.join(get_args(Repair))}.")
     if rounds < 1:
         raise BadInput(f"{rounds} rounds prune nothing.", "Use 1 or more.")
-    if repair != "distill" and training:
-        raise BadInput(f"--repair {repair} trains nothing.", "Leave the settings of training out.")
+    if repair != "distill" and (training or objectives):
+        raise BadInput(f"--repair {repair} trains nothing.", "Leave settings and objectives of training out.")
 
 
 def _named(part: str, number: int, last: bool) -> str:
@@ -269,22 +272,19 @@ class Prune:
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Pruned:
         """Do it by the one set, or take what an interrupted run had left."""
         path = run.folder / f"pruned-{self.number}{STATE}"
-        if path.exists():
-            return self._restored(torch.load(path, weights_only=True))
-        started = time.perf_counter()
-        target = resolve_device(self.compute.device)
-        with (
-            run.timed("pruning"),
-            threads(threads_for(BATCH * work_of(self.teacher))),
-            placed(self.student, target),
-        ):
-            pruned = self._pruned(sets[0].train)
-        pruned = replace(pruned, seconds=round(time.perf_counter() - started, 2))
-        if world().is_main:
+        if world().is_main and not path.exists():
+            started = time.perf_counter()
+            target = resolve_device(self.compute.device)
+            with threads(threads_for(BATCH * work_of(self.teacher))), placed(self.student, target):
+                pruned = self._pruned(sets[0].train)
+            pruned = replace(pruned, seconds=round(time.perf_counter() - started, 2))
             widths = {name: list(each) for name, each in (self.student.card.widths or {}).items()}
             state = {"widths": widths, "student": self.student.network.state_dict(), "pruned": asdict(pruned)}
             save_state(path, state)
-        return pruned
+            world().barrier()
+            return pruned
+        world().barrier()  # One process prunes for all: with --latency each would measure times of its own.
+        return self._restored(torch.load(path, weights_only=True))
 
     def _pruned(self, images: Tensor) -> Pruned:
         asked, before = self.settings, copy.deepcopy(self.student)
@@ -322,45 +322,8 @@ class Prune:
         return Pruned(**state["pruned"])
 
 
-@dataclass(frozen=True)
-class Distill:
-    """Training of the pruned student to answer as the unpruned teacher; the last round's images may be `live` ones."""
-
-    student: Classifier
-    teacher: Classifier
-    settings: Training
-    objectives: Mapping[str, float] | None
-    temperature: float
-    compute: Compute
-    folder: str
-    live: TransferSetSource | None
-
-    def predicted(self) -> float:
-        """An estimate of its seconds, as if nothing had been pruned."""
-        return self._training().predicted()
-
-    def take(self, run: Run, sets: Sequence[TransferSet]) -> Trained:
-        """Train on the one set."""
-        (run.folder / self.folder).mkdir(exist_ok=True)
-        return self._training().take(run, sets)
-
-    def _training(self) -> Train:
-        """With objectives for the channels that the student has by now."""
-        seed = self.compute.seed
-        terms = objectives_of(self.student, self.teacher, self.objectives, temperature=self.temperature, seed=seed)
-        return Train(
-            self.student,
-            Distillation(self.teacher, terms),
-            self.settings,
-            self.compute,
-            repair=True,
-            live=self.live,
-            place=self.folder,
-        )
-
-
 def _report(teacher: Classifier, student: Classifier, found: Found, run: Run, outcomes: Mapping[str, Outcome]) -> None:
-    """Write what was done to every layer, as JSON and as a picture; states of earlier rounds go."""
+    """Write what was done to every layer, as JSON and as a picture."""
     if not world().is_main:
         return
     before, after = widths_of(teacher.network), widths_of(student.network)
@@ -381,5 +344,3 @@ def _report(teacher: Classifier, student: Classifier, found: Found, run: Run, ou
     rounds_json = [asdict(each) for each in rounds]
     write_json(run.folder / REPORT, {"layers": layers, "refused": refused, "rounds": rounds_json})
     draw_widths(run.folder / PICTURE, {name: (before[name][1], after[name][1]) for name in before})
-    for path in run.folder.glob(f"round-*/*{STATE}"):
-        path.unlink()

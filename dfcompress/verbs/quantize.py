@@ -220,7 +220,7 @@ class Calibrate:
 
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Calibrated:
         """Calibrate on the one set."""
-        with run.timed("calibration"), threads(threads_for(BATCH * work_of(self.teacher))):
+        with threads(threads_for(BATCH * work_of(self.teacher))):
             return calibrated(
                 self.student,
                 self.teacher,
@@ -267,7 +267,8 @@ def _step(
     if isinstance(settings, Reconstruction):
         return Round(student, teacher, settings, compute.seed)
     prepare = learn_steps if finetune != "kd" else None
-    return Train(student, Distillation(teacher, terms), settings, compute, repair=True, prepare=prepare)
+    taught = partial(Distillation, teacher, terms)
+    return Train(student, taught, settings, compute, repair=True, prepare=prepare)
 
 
 def _freeze(
@@ -280,8 +281,6 @@ def _freeze(
 ) -> None:
     """Turn weights into integers, and write what was done to each layer."""
     freeze(student.network)
-    if isinstance(rounded := found.get("rounding"), Reconstructed):
-        run.seconds["rounding"] = rounded.seconds
     measured = found["calibration"]
     assert isinstance(measured, Calibrated)
     if world().is_main:

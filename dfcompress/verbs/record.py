@@ -27,7 +27,9 @@ from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.recorder import LOGITS, HookRecorder, outputs_of_one_image
+from dfcompress.models.safe_reading import weights_files
 from dfcompress.randomness import generator
+from dfcompress.run import check_output_file
 from dfcompress.synthesis.records import BN_EQUIVALENT, FIXED_DROPOUT, SPECTRAL
 from dfcompress.synthesis.records.accumulator import RecordAccumulator, RecordSettings
 from dfcompress.synthesis.records.bn_equivalent import StatisticsAccumulator
@@ -134,12 +136,8 @@ def _path(teacher: Classifier, output: str | Path | None, *, overwrite: bool) ->
     if output is None and teacher.path is None:
         raise BadInput("A model that came from no file has no place for its record.", "Name one with --output.")
     path = Path(output) if output else beside(teacher.path or Path())
-    if path.is_dir():
-        raise BadInput(f"--output {path} is a folder.", "Name a file, for instance model.records.safetensors.")
-    if path.exists() and not overwrite:
-        raise BadInput(f"--output {path} exists.", "Add --overwrite, or name another file.")
-    if not path.parent.is_dir():
-        raise BadInput(f"--output {path}: there is no folder {path.parent}.", "Make it, or name another file.")
+    inputs = weights_files(teacher.path) if teacher.path else []
+    check_output_file(path, example="model.records.safetensors", overwrite=overwrite, inputs=inputs)
     return path
 
 

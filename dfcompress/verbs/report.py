@@ -24,9 +24,10 @@ from dfcompress.quantization.layer_report import REPORT as LAYERS
 from dfcompress.reporting.page import Section, render
 from dfcompress.reporting.runs import Losses, ReportedRun, read_losses
 from dfcompress.reporting.sections import RealImages, sections_of
-from dfcompress.run import RECORD, RunRecord, write_atomically
+from dfcompress.run import RECORD, RunRecord, check_output_file, write_atomically
 from dfcompress.settings import one_or_more
 from dfcompress.synthesis.set_builder import warnings_of
+from dfcompress.verbs.extend import EXPERT
 from dfcompress.verbs.prune import REPORT as WIDTHS
 
 FILE = "report.html"
@@ -66,7 +67,8 @@ def report(
     """
     require_packages()
     found = _all(one_or_more(runs))
-    path = _checked(Path(output), overwrite=overwrite)
+    path = Path(output)
+    check_output_file(path, example=FILE, overwrite=overwrite)
     named = [_named(run, found) for run in found]
     opened: dict[str, ImageSource | None] = {}
     refused: dict[Path, BadInput] = {}
@@ -106,16 +108,6 @@ def require_packages() -> None:
     """Raise `BadInput` where a package is missing."""
     if missing := missing_packages():
         raise BadInput(f"A report needs {', '.join(missing)}.", "Install them with: pip install 'dfcompress[report]'.")
-
-
-def _checked(path: Path, *, overwrite: bool) -> Path:
-    if path.is_dir():
-        raise BadInput(f"--output {path} is a folder.", f"Name a file, for instance {path / FILE}.")
-    if path.exists() and not overwrite:
-        raise BadInput(f"--output {path} exists.", "Add --overwrite, or name another file.")
-    if not path.parent.is_dir():
-        raise BadInput(f"--output {path}: there is no folder {path.parent}.", "Make it, or name another file.")
-    return path
 
 
 def _all(folders: Sequence[str | Path]) -> list[ReportedRun]:
@@ -171,6 +163,7 @@ def _losses(folder: Path, verb: str, sets: dict[str, SyntheticSet]) -> Iterator[
         yield from read_losses(f"student beside {recipe}", synthetic.folder / "student")
     for round_folder in sorted(folder.glob("round-*")):
         yield from read_losses(f"training, {round_folder.name.replace('-', ' ')}", round_folder)
+    yield from read_losses("training of the new classes alone", folder / EXPERT)
     if verb != "invert":
         yield from read_losses("training", folder)
 

@@ -48,6 +48,22 @@ def test_hooks_are_removed_even_after_an_error(teacher, batch):
     assert not any(layer._forward_pre_hooks for layer in statistics_layers(teacher.network))
 
 
+@pytest.mark.parametrize("kind", [HookRecorder, FusedRecorder])
+def test_rows_of_an_image_are_recorded_as_its_positions(kind):
+    """LeViT's BatchNorms see a token a row; what they see of an image is what a BatchNorm over its positions sees."""
+    network = odd_networks.trained("rows_of_tokens")
+    images = torch.randn(3, *odd_networks.SIZE, generator=torch.Generator().manual_seed(0))
+    tokens = []
+    norm = network.get_submodule("between.module.norm")
+    with torch.no_grad(), norm.register_forward_pre_hook(lambda module, given: tokens.append(given[0].clone())):
+        network(images)
+    positions = tokens[0].unflatten(0, (3, -1)) - norm.running_mean
+    with torch.no_grad():
+        layer = kind(network, moments=True)(images).layers[1]
+    torch.testing.assert_close(layer.mean_error, positions.mean(1))
+    torch.testing.assert_close(layer.square_error, positions.square().mean(1))
+
+
 def test_without_moments_nothing_is_recorded(teacher, batch):
     assert FusedRecorder(teacher.network, moments=False)(batch[0]).layers == ()
 

@@ -264,10 +264,18 @@ def test_tensorrt_refuses_the_rest_with_the_reason(bits, message, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_the_model_itself_is_never_replaced(tmp_path):
+    save(classifier_of("lenet5_bn", 32, channels=1), tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(BadInput, match="is the model itself"):
+        export(tmp_path, output=tmp_path / "model.safetensors", overwrite=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
 def test_a_file_that_is_there_is_not_replaced_unasked(tmp_path):
     save(classifier_of("lenet5_bn", 32, channels=1), tmp_path)
     (tmp_path / "model.onnx").write_text("mine")
-    with pytest.raises(BadInput, match="is there already"):
+    with pytest.raises(BadInput, match="exists"):
         export(tmp_path)
     assert (tmp_path / "model.onnx").read_text() == "mine"
     export(tmp_path, overwrite=True)

@@ -144,6 +144,7 @@ def test_real_images_are_counted_from_one_source_or_two_and_gate_the_old_classes
         ("--new-data {new} --max-drop 1", "--max-drop needs real images"),
         ("--new-data {new} --method lwf", "is not one of"),
         ("--new-data {new} --train-batch-size 7", "too few of the old or of the new classes"),
+        ("--new-data {new} --train-set mixup=1", "mixes images of unlike labels"),
     ],
 )
 def test_bad_input_ends_with_2_and_nothing_written(asked, message, old, new, tmp_path, capsys, monkeypatch):

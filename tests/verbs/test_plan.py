@@ -82,6 +82,19 @@ def test_grey_images_are_mirrored_only_where_somebody_asks_for_it(verb, tmp_path
     assert distill.plan(colour, student="half", **SHORT).settings["training"].augmentation.flip is True
 
 
+def test_images_that_take_no_time_leave_the_budget_to_the_training():
+    noise = Synthesis(recipe="gaussian", images=None)
+    asked = {"second_recipe": None, "probe_images": 0, "compute": EAGER}
+    plan = distill.plan(DEMO, student="half", synthesis=noise, budget=30.0, **asked)
+    assert plan.synthesis[0].spec.images == 2048
+    assert plan.settings["training"].steps > 1
+
+
+def test_a_whole_number_is_not_cut_from_a_fraction():
+    with pytest.raises(BadInput, match=r"steps = 2\.7 is not a value of type int"):
+        distill.plan(DEMO, student="half", **{**SHORT, "training": {"steps": 2.7}})
+
+
 def test_what_the_plan_leaves_out_is_not_done(tmp_path):
     """The verb executes the plan, and nothing besides it."""
     plan = distill.plan(DEMO, student_init=DEMO, data=DEMO, probe_images=0, output=tmp_path / "out", **SHORT)

@@ -70,6 +70,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(state, saves, whole, killed_at_s
     assert run(line_of(tmp_path / "ended", "--rounds", "2", "--resume")) == 0
     assert (tmp_path / "ended" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert not list((tmp_path / "ended").rglob("*.partial"))
+    measured = json.loads((tmp_path / "ended" / "run.json").read_text())["measurements"]
+    assert measured["seconds"]["training"] > measured["training"]["seconds"]  # Of both rounds, and of the last.
+    assert measured["seconds"]["pruning"] > 0
     assert run(line_of(tmp_path / "ended", "--rounds", "2", "--resume")) == 0
 
 
@@ -139,6 +142,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
         ("--flops 2", "--flops 2 is no share"),
         ("--flops 0.001", "the least possible is 0.0"),
         ("--filters 0.5 --repair refit --train-steps 5", "--repair refit trains nothing"),
+        ("--filters 0.5 --repair none --objective kd=1", "--repair none trains nothing"),
+        ("--filters 0.5 --objective kid=1", "There is no objective 'kid'"),
         ("--filters 0.5 --recipe adaptive-deepinversion --second-recipe none", "there are none to prune by"),
     ],
 )

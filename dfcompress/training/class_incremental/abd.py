@@ -20,10 +20,10 @@ from dfcompress.training.class_incremental.method import (
     ExtensionTask,
     Head,
     IncrementalMethod,
-    mean_where,
     usual_training,
     weighted_cross_entropy,
 )
+from dfcompress.training.distiller import FixedWeights, mean_where
 
 FEATURE_WEIGHT = 0.1  # As in the released code for CIFAR-100.
 # A LeNet-5 of the digits 0 to 4 that learns 5 to 9 has 2,922 of 3,000 old training images and 2,820 new ones right
@@ -34,7 +34,7 @@ STEPS = 4000
 PASSES = 8
 
 
-class AlwaysBeDreaming:
+class AlwaysBeDreaming(FixedWeights):
     """Values: `new`, the cross-entropy among new classes; `features`, the squared difference through the old last
     layer; `balance`, the cross-entropy over all classes.
 
@@ -44,17 +44,9 @@ class AlwaysBeDreaming:
     names: Sequence[str] = ("new", "features", "balance")
 
     def __init__(self, task: ExtensionTask) -> None:
-        self.teachers: Sequence[Classifier] = [task.old]
-        self.known, self.repeatable = task.known, True
+        super().__init__([task.old], [1.0, FEATURE_WEIGHT, 1.0], class_weights=task.class_weights)
+        self.known = task.known
         self._old_head, self._head = Head(task.old), Head(task.student)
-        self.module: nn.Module = nn.Module()
-        self.module.register_buffer("weights", torch.tensor([1.0, FEATURE_WEIGHT, 1.0]))
-        self.module.register_buffer("class_weights", task.class_weights)
-
-    @property
-    def weights(self) -> Tensor:
-        """Those of the released code."""
-        return self.module.get_buffer("weights")
 
     @contextmanager
     def attached(self, student: Classifier) -> Iterator[None]:
@@ -81,9 +73,6 @@ class AlwaysBeDreaming:
         distance = (self._old_head.answer(features) - targets[0]).square().mean(1)
         balance = weighted_cross_entropy(self._head.answer(features.detach()), labels, class_weights)
         return torch.stack([mean_where(new, is_of_new_class), distance.mean(), balance.mean()])
-
-    def update(self, values: Tensor) -> None:
-        """Nothing: the weights are fixed."""
 
 
 METHOD = IncrementalMethod(distiller=AlwaysBeDreaming, training=usual_training(STEPS), passes=PASSES)

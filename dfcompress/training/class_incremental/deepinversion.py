@@ -8,27 +8,25 @@ p_new a model of the new classes alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfcompress.data.batches import Batch
-from dfcompress.models.classifier import Classifier
 from dfcompress.training.class_incremental.method import (
     NEW,
     ExtensionTask,
     IncrementalMethod,
     answer_by_source,
     kl_divergence,
-    mean_where,
     usual_training,
     weighted_cross_entropy,
 )
+from dfcompress.training.distiller import FixedWeights, mean_where
 
 
-class DeepInversion:
+class DeepInversion(FixedWeights):
     """Values: `kd`, the divergence on made images, over all outputs, so that they are no new class either; `ce` on
     labelled ones; `kd-new` and `kd-old`, the two divergences on those.
 
@@ -42,21 +40,9 @@ class DeepInversion:
 
     def __init__(self, task: ExtensionTask) -> None:
         assert task.expert is not None
-        self.teachers: Sequence[Classifier] = [task.old, task.expert]
-        self.known, self.repeatable = task.known, True
         old, new = task.shares
-        self.module: nn.Module = nn.Module()
-        self.module.register_buffer("weights", torch.tensor([old, new, new, new]))
-        self.module.register_buffer("class_weights", task.class_weights)
-
-    @property
-    def weights(self) -> Tensor:
-        """The shares of the classes."""
-        return self.module.get_buffer("weights")
-
-    def attached(self, student: Classifier) -> AbstractContextManager[None]:
-        """Nothing is attached."""
-        return nullcontext()
+        super().__init__([task.old, task.expert], [old, new, new, new], class_weights=task.class_weights)
+        self.known = task.known
 
     def targets(self, batch: Batch) -> tuple[Tensor, ...]:
         """The logits of the old model and of the model of the new classes alone."""
@@ -78,9 +64,6 @@ class DeepInversion:
                 mean_where(kl_divergence(of_old, logits[:, : self.known]), is_new),
             ]
         )
-
-    def update(self, values: Tensor) -> None:
-        """Nothing: the weights are fixed."""
 
 
 METHOD = IncrementalMethod(distiller=DeepInversion, training=usual_training(), expert=True)

@@ -7,36 +7,24 @@ model answers for old ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfcompress.data.batches import Batch
-from dfcompress.models.classifier import Classifier
 from dfcompress.training.class_incremental.method import ExtensionTask, IncrementalMethod, usual_training
+from dfcompress.training.distiller import FixedWeights
 
 
-class LwfMc:
+class LwfMc(FixedWeights):
     """Values: `new` and `old`, the binary cross-entropies summed over the outputs of each, mean over images."""
 
     names: Sequence[str] = ("new", "old")
 
     def __init__(self, task: ExtensionTask) -> None:
-        self.teachers: Sequence[Classifier] = [task.old]
-        self.known, self.repeatable = task.known, True
-        self.module: nn.Module = nn.Module()
-        self.module.register_buffer("weights", torch.ones(2))
-
-    @property
-    def weights(self) -> Tensor:
-        """One each."""
-        return self.module.get_buffer("weights")
-
-    def attached(self, student: Classifier) -> AbstractContextManager[None]:
-        """Nothing is attached."""
-        return nullcontext()
+        super().__init__([task.old], [1.0, 1.0])
+        self.known = task.known
 
     def targets(self, batch: Batch) -> tuple[Tensor, ...]:
         """σ of the old model's logits."""
@@ -53,9 +41,6 @@ class LwfMc:
                 F.binary_cross_entropy_with_logits(old, targets[0], reduction="none").sum(1).mean(),
             ]
         )
-
-    def update(self, values: Tensor) -> None:
-        """Nothing: the weights are fixed."""
 
 
 METHOD = IncrementalMethod(distiller=LwfMc, training=usual_training(), replays=False)

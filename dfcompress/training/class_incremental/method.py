@@ -79,11 +79,6 @@ def usual_training(steps: int = 1000) -> Training:
     return Training(steps=steps, lr=0.05, batch_size=128, augmentation=Augmentation(shift=4, flip=True))
 
 
-def mean_where(values: Tensor, marked: Tensor) -> Tensor:
-    """The mean of the values `(N,)` that are marked, 0 where none is."""
-    return torch.where(marked, values, 0.0).sum() / marked.sum().clamp_min(1)
-
-
 def answer_by_source(student: nn.Module, batch: Batch) -> Tensor:
     """The student's logits, `(N, classes)`; replayed images, which come first, and new ones go through it in passes of
     their own, so that BatchNorm cannot tell them apart.

@@ -25,10 +25,10 @@ from dfcompress.training.class_incremental.method import (
     Head,
     IncrementalMethod,
     answer_by_source,
-    mean_where,
     usual_training,
     weighted_cross_entropy,
 )
+from dfcompress.training.distiller import mean_where
 
 # The factors and the share of the steps are those of the released code for CIFAR-100.
 NEW_WEIGHT, HARD_WEIGHT, RELATION_WEIGHT, REFINED_WEIGHT = 0.5, 0.15, 0.5, 0.5

@@ -88,5 +88,6 @@ def class_weights(new_labels: Tensor, classes: int, known: int, batch_size: int)
 
 def _pool(images: Tensor, labels: Tensor, training: Training, size: int, seed: int) -> ImagePool:
     repeats = -(-size // len(images))
-    part = replace(training, batch_size=size)
-    return part.pool(images.repeat(repeats, 1, 1, 1), labels=[labels.repeat(repeats)], seed=seed)
+    if repeats > 1:
+        images, labels = images.repeat(repeats, 1, 1, 1), labels.repeat(repeats)
+    return replace(training, batch_size=size).pool(images, labels=[labels], seed=seed)

@@ -20,7 +20,8 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.ood_score import OodScore
 from dfcompress.settings import AUTO
 from dfcompress.training.class_map import ClassMap
-from dfcompress.training.multi_teacher.method import MergingMethod, mean_where
+from dfcompress.training.distiller import mean_where
+from dfcompress.training.multi_teacher.method import MergingMethod
 from dfcompress.training.settings import Training
 
 PARTS = ("logits", "block", "agreement")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from dfcompress.models.classifier import Classifier
 from dfcompress.training.class_map import ClassMap
 from dfcompress.training.distiller import Distiller
@@ -29,8 +27,3 @@ class MergingMethod:
     preset: str | None = None
     second_recipe: str | None
     layer_init: bool
-
-
-def mean_where(values: Tensor, marked: Tensor) -> Tensor:
-    """The mean of the values `(N,)` that are marked, 0 where none is."""
-    return (values * marked).sum() / marked.sum().clamp_min(1)

@@ -7,7 +7,6 @@ the paper does not say).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +16,15 @@ from dfcompress.data.batches import Batch
 from dfcompress.data.real import reshaped
 from dfcompress.models.classifier import Classifier
 from dfcompress.training.class_map import ClassMap
-from dfcompress.training.multi_teacher.method import MergingMethod, mean_where
+from dfcompress.training.distiller import FixedWeights, mean_where
+from dfcompress.training.multi_teacher.method import MergingMethod
 from dfcompress.training.settings import Training
 
 PARTS = ("block", "agreement")
 EPOCHS, BATCH_OF_TEACHER = 125, 64
 
 
-class ShapiraSidi:
+class ShapiraSidi(FixedWeights):
     """Each image is labelled with its own teacher's best class, as an output of the student.
 
     Values of each teacher: `block`, the cross-entropy over all outputs, the mean of its own images, summed over the
@@ -34,21 +34,9 @@ class ShapiraSidi:
     """
 
     def __init__(self, teachers: Sequence[Classifier], class_map: ClassMap) -> None:
-        self.teachers, self.repeatable = teachers, True
+        blocks = {f"outputs{number}": outputs for number, outputs in enumerate(class_map.of)}
+        super().__init__(teachers, [1.0] * len(teachers) + [0.0] * len(teachers), **blocks)
         self.names: Sequence[str] = [f"{part}/{number}" for part in PARTS for number in range(1, len(teachers) + 1)]
-        self.module: nn.Module = nn.Module()
-        self.module.register_buffer("weights", torch.tensor([1.0, 0.0]).repeat_interleave(len(teachers)))
-        for number, outputs in enumerate(class_map.of):
-            self.module.register_buffer(f"outputs{number}", outputs)
-
-    @property
-    def weights(self) -> Tensor:
-        """One for each cross-entropy."""
-        return self.module.get_buffer("weights")
-
-    def attached(self, student: Classifier) -> AbstractContextManager[None]:
-        """Nothing is attached."""
-        return nullcontext()
 
     def targets(self, batch: Batch) -> tuple[Tensor, ...]:
         """Each teacher's logits `(N, classes)` for all images, which it sees in the form that it knows."""
@@ -66,9 +54,6 @@ class ShapiraSidi:
         missed = F.cross_entropy(logits, outputs[best], reduction="none")
         agrees = (logits[:, outputs].argmax(1) == best).float()
         return torch.stack([mean_where(missed, is_own), mean_where(agrees, is_own)])
-
-    def update(self, values: Tensor) -> None:
-        """Nothing: the weights are fixed."""
 
 
 def paper_training(images: int, teachers: int) -> Training:
