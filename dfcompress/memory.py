@@ -102,11 +102,12 @@ class _LivingTensors(TorchDispatchMode):
 
 
 def free_bytes(target: torch.device) -> int:
-    """The memory that this process can still take on a device; on a CPU its share of what all processes of the job on
-    this machine can, within the limits of its control groups and its own.
+    """The memory that this process can still take on a device: of a GPU that processes of the job share, its share; on
+    a CPU its share of what all processes of the job on this machine can, within the limits of its control groups and
+    its own.
     """
     if device.is_cuda(target):
-        return device.free_gpu_bytes(target)
+        return device.free_gpu_bytes(target) // -(-world().local_world_size // torch.cuda.device_count())
     return max(0, min(_limits(Path("/")), default=2**62)) // world().local_world_size
 
 

@@ -6,6 +6,7 @@ All take `(N, 3, 16, 16)` and have 4 classes; `NETWORKS` has them by name. `trai
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -254,6 +255,10 @@ def head_first() -> nn.Module:
     return HeadFirst()
 
 
+def head_without_bias() -> nn.Module:
+    return Net(head=partial(nn.Linear, bias=False))
+
+
 def root_buffer() -> nn.Module:
     return Blurred()
 
@@ -291,6 +296,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         relu6,
         softmax,
         head_first,
+        head_without_bias,
         root_buffer,
         spare,
         scattered,

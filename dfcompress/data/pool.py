@@ -49,7 +49,8 @@ class ImagePool:
     Each of `sets` `(N, C, H, W)`, one for each teacher and all of one image shape, is uint8, or float16 in units of
     [0, 1]; only the images of a batch are ever in float. `labels` are the classes of each set's images, int64 `(N,)`,
     where they are known. A batch holds equally many images of each set, set after set, and never more than the smallest
-    set has; every image of a set is drawn once before any is drawn again.
+    set has. An epoch of a set shows no image twice, and leaves out what does not fill a batch; the next one is in
+    another order.
     """
 
     def __init__(

@@ -261,12 +261,22 @@ def _resize(images: Tensor, height: int, width: int) -> Tensor:
 def _recolour(images: Tensor, channels: int) -> Tensor:
     if images.shape[1] == channels:
         return images
+    require_colours(images.shape[1], channels)
     if channels == 1:
         return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
     return images.expand(-1, channels, -1, -1)
 
 
+def require_colours(channels: int, wanted: int) -> None:
+    """Raise `BadInput` where images of so many channels cannot be shown to a model that takes so many: grey ones can be
+    shown to any, and coloured ones to a grey model.
+    """
+    if channels != wanted and channels != 1 and (channels, wanted) != (3, 1):
+        raise BadInput(f"Images of {channels} channels cannot be shown to a model of {wanted}.", "Use others.")
+
+
 def _tell_fitting(path: Path, size: Size, input_size: Size) -> None:
+    require_colours(size[0], input_size[0])
     before, after = ("x".join(map(str, shape)) for shape in (size, input_size))
     console.notice(f"{path}: images of {before} are fitted to the model's {after}.")
 

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
 from dfcompress.run import write_atomically, write_json
 
 MANIFEST = "dataset.json"
@@ -37,7 +38,7 @@ class SyntheticSet:
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text())
             schema, self._shard_sizes = self.manifest["schema"], [int(size) for size in self.manifest["shards"]]
-            self.manifest["card"].get("class_names")
+            self._class_names = ModelCard.from_json(self.manifest["card"]).class_names
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BadInput(f"{path} is not a dataset description of dfcompress.", "Make the set again.") from None
         if schema != SCHEMA:
@@ -56,8 +57,7 @@ class SyntheticSet:
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes, where the teacher's card has them."""
-        names = self.manifest["card"].get("class_names")
-        return tuple(names) if names else None
+        return self._class_names
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -110,6 +110,11 @@ class SyntheticSet:
         if not intact or len(images) != self._shard_sizes[shard]:
             raise BadInput(f"{path} was cut short or altered.", "Delete it and run `dfcompress invert --resume`.")
         return images, labels
+
+    @property
+    def in_range(self) -> bool:
+        """Whether the images are in [0, 1], so that 8 bits hold them."""
+        return self.read_shard(0)[0].dtype == torch.uint8
 
     @cached_property
     def _whole(self) -> tuple[Tensor, Tensor]:

@@ -122,7 +122,7 @@ def on_view(loss: Loss, number: int, views: int = 2) -> Loss:
     """The loss of one of the `views` that a transform shows of every image, one whole copy after the other."""
     value: Callable[[Trace], Tensor] = loss.value
     assert not isinstance(value, nn.Module), "a module of a loss is handed every view"
-    return replace(loss, value=lambda trace: value(trace.view(number, views)))
+    return replace(loss, value=lambda trace: value(trace.view(number, views)), whole_batch=True)
 
 
 class AuxiliaryHead(nn.Module):

@@ -37,7 +37,8 @@ class Labels:
 
 
 def choose_labels(how: str, classes: Sequence[str], card: ModelCard) -> Labels:
-    """`balanced`, `random`, or a file with a class for every image, out of all classes or the named ones.
+    """`balanced`, `random`, or a file with a class for every image, out of all classes or the named ones. In a file
+    they stand a line each, or between spaces; a shorter list begins again.
 
     Classes are numbers or, where the card has them, names. Where images have more than 64 pixels a
     side, and so a set often fewer images than there are classes, all classes are taken in a spread order.
@@ -48,9 +49,12 @@ def choose_labels(how: str, classes: Sequence[str], card: ModelCard) -> Labels:
     if how in (BALANCED, RANDOM):
         return Labels(allowed, random=how == RANDOM)
     try:
-        listed = [_class(name, card) for name in Path(how).read_text().split()]
+        text = Path(how).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError):
         raise BadInput(f"--labels {how!r} is no file that can be read.", "Use balanced, random or a file.") from None
+    lines = [line.strip() for line in text.splitlines()]
+    known = card.class_names or ()  # Names may have spaces.
+    listed = [_class(name, card) for line in lines for name in ([line] if line in known else line.split())]
     if not listed:
         raise BadInput(f"--labels {how} is empty.", "Write one class for every image into it.")
     if classes:

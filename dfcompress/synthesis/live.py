@@ -32,7 +32,7 @@ class LiveSource:
     Images that the recipe keeps are the shards of the set in `folder`, of which the student gets its batches by `pool`,
     together with those that were there before: `stored` images as they are kept, and their labels. `held_out`
     `(spec.images,)` marks images of the set that it never sees. Of images that are not kept, every step has new ones,
-    half of a batch where there are stored ones; `finish` draws the images of the set at the end.
+    half of a batch of `batch_size` where there are stored ones; `finish` draws the images of the set at the end.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class LiveSource:
         compute: Compute,
         student: Classifier,
         *,
+        batch_size: int,
         pool: Pool,
         stored: tuple[Tensor, Tensor] | None = None,
         held_out: Tensor | None = None,
@@ -59,7 +60,7 @@ class LiveSource:
         shards = list(self._builder.synthetic.shards)
         every = self.updates.every
         self._rounds = [shards[first : first + every] for first in range(0, len(shards), every)]
-        self.batch_size = self.updates.batch_size
+        self.batch_size = batch_size
 
     @property
     def rounds(self) -> int:
@@ -168,10 +169,18 @@ class LiveSource:
         assert self._pool is not None, "a round was made"
         return self._pool.batch(step)
 
+    def _drawn(self, number: int) -> tuple[Tensor, Tensor]:
+        """What the generator makes as the batch of that number, and its labels."""
+        labels = self._builder.labels_of(number)
+        return self._builder.synthesizer.sample(labels, generator("latent", self._builder.seed, number)), labels
+
     def _new(self, step: int) -> Batch:
         started = time.perf_counter()
-        labels = self._builder.labels_of(self.rounds * self.updates.every + step)
-        images = self._builder.synthesizer.sample(labels, generator("latent", self._builder.seed, step))
+        # As many at once as the generator learns from.
+        times = -(-self.batch_size // self._builder.batch_size)
+        first = self.rounds * self.updates.every + step * times
+        drawn = [self._drawn(number) for number in range(first, first + times)]
+        images, labels = (torch.cat(parts)[: self.batch_size] for parts in zip(*drawn, strict=True))
         self.seconds += time.perf_counter() - started
         if self.spec.recipe.label_free:
             labels = torch.full_like(labels, UNLABELLED)

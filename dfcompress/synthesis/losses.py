@@ -80,7 +80,8 @@ class Loss:
     minimised in them alone.
 
     A value is one of the whole batch where it is made of moments or of `norm_over_batch` (`wants` says so); else it is
-    taken for a mean over images, and where a batch is computed in chunks, each counts by its share.
+    taken for a mean over images, and where a batch is computed in chunks, each counts by its share. One that needs the
+    `whole_batch` at once is never computed in chunks.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Loss:
     weight: float = 1.0
     wants: Sequence[Want | LayerOutput | ChannelMeans] = ()
     lesson: bool = False
+    whole_batch: bool = False
 
     @property
     def of_batch(self) -> bool:

@@ -192,10 +192,11 @@ class Recipe:
 
     @property
     def needs_whole_batch(self) -> bool:
-        """Whether a batch cannot be computed in chunks: a module that a loss owns sees it whole, and a generator that
-        lives on makes it whole.
+        """Whether a batch cannot be computed in chunks: some losses, and modules that a loss owns, see it whole, and a
+        generator that lives on makes it whole.
         """
-        return self.images.persistent or any(isinstance(loss.value, torch.nn.Module) for loss in self.losses)
+        whole = any(loss.whole_batch or isinstance(loss.value, torch.nn.Module) for loss in self.losses)
+        return self.images.persistent or whole
 
     @property
     def lives_on(self) -> bool:
@@ -369,6 +370,11 @@ class Synthesis:
     groups: int | Literal["auto"] = "auto"
     preview_every: int = 0
     records: str | Path | None = "beside"
+
+    def __post_init__(self) -> None:
+        """Raise `BadInput` for a number of batches side by side that is none."""
+        if self.groups != "auto" and self.groups < 1:
+            raise BadInput(f"groups = {self.groups} is no number of batches.", "Use 1 or more, or auto.")
 
     def counted(self, usual: int) -> Synthesis:
         """Itself with a number of images: the one asked for, else `usual`."""

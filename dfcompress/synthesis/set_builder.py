@@ -28,6 +28,7 @@ from dfcompress.device import (
     is_cuda,
     processor_name,
     release_freed_memory,
+    resolve_device,
     resolve_execution,
     threads_here,
     tried,
@@ -142,7 +143,7 @@ def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | No
     work = work_in(recipe, teacher, batches * batch_size)
     execution = resolve_execution(compute, work, steps=batches * recipe.steps, sizes=recipe.sizes)
     student = (student or teacher) if Want.STUDENT in recipe.wants else None
-    sampler = spec.sampler()
+    sampler = spec.sampler
 
     counted: dict[Precision, float] = {}
 
@@ -192,6 +193,19 @@ def warnings_of(synthetic: SyntheticSet) -> list[str]:
     return [f"{len(same)} of {len(synthetic.shards)} batches: {same[0]}" for same in found.values()]
 
 
+def _present(stored: str) -> str:
+    """The device that a set was begun on, as this process has it; raises `BadInput` where it has none."""
+    mine = as_mine(stored)
+    try:
+        resolve_device(mine)
+    except BadInput as error:
+        raise BadInput(
+            f"The set was begun on {stored}. {error.problem}",
+            "Go on on a machine that has it, or begin anew with --overwrite.",
+        ) from None
+    return mine
+
+
 class SetBuilder:
     """A set being made by this process: opened, or begun, in `folder`.
 
@@ -212,7 +226,7 @@ class SetBuilder:
         self.labels = Labels(**manifest["labels"])
         stored = Execution(**manifest["execution"])
         threads = min(stored.threads, threads_here())
-        self.execution = replace(stored, device=as_mine(stored.device), threads=threads)
+        self.execution = replace(stored, device=_present(stored.device), threads=threads)
         self.preview_every = spec.synthesis.preview_every
         self.warned: set[str] = set()
 
@@ -299,7 +313,7 @@ class SetBuilder:
             self.execution,
             seed=self.seed,
             student=self.student,
-            sampler=self.spec.sampler(),
+            sampler=self.spec.sampler,
             pixels=record.pixels if record else None,
         )
         processor = processor_name(synthesizer.device)

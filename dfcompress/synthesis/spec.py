@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,11 @@ class SynthesisSpec:
         updates = self.recipe.student_updates
         return updates.rounds * updates.every if updates and not updates.keep else -(-self.images // self.batch_size)
 
+    @cached_property
     def sampler(self) -> TargetSampler | None:
-        """The record's activations made ready to draw from, where the recipe asks for some."""
+        """The record's activations made ready to draw from, where the recipe asks for some; a spectral record's takes
+        minutes, so it is made once.
+        """
         if self.record is None or Want.TARGETS not in self.recipe.wants:
             return None
         family = SpectralSampler if self.record.about.kind in SPECTRAL else GaussianSampler
@@ -102,6 +106,11 @@ def resolve(teacher: Classifier, synthesis: Synthesis) -> SynthesisSpec:
         raise BadInput(
             f"The images of recipe {choice.name} live on over batches; those of a set are made batch by batch.",
             "Let them start anew with every batch: persistent = False.",
+        )
+    if recipe.images.persistent and (len(recipe.phases) > 1 or Want.TARGETS in recipe.wants):
+        raise BadInput(
+            f"The images of recipe {choice.name} live on over batches, in one phase and without targets of a record.",
+            "Use one phase, and losses without targets.",
         )
     if recipe.student_updates and not recipe.student_updates.keep and not recipe.images.persistent:
         raise BadInput(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfcompress import console
-from dfcompress.data.real import ImageSource, open_images
+from dfcompress.data.real import Fitted, ImageSource, open_images
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_float, as_stored
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput
@@ -142,9 +142,9 @@ class TransferSetSource:
         marks[torch.randperm(total, generator=generator("held-out", self.compute.seed))[: _held_out(total)]] = True
         return dict(zip(counts, marks.split(list(counts.values())), strict=True))
 
-    def live_source(self, folder: Path, pool: Pool, others: TransferSet) -> LiveSource:
-        """The images that are made while the verb's own student learns, in the run's `folder`, and `others` beside
-        them; `pool` makes batches of what is kept.
+    def live_source(self, folder: Path, batch_size: int, pool: Pool, others: TransferSet) -> LiveSource:
+        """The images that are made while the verb's own student learns from batches of that size, in the run's
+        `folder`, and `others` beside them; `pool` makes batches of what is kept.
         """
         assert self.live, "the recipe's images compete with no student"
         assert self.student, "the student is the verb's own"
@@ -153,6 +153,7 @@ class TransferSetSource:
             folder / self.live,
             self.compute,
             self.student,
+            batch_size=batch_size,
             pool=pool,
             stored=(others.train, others.train_labels) if len(others.train) else None,
             held_out=self._marked()[self.live],
@@ -227,8 +228,9 @@ def _stored(source: ImageSource) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(source, SyntheticSet):
         yield from map(source.read_shard, source.shards)
         return
+    unclipped = isinstance(source, Fitted) and isinstance(source.source, SyntheticSet) and not source.source.in_range
     for images, labels in source.batches(FILLED):
-        yield as_stored(images, in_range=True), labels
+        yield as_stored(images, in_range=not unclipped), labels
 
 
 def _specs(teacher: Classifier, synthesis: Synthesis, second_recipe: str | None) -> dict[str, SynthesisSpec]:

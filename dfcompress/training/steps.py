@@ -17,9 +17,9 @@ from dfcompress import device
 from dfcompress.data.batches import Batch, BatchSource, RepeatingSource
 from dfcompress.device import Execution
 from dfcompress.distributed import World
-from dfcompress.models.classifier import Classifier, pass_once
+from dfcompress.models.classifier import Classifier
 from dfcompress.models.hooks import hooked_inputs
-from dfcompress.models.recorder import weighted_layers
+from dfcompress.models.recorder import last_weighted_layer
 from dfcompress.randomness import seed_of
 from dfcompress.run import Clock, save_state
 from dfcompress.training import optimizers, parallel
@@ -219,18 +219,9 @@ def layout_of(execution: Execution) -> torch.memory_format:
 @contextmanager
 def dropping(student: Classifier, share: float) -> Iterator[None]:
     """Drop that share of what the student's last layer takes, at random in every pass; 0 drops nothing."""
-    names = [last_layer(student)] if share else []
+    names = [last_weighted_layer(student)] if share else []
     with hooked_inputs(student.network, names, lambda name, features: F.dropout(features, share)):
         yield
-
-
-def last_layer(student: Classifier) -> str:
-    """The name of the layer with weights that evaluation calls last."""
-    called: list[str] = []
-    layers = weighted_layers(student.network)
-    with hooked_inputs(student.network, layers, lambda name, features: called.append(name)):
-        pass_once(student)
-    return called[-1]
 
 
 @contextmanager

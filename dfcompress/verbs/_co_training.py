@@ -52,7 +52,7 @@ class CoTraining:
         def pool(images: Tensor, labels: Tensor) -> ImagePool:
             return settings.pool(images, labels=[labels], seed=compute.seed)
 
-        source = LiveSource(spec, folder, compute, self.student, pool=pool)
+        source = LiveSource(spec, folder, compute, self.student, batch_size=settings.batch_size, pool=pool)
         # After the last round nobody is left to learn for, but for a generator, which goes on to the end.
         steps = (source.rounds - self.updates.keep) * self.updates.steps
         of_student, seconds = folder / STUDENT, 0.0

@@ -80,7 +80,7 @@ class Train:
         def pool(images: Tensor, labels: Tensor) -> ImagePool:
             return self.settings.pool(_in_form(images, size), labels=[labels], seed=seed)
 
-        source = self.live.live_source(run.folder, pool, others)
+        source = self.live.live_source(run.folder, self.settings.batch_size, pool, others)
         trained = trainer.fit(source)
         source.finish()
         return replace(trained, seconds=trained.seconds - source.seconds)

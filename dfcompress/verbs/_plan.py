@@ -82,7 +82,7 @@ class Synthesize:
         if recipe.steps:
             chunk = execution.chunk or batch_size
             timed = min(chunk, max(1, int(TIMED // (2 * work_of(self.spec.teacher)))))
-            seconds = seconds_per_step(recipe, self.spec.teacher, eager, timed, self.spec.sampler())
+            seconds = seconds_per_step(recipe, self.spec.teacher, eager, timed, self.spec.sampler)
             seconds *= batch_size / timed
         seconds = predicted_seconds(execution, seconds * recipe.work * batches, sizes=recipe.sizes)
         return SynthesisEstimate(

@@ -98,7 +98,7 @@ def _ours(stack: ExitStack, teacher: Classifier, student: Classifier, batch_size
     def pool(images: Tensor, labels: Tensor) -> BatchSource:
         return training.pool(images, labels=[labels], seed=compute.seed)
 
-    source = LiveSource(spec, folder, compute, learning, pool=pool)
+    source = LiveSource(spec, folder, compute, learning, batch_size=batch_size, pool=pool)
     trainer = Trainer(
         learning, Distillation(copy.deepcopy(teacher), [kd(TEMPERATURE)]), training, compute=compute, alone=True
     )
@@ -156,7 +156,8 @@ def _published(
             teacher_logits, student_logits = teacher(images), student(images)
         mean = teacher_logits.float().softmax(1).mean(0)
         balance = (mean * mean.log()).sum()
-        loss = torch.stack(distances).sum() + 20.0 * balance - divergence(teacher_logits, student_logits, 1.0)
+        certain = F.cross_entropy(teacher_logits.float(), teacher_logits.argmax(1))
+        loss = torch.stack(distances).sum() + certain + 20.0 * balance - divergence(teacher_logits, student_logits, 1.0)
         of_generator.zero_grad()
         loss.backward()
         of_generator.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,14 @@ def test_every_kind_of_source_is_resized_and_coloured_alike(tmp_path, grey_image
         write_set(tmp_path / "set", images, labels),
     ):
         assert torch.allclose(read(source, CIFAR)[0], expected, atol=1e-6), source
+
+
+@pytest.mark.parametrize(("channels", "wanted"), [(3, 4), (3, 2)])
+def test_colours_that_no_rule_leads_to_are_refused_before_any_work(channels, wanted, tmp_path):
+    images = np.zeros((4, channels, 32, 32), np.uint8)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(4))
+    with pytest.raises(BadInput, match=f"Images of {channels} channels cannot be shown to a model of {wanted}"):
+        open_images(tmp_path / "images.npz", replace(CIFAR, input_size=(wanted, 32, 32)))
 
 
 def test_the_test_part_of_mnist_has_10000_images_fitted_to_32_pixels(mnist_folder):

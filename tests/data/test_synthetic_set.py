@@ -9,11 +9,14 @@ import torch
 
 from dfcompress.data.synthetic_set import SyntheticSet, as_float, as_stored
 from dfcompress.errors import BadInput
+from dfcompress.models.card import ModelCard
+
+CARD = ModelCard("own", 2, (1, 4, 4), (0.5,), (0.25,), ("a", "b")).to_json()
 
 
 @pytest.fixture
 def synthetic(tmp_path):
-    made = SyntheticSet.create(tmp_path / "set", {"shards": [3, 2], "card": {"class_names": ["a", "b"]}})
+    made = SyntheticSet.create(tmp_path / "set", {"shards": [3, 2], "card": CARD})
     for shard, size in enumerate((3, 2)):
         images = torch.full((size, 1, 4, 4), 10 * shard, dtype=torch.uint8)
         made.write_shard(shard, images, torch.arange(size) + shard)

@@ -28,6 +28,7 @@ from dfcompress.synthesis.generator_losses import (
     weighted_losses,
 )
 from dfcompress.synthesis.generators import Generator
+from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import Want, bn_distance, class_cross_entropy
 from dfcompress.synthesis.recipe import Phase, Recipe
 from dfcompress.synthesis.synthesizer import Synthesizer
@@ -173,6 +174,13 @@ def test_a_table_of_weights_makes_the_losses_that_have_one():
         ("bn_distance", 2.0),
         ("class_balance", 20.0),
     ]
+
+
+def test_losses_of_single_views_are_never_computed_in_chunks():
+    """Copies of one image are a whole batch apart."""
+    recipe = Recipe(images=Pixels(), losses=[on_view(class_cross_entropy(), 0)], batch_size=8)
+    assert recipe.needs_whole_batch
+    assert not replace(recipe, losses=[class_cross_entropy()]).needs_whole_batch
 
 
 @pytest.mark.parametrize("compile_", [False, pytest.param(True, marks=pytest.mark.release)])

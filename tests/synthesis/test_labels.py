@@ -53,6 +53,12 @@ def test_listed_labels_come_in_their_order(tmp_path):
     assert choose_labels(str(tmp_path / "list.txt"), (), CARD).of_batch(0, 5, seed=0).tolist() == [3, 3, 0, 1, 2]
 
 
+def test_listed_names_may_have_spaces(tmp_path):
+    card = replace(CARD, class_names=("great white shark", "hen", "tench", "cock"))
+    (tmp_path / "list.txt").write_text("\ufeffhen\ngreat white shark\n3\n", encoding="utf-8")
+    assert choose_labels(str(tmp_path / "list.txt"), (), card).of_batch(0, 3, seed=0).tolist() == [1, 0, 3]
+
+
 @pytest.mark.parametrize(
     ("how", "classes", "message"),
     [

@@ -122,6 +122,7 @@ def source(recipe, teacher, folder, student, *, images=24, **options):
     def pool(images, labels):
         return TRAINING.pool(images, labels=[labels], seed=0)
 
+    options = {"batch_size": TRAINING.batch_size, **options}
     return LiveSource(spec, folder, EAGER, student, pool=pool, **options)
 
 
@@ -175,6 +176,13 @@ def test_a_generator_whose_images_are_not_kept_draws_the_set_at_the_end(teacher,
     lines = [json.loads(line) for line in (tmp_path / "set" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "step" in line] == [0, 1, 2, 3]
     assert {"cross_entropy", "disagreement"} <= lines[0].keys()
+
+
+@pytest.mark.parametrize("size", [4, 8, 12])
+def test_batches_are_as_large_as_the_training_asks_whatever_the_generator_learns_from(size, teacher, tmp_path):
+    live = source(painted, teacher, tmp_path / "set", new_student(teacher), batch_size=size)
+    assert len(live.batch(0).images) == live.batch_size == size
+    assert len(live.batch(1).images) == size
 
 
 def test_images_that_are_not_kept_are_new_in_every_step(teacher, tmp_path):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.synthesis.recipe import Synthesis
+from dfcompress.synthesis.generators import Generator
+from dfcompress.synthesis.losses import class_cross_entropy
+from dfcompress.synthesis.recipe import Phase, Recipe, StudentUpdates, Synthesis
 from dfcompress.synthesis.recipes import bns_inception
 from dfcompress.synthesis.spec import resolve
 
@@ -61,3 +64,20 @@ def test_images_are_never_shown_smaller_than_objects_can_be_seen_in(coarse):
 
 def test_first_steps_that_were_asked_for_stay(coarse):
     assert phases(112, pooled(), quarter_steps=7)[0][0] == (4, 7)
+
+
+def test_no_batches_side_by_side_are_refused():
+    with pytest.raises(BadInput, match="groups = 0 is no number"):
+        Synthesis(groups=0)
+
+
+def test_images_that_live_on_have_one_phase():
+    """A second one would begin with the first one's transforms and optimiser."""
+
+    def painted() -> Recipe:
+        updates = StudentUpdates(steps=1, lr=0.1, batch_size=8, keep=False, rounds=1)
+        images = Generator(width=2, persistent=True)
+        return Recipe(images, 8, [class_cross_entropy()], [Phase(1, 0.1), Phase(1, 0.1)], updates)
+
+    with pytest.raises(BadInput, match="in one phase"):
+        resolve(teacher_of(32, head=pooled()), Synthesis(recipe=painted, images=8))

@@ -49,6 +49,16 @@ def test_labels_of_real_images_are_theirs(teacher, tmp_path):
     assert gathered.train[:, 0, 0, 0].tolist() == gathered.train_labels.tolist()
 
 
+def test_images_outside_of_the_pixels_range_stay_so_at_another_size(tmp_path):
+    card = ModelCard("x", 10, (1, 16, 16), (0.5,), (0.25,)).to_json()
+    bright = SyntheticSet.create(tmp_path / "bright", {"shards": [16], "card": card})
+    bright.write_shard(0, torch.full((16, 1, 16, 16), 1.75).half(), torch.arange(16) % 10)
+    gathered = TransferSetSource(load(DEMO), tmp_path / "bright", Synthesis(), COMPUTE).gather(tmp_path)
+    assert gathered.train.shape[1:] == (1, 32, 32)
+    assert gathered.train.dtype == torch.float16
+    assert gathered.train.float().mean() == 1.75
+
+
 def test_a_gathered_set_is_never_in_float_as_a_whole(tmp_path, monkeypatch):
     """Sets of bytes stay bytes; beside one of float16 they become float16, a few images at a time."""
     monkeypatch.setattr(transfer_set, "FILLED", 2)

@@ -1,9 +1,9 @@
 """DFQ (Choi et al. 2020): ZSKT's competition, with images that fit the teacher's BatchNorm statistics and are spread
 over all classes; the student learns from new images at every step, and none is kept.
 
-−KL(T ‖ S) + BN distance + 20 times the balance of the mean prediction, as in the code of Fang et al. 2021, by which
-later papers compare; there statistics are compared by norms, in the paper by KL divergences. One step of the generator
-before every 10 of the student, 200 epochs of 400.
+−KL(T ‖ S) + BN distance + cross-entropy to the teacher's own best class + 20 times the balance of the mean prediction,
+as in the code of Fang et al. 2021, by which later papers compare; there statistics are compared by norms, in the paper
+by KL divergences. One step of the generator before every 10 of the student, 200 epochs of 400.
 Rounds, width and batch of the fast presets are ours: what a CPU does in minutes.
 `head` adds the feature term of IFHE (Chen et al. 2023), whose weight there is not stated.
 """
@@ -26,6 +26,7 @@ def dfq(
     *,
     adv: float = 1.0,
     bn: float = 1.0,
+    oh: float = 1.0,
     balance: float = 20.0,
     head: float = 0.0,
     latent: int = 256,
@@ -42,7 +43,7 @@ def dfq(
     """The published method, as coded by the authors of CMI."""
     return Recipe(
         images=Generator(latent=latent, width=width, persistent=True),
-        losses=weighted_losses(adv=adv, bn=bn, balance=balance, head=head, temperature=temperature),
+        losses=weighted_losses(adv=adv, bn=bn, oh=oh, balance=balance, head=head, temperature=temperature),
         phases=[Phase(steps, lr, (0.5, 0.999))],
         student_updates=StudentUpdates(
             steps=student_steps,

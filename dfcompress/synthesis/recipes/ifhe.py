@@ -5,7 +5,8 @@ features says what class an image is of, so that they differ from class to class
 latent vectors are trained together, images kept. Where the student learns, the classifier learns what the teacher
 answers. α is 0.5 for CIFAR-10, the best of the paper, and 1 for CIFAR-100.
 Not stated, and ours: the features and the classifier (see `auxiliary_head`), β 1, γ 0.5 and the mask (CMI's), the one
-view of an image (CMI's global one); steps, rates and τ are CMI's.
+view of an image (CMI's global one); steps, rates and the student's τ are CMI's. −KL is at τ 1, as CMI codes it, where
+the paper writes τ.
 Steps, width and batch of the fast presets are ours: what a CPU does in minutes.
 """
 

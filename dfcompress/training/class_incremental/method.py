@@ -18,9 +18,9 @@ from dfcompress.data.pool import Augmentation
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
+from dfcompress.models.recorder import last_weighted_layer
 from dfcompress.training.distiller import Distiller
 from dfcompress.training.settings import Training
-from dfcompress.training.steps import last_layer
 
 OLD, NEW = 0, 1  # The sources of a batch: images that stand for the old classes, and the labelled ones of the new.
 
@@ -106,7 +106,7 @@ class Head:
     REMEDY: ClassVar[str] = "Use --method deepinversion, which looks at answers alone."
 
     def __init__(self, classifier: Classifier) -> None:
-        self.classifier, self.name = classifier, last_layer(classifier)
+        self.classifier, self.name = classifier, last_weighted_layer(classifier)
         self.layer: nn.Module = classifier.network.get_submodule(self.name)
         answers: list[Tensor] = []
         self._seen: list[Tensor] = []

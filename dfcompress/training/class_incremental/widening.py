@@ -13,9 +13,9 @@ from dfcompress.errors import BadInput
 from dfcompress.models.checkpoint import is_built_by_name
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.fake_quantizers import is_quantized
+from dfcompress.models.recorder import last_weighted_layer
 from dfcompress.models.resizing import resized, widths_of
 from dfcompress.randomness import generator
-from dfcompress.training.steps import last_layer
 
 SAME = 1e-4  # Of the largest logit: sums of a wider layer may run in another order.
 
@@ -54,7 +54,7 @@ def _with_outputs(old: Classifier, outputs: int, seed: int) -> tuple[nn.Module, 
             f"{old.name} is quantized, and few bits have no room for new classes.",
             "Extend the model that it was made from, and quantize the result.",
         )
-    head, network = last_layer(old), copy.deepcopy(old.network)
+    head, network = last_weighted_layer(old), copy.deepcopy(old.network)
     layer = network.get_submodule(head)
     if not _gives(layer, old.card.classes):
         raise _unfit(old, head, layer)
