@@ -153,9 +153,10 @@ def quantize(
         size_ratio=size_ratio,
         scheme=calibration.scheme,
     )
-    # Settings of a training ask for one.
-    asked = finetune or (FINETUNED_BY[method] if training or rounding or objectives else None)
-    why_not = partial(_why_not_all_tensors, method, asked, calibration.scheme)
+    # Settings of a training ask for one, and so does the paper's method.
+    asked = training or rounding or objectives or method == "paper"
+    trains = finetune or (FINETUNED_BY[method] if asked else None)
+    why_not = partial(_why_not_all_tensors, trains, calibration.scheme)
     placement, reference, student, layers, wanted = place_grids(teacher, wish, why_not, placement, bits)
     finetune = finetune or FINETUNED_ON.get(placement) or FINETUNED_BY[method]
     tuning = usual_tuning(finetune, training, method=method, card=teacher.card)
@@ -293,18 +294,15 @@ def _freeze(
 
 
 def _why_not_all_tensors(
-    method: QuantizationMethod,
-    finetune: Finetuning | None,
-    scheme: Scheme,
-    wanted: Mapping[str, RequestedBits],
+    finetune: Finetuning | None, scheme: Scheme, wanted: Mapping[str, RequestedBits]
 ) -> str | None:
     """What kernels for integers, or a network that is its graph, do not take."""
     if other := next((name for name, each in wanted.items() if each != INT8), None):
         return f"other bits than 8w8a, as layer {other} has"
     if LARGEST_BITS in scheme.asymmetric:
         return "--weight-grid asymmetric"
-    if (method, finetune) != ("default", None) and (finetune or FINETUNED_BY[method]) != "none":
-        return f"--finetune {finetune or FINETUNED_BY[method]}"
+    if finetune not in (None, "none"):
+        return f"--finetune {finetune}"
     return None
 
 
