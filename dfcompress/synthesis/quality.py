@@ -14,6 +14,7 @@ from dfcompress.device import exact_fp32
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import HookRecorder, Moments
 from dfcompress.randomness import generator
+from dfcompress.synthesis.generators import Generator
 from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.recipe import Recipe
 from dfcompress.synthesis.synthesizer import Batch
@@ -21,8 +22,6 @@ from dfcompress.synthesis.synthesizer import Batch
 CONFIDENT = 0.8
 VARIED = 0.25
 ONE_CLASS = 0.9
-# A setting of generators alone, whose images need not be sure of their class: a student takes more from them.
-GENERATED = "latent"
 FEW = 16  # Images that tell nothing of classes.
 
 
@@ -31,7 +30,8 @@ class BatchQuality:
     """What a batch shows: the share of images the teacher classifies as intended (None where no label steered them),
     J_KL of the batch and of as much Gaussian noise (None where no loss looks at statistics), and how far images
     differ: the deviation of a pixel over the batch against that over all pixels, 0 where all images are one; and the
-    share of the class that the teacher sees oftenest, None where labels steered the images.
+    share of the class that the teacher sees oftenest, None where labels steered the images. A generator's images need
+    not be `sure` of their class: a student takes more from them.
     """
 
     teacher_top1: float | None
@@ -39,6 +39,7 @@ class BatchQuality:
     noise_divergence: float | None
     variety: float
     largest_class: float | None = None
+    sure: bool = True
 
     def warnings(self, settings: Mapping[str, Any]) -> dict[str, str]:
         """A sentence for everything that is wrong and which of a recipe's `settings` to change, by what it is about."""
@@ -47,7 +48,7 @@ class BatchQuality:
         def more_of(weight: str) -> str:
             return f"take more --steps, or raise --set {weight}=." if weight in settings else "take more --steps."
 
-        if self.teacher_top1 is not None and self.teacher_top1 < CONFIDENT and GENERATED not in settings:
+        if self.teacher_top1 is not None and self.teacher_top1 < CONFIDENT and self.sure:
             found["labels"] = (
                 f"The teacher classifies only {self.teacher_top1:.0%} of a batch as intended: {more_of('ce')}"
             )
@@ -90,6 +91,7 @@ class QualityCheck:
             noise_divergence=self._noise(len(images)),
             variety=_variety(images),
             largest_class=largest if self.recipe.label_free and len(answers) >= FEW else None,
+            sure=not isinstance(self.recipe.images, Generator),
         )
 
     def _divergence(self, images: Tensor) -> tuple[float | None, Tensor]:
