@@ -83,7 +83,9 @@ class Train:
         source = self.live.live_source(run.folder, self.settings.batch_size, pool, others)
         trained = trainer.fit(source)
         source.finish()
-        return replace(trained, seconds=trained.seconds - source.seconds)
+        seconds = trained.seconds - source.seconds
+        rate = round(trained.steps * source.batch_size / max(seconds, 1e-9), 1)
+        return replace(trained, seconds=seconds, images_per_second=rate)
 
 
 @dataclass(frozen=True, kw_only=True)
