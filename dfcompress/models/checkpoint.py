@@ -517,7 +517,7 @@ def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     listed = (list, tuple)
     kinds: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] = {
         "architecture": (str, lambda value: True, "a name"),
-        "classes": (int, _is_size, "a positive integer"),
+        "classes": (int, _is_size, f"a whole number from 1 to {WIDEST:,}"),
         "input_size": (listed, lambda value: len(value) == 3 and all(map(_is_size, value)), SIZES),
         "mean": (listed, lambda value: all(_is_number(each) and 0 <= each <= 1 for each in value), SHARES),
         "std": (listed, lambda value: all(_is_number(each) and 0 < each <= 1 for each in value), SHARES),
@@ -537,14 +537,14 @@ def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return checked
 
 
-SIZES, SHARES = "3 positive integers, CxHxW", "one share of 1 a channel"
 # So that the sizes of tensors are numbers of 64 bits: 2^20 by 2^20 channels of 11x11 pixels.
 WIDEST = 2**20
+SIZES, SHARES = f"3 whole numbers from 1 to {WIDEST:,}, CxHxW", "one share of 1 a channel"
 WIDTHS = f"the channels in and out of each layer, from 1 to {WIDEST:,}"
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= WIDEST
 
 
 def _widths(values: object, where: str) -> dict[str, tuple[int, int]]:
@@ -553,7 +553,7 @@ def _widths(values: object, where: str) -> dict[str, tuple[int, int]]:
         raise BadInput(f"{where}: widths is {str(values)[:40]!r}.", f"It must be an object of {WIDTHS}.")
     for name, channels in values.items():
         is_pair = isinstance(channels, (list, tuple)) and len(channels) == 2
-        if not is_pair or not all(_is_size(each) and each <= WIDEST for each in channels):
+        if not is_pair or not all(map(_is_size, channels)):
             raise BadInput(f"{where}: the widths of {name!r} are {str(channels)[:40]}.", f"Give {WIDTHS}.")
     return {name: (c_in, c_out) for name, (c_in, c_out) in values.items()}
 

@@ -155,12 +155,15 @@ def _float_resnet20() -> torch.nn.Module:
     return find("cifar_resnet20").make(10, 3)
 
 
-def test_a_packed_file_with_a_wrong_number_of_classes_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("classes", "why"), [(10**12, "from 1 to 1,048,576"), (10**6, "is too small for"), (11, "not torch.float32")]
+)
+def test_a_packed_file_with_a_wrong_number_of_classes_is_refused(classes, why, tmp_path):
     classifier = _classifier()
     quantize_layers(classifier.network, {"fc1": (4, 32)})
     freeze(classifier.network)
-    save(Classifier(classifier.network, ModelCard("lenet5_bn", 10**12, (1, 32, 32), (0.5,), (0.25,))), tmp_path)
-    with pytest.raises(BadInput, match="1000000000000 classes"):
+    save(Classifier(classifier.network, ModelCard("lenet5_bn", classes, (1, 32, 32), (0.5,), (0.25,))), tmp_path)
+    with pytest.raises(BadInput, match=why):
         load(tmp_path)
 
 
