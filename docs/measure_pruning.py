@@ -44,6 +44,7 @@ def rows_of(name: str, share: float) -> dict[str, str]:
             for what, recipe in RECIPES.items()
         },
         f"{name}, distilled on adaptive": f"{budget} {FEW}",
+        f"{name}, distilled on real images": f"{budget} {SHORT} --data REAL",
         **{
             f"{name}, {importance}": f"{budget} {SHORT} --importance {importance} --data DATA"
             for importance in get_args(ImportanceName)
