@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,11 +30,13 @@ OPSET, IR_VERSION = 17, 9  # Old enough for every onnxruntime that is supported.
 
 
 class _Kind(NamedTuple):
-    """All that the time of a layer depends on besides its widths; a linear layer is a convolution of one place."""
+    """All that the time of a layer depends on besides its widths; a linear layer is a convolution of one place. `pads`
+    are those before every axis and then those behind, as ONNX has them.
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
-    padding: tuple[int, ...]
+    pads: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
     channelwise: bool
@@ -42,18 +44,23 @@ class _Kind(NamedTuple):
 
 
 def layer_times(classifier: Classifier) -> dict[str, Time]:
-    """The milliseconds of every convolution and linear layer as a function of its channels in and out; those of
-    transposed ones, of other layers and of what lies between are not known and count nothing.
+    """The milliseconds of every convolution and linear layer, all of its runs in a pass, as a function of its channels
+    in and out; those of transposed ones, of other layers and of what lies between are not known and count nothing.
     """
     widths = widths_of(classifier.network)
     kinds = _kinds(classifier)
-    wanted = {(kind, *widths[name]) for name, kind in kinds.items()}
+    wanted = {(kind, *widths[name]) for name, runs in kinds.items() for kind in runs}
     tables = {key: _table(*key) for key in sorted(wanted)}
-    return {name: tables[kind, *widths[name]] for name, kind in kinds.items()}
+    return {name: _together([tables[kind, *widths[name]] for kind in runs]) for name, runs in kinds.items()}
 
 
-def _kinds(classifier: Classifier) -> dict[str, _Kind]:
-    kinds: dict[str, _Kind] = {}
+def _together(runs: Sequence[Time]) -> Time:
+    return lambda c_in, c_out: sum(run(c_in, c_out) for run in runs)
+
+
+def _kinds(classifier: Classifier) -> dict[str, list[_Kind]]:
+    """The kind of each run of a layer in a pass."""
+    kinds: dict[str, list[_Kind]] = {}
     layers: dict[str, Any] = {
         name: layer
         for name, layer in classifier.network.named_modules()
@@ -62,13 +69,15 @@ def _kinds(classifier: Classifier) -> dict[str, _Kind]:
 
     def note(name: str, features: Tensor) -> None:
         layer = layers[name]
+        runs = kinds.setdefault(name, [])
         if isinstance(layer, nn.Linear):
-            kinds[name] = _Kind((1,), (1,), (0,), (1,), 1, False, (features[..., 0].numel(),))
+            runs.append(_Kind((1,), (1,), (0, 0), (1,), 1, False, (features[..., 0].numel(),)))
             return
-        padding = layer.padding if isinstance(layer.padding, tuple) else (0,) * len(layer.kernel_size)
-        sizes = (layer.kernel_size, layer.stride, padding, layer.dilation)
+        ends = layer._reversed_padding_repeated_twice  # Of the last axis first: before, behind.
+        pads = (*ends[-2::-2], *ends[::-2])
+        sizes = (layer.kernel_size, layer.stride, pads, layer.dilation)
         groups = 1 if is_channelwise(layer) else layer.groups
-        kinds[name] = _Kind(*sizes, groups, is_channelwise(layer), tuple(features.shape[2:]))
+        runs.append(_Kind(*sizes, groups, is_channelwise(layer), tuple(features.shape[2:])))
 
     with hooked_inputs(classifier.network, layers, note):
         pass_once(classifier)
@@ -116,7 +125,7 @@ def _session(kind: _Kind, c_in: int, c_out: int) -> Callable[[], float]:
         ["images", "weight"],
         ["features"],
         strides=kind.stride,
-        pads=[*kind.padding, *kind.padding],
+        pads=kind.pads,
         dilations=kind.dilation,
         group=groups,
     )

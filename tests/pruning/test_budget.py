@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_groups import NETWORKS, classifier
+from test_groups import NETWORKS, Shared, classifier
+from torch import nn
 
 from dfcompress.errors import BadInput
+from dfcompress.pruning import latency
 from dfcompress.pruning.budget import Costs, Pruning, choose, require_reachable
 from dfcompress.pruning.groups import cut, find_groups
 from dfcompress.pruning.importance import Ranking
@@ -88,3 +90,18 @@ def test_latency_is_the_sum_of_a_table_of_layers_that_grows_with_the_widths(netw
     asked = Pruning(resource="latency", share=0.6, importance="magnitude")
     kept = choose(costs, groups, ranked(groups), asked)
     assert 0.59 * costs.whole <= costs.kept(groups, kept) <= 0.6 * costs.whole
+
+
+def test_every_run_of_a_layer_counts_and_is_timed_with_its_own_pads(monkeypatch):
+    seen = []
+
+    def table(kind, c_in, c_out):
+        seen.append(kind.pads)
+        return lambda new_in, new_out: 1.0
+
+    monkeypatch.setattr(latency, "_table", table)
+    assert latency.layer_times(classifier(Shared()))["conv"](8, 8) == 2.0
+    same = nn.Sequential(nn.Conv2d(3, 4, (4, 3), padding="same"), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    seen.clear()
+    latency.layer_times(classifier(same))
+    assert seen == [(1, 1, 2, 1)]
