@@ -107,7 +107,7 @@ def free_bytes(target: torch.device) -> int:
     its own.
     """
     if device.is_cuda(target):
-        return device.free_gpu_bytes(target) // -(-world().local_world_size // torch.cuda.device_count())
+        return device.free_gpu_bytes(target) // -(-world().local_world_size // max(1, torch.cuda.device_count()))
     return max(0, min(_limits(Path("/")), default=2**62)) // world().local_world_size
 
 

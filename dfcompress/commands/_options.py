@@ -348,7 +348,7 @@ compute = group(
         "Machine",
         click.option(
             "--precision",
-            type=click.Choice(["auto", "fp32", "bf16"]),
+            type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
             default="auto",
             show_default=True,
             help="Precision of convolutions. auto is bf16 on processors with bf16 instructions, and fp32 on others.",

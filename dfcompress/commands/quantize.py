@@ -93,10 +93,10 @@ if TYPE_CHECKING:
 )
 @_options.training(
     steps="400, or 100 without kd for images of more than 64 pixels a side, or 1000 with --finetune blocks, or 16000 "
-    "with --method paper (44000 for images of more than 64 pixels a side)",
+    "with --method paper, or 44000 with it for images of more than 64 pixels a side",
     lr="0.003, or 0.001 for images of more than 64 pixels a side, or 0.01 with --finetune blocks or kd",
     batch_size="256, or 32 without kd for images of more than 64 pixels a side, or 32 with --finetune blocks, or 512 "
-    "with --method paper (256 for images of more than 64 pixels a side)",
+    "with --method paper, or 256 with it for images of more than 64 pixels a side",
 )
 @_options.objectives
 @_options.temperature("4", 4.0)
