@@ -91,7 +91,7 @@ def through(classifier: Classifier, folder: Path) -> tuple[Classifier, Exported]
     ("architecture", "size"),
     [
         pytest.param("mobilenet_v2", 32, marks=pytest.mark.release),
-        ("resnet18", 32),
+        pytest.param("resnet18", 32, marks=pytest.mark.release),
         pytest.param("timm:efficientnet_lite0", 32, marks=pytest.mark.release),
         ("squeezenet1_1", 48),
         pytest.param("mobilenet_v3_small", 32, marks=pytest.mark.release),
@@ -380,7 +380,7 @@ AROUND = {"Sub", "Div", "QuantizeLinear", "DequantizeLinear", "Transpose", "Resh
     ("architecture", "size", "others"),
     [
         ("cifar_resnet20", 32, {"Slice", "Pad", "GlobalAveragePool"}),
-        pytest.param("resnet18", 32, {"NhwcMaxPool"}, marks=pytest.mark.slow),
+        pytest.param("resnet18", 32, {"NhwcMaxPool"}, marks=pytest.mark.release),
         pytest.param("mobilenet_v2", 32, set(), marks=pytest.mark.release),
         pytest.param("timm:tf_efficientnet_lite0", 64, set(), marks=pytest.mark.slow),
     ],
