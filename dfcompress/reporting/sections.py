@@ -97,7 +97,8 @@ def _summary(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> Iterato
     models = [run for run in runs if run.record.verb not in ("invert", "demo")]
     if models:
         verdicts = {run.name: _verdict(run) for run in models if run.record.finished}
-        yield Facts([f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict])
+        if told := [f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict]:
+            yield Facts(told)
         yield _numbers(
             models, colours, _of_model, "ms: 64 images in onnxruntime on one thread, where a file was exported."
         )

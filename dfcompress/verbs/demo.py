@@ -19,11 +19,11 @@ from dfcompress.models.safe_reading import file_bytes
 from dfcompress.run import Run
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.set_builder import PREVIEW
-from dfcompress.verbs.distill import DISTILLATION, distill
+from dfcompress.verbs.distill import distill
 from dfcompress.verbs.evaluate import Score
 from dfcompress.verbs.inspect import Inspection, inspect
 from dfcompress.verbs.invert import Inversion, invert
-from dfcompress.verbs.quantize import LSQ, quantize
+from dfcompress.verbs.quantize import quantize
 from dfcompress.verbs.report import FILE, missing_packages, report
 
 FILES = Path(__file__).parents[1] / "demo_files"
@@ -86,25 +86,23 @@ def demo(
         images = _step(run, "images", resume)
         made = invert(teacher, synthesis=SHOWN, compute=compute, **images)
         console.notice(f"Making more, by two recipes, and training a student of half the width on them ({STUDENT}).")
-        training = replace(DISTILLATION, steps=1500)
         student = distill(
             teacher,
             student=STUDENT,
             synthesis=TAUGHT,
-            training=training,
+            training={"steps": 1500},
             probe_images=0,
             compute=compute,
             eval_data=FILES,
             **_step(run, "student", resume),
         )
         console.notice(f"Quantizing the teacher to {BITS}.")
-        training = replace(LSQ, steps=100)
         packed = quantize(
             teacher,
             bits=BITS,
             data=made.output,
             finetune="lsq",
-            training=training,
+            training={"steps": 100},
             compute=compute,
             eval_data=FILES,
             **_step(run, "quantized", resume),
