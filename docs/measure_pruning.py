@@ -4,8 +4,8 @@
 
 TEST and LARGER_TEST are real images to report on, REAL 1,000 training images for comparison. Rows "from nothing" make
 their own images, as a user's first command does, and rows "distilled on" 512; all others of a seed share the 512 of
-OUTPUT/images-SEED. Every command is printed; results are appended to OUTPUT/rows.jsonl, and rows that are there are not
-made again.
+OUTPUT/images-SEED. Rows "of the filters" are for a network of docs/train_cifar_teachers.py. Every command is printed;
+results are appended to OUTPUT/rows.jsonl, and rows that are there are not made again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from dfcompress.pruning import ImportanceName
 
 # The shares that DeepInversion's table states for ResNet-50: 20 and 50 % of the filters.
 SHARES = {"-37 %": 0.63, "-71 %": 0.29}
+# The shares of the filters that go in the table of Model folding (ICLR 2025).
+FILTERS = {"25 %": 0.75, "50 %": 0.5, "70 %": 0.3}
 SHORT = "--train-steps 500"
 FEW = f"{SHORT} --images 512"
 RECIPES = {"noise": "gaussian", "deepdream": "deepdream", "deepinversion": "deepinversion"}
@@ -49,11 +51,27 @@ def rows_of(name: str, share: float) -> dict[str, str]:
             f"{name}, {importance}": f"{budget} {SHORT} --importance {importance} --data DATA"
             for importance in get_args(ImportanceName)
         },
+        f"{name}, round to 16": f"{budget} {SHORT} --round-to 16 --data DATA",
         f"{name}, three rounds": f"{budget} {SHORT} --rounds 3 --data DATA",
     }
 
 
-ROWS = {row: asked for name, share in SHARES.items() for row, asked in rows_of(name, share).items()}
+def rows_of_filters(name: str, share: float) -> dict[str, str]:
+    """The same for a share of the filters, all on the seed's images."""
+    budget = f"--filters {share} --data DATA"
+    return {
+        f"{name} of the filters, refit": f"{budget} --repair refit",
+        f"{name} of the filters, fold, refit": f"{budget} --importance fold --repair refit",
+        f"{name} of the filters, distilled": f"{budget} {SHORT}",
+    }
+
+
+ROWS = {
+    **{row: asked for name, share in SHARES.items() for row, asked in rows_of(name, share).items()},
+    **{row: asked for name, share in FILTERS.items() for row, asked in rows_of_filters(name, share).items()},
+}
+# The row that is quantized afterwards.
+QUANTIZED = "-37 %, from nothing"
 
 
 def images(given: argparse.Namespace, seed: int) -> Path:
@@ -66,12 +84,17 @@ def images(given: argparse.Namespace, seed: int) -> Path:
     return folder
 
 
+def folder_of(given: argparse.Namespace, row: str, seed: int) -> Path:
+    """Where a row's network lies."""
+    return given.output / f"{row.replace(' ', '-').replace(',', '').replace('%', '')}-{seed}"
+
+
 def measure(given: argparse.Namespace, row: str, seed: int) -> dict:
     """One row: right answers on both sets of test images, seconds, bytes, and milliseconds in onnxruntime."""
     asked = ROWS[row].replace("REAL", str(given.real))
     if "DATA" in asked:
         asked = asked.replace("DATA", str(images(given, seed)))
-    where = given.output / f"{row.replace(' ', '-').replace(',', '').replace('%', '')}-{seed}"
+    where = folder_of(given, row, seed)
     line = f"prune {given.checkpoint} {asked} --seed {seed} -o {where} --overwrite --eval-data {given.test}"
     result = run(f"{line} --probe-images 0 --export onnx")
     larger = run(f"evaluate {given.checkpoint} {where} --data {given.larger_test}")["results"]
@@ -85,7 +108,7 @@ def measure(given: argparse.Namespace, row: str, seed: int) -> dict:
 
 def chain(given: argparse.Namespace, seed: int) -> dict:
     """Pruned, then 8w8a: right answers, bytes and milliseconds."""
-    pruned = given.output / f"-37--from-nothing-{seed}"
+    pruned = folder_of(given, QUANTIZED, seed)
     line = f"quantize {pruned} --bits 8w8a --data {pruned} --export onnx -o {pruned}-8w8a --overwrite"
     result = run(f"{line} --eval-data {given.test}")
     counts = [each["correct"] for each in result["evaluation"]["results"]]
@@ -119,7 +142,8 @@ def main() -> None:
     for seed in range(given.seeds):
         for row in given.only:
             rows.make(partial(measure, given, row, seed), row=row, seed=seed)
-        rows.make(partial(chain, given, seed), chain="8w8a", seed=seed)
+        if QUANTIZED in given.only:
+            rows.make(partial(chain, given, seed), chain="8w8a", seed=seed)
     sys.stdout.write(table(rows) + "\n")
 
 
