@@ -41,7 +41,7 @@ from dfcompress import Classifier, Compute, Synthesis
 from dfcompress.data.real import open_images
 from dfcompress.models.plain_layers import after_normalising
 from dfcompress.quantization.bits import layers_of
-from dfcompress.verbs.quantize import usual_images
+from dfcompress.verbs._quantize_defaults import usual_images
 
 SIDES = ("ours", "mct")
 BORDER = 32 / 224

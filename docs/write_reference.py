@@ -363,7 +363,7 @@ _VALUE = re.compile(f"{ANY}|‹[^›]*›")
 DOING = {
     "Options and configuration": "commands/ settings schedules cli",
     "Run folders, budgets and gates": "run verbs/_plan verbs/_finish verbs/_compression verbs/_gates verbs/_budget",
-    "Quantizing": "quantization/ verbs/quantize "
+    "Quantizing": "quantization/ verbs/quantize verbs/_quantize "
     "models/fake_quantizers models/packing models/tensor_grids models/bn_folding",
     "Reading a checkpoint": "models/",
     "Giving images": "data/",
@@ -372,7 +372,7 @@ DOING = {
     "Merging": "training/multi_teacher training/class_map verbs/merge verbs/_merged",
     "Teaching new classes": "training/class_incremental verbs/extend verbs/_extended verbs/_new_images",
     "Training a student": "training/ verbs/distill",
-    "Pruning": "pruning/ verbs/prune",
+    "Pruning": "pruning/ verbs/prune verbs/_prune",
     "Exporting": "quantization/onnx verbs/export evaluation/onnx_check",
     "Measuring and comparing": "evaluation/ verbs/ reporting/",
     "Devices, memory, several processes": "device memory distributed",

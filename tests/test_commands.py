@@ -26,10 +26,11 @@ from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.training.multi_teacher import NAMES as METHODS
 from dfcompress.training.multi_teacher import merging_method
 from dfcompress.training.multi_teacher.logit_matching import TRAINING as MATCHED
+from dfcompress.verbs._quantize_defaults import BEFORE_LSQ, FINETUNING, LARGE_LSQ, usual_calibration
 from dfcompress.verbs.distill import DISTILLATION, distill
 from dfcompress.verbs.invert import invert
 from dfcompress.verbs.merge import merge
-from dfcompress.verbs.quantize import BEFORE_LSQ, FINETUNING, LARGE_LSQ, quantize, usual_calibration
+from dfcompress.verbs.quantize import quantize
 
 COMMANDS = root.list_commands(None)
 

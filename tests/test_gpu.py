@@ -26,9 +26,10 @@ from dfcompress.training.multi_teacher.logit_matching import LogitMatching
 from dfcompress.training.objectives import feature, kd
 from dfcompress.training.settings import Training
 from dfcompress.training.student import make_student
+from dfcompress.verbs._quantize_defaults import FINETUNING
 from dfcompress.verbs.bench_step import bench_step
 from dfcompress.verbs.bench_train import bench_train
-from dfcompress.verbs.quantize import FINETUNING, quantize
+from dfcompress.verbs.quantize import quantize
 
 pytestmark = [
     pytest.mark.gpu,

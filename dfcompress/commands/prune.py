@@ -109,7 +109,8 @@ def prune(
     """Make a dense network of fewer channels. It is repaired on images made from the model."""
     import json
 
-    from dfcompress.verbs.prune import REPORT, prune
+    from dfcompress.verbs._prune_step import REPORT
+    from dfcompress.verbs.prune import prune
 
     gates.require_images(eval_data)
     plan = prune.plan(

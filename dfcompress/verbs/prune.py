@@ -8,47 +8,38 @@ dfcompress.prune("resnet50.pt", flops=0.6, round_to=8, rounds=3, export="onnxrun
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from dfcompress.data.pool import Augmentation
-from dfcompress.device import Compute, resolve_device, threads, threads_for
-from dfcompress.distributed import world
+from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.models.checkpoint import as_classifier
-from dfcompress.models.classifier import Classifier, load_tensors, work_of
+from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import is_quantized
-from dfcompress.models.resizing import resized, widths_of
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.pruning import ImportanceName, Resource
-from dfcompress.pruning.budget import UNITS, Costs, Pruned, Pruning, choose, require_reachable
-from dfcompress.pruning.groups import ChannelGroup, Found, cut, find_groups
-from dfcompress.pruning.importance import BATCH, rank
-from dfcompress.pruning.picture import draw_widths
-from dfcompress.pruning.repair import images_to_repair_on, refit
-from dfcompress.run import STATE, Run, save_state, write_json
+from dfcompress.pruning.budget import Costs, Pruning, require_reachable
+from dfcompress.pruning.groups import find_groups
 from dfcompress.settings import AUTO, with_defaults
 from dfcompress.synthesis.labels import BALANCED
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
+from dfcompress.synthesis.transfer_set import TransferSetSource
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.settings import Training
 from dfcompress.verbs import Repair, Target
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed, evaluator
-from dfcompress.verbs._plan import Outcome, Plan, Step, planned
+from dfcompress.verbs._plan import Plan, Step, planned
+from dfcompress.verbs._prune_step import Prune, write_report
 from dfcompress.verbs.distill import IMAGES, LARGE_IMAGES, PROBE_IMAGES, objectives_of
-from dfcompress.verbs.evaluate import placed
 from dfcompress.verbs.export import require_packages
 
-REPORT, PICTURE = "prune.json", "widths.png"
 RECIPE = "adaptive-deepinversion"
 # ResNet-20 at 0.4 of its operations, by 512 made images: refitted it answers 500 training images as before by magnitude
 # 38 %, bn-scale 35, taylor 32, random 31, fold 17; after 200 steps of 64 images 1,000 of them by magnitude 77.7, taylor
@@ -58,7 +49,6 @@ IMPORTANCE: ImportanceName = "magnitude"
 # Channels that onnxruntime computes at once, at the least: ResNet-44 at --latency 0.7 is 1.38 times faster in multiples
 # of 8, 1.08 times in any numbers (AVX-512).
 BLOCK = 8
-RANKED_BY = 512  # Images that importance is taken from, at most: 16 gradients of 32.
 # A fifth of the rate and half of the steps of `distill`, whose student begins from nothing: not measured otherwise.
 # BatchNorms take the batches' statistics: with frozen ones ResNet-20 at 0.4 of its operations answers 71.8 % of 1,000
 # training images as before after 200 steps of 64 images, in place of 77.7 %.
@@ -195,7 +185,7 @@ def prune(
         sources={"": source},
         measure=evaluator(eval_data, teacher, compute.device),
         compute=compute,
-        complete=partial(_report, teacher, student, found),
+        complete=partial(write_report, teacher, student, found),
         export=export,
         beside=teacher,
     ).plan(steps, options, [data, eval_data], output, resume=resume, overwrite=overwrite)
@@ -250,98 +240,3 @@ def _usual_images(synthesis: Synthesis, teacher: Classifier, second_recipe: str 
     if chosen or second_recipe is None or not training or why_no_statistics(teacher.network):
         return synthesis
     return replace(synthesis, recipe=RECIPE)
-
-
-@dataclass(frozen=True)
-class Prune:
-    """Take channels of the student away, and refit what is left unless `repair` is none. `groups` and `costs` are the
-    teacher's.
-    """
-
-    student: Classifier
-    teacher: Classifier
-    groups: Sequence[ChannelGroup]
-    costs: Costs
-    settings: Pruning
-    repair: Repair
-    number: int
-    compute: Compute
-
-    def predicted(self) -> None:
-        """Nothing is known of it before."""
-
-    def take(self, run: Run, sets: Sequence[TransferSet]) -> Pruned:
-        """Do it by the one set, or take what an interrupted run had left."""
-        path = run.folder / f"pruned-{self.number}{STATE}"
-        if world().is_main and not path.exists():
-            started = time.perf_counter()
-            target = resolve_device(self.compute.device)
-            with threads(threads_for(BATCH * work_of(self.teacher))), placed(self.student, target):
-                pruned = self._pruned(sets[0].train)
-            pruned = replace(pruned, seconds=round(time.perf_counter() - started, 2))
-            widths = {name: list(each) for name, each in (self.student.card.widths or {}).items()}
-            state = {"widths": widths, "student": self.student.network.state_dict(), "pruned": asdict(pruned)}
-            save_state(path, state)
-            world().barrier()
-            return pruned
-        world().barrier()  # One process prunes for all: with --latency each would measure times of its own.
-        return self._restored(torch.load(path, weights_only=True))
-
-    def _pruned(self, images: Tensor) -> Pruned:
-        asked, before = self.settings, copy.deepcopy(self.student)
-        groups, costs = self.groups, self.costs
-        if self.number > 1:
-            groups = find_groups(before).groups
-            costs = Costs.of(before, groups, asked.resource)
-        ranked_by = images[:: -(-len(images) // RANKED_BY)]
-        ranking = rank(asked.importance, before, groups, ranked_by, seed=self.compute.seed)
-        kept = choose(costs, groups, ranking, asked, whole=self.costs.whole)
-        smaller = [group for group in groups if kept[group.name] < group.units]
-        clusters = {group.name: ranking[group.name].clusters(group, kept[group.name]) for group in smaller}
-        cut(self.student, groups, clusters)
-        if self.repair != "none":
-            refit(self.student, before, groups, clusters, images_to_repair_on(images))
-        rows = [
-            {
-                "group": group.name,
-                "layers": [member.layer for member in group.members],
-                "before": group.units,
-                "after": kept[group.name],
-                "importance": [float(f"{score:.3g}") for score in ranking[group.name].scores.tolist()],
-            }
-            for group in groups
-        ]
-        left = costs.kept(groups, kept)
-        return Pruned(before=self.costs.whole, after=left, unit=UNITS[asked.resource], groups=rows, seconds=0.0)
-
-    def _restored(self, state: Mapping[str, Any]) -> Pruned:
-        widths = {name: (c_in, c_out) for name, (c_in, c_out) in state["widths"].items()}
-        resized(self.student.network, widths)
-        load_tensors(self.student.network, state["student"])
-        self.student.card = replace(self.student.card, widths=widths or None)
-        self.student.frozen()
-        return Pruned(**state["pruned"])
-
-
-def _report(teacher: Classifier, student: Classifier, found: Found, run: Run, outcomes: Mapping[str, Outcome]) -> None:
-    """Write what was done to every layer, as JSON and as a picture."""
-    if not world().is_main:
-        return
-    before, after = widths_of(teacher.network), widths_of(student.network)
-    rounds = [outcome for outcome in outcomes.values() if isinstance(outcome, Pruned)]
-    importance = {
-        layer: sum(row["importance"]) / len(row["importance"]) for row in rounds[0].groups for layer in row["layers"]
-    }
-    layers: list[dict[str, Any]] = [
-        {
-            "layer": name,
-            "in": [before[name][0], after[name][0]],
-            "out": [before[name][1], after[name][1]],
-            "importance": importance.get(name),
-        }
-        for name in before
-    ]
-    refused = {name: f"{name} keeps its channels: {why}." for name, why in found.refused.items()}
-    rounds_json = [asdict(each) for each in rounds]
-    write_json(run.folder / REPORT, {"layers": layers, "refused": refused, "rounds": rounds_json})
-    draw_widths(run.folder / PICTURE, {name: (before[name][1], after[name][1]) for name in before})

@@ -27,8 +27,8 @@ from dfcompress.reporting.sections import RealImages, sections_of
 from dfcompress.run import RECORD, RunRecord, check_output_file, write_atomically
 from dfcompress.settings import one_or_more
 from dfcompress.synthesis.set_builder import warnings_of
+from dfcompress.verbs._prune_step import REPORT as WIDTHS
 from dfcompress.verbs.extend import EXPERT
-from dfcompress.verbs.prune import REPORT as WIDTHS
 
 FILE = "report.html"
 PACKAGES = ("jinja2", "matplotlib")

@@ -22,8 +22,9 @@ from dfcompress.training.class_incremental import METHODS
 from dfcompress.training.objectives import make_objectives
 from dfcompress.training.optimizers import make_optimizer
 from dfcompress.training.settings import Training
+from dfcompress.verbs._quantize_defaults import CALIBRATIONS, FINETUNING
 from dfcompress.verbs.export import export
-from dfcompress.verbs.quantize import CALIBRATIONS, FINETUNING, quantize
+from dfcompress.verbs.quantize import quantize
 
 
 def option(command: str, spelling: str) -> click.Option:

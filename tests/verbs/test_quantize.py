@@ -32,17 +32,17 @@ from dfcompress.verbs import export
 from dfcompress.verbs._co_training import co_training
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._gates import Gates
-from dfcompress.verbs.distill import distill
-from dfcompress.verbs.evaluate import Evaluation, Score
-from dfcompress.verbs.quantize import (
+from dfcompress.verbs._quantize_defaults import (
     BEFORE_LSQ,
     LSQ,
-    quantize,
     usual_calibration,
     usual_images,
     usual_rounding,
     usual_tuning,
 )
+from dfcompress.verbs.distill import distill
+from dfcompress.verbs.evaluate import Evaluation, Score
+from dfcompress.verbs.quantize import quantize
 
 DEMO = Path(__file__).resolve().parents[2] / "dfcompress" / "demo_files"
 EAGER = Compute(device="cpu", precision="fp32", compile="off", seed=0)

@@ -1,0 +1,127 @@
+"""What `prune` does to a student: take channels away, refit the rest, and tell what was done to every layer."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfcompress.device import Compute, resolve_device, threads, threads_for
+from dfcompress.distributed import world
+from dfcompress.models.classifier import Classifier, load_tensors, work_of
+from dfcompress.models.resizing import resized, widths_of
+from dfcompress.pruning.budget import UNITS, Costs, Pruned, Pruning, choose
+from dfcompress.pruning.groups import ChannelGroup, Found, cut, find_groups
+from dfcompress.pruning.importance import BATCH, rank
+from dfcompress.pruning.picture import draw_widths
+from dfcompress.pruning.repair import images_to_repair_on, refit
+from dfcompress.run import STATE, Run, save_state, write_json
+from dfcompress.synthesis.transfer_set import TransferSet
+from dfcompress.verbs import Repair
+from dfcompress.verbs._plan import Outcome
+from dfcompress.verbs.evaluate import placed
+
+REPORT, PICTURE = "prune.json", "widths.png"
+RANKED_BY = 512  # Images that importance is taken from, at most: 16 gradients of 32.
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Take channels of the student away, and refit what is left unless `repair` is none. `groups` and `costs` are the
+    teacher's.
+    """
+
+    student: Classifier
+    teacher: Classifier
+    groups: Sequence[ChannelGroup]
+    costs: Costs
+    settings: Pruning
+    repair: Repair
+    number: int
+    compute: Compute
+
+    def predicted(self) -> None:
+        """Nothing is known of it before."""
+
+    def take(self, run: Run, sets: Sequence[TransferSet]) -> Pruned:
+        """Do it by the one set, or take what an interrupted run had left."""
+        path = run.folder / f"pruned-{self.number}{STATE}"
+        if world().is_main and not path.exists():
+            started = time.perf_counter()
+            target = resolve_device(self.compute.device)
+            with threads(threads_for(BATCH * work_of(self.teacher))), placed(self.student, target):
+                pruned = self._pruned(sets[0].train)
+            pruned = replace(pruned, seconds=round(time.perf_counter() - started, 2))
+            widths = {name: list(each) for name, each in (self.student.card.widths or {}).items()}
+            state = {"widths": widths, "student": self.student.network.state_dict(), "pruned": asdict(pruned)}
+            save_state(path, state)
+            world().barrier()
+            return pruned
+        world().barrier()  # One process prunes for all: with --latency each would measure times of its own.
+        return self._restored(torch.load(path, weights_only=True))
+
+    def _pruned(self, images: Tensor) -> Pruned:
+        asked, before = self.settings, copy.deepcopy(self.student)
+        groups, costs = self.groups, self.costs
+        if self.number > 1:
+            groups = find_groups(before).groups
+            costs = Costs.of(before, groups, asked.resource)
+        ranked_by = images[:: -(-len(images) // RANKED_BY)]
+        ranking = rank(asked.importance, before, groups, ranked_by, seed=self.compute.seed)
+        kept = choose(costs, groups, ranking, asked, whole=self.costs.whole)
+        smaller = [group for group in groups if kept[group.name] < group.units]
+        clusters = {group.name: ranking[group.name].clusters(group, kept[group.name]) for group in smaller}
+        cut(self.student, groups, clusters)
+        if self.repair != "none":
+            refit(self.student, before, groups, clusters, images_to_repair_on(images))
+        rows = [
+            {
+                "group": group.name,
+                "layers": [member.layer for member in group.members],
+                "before": group.units,
+                "after": kept[group.name],
+                "importance": [float(f"{score:.3g}") for score in ranking[group.name].scores.tolist()],
+            }
+            for group in groups
+        ]
+        left = costs.kept(groups, kept)
+        return Pruned(before=self.costs.whole, after=left, unit=UNITS[asked.resource], groups=rows, seconds=0.0)
+
+    def _restored(self, state: Mapping[str, Any]) -> Pruned:
+        widths = {name: (c_in, c_out) for name, (c_in, c_out) in state["widths"].items()}
+        resized(self.student.network, widths)
+        load_tensors(self.student.network, state["student"])
+        self.student.card = replace(self.student.card, widths=widths or None)
+        self.student.frozen()
+        return Pruned(**state["pruned"])
+
+
+def write_report(
+    teacher: Classifier, student: Classifier, found: Found, run: Run, outcomes: Mapping[str, Outcome]
+) -> None:
+    """Write what was done to every layer, as JSON and as a picture."""
+    if not world().is_main:
+        return
+    before, after = widths_of(teacher.network), widths_of(student.network)
+    rounds = [outcome for outcome in outcomes.values() if isinstance(outcome, Pruned)]
+    importance = {
+        layer: sum(row["importance"]) / len(row["importance"]) for row in rounds[0].groups for layer in row["layers"]
+    }
+    layers: list[dict[str, Any]] = [
+        {
+            "layer": name,
+            "in": [before[name][0], after[name][0]],
+            "out": [before[name][1], after[name][1]],
+            "importance": importance.get(name),
+        }
+        for name in before
+    ]
+    refused = {name: f"{name} keeps its channels: {why}." for name, why in found.refused.items()}
+    rounds_json = [asdict(each) for each in rounds]
+    write_json(run.folder / REPORT, {"layers": layers, "refused": refused, "rounds": rounds_json})
+    draw_widths(run.folder / PICTURE, {name: (before[name][1], after[name][1]) for name in before})
