@@ -68,6 +68,7 @@ def rows_of_filters(name: str, share: float) -> dict[str, str]:
 
 ROWS = {
     **{row: asked for name, share in SHARES.items() for row, asked in rows_of(name, share).items()},
+    "0.7 of the time": f"--latency 0.7 {SHORT} --data DATA",
     **{row: asked for name, share in FILTERS.items() for row, asked in rows_of_filters(name, share).items()},
 }
 # The row that is quantized afterwards.
