@@ -15,6 +15,7 @@ from dfcompress.models.fake_quantizers import (
 )
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
 from dfcompress.models.plain_layers import after_normalising, plain_kind
+from dfcompress.models.recorder import channel_axis
 from dfcompress.models.uses import Uses, place
 
 
@@ -40,7 +41,8 @@ def fold_batchnorms(classifier: Classifier) -> list[str]:
 
 def _pairs(classifier: Classifier) -> dict[str, str]:
     """The layer before each BatchNorm that can be folded into it."""
-    modules = dict(classifier.network.named_modules())
+    network, uses = classifier.network, Uses()
+    modules = dict(network.named_modules())
     layers = [name for name, module in modules.items() if isinstance(module, QuantizedLayer) or plain_kind(module)]
     norms = [name for name, module in modules.items() if after_normalising(module) is not None]
     layer_of_output: dict[int, str] = {}
@@ -53,10 +55,11 @@ def _pairs(classifier: Classifier) -> dict[str, str]:
 
     def note_output(layer: str, features: Tensor) -> None:
         runs[layer] += 1
-        layer_of_output[place(features)] = layer
+        # Behind a linear layer of tokens a BatchNorm normalises each token, not each channel.
+        if channel_axis(network.get_submodule(layer)) % features.dim() == 1:
+            layer_of_output[place(features)] = layer
 
     # Only where tensors lie is noted, and `uses` keeps them all alive: nothing needs a copy.
-    network, uses = classifier.network, Uses()
     with hooked_inputs(network, norms, note_input), hooked_outputs(network, layers, note_output), uses:
         pass_once(classifier)
     return {

@@ -11,6 +11,7 @@ values (pools by maximum, views, slices, concatenations) share one grid with wha
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -47,6 +48,7 @@ MOVING: set[Operation] = {
 OF_TWO: set[Operation] = {
     *(operator.add, operator.iadd, torch.add, "add", "add_", operator.mul, operator.imul, torch.mul, "mul", "mul_"),
 }
+IN_PLACE: set[Operation] = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 OF_ONE: set[Operation] = {
     *(nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean, "mean"),
     *(nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", nn.LeakyReLU, F.leaky_relu),
@@ -72,6 +74,7 @@ def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[st
     graph, untraced = _traced(network, layers)
     modules = dict(network.named_modules())
     _leave_out_nothings(graph, modules)
+    _read_what_was_written(graph, modules)
     traced = fx.GraphModule(network, graph, type(network).__name__)
     _require_same(network, traced, images)
     tensors = _float_tensors(traced, images)
@@ -86,10 +89,12 @@ def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[st
 def _traced(network: nn.Module, layers: Collection[str]) -> tuple[fx.Graph, list[str]]:
     """The network's graph, and the names of the modules that are single nodes of it because they cannot be traced."""
     untraced: list[str] = []
+    usual = {name: each.default for name, each in inspect.signature(network.forward).parameters.items()}
+    usual = {name: value for name, value in usual.items() if isinstance(value, bool | int | float | str | None)}
     while True:
         tracer = _Tracer([*layers, *untraced])
         try:
-            return tracer.trace(network), untraced
+            return _of_images_alone(tracer.trace(network, concrete_args=usual or None)), untraced
         except Exception as error:  # Whatever a stranger's `forward` raises when it is given symbols.
             if tracer.failed is None:
                 raise BadInput(
@@ -97,6 +102,16 @@ def _traced(network: nn.Module, layers: Collection[str]) -> tuple[fx.Graph, list
                     "Use --placement layer-inputs.",
                 ) from error
             untraced.append(tracer.failed)
+
+
+def _of_images_alone(graph: fx.Graph) -> fx.Graph:
+    """The graph without its other arguments, which had their defaults while it was traced, and the checks of these."""
+    doomed = [node for node in graph.nodes if node.op == "placeholder"][1:]
+    for node in doomed:
+        doomed += [user for user in node.users if user not in doomed]
+    for node in reversed(doomed):
+        graph.erase_node(node)
+    return graph
 
 
 @torch.no_grad()
@@ -142,6 +157,27 @@ def _leave_out_nothings(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> No
         if node.op.startswith("call") and _operation(node, modules) in NOTHING:
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
+
+
+def _read_what_was_written(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+    """Let what comes behind an operation in place take its result, and not the tensor that it has overwritten: between
+    the two a grid will stand.
+    """
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if _is_in_place(node, modules):
+            written = node.all_input_nodes[0]
+            for reader in [user for user in written.users if order[user] > order[node]]:
+                reader.replace_input_with(written, node)
+
+
+def _is_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    if not _is_call(node):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.rstrip("_") + "_" == name or node.target in IN_PLACE or bool(node.kwargs.get("inplace"))
 
 
 def _float_tensors(traced: fx.GraphModule, images: Tensor) -> set[fx.Node]:

@@ -283,7 +283,8 @@ def _bundles(
     alike = asked.uniform or asked.importance in EVERYWHERE_ALIKE
     bundles: list[_Bundle] = []
     left, score = rows, -float("inf")
-    for fewer in range(rows - 1, max(1, round(LEAST_SHARE * rows)) - 1, -1):
+    least = 1 if blocks == 1 else 2  # A grouped convolution with one channel of each group would be depthwise.
+    for fewer in range(rows - 1, max(least, round(LEAST_SHARE * rows)) - 1, -1):
         if fewer * blocks % asked.round_to == 0:
             going = worth[rows - left : rows - fewer]
             new = 1 - fewer / rows if alike else float(going.mean()) / freed

@@ -205,7 +205,9 @@ def _members(graph: Any, items: Iterable[Any], names: Mapping[nn.Module, str], u
             continue
         name = names[module]
         if not has_widths(module):
-            if any(True for _ in module.parameters(recurse=False)) or isinstance(module, nn.MultiheadAttention):
+            # A PReLU with one slope for all channels takes any number of them.
+            own = any(each.numel() > 1 for each in module.parameters(recurse=False))
+            if own or isinstance(module, nn.MultiheadAttention):
                 raise _Unprunable(f"its channels pass {name}, a {type(module).__name__}")
             continue
         side: Side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"

@@ -22,6 +22,7 @@ from dfcompress.device import exact_fp32
 from dfcompress.models.channel_statistics import channel_moments, renormalise
 from dfcompress.models.classifier import Classifier, count_runs, evaluating
 from dfcompress.models.hooks import hooked_inputs
+from dfcompress.models.resizing import widths_of
 from dfcompress.pruning.groups import ChannelGroup, Clusters, averaged, weight_blocks
 from dfcompress.randomness import generator
 
@@ -57,16 +58,22 @@ def refit(
     """Change the weights and the BatchNorm statistics of a network that was just cut, in place; `classifier` is the
     one that it was cut from, `images` are stored ones.
 
-    One pass of each: what a layer of the pruned network sees is mended already. Layers that run several times, and
-    depthwise ones, keep their weights.
+    One pass of each: what a layer of the pruned network sees is mended already. Layers that run several times,
+    depthwise ones, and those with more channels than rows to fit them on keep their weights.
     """
     lengths: dict[str, set[int]] = {}
     for group in groups:
         if group.name in clusters:
             for member in group.consumers:
-                lengths.setdefault(member.layer, set()).add(member.places.shape[1])
+                layer = classifier.network.get_submodule(member.layer)
+                lengths.setdefault(member.layer, set()).add(_pixels(layer, member.places))
     runs = count_runs(classifier, [name for name, _ in classifier.network.named_modules() if name])
-    consumers = {name: each.pop() for name, each in lengths.items() if len(each) == 1 and runs[name] == 1}
+    widths = widths_of(classifier.network)
+    consumers = {
+        name: length
+        for name, (length, *others) in lengths.items()
+        if not others and runs[name] == 1 and widths[name][0] <= ROWS * length
+    }
     norms = [
         name
         for name, layer in pruned.network.named_modules()
@@ -100,6 +107,13 @@ def refit(
     for each, hook in ((classifier, note), (pruned, mend)):
         with evaluating(each), exact_fp32(), hooked_inputs(each.network, [*norms, *consumers], hook):
             each(shown)
+
+
+def _pixels(layer: nn.Module, places: Tensor) -> int:
+    """How many pixels of each channel a linear layer takes where they lie side by side; else 1, all are channels."""
+    count = places.shape[1]
+    beside = not (places[:, 0] % count).any() and torch.equal(places, places[:, :1] + torch.arange(count))
+    return count if isinstance(layer, nn.Linear) and beside else 1
 
 
 def _rows(layer: nn.Module, features: Tensor, length: int) -> Tensor:

@@ -110,6 +110,24 @@ def test_outputs_with_another_user_and_modules_that_run_twice_are_left_alone(ima
     assert torch.equal(classifier(images), before)
 
 
+class Tokens(nn.Module):
+    """A linear layer of four channels, and a BatchNorm that normalises each of the four tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(48, 4), nn.BatchNorm1d(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.linear(images.reshape(-1, 4, 48))).mean(2)
+
+
+def test_a_batchnorm_of_tokens_is_left_alone():
+    classifier, images = classifier_of(Tokens()), torch.rand(5, 3, 8, 8)
+    before = classifier(images)
+    assert fold_batchnorms(classifier) == []
+    assert torch.equal(classifier(images), before)
+
+
 def test_a_layer_whose_arithmetic_is_not_known_is_left_alone():
     class Standardised(nn.Conv2d):
         def forward(self, input: Tensor) -> Tensor:

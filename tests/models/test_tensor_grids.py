@@ -265,6 +265,49 @@ def test_what_works_in_place_keeps_its_answer():
     torch.testing.assert_close(found(images()), exact(images()))
 
 
+def test_what_was_written_in_place_has_a_range_of_its_own():
+    """A sum a hundred times as large as what it overwrites, and a ReLU: nothing takes what either returns."""
+
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small, self.large = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+            self.relu, self.last = nn.ReLU(inplace=True), nn.Conv2d(4, 4, 8)
+            self.small.weight.data /= 100
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            features = self.small(pixels)
+            features.add_(self.large(pixels))
+            self.relu(features)
+            return self.last(features).flatten(1)
+
+    network = Overwriting()
+    exact, found = classifier_of(copy.deepcopy(network)), int8(network)
+    assert quantized_layers(found.network)["last"].input_grid == tensor_grids(found.network)["relu"].input_grid
+    wanted = exact(images())
+    assert (found(images()) - wanted).abs().max() < 0.1 * wanted.std()
+
+
+def test_arguments_with_a_usual_value_are_no_hindrance():
+    class Choosing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(256, 4)
+
+        def forward(self, pixels: Tensor, is_feat: bool = False, scale: float | None = None) -> Tensor:
+            features = self.conv(pixels)
+            if is_feat or scale is not None:
+                return features
+            return self.fc(features.flatten(1))
+
+    expected, (found, untraced) = classifier_of(Choosing()), placed(Choosing())
+    assert untraced == []
+    assert names(found) == {"pixels", "conv", "flatten"}
+    found.load_state_dict(expected.state_dict())
+    torch.testing.assert_close(found(images()), expected(images()))
+    assert [node.name for node in found.network.graph.nodes if node.op == "placeholder"] == ["pixels"]
+
+
 def test_a_graph_that_answers_otherwise_is_refused():
     class Counting(nn.Module):
         """torch.fx sees a constant where each pass has another number."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from test_groups import NETWORKS, Shared, classifier
@@ -49,6 +51,18 @@ def test_channels_of_a_grouped_convolution_go_from_all_its_groups_alike(networks
     several = [group for group in groups if group.blocks.max() > 0]
     assert several
     assert all(kept[group.name] % 4 == 0 for group in several)
+
+
+def test_of_every_group_of_a_grouped_convolution_two_channels_stay(networks):
+    """With one of each it would be a depthwise one, whose groups the next pruning would take away."""
+    made, groups = networks["grouped"]
+    costs = Costs.of(made, groups, "flops")
+    with pytest.raises(BadInput, match="out of reach") as least:
+        require_reachable(costs, groups, Pruning(resource="flops", share=1e-6, importance="magnitude"))
+    share = float(re.search(r"possible is (0\.\d+)", str(least.value))[1])
+    kept = choose(costs, groups, ranked(groups), Pruning(resource="flops", share=share * 1.01, importance="magnitude"))
+    several = [group for group in groups if group.blocks.max() > 0]
+    assert {kept[group.name] // (int(group.blocks.max()) + 1) for group in several} == {2}
 
 
 def test_a_multiple_of_channels_stays(networks):

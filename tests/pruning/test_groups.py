@@ -87,6 +87,7 @@ NETWORKS = {
     "auxiliary head": Auxiliary,
     "shared layer": Shared,
     "prelu": partial(Net, act=lambda: nn.PReLU(8)),
+    "prelu of one slope": partial(Net, act=nn.PReLU),
     "transposed": lambda: Net(nn.Sequential(nn.Conv2d(8, 6, 1), nn.ConvTranspose2d(6, 8, 2, 2))),
 }
 

@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from odd_networks import Net
 from test_groups import classifier
-from torch import nn
+from torch import Tensor, nn
 
 from dfcompress.models.hooks import hooked_outputs
 from dfcompress.pruning.groups import clusters_of, cut, find_groups
@@ -57,3 +58,31 @@ def test_behind_a_batchnorm_every_channel_has_the_mean_and_the_variance_that_it_
     before, after = seen["before"][:, ::2], seen["after"]
     torch.testing.assert_close(after.mean((0, 2, 3)), before.mean((0, 2, 3)), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(after.var((0, 2, 3)), before.var((0, 2, 3)), rtol=1e-3, atol=1e-3)
+
+
+class Pools(nn.Module):
+    """Every channel goes several times into what follows: beside itself pooled, and by its maximum and its mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(16, 8, 3), nn.Linear(16, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images)
+        features = self.body(torch.cat([features, F.avg_pool2d(features, 3, 1, 1)], 1))
+        return self.head(torch.cat([features.amax((2, 3)), features.mean((2, 3))], 1))
+
+
+def test_channels_that_go_several_times_into_a_layer_are_fitted_each_for_itself():
+    made = classifier(Pools())
+    groups = find_groups(made).groups
+    assert {group.name for group in groups} == {"stem", "body"}
+    clusters = {group.name: clusters_of(torch.arange(8) < 6) for group in groups}
+    plain, shown = copy.deepcopy(made), IMAGES.float() / 255
+    cut(plain, groups, clusters)
+    pruned = copy.deepcopy(plain)
+    refit(pruned, made, groups, clusters, IMAGES)
+    error, before = ((each(shown) - made(shown)).square().mean() for each in (pruned, plain))
+    assert error < 0.1 * before
+    variance = made(shown).var(0).mean()
+    assert error < 0.5 * variance
