@@ -15,6 +15,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dfcompress.errors import DfcompressError
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
@@ -50,19 +52,25 @@ def speaks() -> bool:
 
 def notice(text: str, *, level: int = NORMAL) -> None:
     """One line about what was decided or should be known, on stderr."""
-    if speaks() and _verbosity >= level:
+    if speaks() and _verbosity >= level and sys.stderr:  # None where a daemon has closed it.
         print(text, file=sys.stderr, flush=True)
 
 
 def last_words(text: str) -> None:
     """A line on stderr from a signal handler or a thread, of any rank, just before the process ends."""
-    os.write(sys.stderr.fileno(), f"{text}\n".encode())
+    if sys.stderr:
+        os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
 
 def result(text: str) -> None:
-    """A line of the result, on stdout."""
+    """A line of the result, on stdout; raises `DfcompressError` where that cannot be written."""
     if speaks():
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # Nobody reads on, as behind `| head`.
+            raise
+        except OSError as error:
+            raise DfcompressError(f"stdout cannot be written: {error.strerror}.", "What was made is there.") from None
 
 
 def result_json(values: Mapping[str, Any]) -> None:
@@ -89,7 +97,7 @@ class Progress(Protocol):
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Progress]:
     """Show a loop's progress on stderr: a bar in a terminal, else a plain line every few seconds."""
-    if not speaks() or _verbosity < NORMAL:
+    if not speaks() or _verbosity < NORMAL or not sys.stderr:
         yield _Silence()
     elif sys.stderr.isatty():
         yield from _bar(what, total)

@@ -286,6 +286,25 @@ def as_mine(stored: str) -> str:
 
 
 @contextmanager
+def usual_torch() -> Iterator[None]:
+    """PyTorch inside as it starts, whatever the caller has set: gradients are known, new tensors are fp32 on the CPU.
+
+    A notebook may call from `torch.no_grad()` or `inference_mode()`, or have set another default dtype or device.
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    if device.type != "cpu":
+        torch.set_default_device(None)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if device.type != "cpu":
+            torch.set_default_device(device)
+
+
+@contextmanager
 def threads(count: int) -> Iterator[None]:
     """Compute in so many threads inside, and keep freed memory from now on."""
     keep_freed_memory()

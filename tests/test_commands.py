@@ -99,6 +99,7 @@ def test_the_module_runs_as_a_program():
         (["invert", DEMO, "--bots", "4"], "No such option"),
         (["distill", DEMO, "--epochs", "4"], "--train-steps"),
         (["invert", DEMO, "--iterations", "4"], "--steps"),
+        (["compare", DEMO, "--data", "test.npz"], "--sets"),
         (["invert", "absent.pt"], "absent.pt does not exist"),
         (["invert", DEMO, "--recipe", "deepinvrsion"], "is not one of 'activation-records'"),
         (["invert", DEMO, "--set", "bn"], "has no '='"),
@@ -115,6 +116,7 @@ def test_the_module_runs_as_a_program():
         (["distill", DEMO, "--student", "lenet5", "--images", "1"], "one image"),
         (["quantize", DEMO, "--temperature", "-1"], "--temperature"),
         (["quantize", DEMO, "--bits", "4"], "--bits '4'"),
+        (["quantize", DEMO, "--bits", "int8"], "8w8a for int8"),
         (["quantize", DEMO, "--bits", "9w4a"], "9-bit weights"),
         (["quantize", DEMO, "--first-last-bits", "1"], "--first-last-bits 1"),
         (["quantize", DEMO, "--first-last-bits", "all"], "--first-last-bits all"),
@@ -314,7 +316,7 @@ def test_options_of_calibration_reach_it_by_name(capsys):
 
 def test_the_command_line_beats_the_environment_beats_the_file(capsys, tmp_path, monkeypatch):
     (tmp_path / "dfcompress.toml").write_text(
-        'images = 32\nsteps = 7\n[invert]\nsteps = 5\nseed = 3\n[quantize]\nbits = "2w2a"\n'
+        'images = 32\nsteps = 7\nset = "bn=2"\n[invert]\nsteps = 5\nseed = 3\n[quantize]\nbits = "2w2a"\n'
     )
     monkeypatch.setenv("DFCOMPRESS_MODEL", str(DEMO))
     monkeypatch.setenv("DFCOMPRESS_IMAGES", "24")
@@ -334,6 +336,10 @@ def test_the_command_line_beats_the_environment_beats_the_file(capsys, tmp_path,
         ("[invrt]\nsteps = 1", "Did you mean 'invert'"),
         ("[invert]\nbits = '4w4a'", "no option of invert"),
         ("steps = ", "is not TOML"),
+        ("images = [1, 2]", "[1, 2] is no value of images. Write one number or text."),
+        ("images = 4.7", "'4.7' is not a valid integer"),
+        ("seed = true", "True is no value of seed"),
+        ("overwrite = 1", "Write true or false"),
     ],
 )
 def test_a_wrong_configuration_file_is_refused(text, message, capsys, tmp_path):

@@ -1,12 +1,15 @@
-"""Bars of loops that run inside of one another."""
+"""Bars of loops that run inside of one another, and streams that cannot be written."""
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
 
 import pytest
 
 from dfcompress import console
+from dfcompress.errors import DfcompressError
 
 
 @pytest.fixture
@@ -29,3 +32,22 @@ def test_a_loop_inside_of_another_one_has_its_bar_below(terminal, capsys):
     with console.progress("after", 1) as after:
         after.update(1)
     assert "after" in capsys.readouterr().err
+
+
+def test_nothing_is_said_where_stderr_is_closed(terminal, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    console.notice("noticed")
+    console.last_words("last")
+    with console.progress("loop", 1) as loop:
+        loop.update(1)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_full_disk_behind_stdout_is_said(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(DfcompressError, match="stdout cannot be written: No space left"):
+        console.result("one line")

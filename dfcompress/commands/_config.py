@@ -68,7 +68,12 @@ def _use(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> N
         _check(path or DEFAULT_FILE, table, names[command], f"option of {command}")
     command = ctx.command_path.split()[1]
     chosen = {key.replace("-", "_"): value for key, value in {**everywhere, **tables.get(command, {})}.items()}
-    ctx.default_map = {_parameter(ctx, key): value for key, value in chosen.items()}
+    parameters = {_spelling(parameter): parameter for parameter in ctx.command.params}
+    ctx.default_map = {
+        str(parameters[key].name): _as_typed(path or DEFAULT_FILE, parameters[key], value)
+        for key, value in chosen.items()
+        if key in parameters
+    }
 
 
 option = click.option(
@@ -107,10 +112,16 @@ def _spelling(parameter: click.Parameter) -> str:
     return longest.lstrip("-").replace("-", "_")
 
 
-def _parameter(ctx: click.Context, spelling: str) -> str:
-    """The name under which click keeps an option."""
-    names = {_spelling(parameter): parameter.name for parameter in ctx.command.params}
-    return names.get(spelling) or spelling
+def _as_typed(path: Path, parameter: click.Parameter, value: Any) -> Any:
+    """A value of a file as the command line would give it; raises `BadInput` for one that no line could."""
+    several = parameter.multiple or parameter.nargs != 1
+    values = value if several and isinstance(value, list) else [value]
+    flag = isinstance(parameter, click.Option) and parameter.is_flag
+    if any(isinstance(each, dict | list) or isinstance(each, bool) != flag for each in values):
+        wanted = "true or false" if flag else "numbers or texts" if several else "one number or text"
+        raise BadInput(f"{path}: {value!r} is no value of {_spelling(parameter)}.", f"Write {wanted}.")
+    typed = values if flag else [str(each) for each in values]
+    return typed if several else typed[0]
 
 
 def _check(path: Path, values: Mapping[str, Any], known: Iterable[str], what: str) -> None:

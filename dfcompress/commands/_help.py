@@ -25,7 +25,7 @@ ONE_PAGE = 20
 # Choices of more characters than these are listed in the sentence and not in the column of names.
 CHOICES_SHOWN = 40
 LONG = "NAME"
-# Options as other tools call them.
+# Options as other tools, or other commands of ours, call them.
 ELSEWHERE = {
     "--epochs": "--train-steps",
     "--iterations": "--steps",
@@ -34,6 +34,7 @@ ELSEWHERE = {
     "--dataset": "--data",
     "--calibration-data": "--data",
     "--output-dir": "--output",
+    "--data": "--sets",
 }
 # Sentences begin in this column, on the next line where a name is longer.
 COLUMN = 30

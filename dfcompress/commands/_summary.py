@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from dfcompress import console
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dfcompress.evaluation.onnx_check import Exported
     from dfcompress.verbs._finish import Compressed
@@ -31,6 +32,8 @@ def plan(planned: Plan[Any], *, as_json: bool) -> None:
     estimates, predicted = planned.estimates(), planned.predicted()
     for each in estimates:
         _synthesis(each)
+    if bits := planned.options.get("bits"):
+        _bits(bits, planned.options)
     for part, settings in planned.settings_json().items():
         if settings:
             console.result(f"{part}: " + " ".join(f"{name}={value}" for name, value in settings.items()))
@@ -40,6 +43,14 @@ def plan(planned: Plan[Any], *, as_json: bool) -> None:
     console.result(
         f"about {whole:.0f} s in all, by a machine that does nothing else; the result goes to {planned.folder}"
     )
+
+
+def _bits(bits: Mapping[str, Mapping[str, int | None]], options: Mapping[str, Any]) -> None:
+    """How many layers get which bits, where grids stand, and the runtime of an ONNX file."""
+    of_layers = Counter(f"{each['weights'] or 'auto'}w{each['activations']}a" for each in bits.values())
+    told = ", ".join(f"{count} layers {name}" for name, count in of_layers.items())
+    runtime = f", exported for {options['export']}" if options["export"] else ""
+    console.result(f"bits: {told}; grids on {options['placement']}, fine-tuning {options['finetune']}{runtime}")
 
 
 def _synthesis(estimate: SynthesisEstimate) -> None:
@@ -100,9 +111,13 @@ def class_names(names: Sequence[str]) -> str:
     return ", ".join(names[:CLASSES_SHOWN]) + more
 
 
-def exported(result: Exported) -> None:
-    """What was written, and how it compares with the model."""
+def exported(result: Exported, *, fp32: float | None = None) -> None:
+    """What was written, and how it compares with the model; its size with `fp32` bytes where these are known, else with
+    the checkpoint that was exported.
+    """
     size = "" if result.bytes_ratio is None else f", {result.bytes_ratio:.3f} of the checkpoint"
+    if fp32:
+        size = f", {result.bytes / fp32:.3f} of the input in fp32"
     console.result(f"{result.path}: {result.bytes:,} bytes{size}")
     usual = f"equal answers in onnxruntime: {result.equal_rewritten} of {result.images}"
     if result.equal_rewritten is None:
@@ -184,4 +199,4 @@ def compressed(result: Compressed, *, as_json: bool) -> None:
     if result.evaluation:
         evaluation(result.evaluation)
     if result.export:
-        exported(result.export)
+        exported(result.export, fp32=result.bytes / result.bytes_ratio)

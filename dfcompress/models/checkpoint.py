@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dfcompress import console
+from dfcompress.device import usual_torch
 from dfcompress.errors import BadInput
 from dfcompress.models import packing
 from dfcompress.models.answers import gives_logits, require_exclusive, take_logits
@@ -70,6 +71,7 @@ from dfcompress.run import write_atomically, write_json
 SIDECAR = ".card.json"
 
 
+@usual_torch()
 def load(
     path: str | Path,
     *,
@@ -158,7 +160,7 @@ def as_classifier(checkpoint: str | Path | Classifier) -> Classifier:
 
 
 def opened(checkpoint: str | Path | Classifier) -> Classifier:
-    """The checkpoint loaded, or the classifier: itself, or a copy that answers with logits and has plain
+    """The checkpoint loaded, or the classifier: itself, or a copy that is frozen, answers with logits, and has plain
     weights and BatchNorms.
 
     Raises `BadInput` for everything else, and for what cannot be used.
@@ -208,7 +210,9 @@ def is_built_by_name(classifier: Classifier) -> bool:
 
 
 def _settled(classifier: Classifier) -> Classifier:
-    """A classifier made in Python as `load` would give it: itself where nothing is to be changed, or a copy."""
+    """A classifier made in Python as `load` would give it: itself where nothing is to be changed, or a copy. One that
+    is still trained is copied, too: verbs take models frozen and in evaluation mode.
+    """
     network = classifier.network
     if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
         raise BadInput(
@@ -216,8 +220,10 @@ def _settled(classifier: Classifier) -> Classifier:
             "Build the network in Python, and let it take the program's state_dict() with load_state_dict.",
         )
     fits = is_plain(network) and gives_logits(classifier) and classifier.card.classes != 0
+    trained = any(module.training for module in network.modules())
+    trained |= any(parameter.requires_grad for parameter in network.parameters())
     settled = classifier
-    if not fits or has_foreign_batchnorms(network):
+    if trained or not fits or has_foreign_batchnorms(network):
         settled = copy.deepcopy(classifier)
         make_plain(settled.network)
         take_logits(settled)
@@ -226,7 +232,7 @@ def _settled(classifier: Classifier) -> Classifier:
         raise BadInput(f"{classifier.name}: {unfit.why}.", remedy)
     _know_classes(settled)
     replaced = plain_batchnorms(settled)
-    return settled if replaced or not fits else classifier
+    return settled.frozen() if trained or replaced or not fits else classifier
 
 
 def _know_classes(classifier: Classifier) -> None:

@@ -386,6 +386,8 @@ def _from_zip(file: BinaryIO, path: Path) -> Content:
             f"If you trust it, save its weights alone: {line}",
         )
     program = next((name for name in names if name.rpartition("/")[2] == "data.pkl"), None)
+    if program is None and all(name.endswith(".npy") for name in names):
+        raise BadInput(f"{path} holds arrays and no model.", "Give images by --data, or --eval-data to count on.")
     if program is None:
         raise BadInput(f"{path} is a zip file that torch.save did not write.", "Name a PyTorch or safetensors file.")
     _check_records(archive, path)

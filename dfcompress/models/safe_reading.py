@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dfcompress.errors import BadInput
 from dfcompress.models.pickled import AGAIN, printable, read_pickled
+from dfcompress.run import RECORD, RunRecord
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 PICKLED_WEIGHTS, INDEX = "pytorch_model.bin", ".index.json"  # Hugging Face's names
@@ -70,6 +71,8 @@ def weights_files(path: Path) -> list[Path]:
         for name in (WEIGHTS, PICKLED_WEIGHTS):
             if (path / f"{name}{INDEX}").is_file():
                 return _shards(path / f"{name}{INDEX}")
+        if (path / RECORD).is_file() and not RunRecord.read(path).finished:
+            raise BadInput(f"{path} holds a run that is not finished.", "Repeat its line with --resume first.")
         raise BadInput(f"{path} is a folder without {WEIGHTS}.", "Name a checkpoint file, or a folder that has one.")
     if not path.exists():
         raise BadInput(f"{path} does not exist.", "Name a checkpoint file.")
@@ -188,6 +191,8 @@ def _read_safetensors(path: Path) -> StoredModel:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     head = _head(path, 40)
+    if path.suffix == ".onnx":
+        raise BadInput(f"{path} is an ONNX file, which is written and not read.", "Name the model it was made from.")
     if not head.startswith((b"PK", b"\x80")):
         readable = head.isascii() and head.decode()[0].isprintable()
         begins = repr(head.decode()) if readable else f"the bytes {head[:4].hex(' ')}"

@@ -51,7 +51,8 @@ def parse_bits(text: str, option: str = "--bits") -> RequestedBits:
     plain = "autow8a" if text.lower() == AUTO else text.lower()
     match = _WEIGHTS_FIRST.fullmatch(plain) or _LETTERS_FIRST.fullmatch(plain)
     if not match:
-        raise BadInput(f"{option} {text!r} is not understood.", "Write weights, then activations: 4w4a.")
+        remedy = "Write weights, then activations: 8w8a for int8, or 4w4a."
+        raise BadInput(f"{option} {text!r} is not understood.", remedy)
     weights, activations = None if match[1] == AUTO else int(match[1]), int(match[2])
     if weights is not None and weights not in WIDTHS:
         raise BadInput(f"{option} {text!r}: {weights}-bit weights are not supported.", "Use 2 to 8 bits: 4w4a.")

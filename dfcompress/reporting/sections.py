@@ -136,10 +136,21 @@ def _verdict(run: ReportedRun) -> str:
         teacher, student = run.scores[0], run.scores[-1]
         lost = teacher["correct"] - student["correct"]
         change = f"{100 * abs(lost) / student['total']:.2f} points {'less' if lost > 0 else 'more'} accurate"
-        said.append(f"{change if lost else 'as accurate'} on {student['total']:,} real images")
+        noise = ", which may be noise" if lost and _may_be_noise(lost, student) else ""
+        said.append(f"{change if lost else 'as accurate'} on {student['total']:,} real images{noise}")
     elif agreement is not None:
         said.append(f"{_percent(agreement)} of the answers to its images as the teacher's")
     return ", ".join(said)
+
+
+def _may_be_noise(lost: int, student: Mapping[str, Any]) -> bool:
+    """Whether McNemar's test at 5 % could call a loss of so many right answers noise: both are right on different
+    images at most where their answers differ.
+    """
+    if student["agreement"] is None:
+        return True
+    differ = (1 - student["agreement"]) * student["total"]
+    return bool(lost**2 <= 1.96**2 * differ)
 
 
 def _teachers_top1(run: ReportedRun) -> float | None:
@@ -340,7 +351,11 @@ def _agreement(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> Itera
             _share(teacher["agreement"]),
             _share(teacher["held_out"]),
             _share(teacher["unseen"]),
-            *([Cell(", ".join(map(_percent, teacher["blocks"] or ())))] if _merged(found) else []),
+            *(
+                [Cell(", ".join(_percent(share) for share in teacher["blocks"] or () if share is not None))]
+                if _merged(found)
+                else []
+            ),
         ]
         for run, teacher in found
     ]

@@ -23,7 +23,7 @@ from dfcompress.synthesis.labels import BALANCED
 from dfcompress.synthesis.live import LiveSource, Pool
 from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.recipe import Recipe, Synthesis, settings_of
-from dfcompress.synthesis.set_builder import build_set, seconds_of
+from dfcompress.synthesis.set_builder import build_set, seconds_of, warnings_of
 from dfcompress.synthesis.spec import SynthesisSpec, resolve
 
 HELD_OUT_SHARE = 1 / 16
@@ -185,6 +185,7 @@ class TransferSetSource:
             held_out_labels=labels[held_out],
             probe=probe,
             synthesis_seconds=seconds,
+            warnings=[warning for each in present.values() for warning in warnings_of(each)],
         )
 
     def _nothing(self) -> tuple[Tensor, Tensor]:
@@ -289,7 +290,8 @@ def _held_out(images: int) -> int:
 @dataclass(frozen=True, kw_only=True)
 class TransferSet:
     """Images `(N, C, H, W)` as stored (uint8, or float16 in units of [0, 1]) to train on, held out from the same sets,
-    and to probe with (of another seed and recipe, perhaps none), and the seconds of their synthesis.
+    and to probe with (of another seed and recipe, perhaps none), the seconds of their synthesis, and what its
+    examination warned of.
 
     Labels, int64 `(N,)`, are the classes that images were synthesized for, or the labels of real images.
     """
@@ -300,6 +302,7 @@ class TransferSet:
     held_out_labels: Tensor
     probe: Tensor
     synthesis_seconds: float
+    warnings: Sequence[str] = ()
 
 
 def in_batches(images: Tensor, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:

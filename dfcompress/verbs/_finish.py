@@ -38,7 +38,8 @@ class TeacherReport:
     `agreement` is of the images trained on, `held_out` of others of the same set, `unseen` of probe images of another
     seed and recipe; None where there are none. `blocks` are the shares of its held-out images that the student takes
     for classes of each teacher; None where there is one teacher. `teacher_answers` and `student_answers` count the
-    images trained on that each of them takes for each of the student's classes; None in records of version 0.1.
+    images trained on that each of them takes for each of the student's classes, `held_out_images` the images held out;
+    None in records of version 0.1.
     """
 
     checkpoint: str
@@ -48,6 +49,7 @@ class TeacherReport:
     blocks: list[float | None] | None
     teacher_answers: list[int] | None = None
     student_answers: list[int] | None = None
+    held_out_images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Compressed:
 
     `checkpoint` is the folder that every command reads, and `load` too; `bytes` the size of its `model.safetensors`;
     `bytes_ratio` that size against the given models' tensors in fp32, all together; `seconds` those of each part and
-    their `total`; `agreement` the mean of that with each of the `teachers`. `warnings` say what looks wrong.
+    their `total`; `agreement` the mean of that with each of the `teachers`. `warnings` say what looks wrong with the
+    images that were made, or with the model.
     `evaluation` is there where real images were given, `export` where an ONNX file was asked for.
     """
 
@@ -143,6 +146,7 @@ def save_and_measure(
         teachers, warnings = _followed(saved, teacher_sets, resolve_device(device))
     for warning in warnings:
         console.notice(warning)
+    of_images = [f"{each.teacher.name}: {warning}" for each in teacher_sets for warning in each.images.warnings]
     seconds = {
         "synthesis": sum(each.images.synthesis_seconds for each in teacher_sets),
         **run.seconds,
@@ -158,7 +162,7 @@ def save_and_measure(
         seconds={part: round(value, 2) for part, value in {**seconds, "total": sum(seconds.values())}.items()},
         agreement=sum(teacher.agreement for teacher in teachers) / len(teachers),
         teachers=teachers,
-        warnings=warnings,
+        warnings=of_images + warnings,
         evaluation=measure(saved),
         export=export(saved) if export else None,
     )
@@ -189,6 +193,7 @@ def _followed(
                 blocks=blocks,
                 teacher_answers=by_teacher.bincount(minlength=student.card.classes).tolist(),
                 student_answers=by_student.bincount(minlength=student.card.classes).tolist(),
+                held_out_images=len(each.images.held_out),
             )
         )
         if held_out and (warning := _collapse(*held_out)):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
-from dfcompress.device import Compute, Execution, peak_memory_bytes, predicted_seconds, resolve_device
+from dfcompress.device import Compute, Execution, peak_memory_bytes, predicted_seconds, resolve_device, usual_torch
 from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.pruning.budget import Pruned, Pruning
 from dfcompress.quantization.calibration import Calibrated, Calibration
@@ -110,7 +110,7 @@ class Step(Protocol):
         """Do it with images in the student's form, one set for each teacher."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan(Generic[Result]):
     """What a verb will do: make the sets of `synthesis`, then take the `steps`, in this order; None stands for a part
     that is left out.
@@ -131,6 +131,10 @@ class Plan(Generic[Result]):
     resume: bool = False
     overwrite: bool = False
 
+    def __repr__(self) -> str:
+        """The verb, the folder, and what `to_json` tells; not the networks that the steps hold."""
+        return f"Plan(verb={self.verb!r}, folder={str(self.folder)!r}, {self.to_json()})"
+
     @property
     def settings(self) -> dict[str, Settings | None]:
         """The settings of each step by the name of its part."""
@@ -140,15 +144,18 @@ class Plan(Generic[Result]):
         """Raise `BadInput` where the run could not begin, or go on, in its folder."""
         check_output(self.folder, resume=self.resume, overwrite=self.overwrite)
 
+    @usual_torch()
     def estimates(self) -> list[SynthesisEstimate]:
         """What each set will take; raises `BadInput` as making it would."""
         return [each.estimate() for each in self.synthesis]
 
+    @usual_torch()
     def predicted(self) -> dict[str, float]:
         """Estimates of the seconds of the steps, by the name of their part."""
         found = {part: step.predicted() for part, step in self.steps.items() if step}
         return {part: float(f"{seconds:.3g}") for part, seconds in found.items() if seconds is not None}
 
+    @usual_torch()
     def execute(self) -> Result:
         """Do it, from wherever an earlier run of the same plan was left; raises as the verb does."""
         with running(
@@ -182,6 +189,8 @@ class Verb(Protocol[Options, Result]):
 
 def planned(plan: Callable[Options, Plan[Result]]) -> Verb[Options, Result]:
     """Make the verb of a function that plans it: one signature, and one resolution of its options, serves both."""
+
+    plan = usual_torch()(plan)
 
     @functools.wraps(plan)
     def verb(*args: Options.args, **options: Options.kwargs) -> Result:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dfcompress import console
 from dfcompress.data.real import ImageSource, open_images
-from dfcompress.device import resolve_device
+from dfcompress.device import resolve_device, usual_torch
 from dfcompress.errors import BadInput, GateNotMet
 from dfcompress.evaluation.metrics import TOP, Predictions, predict, standard_error
 from dfcompress.models.checkpoint import as_classifier
@@ -94,6 +94,7 @@ class Evaluation:
                 )
 
 
+@usual_torch()
 def evaluate(
     checkpoints: str | Path | Classifier | Sequence[str | Path | Classifier],
     *,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import MANIFEST, as_float
+from dfcompress.device import usual_torch
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.onnx_check import BATCH, Exported, Session, compare
 from dfcompress.models.checkpoint import opened
@@ -40,6 +41,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CHECKED = 1024  # Images that both are asked about.
 
 
+@usual_torch()
 def export(
     checkpoint: str | Path | Classifier,
     *,

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dfcompress.device import usual_torch
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.normalisation import NormalisationCheck, check_normalisation
 from dfcompress.models.answers import answers_with, why_not_exclusive
@@ -69,6 +70,7 @@ class Inspection:
         return {**asdict(self), "card": self.card.to_json()}
 
 
+@usual_torch()
 def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) -> Inspection:
     """Say what a checkpoint is and what can be done with it.
 

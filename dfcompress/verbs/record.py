@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from dfcompress import console
 from dfcompress.data.real import ImageSource, open_images
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import exact_fp32, resolve_device
+from dfcompress.device import exact_fp32, resolve_device, usual_torch
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.checkpoint import as_classifier
@@ -30,6 +30,7 @@ from dfcompress.models.recorder import LOGITS, HookRecorder, outputs_of_one_imag
 from dfcompress.models.safe_reading import weights_files
 from dfcompress.randomness import generator
 from dfcompress.run import check_output_file
+from dfcompress.settings import replace_settings
 from dfcompress.synthesis.records import BN_EQUIVALENT, FIXED_DROPOUT, SPECTRAL
 from dfcompress.synthesis.records.accumulator import RecordAccumulator, RecordSettings
 from dfcompress.synthesis.records.bn_equivalent import StatisticsAccumulator
@@ -67,11 +68,12 @@ class Recorded:
         return asdict(self)
 
 
+@usual_torch()
 def record(
     checkpoint: str | Path | Classifier,
     *,
     data: str | Path,
-    settings: RecordSettings = RecordSettings(),
+    settings: RecordSettings | Mapping[str, Any] = RecordSettings(),
     output: str | Path | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -87,6 +89,8 @@ def record(
     Raises `BadInput` where a class has too few images, the kind does not fit the network, or it fits into no memory.
     """
     started = time.perf_counter()
+    if isinstance(settings, Mapping):
+        settings = replace_settings(RecordSettings(), settings, "setting of a record called")
     teacher = as_classifier(checkpoint).frozen().to(resolve_device(device))
     path = _path(teacher, output, overwrite=overwrite)
     source = open_images(data, teacher.card, part="train")

@@ -131,7 +131,8 @@ def _read(folder: Path, *, inside: bool = False) -> Iterator[ReportedRun]:
     try:
         warnings = list((record.measurements or {}).get("warnings", ()))
         for synthetic in sets.values():
-            warnings += [warning for warning in warnings_of(synthetic) if warning not in warnings]
+            # The record has those of a finished run, each behind the name of its teacher.
+            warnings += [each for each in warnings_of(synthetic) if not any(known.endswith(each) for known in warnings)]
         yield ReportedRun(
             name=str(folder),
             record=record,

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -235,6 +236,18 @@ def test_a_missing_file_and_a_folder_without_a_model_are_named(tmp_path):
         read(tmp_path / "net.pt")
     with pytest.raises(BadInput, match=r"a folder without model\.safetensors"):
         read(tmp_path)
+
+
+def test_files_of_ours_that_are_no_models_are_called_what_they_are(tmp_path):
+    (tmp_path / "run.json").write_text('{"verb": "quantize", "options": {}}')
+    with pytest.raises(BadInput, match=r"a run that is not finished.*--resume"):
+        read(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x0a\x12\x07")
+    with pytest.raises(BadInput, match="is an ONNX file"):
+        read(tmp_path / "model.onnx")
+    np.savez(tmp_path / "test.npz", images=np.zeros((1, 1, 2, 2)))
+    with pytest.raises(BadInput, match=r"holds arrays and no model.*--eval-data"):
+        read(tmp_path / "test.npz")
 
 
 def test_the_bytes_of_a_file_depend_on_its_content_alone(tmp_path):

@@ -36,3 +36,16 @@ def test_images_of_each_set_have_the_names_of_its_own_teacher(tmp_path, monkeypa
     captions = [[each.name for each in block.classes] for block in part.blocks if isinstance(block, Pictures)]
     assert captions == [["zero", "two"], ["a", "c"]]
     assert shown == 2 * [[0, 2, 4, 6, 8, 10, 12, 14], [1, 3, 5, 7, 9, 11, 13, 15]]
+
+
+def test_shares_that_nothing_was_held_out_for_are_left_out(tmp_path):
+    teacher = {"checkpoint": "a", "agreement": 0.5, "held_out": None, "unseen": None, "blocks": [None, None]}
+    other = {**teacher, "checkpoint": "b", "held_out": 1.0, "blocks": [0.25, None]}
+    options = {"teachers": [{"sha256": "0", "card": CARD}] * 2, "outputs": [[0, 1, 2]] * 2}
+    measured = {"teachers": [teacher, other], "seconds": {"total": 1.0}}
+    record = RunRecord(
+        folder=tmp_path, verb="merge", options=options, versions={}, finished=True, measurements=measured
+    )
+    sections = sections_of([ReportedRun(name="m", record=record)], lambda synthetic: None)
+    (section,) = (each for each in sections if each.name == "agreement")
+    assert "25.00 %" in repr(section)

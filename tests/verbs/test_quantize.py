@@ -30,7 +30,7 @@ from dfcompress.training.loop import Trainer
 from dfcompress.training.settings import Training
 from dfcompress.verbs import export
 from dfcompress.verbs._co_training import co_training
-from dfcompress.verbs._finish import Compressed
+from dfcompress.verbs._finish import Compressed, TeacherReport
 from dfcompress.verbs._gates import Gates
 from dfcompress.verbs._quantize_defaults import (
     BEFORE_LSQ,
@@ -413,6 +413,17 @@ def test_a_loss_of_just_so_many_points_is_allowed():
         Gates(max_drop=1.0).check(result)
         with pytest.raises(GateNotMet, match=r"loses 1\.00 points"):
             Gates(max_drop=0.99).check(result)
+
+
+def test_all_gates_that_are_missed_are_told_at_once_with_the_number_of_images(caplog):
+    follows = TeacherReport(checkpoint="net", agreement=1.0, held_out=0.5, unseen=None, blocks=None, held_out_images=4)
+    scores = [scored("teacher", 900), scored("student", 800)]
+    result = Compressed("", "", 1, 1.0, 1, {}, 1.0, [follows], [], Evaluation(scores))
+    with pytest.raises(GateNotMet, match=r"on 50\.00% of the 4 images held out.*loses 10\.00 points"):
+        Gates(max_drop=1.0, min_agreement=0.9).check(result)
+    with caplog.at_level("INFO", logger="dfcompress"):
+        Gates(min_agreement=0.5).check(result)
+    assert "judged by 4 images" in caplog.text
 
 
 def test_single_settings_are_changed_by_name(tmp_path):
