@@ -18,7 +18,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "tutorial.md"
 SHORTER = ("--images 512", "--images 32 --batch-size 32 --steps 2 --compile off")
 # Numbers differ, and so does what is said of them: warnings, whether a difference is noise, and where it lies.
 NUMBERS = re.compile(r"[+-]?\d[\d,.]*(e[+-]\d+)?%?")
-SAID = re.compile(r"^warning: .*\n|within noise|better|worse|answers, .*", re.M)
+SAID = re.compile(r"^warning: .*\n|within noise|better|worse|answers, .*|[\d.]+ times faster$|not faster here: .*", re.M)
 
 
 def lines_of_the_page() -> list[tuple[str, str]]:
