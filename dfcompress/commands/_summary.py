@@ -161,7 +161,8 @@ def widths(report: dict[str, Any]) -> None:
     """What pruning kept of the budget, a line for each layer that lost channels, and why others did not."""
     last = report["rounds"][-1]
     share = last["after"] / last["before"]
-    console.result(f"{last['after']:,.0f} of {last['before']:,.0f} {last['unit']} ({share:.1%})")
+    by = f", channels chosen by {last['importance']}" if "importance" in last else ""  # Earlier runs did not tell.
+    console.result(f"{last['after']:,.0f} of {last['before']:,.0f} {last['unit']} ({share:.1%}){by}")
     rows = [
         [
             row["layer"],

@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     click.option(
         "--importance",
         type=click.Choice(get_args(ImportanceName)),
-        default="magnitude",
+        default="auto",
         show_default=True,
-        help="Measure by which the least important channels are removed first. fold merges similar channels.",
+        help="Measure by which the least important channels are removed first. fold merges similar channels. auto "
+        "tries magnitude and fold, and takes the one whose answers change less after refitting.",
     ),
     click.option("--uniform", is_flag=True, help="Remove the same share of channels from every layer."),
     click.option(

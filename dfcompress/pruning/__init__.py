@@ -6,5 +6,5 @@ Names that options take are here, so that `--help` shows them without importing 
 
 from typing import Literal
 
-ImportanceName = Literal["taylor", "bn-scale", "magnitude", "fold", "random"]
+ImportanceName = Literal["auto", "taylor", "bn-scale", "magnitude", "fold", "random"]
 Resource = Literal["flops", "parameters", "filters", "latency"]

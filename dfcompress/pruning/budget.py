@@ -65,13 +65,14 @@ class Pruning:
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
     """What was taken away: the resource `before` and `after`, in `unit`, and of each group its name, its layers, its
-    units before and after and what each was worth; the seconds that took.
+    units before and after and what each was worth, by which `importance`; the seconds that took.
     """
 
     before: float
     after: float
     unit: str
     groups: list[dict[str, Any]]
+    importance: ImportanceName
     seconds: float
 
 

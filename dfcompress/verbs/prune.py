@@ -41,11 +41,7 @@ from dfcompress.verbs.distill import IMAGES, LARGE_IMAGES, PROBE_IMAGES, objecti
 from dfcompress.verbs.export import require_packages
 
 RECIPE = "adaptive-deepinversion"
-# ResNet-20 at 0.4 of its operations, by 512 made images: refitted it answers 500 training images as before by magnitude
-# 38 %, bn-scale 35, taylor 32, random 31, fold 17; after 200 steps of 64 images 1,000 of them by magnitude 77.7, taylor
-# 70.1 (one seed). After 500 steps of 128 images 1,000 training images are right, at 0.63 by magnitude 950 and taylor
-# 924, at 0.29 by 710 and 725.
-IMPORTANCE: ImportanceName = "magnitude"
+IMPORTANCE: ImportanceName = "auto"
 # Channels that onnxruntime computes at once, at the least: ResNet-44 at --latency 0.7 is 1.38 times faster in multiples
 # of 8, 1.08 times in any numbers (AVX-512).
 BLOCK = 8
@@ -94,9 +90,9 @@ def prune(
 
     One of `flops`, `parameters`, `filters` and `latency` (in onnxruntime, by a table of layers that is measured in
     this run) is the share of it that stays, in (0, 1). `importance` says which channels go first (see
-    `pruning.importance.rank`); with `uniform` every layer loses the same share, and with `round_to` keeps a multiple of
-    that many channels (`BLOCK` for `latency`). In several `rounds` the share falls in equal ratios, each with its part
-    of the training.
+    `pruning.importance.rank`), `auto` takes `magnitude` or `fold` by the answers after refitting; with `uniform` every
+    layer loses the same share, and with `round_to` keeps a multiple of that many channels (`BLOCK` for `latency`). In
+    several `rounds` the share falls in equal ratios, each with its part of the training.
     `repair`: `none`; `refit` lets the layers that follow, and BatchNorms, make up for what is gone, in seconds;
     `distill` then trains the network to answer as the unpruned one does, on half of the images that were there before,
     and half that compete with it meanwhile (`adaptive-deepinversion`). `training` changes or replaces its settings
