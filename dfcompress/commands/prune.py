@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         default="auto",
         show_default=True,
         help="Measure by which the least important channels are removed first. fold merges similar channels. auto "
-        "tries magnitude and fold, and takes the one whose answers change less after refitting.",
+        "tries magnitude and fold, and takes fold where the answers change clearly less after refitting.",
     ),
     click.option("--uniform", is_flag=True, help="Remove the same share of channels from every layer."),
     click.option(

@@ -18,7 +18,7 @@ from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier, multiply_accumulates
 from dfcompress.pruning import ImportanceName
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.verbs._prune_step import AUTO
+from dfcompress.verbs._prune_step import AUTO, CLEARLY
 from dfcompress.verbs.merge import merge
 from dfcompress.verbs.prune import prune
 from dfcompress.verbs.quantize import quantize
@@ -120,7 +120,8 @@ def test_the_importance_that_changes_the_answers_less_is_taken(garments, tmp_pat
         found = made[name].load()(images).log_softmax(1)
         return float(F.kl_div(found, expected, log_target=True, reduction="batchmean"))
 
-    best = min(AUTO, key=divergence)
+    usual, other = AUTO
+    best = other if divergence(other) < CLEARLY * divergence(usual) else usual
     (rounds,) = json.loads((tmp_path / "auto" / "prune.json").read_text())["rounds"]
     assert rounds["importance"] == best
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("auto", *AUTO)]
