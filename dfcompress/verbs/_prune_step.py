@@ -91,9 +91,8 @@ class Prune:
         asked = self.settings.importance
         seen = images[:: -(-len(images) // RANKED_BY)]
         names = AUTO if asked == "auto" else (asked,)
-        best, *others = [self._attempt(groups, costs, name, seen, images_to_repair_on(images)) for name in names]
-        if others:
-            best = _better(self.student, best, *others, seen)
+        tried = [self._attempt(groups, costs, name, seen, images_to_repair_on(images)) for name in names]
+        best = tried[0] if len(tried) == 1 else _better(self.student, tried, seen)
         self.student.network, self.student.card = best.student.network, best.student.card
         return best.pruned
 
@@ -143,10 +142,10 @@ class Prune:
         return Pruned(**state["pruned"])
 
 
-def _better(before: Classifier, usual: _Attempt, other: _Attempt, images: Tensor) -> _Attempt:
-    """The other one where it clearly keeps the answers to stored images better."""
-    divergences = [_divergence(before, each.student, images) for each in (usual, other)]
-    better = other if divergences[1] < CLEARLY * divergences[0] else usual
+def _better(before: Classifier, tried: Sequence[_Attempt], images: Tensor) -> _Attempt:
+    """The second of two where it clearly keeps the answers to stored images better, else the first."""
+    divergences = [_divergence(before, each.student, images) for each in tried]
+    better = tried[divergences[1] < CLEARLY * divergences[0]]
     found = ", ".join(f"{each:.3g} by {name}" for each, name in zip(divergences, AUTO, strict=True))
     console.notice(f"Channels go by {better.pruned.importance}: KL divergence of the answers {found}.")
     return better
