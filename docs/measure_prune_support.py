@@ -70,6 +70,7 @@ def _walk(name: str, folder: Path, found: dict[str, Any]) -> str:
         teacher,
         flops=SHARE,
         importance="magnitude",
+        round_to=1,
         repair="none",
         data=folder / "images.npz",
         probe_images=0,

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 # More numbers or names than these do not fit into a line of 100 characters.
 CLASSES_SHOWN = 20
+SLOW_INT8 = (
+    "8 bits on all tensors save time in networks that are large enough and have channels in multiples of 8, other "
+    "grids size alone"
+)
+SLOW_PRUNED = "onnxruntime computes 8 or 16 channels at once, so --round-to 8 or a budget of --latency saves more time"
 
 
 def plan(planned: Plan[Any], *, as_json: bool) -> None:
@@ -111,9 +116,9 @@ def class_names(names: Sequence[str]) -> str:
     return ", ".join(names[:CLASSES_SHOWN]) + more
 
 
-def exported(result: Exported, *, fp32: float | None = None) -> None:
+def exported(result: Exported, *, fp32: float | None = None, slow: str = SLOW_INT8) -> None:
     """What was written, and how it compares with the model; its size with `fp32` bytes where these are known, else with
-    the checkpoint that was exported.
+    the checkpoint that was exported. `slow` says why a file may not be faster.
     """
     size = "" if result.bytes_ratio is None else f", {result.bytes_ratio:.3f} of the checkpoint"
     if fp32:
@@ -127,13 +132,9 @@ def exported(result: Exported, *, fp32: float | None = None) -> None:
         f"logits differ by {result.median_difference:.1e} (median), {result.largest_difference:.1e} at most"
     )
     faster = result.milliseconds_fp32 / result.milliseconds
-    slow = (
-        "not faster here: 8 bits on all tensors save time in networks that are large enough and have channels in "
-        "multiples of 8, other grids size alone"
-    )
     console.result(
         f"{result.milliseconds:.1f} ms for 64 images on one thread, {result.milliseconds_fp32:.1f} ms in fp32: "
-        + (f"{faster:.1f} times faster" if faster > 1.1 else slow)
+        + (f"{faster:.1f} times faster" if faster > 1.1 else f"not faster here: {slow}")
     )
 
 
@@ -178,8 +179,8 @@ def widths(report: dict[str, Any]) -> None:
         console.result(sentence)
 
 
-def compressed(result: Compressed, *, as_json: bool) -> None:
-    """Where the result is, its size, its seconds, and its accuracy if it was asked for."""
+def compressed(result: Compressed, *, as_json: bool, slow: str = SLOW_INT8) -> None:
+    """Where the result is, its size, its seconds, and its accuracy if it was asked for; `slow` as in `exported`."""
     if as_json:
         console.result_json(result.to_json())
         return
@@ -200,4 +201,4 @@ def compressed(result: Compressed, *, as_json: bool) -> None:
     if result.evaluation:
         evaluation(result.evaluation)
     if result.export:
-        exported(result.export, fp32=result.bytes / result.bytes_ratio)
+        exported(result.export, fp32=result.bytes / result.bytes_ratio, slow=slow)

@@ -37,13 +37,14 @@ if TYPE_CHECKING:
         default="auto",
         show_default=True,
         help="Measure by which the least important channels are removed first. fold merges similar channels. auto "
-        "tries magnitude and fold, and takes fold where the answers change clearly less after refitting.",
+        "tries magnitude, taylor and fold, and takes another than magnitude where the answers change clearly less "
+        "after refitting.",
     ),
     click.option("--uniform", is_flag=True, help="Remove the same share of channels from every layer."),
     click.option(
         "--round-to",
         type=click.IntRange(1),
-        show_default="1, or 8 with --latency",
+        show_default="1, or 8 with --latency and for images of more than 64 pixels a side",
         help="Keep a multiple of this number of channels in every layer that loses some.",
     ),
     click.option(
@@ -143,7 +144,7 @@ def prune(
         _summary.plan(plan, as_json=as_json)
         return
     result = plan.execute()
-    _summary.compressed(result, as_json=as_json)
+    _summary.compressed(result, as_json=as_json, slow=_summary.SLOW_PRUNED)
     if not as_json:
         _summary.widths(json.loads((Path(result.output) / REPORT).read_text()))
     gates.check(result)

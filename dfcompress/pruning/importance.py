@@ -169,13 +169,14 @@ def _folding(group: ChannelGroup, network: nn.Module) -> Ranking:
     from scipy.cluster.hierarchy import linkage
 
     described = _described(group, network)
-    scores, trees = torch.full((group.units,), torch.inf), {}
+    scores, trees = torch.zeros(group.units), {}
     for block in range(int(group.blocks.max()) + 1):
         mine = (group.blocks == block).nonzero()[:, 0]
         trees[block] = tree = linkage(described[mine].double().numpy(), "ward") if len(mine) > 1 else None
         if tree is not None:
             # Ward's heights are sqrt(2) times the growth's root; all that counts is the order.
             scores[mine[:-1]] = torch.from_numpy(tree[:, 2]).float().square()
+            scores[mine[-1]] = scores[mine[-2]]  # The last that is left merges with none.
     return Ranking(scores, trees)
 
 

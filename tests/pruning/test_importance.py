@@ -82,6 +82,13 @@ def test_batchnorms_without_statistics_can_be_folded():
     assert all(ranking.tree for ranking in rank("fold", made, found).values())
 
 
+def test_every_channel_is_worth_a_number(small):
+    made, groups = small
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    for name in ("taylor", "bn-scale", "magnitude", "fold", "random"):
+        assert all(each.scores.isfinite().all() for each in rank(name, made, groups, images).values())
+
+
 def test_random_is_of_its_seed_alone(small):
     made, groups = small
     one, again, other = (rank("random", made, groups, seed=seed)["stem.0"].scores for seed in (0, 0, 1))
