@@ -89,12 +89,12 @@ def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[st
 def _traced(network: nn.Module, layers: Collection[str]) -> tuple[fx.Graph, list[str]]:
     """The network's graph, and the names of the modules that are single nodes of it because they cannot be traced."""
     untraced: list[str] = []
-    usual = {name: each.default for name, each in inspect.signature(network.forward).parameters.items()}
-    usual = {name: value for name, value in usual.items() if isinstance(value, bool | int | float | str | None)}
+    _, *others = inspect.signature(network.forward).parameters.values()  # The first are the images.
+    usual = {each.name: each.default for each in others if isinstance(each.default, bool | int | float | str | None)}
     while True:
         tracer = _Tracer([*layers, *untraced])
         try:
-            return _of_images_alone(tracer.trace(network, concrete_args=usual or None)), untraced
+            return _without(tracer.trace(network, concrete_args=usual or None), usual), untraced
         except Exception as error:  # Whatever a stranger's `forward` raises when it is given symbols.
             if tracer.failed is None:
                 raise BadInput(
@@ -104,9 +104,12 @@ def _traced(network: nn.Module, layers: Collection[str]) -> tuple[fx.Graph, list
             untraced.append(tracer.failed)
 
 
-def _of_images_alone(graph: fx.Graph) -> fx.Graph:
-    """The graph without its other arguments, which had their defaults while it was traced, and the checks of these."""
-    doomed = [node for node in graph.nodes if node.op == "placeholder"][1:]
+def _without(graph: fx.Graph, arguments: Collection[str]) -> fx.Graph:
+    """The graph without the arguments that had their usual values while it was traced, `scale_1` for `scale`, and
+    without the checks of their values, which alone use them.
+    """
+    given = [node for node in graph.nodes if node.op == "placeholder"]
+    doomed = [node for node in given if str(node.target).rpartition("_")[0] in arguments]
     for node in doomed:
         doomed += [user for user in node.users if user not in doomed]
     for node in reversed(doomed):

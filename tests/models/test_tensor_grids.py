@@ -294,18 +294,18 @@ def test_arguments_with_a_usual_value_are_no_hindrance():
             super().__init__()
             self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(256, 4)
 
-        def forward(self, pixels: Tensor, is_feat: bool = False, scale: float | None = None) -> Tensor:
+        def forward(self, pixels=None, is_feat=False, scale=None, factors=(2.0, 3.0)) -> Tensor:
             features = self.conv(pixels)
             if is_feat or scale is not None:
                 return features
-            return self.fc(features.flatten(1))
+            return self.fc(features.flatten(1)) * factors[1]
 
     expected, (found, untraced) = classifier_of(Choosing()), placed(Choosing())
     assert untraced == []
     assert names(found) == {"pixels", "conv", "flatten"}
     found.load_state_dict(expected.state_dict())
     torch.testing.assert_close(found(images()), expected(images()))
-    assert [node.name for node in found.network.graph.nodes if node.op == "placeholder"] == ["pixels"]
+    assert [node.name for node in found.network.graph.nodes if node.op == "placeholder"] == ["pixels", "factors"]
 
 
 def test_a_graph_that_answers_otherwise_is_refused():
