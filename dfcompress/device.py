@@ -296,7 +296,10 @@ def usual_torch() -> Iterator[None]:
     if device.type != "cpu":
         torch.set_default_device(None)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with ExitStack() as stack:
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -137,7 +137,7 @@ def test_logits_that_happen_to_be_in_0_to_1_are_no_labels():
     with torch.no_grad():
         network.fc.weight *= 1e-3
         network.fc.bias.fill_(0.5)
-    given = Classifier(network, CARD)
+    given = Classifier(network, CARD).frozen()
     assert ((given(torch.rand(4, *SIZE)) - 0.5).abs() < 0.5).all()
     assert as_classifier(given) is given
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dfcompress import console
 from dfcompress.cli import run
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.device import Compute
@@ -415,15 +416,16 @@ def test_a_loss_of_just_so_many_points_is_allowed():
             Gates(max_drop=0.99).check(result)
 
 
-def test_all_gates_that_are_missed_are_told_at_once_with_the_number_of_images(caplog):
+def test_all_gates_that_are_missed_are_told_at_once_with_the_number_of_images(monkeypatch):
     follows = TeacherReport(checkpoint="net", agreement=1.0, held_out=0.5, unseen=None, blocks=None, held_out_images=4)
     scores = [scored("teacher", 900), scored("student", 800)]
     result = Compressed("", "", 1, 1.0, 1, {}, 1.0, [follows], [], Evaluation(scores))
     with pytest.raises(GateNotMet, match=r"on 50\.00% of the 4 images held out.*loses 10\.00 points"):
         Gates(max_drop=1.0, min_agreement=0.9).check(result)
-    with caplog.at_level("INFO", logger="dfcompress"):
-        Gates(min_agreement=0.5).check(result)
-    assert "judged by 4 images" in caplog.text
+    said: list[str] = []
+    monkeypatch.setattr(console, "notice", said.append)
+    Gates(min_agreement=0.5).check(result)
+    assert "judged by 4 images" in said[0]
 
 
 def test_single_settings_are_changed_by_name(tmp_path):
