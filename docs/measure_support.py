@@ -300,17 +300,23 @@ def page(names: list[str], rows: Rows, today: str) -> str:
             "",
             f"| network | million parameters | pixels | recognised | {' | '.join([*BITS, PRUNED])} | seconds |",
             "|---" * (6 + len(BITS)) + "|",
-            *[_line(name, made[name], rows.of(pruned=name)) for name in sorted(made)],
+            *[
+                _line(name, made.get(name), rows.of(pruned=name))
+                for name in sorted(listed)
+                if name in made or rows.of(pruned=name)
+            ],
             "",
         ]
     return "\n".join(parts)
 
 
-def _line(name: str, made: dict[str, Any], pruned: list[dict[str, Any]]) -> str:
-    million = f"{made['parameters'] / 1e6:.1f}" if "parameters" in made else ""
+def _line(name: str, made: dict[str, Any] | None, pruned: list[dict[str, Any]]) -> str:
+    known, made = {**(pruned[0] if pruned else {}), **(made or {})}, made or {}
+    million = f"{known['parameters'] / 1e6:.1f}" if "parameters" in known else ""
     recognised = {None: "", "": "no"}.get(made.get("recognised"), "yes")
-    works = [*(made.get(bits, "") for bits in BITS), pruned[0][PRUNED] if pruned else ""]
-    cells = [f"`{name.partition(':')[2]}`", million, made.get("side", ""), recognised, *works, round(made["seconds"])]
+    works = [*(made.get(bits, "") for bits in BITS), known.get(PRUNED, "")]
+    seconds = round(made["seconds"]) if made else ""
+    cells = [f"`{name.partition(':')[2]}`", million, known.get("side", ""), recognised, *works, seconds]
     return f"| {' | '.join(map(str, cells))} |"
 
 
