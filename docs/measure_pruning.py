@@ -4,8 +4,9 @@
 
 TEST and LARGER_TEST are real images to report on, REAL 1,000 training images for comparison. Rows "from nothing" make
 their own images, as a user's first command does, and rows "distilled on" 512; all others of a seed share the 512 of
-OUTPUT/images-SEED. Rows "of the filters" are for a network of docs/train_cifar_teachers.py. Every command is printed;
-results are appended to OUTPUT/rows.jsonl, and rows that are there are not made again.
+OUTPUT/images-SEED. Where a row names no importance it is `magnitude`, which was the default when it was measured. Rows
+"of the filters" are for a network of docs/train_cifar_teachers.py. Every command is printed; results are appended to
+OUTPUT/rows.jsonl, and rows that are there are not made again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SHARED = {"synthetic": "deepinversion", "synthetic-bns": "bns"}
 
 def rows_of(name: str, share: float) -> dict[str, str]:
     """The options of every row at one share; DATA stands for the seed's images, REAL for real ones."""
-    budget = f"--flops {share}"
+    budget = f"--flops {share} --importance magnitude"
     return {
         f"{name}, from nothing": budget,
         f"{name}, from nothing, round to 8": f"{budget} --round-to 8",
@@ -48,7 +49,7 @@ def rows_of(name: str, share: float) -> dict[str, str]:
         f"{name}, distilled on adaptive": f"{budget} {FEW}",
         f"{name}, distilled on real images": f"{budget} {SHORT} --data REAL",
         **{
-            f"{name}, {importance}": f"{budget} {SHORT} --importance {importance} --data DATA"
+            f"{name}, {importance}": f"--flops {share} {SHORT} --importance {importance} --data DATA"
             for importance in get_args(ImportanceName)
         },
         f"{name}, round to 16": f"{budget} {SHORT} --round-to 16 --data DATA",
@@ -60,15 +61,15 @@ def rows_of_filters(name: str, share: float) -> dict[str, str]:
     """The same for a share of the filters, all on the seed's images."""
     budget = f"--filters {share} --data DATA"
     return {
-        f"{name} of the filters, refit": f"{budget} --repair refit",
-        f"{name} of the filters, fold, refit": f"{budget} --importance fold --repair refit",
-        f"{name} of the filters, distilled": f"{budget} {SHORT}",
+        f"{name} of the filters, {importance}, {how}": f"{budget} --importance {importance} {options}"
+        for importance in ("magnitude", "fold", "taylor")
+        for how, options in (("refit", "--repair refit"), ("distilled", SHORT))
     }
 
 
 ROWS = {
     **{row: asked for name, share in SHARES.items() for row, asked in rows_of(name, share).items()},
-    "0.7 of the time": f"--latency 0.7 {SHORT} --data DATA",
+    "0.7 of the time": f"--latency 0.7 --importance magnitude {SHORT} --data DATA",
     **{row: asked for name, share in FILTERS.items() for row, asked in rows_of_filters(name, share).items()},
 }
 # The row that is quantized afterwards.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -42,6 +43,12 @@ def test_gradients_are_known_inside_of_a_verb(mode: Callable[[], AbstractContext
         assert not torch.is_grad_enabled()
         assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
     assert made.read_bytes() == small(tmp_path / "usual").read_bytes()
+
+
+def test_the_result_warns_of_the_images_that_were_made(tmp_path):
+    small(tmp_path / "out")
+    (warning, *_) = json.loads((tmp_path / "out" / "run.json").read_text())["measurements"]["warnings"]
+    assert "1 of 1 batches" in warning
 
 
 def test_another_default_type_changes_nothing(tmp_path):

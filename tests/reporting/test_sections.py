@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from dfcompress.data.synthetic_set import SyntheticSet
@@ -49,3 +50,21 @@ def test_shares_that_nothing_was_held_out_for_are_left_out(tmp_path):
     sections = sections_of([ReportedRun(name="m", record=record)], lambda synthetic: None)
     (section,) = (each for each in sections if each.name == "agreement")
     assert "25.00 %" in repr(section)
+
+
+@pytest.mark.parametrize(("right", "noise"), [(91, True), (80, False)])
+def test_a_loss_that_mcnemars_test_may_call_noise_is_told_as_such(right, noise, tmp_path):
+    """1 of 100 where 10 answers differ is no loss; 12 of 100 where 20 differ is one."""
+    usual = {"total": 100, "top5": None, "standard_error": 0.0, "images": None}
+    scores = [
+        {"checkpoint": "teacher", "correct": 92, "top1": 0.92, "agreement": 1.0, **usual},
+        {"checkpoint": "q", "correct": right, "top1": right / 100, "agreement": 0.9 if noise else 0.8, **usual},
+    ]
+    options = {"teacher": {"sha256": "0", "card": CARD}}
+    measured = {"evaluation": {"results": scores}, "seconds": {"total": 1.0}}
+    record = RunRecord(
+        folder=tmp_path, verb="distill", options=options, versions={}, finished=True, measurements=measured
+    )
+    (summary,) = sections_of([ReportedRun(name="q", record=record)], lambda synthetic: None)[0].parts
+    assert f"{92 - right:.2f} points less accurate on 100 real images" in repr(summary)
+    assert ("may be noise" in repr(summary)) == noise

@@ -52,6 +52,7 @@ def record(folder: Path) -> dict:
 def test_what_is_planned_is_what_is_made_and_what_the_record_keeps(verb, tmp_path):
     plan = VERBS[verb](tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+    assert "Conv2d" not in repr(plan)
     plan.execute()
     kept = record(tmp_path / "out")["plan"]
     assert kept == json.loads(json.dumps(plan.to_json()))
