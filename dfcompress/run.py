@@ -119,9 +119,10 @@ class Run:
             old = FORMER_VALUES.get((self.verb, name), {}).get(str(old), _without_removed(old, new))
             if old != new:
                 which, was, now = _first_difference(name, old, new)
+                began = f" It was started by: {before['command']}" if before.get("command") else ""
                 raise BadInput(
                     f"{self.folder} was started with {which} = {was!r}, now it is {now!r}.",
-                    "Resume with the same options, or name another folder.",
+                    f"Resume with the same options, or name another folder.{began}",
                 )
 
     @contextmanager

@@ -259,6 +259,9 @@ def test_the_main_job_runs_on_a_checkpoint_and_nothing_else(capsys, tmp_path):
     assert packed["bytes"] == (tmp_path / "packed" / "model.safetensors").stat().st_size
     assert packed["bytes_ratio"] < 0.17
     assert packed["evaluation"]["results"][0]["total"] == 16
+    parts = {name: seconds for name, seconds in packed["seconds"].items() if name != "total"}
+    assert parts["evaluation"] > 0
+    assert packed["seconds"]["total"] == pytest.approx(sum(parts.values()), abs=0.05)
 
     code, out, _ = answer(
         capsys, "evaluate", DEMO, student["checkpoint"], packed["checkpoint"], "--data", DEMO, "--json"

@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 
 from dfcompress import cli, console, run
+from dfcompress.command_line import started_by
 from dfcompress.errors import BadInput
 from dfcompress.run import Clock, Run, write_atomically
 
@@ -171,3 +172,12 @@ def test_other_options_are_named_by_the_value_that_differs(tmp_path, old, new, d
     with pytest.raises(BadInput) as refused:
         Run("distill", tmp_path, new, resume=True)
     assert f"was started with {difference}, now" in refused.value.problem
+    assert "It was started by" not in refused.value.remedy
+
+
+def test_other_options_are_answered_with_the_line_that_began_the_run(tmp_path):
+    with started_by("dfcompress distill net.pth --steps 8"):
+        Run("distill", tmp_path, {"synthesis": [{"steps": 8}]})
+    with pytest.raises(BadInput) as refused:
+        Run("distill", tmp_path, {"synthesis": [{"steps": 4}]}, resume=True)
+    assert refused.value.remedy.endswith("It was started by: dfcompress distill net.pth --steps 8")

@@ -103,7 +103,7 @@ class Compression:
     teachers: Sequence[Classifier]
     outputs: Sequence[Tensor]
     sources: Mapping[str, TransferSetSource]
-    measure: Measure
+    measure: Measure | None
     compute: Compute
     complete: Callable[[Run, Mapping[str, Outcome]], None] | None = None
     export: Target | None = None

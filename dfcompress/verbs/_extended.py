@@ -26,8 +26,8 @@ def extended_evaluator(
     *,
     names_file: str | Path | None,
     device: str,
-) -> Measure:
-    """Counts both models on real images, where there are some: on one source whose labels are those of the extended
+) -> Measure | None:
+    """Counts both models on real images, None without them: on one source whose labels are those of the extended
     model, whose card is given, or on two, of the old classes and of new ones, labelled as the images that brought them.
 
     Raises `BadInput` for more, and for images that do not fit.
@@ -37,7 +37,7 @@ def extended_evaluator(
             f"--eval-data was given {len(data)} times.", "Give one source of all classes, or one of old, one of new."
         )
     if not data:
-        return lambda saved: None
+        return None
     sources = [(each, each.labels) for each in [open_images(data[0], card if len(data) == 1 else old.card)]]
     if len(data) == 2:
         new = open_new_images(data[1], old.card, names_file=names_file, part="test")

@@ -28,7 +28,7 @@ from dfcompress.training.loop import Trained
 from dfcompress.verbs.evaluate import Evaluation, evaluate, placed
 
 FEW_IMAGES = 30
-Measure = Callable[[Classifier], Evaluation | None]
+Measure = Callable[[Classifier], Evaluation]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,8 @@ class Compressed:
     """A finished run.
 
     `checkpoint` is the folder that every command reads, and `load` too; `bytes` the size of its `model.safetensors`;
-    `bytes_ratio` that size against the given models' tensors in fp32, all together; `seconds` those of each part and
-    their `total`; `agreement` the mean of that with each of the `teachers`. `warnings` say what looks wrong with the
+    `bytes_ratio` that size against the given models' tensors in fp32, all together; `seconds` those of each part,
+    evaluation and export included, and their `total`; `agreement` the mean of that with each of the `teachers`. `warnings` say what looks wrong with the
     images that were made, or with the model.
     `evaluation` is there where real images were given, `export` where an ONNX file was asked for.
     """
@@ -105,22 +105,22 @@ class TeacherSet:
     outputs: Tensor
 
 
-def evaluator(data: str | Path | None, teacher: Classifier, device: str) -> Measure:
-    """Counts teacher and student on real images, where there are some; raises `BadInput` where they do not fit."""
+def evaluator(data: str | Path | None, teacher: Classifier, device: str) -> Measure | None:
+    """Counts teacher and student on real images, None without them; raises `BadInput` where they do not fit."""
     if data is None:
-        return lambda saved: None
+        return None
     open_images(data, teacher.card)  # A wrong path should not cost an hour of work.
     return lambda saved: evaluate([teacher, saved], data=data, device=device)
 
 
-def load_finished(run: Run, student: Classifier, measure: Measure) -> Compressed | None:
+def load_finished(run: Run, student: Classifier, measure: Measure | None) -> Compressed | None:
     """The result of a resumed run that was already finished, evaluated anew where real images are given."""
     if run.earlier is None:
         return None
     console.notice(f"{run.folder} is already finished.")
     values = dict(run.earlier)
-    if world().is_main and (anew := measure(load_saved(run.folder, student))):
-        values["evaluation"] = anew.to_json()
+    if measure and world().is_main:
+        values["evaluation"] = measure(load_saved(run.folder, student)).to_json()
     return Compressed.from_json(world().broadcast(values))
 
 
@@ -131,7 +131,7 @@ def save_and_measure(
     *,
     trained: Trained | Reconstructed | None,
     device: str,
-    measure: Measure,
+    measure: Measure | None,
     export: Callable[[Classifier], Exported] | None = None,
 ) -> Compressed:
     """Save `student` in the run's folder, measure what was saved beside the teachers, and close the run.
@@ -146,6 +146,13 @@ def save_and_measure(
         teachers, warnings = _followed(saved, teacher_sets, resolve_device(device))
     for warning in warnings:
         console.notice(warning)
+    evaluation = exported = None
+    if measure:
+        with run.timed("evaluation"):
+            evaluation = measure(saved)
+    if export:
+        with run.timed("export"):
+            exported = export(saved)
     of_images = [f"{each.teacher.name}: {warning}" for each in teacher_sets for warning in each.images.warnings]
     seconds = {
         "synthesis": sum(each.images.synthesis_seconds for each in teacher_sets),
@@ -163,8 +170,8 @@ def save_and_measure(
         agreement=sum(teacher.agreement for teacher in teachers) / len(teachers),
         teachers=teachers,
         warnings=of_images + warnings,
-        evaluation=measure(saved),
-        export=export(saved) if export else None,
+        evaluation=evaluation,
+        export=exported,
     )
     run.finish({**result.to_json(), "training": asdict(trained) if trained else None})
     return Compressed.from_json(world().broadcast(result.to_json()))

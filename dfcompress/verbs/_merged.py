@@ -37,8 +37,8 @@ def merged_evaluator(
     teachers: Sequence[Classifier],
     outputs: Sequence[Tensor],
     device: str,
-) -> Measure:
-    """Counts teachers and student on real images, where there are some: on one source whose labels are the student's
+) -> Measure | None:
+    """Counts teachers and student on real images, None without them: on one source whose labels are the student's
     classes, or on one for each teacher with the labels it knows.
 
     Raises `BadInput` for any other number, and for images that do not fit.
@@ -51,7 +51,7 @@ def merged_evaluator(
     cards = [student.card] if len(data) == 1 else [teacher.card for teacher in teachers]
     sources = [open_images(path, card) for path, card in zip(data, cards, strict=False)]
     if not sources:
-        return lambda saved: None
+        return None
     return lambda saved: evaluate_merged(saved, teachers, outputs, sources, device=device)
 
 
