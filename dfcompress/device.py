@@ -123,6 +123,7 @@ def _cpu_multiplies_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+COMPILED_AT_MOST = 256  # Times that one function is compiled in a process.
 # What `torch.compile` needs, and what to install where it is not there.
 NEEDED_TO_COMPILE = {
     "Triton": "triton",
@@ -170,7 +171,9 @@ def compiled(function: Callable[..., Any], *, whole: bool = True) -> Callable[..
     def call(*args: Any) -> Any:
         nonlocal fast
         try:
-            return fast(*args)
+            # torch counts what it compiles of one function in the whole process, and gives up after the eighth.
+            with torch._dynamo.config.patch(recompile_limit=COMPILED_AT_MOST):
+                return fast(*args)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             if fast is function:
                 raise

@@ -25,7 +25,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure_support import CLOSE, GIGABYTES, LARGEST, PRUNED, SECONDS, _parameters, _smallest, make, networks, write
+from measure_support import (
+    CLOSE,
+    GIGABYTES,
+    LARGEST,
+    PAGE,
+    PRUNED,
+    SECONDS,
+    _parameters,
+    _smallest,
+    make,
+    networks,
+    write,
+)
 from measuring import Rows
 
 from dfcompress.errors import first_line
@@ -117,7 +129,7 @@ def alone(name: str) -> dict[str, Any]:
 def main() -> None:
     """Measure, and print or write."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=Path, default=Path("support"), help="Folder of rows.jsonl.")
+    parser.add_argument("--rows", type=Path, default=PAGE.parent / "support", help="Folder of rows.jsonl.")
     parser.add_argument("--only", nargs="*", help="These networks, for instance timm:resnet18.")
     parser.add_argument("--write", action="store_true", help="Write docs/support.md after every row.")
     parser.add_argument("--row", help="For the processes that this one starts.")

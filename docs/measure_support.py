@@ -6,8 +6,9 @@
 
 Every classifier of torchvision with BatchNorm, and of every family of timm (a module of it) the smallest network with
 BatchNorm, with random weights and the BatchNorm statistics that smooth random images give. Each is a process of its own
-with one thread, a limit of memory and one of processor time; rows are appended to support/rows.jsonl, and none is made
-twice. Images are made by two steps and nothing is fine-tuned: what is measured is whether the path works, not how well.
+with one thread, a limit of memory and one of processor time; rows are appended to docs/support/rows.jsonl, and none is
+made twice. Images are made by two steps and nothing is fine-tuned: what is measured is whether the path works, not how
+well.
 torchvision's come first, smallest first, so that an interrupted run has the most rows.
 """
 
@@ -323,7 +324,7 @@ def _line(name: str, made: dict[str, Any] | None, pruned: list[dict[str, Any]]) 
 def main() -> None:
     """Measure, and print or write."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=Path, default=Path("support"), help="Folder of rows.jsonl.")
+    parser.add_argument("--rows", type=Path, default=PAGE.parent / "support", help="Folder of rows.jsonl.")
     parser.add_argument("--only", nargs="*", help="These networks, for instance timm:resnet18.")
     parser.add_argument("--again", action="store_true", help="Measure what did not work once more.")
     parser.add_argument("--list", action="store_true")

@@ -372,3 +372,17 @@ def test_gradients_that_bf16_has_kernels_for_stay_in_bf16(channels, settings, dt
         expected = torch.autograd.grad(output, features, torch.ones_like(output))[0]
         assert found[0].dtype == dtype
         assert (found[0] - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_function_is_compiled_more_often_than_torch_would_in_one_process(monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(console, "notice", told.append)
+    monkeypatch.setattr(device, "_inductor", lambda graph, inputs: graph.forward)
+
+    def doubled(values: torch.Tensor) -> torch.Tensor:
+        return 2 * values
+
+    fast = device.compiled(doubled)
+    for length in range(2, 14):
+        assert fast(torch.ones(length)).tolist() == [2.0] * length
+    assert told == []

@@ -58,8 +58,8 @@ class Compressed:
 
     `checkpoint` is the folder that every command reads, and `load` too; `bytes` the size of its `model.safetensors`;
     `bytes_ratio` that size against the given models' tensors in fp32, all together; `seconds` those of each part,
-    evaluation and export included, and their `total`; `agreement` the mean of that with each of the `teachers`. `warnings` say what looks wrong with the
-    images that were made, or with the model.
+    evaluation and export included, and their `total`; `agreement` the mean of that with each of the `teachers`.
+    `warnings` say what looks wrong with the images that were made, or with the model.
     `evaluation` is there where real images were given, `export` where an ONNX file was asked for.
     """
 
