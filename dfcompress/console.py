@@ -90,7 +90,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 class Progress(Protocol):
     """What a loop tells about itself."""
 
-    def update(self, done: int, **values: float) -> None:
+    def update(self, done: int, /, **values: float) -> None:
         """`done` units of the total are finished; `values` are the latest measurements."""
 
 
@@ -106,7 +106,7 @@ def progress(what: str, total: int) -> Iterator[Progress]:
 
 
 class _Silence:
-    def update(self, done: int, **values: float) -> None:
+    def update(self, done: int, /, **values: float) -> None:
         pass
 
 
@@ -116,7 +116,7 @@ class _Lines:
         self.started = self.spoke = time.monotonic()
         self.first: int | None = None
 
-    def update(self, done: int, **values: float) -> None:
+    def update(self, done: int, /, **values: float) -> None:
         now = time.monotonic()
         if self.first is None:
             self.first, self.started = done, now
@@ -154,7 +154,7 @@ def _bar(what: str, total: int) -> Iterator[Progress]:
             stack.callback(bar.remove_task, task)
 
         class Bar:
-            def update(self, done: int, **values: float) -> None:
+            def update(self, done: int, /, **values: float) -> None:
                 bar.update(task, completed=done, values=_formatted(values))
 
         yield Bar()

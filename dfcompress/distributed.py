@@ -63,8 +63,10 @@ class World:
             yield
             return
         self._join()
-        # torchrun terminates the rest where one process dies.
-        before = signal.signal(signal.SIGTERM, lambda *_: self._end("terminated", code=TERMINATED))
+        # torchrun terminates the rest where one process dies. Python lets only the main thread handle signals.
+        handles = threading.current_thread() is threading.main_thread()
+        if handles:
+            before = signal.signal(signal.SIGTERM, lambda *_: self._end("terminated", code=TERMINATED))
         try:
             with self._watching():
                 yield
@@ -78,7 +80,8 @@ class World:
                 time.sleep(4 * BEAT_SECONDS if not self.is_main else 0)  # For the leading process to say it.
             raise
         finally:
-            signal.signal(signal.SIGTERM, before)
+            if handles:
+                signal.signal(signal.SIGTERM, before)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -89,7 +92,7 @@ class World:
         """
         self._over.clear()
         # Before any work: a process that dies without a first heartbeat is waited for as one that has yet to join.
-        self._ask("set", f"beat/{self.rank}", "1")
+        self._ask("add", f"beat/{self.rank}", 1)
         watcher = threading.Thread(target=self._watch, daemon=True)
         watcher.start()
         try:
@@ -185,16 +188,20 @@ class World:
             self._end(f"process 0 of {self.world_size} is gone", lost=0)
 
     def _watch(self) -> None:
-        """Write a heartbeat, and end this process where another one has failed or has no heartbeat any more."""
-        heard = dict.fromkeys(range(self.world_size), (0, time.monotonic()))
-        beat = 1
+        """Count heartbeats, and end this process where another one has failed or has no heartbeat any more: the main
+        process watches the others, and they watch the main process.
+        """
+        watched = range(1, self.world_size) if self.is_main else [0]
+        heard = dict.fromkeys(watched, (0, time.monotonic()))
         while not self._over.wait(BEAT_SECONDS):
-            beat += 1
             try:
-                self._store.set(f"beat/{self.rank}", str(beat))
+                self._store.add(f"beat/{self.rank}", 1)
                 if self._store.check(["failed"]) and not self._over.is_set():
                     self._end(self._store.get("failed").decode())
-                lost = next((rank for rank in range(self.world_size) if self._is_lost(rank, heard)), None)
+                lost = next((rank for rank in watched if self._is_lost(rank, heard)), None)
+                if lost:  # The others end without a word, and before the store does.
+                    self._store.set("failed", "")
+                    time.sleep(4 * BEAT_SECONDS)
             except RuntimeError:
                 lost = 0
             if lost is not None and not self._over.is_set():
@@ -202,11 +209,8 @@ class World:
 
     def _is_lost(self, rank: int, heard: dict[int, tuple[int, float]]) -> bool:
         """Whether a process had no new heartbeat for too long; `heard` holds its last one, and when it was read."""
-        if self._store.check([f"done/{rank}"]):
-            return False
-        key, now = f"beat/{rank}", time.monotonic()
-        beat = int(self._store.get(key)) if self._store.check([key]) else 0
-        if beat != heard[rank][0]:
+        beat, now = self._store.add(f"beat/{rank}", 0), time.monotonic()
+        if beat != heard[rank][0] or self._store.check([f"done/{rank}"]):
             heard[rank] = (beat, now)
         patience = LOST_AFTER_SECONDS if beat else JOINING.total_seconds()
         return now - heard[rank][1] > patience
@@ -240,14 +244,20 @@ def _from_slurm(variables: Mapping[str, str]) -> dict[str, str]:
     """The variables that torchrun sets, from those of a SLURM step; every step of a job has its own port."""
     step = 100 * int(variables.get("SLURM_JOB_ID", "0")) + int(variables.get("SLURM_STEP_ID", "0"))
     tasks = variables["SLURM_STEP_NUM_TASKS"]
+    per_node = tasks_per_node(variables.get("SLURM_STEP_TASKS_PER_NODE", tasks))
     return {
         "RANK": variables["SLURM_PROCID"],
         "WORLD_SIZE": tasks,
         "LOCAL_RANK": variables["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": variables.get("SLURM_STEP_TASKS_PER_NODE", tasks).partition("(")[0].partition(",")[0],
+        "LOCAL_WORLD_SIZE": per_node[int(variables.get("SLURM_NODEID", "0"))],
         "MASTER_ADDR": variables.get("MASTER_ADDR", first_host(variables["SLURM_STEP_NODELIST"])),
         "MASTER_PORT": variables.get("MASTER_PORT", str(20_000 + step % 20_000)),
     }
+
+
+def tasks_per_node(counts: str) -> list[str]:
+    """The numbers of a SLURM list: `2(x3),1` → 2, 2, 2, 1."""
+    return [count for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
 
 
 def first_host(nodes: str) -> str:

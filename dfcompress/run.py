@@ -22,6 +22,7 @@ from dfcompress.errors import BadInput, DfcompressError
 
 RECORD, METRICS = "run.json", "metrics.jsonl"
 SCHEMA = 1
+VERBS = ("invert", "distill", "merge", "quantize", "prune", "extend", "demo")  # Those that have a folder.
 STATE = ".partial"  # The suffix of files that unfinished work is resumed from.
 SAVE_EVERY_SECONDS = 20.0
 # By verb and option: values that older versions wrote into the record, and their names now.
@@ -50,6 +51,7 @@ class Run:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
+        assert verb in VERBS, "no other folder may be overwritten"
         self.verb, self.folder, self.options = verb, folder, json.loads(json.dumps(options, default=str))
         self.plan, self.command = plan, command_line()
         self.inputs = [Path(path) for path in inputs if path is not None]
@@ -174,7 +176,7 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not (resume or overwrite):
             raise BadInput(f"--output {folder} is not empty.", "Add --resume to go on with it, or --overwrite.")
-        if not (folder / RECORD).exists():
+        if not (folder / RECORD).exists() or (overwrite and not _is_ours(folder / RECORD)):
             raise BadInput(f"--output {folder} was not made by dfcompress.", "Name an empty or a new folder.")
 
 
@@ -291,13 +293,28 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
         temporary.write_bytes(whole.getbuffer())
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The record of an earlier run; raises `BadInput` where it is none, or of a later version's form."""
+def _is_ours(path: Path) -> bool:
+    """Whether a file is the record of a run of dfcompress, of whatever version, finished or not: others name theirs
+    alike.
+    """
+    try:
+        return _parsed_record(path)["verb"] in VERBS
+    except BadInput:
+        return False
+
+
+def _parsed_record(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         record["options"].items(), record["verb"].lower()
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BadInput(f"{path} is not a record of dfcompress.", "Name another folder.") from None
+    return record
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of an earlier run; raises `BadInput` where it is none, or of a later version's form."""
+    record = _parsed_record(path)
     if record.get("schema", SCHEMA) != SCHEMA:
         found = record["schema"]
         raise BadInput(f"{path} has schema {found!r}, this version reads {SCHEMA}.", "Use the version that wrote it.")

@@ -34,6 +34,17 @@ def test_a_loop_inside_of_another_one_has_its_bar_below(terminal, capsys):
     assert "after" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("verbosity", "bars"), [(console.QUIET, False), (console.NORMAL, False), (console.NORMAL, True)]
+)
+def test_a_value_may_have_the_name_of_a_parameter(verbosity, bars, terminal, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: bars)
+    console.configure(verbosity)
+    with console.progress("loop", 1) as loop:
+        loop.update(1, done=0.25, self=0.5)
+    assert ("done 0.25  self 0.5" in capsys.readouterr().err) == (verbosity == console.NORMAL)
+
+
 def test_nothing_is_said_where_stderr_is_closed(terminal, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     console.notice("noticed")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,11 @@ import torch
 from pair import launched
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed import HashStore
 
-from dfcompress import cli
+from dfcompress import cli, distributed
 from dfcompress.device import Execution
-from dfcompress.distributed import World, first_host, world
+from dfcompress.distributed import World, first_host, tasks_per_node, world
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
@@ -345,6 +347,67 @@ def test_no_thread_is_left_that_could_end_the_interpreter():
     assert [process.returncode for process in processes] == [0, 0]
 
 
+THIRD = """
+import os, signal, time
+from dfcompress import distributed
+distributed.LOST_AFTER_SECONDS = 3.0
+everyone = distributed.world()
+with everyone.session():
+    everyone.barrier()
+    if everyone.rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_of_three_processes_one_says_which_is_gone():
+    ended = [(process.communicate(timeout=120)[1], process.returncode) for process in launched(3, ["-c", THIRD])]
+    assert [code for _, code in ended] == [1, 1, -signal.SIGKILL]
+    assert [errors.splitlines() for errors, _ in ended] == [
+        ["dfcompress: process 2 of 3 is gone; the same line with --resume goes on."],
+        [],
+        [],
+    ]
+
+
+def worlds(count, monkeypatch):
+    """The processes of a job as threads of one, over a store in memory: the keys that each asks for."""
+    everyone, store, asked = [World(rank, count) for rank in range(count)], HashStore(), [[] for _ in range(count)]
+
+    class Asked:
+        def __init__(self, keys):
+            self.keys = keys
+
+        def __getattr__(self, operation):
+            def ask(keys, *values):
+                self.keys.extend([keys] if isinstance(keys, str) else keys)
+                return getattr(store, operation)(keys, *values)
+
+            return ask
+
+    for each, keys in zip(everyone, asked, strict=True):
+        each._store = Asked(keys)
+        monkeypatch.setattr(each, "_join", lambda: None)
+    return everyone, asked
+
+
+def test_threads_may_hold_the_session_and_watch_no_more_than_they_must(monkeypatch):
+    """Python lets only the main thread handle signals; and of many processes each watches the main one."""
+    monkeypatch.setattr(distributed, "BEAT_SECONDS", 0.01)
+
+    def work(each):
+        with each.session():
+            time.sleep(0.2)
+            return each.all_gather(each.rank)
+
+    everyone, asked = worlds(4, monkeypatch)
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(work, everyone)) == [[0, 1, 2, 3]] * 4
+    beats = [{key for key in keys if key.startswith("beat/")} for keys in asked]
+    assert beats == [{f"beat/{rank}" for rank in range(4)}, *({"beat/0", f"beat/{rank}"} for rank in (1, 2, 3))]
+
+
 def test_groups_leave_no_process_without_work(monkeypatch):
     """64 images in batches of 16 fill a step together, and would be the work of one process."""
     cuda, card = Execution("cuda", "bf16", False, 1, ""), ModelCard("tiny", 10, (3, 32, 32), (0.5,) * 3, (0.25,) * 3)
@@ -380,12 +443,19 @@ def test_the_first_host_of_a_slurm_list(nodes, first):
     assert first_host(nodes) == first
 
 
-def test_slurm_variables_are_understood(monkeypatch):
+@pytest.mark.parametrize(("counts", "expected"), [("4", "4"), ("3,1", "31"), ("2(x3),1", "2221"), ("1,2(x2)", "122")])
+def test_the_tasks_of_every_node_of_a_slurm_list(counts, expected):
+    assert tasks_per_node(counts) == list(expected)
+
+
+@pytest.mark.parametrize(("counts", "node", "here"), [("2(x2)", 1, 2), ("3,1", 0, 3), ("3,1", 1, 1), ("1(x2),2", 2, 2)])
+def test_slurm_variables_are_understood(counts, node, here, monkeypatch):
     for name, value in {
         "SLURM_STEP_NUM_TASKS": "4",
         "SLURM_PROCID": "3",
         "SLURM_LOCALID": "1",
-        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_NODEID": str(node),
+        "SLURM_STEP_TASKS_PER_NODE": counts,
         "SLURM_STEP_NODELIST": "gpu[1-2]",
         "SLURM_JOB_ID": "77",
     }.items():
@@ -394,7 +464,7 @@ def test_slurm_variables_are_understood(monkeypatch):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     found = world.__wrapped__()
-    assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == (3, 4, 1, 2)
+    assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == (3, 4, 1, here)
     assert os.environ["MASTER_ADDR"] == "gpu1"
 
 

@@ -13,7 +13,7 @@ import pytest
 from dfcompress import cli, console, run
 from dfcompress.command_line import started_by
 from dfcompress.errors import BadInput
-from dfcompress.run import Clock, Run, write_atomically
+from dfcompress.run import Clock, Run, check_output, write_atomically
 
 DEMO = str(resources.files("dfcompress") / "demo_files")
 
@@ -62,6 +62,40 @@ def test_overwriting_starts_anew_but_only_what_dfcompress_made(tmp_path):
     (tmp_path / "run" / "thesis").touch()
     with pytest.raises(BadInput, match="was not made by dfcompress"):
         Run("invert", tmp_path / "run", {"seed": 4}, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"experiment": "mine", "tool": "other"}',
+        '{"verb": "train", "options": {}}',
+        '{"verb": ["invert"], "options": {}}',
+        '{"verb": "invert"}',
+        "[" * 100_000,
+        "not JSON",
+        None,
+    ],
+    ids=["other", "other verb", "no verb", "no options", "nested", "text", "folder"],
+)
+def test_a_folder_with_a_record_of_another_program_is_not_overwritten(content, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").touch()
+    (tmp_path / "run.json").mkdir() if content is None else (tmp_path / "run.json").write_text(content)
+    with pytest.raises(BadInput, match="was not made by dfcompress"):
+        Run("invert", tmp_path, {}, overwrite=True)
+    with pytest.raises(BadInput, match="was not made by dfcompress"):
+        check_output(tmp_path, resume=False, overwrite=True)
+    assert {path.name for path in tmp_path.rglob("*")} == {"run.json", "thesis", "chapter1.tex"}
+    assert content is None or (tmp_path / "run.json").read_text() == content
+
+
+@pytest.mark.parametrize("change", [{}, {"finished": False, "measurements": None}, {"options": {}}, {"schema": 99}])
+def test_a_record_of_ours_may_be_overwritten_whatever_it_tells(change, tmp_path):
+    Run("quantize", tmp_path, {"seed": 3}).finish({})
+    record = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | change))
+    Run("invert", tmp_path, {}, overwrite=True)
+    assert json.loads((tmp_path / "run.json").read_text())["verb"] == "invert"
 
 
 def test_a_record_of_an_older_version_resumes_where_only_names_have_changed(tmp_path):

@@ -2,13 +2,15 @@
 writes them.
 
 transformers builds the network from its own classes, and its image processor is asked what it makes of three images.
-Code in a folder is never run, and nothing is fetched.
+Code in a folder is never run, no other file is opened, and nothing is fetched: only classifiers and their processors
+are built, from values that cannot ask for that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,16 @@ from dfcompress.models.safe_reading import CONFIG, read_json
 
 TRANSFORMERS = "transformers:"
 PREPROCESSOR = "preprocessor_config.json"
-# What a folder's config says of how to build and where to find things, and not of the network.
-DROPPED = ("auto_map", "dtype", "torch_dtype", "use_pretrained_backbone", "_name_or_path", "quantization_config")
+# Hands values of its config to timm.create_model, which opens any file and downloads.
+WRAPPER = "timm_wrapper"
+# What a config says of how to build and where to find things, and not of the network: transformers would open files,
+# download, or run code of the hub. A config inside of another has a `model_type`, too, which may be the wrapper's.
+DROPPED = {
+    *("auto_map", "custom_pipelines", "dtype", "torch_dtype", "quantization_config", "name_or_path", "_name_or_path"),
+    *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
+    *("backbone", "backbone_config", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone"),
+    *("model_type", "model_args"),
+}
 UNNAMED = "LABEL_"
 # A square image that every usual processor makes smaller.
 PROBED = 640
@@ -51,7 +61,7 @@ def card_of(path: Path) -> dict[str, Any]:
     channels = getattr(built, "num_channels", 3)
     stated = {
         "architecture": TRANSFORMERS + str(config["model_type"]),
-        "config": {name: value for name, value in config.items() if name not in DROPPED},
+        "config": {"model_type": config["model_type"], **_kept(config)},
         "classes": built.num_labels,
         "class_names": None if all(name.startswith(UNNAMED) for name in names) else names,
         "input_size": (channels, size, size) if isinstance(size, int) else None,
@@ -116,10 +126,19 @@ def _make(name: str, values: Mapping[str, Any], classes: int, channels: int) -> 
 
 
 def _config(values: Mapping[str, Any], where: str) -> Any:
-    """transformers' own object for the values of a config.json."""
-    settings = {name: value for name, value in values.items() if name not in (*DROPPED, "model_type")}
+    """transformers' own object for the values of a config.json; raises `BadInput` where it is of no classifier."""
+    transformers = _transformers(where)
     try:
-        config = _transformers(where).AutoConfig.for_model(values["model_type"], **settings)
+        kind = values["model_type"]
+        if kind == WRAPPER:
+            raise BadInput(
+                f"{where} is a model of timm that transformers wraps, whose config may open any file.",
+                "Name its architecture with --arch timm:NAME.",
+            )
+        known = kind in transformers.CONFIG_MAPPING
+        if not known or transformers.CONFIG_MAPPING[kind] not in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+            raise BadInput(f"{where}: transformers has no image classifier of type {kind!r}.", UPDATE)
+        config = transformers.AutoConfig.for_model(kind, **_kept(values))
     except BadInput:
         raise
     except Exception as error:
@@ -127,18 +146,46 @@ def _config(values: Mapping[str, Any], where: str) -> Any:
     return config
 
 
+def _kept(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says of the network, and the configs inside of it likewise."""
+    return {
+        name: _kept(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if name not in DROPPED
+    }
+
+
 def _processed(path: Path) -> Tensor:
     """What the folder's image processor makes of a black, a white and a red image, `(3, C, H, W)`."""
-    processors = _transformers(str(path)).AutoImageProcessor
     colours = torch.tensor([[0, 0, 0], [255, 255, 255], [255, 0, 0]], dtype=torch.uint8)
     images = [colour.view(3, 1, 1).expand(3, PROBED, PROBED).contiguous().numpy() for colour in colours]
+    values, kind = read_json(path / PREPROCESSOR), str(read_json(path / CONFIG)["model_type"])
     try:
-        processor = processors.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        processor = _processor_class(values, kind).from_dict(values)
         processed = processor(images, return_tensors="pt", input_data_format="channels_first")
-        values: Tensor = processed["pixel_values"].float()
+        pixels: Tensor = processed["pixel_values"].float()
     except Exception as error:
         raise BadInput(f"{path / PREPROCESSOR} cannot be used: {first_line(error)}.", UPDATE) from None
-    return values
+    return pixels
+
+
+def _processor_class(values: Mapping[str, Any], kind: str) -> Any:
+    """The class that a processor's values name, or that is usual for models of a kind; raises `ValueError` where it is
+    not one of a classifier. AutoImageProcessor would take any class of transformers, models and downloads included.
+    """
+    auto = import_module("transformers.models.auto.image_processing_auto")
+    models = import_module("transformers.models.auto.modeling_auto").MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    usual = {
+        model: list(names.values() if isinstance(names, dict) else names)
+        for model, names in auto.IMAGE_PROCESSOR_MAPPING_NAMES.items()
+        if model in models and model != WRAPPER
+    }
+    stated = values.get("image_processor_type") or values.get("feature_extractor_type") or usual[kind][0]
+    name = stated.replace("FeatureExtractor", "ImageProcessor")
+    for each in (name, name.removesuffix("Fast")):
+        if any(each in names for names in usual.values()):
+            return auto.get_image_processor_class_from_name(each)
+    raise ValueError(f"{stated!r} is no image processor of a classifier")
 
 
 def _are_turned(black: Tensor, white: Tensor, red: Tensor) -> bool:

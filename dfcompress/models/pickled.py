@@ -407,8 +407,17 @@ def _from_zip(file: BinaryIO, path: Path) -> Content:
 def _check_records(archive: zipfile.ZipFile, path: Path) -> None:
     """Compare every record with its checksum, once; raises naming the damaged record.
 
+    Nothing is read of an archive that would unpack to more than its file: deflated, 0.6 MB can be 600 MB of zeros, and
+    records may share their bytes. torch.save stores records as they are.
     Where `torch.serialization.set_crc32_options(False)` was in force, all checksums are written as 0.
     """
+    if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+        raise BadInput(
+            f"{path} is a compressed zip file, which torch.save does not write.",
+            "Unpack it and pack it again without compression, for instance with zip -0.",
+        )
+    if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+        raise ValueError("its records would have more bytes than the file")
     if any(record.CRC for record in archive.infolist()) and (damaged := archive.testzip()):
         raise BadInput(f"{path} is damaged: its record {printable(damaged)} does not have its checksum.", AGAIN)
     for record in archive.infolist():

@@ -150,6 +150,10 @@ class StudentUpdates:
             raise BadInput("Images that are not kept are made in rounds.", "State how many.")
 
 
+# What stands beside the losses, by their names, in lines of a set's metrics.jsonl and in its progress.
+RESERVED = ("shard", "step", "process", "seconds", "attempts", "health", "round")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Images + weighted losses + phases, each with its transforms.
@@ -164,14 +168,17 @@ class Recipe:
     student_updates: StudentUpdates | None = None
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for an empty batch and for two losses of one name, under which values and modules are saved;
-        what was given as a list can be changed no more.
+        """Raise `BadInput` for an empty batch, for two losses of one name, under which values and modules are saved,
+        and for a reserved name; what was given as a list can be changed no more.
         """
         if self.batch_size < 1:
             raise BadInput(f"A batch of {self.batch_size} images is none.", "Use --batch-size 1 or more.")
         names = [loss.name for loss in self.losses]
         if twice := [name for name in names if names.count(name) > 1]:
             raise BadInput(f"Two losses of a recipe have the name {twice[0]!r}.", "Give one of them another name.")
+        if taken := [name for name in names if name in RESERVED]:
+            problem = f"A loss of a recipe has the name {taken[0]!r}, which metrics need for something else."
+            raise BadInput(problem, f"Give it one that is not among {', '.join(RESERVED)}.")
         object.__setattr__(self, "losses", tuple(self.losses))
         object.__setattr__(self, "phases", tuple(self.phases))
 

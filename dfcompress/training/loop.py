@@ -94,7 +94,7 @@ class Trainer:
                         self._save(steps)
                     if steps.clock.is_time_to_tell() or steps.done == self.training.steps:
                         self._check_finite(steps)
-                        progress.update(steps.done, **steps.last, **steps.source.measured())
+                        progress.update(steps.done, **{**steps.last, **steps.source.measured()})
             self._save(steps)
             if self.folder and self.everyone.is_main:
                 self._write_metrics(self.folder / METRICS, steps)

@@ -105,7 +105,9 @@ def test_students_are_built_from_a_folders_config_and_others_from_their_own_name
     ("change", "message"),
     [
         ({"architectures": ["ResNetModel"]}, "holds ResNetModel, which is no image classifier"),
-        ({"model_type": "no_such_type"}, "transformers does not take its config"),
+        ({"model_type": "no_such_type"}, "transformers has no image classifier of type 'no_such_type'"),
+        ({"model_type": "detr"}, "transformers has no image classifier of type 'detr'"),
+        ({"model_type": ["resnet"]}, "transformers does not take its config"),
         ({"depths": "many"}, "transformers"),
         ({"hidden_sizes": [8, 16, 16, 32]}, "is not transformers:resnet"),
     ],
@@ -129,6 +131,103 @@ def test_code_in_a_folder_is_not_run(tmp_path):
         (tmp_path / file).write_text(json.dumps(values | {"auto_map": auto}))
     assert load(tmp_path).card.architecture == "transformers:resnet"
     assert not list(tmp_path.rglob("ran"))
+
+
+TINY_TEXT = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "vocab_size": 9,
+}
+
+
+@needs_transformers
+@pytest.mark.parametrize("form", ["folder", "card"])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "evil.pth"}},
+            "model of timm that transformers wraps",
+        ),
+        (
+            {"model_type": "timm_wrapper", "architecture": "hf-hub:some/one"},
+            "model of timm that|made with --arch hf-hub",
+        ),
+        (
+            {
+                "model_type": "shieldgemma2",
+                "text_config": TINY_TEXT,
+                "vision_config": {"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "evil.pth"}},
+            },
+            "is not transformers:shieldgemma2",
+        ),
+    ],
+)
+def test_a_config_does_not_let_timm_open_files_or_addresses(config, message, form, tmp_path, monkeypatch):
+    """transformers hands the values of its wrapper, which may stand inside of another config, to timm.create_model."""
+    timm = pytest.importorskip("timm")
+    asked: list[object] = []
+    monkeypatch.setattr(timm, "create_model", lambda *given, **named: asked.append((given, named)))
+    path = tmp_path / "model.safetensors"
+    if form == "folder":
+        (tmp_path / "config.json").write_text(json.dumps({**config, "num_labels": 10}))
+        save_file({"a": torch.zeros(2, 2)}, path)
+        path = tmp_path
+    else:
+        card = {"architecture": f"transformers:{config['model_type']}", "classes": 10, "input_size": [3, 224, 224]}
+        card |= {"mean": [0.5] * 3, "std": [0.5] * 3, "config": config}
+        save_file({"a": torch.zeros(2, 2)}, path, {"dfcompress": json.dumps(card)})
+    with pytest.raises(BadInput, match=message):
+        load(path)
+    assert not asked
+
+
+@needs_transformers
+@pytest.mark.parametrize("place", ["preprocessor_config.json", "config.json"])
+def test_a_processor_is_one_of_image_classifiers(place, tmp_path):
+    """transformers takes any of its classes: OneFormer's processor opens a file or downloads it, a model loads itself.
+
+    What a config.json says of processors is not asked; the usual one of its type is taken.
+    """
+    _written("ResNet", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    stated = json.loads((tmp_path / place).read_text())
+    for name in ("OneFormerImageProcessor", "TimmWrapperModel", "TimmWrapperImageProcessor"):
+        asked = {"image_processor_type": name, "class_info_file": str(tmp_path / "classes.json"), "pretrained_cfg": {}}
+        (tmp_path / place).write_text(json.dumps(stated | asked))
+        if place == "config.json":
+            assert load(tmp_path).card.architecture == "transformers:resnet"
+        else:
+            with pytest.raises(BadInput, match=f"'{name}' is no image processor of a classifier"):
+                load(tmp_path)
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", ["ConvNextImageProcessor", "ConvNextImageProcessorFast"])
+@pytest.mark.parametrize("key", ["image_processor_type", "feature_extractor_type"])
+def test_a_processor_of_an_earlier_version_is_read(name, key, tmp_path):
+    _written("ResNet", tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    values = json.loads(path.read_text())
+    del values["image_processor_type"]
+    named = name.replace("ImageProcessor", "FeatureExtractor") if key == "feature_extractor_type" else name
+    path.write_text(json.dumps({**values, key: named}))
+    assert load(tmp_path).card.mean == (0.485, 0.456, 0.406)
+
+
+@needs_transformers
+def test_a_config_does_not_choose_code_of_the_hub(tmp_path):
+    """An implementation of attention that is named like a repository is downloaded and run."""
+    _written("ResNet", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    asked = {"attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel"}
+    (tmp_path / "config.json").write_text(json.dumps(config | asked))
+    card = load(tmp_path).card
+    assert card.config is not None
+    assert card.config["model_type"] == "resnet"
+    assert not asked.keys() & card.config.keys()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import shlex
 import struct
 import subprocess
 import sys
+import tracemalloc
 import webbrowser
 import zipfile
 from pathlib import Path
@@ -401,6 +402,38 @@ def test_a_file_written_without_checksums_is_read(tmp_path):
     finally:
         torch.serialization.set_crc32_options(True)
     assert _same(read(tmp_path / "net.pt").tensors, WEIGHTS)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("stated", ["its size", "less"])
+def test_a_compressed_archive_is_refused_unread(method, stated, tmp_path):
+    """Of zeros; the size in the directory may be another than what comes out."""
+    torch.save(WEIGHTS, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "net.pt", "w", method) as archive,
+    ):
+        for name in plain.namelist():
+            bomb = name.endswith("data/0")
+            archive.writestr(name, bytes(16 << 20) if bomb else plain.read(name), None if bomb else zipfile.ZIP_STORED)
+            if bomb and stated == "less":
+                archive.getinfo(name).file_size = 216
+    assert (tmp_path / "net.pt").stat().st_size < 1 << 18
+    tracemalloc.start()
+    with pytest.raises(BadInput, match="is a compressed zip file"):
+        read(tmp_path / "net.pt")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_records_that_share_their_bytes_are_refused(tmp_path):
+    torch.save({f"w{i}": torch.rand(64, 64) for i in range(8)}, tmp_path / "net.pt")
+    with zipfile.ZipFile(tmp_path / "net.pt", "a") as archive:
+        archive.filelist += [archive.getinfo("net/data/0")] * 8
+        archive.comment = b"So the directory is written anew."
+    with pytest.raises(BadInput, match="its records would have more bytes than the file"):
+        read(tmp_path / "net.pt")
 
 
 def _mutated(content: bytes, chance: random.Random) -> bytes:

@@ -647,6 +647,13 @@ def test_the_trainer_cannot_tell_a_live_source_from_a_pool():
     assert all(torch.equal(value, students[1][name]) for name, value in students[0].items())
 
 
+def test_a_loss_of_the_images_may_have_the_name_of_one_of_the_student():
+    source = Listed([Batch(images(32).float() / 255, torch.zeros(32, dtype=torch.long), torch.zeros(32))])
+    source.measured = lambda: {"kd": 5.0}
+    made = Trainer(tiny(2), Distillation(tiny(1), [kd(2.0)]), replace(TRAINING, steps=1), compute=EAGER)
+    assert made.fit(source).losses["kd"] != 5.0
+
+
 @pytest.mark.parametrize("done", [0, 7])
 def test_a_training_on_a_live_source_resumes_to_the_same_bytes(done, tmp_path):
     """All that the source has become is in the state: another source object goes on with it."""
