@@ -476,7 +476,7 @@ def test_variables_that_are_no_numbers_are_refused(monkeypatch):
 
 @pytest.mark.slow
 def test_an_adaptive_recipe_finishes_in_two_processes(pair, tmp_path):
-    """One process gives the lessons; the other waits for it and not in a collective operation."""
+    """One process updates the student; the other waits for it and not in a collective operation."""
     asked = [DEMO, "--recipe", "adaptive-deepinversion", "--images", "16", "--batch-size", "8", "--steps", "2"]
     asked += ["--set", "round_batches=1", *EAGER, "-q", "-o", tmp_path / "set"]
     ended = pair.run("invert", *asked)

@@ -18,11 +18,8 @@ from dfcompress import console
 from dfcompress.commands import _config
 from dfcompress.commands._help import Argument, Decorator, under
 from dfcompress.errors import BadInput
-from dfcompress.quantization import WeightGridKind
-from dfcompress.quantization.observers import range_rules
 from dfcompress.settings import assignments
 from dfcompress.synthesis.recipes import known_recipes, recipe_names
-from dfcompress.synthesis.records import KINDS
 from dfcompress.training import OBJECTIVES, OptimizerBackend, OptimizerName
 from dfcompress.verbs import Target
 
@@ -30,7 +27,6 @@ if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.models.classifier import Classifier
     from dfcompress.synthesis.recipe import Synthesis
-    from dfcompress.synthesis.records.accumulator import RecordSettings
     from dfcompress.verbs._gates import Gates
 
 PATH = click.Path(path_type=Path)
@@ -187,38 +183,10 @@ def _synthesis(
     )
 
 
-def _record_settings(**values: Any) -> RecordSettings:
-    from dfcompress.synthesis.records.accumulator import RecordSettings
-
-    return RecordSettings(**values)
-
-
 def _records(records: Path | None, no_records: bool) -> Path | str | None:
     if records and no_records:
         raise BadInput("--records and --no-records exclude each other.", "Give one of them.")
     return None if no_records else records or "beside"
-
-
-def _calibration(
-    calibrate: str | None,
-    weight_ranges: str | None,
-    weight_grid: str | None,
-    calibration_steps: int | None,
-    replacement: bool | None,
-    signed: bool | None,
-    correction: bool | None,
-) -> dict[str, Any]:
-    """The settings of calibration that were given, by the names of their fields."""
-    named = {
-        "inputs": calibrate,
-        "weights": weight_ranges,
-        "weight_grid": weight_grid,
-        "steps": calibration_steps,
-        "replacement": replacement,
-        "signed": signed,
-        "correction": correction,
-    }
-    return {name: value for name, value in named.items() if value is not None}
 
 
 def _gates(max_drop: float | None, min_agreement: float | None) -> Gates:
@@ -446,68 +414,6 @@ _SYNTHESIS = (
     ),
 )
 
-record_settings = group(
-    "settings",
-    _record_settings,
-    click.option(
-        "--kind",
-        type=click.Choice(KINDS),
-        default="all-layers",
-        show_default=True,
-        help="Kind of activation record.",
-    ),
-    click.option(
-        "--layers", multiple=True, metavar="PATTERN", help="Record only the layers that match, for instance 'conv*'."
-    ),
-    under(
-        "Recording",
-        renamed(
-            "--pooled",
-            "--class-independent",
-            "class_independent",
-            is_flag=True,
-            help="Keep one set of statistics for all classes together. Gaussian kinds alone have this option.",
-        ),
-        click.option(
-            "--covariance",
-            default="auto",
-            show_default=True,
-            metavar="FORM",
-            help="Form of the covariance of Gaussian kinds: auto, full, block:N or diagonal.",
-        ),
-        click.option(
-            "--temperature",
-            type=float,
-            default=8.0,
-            show_default=True,
-            help="Temperature by which the recorded logits are divided.",
-        ),
-        click.option(
-            "--per-class",
-            type=click.IntRange(1),
-            default=100,
-            show_default=True,
-            help="Number of activations of each class that spectral kinds store.",
-        ),
-        renamed(
-            "--keep",
-            "--coefficients",
-            "coefficients",
-            type=float,
-            default=0.1,
-            show_default=True,
-            help="Share of an activation's coefficients that spectral kinds store.",
-        ),
-        click.option(
-            "--min-images",
-            type=click.IntRange(2),
-            default=20,
-            show_default=True,
-            help="Refuse a class with fewer images than this.",
-        ),
-    ),
-)
-
 data = click.option(
     "--data",
     type=PATH,
@@ -516,57 +422,6 @@ data = click.option(
 )
 eval_data = click.option(
     "--eval-data", type=PATH, help="Real images on which accuracy is reported. They influence nothing else."
-)
-
-calibration = group(
-    "calibration",
-    _calibration,
-    under(
-        "Quantization",
-        click.option(
-            "--calibrate",
-            type=click.Choice(range_rules()),
-            show_default="mse, or minmax with --method paper",
-            help="Rule that finds the range of activations.",
-        ),
-        click.option(
-            "--weight-ranges",
-            type=click.Choice(range_rules()),
-            show_default="mse, or minmax with --method paper",
-            help="Rule that finds the range of weights.",
-        ),
-        click.option(
-            "--weight-grid",
-            type=click.Choice(get_args(WeightGridKind)),
-            show_default="auto, or asymmetric with --method paper",
-            help="Grid of weights: with a zero point per output channel (asymmetric) or without one (symmetric). auto "
-            "is asymmetric for 2 and 3 bits.",
-        ),
-        click.option(
-            "--calibration-steps",
-            type=click.IntRange(1),
-            show_default="16, or fewer for images of more than 64 pixels a side, or 200 with --method paper",
-            help="Number of calibration batches of 256 images.",
-        ),
-        click.option(
-            "--replacement/--no-replacement",
-            default=None,
-            show_default="--no-replacement, or --replacement with --method paper",
-            help="Draw the images of calibration with replacement, or show every image once before any comes again.",
-        ),
-        click.option(
-            "--signed",
-            is_flag=True,
-            default=None,
-            help="Use signed grids with zero point 0 for activations, as TensorRT requires.",
-        ),
-        click.option(
-            "--correction/--no-correction",
-            default=None,
-            show_default="--correction, or --no-correction with --method paper",
-            help="Correct the biases and the BatchNorm statistics that quantization shifts, or skip this step.",
-        ),
-    ),
 )
 
 export = click.option(
@@ -745,29 +600,6 @@ second_recipe = under(
         metavar="NAME",
         help="Recipe of the second half of the images. auto is bns where the model has BatchNorm statistics, none "
         "leaves all images to --recipe.",
-    ),
-)
-UNITS = {"s": 1, "m": 60, "h": 3600}
-
-
-def _seconds(budget: str | None) -> float | None:
-    """`90s`, `30m` or `2h` → seconds."""
-    if budget is None:
-        return None
-    try:
-        return float(budget[:-1]) * UNITS[budget[-1:]]
-    except (ValueError, KeyError):
-        raise BadInput(f"--budget {budget!r} is not understood.", "Write it like 90s, 30m or 2h.") from None
-
-
-budget = group(
-    "budget",
-    _seconds,
-    click.option(
-        "--budget",
-        metavar="TIME",
-        help="Time for the whole run on this machine, for instance 30m. It decides the number of images and of "
-        "training steps.",
     ),
 )
 probe_images = under(

@@ -8,11 +8,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dfcompress.commands import _help, _options, _summary
+from dfcompress.errors import BadInput
 
 if TYPE_CHECKING:
     from dfcompress.device import Compute
     from dfcompress.models.classifier import Classifier
     from dfcompress.synthesis.recipe import Synthesis
+
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def _seconds(budget: str | None) -> float | None:
+    """`90s`, `30m` or `2h` → seconds."""
+    if budget is None:
+        return None
+    try:
+        return float(budget[:-1]) * UNITS[budget[-1:]]
+    except (ValueError, KeyError):
+        raise BadInput(f"--budget {budget!r} is not understood.", "Write it like 90s, 30m or 2h.") from None
 
 
 @click.command(
@@ -29,7 +42,16 @@ if TYPE_CHECKING:
 @_options.temperature("4, or the temperature that the recipe states")
 @_options.second_recipe
 @_options.probe_images
-@_options.budget
+@_options.group(
+    "budget",
+    _seconds,
+    click.option(
+        "--budget",
+        metavar="TIME",
+        help="Time for the whole run on this machine, for instance 30m. It decides the number of images and of "
+        "training steps.",
+    ),
+)
 @_options.output
 @_options.compute
 @_options.reporting

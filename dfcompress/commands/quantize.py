@@ -9,7 +9,8 @@ import click
 
 from dfcompress.commands import _help, _options, _summary
 from dfcompress.errors import BadInput
-from dfcompress.quantization import Placement
+from dfcompress.quantization import Placement, WeightGridKind
+from dfcompress.quantization.observers import range_rules
 from dfcompress.settings import assignments
 from dfcompress.verbs import Finetuning, QuantizationMethod, Target
 
@@ -18,6 +19,28 @@ if TYPE_CHECKING:
     from dfcompress.models.classifier import Classifier
     from dfcompress.synthesis.recipe import Synthesis
     from dfcompress.verbs._gates import Gates
+
+
+def _calibration(
+    calibrate: str | None,
+    weight_ranges: str | None,
+    weight_grid: str | None,
+    calibration_steps: int | None,
+    replacement: bool | None,
+    signed: bool | None,
+    correction: bool | None,
+) -> dict[str, Any]:
+    """The settings of calibration that were given, by the names of their fields."""
+    named = {
+        "inputs": calibrate,
+        "weights": weight_ranges,
+        "weight_grid": weight_grid,
+        "steps": calibration_steps,
+        "replacement": replacement,
+        "signed": signed,
+        "correction": correction,
+    }
+    return {name: value for name, value in named.items() if value is not None}
 
 
 @click.command(
@@ -73,7 +96,56 @@ if TYPE_CHECKING:
         "layers alone.",
     ),
 )
-@_options.calibration
+@_options.group(
+    "calibration",
+    _calibration,
+    _help.under(
+        "Quantization",
+        click.option(
+            "--calibrate",
+            type=click.Choice(range_rules()),
+            show_default="mse, or minmax with --method paper",
+            help="Rule that finds the range of activations.",
+        ),
+        click.option(
+            "--weight-ranges",
+            type=click.Choice(range_rules()),
+            show_default="mse, or minmax with --method paper",
+            help="Rule that finds the range of weights.",
+        ),
+        click.option(
+            "--weight-grid",
+            type=click.Choice(get_args(WeightGridKind)),
+            show_default="auto, or asymmetric with --method paper",
+            help="Grid of weights: with a zero point per output channel (asymmetric) or without one (symmetric). auto "
+            "is asymmetric for 2 and 3 bits.",
+        ),
+        click.option(
+            "--calibration-steps",
+            type=click.IntRange(1),
+            show_default="16, or fewer for images of more than 64 pixels a side, or 200 with --method paper",
+            help="Number of calibration batches of 256 images.",
+        ),
+        click.option(
+            "--replacement/--no-replacement",
+            default=None,
+            show_default="--no-replacement, or --replacement with --method paper",
+            help="Draw the images of calibration with replacement, or show every image once before any comes again.",
+        ),
+        click.option(
+            "--signed",
+            is_flag=True,
+            default=None,
+            help="Use signed grids with zero point 0 for activations, as TensorRT requires.",
+        ),
+        click.option(
+            "--correction/--no-correction",
+            default=None,
+            show_default="--correction, or --no-correction with --method paper",
+            help="Correct the biases and the BatchNorm statistics that quantization shifts, or skip this step.",
+        ),
+    ),
+)
 @click.option(
     "--finetune",
     type=click.Choice(get_args(Finetuning)),

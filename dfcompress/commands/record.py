@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dfcompress import console
 from dfcompress.commands import _help, _options, _summary
+from dfcompress.synthesis.records import KINDS
 
 if TYPE_CHECKING:
     from dfcompress.models.classifier import Classifier
@@ -16,10 +17,76 @@ if TYPE_CHECKING:
     from dfcompress.verbs.record import Recorded
 
 
+def _settings(**values: Any) -> RecordSettings:
+    from dfcompress.synthesis.records.accumulator import RecordSettings
+
+    return RecordSettings(**values)
+
+
 @click.command(cls=_help.Command, epilog=_options.example("dfcompress record model.pt --data train --kind all-layers"))
 @_options.model
 @click.option("--data", type=_options.PATH, required=True, help="Images that the model was trained on.")
-@_options.record_settings
+@_options.group(
+    "settings",
+    _settings,
+    click.option(
+        "--kind",
+        type=click.Choice(KINDS),
+        default="all-layers",
+        show_default=True,
+        help="Kind of activation record.",
+    ),
+    click.option(
+        "--layers", multiple=True, metavar="PATTERN", help="Record only the layers that match, for instance 'conv*'."
+    ),
+    _help.under(
+        "Recording",
+        _options.renamed(
+            "--pooled",
+            "--class-independent",
+            "class_independent",
+            is_flag=True,
+            help="Keep one set of statistics for all classes together. Gaussian kinds alone have this option.",
+        ),
+        click.option(
+            "--covariance",
+            default="auto",
+            show_default=True,
+            metavar="FORM",
+            help="Form of the covariance of Gaussian kinds: auto, full, block:N or diagonal.",
+        ),
+        click.option(
+            "--temperature",
+            type=float,
+            default=8.0,
+            show_default=True,
+            help="Temperature by which the recorded logits are divided.",
+        ),
+        click.option(
+            "--per-class",
+            type=click.IntRange(1),
+            default=100,
+            show_default=True,
+            help="Number of activations of each class that spectral kinds store.",
+        ),
+        _options.renamed(
+            "--keep",
+            "--coefficients",
+            "coefficients",
+            type=float,
+            default=0.1,
+            show_default=True,
+            help="Share of an activation's coefficients that spectral kinds store.",
+        ),
+        click.option(
+            "--min-images",
+            type=click.IntRange(2),
+            default=20,
+            show_default=True,
+            help="Refuse a class with fewer images than this.",
+        ),
+    ),
+)
 @click.option(
     "-o", "--output", type=_options.PATH, help="File to write. By default MODEL.records.safetensors beside the model."
 )

@@ -15,8 +15,9 @@ from dfcompress.device import exact_fp32, threads, threads_for
 from dfcompress.errors import DfcompressError
 from dfcompress.models.classifier import Classifier, evaluating, images_a_pass, work_of
 from dfcompress.models.ood_score import OodScore, spread
-from dfcompress.models.recorder import HookRecorder, LayerMoments, Moments
+from dfcompress.models.recorder import HookRecorder
 from dfcompress.models.statistics import why_no_statistics
+from dfcompress.models.trace import LayerMoments, Moments
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

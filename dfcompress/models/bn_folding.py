@@ -14,8 +14,8 @@ from dfcompress.models.fake_quantizers import (
     per_channel,
 )
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
+from dfcompress.models.layers import channel_axis
 from dfcompress.models.plain_layers import after_normalising, plain_kind
-from dfcompress.models.recorder import channel_axis
 from dfcompress.models.uses import Uses, place
 
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfcompress.models.recorder import channel_axis
+from dfcompress.models.layers import channel_axis
 
 # Values, 2 MiB of doubles: features (16, 32, 112, 112) took an eighth of the time they take at once.
 CACHED = 2**18
 # A channel whose deviation behind BatchNorm is below a millionth of its scale has nothing to be rescaled by.
 STILL = 1e-12
+# Of all images that a network is shown at once for statistics, and the fewest images. Our choice, not measured.
+PIXELS, FEWEST = 2**20, 64
+
+
+def images_for_statistics(size: Sequence[int], available: int) -> int:
+    """How many of the available images of `size` (channels, height, width) are enough for stable statistics and few
+    enough to be seen at once.
+    """
+    _, height, width = size
+    return min(available, max(FEWEST, PIXELS // (height * width)))
 
 
 def channel_moments(layer: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:

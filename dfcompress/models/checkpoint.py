@@ -117,17 +117,7 @@ def load(
     given = _checked(given, "given")
     if arch and arch != stated.get("architecture"):
         stated.pop("widths", None)  # They are of the layers of another network.
-    known = given.get("classes", stated.get("classes", 0))
-    if stored.quantization is not None:
-        fit = _fit_of_packed(arch, stated | given, stored, path)
-    elif match_by_order and not (_is_sorted(path) and stated.get("architecture") == arch):  # A result has the names.
-        fit = _fit_by_order(arch, stored.tensors, path, known)
-    elif arch:
-        fit = _fit_of(named(arch, widths=stated.get("widths")), stored.tensors, path, known)
-    elif "architecture" in stated:
-        fit = _fit_of_stated(stated, stored.tensors, path, known)
-    else:
-        fit = recognise(stored.tensors, str(path), num_classes or 0)
+    fit = _fit(stored, path, stated, given, match_by_order=match_by_order)
     network = _packed(fit, stored) if stored.quantization is not None else _with_weights(fit)
     require_variances(network, str(path))
     described = _card(fit, stated, given)
@@ -318,6 +308,22 @@ def state_bytes(network: nn.Module) -> int:
     return sum(4 * tensor.numel() for tensor in without_counters(network.state_dict()).values())
 
 
+def _fit(
+    stored: StoredModel, path: Path, stated: Mapping[str, Any], given: Mapping[str, Any], *, match_by_order: bool
+) -> Recognised:
+    """The tensors as those of the architecture that the user gave, or that the file states, or that they tell."""
+    arch, classes = given.get("architecture"), given.get("classes", stated.get("classes", 0))
+    if stored.quantization is not None:
+        return _fit_of_packed(arch, {**stated, **given}, stored, path)
+    if match_by_order and not (_is_sorted(path) and stated.get("architecture") == arch):  # A result has the names.
+        return _fit_by_order(arch, stored.tensors, path, classes)
+    if arch:
+        return _fit_of(named(arch, widths=stated.get("widths")), stored.tensors, path, classes)
+    if "architecture" in stated:
+        return _fit_of_stated(stated, stored.tensors, path)
+    return recognise(stored.tensors, str(path))
+
+
 def _fit_of(architecture: Architecture, tensors: Mapping[str, Tensor], path: Path, classes: int = 0) -> Recognised:
     """The tensors as those of the architecture that was named, in the form its factory gives or as `save` writes it."""
     for form in _forms(architecture):
@@ -351,17 +357,17 @@ def _remedy(
     return "Name the architecture of the network that was saved." + factory
 
 
-def _fit_of_stated(stated: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, classes: int) -> Recognised:
+def _fit_of_stated(stated: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Recognised:
     """The architecture that a file states: ours by name, else timm's, else the one its tensors tell; never code."""
     name = stated["architecture"]
     _refuse_code(name, None, path)
     if name.startswith((HALF, TRANSFORMERS)) or stated.get("widths"):
-        return _fit_of(named(name, stated.get("config"), stated.get("widths")), tensors, path, classes)
+        return _fit_of(named(name, stated.get("config"), stated.get("widths")), tensors, path)
     if name in architectures() and (fit := fit_to(architectures()[name], tensors, str(path))):
         return fit
     timm_name = name.removeprefix("timm:")
     if name.startswith("timm:") or _timm_has(timm_name):
-        return _fit_of(named(f"timm:{timm_name}"), tensors, path, classes)
+        return _fit_of(named(f"timm:{timm_name}"), tensors, path)
     return recognise(tensors, str(path))
 
 

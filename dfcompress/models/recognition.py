@@ -125,19 +125,19 @@ class _File:
         return one is two or (one.shape == two.shape and not one.is_meta and torch.equal(one, two))
 
 
-def recognise(tensors: Mapping[str, Tensor], where: str, classes: int = 0) -> Recognised:
+def recognise(tensors: Mapping[str, Tensor], where: str) -> Recognised:
     """The one architecture whose tensors have these names and shapes.
 
-    `classes` is how many there are, where that is known. Tensors beside the network are left out with a notice.
-    Where several fit, the name of the file or of its folder decides, if it is the name of one.
+    Tensors beside the network are left out with a notice. Where several fit, the name of the file or of its folder
+    decides, if it is the name of one.
     Raises `BadInput` where several fit all the same, naming them, or none, naming those that fit in order or the
     nearest and where it first differs, and where the file holds a network twice or layers beside it.
     """
     file, count = _File(tensors), len(tensors)
     known = architectures().values()
     likely = [each for each in known if each.tensors in (None, count) or each.ignored]
-    matches = _complete(likely, file, classes)
-    if not any(_is_clear(match) for match in matches) and (match := _listed(file, where, classes)):
+    matches = _complete(likely, file)
+    if not any(_is_clear(match) for match in matches) and (match := _listed(file, where)):
         if _is_clear(match):
             return _taken(match, where)
         matches = [match]
@@ -153,12 +153,12 @@ def recognise(tensors: Mapping[str, Tensor], where: str, classes: int = 0) -> Re
         # Tensors that stand beside the network are few, so the largest architectures come first.
         smaller = {each.tensors for each in known if each.tensors and each.tensors < count}
         for size in sorted(smaller, reverse=True):
-            matches += _complete([each for each in known if each.tensors == size], file, classes)
+            matches += _complete([each for each in known if each.tensors == size], file)
             if any(_is_clear(match) for match in matches):
                 break
     clear = [match for match in matches if _is_clear(match)]
     if len(clear) == 1:
-        return _taken(_usual_or_named(clear[0], file, where, classes), where)
+        return _taken(_usual_or_named(clear[0], file, where), where)
     if clear:
         names = ", ".join(match.found.architecture.name for match in clear)
         raise BadInput(
@@ -167,7 +167,7 @@ def recognise(tensors: Mapping[str, Tensor], where: str, classes: int = 0) -> Re
         )
     if matches:
         _refuse_unclear(max(matches, key=lambda match: match.shared), where)
-    raise _unknown(file, where, classes)
+    raise _unknown(file, where)
 
 
 def fit_to(
@@ -204,7 +204,7 @@ def first(found: list[str], separator: str = "; ") -> str:
     return separator.join(found[:SHOWN]) + more
 
 
-def _listed(file: _File, where: str, classes: int) -> _Match | None:
+def _listed(file: _File, where: str) -> _Match | None:
     """The match of the architecture that the index has for a file, None where it has none.
 
     Raises `BadInput` where there are several, where timm is missing that would build it, and for a body alone.
@@ -219,7 +219,7 @@ def _listed(file: _File, where: str, classes: int) -> _Match | None:
             f"{where} fits several architectures, which compute differently: {', '.join(names)}.",
             f"Say which, for instance --arch {names[0]}; a file or folder of such a name needs no --arch.",
         )
-    match = _best(_of_library(name, where), file, classes)
+    match = _best(_of_library(name, where), file)
     if match.complete:
         return match
     if refused := _why_in_part(match, where, len(file.tensors)):
@@ -227,7 +227,7 @@ def _listed(file: _File, where: str, classes: int) -> _Match | None:
     return None
 
 
-def _usual_or_named(usual: _Match, file: _File, where: str, classes: int) -> _Match:
+def _usual_or_named(usual: _Match, file: _File, where: str) -> _Match:
     """The match of an architecture that is the usual one of its tensors, or of another one that the file is named
     after: timm has ResNets that differ from torchvision's in what has no tensors.
     """
@@ -237,7 +237,7 @@ def _usual_or_named(usual: _Match, file: _File, where: str, classes: int) -> _Ma
     name = _decided(fitting, where) or usual.found.architecture.name
     if any({name, usual.found.architecture.name} <= {*twins} for twins in fitting):
         return usual
-    named_match = _best(_of_library(name, where), file, classes)
+    named_match = _best(_of_library(name, where), file)
     return named_match if named_match.complete else usual
 
 
@@ -298,15 +298,15 @@ def _of_library(name: str, where: str) -> Architecture:
     return named(name)
 
 
-def _complete(candidates: Iterable[Architecture], file: _File, classes: int) -> list[_Match]:
-    return [match for each in candidates if (match := _best(each, file, classes)).complete]
+def _complete(candidates: Iterable[Architecture], file: _File) -> list[_Match]:
+    return [match for each in candidates if (match := _best(each, file)).complete]
 
 
 def _is_clear(match: _Match) -> bool:
     return not match.twins and not match.layers
 
 
-def _best(architecture: Architecture, file: _File, classes: int) -> _Match:
+def _best(architecture: Architecture, file: _File, classes: int = 0) -> _Match:
     matches = [_match(architecture, naming, file, classes) for naming in architecture.namings]
     return min(matches, key=lambda match: (len(match.differences), len(match.moved)))
 
@@ -352,10 +352,10 @@ def _why_in_part(match: _Match, where: str, count: int) -> BadInput | None:
     return None
 
 
-def _unknown(file: _File, where: str, classes: int) -> BadInput:
+def _unknown(file: _File, where: str) -> BadInput:
     """That no architecture fits, and which is the nearest: the one with most of the file's names and shapes."""
     count = len(file.tensors)
-    near = [_best(each, file, classes) for each in architectures().values() if _may_be_near(each, count)]
+    near = [_best(each, file) for each in architectures().values() if _may_be_near(each, count)]
     nearest = max(near, key=lambda match: (match.shared, -len(match.differences)), default=None)
     remedy = "Name it with --arch timm:NAME or --arch file.py:factory."
     if nearest is None or nearest.shared < NEAR * count:
@@ -395,7 +395,7 @@ def _match(architecture: Architecture, naming: Naming, file: _File, classes: int
     names |= moved
     tensors = {name: file.tensors[theirs] for name, theirs in names.items()}
     if not architecture.foreign:
-        classes, channels = _classes_and_channels(architecture, usual, tensors, classes)
+        classes, channels = _classes_and_channels(architecture, usual, tensors)
     expected = tensors_of(architecture, classes, channels)
     others = _others(architecture, naming, file, names, prefixes)
     layers = [name for name in _of_layers(others, file) if not any(file.same(name, own) for own in names.values())]
@@ -528,18 +528,17 @@ def _leaf(name: str) -> str:
 
 
 def _classes_and_channels(
-    architecture: Architecture, usual: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], classes: int
+    architecture: Architecture, usual: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]
 ) -> tuple[int, int]:
     """Classes from the last weight of the network, channels from its first convolution, by the architecture's own
-    order, where they are not known; whether that was right is seen from every shape afterwards.
+    order; whether that was right is seen from every shape afterwards.
 
     The file's own order says nothing: safetensors sorts names.
     """
     head = ["", *(name for name, shape in usual.items() if len(shape) >= 2)][-1]
     # A table of positions may have four dimensions, too.
     stem = next((name for name, shape in usual.items() if len(shape) == 4 and _leaf(name) == "weight"), "")
-    if not classes:
-        classes = tensors[head].shape[0] if head in tensors and tensors[head].dim() >= 2 else 10
+    classes = tensors[head].shape[0] if head in tensors and tensors[head].dim() >= 2 else 10
     channels = architecture.channels
     if stem in tensors and tensors[stem].dim() == 4:
         # Several for each of the image, where pixels are made channels first.

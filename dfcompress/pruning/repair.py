@@ -19,14 +19,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import exact_fp32
-from dfcompress.models.channel_statistics import channel_moments, renormalise
+from dfcompress.models.channel_statistics import channel_moments, images_for_statistics, renormalise
 from dfcompress.models.classifier import Classifier, count_runs, evaluating
 from dfcompress.models.hooks import hooked_inputs
 from dfcompress.models.resizing import widths_of
 from dfcompress.pruning.groups import ChannelGroup, Clusters, averaged, weight_blocks
 from dfcompress.randomness import generator
 
-PIXELS, FEWEST = 2**20, 64  # Of all images that are seen at once, and the fewest images: as bias correction takes them.
 ROWS = 8192  # Places of a layer's input that it is fitted on, at most: four for each of 2,048 channels.
 # Of the mean second moment. ResNet-20 at 0.63 of its operations answers 500 training images as before 74.8, 73.4, 73.2
 # and 73.2 % by taylor, 81.8, 81.8, 81.6 and 81.6 % by bn-scale, with 0.1, 0.01, 0.001 and 0.0001.
@@ -35,9 +34,8 @@ STILL = 1e-12  # Mean second moment of inputs that say nothing.
 
 
 def images_to_repair_on(images: Tensor) -> Tensor:
-    """Some of the stored images, evenly spread: enough for stable statistics, few enough to be seen at once."""
-    wanted = max(FEWEST, PIXELS // images[0, 0].numel())
-    return images[:: -(-len(images) // wanted)]
+    """Some of the stored images, evenly spread, as many as suffice for statistics."""
+    return images[:: -(-len(images) // images_for_statistics(images[0].shape, len(images)))]
 
 
 class _Seen(NamedTuple):

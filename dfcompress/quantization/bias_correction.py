@@ -13,20 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.device import exact_fp32
-from dfcompress.models.channel_statistics import channel_moments, renormalise
+from dfcompress.models.channel_statistics import channel_moments, images_for_statistics, renormalise
 from dfcompress.models.classifier import Classifier, count_runs, evaluating
 from dfcompress.models.fake_quantizers import QuantizedLayer
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
-from dfcompress.models.recorder import channel_axis
+from dfcompress.models.layers import channel_axis
 
-PIXELS = 2**20  # Of all images that are seen at once,
-FEWEST = 64  # but never fewer images.
-
-
-def images_to_correct_on(input_size: tuple[int, int, int], available: int) -> int:
-    """How many images are enough for stable statistics and few enough to be seen at once."""
-    _, height, width = input_size
-    return min(available, max(FEWEST, PIXELS // (height * width)))
+images_to_correct_on = images_for_statistics  # The name by which calibration imports it.
 
 
 @torch.no_grad()

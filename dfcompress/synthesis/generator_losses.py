@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.recorder import Trace
 from dfcompress.models.statistics import named_statistics_layers
+from dfcompress.models.trace import Trace
 from dfcompress.randomness import generator
 from dfcompress.synthesis.losses import Loss, Want, bn_distance, require_positive
 
@@ -50,9 +50,7 @@ def class_balance() -> Loss:
     """
 
     def value(trace: Trace) -> Tensor:
-        predicted = trace.logits.softmax(1)
-        mean = trace.rest.mean("class_balance", predicted) if trace.rest else predicted.mean(0)
-        mean = mean.clamp_min(RAREST)
+        mean = trace.mean_over_batch("class_balance", trace.logits.softmax(1)).clamp_min(RAREST)
         return (mean * mean.log()).sum()
 
     return Loss("class_balance", value, wants=(Want.BATCH,))
@@ -122,14 +120,14 @@ def on_view(loss: Loss, number: int, views: int = 2) -> Loss:
     """The loss of one of the `views` that a transform shows of every image, one whole copy after the other."""
     value: Callable[[Trace], Tensor] = loss.value
     assert not isinstance(value, nn.Module), "a module of a loss is handed every view"
-    return replace(loss, value=lambda trace: value(trace.view(number, views)), whole_batch=True)
+    return replace(loss, value=lambda trace: value(trace.part(number, views)), whole_batch=True)
 
 
 class AuxiliaryHead(nn.Module):
     """h(f_T): logits `(N, classes)` that one linear layer makes of a network's intermediate features.
 
-    `forward` is CE(h(f_T), t), and as a lesson KL(T/τ ‖ h(f_T)/τ), both means over the batch. t is the intended class;
-    with `own_argmax` the teacher's answer.
+    `forward` is CE(h(f_T), t), and with `module_loss` KL(T/τ ‖ h(f_T)/τ), both means over the batch. t is the intended
+    class; with `own_argmax` the teacher's answer.
     """
 
     def __init__(self, *, temperature: float, own_argmax: bool, features: int = 0, classes: int = 0) -> None:
@@ -145,11 +143,11 @@ class AuxiliaryHead(nn.Module):
             temperature=self._temperature, own_argmax=self._own_argmax, features=features, classes=classes
         )
 
-    def forward(self, trace: Trace, *, lesson: bool = False) -> Tensor:
-        """The loss of the images; as a lesson that of the head."""
-        features = trace.features().detach() if lesson else trace.features()
+    def forward(self, trace: Trace, *, module_loss: bool = False) -> Tensor:
+        """The loss of the images; with `module_loss` that of the head."""
+        features = trace.features().detach() if module_loss else trace.features()
         logits = F.linear(features, self.weight, self.bias)
-        if lesson:
+        if module_loss:
             return _divergence(trace.logits.detach(), logits, self._temperature).mean()
         return F.cross_entropy(logits, trace.logits.argmax(1) if self._own_argmax else trace.labels)
 
@@ -166,7 +164,7 @@ def auxiliary_head(temperature: float, *, own_argmax: bool = False) -> Loss:
     require_positive("temperature", temperature)
     head = AuxiliaryHead(temperature=temperature, own_argmax=own_argmax)
     wants = (Want.MOMENTS,) if own_argmax else (Want.MOMENTS, Want.LABELS)
-    return Loss("auxiliary_head", head, wants=wants, lesson=True)
+    return Loss("auxiliary_head", head, wants=wants, learns_with_student=True)
 
 
 # Units of the hidden layer at most. As coded it has as many as there are features: 688 of ResNet-20, but 26,560 of
@@ -213,7 +211,7 @@ class Contrast(nn.Module):
         """A head and a memory for the features of this teacher."""
         return Contrast(**self._settings, features=feature_count(teacher))  # type: ignore[arg-type]
 
-    def forward(self, trace: Trace, *, lesson: bool = False) -> Tensor:
+    def forward(self, trace: Trace) -> Tensor:
         """The loss of a batch of which transforms show the global views first and then the local ones."""
         features = trace.features()
         size, slots = len(features) // 2, len(self.filled)

@@ -80,7 +80,7 @@ class LiveSource:
         while self._made <= min(number, self.rounds - 1):
             self._make_round()
         batch = self._kept(step) if self.updates.keep else self._new(step)
-        self._builder.synthesizer.teach(batch.images, batch.labels)
+        self._builder.synthesizer.update_modules(batch.images, batch.labels)
         return batch
 
     def measured(self) -> dict[str, float]:

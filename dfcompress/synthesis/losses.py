@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.recorder import LayerMoments, Moments, Trace, moments_of
+from dfcompress.models.recorder import moments_of
+from dfcompress.models.trace import LayerMoments, Moments, Trace
 
 # The tensors of a module by name, outside of the module.
 ModuleState = dict[str, Tensor]
@@ -31,8 +32,10 @@ ModuleState = dict[str, Tensor]
 class Want(Enum):
     """What a loss may want besides images and logits: the moments of the layers with known statistics, the targets that
     an activation record sets (and the outputs of its layers), the patch features of all blocks that mix positions, the
-    labels, the logits of a student, norms over the batch, what goes into the last weighted layer.
+    labels, the logits of a student, means or norms over all images of the batch (`Trace.mean_over_batch` and
+    `norm_over_batch`), what goes into the last weighted layer.
 
+    A loss that wants moments or the batch has a value of the whole batch, which counts once and not by a chunk's share.
     A recipe none of whose losses wants labels steers its images towards no class.
     """
 
@@ -75,20 +78,20 @@ class Loss:
     (a head) and buffers (a memory bank, changed in place): every batch begins with a copy of them, the parameters are
     optimised together with the images, at the rate of the phase, and all of them are saved with the batch.
 
-    Where a student learns in between, the module lives on from batch to batch. With `lesson` its parameters are not
-    optimised together with the images: on every batch that the student learns from, `module(trace, lesson=True)` is
-    minimised in them alone.
+    Where a student learns in between, the module lives on from batch to batch. If it `learns_with_student`, its
+    parameters are not optimised together with the images: on every batch that the student learns from,
+    `module(trace, module_loss=True)` is minimised in them alone.
 
-    A value is one of the whole batch where it is made of moments or of `norm_over_batch` (`wants` says so); else it is
-    taken for a mean over images, and where a batch is computed in chunks, each counts by its share. One that needs the
-    `whole_batch` at once is never computed in chunks.
+    Where a batch is computed in chunks, the value of a loss that wants `Want.MOMENTS` or `Want.BATCH` is taken for one
+    of the whole batch and counts once; every other is taken for a mean over the chunk's images and counts by the
+    chunk's share. A loss that needs the `whole_batch` at once is never computed in chunks.
     """
 
     name: str
     value: Callable[[Trace], Tensor]
     weight: float = 1.0
     wants: Sequence[Want | LayerOutput | ChannelMeans] = ()
-    lesson: bool = False
+    learns_with_student: bool = False
     whole_batch: bool = False
 
     @property
@@ -108,9 +111,10 @@ class Loss:
         """
         if not isinstance(self.value, nn.Module):
             return {}
+        with_images = not self.learns_with_student
         tensors = [*self.value.named_parameters(), *self.value.named_buffers()]
         return {
-            name: tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad and not self.lesson)
+            name: tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad and with_images)
             for name, tensor in tensors
         }
 
@@ -121,14 +125,14 @@ class Loss:
         value: Tensor = functional_call(self.value, state, (trace,))
         return value
 
-    def lesson_with(self, state: ModuleState, trace: Trace) -> Tensor:
+    def module_loss(self, state: ModuleState, trace: Trace) -> Tensor:
         """What the loss's module shall minimise on images that the student learns from."""
         assert isinstance(self.value, nn.Module), "a plain function learns nothing"
-        value: Tensor = functional_call(self.value, state, (trace,), {"lesson": True})
+        value: Tensor = functional_call(self.value, state, (trace,), {"module_loss": True})
         return value
 
-    def lesson_parameters(self, state: ModuleState) -> list[Tensor]:
-        """The tensors of `module_state` that the lesson changes."""
+    def module_parameters(self, state: ModuleState) -> list[Tensor]:
+        """The tensors of `module_state` in which `module_loss` is minimised."""
         assert isinstance(self.value, nn.Module), "a plain function has none"
         return [state[name] for name, _ in self.value.named_parameters()]
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dfcompress.device import exact_fp32
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.recorder import HookRecorder, Moments
+from dfcompress.models.recorder import HookRecorder
+from dfcompress.models.trace import Moments
 from dfcompress.randomness import generator
 from dfcompress.synthesis.generators import Generator
 from dfcompress.synthesis.losses import Want

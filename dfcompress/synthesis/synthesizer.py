@@ -24,12 +24,14 @@ from dfcompress.errors import DfcompressError
 from dfcompress.memory import count_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized
+from dfcompress.models.layers import last_weighted_layer
 from dfcompress.models.patches import patch_blocks
-from dfcompress.models.recorder import FusedRecorder, Recording, Rest, Target, last_weighted_layer, traces
+from dfcompress.models.recorder import FusedRecorder
+from dfcompress.models.trace import Recording, Rest, Target, traces
 from dfcompress.randomness import generator
 from dfcompress.synthesis.batch_state import SMALLER, BatchState, detached, put_modules
 from dfcompress.synthesis.images import ComputedAs, Images, PixelStatistics
-from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, ModuleState, Want
+from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, Loss, ModuleState, Want
 from dfcompress.synthesis.recipe import Phase, Recipe
 from dfcompress.synthesis.records.targets import BatchTargets, TargetSampler
 from dfcompress.synthesis.transforms import Drawn
@@ -37,7 +39,7 @@ from dfcompress.synthesis.transforms import Drawn
 HISTORY_POINTS = 50
 ATTEMPTS = 3
 STEPS_BEFORE_CAPTURE = 3
-LESSON_RATE = 1e-3  # Of Adam, for heads that learn beside a student; not stated in the papers, the usual one.
+MODULE_RATE = 1e-3  # Of Adam, for heads that learn beside a student; not stated in the papers, the usual one.
 # Freed memory is kept for the next step, but falls into pieces: with 64 images of EfficientNet-Lite0 at 56 pixels the
 # process grew by 30 MB a step, without end.
 STEPS_BEFORE_RELEASE = 8
@@ -104,7 +106,7 @@ class Synthesizer:
         self._modules: dict[str, ModuleState] | None = None
         if recipe.student_updates:
             self._modules = {loss.name: loss.module_state(self.device) for loss in recipe.losses}
-        self._lessons = self._optimizer_of_lessons()
+        self._module_optimizer = self._make_module_optimizer()
         self._live_student: LiveStudent | None = None
         if Want.STUDENT in recipe.wants:
             assert student is not None, "a recipe that competes with a student needs one"
@@ -130,44 +132,48 @@ class Synthesizer:
         self._images.start(labels.to(self.device), self.teacher, random, self.pixels)
         return self.teacher.denormalise(self._images.render()).clamp(0, 1)
 
-    def teach(self, images: Tensor, labels: Tensor) -> None:
-        """Take a step of the lessons that losses' modules have, on images `(N, C, H, W)` in [0, 1] with their labels
-        `(N,)`, which a student learns from.
+    def update_modules(self, images: Tensor, labels: Tensor) -> None:
+        """Take a training step of the losses' modules that learn with the student, on images `(N, C, H, W)` in [0, 1]
+        with their labels `(N,)`, which the student learns from.
         """
-        if self._lessons is None:
+        if self._module_optimizer is None:
             return
-        assert self._modules is not None, "a lesson needs a student that learns"
+        assert self._modules is not None, "modules live on only where a student learns"
         with device.computing(self.execution):
             with torch.no_grad():
                 seen = self.teacher.normalise(images.to(self.device))
                 recording = self._network(seen)
             (trace,) = traces(seen, labels.to(self.device), recording)
-            parameters = self._lesson_parameters()
+            parameters = self._module_parameters()
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            lessons = [loss.lesson_with(self._modules[loss.name], trace) for loss in self.recipe.losses if loss.lesson]
-            gradients = torch.autograd.grad(torch.stack(lessons).sum(), parameters)
+            losses = [loss.module_loss(self._modules[loss.name], trace) for loss in self._learning_losses]
+            gradients = torch.autograd.grad(torch.stack(losses).sum(), parameters)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.requires_grad_(False).grad = gradient
-            self._lessons.step()
+            self._module_optimizer.step()
 
-    def _lesson_parameters(self) -> list[Tensor]:
+    @property
+    def _learning_losses(self) -> list[Loss]:
+        return [loss for loss in self.recipe.losses if loss.learns_with_student]
+
+    def _module_parameters(self) -> list[Tensor]:
         if self._modules is None:
             return []
-        lessons = [loss.lesson_parameters(self._modules[loss.name]) for loss in self.recipe.losses if loss.lesson]
-        return [parameter for parameters in lessons for parameter in parameters]
+        by_loss = [loss.module_parameters(self._modules[loss.name]) for loss in self._learning_losses]
+        return [parameter for parameters in by_loss for parameter in parameters]
 
-    def _optimizer_of_lessons(self) -> torch.optim.Optimizer | None:
-        parameters = self._lesson_parameters()
-        return torch.optim.Adam(parameters, lr=LESSON_RATE) if parameters else None
+    def _make_module_optimizer(self) -> torch.optim.Optimizer | None:
+        parameters = self._module_parameters()
+        return torch.optim.Adam(parameters, lr=MODULE_RATE) if parameters else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that lives on from batch to batch, between two of them."""
         state: dict[str, Any] = {}
         if self._modules is not None:
             state["modules"] = detached(self._modules)
-        if self._lessons:
-            state["lessons"] = self._lessons.state_dict()
+        if self._module_optimizer:
+            state["lessons"] = self._module_optimizer.state_dict()  # The key that earlier runs were saved with.
         if self._living:
             state["images"], state["labels"] = dict(self._images.state_dict()), self._living.labels
             state["optimizer"] = self._living.optimizer.state_dict()
@@ -177,8 +183,8 @@ class Synthesizer:
         """Go on from a `state_dict`."""
         if self._modules is not None:
             put_modules(self._modules, state["modules"])
-        if self._lessons:
-            self._lessons.load_state_dict(state["lessons"])
+        if self._module_optimizer:
+            self._module_optimizer.load_state_dict(state["lessons"])
         if "images" in state:
             living = self.begin({0: state["labels"]})
             living.start_phase(betas=self.recipe.phases[0].betas)

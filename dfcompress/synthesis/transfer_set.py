@@ -80,15 +80,18 @@ class TransferSetSource:
         self.sources = [open_images(place, teacher.card, part="train") for place in places]
         _tell_missing(self.sources, teacher)
         self.specs = {} if self.sources else _specs(teacher, synthesis, second_recipe)
-        if self.sources and (second_recipe not in (AUTO, None) or replace(synthesis, images=1) != Synthesis(images=1)):
+        if self.sources and (second_recipe not in (AUTO, None) or replace(synthesis, images=None) != Synthesis()):
             console.notice("The images are given: options of synthesis make no others to train on.")
-        alternating = [spec.choice.name for spec in self.specs.values() if spec.recipe.student_updates]
+        alternating = {name: spec.choice.name for name, spec in self.specs.items() if spec.recipe.student_updates}
         if student and len(alternating) > 1:
+            first, second = alternating.values()
             raise BadInput(
-                f"One student cannot learn between the rounds of {alternating[0]} and of {alternating[1]}.",
+                f"One student cannot learn between the rounds of {first} and of {second}.",
                 "Name another --second-recipe.",
             )
         self.student = student if alternating else None
+        # The folder of the set that is made while the verb's own student learns, None where there is none.
+        self.live = next(iter(alternating), None) if student else None
         self.competitors = {} if student else {name: competitor(spec.recipe) for name, spec in self.specs.items()}
         informed = next((spec.teacher for spec in self.specs.values()), teacher)
         self.probe = None
@@ -117,12 +120,6 @@ class TransferSetSource:
             students[self.live] = self.student
         sets = [(spec, students.get(name)) for name, spec in self.specs.items()]
         return sets + ([(self.probe, None)] if self.probe else [])
-
-    @property
-    def live(self) -> str | None:
-        """The folder of the set that is made while the verb's own student learns, None where there is none."""
-        alive = [name for name, spec in self.specs.items() if spec.recipe.student_updates]
-        return alive[0] if self.student and alive else None
 
     def __len__(self) -> int:
         """How many images there are to train on."""

@@ -19,7 +19,7 @@ from dfcompress.device import Execution
 from dfcompress.distributed import World
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.hooks import hooked_inputs
-from dfcompress.models.recorder import last_weighted_layer
+from dfcompress.models.layers import last_weighted_layer
 from dfcompress.randomness import seed_of
 from dfcompress.run import Clock, save_state
 from dfcompress.training import optimizers, parallel

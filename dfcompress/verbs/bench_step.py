@@ -16,7 +16,7 @@ from dfcompress.evaluation.timing import Bench, Step, interleaved, row, seconds_
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, multiply_accumulates
 from dfcompress.models.hooks import hook_inputs, hooked_inputs
-from dfcompress.models.recorder import weighted_layers
+from dfcompress.models.layers import weighted_layers
 from dfcompress.models.statistics import named_statistics_layers, require_statistics
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import STEPS_BEFORE_CAPTURE, Synthesizer

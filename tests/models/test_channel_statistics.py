@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfcompress.models.channel_statistics import CACHED, channel_moments, renormalise
+from dfcompress.models.channel_statistics import CACHED, channel_moments, images_for_statistics, renormalise
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,13 @@ def test_moments_in_parts_are_those_of_all_values_in_doubles(layer, shape, other
     expected_variance, expected_mean = torch.var_mean(activations.double(), others, correction=0)
     torch.testing.assert_close(mean, expected_mean, rtol=1e-12, atol=0)
     torch.testing.assert_close(variance, expected_variance, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "available", "count"), [((3, 32, 32), 960, 960), ((3, 32, 32), 5000, 1024), ((3, 224, 224), 960, 64)]
+)
+def test_as_many_images_as_memory_allows_and_never_too_few(size, available, count):
+    assert images_for_statistics(size, available) == count
 
 
 @pytest.mark.parametrize("spread", [1.0, 0.01, 0.0], ids=["as before", "nearly still", "still"])

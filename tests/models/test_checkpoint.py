@@ -337,6 +337,18 @@ def test_a_number_of_classes_that_the_network_has_not_is_answered_with_the_one_i
     assert load(path, arch=f"{SPEC}plain", input_size=(3, 16, 16), num_classes=10).card.classes == 10
 
 
+@pytest.mark.parametrize("how", ["recognised", "stated", "named"])
+def test_tensors_tell_the_classes_of_a_known_architecture_whatever_number_a_card_or_the_user_gives(how, tmp_path):
+    path = _written(_classifier().network, tmp_path)
+    card = {"classes": 7} | ({"architecture": "lenet5_bn"} if how == "stated" else {})
+    (tmp_path / "net.card.json").write_text(json.dumps(card))
+    arch = "lenet5_bn" if how == "named" else None
+    assert load(path, arch=arch).card.classes == 10
+    with pytest.raises(BadInput, match="lenet5_bn has 10 outputs, not 7") as refused:
+        load(path, arch=arch, num_classes=7)
+    assert "--num-classes 10" in refused.value.remedy
+
+
 def test_names_of_a_users_own_network_may_begin_like_a_wrappers(tmp_path):
     path = _written(factories.within(), tmp_path)
     classifier = load(path, arch=f"{SPEC}within", input_size=(3, 16, 16))

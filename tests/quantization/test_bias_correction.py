@@ -12,7 +12,7 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import in_float, quantize_layers
 from dfcompress.models.hooks import kept_outputs
-from dfcompress.quantization.bias_correction import correct, images_to_correct_on
+from dfcompress.quantization.bias_correction import correct
 from dfcompress.quantization.ranges import calibrate
 
 
@@ -90,13 +90,6 @@ def test_no_hook_and_no_training_mode_is_left():
     correct(student, float_classifier, images)
     assert not student.training
     assert not any(module._forward_hooks for each in (student, float_classifier) for module in each.modules())
-
-
-@pytest.mark.parametrize(
-    ("size", "available", "count"), [((3, 32, 32), 960, 960), ((3, 32, 32), 5000, 1024), ((3, 224, 224), 960, 64)]
-)
-def test_as_many_images_as_memory_allows_and_never_too_few(size, available, count):
-    assert images_to_correct_on(size, available) == count
 
 
 class ChannelsLast(nn.Module):

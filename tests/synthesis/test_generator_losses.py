@@ -14,7 +14,9 @@ from dfcompress.device import Execution
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.recorder import FusedRecorder, HookRecorder, Rest, Trace, last_weighted_layer, traces
+from dfcompress.models.layers import last_weighted_layer
+from dfcompress.models.recorder import FusedRecorder, HookRecorder
+from dfcompress.models.trace import Rest, Trace, traces
 from dfcompress.synthesis.generator_losses import (
     auxiliary_head,
     class_balance,
@@ -139,10 +141,10 @@ def test_the_auxiliary_head_is_a_linear_layer_that_learns_the_teachers_answers(t
     own = auxiliary_head(3.0, own_argmax=True).sized_for(teacher)
     expected = F.cross_entropy(logits, trace.logits.argmax(1))
     assert own.value_with(state, trace).item() == pytest.approx(expected.item(), rel=1e-4)
-    assert (loss.lesson, Want.LABELS in loss.wants, Want.LABELS in own.wants) == (True, True, False)
-    lesson = torch.func.functional_call(loss.value, state, (trace,), {"lesson": True})
+    assert (loss.learns_with_student, Want.LABELS in loss.wants, Want.LABELS in own.wants) == (True, True, False)
+    of_head = loss.module_loss(state, trace)
     target, answer = (trace.logits / 3).softmax(1), (logits / 3).softmax(1)
-    assert lesson.item() == pytest.approx((target * (target / answer).log()).sum(1).mean().item(), rel=1e-4)
+    assert of_head.item() == pytest.approx((target * (target / answer).log()).sum(1).mean().item(), rel=1e-4)
 
 
 def test_contrast_tells_local_views_apart_from_all_global_ones_that_it_remembers(teacher):

@@ -70,8 +70,8 @@ class Head(nn.Module):
         super().__init__()
         self.layer = nn.Linear(10, 10)
 
-    def forward(self, trace, *, lesson=False):
-        if lesson:
+    def forward(self, trace, *, module_loss=False):
+        if module_loss:
             return F.cross_entropy(self.layer(trace.logits), trace.logits.argmax(1))
         return F.cross_entropy(self.layer(trace.logits), trace.labels)
 
@@ -101,7 +101,7 @@ def headed():
     return Recipe(
         images=Pixels(clip=True),
         batch_size=8,
-        losses=[Loss("head", Head(), wants=(Want.LABELS,), lesson=True), disagreement()],
+        losses=[Loss("head", Head(), wants=(Want.LABELS,), learns_with_student=True), disagreement()],
         phases=[Phase(2, 0.02)],
         student_updates=StudentUpdates(steps=2, lr=0.05, batch_size=8),
     )

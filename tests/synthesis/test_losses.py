@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from dfcompress.errors import BadInput
-from dfcompress.models.recorder import LayerMoments, Moments, Target, Trace, moments_of
+from dfcompress.models.recorder import moments_of
+from dfcompress.models.trace import LayerMoments, Moments, Target, Trace
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import (
     activation_distance,
@@ -136,16 +137,6 @@ def test_divergence_of_equal_moments_is_zero():
     assert moments(([0.0] * 3, [2.0] * 3, [2.0] * 3)).divergences().item() == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(6, 3, 4, 5), (6, 3)])
-def test_moments_are_the_mean_and_the_biased_variance_of_each_channel(shape):
-    features = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 100
-    running_mean = torch.tensor([90.0, 100.0, 110.0])
-    measured = Moments.of([moments_of(features, running_mean, torch.ones(3))])
-    channels = features.double().transpose(0, 1).flatten(1)
-    torch.testing.assert_close(measured.mean_error.double(), channels.mean(1) - running_mean, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(measured.var.double(), channels.var(1, correction=0), rtol=1e-4, atol=1e-4)
-
-
 def test_activation_distance_sums_means_of_squared_differences_behind_the_relu():
     outputs = [torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([[8.0], [0.0]])]
     targets = [
@@ -190,21 +181,6 @@ def test_pixel_divergence_looks_at_every_image_alone():
     black_and_white = torch.cat([standard * 0.1 - 1, standard * 0.1 + 1])
     expected = -math.log(0.1) - 0.5 * (1 - 0.01 - 1)
     assert pixel_divergence().value(trace(images=black_and_white)).item() == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("eps", [1e-5, 1e-3])
-def test_a_dead_channel_counts_as_the_kl_of_variances_with_batchnorms_eps(eps):
-    """KL(N(0.01, 1e-4 + eps) ‖ N(0, eps)), beside a live channel, which is the paper's."""
-    features = torch.tensor([[0.0, 3.0], [0.02, 1.0]])
-    record = moments_of(features, torch.zeros(2), torch.tensor([0.0, 2.0]), eps)
-    dead = 0.5 * (math.log(eps / (1e-4 + eps)) + (1e-4 + eps + 1e-4) / eps - 1)
-    live = 0.5 * (math.log(2.0 / 1.0) + (1 + 4) / 2.0 - 1)
-    assert Moments.of([record]).divergences().item() == pytest.approx((dead + live) / 2, rel=1e-3)
-
-
-def test_what_a_dead_channel_always_was_is_no_distance_from_it():
-    record = moments_of(torch.full((4, 1), 7.0), torch.full((1,), 7.0), torch.zeros(1))
-    assert Moments.of([record]).divergences().item() == pytest.approx(0.0, abs=1e-5)
 
 
 def layer_by_layer(images, layers, first):

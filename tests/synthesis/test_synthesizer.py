@@ -20,8 +20,9 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import InputGrid, is_quantized, learn_steps, quantize_layers
-from dfcompress.models.recorder import HookRecorder, Target, _tensors
+from dfcompress.models.recorder import HookRecorder, _tensors
 from dfcompress.models.statistics import statistics_layers
+from dfcompress.models.trace import Target
 from dfcompress.randomness import generator
 from dfcompress.run import Clock
 from dfcompress.synthesis import losses

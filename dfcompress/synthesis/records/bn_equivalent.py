@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.recorder import channel_axis, channels_of, weighted_layers
+from dfcompress.models.layers import channel_axis, channels_of, weighted_layers
 from dfcompress.models.statistics import KnownStatistics, require_variances
 from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
 from dfcompress.synthesis.records.record_file import Record

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import hooked_outputs
-from dfcompress.models.recorder import DROPOUTS, LOGITS, Target, outputs_of_one_image
+from dfcompress.models.recorder import DROPOUTS, LOGITS, outputs_of_one_image
+from dfcompress.models.trace import Target
 from dfcompress.synthesis.records import FIXED_DROPOUT
 from dfcompress.synthesis.records.accumulator import RecordSettings
 from dfcompress.synthesis.records.moments import StreamingMoments, blocks_of, merge_states, states

@@ -20,7 +20,7 @@ from torch import Tensor
 from dfcompress.device import threads
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.recorder import Target
+from dfcompress.models.trace import Target
 from dfcompress.synthesis.records.accumulator import RecordSettings
 from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
 from dfcompress.synthesis.records.record_file import Expected, Record, require_memory, tensor_bytes

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dfcompress.models.recorder import Target
+from dfcompress.models.trace import Target
 
 
 @dataclass(frozen=True)

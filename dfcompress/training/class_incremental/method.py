@@ -18,7 +18,7 @@ from dfcompress.data.pool import Augmentation
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
-from dfcompress.models.recorder import last_weighted_layer
+from dfcompress.models.layers import last_weighted_layer
 from dfcompress.training.distiller import Distiller
 from dfcompress.training.settings import Training
 

@@ -10,7 +10,8 @@ from dfcompress.errors import BadInput
 from dfcompress.models.architectures import find
 from dfcompress.models.card import CIFAR_MEAN, CIFAR_STD, ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.recorder import FusedRecorder, HookRecorder, traces
+from dfcompress.models.recorder import FusedRecorder, HookRecorder
+from dfcompress.models.trace import traces
 from dfcompress.synthesis.losses import bn_distance, bn_divergence
 from dfcompress.synthesis.records.bn_equivalent import StatisticsAccumulator, with_statistics
 from dfcompress.synthesis.records.record_file import Description, Record
