@@ -120,6 +120,8 @@ def exported(result: Exported, *, fp32: float | None = None, slow: str = SLOW_IN
     """What was written, and how it compares with the model; its size with `fp32` bytes where these are known, else with
     the checkpoint that was exported. `slow` says why a file may not be faster.
     """
+    from dfcompress.evaluation.onnx_check import EXACT, UNSATURATED
+
     size = "" if result.bytes_ratio is None else f", {result.bytes_ratio:.3f} of the checkpoint"
     if fp32:
         size = f", {result.bytes / fp32:.3f} of the input in fp32"
@@ -127,15 +129,18 @@ def exported(result: Exported, *, fp32: float | None = None, slow: str = SLOW_IN
     usual = f"equal answers in onnxruntime: {result.equal_rewritten} of {result.images}"
     if result.equal_rewritten is None:
         usual = "onnxruntime does not load the file with its default options"
+    if result.saturates:
+        usual += f", which saturates on this processor; with {UNSATURATED}=1: {result.equal_unsaturated}"
     console.result(
-        f"{usual}; with session.disable_quant_qdq=1: {result.equal} of {result.images} answers are equal, "
+        f"{usual}; with {EXACT}=1: {result.equal} of {result.images} answers are equal, "
         f"logits differ by {result.median_difference:.1e} (median), {result.largest_difference:.1e} at most"
     )
-    faster = result.milliseconds_fp32 / result.milliseconds
-    console.result(
-        f"{result.milliseconds:.1f} ms for 64 images on one thread, {result.milliseconds_fp32:.1f} ms in fp32: "
-        + (f"{faster:.1f} times faster" if faster > 1.1 else f"not faster here: {slow}")
-    )
+    took = f"{result.milliseconds:.1f} ms for 64 images on one thread"
+    if result.milliseconds_fp32:
+        faster = result.milliseconds_fp32 / result.milliseconds
+        took += f", {result.milliseconds_fp32:.1f} ms in fp32: "
+        took += f"{faster:.1f} times faster" if faster > 1.1 else f"not faster here: {slow}"
+    console.result(took)
 
 
 def layers(report: dict[str, Any]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,12 @@ from dfcompress.memory import PIXELS
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.safe_reading import file_bytes
 
+# Session options of onnxruntime. As the file says, in floating point between the quantizers, where by default
+# quantized operations are rewritten for kernels of integers:
+EXACT = "session.disable_quant_qdq"
+# Products of unsigned weights, which add up right on x86 processors without VNNI, too, where those of signed ones are
+# added in 16 bits and saturate:
+UNSATURATED = "session.x64quantprecision"
 BATCH = 256
 TIMED = 64
 ROUNDS = 5
@@ -31,9 +36,10 @@ class Exported:
 
     Of `images` images `equal` are answered alike in onnxruntime; `median_difference` and `largest_difference` are those
     of the logits. `equal_rewritten` counts the same with onnxruntime's own rewriting of quantized operations, which
-    rounds differently (None where the file does not load then). `bytes` of the file, `bytes_ratio` against the
-    checkpoint's, `milliseconds` of 64 images in onnxruntime on one thread (with its rewriting where it loads), and
-    `milliseconds_fp32` of the same network in float there, in the same rounds.
+    rounds differently, and `equal_unsaturated` with this and `session.x64quantprecision=1` (None where the file does not
+    load so). `bytes` of the file, `bytes_ratio` against the checkpoint's, `milliseconds` of 64 images in onnxruntime on
+    one thread (with its rewriting where it loads, unsaturated where that matters), and `milliseconds_fp32` of the same
+    network in float there, in the same rounds (None where the file itself is in float).
     """
 
     path: str
@@ -43,28 +49,33 @@ class Exported:
     images: int
     equal: int
     equal_rewritten: int | None
+    equal_unsaturated: int | None
     median_difference: float
     largest_difference: float
     milliseconds: float
-    milliseconds_fp32: float
+    milliseconds_fp32: float | None
+
+    @property
+    def saturates(self) -> bool:
+        """Whether default options change answers on this processor, and `session.x64quantprecision=1` keeps them."""
+        return (self.equal_unsaturated or 0) > (self.equal_rewritten or 0) > 0
 
     def to_json(self) -> dict[str, Any]:
         """The fields."""
         return asdict(self)
 
 
-def compare(classifier: Classifier, path: Path, fp32: Path, images: Tensor, *, target: str) -> Exported:
-    """Ask the model and the file at `path` about `images` `(N, C, H, W)` in [0, 1]; `fp32` is the network in float.
+def compare(classifier: Classifier, path: Path, fp32: Path | None, images: Tensor, *, target: str) -> Exported:
+    """Ask the model and the file at `path` about `images` `(N, C, H, W)` in [0, 1]; `fp32` is what it is timed against.
 
     Raises `DfcompressError` where onnxruntime does not load a file.
     """
     expected = _answers(classifier, images)
-    exact, usual = Session(path, rewriting=False), _rewriting(path)
+    exact, usual, unsaturated = Session(path, EXACT), _usual(path), _loaded(path, UNSATURATED)
     answers = exact(images)
     different = (answers - expected).abs()
-    milliseconds, milliseconds_fp32 = _milliseconds([usual or exact, Session(fp32, rewriting=True)], images)
     whole = file_bytes(classifier.path) if classifier.path else None
-    return Exported(
+    found = Exported(
         path=str(path),
         target=target,
         bytes=path.stat().st_size,
@@ -72,31 +83,42 @@ def compare(classifier: Classifier, path: Path, fp32: Path, images: Tensor, *, t
         images=len(images),
         equal=_equal(answers, expected),
         equal_rewritten=_equal(usual(images), expected) if usual else None,
+        equal_unsaturated=_equal(unsaturated(images), expected) if unsaturated else None,
         median_difference=different.median().item(),
         largest_difference=different.max().item(),
-        milliseconds=milliseconds,
-        milliseconds_fp32=milliseconds_fp32,
+        milliseconds=0,
+        milliseconds_fp32=None,
     )
+    timed = (unsaturated if found.saturates else usual) or exact
+    return replace(found, **_milliseconds(timed, Session(fp32) if fp32 else None, images))
 
 
-def _rewriting(path: Path) -> Session | None:
+def _usual(path: Path) -> Session | None:
     """The file as onnxruntime rewrites it by default; None where it cannot, as with 2 bits."""
     try:
-        return Session(path, rewriting=True)
+        return Session(path)
     except DfcompressError as error:
-        console.notice(f"The file needs the session option session.disable_quant_qdq=1. Without it: {error.problem}")
+        console.notice(f"The file needs the session option {EXACT}=1. Without it: {error.problem}")
+        return None
+
+
+def _loaded(path: Path, option: str) -> Session | None:
+    try:
+        return Session(path, option)
+    except DfcompressError:
         return None
 
 
 class Session:
-    """An ONNX file in onnxruntime, on one thread of the CPU, with or without its rewriting of quantized operations."""
+    """An ONNX file in onnxruntime, on one thread of the CPU, with default options or one more of them."""
 
-    def __init__(self, path: Path, *, rewriting: bool) -> None:
+    def __init__(self, path: Path, option: str | None = None) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 4, 1
-        options.add_session_config_entry("session.disable_quant_qdq", "0" if rewriting else "1")
+        if option:
+            options.add_session_config_entry(option, "1")
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # Onnxruntime's own exceptions have no common class but this.
@@ -112,18 +134,19 @@ class Session:
         return logits
 
 
-def _milliseconds(sessions: Sequence[Session], images: Tensor) -> list[float]:
-    """The least time of 64 images in each session, of some rounds in turn: so a busy machine slows all of them."""
+def _milliseconds(session: Session, fp32: Session | None, images: Tensor) -> dict[str, float]:
+    """The least time of 64 images in each session, of some rounds in turn: so a busy machine slows both of them."""
     few = images[torch.arange(TIMED) % len(images)]
-    seconds: list[list[float]] = [[] for _ in sessions]
-    for session in sessions:
-        session(few)
+    sessions = {"milliseconds": session} | ({"milliseconds_fp32": fp32} if fp32 else {})
+    seconds: dict[str, list[float]] = {name: [] for name in sessions}
+    for each in sessions.values():
+        each(few)
     for _ in range(ROUNDS):
-        for session, found in zip(sessions, seconds, strict=True):
+        for name, each in sessions.items():
             started = time.perf_counter()
-            session(few)
-            found.append(time.perf_counter() - started)
-    return [round(1000 * min(found), 2) for found in seconds]
+            each(few)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: round(1000 * min(found), 2) for name, found in seconds.items()}
 
 
 @torch.no_grad()

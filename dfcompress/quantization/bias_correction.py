@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.device import exact_fp32
-from dfcompress.models.channel_statistics import channel_moments, images_for_statistics, renormalise
+from dfcompress.models.channel_statistics import channel_moments, renormalise
 from dfcompress.models.classifier import Classifier, count_runs, evaluating
 from dfcompress.models.fake_quantizers import QuantizedLayer
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
 from dfcompress.models.layers import channel_axis
-
-images_to_correct_on = images_for_statistics  # The name by which calibration imports it.
 
 
 @torch.no_grad()

@@ -19,10 +19,11 @@ from dfcompress.device import Compute, resolve_device
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
 from dfcompress.memory import images_at_once
+from dfcompress.models.channel_statistics import images_for_statistics
 from dfcompress.models.classifier import Classifier, bytes_a_pass, images_a_pass
 from dfcompress.models.fake_quantizers import WIDTHS, Scheme, quantize_layers
 from dfcompress.quantization import WeightGridKind
-from dfcompress.quantization.bias_correction import correct, images_to_correct_on
+from dfcompress.quantization.bias_correction import correct
 from dfcompress.quantization.bits import Bits, RequestedBits
 from dfcompress.quantization.mixed_precision import choose_bits, images_to_measure_on, sensitivities, with_widths
 from dfcompress.quantization.ranges import calibrate, fit_weights, require_rules
@@ -115,7 +116,7 @@ def calibrated(
     calibrate(student, parts, rule=calibration.inputs, signed=calibration.signed)
     sensitivity = sensitivities(student, few, list(chosen))
     if calibration.correction:
-        count = images_to_correct_on(teacher.card.input_size, len(images))
+        count = images_for_statistics(teacher.card.input_size, len(images))
         count = images_at_once(count, bytes_a_pass(student), target=target)
         correct(student, teacher, as_float(mixed[:count].to(target)))
     return Calibrated(few, sensitivity, time.perf_counter() - started)

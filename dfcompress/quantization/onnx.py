@@ -76,6 +76,7 @@ def write_onnx(classifier: Classifier, path: Path) -> None:
             f"{classifier.name} cannot be exported: {first_line(error)}.", "Use it without ONNX."
         ) from error
     assert program is not None
+    _separate_zero_points(program.model)
     _narrow(program.model, widths)
     if min(inputs, default=8) < 8:
         _replace_clips(program.model)
@@ -228,6 +229,31 @@ def _translations() -> dict[Any, Any]:
 
     operations = torch.ops.dfcompress
     return {operations.weight_of.default: weight_of, operations.on_grid.default: on_grid}
+
+
+def _separate_zero_points(model: Any) -> None:
+    """Give every weight zero points of its own, which the exporter stores once where they are equal.
+
+    Of weights in one width each they would have one width, and with `session.x64quantprecision=1` onnxruntime 1.31
+    turns weights into unsigned ones with their zero points, and fails where it meets a zero point again.
+    """
+    import onnx_ir
+
+    seen = set()
+    for node in model.graph.all_nodes():
+        integers, zero_point = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+        if node.op_type != "DequantizeLinear" or integers.const_value is None or zero_point is None:
+            continue
+        if zero_point in seen:
+            own = onnx_ir.Value(
+                name=f"{integers.name.removesuffix(INTEGERS)}{ZERO_POINT}",
+                type=zero_point.type,
+                shape=zero_point.shape,
+                const_value=zero_point.const_value,
+            )
+            model.graph.initializers.add(own)
+            node.replace_input_with(2, own)
+        seen.add(node.inputs[2])
 
 
 def _narrow(model: Any, widths: dict[str, int]) -> None:

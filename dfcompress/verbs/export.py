@@ -21,7 +21,7 @@ from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import MANIFEST, as_float
 from dfcompress.device import usual_torch
 from dfcompress.errors import BadInput
-from dfcompress.evaluation.onnx_check import BATCH, Exported, Session, compare
+from dfcompress.evaluation.onnx_check import BATCH, EXACT, Exported, Session, compare
 from dfcompress.models.checkpoint import opened
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import FLOAT_BITS, Scheme, in_float, quantized_layers
@@ -109,14 +109,14 @@ def rehearse(teacher: Classifier, bits: Mapping[str, Bits], scheme: Scheme) -> N
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILE
         write_onnx(uncalibrated(teacher, bits, scheme), path)
-        Session(path, rewriting=False)
+        Session(path, EXACT)
 
 
 def write_compared(
     classifier: Classifier, path: Path, images: Tensor, *, target: Target, beside: Classifier | None = None
 ) -> Exported:
-    """Write `path`, once it has been compared on `images` `(N, C, H, W)` in [0, 1], and timed against the network in
-    float, or the one that stands `beside` it.
+    """Write `path`, once it has been compared on `images` `(N, C, H, W)` in [0, 1], and timed: a quantized one
+    against the network in float, and any against one that stands `beside` it.
 
     Raises `BadInput` as `require_kernels` does, and `DfcompressError` where onnxruntime does not load it.
     """
@@ -126,9 +126,10 @@ def write_compared(
     bits = {name: (layer.weight_bits, layer.input_bits) for name, layer in layers.items()}
     require_kernels(target, bits, Scheme(signed, asymmetric))
     with tempfile.TemporaryDirectory() as folder, write_atomically(path) as written:
-        fp32 = Path(folder) / FILE
-        with in_float((beside or classifier).network):
-            write_onnx(beside or classifier, fp32)
+        fp32 = Path(folder) / FILE if layers or beside else None
+        if fp32:
+            with in_float((beside or classifier).network):
+                write_onnx(beside or classifier, fp32)
         write_onnx(classifier, written)
         return replace(compare(classifier, written, fp32, images, target=target), path=str(path))
 
