@@ -140,8 +140,8 @@ def test_the_module_runs_as_a_program():
         (["quantize", DEMO, "--max-drop", "1"], "--max-drop needs real images"),
         (["quantize", DEMO, "--max-drop", "-1", "--eval-data", DEMO], "--max-drop -1"),
         (["quantize", DEMO, "--min-agreement", "95"], "--min-agreement 95 is no share"),
-        (["quantize", DEMO, "--export", "onnx", "--target", "tensorrt"], "kernels for 8 bits alone"),
-        (["quantize", DEMO, "--placement", "all-tensors"], "other bits than 8w8a, as layer"),
+        (["quantize", DEMO, "--export", "onnx", "--target", "tensorrt"], "kernels for int8 alone"),
+        (["quantize", DEMO, "--placement", "all-tensors"], "other bits than 8w8a and 7w8a, as layer"),
         (["quantize", DEMO, "--bits", "8w8a", "--placement", "all-tensors", "--finetune", "lsq"], "--finetune lsq"),
         (
             ["quantize", DEMO, "--bits", "8w8a", "--method", "paper", "--export", "onnx", "--target", "tensorrt"],

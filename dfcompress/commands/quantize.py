@@ -91,7 +91,7 @@ def _calibration(
     click.option(
         "--placement",
         type=click.Choice(get_args(Placement)),
-        show_default="all-tensors where everything is 8w8a and nothing is fine-tuned, else layer-inputs",
+        show_default="all-tensors where everything is 8w8a or 7w8a and nothing is fine-tuned, else layer-inputs",
         help="Activations that are quantized: every tensor that int8 kernels read or write (faster), or the inputs of "
         "layers alone.",
     ),

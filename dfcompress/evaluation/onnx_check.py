@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dfcompress.device import exact_fp32
 from dfcompress.errors import DfcompressError
 from dfcompress.memory import PIXELS
 from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.fake_quantizers import tensor_grids
 from dfcompress.models.safe_reading import file_bytes
 
 # Session options of onnxruntime. As the file says, in floating point between the quantizers, where by default
@@ -36,10 +38,11 @@ class Exported:
 
     Of `images` images `equal` are answered alike in onnxruntime; `median_difference` and `largest_difference` are those
     of the logits. `equal_rewritten` counts the same with onnxruntime's own rewriting of quantized operations, which
-    rounds differently, and `equal_unsaturated` with this and `session.x64quantprecision=1` (None where the file does not
-    load so). `bytes` of the file, `bytes_ratio` against the checkpoint's, `milliseconds` of 64 images in onnxruntime on
-    one thread (with its rewriting where it loads, unsaturated where that matters), and `milliseconds_fp32` of the same
-    network in float there, in the same rounds (None where the file itself is in float).
+    rounds differently, and `equal_unsaturated`, for a model with grids on all tensors, with this rewriting and
+    `session.x64quantprecision=1` (None where the file does not load so). `bytes` of the file, `bytes_ratio` against the
+    checkpoint's, `milliseconds` of 64 images in onnxruntime on one thread (with its rewriting where it loads, and
+    unsaturated where that matters), and `milliseconds_fp32` of the same network in float there, in the same rounds
+    (None where the file itself is in float).
     """
 
     path: str
@@ -58,7 +61,9 @@ class Exported:
     @property
     def saturates(self) -> bool:
         """Whether default options change answers on this processor, and `session.x64quantprecision=1` keeps them."""
-        return (self.equal_unsaturated or 0) > (self.equal_rewritten or 0) > 0
+        if self.equal_rewritten is None or self.equal_unsaturated is None:
+            return False
+        return self.equal_unsaturated > self.equal_rewritten
 
     def to_json(self) -> dict[str, Any]:
         """The fields."""
@@ -71,7 +76,7 @@ def compare(classifier: Classifier, path: Path, fp32: Path | None, images: Tenso
     Raises `DfcompressError` where onnxruntime does not load a file.
     """
     expected = _answers(classifier, images)
-    exact, usual, unsaturated = Session(path, EXACT), _usual(path), _loaded(path, UNSATURATED)
+    exact, usual, unsaturated = Session(path, EXACT), _usual(path), _unsaturated(classifier, path)
     answers = exact(images)
     different = (answers - expected).abs()
     whole = file_bytes(classifier.path) if classifier.path else None
@@ -90,7 +95,8 @@ def compare(classifier: Classifier, path: Path, fp32: Path | None, images: Tenso
         milliseconds_fp32=None,
     )
     timed = (unsaturated if found.saturates else usual) or exact
-    return replace(found, **_milliseconds(timed, Session(fp32) if fp32 else None, images))
+    milliseconds, *milliseconds_fp32 = _milliseconds([timed, Session(fp32)] if fp32 else [timed], images)
+    return replace(found, milliseconds=milliseconds, milliseconds_fp32=next(iter(milliseconds_fp32), None))
 
 
 def _usual(path: Path) -> Session | None:
@@ -102,9 +108,12 @@ def _usual(path: Path) -> Session | None:
         return None
 
 
-def _loaded(path: Path, option: str) -> Session | None:
+def _unsaturated(classifier: Classifier, path: Path) -> Session | None:
+    """The file without saturation; None where onnxruntime computes in floating point, or a layer is used twice."""
+    if not tensor_grids(classifier.network):
+        return None
     try:
-        return Session(path, option)
+        return Session(path, UNSATURATED)
     except DfcompressError:
         return None
 
@@ -134,19 +143,18 @@ class Session:
         return logits
 
 
-def _milliseconds(session: Session, fp32: Session | None, images: Tensor) -> dict[str, float]:
-    """The least time of 64 images in each session, of some rounds in turn: so a busy machine slows both of them."""
+def _milliseconds(sessions: Sequence[Session], images: Tensor) -> list[float]:
+    """The least time of 64 images in each session, of some rounds in turn: so a busy machine slows all of them."""
     few = images[torch.arange(TIMED) % len(images)]
-    sessions = {"milliseconds": session} | ({"milliseconds_fp32": fp32} if fp32 else {})
-    seconds: dict[str, list[float]] = {name: [] for name in sessions}
-    for each in sessions.values():
-        each(few)
+    seconds: list[list[float]] = [[] for _ in sessions]
+    for session in sessions:
+        session(few)
     for _ in range(ROUNDS):
-        for name, each in sessions.items():
+        for session, found in zip(sessions, seconds, strict=True):
             started = time.perf_counter()
-            each(few)
-            seconds[name].append(time.perf_counter() - started)
-    return {name: round(1000 * min(found), 2) for name, found in seconds.items()}
+            session(few)
+            found.append(time.perf_counter() - started)
+    return [round(1000 * min(found), 2) for found in seconds]
 
 
 @torch.no_grad()

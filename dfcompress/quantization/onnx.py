@@ -184,8 +184,9 @@ def _make_exportable(network: nn.Module) -> dict[str, int]:
         integers, grid = layer.integer_weight()
         layer.register_buffer(INTEGERS, integers)
         layer.register_buffer("scale", grid.scale)
-        # Onnxruntime 1.31 has no kernel for a linear layer whose weights do not state that their zero points are 0.
-        states_zero = path in fed or not grid.symmetric
+        # Onnxruntime 1.31 has no kernel for a linear layer whose weights do not state that their zero points are 0, and
+        # with session.x64quantprecision=1 states one for all channels by itself, and then refuses it.
+        states_zero = bool(fed) or not grid.symmetric
         layer.register_buffer(ZERO_POINT, grid.zero_point.to(integers.dtype) if states_zero else None)
         in_integers = path in fed and layer.bias is not None
         layer.register_buffer("bias_integers", layer.integer_bias().int() if in_integers else None)
@@ -239,21 +240,17 @@ def _separate_zero_points(model: Any) -> None:
     """
     import onnx_ir
 
-    seen = set()
-    for node in model.graph.all_nodes():
-        integers, zero_point = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
-        if node.op_type != "DequantizeLinear" or integers.const_value is None or zero_point is None:
-            continue
-        if zero_point in seen:
-            own = onnx_ir.Value(
-                name=f"{integers.name.removesuffix(INTEGERS)}{ZERO_POINT}",
-                type=zero_point.type,
-                shape=zero_point.shape,
-                const_value=zero_point.const_value,
-            )
-            model.graph.initializers.add(own)
-            node.replace_input_with(2, own)
-        seen.add(node.inputs[2])
+    known = model.graph.initializers
+    nodes = [node for node in model.graph.all_nodes() if node.op_type == "DequantizeLinear" and len(node.inputs) > 2]
+    stored = {node: node.inputs[2] for node in nodes if node.inputs[0].name in known}
+    for shared in set(stored.values()):
+        known.pop(shared.name)
+    for node, shared in stored.items():
+        name = node.inputs[0].name.removesuffix(INTEGERS) + ZERO_POINT
+        if name not in known:
+            own = onnx_ir.Value(name=name, type=shared.type, shape=shared.shape, const_value=shared.const_value)
+            known.add(own)
+        node.replace_input_with(2, known[name])
 
 
 def _narrow(model: Any, widths: dict[str, int]) -> None:

@@ -13,13 +13,14 @@ from torch import nn
 from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import LARGEST_BITS
 from dfcompress.models.tensor_grids import as_kernels_compute, quantize_tensors
 from dfcompress.quantization import Placement
 from dfcompress.quantization.bits import Layers, RequestedBits, layers_of, parse_bits
 from dfcompress.quantization.layer_report import named_bytes
 
-INT8 = RequestedBits(LARGEST_BITS, LARGEST_BITS)
+# What kernels for int8 take. Two products of 7-bit weights and 8-bit activations fit into 16 bits, in which x86
+# processors without VNNI add them.
+INT8 = (RequestedBits(8, 8), RequestedBits(7, 8))
 
 Wish = Callable[[Classifier, Sequence[str]], dict[str, RequestedBits]]
 
@@ -47,7 +48,7 @@ def place_grids(
     """
     if asked not in (*get_args(Placement), None):
         raise BadInput(f"There is no --placement {asked!r}.", f"Known: {', '.join(get_args(Placement))}.")
-    if asked == "all-tensors" or (asked is None and parse_bits(bits) == INT8):
+    if asked == "all-tensors" or (asked is None and parse_bits(bits) in INT8):
         reference = copy.deepcopy(teacher)
         as_kernels_compute(reference)
         layers = layers_of(reference)._replace(unused={})  # The graph does not hold them.

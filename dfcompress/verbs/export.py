@@ -35,7 +35,7 @@ from dfcompress.synthesis.transfer_set import SYNTHETIC
 from dfcompress.verbs import Target
 
 FILE = "model.onnx"
-INT8 = 8
+INT8, INT8_WEIGHTS = 8, (7, 8)
 NAMES: Mapping[Target, str] = {"tensorrt": "TensorRT", "openvino": "OpenVINO"}
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CHECKED = 1024  # Images that both are asked about.
@@ -84,15 +84,15 @@ def require_kernels(target: Target, bits: Mapping[str, tuple[int | None, int]], 
         return
     named = NAMES[target]
     for name, (weights, inputs) in bits.items():
-        if weights != INT8 or inputs not in (INT8, FLOAT_BITS):
+        if weights not in INT8_WEIGHTS or inputs not in (INT8, FLOAT_BITS):
             found = f"weights of {weights or 'as yet unknown'} and inputs of {inputs} bits"
             raise BadInput(
-                f"Layer {name} has {found}, and {named} has kernels for 8 bits alone.",
+                f"Layer {name} has {found}, and {named} has kernels for int8 alone.",
                 "Use --bits 8w8a, or --target onnxruntime.",
             )
     if target == "openvino":
         return
-    if INT8 in scheme.asymmetric:
+    if {weights for weights, _ in bits.values()} & set(scheme.asymmetric):
         raise BadInput(
             "Weights have zero points, which TensorRT does not take.",
             "Quantize with --weight-grid symmetric, or use --target onnxruntime.",

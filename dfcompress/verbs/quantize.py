@@ -21,7 +21,7 @@ from dfcompress.distributed import world
 from dfcompress.errors import BadInput
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, work_of
-from dfcompress.models.fake_quantizers import LARGEST_BITS, Scheme, can_be_quantized, freeze, is_quantized, learn_steps
+from dfcompress.models.fake_quantizers import Scheme, can_be_quantized, freeze, is_quantized, learn_steps
 from dfcompress.quantization import Placement
 from dfcompress.quantization.bits import USUAL_ENDS, Layers, RequestedBits, assign, parse_bits, parse_ends
 from dfcompress.quantization.calibration import (
@@ -97,7 +97,7 @@ def quantize(
     `training` changes or replaces its settings (`FINETUNING`); of `blocks+lsq` these are the second half's, and
     `rounding` the first's (`BEFORE_LSQ`); `objectives` are followed. `method` sets all defaults: ours or the `paper`'s.
     `placement` says which tensors get grids: with `all-tensors` every one that kernels for integers read or write, so
-    that int8 files are faster (BatchNorms folded, calibrated only; usual where all is 8w8a), else `layer-inputs`.
+    that int8 files are faster (BatchNorms folded, calibrated only; usual for 8w8a and 7w8a), else `layer-inputs`.
     `data` is a synthetic set, the folder of a run that made some, or real images; without it images are made first,
     usually by `bns-inception`, and half of them by `second_recipe` (see `TransferSetSource`).
     `export` also writes `model.onnx` for that runtime and checks it. The folder `output` (default:
@@ -258,9 +258,9 @@ def _why_not_all_tensors(
     finetune: Finetuning | None, scheme: Scheme, wanted: Mapping[str, RequestedBits]
 ) -> str | None:
     """What kernels for integers, or a network that is its graph, do not take."""
-    if other := next((name for name, each in wanted.items() if each != INT8), None):
-        return f"other bits than 8w8a, as layer {other} has"
-    if LARGEST_BITS in scheme.asymmetric:
+    if other := next((name for name, each in wanted.items() if each not in INT8), None):
+        return f"other bits than 8w8a and 7w8a, as layer {other} has"
+    if {each.weights for each in wanted.values()} & set(scheme.asymmetric):
         return "--weight-grid asymmetric"
     if finetune not in (None, "none"):
         return f"--finetune {finetune}"
