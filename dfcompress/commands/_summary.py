@@ -130,7 +130,7 @@ def exported(result: Exported, *, fp32: float | None = None, slow: str = SLOW_IN
     if result.equal_rewritten is None:
         usual = "onnxruntime does not load the file with its default options"
     if result.saturates:
-        usual += f", which saturates on this processor; with {UNSATURATED}=1: {result.equal_unsaturated}"
+        usual += f", as sums saturate on this processor; with {UNSATURATED}=1: {result.equal_unsaturated}"
     console.result(
         f"{usual}; with {EXACT}=1: {result.equal} of {result.images} answers are equal, "
         f"logits differ by {result.median_difference:.1e} (median), {result.largest_difference:.1e} at most"
