@@ -19,7 +19,9 @@ from torch import nn
 
 import dfcompress
 from dfcompress.cli import root, run
+from dfcompress.commands import _summary
 from dfcompress.device import Compute
+from dfcompress.evaluation.onnx_check import Exported
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis.recipe import Synthesis
@@ -672,6 +674,25 @@ def test_a_dry_run_of_quantize_is_refused_as_the_verb_is_where_no_gradient_reach
     assert refused[0][0] == 2
     assert "--finetune none" in refused[0][2]
     assert "not adaptive" in refused[0][2]
+
+
+def test_a_dry_run_of_quantize_tells_bits_grids_and_runtime(capsys):
+    pytest.importorskip("onnxruntime")
+    line = ["quantize", DEMO, "--data", DEMO, "--dry-run"]
+    _, out, _ = answer(capsys, *line, "--bits", "4w4a", "--finetune", "none")
+    assert "bits: 2 layers 8w8a, 3 layers 4w4a; grids on layer-inputs, fine-tuning none\n" in out
+    _, out, _ = answer(capsys, *line, "--bits", "7w8a", "--first-last-bits", "same", "--export", "onnx")
+    assert "bits: 5 layers 7w8a; grids on all-tensors, fine-tuning none, exported for onnxruntime\n" in out
+
+
+def test_a_pruned_file_that_is_not_faster_is_answered_with_what_prune_has_for_that(capsys):
+    measured = {"equal": 8, "equal_rewritten": 8, "equal_unsaturated": None, "milliseconds_fp32": 4.0}
+    differences = {"median_difference": 0.0, "largest_difference": 0.0}
+    file = {"path": "m.onnx", "target": "onnxruntime", "bytes": 9, "bytes_ratio": 0.9, "images": 8}
+    for milliseconds, said in ((4.0, "not faster here: onnxruntime computes 8 or 16"), (2.0, "2.0 times faster\n")):
+        result = Exported(**file, **measured, **differences, milliseconds=milliseconds)
+        _summary.exported(result, slow=_summary.SLOW_PRUNED)
+        assert said in capsys.readouterr().out
 
 
 def test_a_dry_run_of_quantize_tells_how_it_calibrates(capsys):
