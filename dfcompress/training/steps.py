@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from dfcompress.training.settings import Training
 
 Targets = Callable[[Batch], tuple[Tensor, ...]]
 Losses = Callable[[Batch, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
+REGISTER = 16  # Numbers in fp32 that a vector register holds at most, with AVX-512.
 
 
 class Steps:
@@ -70,6 +71,7 @@ class Steps:
             momentum=training.momentum,
             nesterov=training.nesterov,
         )
+        self._layout = layouts_of(execution, student).images
         self._targets, self._losses = self._functions()
         self._kept = self._kept_targets()
 
@@ -93,8 +95,7 @@ class Steps:
         process = [self.everyone.rank] * (self.everyone.world_size > 1)
         device.seed(torch.device(self.execution.device), seed_of("dropout", self.seed, self.done, *process))
         batch = self.source.batch(self.done).part(self._mine)
-        if self.execution.precision != "fp32":
-            batch = batch._replace(images=batch.images.contiguous(memory_format=layout_of(self.execution)))
+        batch = batch._replace(images=batch.images.to(memory_format=self._layout))
         for group in self._optimizer.param_groups:
             group["lr"] = self.training.rate(self.done)
         self._optimizer.zero_grad()
@@ -211,9 +212,29 @@ class _StudentSide(nn.Module):
         return (self._distiller.weights * values).sum(), values.detach()
 
 
-def layout_of(execution: Execution) -> torch.memory_format:
-    """How weights and images lie in memory: bf16 convolutions are faster where the channels are next to each other."""
-    return torch.contiguous_format if execution.precision == "fp32" else torch.channels_last
+class Layouts(NamedTuple):
+    """How weights and images lie in memory."""
+
+    weights: torch.memory_format
+    images: torch.memory_format
+
+
+def layouts_of(execution: Execution, student: nn.Module) -> Layouts:
+    """Convolutions in bf16 are faster where the channels are next to each other; in fp32 images stay as they come.
+
+    Where channels next to each other would kill the process, nothing lies so: with torch 2.15 on a CPU, oneDNN's
+    gradient of the weights of a 1 × 1 convolution of stride 2 does, if that has fewer channels than a register holds.
+    """
+    on_cpu = torch.device(execution.device).type == "cpu"
+    if on_cpu and any(
+        layer.kernel_size == (1, 1) and layer.stride != (1, 1) and layer.groups == 1 and layer.in_channels < REGISTER
+        for layer in student.modules()
+        if isinstance(layer, nn.Conv2d)
+    ):
+        return Layouts(torch.contiguous_format, torch.contiguous_format)
+    if execution.precision == "fp32":
+        return Layouts(torch.contiguous_format, torch.preserve_format)
+    return Layouts(torch.channels_last, torch.channels_last)
 
 
 @contextmanager

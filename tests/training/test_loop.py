@@ -418,6 +418,35 @@ def test_teachers_lie_in_memory_as_the_images_do_while_they_are_asked():
     assert all(weight.is_contiguous() for weight in weights)
 
 
+STRIDED = """
+import torch
+from torch import nn
+from dfcompress.data.pool import Augmentation
+from dfcompress.device import Compute
+from dfcompress.models.card import ModelCard
+from dfcompress.models.classifier import Classifier
+from dfcompress.training.distiller import Distillation
+from dfcompress.training.loop import Trainer
+from dfcompress.training.objectives import kd
+from dfcompress.training.settings import Training
+
+def network():
+    layers = [nn.Conv2d(3, 16, 1, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)]
+    return Classifier(nn.Sequential(*layers), ModelCard("strided", 10, (3, 32, 32), (0.5,) * 3, (0.2,) * 3))
+
+compute = Compute(device="cpu", precision="fp32", compile="off")
+training = Training(steps=3, lr=0.1, batch_size=64, augmentation=Augmentation(shift=4))
+images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+Trainer(network(), Distillation(network(), [kd(1.0)]), training, compute=compute).fit(images)
+"""
+
+
+def test_a_convolution_whose_gradient_would_kill_the_process_trains():
+    """Of a fresh process: where it goes wrong, the memory of this one is overwritten."""
+    done = subprocess.run([sys.executable, "-c", STRIDED], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_dropout_depends_on_the_seed_and_not_on_what_ran_before():
     def trained():
         torch.rand(3)
