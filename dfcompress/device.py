@@ -332,15 +332,15 @@ def _usual_defaults() -> Iterator[None]:
 @contextmanager
 def _given_back_randomness() -> Iterator[None]:
     """Give the default generators back as they were: the CPU's, and the GPUs' where CUDA has been used before."""
-    generators = [torch.default_generator]
-    if torch.cuda.is_initialized():
-        generators += torch.cuda.default_generators
-    states = [each.get_state() for each in generators]
+    of_cpu = torch.get_rng_state()
+    indices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    of_gpus = [torch.cuda.get_rng_state(index) for index in indices]
     try:
         yield
     finally:
-        for each, state in zip(generators, states, strict=True):
-            each.set_state(state)
+        torch.set_rng_state(of_cpu)
+        for index, state in zip(indices, of_gpus, strict=True):
+            torch.cuda.set_rng_state(state, index)
 
 
 @contextmanager
