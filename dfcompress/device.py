@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import torch
 
 from dfcompress import console
+from dfcompress.arguments import require_fields
 from dfcompress.distributed import world
 from dfcompress.errors import NOT_IN_PLACE, BadInput, first_line, is_of_layers_in_place
 
@@ -288,26 +290,57 @@ def as_mine(stored: str) -> str:
     return _own_cuda() if is_cuda(torch.device(stored)) and world().world_size > 1 else stored
 
 
+# The default type, the generators, cuDNN's switches and the number of threads are those of the whole process.
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextmanager
 def usual_torch() -> Iterator[None]:
-    """PyTorch inside as it starts, whatever the caller has set: gradients are known, new tensors are fp32 on the CPU.
+    """PyTorch inside as it starts, whatever the caller has set: gradients are known, new tensors are fp32 on the CPU,
+    and no operation is cast. Afterwards everything is as before, the states of the default generators too.
 
-    A notebook may call from `torch.no_grad()` or `inference_mode()`, or have set another default dtype or device.
+    A notebook may call from `torch.no_grad()`, `inference_mode()` or `autocast`, or have set another default dtype or
+    device. A call waits for the calls of other threads, because all threads of a process share what is set here and
+    inside.
     """
+    with _ONE_AT_A_TIME, ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_usual_defaults())
+        stack.enter_context(_given_back_randomness())
+        yield
+
+
+@contextmanager
+def _usual_defaults() -> Iterator[None]:
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
     if device.type != "cpu":
         torch.set_default_device(None)
     try:
-        with ExitStack() as stack:
-            if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            yield
+        yield
     finally:
         torch.set_default_dtype(dtype)
         if device.type != "cpu":
             torch.set_default_device(device)
+
+
+@contextmanager
+def _given_back_randomness() -> Iterator[None]:
+    """Give the default generators back as they were: the CPU's, and the GPUs' where CUDA has been used before."""
+    of_cpu = torch.get_rng_state()
+    indices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    of_gpus = [torch.cuda.get_rng_state(index) for index in indices]
+    try:
+        yield
+    finally:
+        torch.set_rng_state(of_cpu)
+        for index, state in zip(indices, of_gpus, strict=True):
+            torch.cuda.set_rng_state(state, index)
 
 
 @contextmanager
@@ -493,6 +526,7 @@ class Compute:
         """Raise `BadInput` for values that are none, and for a device, a precision or a compiler that is not to be had
         here.
         """
+        require_fields(self)
         for name, values in (("precision", ("auto", *PRECISIONS)), ("compile", ("auto", "on", "off"))):
             if getattr(self, name) not in values:
                 raise BadInput(f"There is no --{name} {getattr(self, name)!r}.", f"Known: {', '.join(values)}.")

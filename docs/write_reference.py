@@ -176,12 +176,19 @@ def _options_table(options: Sequence[click.Option]) -> str:
 
 GROUPS = {
     "Verbs": "Each does what the command of the same name does. `dfcompress.distill.plan(...)`, called in the same "
-    "way, gives the [`Plan`](#class-plan) alone; so do the other verbs that make images or models.",
+    "way, gives the [`Plan`](#class-plan) alone; so do the other verbs that make images or models.\n\n"
+    "An argument that is not of its type raises [`BadInput`](#class-badinput) before any work. A verb computes the "
+    "same whatever its caller has set (`no_grad`, `inference_mode`, `autocast`, the default type or device, the seed), "
+    "and leaves these and the states of PyTorch's default generators as they were.\n\n"
+    "One process runs one verb at a time, because PyTorch's settings belong to the process: a verb, or `load`, that a "
+    "second thread calls waits until the first is done. Meanwhile PyTorch code of your own in other threads sees the "
+    "settings of the verb, and after the verb draws the same random numbers again. Run verbs side by side in "
+    "processes of their own.",
     "Models": "",
     "Settings": "Frozen dataclasses whose arguments are given by name.",
     "Results": "Dataclasses. `to_json()` gives the object that `--json` prints.",
     "Recipes of your own": "The parts that a [recipe of your own](invert.md#a-recipe-of-your-own) is made of.",
-    "Exceptions": "Any other exception is a bug.",
+    "Exceptions": "Any other exception is a bug, except Python's own `TypeError` for a missing or an unknown argument.",
 }
 SETTINGS = (
     "Augmentation",
@@ -361,7 +368,7 @@ NOTICE, GATE = "A notice: the run goes on.", "The result is written; exit code 3
 _VALUE = re.compile(f"{ANY}|‹[^›]*›")
 # What the user was doing where the messages of files come up; the longest beginning of a file's path counts.
 DOING = {
-    "Options and configuration": "commands/ settings schedules cli",
+    "Options and configuration": "arguments commands/ settings schedules cli",
     "Run folders, budgets and gates": "run verbs/_plan verbs/_finish verbs/_compression verbs/_gates verbs/_budget",
     "Quantizing": "quantization/ verbs/quantize verbs/_quantize "
     "models/fake_quantizers models/packing models/tensor_grids models/bn_folding",

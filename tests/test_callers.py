@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -60,6 +61,58 @@ def test_another_default_type_changes_nothing(tmp_path):
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_autocast_of_the_caller_changes_nothing(tmp_path):
+    usual = small(tmp_path / "usual").read_bytes()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert small(tmp_path / "out").read_bytes() == usual
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_the_caller_s_random_numbers_are_left_as_they_were(tmp_path):
+    """Though a network of the user's own draws its first weights."""
+    make = "from dfcompress.models.architectures import find\n\ndef make(): return find('lenet5_bn').make(10, 1)\n"
+    (tmp_path / "net.py").write_text(make)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    model = dfcompress.load(DEMO, arch=f"{tmp_path / 'net.py'}:make")
+    small(tmp_path / "out", model)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_two_threads_make_what_one_after_the_other_makes(tmp_path):
+    """Whatever one of them sets in PyTorch, and draws from its generators, is not seen by the other."""
+    usual = small(tmp_path / "usual").read_bytes()
+    calls = [threading.Thread(target=small, args=(tmp_path / str(number),)) for number in range(2)]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join()
+    assert [(tmp_path / str(number) / "model.safetensors").read_bytes() == usual for number in range(2)] == [True, True]
+
+
+def test_a_call_waits_for_that_of_another_thread_and_not_for_its_own(tmp_path):
+    loaded = threading.Event()
+
+    def load() -> None:
+        dfcompress.load(DEMO)
+        loaded.set()
+
+    other = threading.Thread(target=load)
+
+    def recipe() -> dfcompress.Recipe:
+        other.start()
+        assert not loaded.wait(1.0)
+        dfcompress.load(DEMO)
+        return dfcompress.Recipe(images=dfcompress.Pixels(), batch_size=2)
+
+    dfcompress.invert(
+        DEMO, synthesis=dfcompress.Synthesis(recipe=recipe, images=2), compute=EAGER, output=tmp_path / "images"
+    )
+    assert loaded.wait(60.0)
+    other.join()
 
 
 def test_another_default_device_is_not_taken_and_stays():

@@ -192,3 +192,11 @@ def test_fine_tuning_on_the_device_helps_as_on_the_cpu(finetune, resnet20_file, 
     ]
     assert agreements[1] > agreements[0]
     assert agreements[1] > 0.9
+
+
+def test_the_caller_s_random_numbers_on_the_gpu_are_left_as_they_were(resnet20_file):
+    torch.manual_seed(3)
+    expected = torch.rand(4, device="cuda")
+    torch.manual_seed(3)
+    bench_step(load(resnet20_file), batch_size=8, rounds=1, compute=Compute(device="cuda", compile="off"))
+    assert torch.equal(torch.rand(4, device="cuda"), expected)

@@ -27,6 +27,7 @@ FLOORS = (
     {"synthesis", "training", "quantization", "pruning", "evaluation", "reporting"},
     {"models", "data"},
     {
+        "arguments",
         "run",
         "command_line",
         "errors",

@@ -31,6 +31,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from dfcompress import console, schedules
+from dfcompress.arguments import require_fields
 from dfcompress.device import forked_randomness
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
@@ -379,7 +380,8 @@ class Synthesis:
     records: str | Path | None = "beside"
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for a number of batches side by side that is none."""
+        """Raise `BadInput` for a value of another type, and for a number of batches side by side that is none."""
+        require_fields(self)
         if self.groups != "auto" and self.groups < 1:
             raise BadInput(f"groups = {self.groups} is no number of batches.", "Use 1 or more, or auto.")
 

@@ -10,6 +10,7 @@ from typing import ClassVar, get_args
 from torch import Tensor
 
 from dfcompress import schedules
+from dfcompress.arguments import require_fields
 from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.errors import BadInput
 from dfcompress.training import OptimizerBackend, OptimizerName
@@ -52,6 +53,7 @@ class Training:
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for settings that cannot be."""
+        require_fields(self)
         if self.steps < 0 or self.batch_size < 1:
             raise BadInput(
                 f"{self.steps} steps of {self.batch_size} images are no training.", "Use at least one image."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ def fit_budget(seconds: float, usual: Plan[Any], *, resume: bool) -> Budget:
 
     Raises `BadInput` where the time is too short for anything.
     """
-    if seconds <= 0:
+    if not 0 < seconds < math.inf:
         raise BadInput(f"A budget of {seconds:g} s is none.", "Give for instance 30m.")
     if resume and (usual.folder / RECORD).is_file():
         return _stored(RunRecord.read(usual.folder).options, seconds, usual.folder)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dfcompress import console
+from dfcompress.arguments import require_fields
 from dfcompress.errors import BadInput, GateNotMet
 from dfcompress.verbs._finish import FEW_IMAGES, Compressed, TeacherReport
 from dfcompress.verbs.evaluate import Evaluation
@@ -24,6 +25,7 @@ class Gates:
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for thresholds that are none."""
+        require_fields(self)
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise BadInput(f"--max-drop {self.max_drop:g} is no number of points.", "1.0 allows 92.0 % for 93.0 %.")
         if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, cast
 
 from dfcompress.device import Compute, Execution, peak_memory_bytes, predicted_seconds, resolve_device, usual_torch
 from dfcompress.models.classifier import Classifier, work_of
@@ -27,9 +27,8 @@ from dfcompress.synthesis.synthesizer import seconds_per_step
 from dfcompress.synthesis.transfer_set import TransferSet
 from dfcompress.training.loop import TIMED, Trained
 from dfcompress.training.settings import Training
+from dfcompress.verbs._verb import Options, Result, verb
 
-Options = ParamSpec("Options")
-Result = TypeVar("Result")
 Settings = Calibration | Reconstruction | Training | Pruning
 Outcome = Calibrated | Reconstructed | Trained | Pruned
 
@@ -190,16 +189,16 @@ class Verb(Protocol[Options, Result]):
 def planned(plan: Callable[Options, Plan[Result]]) -> Verb[Options, Result]:
     """Make the verb of a function that plans it: one signature, and one resolution of its options, serves both."""
 
-    plan = usual_torch()(plan)
+    plan = verb(plan)
 
     @functools.wraps(plan)
-    def verb(*args: Options.args, **options: Options.kwargs) -> Result:
+    def execute(*args: Options.args, **options: Options.kwargs) -> Result:
         return plan(*args, **options).execute()
 
     # A reader of the signature sees what the verb gives: `Compressed` of `Plan[Compressed]`.
     result = str(plan.__annotations__["return"]).removeprefix("Plan[").removesuffix("]")
-    verb.__annotations__ = {**plan.__annotations__, "return": result}
-    described = cast(Any, verb)
+    execute.__annotations__ = {**plan.__annotations__, "return": result}
+    described = cast(Any, execute)
     described.__signature__ = inspect.signature(plan).replace(return_annotation=result)
     described.plan = plan
-    return cast(Verb[Options, Result], verb)
+    return cast(Verb[Options, Result], execute)

@@ -33,12 +33,14 @@ from dfcompress.training.loop import Trainer
 from dfcompress.training.objectives import kd
 from dfcompress.training.settings import Training
 from dfcompress.training.student import make_student
+from dfcompress.verbs._verb import verb
 
 RECIPE, PRESET = "dfq", "paper-cifar10"
 # Of that preset.
 STUDENT_STEPS, TEMPERATURE, LATENT = 10, 20.0, 256
 
 
+@verb
 def bench_generator(
     checkpoint: str | Path | Classifier,
     *,

@@ -20,12 +20,14 @@ from dfcompress.models.layers import weighted_layers
 from dfcompress.models.statistics import named_statistics_layers, require_statistics
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import STEPS_BEFORE_CAPTURE, Synthesizer
+from dfcompress.verbs._verb import verb
 
 WARM_UP = STEPS_BEFORE_CAPTURE + 2
 # Matrices of 128 MiB: more than a GPU's cache holds.
 CEILING_SIDE = 8192
 
 
+@verb
 def bench_step(
     checkpoint: str | Path | Classifier,
     *,

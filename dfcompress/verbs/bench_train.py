@@ -30,6 +30,7 @@ from dfcompress.training.loop import Trainer
 from dfcompress.training.objectives import Prediction, kd
 from dfcompress.training.settings import Training
 from dfcompress.training.student import make_student
+from dfcompress.verbs._verb import verb
 
 WORKERS = 2
 BATCHES_IN_SET = 16
@@ -38,6 +39,7 @@ TEMPERATURE = 4.0
 WARM_UP = 3
 
 
+@verb
 def bench_train(
     checkpoint: str | Path | Classifier,
     *,

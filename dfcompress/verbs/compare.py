@@ -19,7 +19,7 @@ from dfcompress import console
 from dfcompress.data.batches import UNLABELLED
 from dfcompress.data.real import Fitted, ImageFolder, ImageSource, open_images
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet
-from dfcompress.device import resolve_device, usual_torch
+from dfcompress.device import resolve_device
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import Observation, calibration_error, observe, standard_error
 from dfcompress.evaluation.pairs import NOISE, difference_interval, mcnemar, moves, tail_degradation
@@ -31,6 +31,7 @@ from dfcompress.models.statistics import why_no_statistics
 from dfcompress.settings import one_or_more
 from dfcompress.synthesis.transfer_set import parts_of
 from dfcompress.verbs._comparison import Change, ComparedModel, Comparison, Difference, ModelOnSet, Outlier
+from dfcompress.verbs._verb import verb
 from dfcompress.verbs.evaluate import counted, placed
 
 RANDOM, FGSM, ALONE = "random", "fgsm:", "images:"
@@ -38,7 +39,7 @@ RANDOM_IMAGES = 1024  # J_KL of 256, 1,024 and 4,096: 0.490 each on ResNet-20; 0
 SETS = "Name images, synthetic sets or run folders, random, or fgsm: before one of them."
 
 
-@usual_torch()
+@verb
 def compare(
     checkpoints: str | Path | Classifier | Sequence[str | Path | Classifier],
     *,

@@ -19,6 +19,7 @@ from dfcompress.models.safe_reading import file_bytes
 from dfcompress.run import Run
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.set_builder import PREVIEW
+from dfcompress.verbs._verb import verb
 from dfcompress.verbs.distill import distill
 from dfcompress.verbs.evaluate import Score
 from dfcompress.verbs.inspect import Inspection, inspect
@@ -66,6 +67,7 @@ class Demo:
         return {**asdict(self), "teacher": self.teacher.to_json(), "rows": [row.to_json() for row in self.rows]}
 
 
+@verb
 def demo(
     *,
     output: str | Path = "dfcompress-demo",

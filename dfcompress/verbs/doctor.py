@@ -24,6 +24,7 @@ from dfcompress.device import (
     resolve_precision,
 )
 from dfcompress.training.optimizers import probe
+from dfcompress.verbs._verb import verb
 
 PACKAGES = (
     "dfcompress",
@@ -63,6 +64,7 @@ class Diagnosis:
         return asdict(self)
 
 
+@verb
 def doctor() -> Diagnosis:
     """Look at this machine; nothing is changed, and only apex's probe computes anything."""
     target = resolve_device("auto")

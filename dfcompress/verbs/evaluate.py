@@ -18,12 +18,13 @@ from torch import Tensor
 
 from dfcompress import console
 from dfcompress.data.real import ImageSource, open_images
-from dfcompress.device import resolve_device, usual_torch
+from dfcompress.device import resolve_device
 from dfcompress.errors import BadInput, GateNotMet
 from dfcompress.evaluation.metrics import TOP, Predictions, predict, standard_error
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.settings import one_or_more
+from dfcompress.verbs._verb import verb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class Evaluation:
                 )
 
 
-@usual_torch()
+@verb
 def evaluate(
     checkpoints: str | Path | Classifier | Sequence[str | Path | Classifier],
     *,

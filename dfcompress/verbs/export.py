@@ -19,7 +19,6 @@ from torch import Tensor
 
 from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import MANIFEST, as_float
-from dfcompress.device import usual_torch
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.onnx_check import BATCH, EXACT, Exported, Session, compare
 from dfcompress.models.checkpoint import opened
@@ -33,6 +32,7 @@ from dfcompress.randomness import generator
 from dfcompress.run import check_output_file, write_atomically
 from dfcompress.synthesis.transfer_set import SYNTHETIC
 from dfcompress.verbs import Target
+from dfcompress.verbs._verb import verb
 
 FILE = "model.onnx"
 INT8, INT8_WEIGHTS = 8, (7, 8)
@@ -41,7 +41,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CHECKED = 1024  # Images that both are asked about.
 
 
-@usual_torch()
+@verb
 def export(
     checkpoint: str | Path | Classifier,
     *,

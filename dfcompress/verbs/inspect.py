@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dfcompress.device import usual_torch
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.normalisation import NormalisationCheck, check_normalisation
 from dfcompress.models.answers import answers_with, why_not_exclusive
@@ -23,6 +22,7 @@ from dfcompress.models.patches import knows_patches_alone
 from dfcompress.models.safe_reading import file_bytes
 from dfcompress.models.statistics import dead_channels, statistics_layers, why_no_statistics
 from dfcompress.synthesis.spec import find_record
+from dfcompress.verbs._verb import verb
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Inspection:
         return {**asdict(self), "card": self.card.to_json()}
 
 
-@usual_torch()
+@verb
 def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) -> Inspection:
     """Say what a checkpoint is and what can be done with it.
 

@@ -105,7 +105,7 @@ def prune(
     real images that only report.
     Raises `BadInput` where the network cannot be traced, or the share not be reached.
     """
-    _check(repair, rounds, training, objectives)
+    _check(repair, training, objectives)
     teacher = as_classifier(checkpoint)
     asked = _asked(
         flops,
@@ -225,11 +225,9 @@ def _asked(
     return Pruning(resource=resource, share=share, importance=importance, uniform=uniform, round_to=round_to)
 
 
-def _check(repair: Repair, rounds: int, training: object, objectives: object) -> None:
+def _check(repair: Repair, training: object, objectives: object) -> None:
     if repair not in get_args(Repair):
         raise BadInput(f"There is no --repair {repair!r}.", f"Known: {', '.join(get_args(Repair))}.")
-    if rounds < 1:
-        raise BadInput(f"{rounds} rounds prune nothing.", "Use 1 or more.")
     if repair != "distill" and (training or objectives):
         raise BadInput(f"--repair {repair} trains nothing.", "Leave settings and objectives of training out.")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from dfcompress import console
 from dfcompress.data.real import ImageSource, open_images
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import exact_fp32, resolve_device, usual_torch
+from dfcompress.device import exact_fp32, resolve_device
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.models.checkpoint import as_classifier
@@ -38,6 +38,7 @@ from dfcompress.synthesis.records.gaussian import GaussianAccumulator, dropouts
 from dfcompress.synthesis.records.moments import StreamingMoments, merge_states, states
 from dfcompress.synthesis.records.record_file import PIXEL_MEAN, PIXEL_STD, Description, Record, beside
 from dfcompress.synthesis.records.spectral import SpectralAccumulator
+from dfcompress.verbs._verb import verb
 
 BATCH_SIZE = 500
 NUMBERS_A_BATCH = 2**26
@@ -68,7 +69,7 @@ class Recorded:
         return asdict(self)
 
 
-@usual_torch()
+@verb
 def record(
     checkpoint: str | Path | Classifier,
     *,

@@ -28,6 +28,7 @@ from dfcompress.run import RECORD, RunRecord, check_output_file, write_atomicall
 from dfcompress.settings import one_or_more
 from dfcompress.synthesis.set_builder import warnings_of
 from dfcompress.verbs._prune_step import REPORT as WIDTHS
+from dfcompress.verbs._verb import verb
 from dfcompress.verbs.extend import EXPERT
 
 FILE = "report.html"
@@ -51,6 +52,7 @@ class Report:
         return asdict(self)
 
 
+@verb
 def report(
     runs: str | Path | Sequence[str | Path],
     *,

@@ -164,7 +164,7 @@ def test_a_budget_is_shared_between_images_and_steps(tmp_path):
     assert (painted.rounds, painted.steps) == (4, 4 * 640)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 3.0])
+@pytest.mark.parametrize("seconds", [0.0, 3.0, float("nan"), float("inf")])
 def test_a_budget_too_short_for_anything_is_refused(seconds, tmp_path):
     with pytest.raises(BadInput, match=r"budget|too short"):
         fit_budget(seconds, usual_plan(tmp_path), resume=False)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from dfcompress.arguments import require_fields
 from dfcompress.errors import BadInput
 from dfcompress.synthesis.records import BN_EQUIVALENT, GAUSSIAN, KINDS
 
@@ -34,6 +35,7 @@ class RecordSettings:
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for a kind or a number that is none."""
+        require_fields(self)
         if self.kind not in KINDS:
             raise BadInput(f"There is no kind of record {self.kind!r}.", f"Known: {', '.join(KINDS)}.")
         if not 0 < self.coefficients <= 1:
