@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dfcompress.arguments import require_fields
 from dfcompress.data.batches import UNLABELLED, Batch
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.errors import BadInput
@@ -35,6 +36,7 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for a share that is none."""
+        require_fields(self)
         if not 0 <= self.jitter < 1 or not 0 <= self.cutout < 1:
             raise BadInput(
                 f"jitter {self.jitter} or cutout {self.cutout} is no share below 1.", "Use for instance 0.3."

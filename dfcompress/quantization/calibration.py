@@ -13,6 +13,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from dfcompress.arguments import require_fields
 from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import Compute, resolve_device
@@ -57,6 +58,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for settings that cannot be."""
+        require_fields(self)
         require_rules(self.inputs, self.weights)
         if self.weight_grid not in get_args(WeightGridKind):
             raise BadInput(f"There is no --weight-grid {self.weight_grid!r}.", f"Known: {', '.join(ASYMMETRIC)}.")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dfcompress import console
+from dfcompress.arguments import require_fields
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.device import exact_fp32
 from dfcompress.distributed import world
@@ -67,6 +68,7 @@ class Reconstruction:
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for settings that cannot be."""
+        require_fields(self)
         if self.batch_size < 1 or not 0 < self.lr < math.inf or not 0 <= self.warmup < 1 or not 0 <= self.drop < 1:
             raise BadInput(
                 f"{self} is no reconstruction.", "Use at least one image, a rate above 0 and shares below 1."
