@@ -39,6 +39,7 @@ KINDS = "Give an ImageFolder, an .npz with `images` and `labels`, IDX files as M
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 IDX_IMAGES = re.compile(r"(?P<part>.*)images[-.]idx3-ubyte(\.gz)?")
 IDX_UINT8 = 8
+LARGEST_LABEL = np.iinfo(np.int64).max
 CROPPED_FROM_PIXELS = 128
 CROP_SHARE = 224 / 256  # the ImageNet evaluation of torchvision and timm
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode L
@@ -85,6 +86,14 @@ def open_images(path: str | Path, card: ModelCard, *, part: Part = "test", label
         return source
     _tell_fitting(path, size, card.input_size)
     return Fitted(source, card.input_size)
+
+
+def open_for_later(path: str | Path, card: ModelCard) -> ImageSource:
+    """`open_images` for a source that is read after hours of work: every picture is decoded once before."""
+    source = open_images(path, card)
+    if isinstance(source, ImageFolder):
+        source.require_decodable()
+    return source
 
 
 def folder_names(path: str | Path) -> tuple[str, ...] | None:
@@ -216,16 +225,28 @@ class ImageFolder:
                 decoded, decoding = decoding, threads.map(self._read, self.files[following])
                 yield torch.stack(list(decoded)), self.labels[part]
 
+    def require_decodable(self) -> None:
+        """Raise `BadInput` for the first picture that cannot be decoded."""
+        with ThreadPoolExecutor() as threads:
+            for _ in threads.map(lambda file: _shape(_read_picture(file)), self.files):
+                pass
+
     def _read(self, file: Path) -> Tensor:
         return fit(as_float(_read_picture(file))[None], self.size)[0]
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    return sorted(file for file in files if not any(map(_is_hidden, file.relative_to(folder).parts)))
 
 
 def _class_folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
+
+
+def _is_hidden(name: str) -> bool:
+    """Also what macOS puts beside files in archives: `__MACOSX`, and `._cat.png` for `cat.png`."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def fit(images: Tensor, input_size: Size) -> Tensor:
@@ -389,7 +410,7 @@ def _read_idx_file(path: Path, dimensions: int) -> NDArray[np.uint8]:
 
 
 def _checked(path: Path, images: NDArray[np.uint8], labels: NDArray[np.integer] | None, form: str) -> Arrays:
-    if not len(images):
+    if not images.size:
         raise BadInput(f"{path} holds no images.", form)
     if labels is None:
         return Arrays(images, np.full(len(images), UNLABELLED))
@@ -397,6 +418,7 @@ def _checked(path: Path, images: NDArray[np.uint8], labels: NDArray[np.integer] 
         raise BadInput(f"{path}: `labels` is {labels.dtype} {labels.shape}.", form)
     if len(images) != len(labels):
         raise BadInput(f"{path} has {len(images)} images and {len(labels)} labels.", form)
-    if labels.min() < 0:
-        raise BadInput(f"{path} has the label {labels.min()}.", "Labels count from 0.")
+    for label in (labels.min(), labels.max()):
+        if not 0 <= label <= LARGEST_LABEL:
+            raise BadInput(f"{path} has the label {label}.", "Labels count from 0.")
     return Arrays(images, labels)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dfcompress import console
-from dfcompress.data.real import open_images, reshaped
+from dfcompress.data.real import open_for_later, reshaped
 from dfcompress.device import resolve_device
 from dfcompress.distributed import world
 from dfcompress.evaluation.metrics import predict
@@ -109,7 +109,7 @@ def evaluator(data: str | Path | None, teacher: Classifier, device: str) -> Meas
     """Counts teacher and student on real images, None without them; raises `BadInput` where they do not fit."""
     if data is None:
         return None
-    open_images(data, teacher.card)  # A wrong path should not cost an hour of work.
+    open_for_later(data, teacher.card)
     return lambda saved: evaluate([teacher, saved], data=data, device=device)
 
 

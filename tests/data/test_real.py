@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from dfcompress import console
 from dfcompress.data.batches import UNLABELLED
-from dfcompress.data.real import ImageFolder, fit, open_images
+from dfcompress.data.real import ImageFolder, fit, open_for_later, open_images
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.errors import BadInput
 from dfcompress.models.card import CIFAR_MEAN, CIFAR_STD, MNIST_MEAN, MNIST_STD, ModelCard
@@ -218,7 +218,9 @@ LABELS = np.zeros(4, np.int64)
         (ZEROS, LABELS.astype(float), r"`labels` is float64 \(4,\)"),
         (ZEROS, LABELS + 10, "has the label 10, the model has 10 classes"),
         (ZEROS, LABELS - 1, "has the label -1"),
+        (ZEROS, np.full(4, 2**64 - 1, np.uint64), "has the label 18446744073709551615"),
         (ZEROS[:0], LABELS[:0], "holds no images"),
+        (ZEROS[:, :, :0], LABELS, "holds no images"),
     ],
 )
 def test_an_npz_that_cannot_be_used_says_what_was_found(tmp_path, images, labels, found):
@@ -282,6 +284,24 @@ def test_a_picture_cut_short_is_named(tmp_path, grey_images):
     picture.write_bytes(picture.read_bytes()[:-40])
     with pytest.raises(BadInput, match=r"3/00007\.png cannot be decoded"):
         list(open_images(folder, GREY).batches(4))
+
+
+def test_of_images_that_are_read_after_hours_of_work_every_picture_is_decoded_before(tmp_path, grey_images):
+    folder = write_folder(tmp_path / "folder", *grey_images)
+    assert len(open_for_later(folder, GREY)) == 20
+    picture = folder / "3" / "00007.png"
+    picture.write_bytes(picture.read_bytes()[:-40])
+    with pytest.raises(BadInput, match=r"3/00007\.png cannot be decoded"):
+        open_for_later(folder, GREY)
+
+
+def test_what_macos_and_others_hide_in_folders_is_no_picture_and_no_class(tmp_path, grey_images):
+    folder = write_folder(tmp_path / "folder", *grey_images)
+    for hidden in ("3/._00007.png", "3/.thumbs/00007.png", "__MACOSX/3/00007.png", ".cache/00007.png"):
+        (folder / hidden).parent.mkdir(parents=True, exist_ok=True)
+        (folder / hidden).write_bytes(b"no picture")
+    for labelled in (True, False):
+        assert len(open_images(folder, GREY, labelled=labelled)) == 20
 
 
 def test_a_16_bit_picture_is_refused_instead_of_clipped(tmp_path, grey_images):
