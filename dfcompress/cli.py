@@ -94,7 +94,7 @@ def run(args: list[str] | None = None) -> int:
         root.main(args, prog_name="dfcompress", standalone_mode=False)
     except DfcompressError as error:
         if console.speaks():
-            click.echo(f"dfcompress: {error}", err=True)
+            click.echo(console.shown(f"dfcompress: {error}"), err=True)
         return error.exit_code
     except click.ClickException as error:
         if console.speaks():

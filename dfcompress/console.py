@@ -6,6 +6,7 @@ Only rank 0 of a distributed run prints.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dfcompress.errors import DfcompressError
+from dfcompress.errors import DfcompressError, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -29,9 +30,14 @@ _bars: list[RichProgress] = []  # The one on the screen, which takes a bar for e
 
 
 def configure(verbosity: int) -> None:
-    """Set how much is printed on stderr: `QUIET`, `NORMAL` or `VERBOSE`."""
+    """Set how much is printed on stderr: `QUIET`, `NORMAL` or `VERBOSE`.
+
+    What the encoding of stdout lacks, in names of classes, is written with backslashes.
+    """
     global _verbosity
     _verbosity = verbosity
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
@@ -53,7 +59,7 @@ def speaks() -> bool:
 def notice(text: str, *, level: int = NORMAL) -> None:
     """One line about what was decided or should be known, on stderr."""
     if speaks() and _verbosity >= level and sys.stderr:  # None where a daemon has closed it.
-        print(text, file=sys.stderr, flush=True)
+        print(shown(text), file=sys.stderr, flush=True)
 
 
 def last_words(text: str) -> None:
@@ -66,11 +72,16 @@ def result(text: str) -> None:
     """A line of the result, on stdout; raises `DfcompressError` where that cannot be written."""
     if speaks():
         try:
-            print(text, flush=True)
+            print(shown(text), flush=True)
         except BrokenPipeError:  # Nobody reads on, as behind `| head`.
             raise
         except OSError as error:
             raise DfcompressError(f"stdout cannot be written: {error.strerror}.", "What was made is there.") from None
+
+
+def shown(text: str) -> str:
+    """Its lines without characters that could steer a terminal: names of classes and layers are from files."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def result_json(values: Mapping[str, Any]) -> None:

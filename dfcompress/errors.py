@@ -49,6 +49,11 @@ def first_line(error: BaseException) -> str:
     return (said or type(error).__name__).splitlines()[0].rstrip(".")
 
 
+def printable(text: str) -> str:
+    """A text from a file, without characters that could steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def is_of_layers_in_place(reason: str) -> bool:
     """Whether a network failed because a layer overwrote a tensor that its gradient needs; `NOT_IN_PLACE` helps."""
     return bool(IN_PLACE.search(reason))

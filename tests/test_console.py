@@ -54,6 +54,22 @@ def test_nothing_is_said_where_stderr_is_closed(terminal, capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
+def test_names_that_stdout_cannot_encode_are_written_with_escapes(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    console.configure(console.QUIET)
+    console.table(["class"], [["caf\u00e9"]])
+    assert out.buffer.getvalue() == b"class\ncaf\\xe9\n"
+
+
+def test_names_cannot_steer_a_terminal(capsys, terminal):
+    console.result("cat \x1b[31m\nnext line")
+    console.notice("dog \x1b]0;title\x07")
+    shown = capsys.readouterr()
+    assert shown.out == "cat ?[31m\nnext line\n"
+    assert shown.err == "dog ?]0;title?\n"
+
+
 def test_a_full_disk_behind_stdout_is_said(monkeypatch):
     class Full(io.StringIO):
         def write(self, text: str) -> int:

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, ClassVar, TypeGuard
 import torch
 from torch import Tensor
 
-from dfcompress.errors import BadInput, first_line
+from dfcompress.errors import BadInput, first_line, printable
 
 NESTED = ("state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights")
 AVERAGED = ("ema", "model_ema", "ema_state_dict", "state_dict_ema")
@@ -627,8 +627,3 @@ def _listed(names: Iterable[str]) -> str:
     """Names from a file, without what could steer a terminal; ten at most."""
     every = sorted(map(printable, names))
     return ", ".join(every[:10]) + (f" and {len(every) - 10} more" if len(every) > 10 else "")
-
-
-def printable(text: str) -> str:
-    """A text from a file, without characters that could steer a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

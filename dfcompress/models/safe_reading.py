@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dfcompress.errors import BadInput
-from dfcompress.models.pickled import AGAIN, printable, read_pickled
+from dfcompress.errors import BadInput, printable
+from dfcompress.models.pickled import AGAIN, read_pickled
 from dfcompress.run import RECORD, RunRecord
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
