@@ -337,6 +337,14 @@ def test_a_number_of_classes_that_the_network_has_not_is_answered_with_the_one_i
     assert load(path, arch=f"{SPEC}plain", input_size=(3, 16, 16), num_classes=10).card.classes == 10
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_factory_whose_layers_have_no_shape_yet_is_told_to_give_them_one(tmp_path):
+    path = _written(factories.plain(), tmp_path)
+    with pytest.raises(BadInput, match=r"lazy gave a network whose 0\.weight has no shape yet") as refused:
+        load(path, arch=f"{SPEC}lazy", input_size=(3, 16, 16))
+    assert "show a batch of images to its lazy layers" in refused.value.remedy
+
+
 @pytest.mark.parametrize("how", ["recognised", "stated", "named"])
 def test_tensors_tell_the_classes_of_a_known_architecture_whatever_number_a_card_or_the_user_gives(how, tmp_path):
     path = _written(_classifier().network, tmp_path)

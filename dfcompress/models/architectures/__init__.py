@@ -19,6 +19,7 @@ from importlib import metadata
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from dfcompress.errors import BadInput
 from dfcompress.models.architecture import Architecture, Naming
@@ -106,6 +107,11 @@ def _make_foreign(factory: Callable[..., object], spec: str, classes: int, chann
     network = _called(factory, classes)
     if not isinstance(network, nn.Module):
         raise BadInput(f"--arch {spec} gave a {type(network).__name__}.", "It must give a torch.nn.Module.")
+    if lazy := next((name for name, tensor in network.named_parameters() if is_lazy(tensor)), None):
+        raise BadInput(
+            f"--arch {spec} gave a network whose {lazy} has no shape yet.",
+            "Let the factory show a batch of images to its lazy layers before it gives the network.",
+        )
     return network
 
 
