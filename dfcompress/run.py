@@ -81,7 +81,7 @@ class Run:
             self._write({"finished": False})
             self._begun = True
         except (OSError, DfcompressError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error.problem
+            reason = f"{error.strerror}." if isinstance(error, OSError) else error.problem
             raise BadInput(f"--output {self.folder} cannot be written: {reason}", "Name another folder.") from None
 
     def withdraw(self) -> None:

@@ -139,7 +139,7 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match="is a file"):
         Run("invert", tmp_path / "file", {})
-    with pytest.raises(BadInput, match="cannot be written"):
+    with pytest.raises(BadInput, match=r"below cannot be written: Not a directory\. Name another folder"):
         Run("invert", tmp_path / "file" / "below", {})
 
 

@@ -83,7 +83,7 @@ def _read(path: Path, teachers: Sequence[Classifier]) -> list[tuple[str, ...]]:
     try:
         lists: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise BadInput(f"--class-map {path} cannot be read: {error}.", FORM) from None
+        raise BadInput(f"--class-map {path} cannot be read: {getattr(error, 'strerror', error)}.", FORM) from None
     if not isinstance(lists, list) or len(lists) != len(teachers):
         raise BadInput(f"--class-map {path} is no list for {len(teachers)} teachers.", FORM)
     for teacher, names in zip(teachers, lists, strict=True):

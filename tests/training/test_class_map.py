@@ -50,6 +50,11 @@ def test_a_map_that_does_not_fit_is_refused(tmp_path, text, message):
         join_classes([teacher(), teacher()], tmp_path / "map.json")
 
 
+def test_a_map_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(BadInput, match=r"nowhere\.json cannot be read: No such file or directory\. It must hold"):
+        join_classes([teacher(), teacher()], tmp_path / "nowhere.json")
+
+
 def test_names_that_differ_in_spelling_alone_are_refused():
     with pytest.raises(BadInput, match=r"'T-shirt' and 't shirt'.*--class-map"):
         join_classes([teacher(("T-shirt", "dog")), teacher(("t shirt", "cat"))])
