@@ -603,7 +603,8 @@ def class_names_in(path: Path) -> tuple[str, ...]:
         return tuple(line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
-            f"--class-names {path} cannot be read: {getattr(error, 'strerror', error)}.", "Name a text file with one class a line."
+            f"--class-names {path} cannot be read: {getattr(error, 'strerror', error)}.",
+            "Name a text file with one class a line.",
         ) from None
 
 
