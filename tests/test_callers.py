@@ -94,6 +94,15 @@ def test_inside_of_a_verb_fp32_is_fp32_and_afterwards_as_the_caller_has_it(apart
         torch.set_float32_matmul_precision("highest")
 
 
+def test_the_caller_s_model_stays_where_and_as_it_is(tmp_path):
+    model = dfcompress.load(DEMO).to(memory_format=torch.channels_last).train()
+    before = [(tensor.data_ptr(), tensor.stride(), tensor.requires_grad) for tensor in model.state_dict().values()]
+    small(tmp_path / "out", model)
+    assert model.training
+    after = [(tensor.data_ptr(), tensor.stride(), tensor.requires_grad) for tensor in model.state_dict().values()]
+    assert after == before
+
+
 def test_the_caller_s_random_numbers_are_left_as_they_were(tmp_path):
     """Though a network of the user's own draws its first weights."""
     make = "from dfcompress.models.architectures import find\n\ndef make(): return find('lenet5_bn').make(10, 1)\n"

@@ -76,12 +76,6 @@ def take_logits(classifier: Classifier) -> None:
     vars(classifier.network)["logits_in_training"] = in_training is not None and not _are_probabilities(in_training)
 
 
-def gives_logits(classifier: Classifier) -> bool:
-    """Whether `take_logits` would leave the network as it is."""
-    answer = _answer(classifier)
-    return _logits_in(answer) is None and not _are_probabilities(answer)
-
-
 def answers_with(network: nn.Module) -> str:
     """What is used of a network's answer, in words."""
     if _is(network, _LogarithmTaken):

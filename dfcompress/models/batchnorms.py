@@ -36,11 +36,11 @@ class BatchNormThen(_BatchNorm):
 
 
 @torch.no_grad()
-def plain_batchnorms(classifier: Classifier) -> bool:
+def plain_batchnorms(classifier: Classifier) -> None:
     """Put an ordinary BatchNorm with the same tensors under the same names in the place of every layer that answers
     just as one does, in evaluation mode; so all that is done to BatchNorms is done to them.
 
-    One pass of `classifier` tells over how many dimensions each of them works. Returns whether there was any.
+    One pass of `classifier` tells over how many dimensions each of them works.
     """
     named = dict(classifier.network.named_modules(remove_duplicate=False))
     ranks = _ranks(classifier)
@@ -48,12 +48,6 @@ def plain_batchnorms(classifier: Classifier) -> bool:
     for name, module in named.items():
         if module in plain and name:
             classifier.network.set_submodule(name, plain[module])
-    return bool(plain)
-
-
-def has_foreign_batchnorms(network: nn.Module) -> bool:
-    """Whether `plain_batchnorms` would try a layer."""
-    return any(_has_only_batchnorms_tensors(module) for module in network.modules())
 
 
 def normalises_its_input(module: nn.Module) -> bool:

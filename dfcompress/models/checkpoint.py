@@ -23,10 +23,10 @@ from dfcompress import console
 from dfcompress.device import usual_torch
 from dfcompress.errors import BadInput
 from dfcompress.models import packing
-from dfcompress.models.answers import gives_logits, require_exclusive, take_logits
+from dfcompress.models.answers import require_exclusive, take_logits
 from dfcompress.models.architecture import Architecture, tensors_of
 from dfcompress.models.architectures import HALF, architectures, named, plain, runs_code
-from dfcompress.models.batchnorms import has_foreign_batchnorms, plain_batchnorms
+from dfcompress.models.batchnorms import plain_batchnorms
 from dfcompress.models.card import (
     CIFAR_MEAN,
     CIFAR_STD,
@@ -47,7 +47,7 @@ from dfcompress.models.fake_quantizers import (
     tensor_grids,
 )
 from dfcompress.models.huggingface import TRANSFORMERS, card_of, is_of_transformers, take_rgb
-from dfcompress.models.plain import is_plain, make_plain
+from dfcompress.models.plain import make_plain
 from dfcompress.models.recognition import MISSING, Recognised, differences, first, fit_to, recognise, why_in_part
 from dfcompress.models.released import is_released, released
 from dfcompress.models.resizing import REMEDY, resized
@@ -150,8 +150,8 @@ def as_classifier(checkpoint: str | Path | Classifier) -> Classifier:
 
 
 def opened(checkpoint: str | Path | Classifier) -> Classifier:
-    """The checkpoint loaded, or the classifier: itself, or a copy that is frozen, answers with logits, and has plain
-    weights and BatchNorms.
+    """The checkpoint loaded, or a copy of the classifier on the CPU: frozen, answering with logits, with plain weights
+    and BatchNorms. So a caller's model stays where and as it is.
 
     Raises `BadInput` for everything else, and for what cannot be used.
     """
@@ -200,29 +200,22 @@ def is_built_by_name(classifier: Classifier) -> bool:
 
 
 def _settled(classifier: Classifier) -> Classifier:
-    """A classifier made in Python as `load` would give it: itself where nothing is to be changed, or a copy. One that
-    is still trained is copied, too: verbs take models frozen and in evaluation mode.
-    """
+    """A copy of a classifier made in Python, as `load` would give it."""
     network = classifier.network
     if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
         raise BadInput(
             f"{classifier.name} is or holds a TorchScript program, whose layers cannot be changed.",
             "Build the network in Python, and let it take the program's state_dict() with load_state_dict.",
         )
-    fits = is_plain(network) and gives_logits(classifier) and classifier.card.classes != 0
-    trained = any(module.training for module in network.modules())
-    trained |= any(parameter.requires_grad for parameter in network.parameters())
-    settled = classifier
-    if trained or not fits or has_foreign_batchnorms(network):
-        settled = copy.deepcopy(classifier)
-        make_plain(settled.network)
-        take_logits(settled)
+    settled = copy.deepcopy(classifier).to("cpu")
+    make_plain(settled.network)
+    take_logits(settled)
     if unfit := why_not_run(settled):
         remedy = unfit.remedy if unfit.remedy == STEADY else "Correct its ModelCard, or the network."
         raise BadInput(f"{classifier.name}: {unfit.why}.", remedy)
     _know_classes(settled)
-    replaced = plain_batchnorms(settled)
-    return settled.frozen() if trained or replaced or not fits else classifier
+    plain_batchnorms(settled)
+    return settled.frozen()
 
 
 def _know_classes(classifier: Classifier) -> None:

@@ -30,11 +30,6 @@ def make_plain(network: nn.Module) -> nn.Module:
     return network
 
 
-def is_plain(network: nn.Module) -> bool:
-    """Whether `make_plain` would leave the network as it is."""
-    return not any(parametrize.is_parametrized(module) or [*_hooks(module)] for module in network.modules())
-
-
 def _hooks(module: nn.Module) -> Iterator[object]:
     """The hooks that compute a weight of the module before each pass."""
     for hook in module._forward_pre_hooks.values():
