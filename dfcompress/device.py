@@ -22,7 +22,7 @@ import torch
 from dfcompress import console
 from dfcompress.arguments import require_fields
 from dfcompress.distributed import world
-from dfcompress.errors import NOT_IN_PLACE, BadInput, first_line, is_of_layers_in_place
+from dfcompress.errors import NOT_IN_PLACE, BadInput, DfcompressError, first_line, is_of_layers_in_place
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: dict[Precision, torch.dtype] = {
@@ -280,6 +280,17 @@ OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|CUDA error: out of memory|(CUBL
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device's memory did not suffice."""
     return isinstance(error, torch.OutOfMemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+@contextmanager
+def memory_for(what: str, remedy: str) -> Iterator[None]:
+    """Raise `DfcompressError` with the `remedy` where the memory is not enough for what is done inside."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DfcompressError(f"{what} do not fit into memory.", remedy) from None
 
 
 def as_mine(stored: str) -> str:

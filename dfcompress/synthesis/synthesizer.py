@@ -39,6 +39,7 @@ from dfcompress.synthesis.transforms import Drawn
 HISTORY_POINTS = 50
 ATTEMPTS = 3
 STEPS_BEFORE_CAPTURE = 3
+SMALLER_BATCH = "Free memory, or use a smaller --batch-size."
 MODULE_RATE = 1e-3  # Of Adam, for heads that learn beside a student; not stated in the papers, the usual one.
 # Freed memory is kept for the next step, but falls into pieces: with 64 images of EfficientNet-Lite0 at 56 pixels the
 # process grew by 30 MB a step, without end.
@@ -120,9 +121,10 @@ class Synthesizer:
 
     def advance(self, shard: int, labels: Tensor) -> Mapping[str, float]:
         """Let images that live on take the steps of a batch, which is not finished; the last losses by name."""
-        state = self.begin({shard: labels})
-        while state.step < self.recipe.steps:
-            self.step(state)
+        with device.memory_for(f"{len(labels)} images a step", SMALLER_BATCH):
+            state = self.begin({shard: labels})
+            while state.step < self.recipe.steps:
+                self.step(state)
         self._check_finite(state.losses)
         return self._named(state.losses[-1, 0])
 
@@ -472,7 +474,11 @@ class Synthesizer:
         return "Take another --recipe, or change what it is made of with --set."
 
     def _what_fits(self, labels: Mapping[int, Tensor]) -> str:
+        if self.recipe.lives_on:
+            return SMALLER_BATCH
         ((shard, labels_of_shard),) = labels.items()
+        if self.execution.chunk and self.execution.chunk < len(labels_of_shard):
+            return "Free memory, or begin anew: as many images are then computed at once as fit."
         size = len(labels_of_shard) // 2
         while size:
             try:

@@ -35,6 +35,7 @@ UNTRAINED = "Use --finetune none and, where images are made, a --recipe that is 
 # Work of a timed step, forward and backward: 2 s at the rate of `device.EAGER_WORK_PER_SECOND`, so that a dry run takes
 # seconds: all 256 images of ResNet-20 at 32 px, about 20 of ResNet-50 at 224 px.
 TIMED = 300e9
+SMALLER = "Free memory, or use a smaller --train-batch-size."
 TRIED = 2  # Images of a trial: BatchNorm cannot normalise a single one whose features are 1x1.
 
 
@@ -85,7 +86,8 @@ class Trainer:
 
         Raises `DfcompressError` where a loss is not finite, `BadInput` where a batch cannot be shared out.
         """
-        with self.ready(source) as steps:
+        fits = device.memory_for(f"{self.training.batch_size} images of a training step", SMALLER)
+        with fits, self.ready(source) as steps:
             self._save(steps)  # The automatic choices, which a resume must obey, before the first step.
             with console.progress("training", self.training.steps) as progress:
                 while steps.done < self.training.steps:
@@ -109,9 +111,13 @@ class Trainer:
         if isinstance(source, Tensor):
             source = self.training.pool(source, seed=self.compute.seed)
         state = self._saved_state()
-        execution = self._mine(Execution(**state["execution"]) if state else self._resolve())
-        target = device.resolve_device(execution.device)
+        saved = self._mine(Execution(**state["execution"])) if state else None
+        target = device.resolve_device(saved.device if saved else self.compute.device)
+        # Before it is asked what memory is free:
         source.to(target)
+        for teacher in self.distiller.teachers:
+            teacher.to(target)
+        execution = saved or self._mine(self._resolve())
         parallel.require_shares(source.batch_size // len(self.distiller.teachers), self.everyone)
         backend = state["backend"] if state else self._backend(target)
         with ExitStack() as stack:

@@ -517,6 +517,26 @@ def test_too_little_memory_names_the_batch_that_fits(teacher, monkeypatch):
         made.batch(0, LABELS)
 
 
+def out_of_memory(self, state):
+    raise torch.OutOfMemoryError("out of memory")
+
+
+def test_too_little_memory_for_a_chunk_blames_no_batch(teacher, monkeypatch):
+    made = synthesizer(teacher, steps=2, execution=replace(EAGER, chunk=4))
+    monkeypatch.setattr(Synthesizer, "step", out_of_memory)
+    with pytest.raises(DfcompressError, match=r"16 images a step do not fit into memory\. Free memory, or begin anew"):
+        made.batch(0, LABELS)
+
+
+def test_a_generator_that_lives_on_is_told_to_take_a_smaller_batch(teacher, monkeypatch):
+    recipe = choose("fast-generator", None, {"steps": 2, "batch_size": 16}).recipe
+    made = Synthesizer(recipe, teacher, EAGER, student=teacher)
+    monkeypatch.setattr(Synthesizer, "step", out_of_memory)
+    for make in (made.batch, made.advance):
+        with pytest.raises(DfcompressError, match=r"16 images a step do not fit into memory\. .* smaller --batch-size"):
+            make(0, LABELS)
+
+
 def test_batches_that_do_not_fit_side_by_side_are_made_one_after_the_other(teacher, monkeypatch):
     made = synthesizer(teacher, 2)
     honest = made._update

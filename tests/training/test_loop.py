@@ -338,6 +338,17 @@ def test_torchvisions_networks_with_auxiliary_heads_can_be_trained():
         require_passes(Classifier(network, card), TRAINING)
 
 
+def test_too_little_memory_names_the_option_that_helps(monkeypatch):
+    def out_of_memory(steps):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Steps, "take", out_of_memory)
+    with pytest.raises(
+        DfcompressError, match=r"32 images of a training step do not fit.*--train-batch-size"
+    ):
+        fitted()
+
+
 def test_a_rate_that_diverges_is_reported_with_its_step():
     with pytest.raises(DfcompressError, match=r"not finite at training step \d+.*--train-lr"):
         fitted(replace(TRAINING, lr=1e30))
