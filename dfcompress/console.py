@@ -91,7 +91,7 @@ def result_json(values: Mapping[str, Any]) -> None:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A plain table on stdout, first column left-aligned, the others right-aligned; pipes well."""
-    lines = [list(columns), *[list(row) for row in rows]]
+    lines = [list(map(printable, row)) for row in (columns, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     for line in lines:
         cells = [cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(line)]

@@ -13,6 +13,7 @@ import gzip
 import re
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -88,12 +89,14 @@ def open_images(path: str | Path, card: ModelCard, *, part: Part = "test", label
     return Fitted(source, card.input_size)
 
 
-def open_for_later(path: str | Path, card: ModelCard) -> ImageSource:
-    """`open_images` for a source that is read after hours of work: every picture is decoded once before."""
-    source = open_images(path, card)
+def require_decodable(source: ImageSource) -> None:
+    """Raise `BadInput` where a folder has a picture that cannot be decoded, so that it is found before long work.
+
+    Every picture is decoded, because only that finds a JPEG that is cut short: 1.2 s of CPU time for 10,000 PNGs of
+    32 px, 1.4 s for 1,000 JPEGs of 500 px.
+    """
     if isinstance(source, ImageFolder):
-        source.require_decodable()
-    return source
+        source.decode_all()
 
 
 def folder_names(path: str | Path) -> tuple[str, ...] | None:
@@ -225,11 +228,10 @@ class ImageFolder:
                 decoded, decoding = decoding, threads.map(self._read, self.files[following])
                 yield torch.stack(list(decoded)), self.labels[part]
 
-    def require_decodable(self) -> None:
-        """Raise `BadInput` for the first picture that cannot be decoded."""
+    def decode_all(self) -> None:
+        """Read every picture once, and keep none."""
         with ThreadPoolExecutor() as threads:
-            for _ in threads.map(lambda file: _shape(_read_picture(file)), self.files):
-                pass
+            deque(threads.map(lambda file: _shape(_read_picture(file)), self.files), maxlen=0)
 
     def _read(self, file: Path) -> Tensor:
         return fit(as_float(_read_picture(file))[None], self.size)[0]
@@ -380,7 +382,8 @@ def read_idx(path: Path, part: Part = "test", *, labelled: bool = True) -> Array
 
 def _idx_files(folder: Path) -> dict[str, Path]:
     """IDX files of images by part (`train-`, `t10k-`), an unpacked one before its packed twin."""
-    found = [(match["part"], file) for file in sorted(folder.iterdir()) if (match := IDX_IMAGES.fullmatch(file.name))]
+    files = sorted(file for file in folder.iterdir() if not _is_hidden(file.name))
+    found = [(match["part"], file) for file in files if (match := IDX_IMAGES.fullmatch(file.name))]
     return dict(reversed(found))
 
 

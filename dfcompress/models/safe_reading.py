@@ -193,6 +193,11 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     head = _head(path, 40)
     if path.suffix == ".onnx":
         raise BadInput(f"{path} is an ONNX file, which is written and not read.", "Name the model it was made from.")
+    if path.suffix == ".pt2":
+        raise BadInput(
+            f"{path} is a program of torch.export, whose layers cannot be changed.",
+            "Save the state_dict() of the network that it was exported from.",
+        )
     if not head.startswith((b"PK", b"\x80")):
         readable = head.isascii() and head.decode()[0].isprintable()
         begins = repr(head.decode()) if readable else f"the bytes {head[:4].hex(' ')}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfcompress import console
-from dfcompress.data.real import Fitted, ImageSource, open_images
+from dfcompress.data.real import Fitted, ImageSource, open_images, require_decodable
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_float, as_stored
 from dfcompress.device import Compute
 from dfcompress.errors import BadInput
@@ -78,6 +78,8 @@ class TransferSetSource:
         for synthetic in synthetic_sets:
             synthetic.require_complete()
         self.sources = [open_images(place, teacher.card, part="train") for place in places]
+        for source in self.sources:
+            require_decodable(source)
         _tell_missing(self.sources, teacher)
         self.specs = {} if self.sources else _specs(teacher, synthesis, second_recipe)
         if self.sources and (second_recipe not in (AUTO, None) or replace(synthesis, images=None) != Synthesis()):

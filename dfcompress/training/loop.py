@@ -27,7 +27,7 @@ from dfcompress.run import METRICS, STATE, write_atomically
 from dfcompress.training import optimizers, parallel
 from dfcompress.training.distiller import Distiller
 from dfcompress.training.settings import Training
-from dfcompress.training.steps import Steps, dropping, layouts_of, training_mode
+from dfcompress.training.steps import Steps, dropping, layout_of, training_mode
 
 PARTIAL = f"training{STATE}"
 METRICS_POINTS = 100
@@ -146,7 +146,7 @@ class Trainer:
     @contextmanager
     def _placed(self, target: torch.device, execution: Execution) -> Iterator[None]:
         """All networks on the device, and in the layout of the images; the teachers in the usual one afterwards."""
-        layout = layouts_of(execution, self.student).weights
+        layout = layout_of(execution)
         self.student.to(target).to(memory_format=layout)
         self.distiller.module.to(target)
         for teacher in self.distiller.teachers:

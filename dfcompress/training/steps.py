@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from dfcompress.training.settings import Training
 
 Targets = Callable[[Batch], tuple[Tensor, ...]]
 Losses = Callable[[Batch, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
-REGISTER = 16  # Numbers in fp32 that a vector register holds at most, with AVX-512.
+REGISTER = 16  # Numbers in fp32 that a vector register holds at most, with AVX-512; of 8, with AVX2, it was seen.
 
 
 class Steps:
@@ -71,7 +71,6 @@ class Steps:
             momentum=training.momentum,
             nesterov=training.nesterov,
         )
-        self._layout = layouts_of(execution, student).images
         self._targets, self._losses = self._functions()
         self._kept = self._kept_targets()
 
@@ -95,7 +94,8 @@ class Steps:
         process = [self.everyone.rank] * (self.everyone.world_size > 1)
         device.seed(torch.device(self.execution.device), seed_of("dropout", self.seed, self.done, *process))
         batch = self.source.batch(self.done).part(self._mine)
-        batch = batch._replace(images=batch.images.to(memory_format=self._layout))
+        if self.execution.precision != "fp32":
+            batch = batch._replace(images=batch.images.contiguous(memory_format=layout_of(self.execution)))
         for group in self._optimizer.param_groups:
             group["lr"] = self.training.rate(self.done)
         self._optimizer.zero_grad()
@@ -212,29 +212,9 @@ class _StudentSide(nn.Module):
         return (self._distiller.weights * values).sum(), values.detach()
 
 
-class Layouts(NamedTuple):
-    """How weights and images lie in memory."""
-
-    weights: torch.memory_format
-    images: torch.memory_format
-
-
-def layouts_of(execution: Execution, student: nn.Module) -> Layouts:
-    """Convolutions in bf16 are faster where the channels are next to each other; in fp32 images stay as they come.
-
-    Where channels next to each other would kill the process, nothing lies so: with torch 2.15 on a CPU, oneDNN's
-    gradient of the weights of a 1 × 1 convolution of stride 2 does, if that has fewer channels than a register holds.
-    """
-    on_cpu = torch.device(execution.device).type == "cpu"
-    if on_cpu and any(
-        layer.kernel_size == (1, 1) and layer.stride != (1, 1) and layer.groups == 1 and layer.in_channels < REGISTER
-        for layer in student.modules()
-        if isinstance(layer, nn.Conv2d)
-    ):
-        return Layouts(torch.contiguous_format, torch.contiguous_format)
-    if execution.precision == "fp32":
-        return Layouts(torch.contiguous_format, torch.preserve_format)
-    return Layouts(torch.channels_last, torch.channels_last)
+def layout_of(execution: Execution) -> torch.memory_format:
+    """How weights and images lie in memory: bf16 convolutions are faster where the channels are next to each other."""
+    return torch.contiguous_format if execution.precision == "fp32" else torch.channels_last
 
 
 @contextmanager
@@ -260,7 +240,44 @@ def training_mode(student: nn.Module, *, repair: bool, freeze_batchnorm: bool) -
         if isinstance(module, _BatchNorm):
             module.training = not freeze_batchnorm  # Not `train()`: timm's BatchNormAct2d has a dropout inside.
     try:
-        yield
+        with _striding_before(student):
+            yield
     finally:
         student.eval()
         student.to(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def _striding_before(student: nn.Module) -> Iterator[None]:
+    """Let some 1 × 1 convolutions take every second pixel first, and then step by 1: the same result.
+
+    On a CPU and where features lie channels_last, as augmentation or the compiler makes them, the gradient of the
+    weights of such a layer writes past its memory, and the process ends (oneDNN of torch 2.15; layers of RepVGG and
+    MobileOne). Contiguous images would make steps of ResNet-20 15 % slower.
+    """
+    layers = {name: module for name, module in student.named_modules() if _writes_past_memory(module)}
+    strides = {name: module.stride for name, module in layers.items()}
+
+    def strided(name: str, features: Tensor) -> Tensor:
+        down, right = strides[name]
+        return features[..., ::down, ::right]
+
+    with hooked_inputs(student, layers, strided):
+        for module in layers.values():
+            module.stride = (1, 1)
+        try:
+            yield
+        finally:
+            for name, module in layers.items():
+                module.stride = strides[name]
+
+
+def _writes_past_memory(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride != (1, 1)
+        and module.padding in ((0, 0), "valid")
+        and module.groups == 1
+        and module.in_channels < REGISTER
+    )

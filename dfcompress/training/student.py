@@ -53,7 +53,10 @@ def make_student(
     student = Classifier(make_plain(network), student_card)
     take_logits(student)
     if unfit := why_not_run(student) or why_not_exclusive(student):
-        raise BadInput(f"--student {taken} does not fit the teacher: {unfit.why}.", "Name another --student.")
+        # The teacher's own architecture takes its images, so that the widths are what does not fit.
+        halved = f"the code of {card.architecture} needs the usual number of channels"
+        why = halved if name == "half" else unfit.why
+        raise BadInput(f"--student {taken} does not fit the teacher: {why}.", "Name another --student.")
     form = f", the form of {name} for small images (3x3 stem, no max-pool)" if taken == f"cifar_{name}" else ""
     form = ", each layer half as wide as the teacher's" if widths else form
     return student, f"Student: {taken}{form}, {_described(student)}"

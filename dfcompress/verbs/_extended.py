@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dfcompress.data.real import open_for_later
+from dfcompress.data.real import open_images, require_decodable
 from dfcompress.device import resolve_device
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import Predictions, predict
@@ -38,7 +38,7 @@ def extended_evaluator(
         )
     if not data:
         return None
-    sources = [(each, each.labels) for each in [open_for_later(data[0], card if len(data) == 1 else old.card)]]
+    sources = [(each, each.labels) for each in [open_images(data[0], card if len(data) == 1 else old.card)]]
     if len(data) == 2:
         new = open_new_images(data[1], old.card, names_file=names_file, part="test")
         unknown = [name for name in new.class_names if name not in (card.class_names or ())]
@@ -48,6 +48,8 @@ def extended_evaluator(
             )
         outputs = torch.tensor([(card.class_names or ()).index(name) for name in new.class_names])
         sources.append((new.source, outputs[new.labels]))
+    for source, _ in sources:
+        require_decodable(source)
 
     def measure(saved: Classifier) -> Evaluation:
         target, labels = resolve_device(device), torch.cat([labels for _, labels in sources])

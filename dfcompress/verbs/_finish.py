@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dfcompress import console
-from dfcompress.data.real import open_for_later, reshaped
+from dfcompress.data.real import open_images, require_decodable, reshaped
 from dfcompress.device import resolve_device
 from dfcompress.distributed import world
 from dfcompress.evaluation.metrics import predict
@@ -106,10 +106,12 @@ class TeacherSet:
 
 
 def evaluator(data: str | Path | None, teacher: Classifier, device: str) -> Measure | None:
-    """Counts teacher and student on real images, None without them; raises `BadInput` where they do not fit."""
+    """Counts teacher and student on real images, None without them; raises `BadInput` where they do not fit, or one
+    cannot be decoded.
+    """
     if data is None:
         return None
-    open_for_later(data, teacher.card)
+    require_decodable(open_images(data, teacher.card))  # Neither that nor a wrong path should cost an hour of work.
     return lambda saved: evaluate([teacher, saved], data=data, device=device)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dfcompress.data.real import ImageSource, open_for_later, reshaped
+from dfcompress.data.real import ImageSource, open_images, require_decodable, reshaped
 from dfcompress.device import exact_fp32, resolve_device
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import TOP, Predictions
@@ -49,9 +49,11 @@ def merged_evaluator(
             "Give one with the student's classes, or one for each teacher in order.",
         )
     cards = [student.card] if len(data) == 1 else [teacher.card for teacher in teachers]
-    sources = [open_for_later(path, card) for path, card in zip(data, cards, strict=False)]
+    sources = [open_images(path, card) for path, card in zip(data, cards, strict=False)]
     if not sources:
         return None
+    for source in sources:
+        require_decodable(source)
     return lambda saved: evaluate_merged(saved, teachers, outputs, sources, device=device)
 
 

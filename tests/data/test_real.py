@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from dfcompress import console
 from dfcompress.data.batches import UNLABELLED
-from dfcompress.data.real import ImageFolder, fit, open_for_later, open_images
+from dfcompress.data.real import ImageFolder, fit, open_images
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.errors import BadInput
 from dfcompress.models.card import CIFAR_MEAN, CIFAR_STD, MNIST_MEAN, MNIST_STD, ModelCard
@@ -284,15 +284,6 @@ def test_a_picture_cut_short_is_named(tmp_path, grey_images):
     picture.write_bytes(picture.read_bytes()[:-40])
     with pytest.raises(BadInput, match=r"3/00007\.png cannot be decoded"):
         list(open_images(folder, GREY).batches(4))
-
-
-def test_of_images_that_are_read_after_hours_of_work_every_picture_is_decoded_before(tmp_path, grey_images):
-    folder = write_folder(tmp_path / "folder", *grey_images)
-    assert len(open_for_later(folder, GREY)) == 20
-    picture = folder / "3" / "00007.png"
-    picture.write_bytes(picture.read_bytes()[:-40])
-    with pytest.raises(BadInput, match=r"3/00007\.png cannot be decoded"):
-        open_for_later(folder, GREY)
 
 
 def test_what_macos_and_others_hide_in_folders_is_no_picture_and_no_class(tmp_path, grey_images):

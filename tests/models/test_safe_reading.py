@@ -335,3 +335,9 @@ def test_what_becomes_infinite_in_fp32_is_named(tmp_path):
     torch.save({"w": torch.full((2, 2), 1e300, dtype=torch.float64)}, tmp_path / "net.pt")
     with pytest.raises(BadInput, match="w holds NaN or infinity"):
         read(tmp_path / "net.pt")
+
+
+def test_a_program_of_torch_export_is_refused_as_what_it_is(tmp_path):
+    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), tmp_path / "net.pt2")
+    with pytest.raises(BadInput, match=r"is a program of torch\.export"):
+        read(tmp_path / "net.pt2")

@@ -343,9 +343,7 @@ def test_too_little_memory_names_the_option_that_helps(monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(Steps, "take", out_of_memory)
-    with pytest.raises(
-        DfcompressError, match=r"32 images of a training step do not fit.*--train-batch-size"
-    ):
+    with pytest.raises(DfcompressError, match=r"32 images of a training step do not fit.*--train-batch-size"):
         fitted()
 
 
@@ -456,6 +454,21 @@ def test_a_convolution_whose_gradient_would_kill_the_process_trains():
     """Of a fresh process: where it goes wrong, the memory of this one is overwritten."""
     done = subprocess.run([sys.executable, "-c", STRIDED], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_strided_convolution_computes_the_same_in_training(layout):
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Conv2d(3, 48, 1, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    shown = torch.rand(4, 3, 32, 32)
+    network(shown).square().sum().backward()  # Of contiguous images, outside: torch's own stride.
+    expected = network[0].weight.grad.clone()
+    network.zero_grad()
+    with training_mode(network, repair=False, freeze_batchnorm=False):
+        network(shown.contiguous(memory_format=layout)).square().sum().backward()
+    torch.testing.assert_close(network[0].weight.grad, expected)
+    assert network[0].stride == (2, 2)
+    assert not network[0]._forward_pre_hooks
 
 
 def test_dropout_depends_on_the_seed_and_not_on_what_ran_before():

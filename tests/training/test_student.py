@@ -41,7 +41,7 @@ def test_half_has_half_the_channels_and_all_classes(name):
 
 
 def test_a_network_that_counts_its_channels_itself_cannot_be_halved():
-    with pytest.raises(BadInput, match="half:vit_b_16 does not fit"):
+    with pytest.raises(BadInput, match="half:vit_b_16 does not fit the teacher: the code of vit_b_16 needs"):
         make_student("half", ModelCard("vit_b_16", 10, (3, 224, 224), (0.5,) * 3, (0.25,) * 3), seed=0)
 
 

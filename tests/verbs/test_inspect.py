@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from inspect import signature
 from pathlib import Path
 
@@ -173,3 +176,16 @@ def test_a_network_of_one_column_is_exported(tmp_path):
 def load_factory(name: str) -> torch.nn.Module:
     """The network of a factory beside the tests of models."""
     return named(f"{NETS}:{name}").make(0, 3)
+
+
+def test_names_that_a_terminal_cannot_show_are_replaced(tmp_path):
+    """Letters that its encoding has not, and characters that steer it."""
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(["chó", "\x1b[2Jcat", *map(str, range(8))]), encoding="utf-8")
+    line = ["inspect", str(_saved("cifar_resnet20", tmp_path / "net.pt")), "--class-names", str(names)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "dfcompress", *line], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert r"ch\xf3, ?[2Jcat, 0" in done.stdout

@@ -33,10 +33,17 @@ def widen(old: Classifier, class_names: Sequence[str], *, seed: int) -> Classifi
         for name, values in old.network.get_submodule(head).named_parameters():
             layer.get_parameter(name)[: old.card.classes] = values
     card = replace(old.card, classes=len(class_names), class_names=tuple(class_names))
-    usual = Classifier(network, replace(card, widths=_widths(old, head, layer)), name=old.name)
-    by_widths = Classifier(network, replace(card, widths={**(card.widths or {}), **_width(head, layer)}), name=old.name)
-    student = usual if is_built_by_name(usual) or not is_built_by_name(by_widths) else by_widths
+    # The last: a factory that gives auxiliary heads the new number of classes, too.
+    every = [_widths(old, head, layer), {**(card.widths or {}), **_width(head, layer)}, widths_of(network)]
+    students = [Classifier(network, replace(card, widths=widths), name=old.name) for widths in every]
+    student = next(filter(is_built_by_name, students), students[0])
     _check_answers(student, old, head, layer)
+    if is_built_by_name(old) and not is_built_by_name(student):
+        raise BadInput(
+            f"{old.name}: {card.architecture} cannot be built with {len(class_names)} outputs of {head} and all other "
+            "layers as they are.",
+            "Give a network of which only the last layer depends on the number of classes.",
+        )
     return student
 
 
@@ -87,6 +94,11 @@ def _check_answers(student: Classifier, old: Classifier, head: str, layer: nn.Mo
     images = torch.rand(2, *old.card.input_size, generator=generator("widened")).to(old.mean.device)
     with evaluating(student), evaluating(old):
         before = old(images)
+        if before.logsumexp(1).abs().max() < SAME:
+            raise BadInput(
+                f"{old.name} answers with log-probabilities, which change where classes are added.",
+                "Let the --arch factory return a network that answers with the logits before its log_softmax.",
+            )
         try:
             after = student(images)
         except RuntimeError:  # Of a network that counts its classes itself.

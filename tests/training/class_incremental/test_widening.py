@@ -11,6 +11,7 @@ from odd_networks import SIZE as ODD_SIZE
 from torch import nn
 
 from dfcompress.errors import BadInput
+from dfcompress.models.architectures import named
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
@@ -79,4 +80,53 @@ class Mixed(nn.Module):
 def test_a_last_layer_whose_rows_are_not_the_classes_is_refused():
     old = Classifier(Mixed(), ModelCard("mixed", 4, (3, 2, 2), (0.5,) * 3, (0.25,) * 3)).frozen()
     with pytest.raises(BadInput, match="fc, the last layer of mixed"):
+        widen(old, NAMES, seed=0)
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.conv, self.fc, self.aux = nn.Conv2d(3, 8, 3), nn.Linear(8, classes), AUXILIARY
+
+    def forward(self, images):
+        features = self.conv(images).mean((2, 3))
+        logits = self.fc(features)
+        return LAST(logits, dim=1)
+
+def make(num_classes=4):
+    return Net(num_classes)
+"""
+
+
+def from_factory(folder, *, auxiliary="nn.Linear(8, classes)", last="(lambda logits, dim: logits)"):
+    """A file and the factory that it was saved from, with an auxiliary head for training."""
+    arch = folder / "net.py"
+    arch.write_text(FACTORY.replace("AUXILIARY", auxiliary).replace("LAST", last))
+    network = named(f"{arch}:make").build(4, 3)
+    torch.save(network.state_dict(), folder / "net.pt")
+    return load(folder / "net.pt", arch=f"{arch}:make", input_size=(3, 32, 32))
+
+
+def test_a_factory_that_widens_an_auxiliary_head_too_reads_the_result(tmp_path):
+    old = from_factory(tmp_path)
+    wider = widen(old, NAMES, seed=0).frozen()
+    save(wider, tmp_path / "result")
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(load(tmp_path / "result", arch=old.card.architecture)(images), wider(images))
+
+
+def test_a_factory_that_cannot_give_the_result_is_refused(tmp_path):
+    """A parameter that is no layer's depends on the number of classes."""
+    old = from_factory(tmp_path, auxiliary="nn.ParameterList([torch.zeros(classes)])")
+    with pytest.raises(BadInput, match="cannot be built with 7 outputs of fc"):
+        widen(old, NAMES, seed=0)
+
+
+def test_a_network_that_ends_in_log_softmax_is_refused(tmp_path):
+    old = from_factory(tmp_path, last="torch.nn.functional.log_softmax")
+    with pytest.raises(BadInput, match="answers with log-probabilities"):
         widen(old, NAMES, seed=0)
