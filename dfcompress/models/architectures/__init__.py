@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from importlib import metadata
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -107,7 +108,8 @@ def _make_foreign(factory: Callable[..., object], spec: str, classes: int, chann
     network = _called(factory, classes)
     if not isinstance(network, nn.Module):
         raise BadInput(f"--arch {spec} gave a {type(network).__name__}.", "It must give a torch.nn.Module.")
-    if lazy := next((name for name, tensor in network.named_parameters() if is_lazy(tensor)), None):
+    tensors = chain(network.named_parameters(), network.named_buffers())
+    if lazy := next((name for name, tensor in tensors if is_lazy(tensor)), None):
         raise BadInput(
             f"--arch {spec} gave a network whose {lazy} has no shape yet.",
             "Let the factory show a batch of images to its lazy layers before it gives the network.",
