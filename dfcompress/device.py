@@ -308,8 +308,7 @@ _ONE_AT_A_TIME = threading.RLock()
 @contextmanager
 def usual_torch() -> Iterator[None]:
     """PyTorch inside as it starts, whatever the caller has set: gradients are known, new tensors are fp32 on the CPU,
-    and no operation is cast or rounds fp32 to fewer bits. Afterwards everything is as before, the states of the default
-    generators too.
+    and no operation is cast. Afterwards everything is as before, the states of the default generators too.
 
     A notebook may call from `torch.no_grad()`, `inference_mode()` or `autocast`, or have set another default dtype or
     device. A call waits for the calls of other threads, because all threads of a process share what is set here and
@@ -323,7 +322,6 @@ def usual_torch() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(_usual_defaults())
-        stack.enter_context(_exact_products())
         stack.enter_context(_given_back_randomness())
         yield
 
@@ -331,38 +329,15 @@ def usual_torch() -> Iterator[None]:
 @contextmanager
 def _usual_defaults() -> Iterator[None]:
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    benchmark = torch.backends.cudnn.benchmark
     torch.set_default_dtype(torch.float32)
-    torch.backends.cudnn.benchmark = False  # It takes the kernel that was fastest just now.
     if device.type != "cpu":
         torch.set_default_device(None)
     try:
         yield
     finally:
         torch.set_default_dtype(dtype)
-        torch.backends.cudnn.benchmark = benchmark
         if device.type != "cpu":
             torch.set_default_device(device)
-
-
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    """Multiply fp32 matrices as fp32, on GPUs and, where PyTorch would compute in bf16, on CPUs."""
-    backends: Any = torch.backends
-    kinds = (backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv)
-    before = [kind.fp32_precision for kind in kinds]
-    try:
-        allowed = torch.get_float32_matmul_precision()
-    except RuntimeError:  # Somebody has set CPU and GPU apart.
-        allowed = "highest"
-    torch.set_float32_matmul_precision("highest")
-    backends.mkldnn.conv.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import dfcompress
-from dfcompress.device import usual_torch
 
 DEMO = Path(__file__).resolve().parents[1] / "dfcompress" / "demo_files"
 EAGER = dfcompress.Compute(compile="off")
@@ -69,29 +68,6 @@ def test_autocast_of_the_caller_changes_nothing(tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
         assert small(tmp_path / "out").read_bytes() == usual
         assert torch.is_autocast_enabled("cpu")
-
-
-BACKENDS = torch.backends
-
-
-def products() -> list[object]:
-    kinds = (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.conv)
-    return [*(kind.fp32_precision for kind in kinds), BACKENDS.cudnn.benchmark]
-
-
-@pytest.mark.parametrize("apart", [False, True])
-def test_inside_of_a_verb_fp32_is_fp32_and_afterwards_as_the_caller_has_it(apart, monkeypatch):
-    monkeypatch.setattr(BACKENDS.cudnn, "benchmark", True)
-    torch.set_float32_matmul_precision("medium")
-    if apart:
-        BACKENDS.cuda.matmul.fp32_precision = "ieee"
-    before = products()
-    try:
-        with usual_torch():
-            assert products() == ["ieee", "ieee", "ieee", False]
-        assert products() == before
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_caller_s_model_stays_where_and_as_it_is(tmp_path):

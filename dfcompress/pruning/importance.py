@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.data.synthetic_set import as_float
-from dfcompress.device import exact_fp32
 from dfcompress.models.classifier import Classifier
 from dfcompress.pruning import ImportanceName
 from dfcompress.pruning.groups import ChannelGroup, Clusters, blocks_of, clusters_of
@@ -110,9 +109,8 @@ def _worth(classifier: Classifier, images: Tensor) -> dict[str, Tensor]:
     worth = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     batches = images.split(BATCH)
     for stored in batches:
-        with exact_fp32():
-            logits = twin(as_float(stored).to(twin.mean.device))
-            F.cross_entropy(logits, logits.argmax(1)).backward()
+        logits = twin(as_float(stored).to(twin.mean.device))
+        F.cross_entropy(logits, logits.argmax(1)).backward()
         with torch.no_grad():
             for name, parameter in parameters.items():
                 if parameter.grad is not None:

@@ -25,7 +25,6 @@ from dfcompress.device import (
     Precision,
     as_mine,
     computing,
-    exact_fp32,
     is_cuda,
     processor_name,
     release_freed_memory,
@@ -283,8 +282,7 @@ class SetBuilder:
         with torch.no_grad(), computing(self.execution):
             images = self.synthesizer.sample(labels, generator(purpose, self.seed, number))
             if self.recipe.label_free:
-                with exact_fp32():
-                    labels = self.teacher(images).argmax(1)
+                labels = self.teacher(images).argmax(1)
         return Batch(images.cpu(), labels.cpu(), {}, [], time.perf_counter() - started)
 
     @cached_property

@@ -418,7 +418,7 @@ class Synthesizer:
             if not images.isfinite().all():
                 raise NotFinite("Pixels of the finished images are not finite.", state.step)
             if self.recipe.label_free:
-                with torch.no_grad(), device.exact_fp32():
+                with torch.no_grad():
                     answers = [
                         self.teacher(some).argmax(1) for some in images.split(self.execution.chunk or len(images))
                     ]
