@@ -393,14 +393,14 @@ def threads_for(work: float) -> int:
 @contextmanager
 def computing(execution: Execution) -> Iterator[None]:
     """Compute as `execution` says inside: in its threads, on its device, on CUDA by kernels that give the same bits
-    every time, and fp32 not in TF32. Afterwards everything is as before, but for the memory that the process keeps.
+    every time, and fp32 as fp32. Afterwards everything is as before, but for the memory that the process keeps.
     """
     device = torch.device(execution.device)
     with ExitStack() as stack:
         stack.enter_context(threads(execution.threads))
+        stack.enter_context(exact_fp32() if execution.precision == "fp32" else _deterministic())
         if device.type != "cpu":
             stack.enter_context(torch.cuda.device(device))
-            stack.enter_context(exact_fp32() if execution.precision == "fp32" else _deterministic())
         yield
 
 
@@ -442,40 +442,54 @@ def processor_name(device: torch.device) -> str:
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Convolve fp32 as fp32, and to the same bits every time: cuDNN's default, TF32, keeps 10 of the 23 bits of the
-    operands' mantissas.
+    """Compute fp32 as fp32, and to the same bits every time: TF32, cuDNN's default and the caller's choice for matrix
+    products, keeps 10 of the 23 bits of the operands' mantissas.
     """
-    cudnn: Any = torch.backends.cudnn
-    kinds = (cudnn.conv, cudnn.rnn)  # Set apart from each other, `allow_tf32` of both can no longer be read.
-    before = [kind.fp32_precision for kind in kinds]
-    try:
-        allowed = cudnn.allow_tf32
-    except RuntimeError:  # Somebody has set them apart.
-        allowed = True
-    _set_tf32(False, ["ieee", "ieee"])
+    kinds = _kinds_of_fp32()
+    precisions = [kind.fp32_precision for kind in kinds]
+    # torch lets nobody read a switch from which somebody has set one of its kinds apart.
+    tf32, products = True, "highest"
+    with suppress(RuntimeError):
+        tf32 = torch.backends.cudnn.allow_tf32
+    with suppress(RuntimeError):
+        products = torch.get_float32_matmul_precision()
+    _set_fp32(False, "highest", ["ieee"] * len(kinds))
     try:
         with _deterministic():
             yield
     finally:
-        _set_tf32(allowed, before)
+        _set_fp32(tf32, products, precisions)
 
 
-def _set_tf32(allowed: bool, precisions: Sequence[str]) -> None:
-    """Set the switch that cuDNN's convolutions and recurrent layers share, and then the one of each."""
+def _kinds_of_fp32() -> list[Any]:
+    """What computes fp32 in a precision of its own: convolutions, recurrent layers and matrix products on CUDA, matrix
+    products on a CPU.
+    """
+    backends: Any = torch.backends
+    return [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn.matmul]
+
+
+def _set_fp32(tf32: bool, products: str, precisions: Sequence[str]) -> None:
+    """Set the switches that several kinds share, cuDNN's and that of matrix products, and then the precision of each
+    kind.
+    """
     cudnn: Any = torch.backends.cudnn
-    cudnn.allow_tf32 = allowed
-    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = precisions
+    cudnn.allow_tf32 = tf32
+    torch.set_float32_matmul_precision(products)
+    for kind, precision in zip(_kinds_of_fp32(), precisions, strict=True):
+        kind.fp32_precision = precision
 
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Let cuDNN take no kernel whose sums depend on the order in which threads arrive."""
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
+    """Let cuDNN take no kernel whose sums depend on the order in which threads arrive, nor any by timing several."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
     try:
         yield
     finally:
-        torch.backends.cudnn.deterministic = before
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 @contextmanager

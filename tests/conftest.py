@@ -132,6 +132,18 @@ def broken_compiler(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def precisions() -> Callable[[torch.nn.Module], list[str]]:
+    """A function of a module that gives a list: of each pass from now on, how precise products of fp32 are in it."""
+
+    def precisions(module: torch.nn.Module) -> list[str]:
+        passes: list[str] = []
+        module.register_forward_pre_hook(lambda *_: passes.append(torch.backends.cuda.matmul.fp32_precision))
+        return passes
+
+    return precisions
+
+
 IMAGES = 300
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.data.synthetic_set import as_float
+from dfcompress.device import exact_fp32
 from dfcompress.models.classifier import Classifier
 from dfcompress.pruning import ImportanceName
 from dfcompress.pruning.groups import ChannelGroup, Clusters, blocks_of, clusters_of
@@ -102,6 +103,7 @@ def rank(
     return {group: Ranking(each / each.mean().clamp(min=torch.finfo().tiny)) for group, each in scores.items()}
 
 
+@exact_fp32()
 def _worth(classifier: Classifier, images: Tensor) -> dict[str, Tensor]:
     """(weight x gradient)^2 of every value of every parameter, the mean over batches."""
     twin = copy.deepcopy(classifier).eval().requires_grad_(True)

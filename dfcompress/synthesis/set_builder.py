@@ -25,6 +25,7 @@ from dfcompress.device import (
     Precision,
     as_mine,
     computing,
+    exact_fp32,
     is_cuda,
     processor_name,
     release_freed_memory,
@@ -279,7 +280,7 @@ class SetBuilder:
 
     def _sampled(self, number: int, purpose: str) -> Batch:
         started, labels = time.perf_counter(), self.labels_of(number)
-        with torch.no_grad(), computing(self.execution):
+        with torch.no_grad(), computing(self.execution), exact_fp32():
             images = self.synthesizer.sample(labels, generator(purpose, self.seed, number))
             if self.recipe.label_free:
                 labels = self.teacher(images).argmax(1)

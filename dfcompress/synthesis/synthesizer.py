@@ -409,6 +409,7 @@ class Synthesizer:
         with torch.no_grad():
             return self.teacher.denormalise(copy.deepcopy(images).render())
 
+    @device.exact_fp32()
     def _finished(self, state: BatchState) -> list[Batch]:
         history = state.losses.cpu()
         self._check_finite(history)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfcompress import console
-from dfcompress.device import Compute, resolve_device, threads, threads_for
+from dfcompress.device import Compute, exact_fp32, resolve_device, threads, threads_for
 from dfcompress.distributed import world
 from dfcompress.models.classifier import Classifier, evaluating, load_tensors, work_of
 from dfcompress.models.resizing import resized, widths_of
@@ -154,6 +154,7 @@ def _best(before: Classifier, tried: Sequence[_Attempt], images: Tensor) -> _Att
 
 
 @torch.no_grad()
+@exact_fp32()
 def _divergence(before: Classifier, student: Classifier, images: Tensor) -> float:
     """Mean KL divergence of the student's answers to stored images from those before."""
     total = 0.0

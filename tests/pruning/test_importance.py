@@ -118,3 +118,10 @@ def test_folding_channels_that_are_twins_changes_no_answer(name):
     images = torch.rand(4, 3, 32, 32)
     torch.testing.assert_close(pruned(images), made(images), rtol=1e-3, atol=1e-3)
     assert sum(each.numel() for each in pruned.parameters()) < 0.5 * sum(each.numel() for each in made.parameters())
+
+
+def test_gradients_that_decide_are_in_exact_fp32(small, precisions):
+    made, groups = small
+    passes = precisions(made)
+    rank("taylor", made, groups, torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
+    assert set(passes) == {"ieee"}

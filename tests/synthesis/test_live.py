@@ -17,6 +17,7 @@ from dfcompress.synthesis.images import ParameterGroup, Pixels
 from dfcompress.synthesis.live import LiveSource
 from dfcompress.synthesis.losses import Loss, Want, class_cross_entropy
 from dfcompress.synthesis.recipe import Phase, Recipe, StudentUpdates, Synthesis
+from dfcompress.synthesis.set_builder import SetBuilder
 from dfcompress.synthesis.spec import resolve
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import Trainer
@@ -223,3 +224,13 @@ def test_a_head_learns_on_the_students_images_alone(teacher, tmp_path):
     live.batch(0)
     moved = live.state_dict()["synthesis"]["modules"]["head"]["layer.weight"] - fresh
     assert moved.abs().max().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_labels_that_the_teacher_gives_are_in_exact_fp32(teacher, tmp_path, precisions):
+    """Whatever the precision of the images."""
+    recipe = replace(painted(), losses=[disagreement()])
+    spec = resolve(teacher, Synthesis(recipe=lambda: recipe, images=24))
+    builder = SetBuilder(spec, tmp_path, replace(EAGER, precision="bf16"), student=new_student(teacher))
+    passes = precisions(teacher)
+    builder.look(0)
+    assert set(passes) == {"ieee"}

@@ -603,3 +603,10 @@ def test_noise_that_is_not_finite_blames_what_it_is_drawn_from(teacher):
     recipe = choose("gaussian", None, {"std": 1e39, "mean": 0.5}).recipe
     with pytest.raises(DfcompressError, match="what the images start from: change it with --set"):
         Synthesizer(recipe, teacher, EAGER).batch(0, LABELS)
+
+
+def test_labels_that_the_teacher_gives_are_in_exact_fp32(teacher, precisions):
+    own = copy.deepcopy(teacher)
+    passes = precisions(own)
+    Synthesizer(choose("bns", None, {"steps": 1, "batch_size": 16}).recipe, own, EAGER).batch(0, LABELS)
+    assert set(passes) == {"ieee"}

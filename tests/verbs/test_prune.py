@@ -8,6 +8,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from torch.nn import functional as F
 
 from dfcompress.cli import run
@@ -18,7 +19,7 @@ from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier, multiply_accumulates
 from dfcompress.pruning import ImportanceName
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.verbs._prune_step import AUTO, CLEARLY
+from dfcompress.verbs._prune_step import AUTO, CLEARLY, _divergence
 from dfcompress.verbs.merge import merge
 from dfcompress.verbs.prune import prune
 from dfcompress.verbs.quantize import quantize
@@ -182,3 +183,10 @@ def test_a_network_that_no_name_leads_to_is_pruned_and_resumed_in_python(whole, 
     done = prune(mine, **options)
     again = prune(mine, resume=True, eval_data=None, **options)
     assert again == done
+
+
+def test_answers_that_decide_are_in_exact_fp32(precisions):
+    teacher = load(DEMO)
+    passes = precisions(teacher)
+    assert _divergence(teacher, teacher, torch.zeros(4, *teacher.card.input_size, dtype=torch.uint8)) == 0
+    assert set(passes) == {"ieee"}
