@@ -39,7 +39,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.errors import first_line
-from dfcompress.evaluation.onnx_check import Session
+from dfcompress.evaluation.onnx_check import EXACT, Session
 from dfcompress.models.classifier import Classifier
 from dfcompress.quantization.onnx import write_onnx
 
@@ -224,7 +224,7 @@ def answers(packed: Classifier, images: SyntheticSet, file: Path) -> str:
     """
     ((shown, _),) = images.batches(IMAGES)
     write_onnx(packed, file)
-    given = Session(file, rewriting=False)(shown)
+    given = Session(file, EXACT)(shown)
     logits = packed(shown)
     noise = NOISE * torch.randn(shown.shape, generator=torch.Generator().manual_seed(0))
     own = (packed(shown + noise) - logits).abs().median().item()

@@ -92,7 +92,7 @@ def test_every_option_that_is_mentioned_exists(page):
         "--gpus-per-task",
     }
     known |= {"--no-deps", "--no-build-isolation", "--no-index", "--durations", "--dist"}  # Of pip and pytest.
-    known |= {"--only", "--seeds", "--sources", "--cifar10", "--epochs", "--write"}  # Of the scripts in docs.
+    known |= {"--only", "--seeds", "--sources", "--cifar10", "--epochs", "--write", "--batch"}  # Of docs' scripts.
     known |= {"--headless", "--hide-scrollbars", "--window-size", "--screenshot"}  # Of chromium.
     for name in COMMANDS:
         command = root.get_command(click.Context(root), name)
