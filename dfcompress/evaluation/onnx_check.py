@@ -52,11 +52,11 @@ class Exported:
     images: int
     equal: int
     equal_rewritten: int | None
-    equal_unsaturated: int | None
     median_difference: float
     largest_difference: float
     milliseconds: float
     milliseconds_fp32: float | None
+    equal_unsaturated: int | None = None  # Earlier runs did not tell.
 
     @property
     def saturates(self) -> bool:

@@ -421,6 +421,14 @@ def test_equal_zero_points_are_kept_once_for_each_weight(tmp_path):
     assert len(weights) == 20 == len({node.input[2] for node in weights})
 
 
+def test_a_comparison_of_an_earlier_version_is_read(tmp_path):
+    _, exported = through(classifier_of("lenet5_bn", 32, channels=1), tmp_path)
+    told = exported.to_json()
+    del told["equal_unsaturated"]
+    assert Exported(**told) == exported
+    assert not exported.saturates
+
+
 def test_where_default_options_saturate_the_command_says_what_to_set(monkeypatch, tmp_path, capsys):
     student = int8_on_all_tensors(classifier_of("lenet5_bn", 32))
     save(student, tmp_path)
