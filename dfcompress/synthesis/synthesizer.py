@@ -517,7 +517,9 @@ class LiveStudent:
         self._normalised_alike = same_mean and same_std
 
     def update(self, student: Classifier) -> None:
-        """Answer as `student` does now."""
+        """Answer as `student` does now; of a quantized one the ranges of activations must be those it had, because a
+        captured step keeps them.
+        """
         quantized = is_quantized(student.network)
         frozen = frozen_copy(student, self._teacher.mean.device) if quantized else student
         self._recorder.take_weights(frozen.network)
