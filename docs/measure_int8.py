@@ -57,7 +57,7 @@ def network_of(spec: str, arch: str | None) -> Classifier:
 
 
 def int8(classifier: Classifier, images: Tensor, weights: int) -> Classifier:
-    """The classifier with grids on all tensors, as `quantize --bits 8w8a --first-last-bits same` makes it."""
+    """The classifier with grids on all tensors, as `quantize --bits 8w8a` and `7w8a` make it."""
     reference = copy.deepcopy(classifier)
     as_kernels_compute(reference)
     student, layers = copy.deepcopy(reference), layers_of(reference).quantizable

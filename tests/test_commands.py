@@ -681,7 +681,7 @@ def test_a_dry_run_of_quantize_tells_bits_grids_and_runtime(capsys):
     line = ["quantize", DEMO, "--data", DEMO, "--dry-run"]
     _, out, _ = answer(capsys, *line, "--bits", "4w4a", "--finetune", "none")
     assert "bits: 2 layers 8w8a, 3 layers 4w4a; grids on layer-inputs, fine-tuning none\n" in out
-    _, out, _ = answer(capsys, *line, "--bits", "7w8a", "--first-last-bits", "same", "--export", "onnx")
+    _, out, _ = answer(capsys, *line, "--bits", "7w8a", "--export", "onnx")
     assert "bits: 5 layers 7w8a; grids on all-tensors, fine-tuning none, exported for onnxruntime\n" in out
 
 

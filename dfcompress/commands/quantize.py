@@ -52,14 +52,14 @@ def _calibration(
     default="4w4a",
     show_default=True,
     metavar="BITS",
-    help="Bits of weights, then of activations, for instance 4w4a or 8w8a. auto chooses bits for each layer.",
+    help="Bits of weights, then of activations: 4w4a for instance, 8w8a for int8, 7w8a for int8 on any processor. "
+    "auto chooses bits for each layer.",
 )
 @_help.under(
     "Quantization",
     click.option(
         "--first-last-bits",
-        default="8",
-        show_default=True,
+        show_default="8, or same with --bits 7w8a",
         metavar="BITS",
         help="Bits of the first and the last layer. same gives them the bits of all others.",
     ),
@@ -182,7 +182,7 @@ def _calibration(
 def quantize(
     model: Classifier,
     bits: str,
-    first_last_bits: str,
+    first_last_bits: str | None,
     layer_bits: tuple[str, ...],
     size_ratio: float | None,
     data: Path | None,

@@ -64,8 +64,16 @@ def parse_bits(text: str, option: str = "--bits") -> RequestedBits:
     return RequestedBits(weights, activations)
 
 
-def parse_ends(text: str | int) -> int | None:
-    """The bits of the first and the last layer, None where they are `same` as the others'."""
+# Two products of 7-bit weights and 8-bit activations fit into 16 bits, in which x86 processors without VNNI add them.
+INT8, UNSATURATED = RequestedBits(8, 8), RequestedBits(7, 8)
+
+
+def parse_ends(text: str | int | None, body_bits: RequestedBits) -> int | None:
+    """The bits of the first and the last layer, None where they are `same` as the others'; where nothing is said, they
+    have 8, but at 7w8a, where one sum that saturates is one too many.
+    """
+    if text is None:
+        return None if body_bits == UNSATURATED else USUAL_ENDS
     if text == SAME:
         return None
     if not str(text).isdecimal() or int(text) not in WIDTHS:

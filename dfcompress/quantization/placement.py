@@ -15,12 +15,10 @@ from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.tensor_grids import as_kernels_compute, quantize_tensors
 from dfcompress.quantization import Placement
-from dfcompress.quantization.bits import Layers, RequestedBits, layers_of, parse_bits
+from dfcompress.quantization.bits import INT8, UNSATURATED, Layers, RequestedBits, layers_of, parse_bits
 from dfcompress.quantization.layer_report import named_bytes
 
-# What kernels for int8 take. Two products of 7-bit weights and 8-bit activations fit into 16 bits, in which x86
-# processors without VNNI add them.
-INT8 = (RequestedBits(8, 8), RequestedBits(7, 8))
+KERNELS_TAKE = (INT8, UNSATURATED)
 
 Wish = Callable[[Classifier, Sequence[str]], dict[str, RequestedBits]]
 
@@ -48,7 +46,7 @@ def place_grids(
     """
     if asked not in (*get_args(Placement), None):
         raise BadInput(f"There is no --placement {asked!r}.", f"Known: {', '.join(get_args(Placement))}.")
-    if asked == "all-tensors" or (asked is None and parse_bits(bits) in INT8):
+    if asked == "all-tensors" or (asked is None and parse_bits(bits) in KERNELS_TAKE):
         reference = copy.deepcopy(teacher)
         as_kernels_compute(reference)
         layers = layers_of(reference)._replace(unused={})  # The graph does not hold them.

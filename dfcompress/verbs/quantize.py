@@ -23,7 +23,7 @@ from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.models.fake_quantizers import Scheme, can_be_quantized, freeze, is_quantized, learn_steps
 from dfcompress.quantization import Placement
-from dfcompress.quantization.bits import USUAL_ENDS, Layers, RequestedBits, assign, parse_bits, parse_ends
+from dfcompress.quantization.bits import Layers, RequestedBits, assign, parse_bits, parse_ends
 from dfcompress.quantization.calibration import (
     BATCH,
     Calibrated,
@@ -33,7 +33,7 @@ from dfcompress.quantization.calibration import (
 )
 from dfcompress.quantization.layer_report import REPORT, layer_report
 from dfcompress.quantization.mixed_precision import require_reachable, with_widths
-from dfcompress.quantization.placement import INT8, place_grids
+from dfcompress.quantization.placement import KERNELS_TAKE, place_grids
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction, reconstruct, units_of
 from dfcompress.run import STATE, Run, write_json
 from dfcompress.settings import AUTO
@@ -66,7 +66,7 @@ def quantize(
     checkpoint: str | Path | Classifier,
     *,
     bits: str = "4w4a",
-    first_last_bits: int | str = USUAL_ENDS,
+    first_last_bits: int | str | None = None,
     layer_bits: Mapping[str, str] | None = None,
     size_ratio: float | None = None,
     data: str | Path | None = None,
@@ -89,9 +89,10 @@ def quantize(
 ) -> Plan[Compressed]:
     """Quantize, calibrate and fine-tune a model on images made from itself; raises `BadInput` where it cannot.
 
-    `bits` are those of weights and activations, `first_last_bits` those of the first and the last layer (`same`: as
-    all others), `layer_bits` those of layers by name pattern, or `float`. With `bits="auto"` weights get 2 to 8 bits
-    each, by what they cost on the images, so that the file is at most `size_ratio` of the model in fp32.
+    `bits` are those of weights and activations, `first_last_bits` those of the first and the last layer (8, or those of
+    all others with `same` and at 7w8a), `layer_bits` those of layers by name pattern, or `float`. With `bits="auto"`
+    weights get 2 to 8 bits each, by what they cost on the images, so that the file is at most `size_ratio` of the model
+    in fp32.
     `finetune`: `blocks` learns the rounding block by block, `lsq` trains weights and steps to follow the float model,
     `blocks+lsq` does the one after the other, `kd` trains the weights with ranges frozen, `none` only calibrates.
     `training` changes or replaces its settings (`FINETUNING`); of `blocks+lsq` these are the second half's, and
@@ -258,7 +259,7 @@ def _why_not_all_tensors(
     finetune: Finetuning | None, scheme: Scheme, wanted: Mapping[str, RequestedBits]
 ) -> str | None:
     """What kernels for integers, or a network that is its graph, do not take."""
-    if other := next((name for name, each in wanted.items() if each not in INT8), None):
+    if other := next((name for name, each in wanted.items() if each not in KERNELS_TAKE), None):
         return f"other bits than 8w8a and 7w8a, as layer {other} has"
     if {each.weights for each in wanted.values()} & set(scheme.asymmetric):
         return "--weight-grid asymmetric"
@@ -283,14 +284,14 @@ def wanted_bits(
     teacher: Classifier,
     layers: Sequence[str],
     bits: str,
-    first_last_bits: int | str,
+    first_last_bits: int | str | None,
     layer_bits: Mapping[str, str] | None,
     size_ratio: float | None,
     scheme: Scheme,
 ) -> dict[str, RequestedBits]:
     """What the options ask of each of the `layers`; raises `BadInput` where that cannot be."""
     requested = parse_bits(bits)
-    wanted = assign(layers, requested, ends=parse_ends(first_last_bits), layer_bits=layer_bits or {})
+    wanted = assign(layers, requested, ends=parse_ends(first_last_bits, requested), layer_bits=layer_bits or {})
     if requested.weights is None and all(each.weights for each in wanted.values()):
         raise BadInput("--bits auto has no layer left to choose for.", "Use --first-last-bits same, or fewer patterns.")
     require_reachable(teacher, wanted, size_ratio, scheme)

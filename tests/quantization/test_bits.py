@@ -66,7 +66,7 @@ def test_the_first_and_the_last_layer_get_the_ends_bits():
 
 
 def test_the_ends_can_be_as_all_others():
-    assert parse_ends("same") is None
+    assert parse_ends("same", parse_bits("4w4a")) is None
     assert set(assign(LAYERS, parse_bits("2w4a"), ends=None, layer_bits={}).values()) == {RequestedBits(2, 4)}
 
 
@@ -94,10 +94,15 @@ def test_everything_in_float_is_refused():
         assign(LAYERS, parse_bits("4w4a"), ends=8, layer_bits={"*": "float"})
 
 
+def test_ends_have_8_bits_but_where_one_saturated_sum_is_too_many():
+    assert [parse_ends(None, parse_bits(bits)) for bits in ("4w4a", "8w8a", "7w8a", "7w7a")] == [8, 8, None, 8]
+    assert parse_ends("8", parse_bits("7w8a")) == 8
+
+
 @pytest.mark.parametrize("bits", [1, 9, 32, "x", "-8"])
 def test_ends_outside_two_to_eight_bits_are_refused(bits):
     with pytest.raises(BadInput, match=f"--first-last-bits {bits} "):
-        parse_ends(bits)
+        parse_ends(bits, parse_bits("4w4a"))
 
 
 def test_layers_come_in_the_order_they_run_without_those_that_never_run():
