@@ -25,7 +25,7 @@ from dfcompress.errors import BadInput
 from dfcompress.models import packing
 from dfcompress.models.answers import require_exclusive, take_logits
 from dfcompress.models.architecture import Architecture, tensors_of
-from dfcompress.models.architectures import HALF, architectures, named, plain, runs_code
+from dfcompress.models.architectures import HALF, TORCHVISION, architectures, named, plain, runs_code
 from dfcompress.models.batchnorms import plain_batchnorms
 from dfcompress.models.card import (
     CIFAR_MEAN,
@@ -352,7 +352,7 @@ def _remedy(
 
 def _fit_of_stated(stated: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Recognised:
     """The architecture that a file states: ours by name, else timm's, else the one its tensors tell; never code."""
-    name = stated["architecture"]
+    name = stated["architecture"].removeprefix(TORCHVISION)
     _refuse_code(name, None, path)
     if name.startswith((HALF, TRANSFORMERS)) or stated.get("widths"):
         return _fit_of(named(name, stated.get("config"), stated.get("widths")), tensors, path)
@@ -413,7 +413,7 @@ def _fit_of_packed(arch: str | None, card: Mapping[str, Any], stored: StoredMode
     """A quantized result: packed tensors have no shapes to recognise, so its own card says what it is."""
     if not {"architecture", "classes", "input_size", "mean", "std"} <= card.keys():
         raise BadInput(f"{path} is packed but has no model card.", "Make it again with `dfcompress quantize`.")
-    classes, name = card["classes"], card["architecture"]
+    classes, name = card["classes"], card["architecture"].removeprefix(TORCHVISION)
     _refuse_code(name, arch, path)
     if name != arch and name not in architectures() and not name.startswith(("timm:", HALF, TRANSFORMERS)):
         raise BadInput(f"{path} states the architecture {name!r}, which is not known.", "Add --arch file.py:factory.")

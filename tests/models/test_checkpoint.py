@@ -438,6 +438,18 @@ def test_a_quantized_mnasnet_comes_back_to_the_bit(tmp_path):
 OWN = ModelCard("my_net", 10, (3, 16, 16), (0.5,) * 3, (0.25,) * 3)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_card_may_name_torchvision_as_arch_does(packed, tmp_path):
+    made = _classifier()
+    named = Classifier(made.network, dataclasses.replace(made.card, architecture="torchvision:lenet5_bn")).frozen()
+    if packed:
+        quantize_layers(named.network, {"conv1": (8, 32)})
+        freeze(named.network)
+    save(named, tmp_path)
+    images = torch.rand(2, *named.card.input_size)
+    assert torch.equal(load(tmp_path)(images), named(images))
+
+
 @pytest.mark.parametrize("form", ["plain", "weight_norm_parametrization", "softmax", "softmax_module"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_network_that_no_name_leads_to_is_saved_and_read_into_its_own_form(form, packed, tmp_path):

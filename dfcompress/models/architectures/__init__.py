@@ -29,7 +29,7 @@ from dfcompress.models.plain import make_plain
 from dfcompress.models.resizing import half_of, resized
 from dfcompress.settings import named_function
 
-HALF = "half:"
+HALF, TORCHVISION = "half:", "torchvision:"
 
 
 @cache
