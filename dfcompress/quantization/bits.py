@@ -65,7 +65,7 @@ def parse_bits(text: str, option: str = "--bits") -> RequestedBits:
 
 
 # Two products of 7-bit weights and 8-bit activations fit into 16 bits, in which x86 processors without VNNI add them.
-INT8, UNSATURATED = RequestedBits(8, 8), RequestedBits(7, 8)
+INT8, INT7 = RequestedBits(8, 8), RequestedBits(7, 8)
 
 
 def parse_ends(text: str | int | None, body_bits: RequestedBits) -> int | None:
@@ -73,7 +73,7 @@ def parse_ends(text: str | int | None, body_bits: RequestedBits) -> int | None:
     have 8, but at 7w8a, where one sum that saturates is one too many.
     """
     if text is None:
-        return None if body_bits == UNSATURATED else USUAL_ENDS
+        return None if body_bits == INT7 else USUAL_ENDS
     if text == SAME:
         return None
     if not str(text).isdecimal() or int(text) not in WIDTHS:

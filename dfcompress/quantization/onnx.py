@@ -235,8 +235,8 @@ def _translations() -> dict[Any, Any]:
 def _separate_zero_points(model: Any) -> None:
     """Give every weight zero points of its own, which the exporter stores once where they are equal.
 
-    Of weights in one width each they would have one width, and with `session.x64quantprecision=1` onnxruntime 1.31
-    turns weights into unsigned ones with their zero points, and fails where it meets a zero point again.
+    Weights of several widths would share zero points of one width. And with `session.x64quantprecision=1` onnxruntime
+    1.31 makes weights and their zero points unsigned, one pair after the other, and fails at zero points seen before.
     """
     import onnx_ir
 

@@ -15,10 +15,10 @@ from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.tensor_grids import as_kernels_compute, quantize_tensors
 from dfcompress.quantization import Placement
-from dfcompress.quantization.bits import INT8, UNSATURATED, Layers, RequestedBits, layers_of, parse_bits
+from dfcompress.quantization.bits import INT7, INT8, Layers, RequestedBits, layers_of, parse_bits
 from dfcompress.quantization.layer_report import named_bytes
 
-KERNELS_TAKE = (INT8, UNSATURATED)
+KERNELS_TAKE = (INT8, INT7)
 
 Wish = Callable[[Classifier, Sequence[str]], dict[str, RequestedBits]]
 

@@ -249,7 +249,8 @@ def training_mode(student: nn.Module, *, repair: bool, freeze_batchnorm: bool) -
 
 @contextmanager
 def _striding_before(student: nn.Module) -> Iterator[None]:
-    """Let some 1 × 1 convolutions take every second pixel first, and then step by 1: the same result.
+    """Let some 1 × 1 convolutions take every second pixel first, and then step by 1: the same result,
+    but that a learnt step of its input's grid (LSQ) has its pace from a quarter of the values.
 
     On a CPU and where features lie channels_last, as augmentation or the compiler makes them, the gradient of the
     weights of such a layer writes past its memory, and the process ends (oneDNN of torch 2.15; layers of RepVGG and
