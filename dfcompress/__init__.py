@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dfcompress.data.pool import Augmentation as Augmentation
-    from dfcompress.device import Compute as Compute
     from dfcompress.errors import BadInput as BadInput
     from dfcompress.errors import DfcompressError as DfcompressError
     from dfcompress.errors import GateNotMet as GateNotMet
     from dfcompress.evaluation.normalisation import NormalisationCheck as NormalisationCheck
     from dfcompress.evaluation.onnx_check import Exported as Exported
     from dfcompress.evaluation.timing import Bench as Bench
+    from dfcompress.machine.execution import Compute as Compute
     from dfcompress.models.card import ModelCard as ModelCard
     from dfcompress.models.checkpoint import load as load
     from dfcompress.models.classifier import Classifier as Classifier
@@ -80,7 +80,7 @@ if TYPE_CHECKING:
 # because an imported submodule `dfcompress.distill` would take the place of the function.
 _MODULES = {
     "data.pool": ["Augmentation"],
-    "device": ["Compute"],
+    "machine.execution": ["Compute"],
     "errors": ["BadInput", "DfcompressError", "GateNotMet"],
     "evaluation.normalisation": ["NormalisationCheck"],
     "evaluation.onnx_check": ["Exported"],

@@ -138,7 +138,8 @@ class Run:
 
     def finish(self, measurements: Mapping[str, Any]) -> None:
         """Write the record: options, measurements, seconds, versions and machine; states to resume from go."""
-        from dfcompress.device import peak_memory_bytes, processor_name, resolve_device
+        from dfcompress.machine.device import processor_name, resolve_device
+        from dfcompress.machine.memory import peak_memory_bytes
 
         device = resolve_device(self.options.get("device", "cpu"))
         total = time.perf_counter() - self._started

@@ -19,7 +19,7 @@ from dfcompress import console
 from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import as_float, as_stored
-from dfcompress.device import has_cuda
+from dfcompress.machine.device import has_cuda
 from dfcompress.models.architectures import find
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import save

@@ -127,7 +127,7 @@ def broken_compiler(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
         forward = fail if request.param == "forward" else lambda graph, inputs: make_boxed_func(graph.forward)
         return aot_autograd(fw_compiler=forward, bw_compiler=fail)(graph, inputs)
 
-    monkeypatch.setattr("dfcompress.device.missing_to_compile", lambda device: None)
+    monkeypatch.setattr("dfcompress.machine.compiling.missing_to_compile", lambda device: None)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
     torch._dynamo.reset()
 

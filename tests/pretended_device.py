@@ -11,7 +11,7 @@ is loaded).
 A tensor of the device holds a CPU tensor that computes for it. Refused is what a GPU refuses: tensors of two devices in
 one operation, a generator of another device, and, while a graph is captured, whatever waits for the device or copies
 from the host. A graph is a tape of operations on their memory: nothing on it takes effect before it is replayed, and
-Python is not run again. `dfcompress/device.py`, the only file that names CUDA, is read with `gpu` in place of `cuda`.
+Python is not run again. `dfcompress/machine/`, the only room that names CUDA, is read with `gpu` in place of `cuda`.
 
 Not seen: compilers, collective operations, rounding, memory, speed.
 """
@@ -325,7 +325,7 @@ class Cuda(backend_registration._DummyBackendModule):
 
 
 class Renamed(importlib.machinery.SourceFileLoader):
-    """Reads `dfcompress/device.py` with the device's name in place of CUDA's."""
+    """Reads a file of `dfcompress/machine/` with the device's name in place of CUDA's."""
 
     def get_data(self, path):
         content = super().get_data(path)
@@ -338,7 +338,7 @@ class Renamed(importlib.machinery.SourceFileLoader):
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        if name != "dfcompress.device":
+        if not name.startswith("dfcompress.machine."):
             return None
         file = importlib.machinery.PathFinder.find_spec(name, path).origin
         return importlib.util.spec_from_file_location(name, file, loader=cls(name, file))

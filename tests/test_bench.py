@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from dfcompress.device import Compute
+from dfcompress.machine.execution import Compute
 from dfcompress.models.checkpoint import load
 from dfcompress.verbs.bench_generator import bench_generator
 from dfcompress.verbs.bench_step import _convolutions, _flops, bench_step

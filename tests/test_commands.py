@@ -20,8 +20,8 @@ from torch import nn
 import dfcompress
 from dfcompress.cli import root, run
 from dfcompress.commands import _summary
-from dfcompress.device import Compute
 from dfcompress.evaluation.onnx_check import Exported
+from dfcompress.machine.execution import Compute
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis.recipe import Synthesis

@@ -21,9 +21,9 @@ from torch import nn
 from torch.distributed import HashStore
 
 from dfcompress import cli, distributed
-from dfcompress.device import Execution
 from dfcompress.distributed import World, first_host, tasks_per_node, world
 from dfcompress.errors import BadInput
+from dfcompress.machine.execution import Execution
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier

@@ -15,8 +15,8 @@ import torch
 
 from dfcompress import console
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import Compute
 from dfcompress.evaluation import onnx_check
+from dfcompress.machine.execution import Compute
 from dfcompress.models.architectures import named
 from dfcompress.models.checkpoint import load
 from dfcompress.quantization.calibration import Calibration

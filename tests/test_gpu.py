@@ -8,15 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dfcompress import device
 from dfcompress.data.pool import Augmentation
-from dfcompress.device import Compute, Execution
+from dfcompress.machine.compiling import captured
+from dfcompress.machine.execution import Compute, Execution
 from dfcompress.models.checkpoint import load
 from dfcompress.models.fake_quantizers import quantized_layers
 from dfcompress.models.stages import shared_stages
 from dfcompress.quantization.calibration import Calibration
 from dfcompress.quantization.observers import range_rules
 from dfcompress.quantization.reconstruction import Reconstruction
+from dfcompress.synthesis import synthesizer as synthesizer_module
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import Synthesizer
 from dfcompress.training.class_map import ClassMap
@@ -75,8 +76,8 @@ def test_a_captured_step_does_what_a_launched_one_does(resnet20_file, compiled):
 @pytest.mark.parametrize("index", sorted({0, torch.cuda.device_count() - 1}))
 def test_the_step_is_really_captured_and_still_moves_the_images(name, index, resnet20_file, monkeypatch):
     captures = []
-    honest = device.captured
-    monkeypatch.setattr(device, "captured", lambda step: captures.append(honest(step)) or captures[-1])
+    honest = captured
+    monkeypatch.setattr(synthesizer_module, "captured", lambda step: captures.append(honest(step)) or captures[-1])
     recipe = choose(name, None, {"steps": 10, "batch_size": 16}).recipe
     synthesizer = Synthesizer(recipe, load(resnet20_file), replace(FAST, device=f"cuda:{index}"))
     work = synthesizer.begin({0: LABELS[:16]})
@@ -95,7 +96,7 @@ def test_after_a_capture_that_fails_memory_can_still_be_freed():
     def reads_a_value():
         return weight * weight.sum().item()
 
-    assert device.captured(reads_a_value) is reads_a_value
+    assert captured(reads_a_value) is reads_a_value
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     free = torch.cuda.mem_get_info()[0]
     cached = [torch.empty(int(0.15 * free), dtype=torch.uint8, device="cuda") for _ in range(4)]

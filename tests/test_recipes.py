@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dfcompress import console
-from dfcompress.device import Execution
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import bn_divergence
+from dfcompress.machine.execution import Execution
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.recorder import LOGITS

@@ -24,7 +24,7 @@ from dfcompress.training import OBJECTIVES, OptimizerBackend, OptimizerName
 from dfcompress.verbs import Target
 
 if TYPE_CHECKING:
-    from dfcompress.device import Compute
+    from dfcompress.machine.execution import Compute
     from dfcompress.models.classifier import Classifier
     from dfcompress.synthesis.recipe import Synthesis
     from dfcompress.verbs._gates import Gates
@@ -145,7 +145,7 @@ def _load_all(models: tuple[Path, ...], **card: Any) -> list[Classifier]:
 
 
 def _compute(device: str, precision: str, compile: str, seed: int) -> Compute:
-    from dfcompress.device import Compute
+    from dfcompress.machine.execution import Compute
 
     return Compute(device=device, precision=precision, compile=compile, seed=seed)  # type: ignore[arg-type]
 

@@ -10,8 +10,8 @@ from dfcompress import console
 from dfcompress.commands import _help, _options
 
 if TYPE_CHECKING:
-    from dfcompress.device import Compute
     from dfcompress.evaluation.timing import Bench
+    from dfcompress.machine.execution import Compute
     from dfcompress.models.classifier import Classifier
 
 

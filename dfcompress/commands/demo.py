@@ -11,7 +11,7 @@ from dfcompress import console
 from dfcompress.commands import _help, _options
 
 if TYPE_CHECKING:
-    from dfcompress.device import Compute
+    from dfcompress.machine.execution import Compute
 
 
 @click.command(cls=_help.Command, epilog=_options.example("dfcompress demo"))

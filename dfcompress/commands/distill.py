@@ -11,7 +11,7 @@ from dfcompress.commands import _help, _options, _summary
 from dfcompress.errors import BadInput
 
 if TYPE_CHECKING:
-    from dfcompress.device import Compute
+    from dfcompress.machine.execution import Compute
     from dfcompress.models.classifier import Classifier
     from dfcompress.synthesis.recipe import Synthesis
 

@@ -12,7 +12,7 @@ from dfcompress.pruning import ImportanceName
 from dfcompress.verbs import Repair
 
 if TYPE_CHECKING:
-    from dfcompress.device import Compute
+    from dfcompress.machine.execution import Compute
     from dfcompress.models.classifier import Classifier
     from dfcompress.synthesis.recipe import Synthesis
     from dfcompress.verbs._gates import Gates

@@ -15,7 +15,7 @@ from dfcompress.settings import assignments
 from dfcompress.verbs import Finetuning, QuantizationMethod, Target
 
 if TYPE_CHECKING:
-    from dfcompress.device import Compute
+    from dfcompress.machine.execution import Compute
     from dfcompress.models.classifier import Classifier
     from dfcompress.synthesis.recipe import Synthesis
     from dfcompress.verbs._gates import Gates

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dfcompress.data.real import ImageSource
-from dfcompress.device import exact_fp32, threads, threads_for
 from dfcompress.errors import DfcompressError
+from dfcompress.machine.process import exact_fp32, threads, threads_for
 from dfcompress.models.classifier import Classifier, evaluating, images_a_pass, work_of
 from dfcompress.models.ood_score import OodScore, spread
 from dfcompress.models.recorder import HookRecorder

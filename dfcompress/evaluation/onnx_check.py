@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dfcompress import console
-from dfcompress.device import exact_fp32
 from dfcompress.errors import DfcompressError
-from dfcompress.memory import PIXELS
+from dfcompress.machine.memory import PIXELS
+from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.fake_quantizers import tensor_grids
 from dfcompress.models.safe_reading import file_bytes

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfcompress.data.batches import UNLABELLED
 from dfcompress.errors import BadInput
-from dfcompress.memory import count_bytes, images_at_once
+from dfcompress.machine.memory import count_bytes, images_at_once
 from dfcompress.models.classifier import LARGEST_PASS, Classifier, evaluating
 from dfcompress.randomness import generator
 

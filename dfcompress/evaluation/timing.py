@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from dfcompress import console, device
+from dfcompress import console
+from dfcompress.machine.device import synchronize
+from dfcompress.machine.memory import release_freed_memory
 
 Step = Callable[[], object]
 
@@ -42,7 +44,7 @@ def interleaved(steps: Mapping[str, Step], *, rounds: int, warm_up: int, target:
                 step()
         for done in range(rounds):
             for name, step in steps.items():
-                device.release_freed_memory()  # Another row's holes would spread this one over the heap.
+                release_freed_memory()  # Another row's holes would spread this one over the heap.
                 step()
                 times[name].append(seconds_of(step, target))
             progress.update(done + 1)
@@ -51,10 +53,10 @@ def interleaved(steps: Mapping[str, Step], *, rounds: int, warm_up: int, target:
 
 def seconds_of(step: Step, target: torch.device) -> float:
     """Seconds of one step, until the device is done."""
-    device.synchronize(target)
+    synchronize(target)
     started = time.perf_counter()
     step()
-    device.synchronize(target)
+    synchronize(target)
     return time.perf_counter() - started
 
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from dfcompress import console
-from dfcompress.device import usual_torch
 from dfcompress.errors import BadInput
+from dfcompress.machine.process import usual_torch
 from dfcompress.models import packing
 from dfcompress.models.answers import require_exclusive, take_logits
 from dfcompress.models.architecture import Architecture, tensors_of

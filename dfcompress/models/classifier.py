@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dfcompress.errors import first_line
-from dfcompress.memory import count_bytes, images_at_once
+from dfcompress.machine.memory import count_bytes, images_at_once
 from dfcompress.models.card import ModelCard
 from dfcompress.models.hooks import counted_runs, hooked_outputs
 from dfcompress.randomness import generator

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfcompress.device import exact_fp32
+from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier, evaluating, pass_once
 from dfcompress.models.hooks import hooked_inputs
 from dfcompress.models.plain_layers import is_altered, plain_kind

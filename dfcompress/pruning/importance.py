@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.data.synthetic_set import as_float
-from dfcompress.device import exact_fp32
+from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier
 from dfcompress.pruning import ImportanceName
 from dfcompress.pruning.groups import ChannelGroup, Clusters, blocks_of, clusters_of

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.data.synthetic_set import as_float
-from dfcompress.device import exact_fp32
+from dfcompress.machine.process import exact_fp32
 from dfcompress.models.channel_statistics import channel_moments, images_for_statistics, renormalise
 from dfcompress.models.classifier import Classifier, count_runs, evaluating
 from dfcompress.models.hooks import hooked_inputs

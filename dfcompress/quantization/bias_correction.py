@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfcompress.device import exact_fp32
+from dfcompress.machine.process import exact_fp32
 from dfcompress.models.channel_statistics import channel_moments, renormalise
 from dfcompress.models.classifier import Classifier, count_runs, evaluating
 from dfcompress.models.fake_quantizers import QuantizedLayer

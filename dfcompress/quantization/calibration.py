@@ -16,10 +16,11 @@ from torch import Tensor
 from dfcompress.arguments import require_fields
 from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.data.synthetic_set import as_float
-from dfcompress.device import Compute, resolve_device
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
-from dfcompress.memory import images_at_once
+from dfcompress.machine.device import resolve_device
+from dfcompress.machine.execution import Compute
+from dfcompress.machine.memory import images_at_once
 from dfcompress.models.channel_statistics import images_for_statistics
 from dfcompress.models.classifier import Classifier, bytes_a_pass, images_a_pass
 from dfcompress.models.fake_quantizers import WIDTHS, Scheme, quantize_layers

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfcompress.device import exact_fp32
+from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier, evaluating, images_a_pass
 from dfcompress.models.fake_quantizers import QuantizedLayer, quantized_layers
 from dfcompress.models.hooks import hooked_outputs, kept_outputs

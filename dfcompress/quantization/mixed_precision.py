@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfcompress import console
-from dfcompress.device import exact_fp32
 from dfcompress.errors import BadInput
+from dfcompress.machine.process import exact_fp32
 from dfcompress.models import packing
 from dfcompress.models.checkpoint import saved_bytes, state_bytes
 from dfcompress.models.classifier import Classifier, evaluating, images_a_pass

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfcompress.device import exact_fp32
 from dfcompress.errors import BadInput
+from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.fake_quantizers import TENSOR_GRIDS, InputGrid, in_float, input_grids, quantized_layers
 from dfcompress.models.hooks import hooked_inputs

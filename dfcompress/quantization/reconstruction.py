@@ -23,10 +23,10 @@ from torch.func import functional_call
 from dfcompress import console
 from dfcompress.arguments import require_fields
 from dfcompress.data.synthetic_set import as_float
-from dfcompress.device import exact_fp32
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
-from dfcompress.memory import free_bytes
+from dfcompress.machine.memory import free_bytes
+from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier, count_runs, evaluating, images_a_pass
 from dfcompress.models.fake_quantizers import (
     InputGrid,

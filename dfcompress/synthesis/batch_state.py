@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfcompress import device
+from dfcompress.machine.device import is_cuda
 from dfcompress.run import Clock, save_state
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.losses import Loss, ModuleState
@@ -85,7 +85,7 @@ class BatchState:
 
     def start_phase(self, *, betas: tuple[float, float]) -> None:
         """A fresh optimiser, no captured step, and means of no chunk, as another phase shows the images otherwise."""
-        capturable = device.is_cuda(self.labels.device)
+        capturable = is_cuda(self.labels.device)
         groups = [{"params": parameters} for parameters in self._groups.values()]
         self.optimizer = torch.optim.Adam(groups, betas=betas, fused=True, capturable=capturable)
         self.follow_rates()

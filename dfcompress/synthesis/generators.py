@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfcompress import device
-from dfcompress.device import Execution
+from dfcompress.machine.compiling import compiled
+from dfcompress.machine.device import PRECISIONS
+from dfcompress.machine.execution import Execution
 from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis.images import ParameterGroup, PixelStatistics
 
@@ -62,8 +63,8 @@ class Generator:
 
     def compute_as(self, execution: Execution) -> None:
         """Render in the precision of an execution, and compiled if it is."""
-        self._precision = device.PRECISIONS[execution.precision]
-        self._generated = device.compiled(generated) if execution.compile else generated
+        self._precision = PRECISIONS[execution.precision]
+        self._generated = compiled(generated) if execution.compile else generated
 
     def start(
         self, labels: Tensor, teacher: Classifier, generator: torch.Generator, pixels: PixelStatistics | None = None

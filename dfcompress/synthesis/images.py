@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dfcompress.device import Execution
+from dfcompress.machine.execution import Execution
 from dfcompress.models.classifier import Classifier
 
 PixelStatistics = tuple[Tensor, Tensor]

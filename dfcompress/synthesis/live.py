@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dfcompress.data.batches import UNLABELLED, Batch, BatchSource
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import Compute
 from dfcompress.distributed import world
+from dfcompress.machine.execution import Compute
 from dfcompress.models.classifier import Classifier
 from dfcompress.randomness import generator
 from dfcompress.run import write_json

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfcompress.device import exact_fp32
+from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import HookRecorder
 from dfcompress.models.trace import Moments

@@ -32,8 +32,8 @@ import torch
 
 from dfcompress import console, schedules
 from dfcompress.arguments import require_fields
-from dfcompress.device import forked_randomness
 from dfcompress.errors import BadInput
+from dfcompress.machine.device import forked_randomness
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.settings import parse, unknown

@@ -19,24 +19,12 @@ from torch.nn import functional as F
 
 from dfcompress import console
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_stored
-from dfcompress.device import (
-    Compute,
-    Execution,
-    Precision,
-    as_mine,
-    computing,
-    exact_fp32,
-    is_cuda,
-    processor_name,
-    release_freed_memory,
-    resolve_device,
-    resolve_execution,
-    threads_here,
-    tried,
-)
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
-from dfcompress.memory import GROWTH, images_at_once
+from dfcompress.machine.device import Precision, as_mine, is_cuda, processor_name, resolve_device
+from dfcompress.machine.execution import Compute, Execution, computing, resolve_execution, tried
+from dfcompress.machine.memory import GROWTH, images_at_once, release_freed_memory
+from dfcompress.machine.process import exact_fp32, threads_here
 from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.randomness import generator
 from dfcompress.run import METRICS, STATE, write_atomically

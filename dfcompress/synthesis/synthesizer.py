@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfcompress import console, device
-from dfcompress.device import Execution
+from dfcompress import console
 from dfcompress.errors import DfcompressError
-from dfcompress.memory import count_bytes
+from dfcompress.machine.compiling import captured, compiled
+from dfcompress.machine.device import PRECISIONS, resolve_device, synchronize
+from dfcompress.machine.execution import Execution, computing
+from dfcompress.machine.memory import count_bytes, is_out_of_memory, memory_for, release_freed_memory
+from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized
 from dfcompress.models.layers import last_weighted_layer
@@ -94,11 +97,11 @@ class Synthesizer:
         recipe = recipe.sized_for(teacher)
         self.recipe, self.seed, self.execution = recipe, seed, execution
         self.student, self.sampler, self.pixels = student, sampler, pixels
-        self.device = device.resolve_device(execution.device)
+        self.device = resolve_device(execution.device)
         self.teacher = teacher.frozen().to(self.device)
-        self._network = compiled(recorder_of(recipe, self.teacher, sampler, execution), execution)
+        self._network = maybe_compiled(recorder_of(recipe, self.teacher, sampler, execution), execution)
         self._plain_losses = losses_of(recipe)
-        self._losses = compiled(self._plain_losses, execution)
+        self._losses = maybe_compiled(self._plain_losses, execution)
         # What lives on from batch to batch: the images' parametrisation with its optimiser, and the modules of losses.
         self._images = copy.deepcopy(recipe.images)
         if isinstance(self._images, ComputedAs):
@@ -121,7 +124,7 @@ class Synthesizer:
 
     def advance(self, shard: int, labels: Tensor) -> Mapping[str, float]:
         """Let images that live on take the steps of a batch, which is not finished; the last losses by name."""
-        with device.memory_for(f"{len(labels)} images a step", SMALLER_BATCH):
+        with memory_for(f"{len(labels)} images a step", SMALLER_BATCH):
             state = self.begin({shard: labels})
             while state.step < self.recipe.steps:
                 self.step(state)
@@ -141,7 +144,7 @@ class Synthesizer:
         if self._module_optimizer is None:
             return
         assert self._modules is not None, "modules live on only where a student learns"
-        with device.computing(self.execution):
+        with computing(self.execution):
             with torch.no_grad():
                 seen = self.teacher.normalise(images.to(self.device))
                 recording = self._network(seen)
@@ -215,7 +218,7 @@ class Synthesizer:
         try:
             return self._make(labels, partial, watch)
         except RuntimeError as error:
-            if not device.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         count, shards = len(labels), list(labels)
         if count > 1:
@@ -307,11 +310,11 @@ class Synthesizer:
             state.started = True
         state.set_rates(phase, step_in_phase)
         state.put_drawn(self._drawn(state, phase))
-        with device.computing(self.execution):
+        with computing(self.execution):
             if len(state.chunks) > 1 and not state.means:
                 self._visit(state, phase)
             if self.execution.capture and state.uncaptured >= STEPS_BEFORE_CAPTURE:
-                state.captured = state.captured or device.captured(lambda: self._update(state, phase))
+                state.captured = state.captured or captured(lambda: self._update(state, phase))
                 values = state.captured()
             else:
                 values = self._update(state, phase)
@@ -319,7 +322,7 @@ class Synthesizer:
         state.history.append(values)
         state.step += 1
         if state.step % STEPS_BEFORE_RELEASE == 0 and not self.execution.capture:
-            device.release_freed_memory()
+            release_freed_memory()
 
     def _drawn(self, state: BatchState, phase: Phase) -> list[list[Drawn]]:
         """What the transforms of this step draw, for each shard, or for each chunk of the one shard."""
@@ -409,7 +412,7 @@ class Synthesizer:
         with torch.no_grad():
             return self.teacher.denormalise(copy.deepcopy(images).render())
 
-    @device.exact_fp32()
+    @exact_fp32()
     def _finished(self, state: BatchState) -> list[Batch]:
         history = state.losses.cpu()
         self._check_finite(history)
@@ -486,7 +489,7 @@ class Synthesizer:
                 self.step(self.begin_last_phase({shard: labels_of_shard[:size]}))
                 return f"--batch-size {size} fits; its statistics and so its images are other ones."
             except RuntimeError as error:
-                if not device.is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             size //= 2
         return "Not even one image fits."
@@ -510,9 +513,9 @@ class LiveStudent:
         self._teacher, self._student = teacher, frozen_copy(student, teacher.mean.device)
         # The grids of a quantized student are in fp32, and so is all between them.
         quantized = is_quantized(student.network)
-        precision = torch.float32 if quantized else device.PRECISIONS[execution.precision]
+        precision = torch.float32 if quantized else PRECISIONS[execution.precision]
         self._recorder = FusedRecorder(self._student.network, precision=precision)
-        self._network = compiled(self._recorder, execution)
+        self._network = maybe_compiled(self._recorder, execution)
         same_mean, same_std = torch.equal(self._student.mean, teacher.mean), torch.equal(self._student.std, teacher.std)
         self._normalised_alike = same_mean and same_std
 
@@ -539,9 +542,9 @@ def frozen_copy(student: Classifier, target: torch.device) -> Classifier:
     return frozen
 
 
-def compiled(function: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
+def maybe_compiled(function: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
     """`function` as an execution runs it: compiled, or as it is."""
-    return device.compiled(function) if execution.compile else function
+    return compiled(function) if execution.compile else function
 
 
 def recorder_of(
@@ -558,7 +561,7 @@ def recorder_of(
         patches=patch_blocks(teacher) if Want.PATCHES in recipe.wants else (),
         last=last_weighted_layer(teacher) if Want.PENULTIMATE in recipe.wants else None,
         dropout=sampler is not None and sampler.fixes_dropout,
-        precision=device.PRECISIONS[execution.precision],
+        precision=PRECISIONS[execution.precision],
     )
 
 
@@ -630,6 +633,6 @@ def seconds_per_step(
     for _ in range(min(recipe.phases[-1].steps, 3 + STEPS_BEFORE_CAPTURE * execution.capture)):
         started = time.perf_counter()
         synthesizer.step(state)
-        device.synchronize(synthesizer.device)
+        synchronize(synthesizer.device)
         times.append(time.perf_counter() - started)
     return min(times[1:] or times)

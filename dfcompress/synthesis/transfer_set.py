@@ -13,8 +13,8 @@ from torch import Tensor
 from dfcompress import console
 from dfcompress.data.real import Fitted, ImageSource, open_images, require_decodable
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_float, as_stored
-from dfcompress.device import Compute
 from dfcompress.errors import BadInput
+from dfcompress.machine.execution import Compute
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.randomness import generator

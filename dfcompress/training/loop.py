@@ -14,13 +14,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dfcompress import console, device
+from dfcompress import console
 from dfcompress.data.batches import BatchSource
 from dfcompress.data.synthetic_set import as_stored
-from dfcompress.device import Compute, Execution, resolve_execution
 from dfcompress.distributed import World, world
 from dfcompress.errors import NOT_IN_PLACE, BadInput, DfcompressError, first_line, is_of_layers_in_place
-from dfcompress.memory import count_bytes, images_at_once
+from dfcompress.machine.device import PRECISIONS, as_mine, forked_randomness, resolve_device, synchronize
+from dfcompress.machine.execution import (
+    Compute,
+    Execution,
+    computing,
+    predicted_seconds,
+    resolve_execution,
+    tried,
+)
+from dfcompress.machine.memory import count_bytes, images_at_once, memory_for
+from dfcompress.machine.process import threads_here
 from dfcompress.models.classifier import Classifier, main_logits, work_of
 from dfcompress.randomness import generator
 from dfcompress.run import METRICS, STATE, write_atomically
@@ -32,7 +41,7 @@ from dfcompress.training.steps import Steps, dropping, layout_of, training_mode
 PARTIAL = f"training{STATE}"
 METRICS_POINTS = 100
 UNTRAINED = "Use --finetune none and, where images are made, a --recipe that is not adaptive: they train nothing."
-# Work of a timed step, forward and backward: 2 s at the rate of `device.EAGER_WORK_PER_SECOND`, so that a dry run takes
+# Work of a timed step, forward and backward: 2 s at the rate of `EAGER_WORK_PER_SECOND`, so that a dry run takes
 # seconds: all 256 images of ResNet-20 at 32 px, about 20 of ResNet-50 at 224 px.
 TIMED = 300e9
 SMALLER = "Free memory, or use a smaller --train-batch-size."
@@ -86,7 +95,7 @@ class Trainer:
 
         Raises `DfcompressError` where a loss is not finite, `BadInput` where a batch cannot be shared out.
         """
-        fits = device.memory_for(f"{self.training.batch_size} images of a training step", SMALLER)
+        fits = memory_for(f"{self.training.batch_size} images of a training step", SMALLER)
         with fits, self.ready(source) as steps:
             self._save(steps)  # The automatic choices, which a resume must obey, before the first step.
             with console.progress("training", self.training.steps) as progress:
@@ -112,7 +121,7 @@ class Trainer:
             source = self.training.pool(source, seed=self.compute.seed)
         state = self._saved_state()
         saved = self._mine(Execution(**state["execution"])) if state else None
-        target = device.resolve_device(saved.device if saved else self.compute.device)
+        target = resolve_device(saved.device if saved else self.compute.device)
         # Before it is asked what memory is free:
         source.to(target)
         for teacher in self.distiller.teachers:
@@ -127,8 +136,8 @@ class Trainer:
             stack.enter_context(mode)
             stack.enter_context(dropping(self.student, self.training.dropout))
             stack.enter_context(parallel.synchronised(self.student, self.everyone))
-            stack.enter_context(device.forked_randomness(target))
-            with device.computing(execution):
+            stack.enter_context(forked_randomness(target))
+            with computing(execution):
                 steps = Steps(
                     self.student,
                     self.distiller,
@@ -176,8 +185,8 @@ class Trainer:
         if self.everyone.world_size == 1:
             return execution
         # Gradients and statistics are exchanged by hooks, which a compiled network would not run.
-        threads = min(execution.threads, device.threads_here())
-        return replace(execution, device=device.as_mine(execution.device), compile=False, threads=threads)
+        threads = min(execution.threads, threads_here())
+        return replace(execution, device=as_mine(execution.device), compile=False, threads=threads)
 
     def _saved_state(self) -> dict[str, Any] | None:
         path = self.folder / PARTIAL if self.folder else None
@@ -230,13 +239,13 @@ def _tried(
     training: Training,
     repair: bool,
 ) -> Execution:
-    """`execution` in a precision that the networks compute in, as `device.tried` says: copies of all go forward, and
+    """`execution` in a precision that the networks compute in, as `tried` says: copies of all go forward, and
     the student's goes back as it trains; and the images of a batch that fit into memory at once, as its `chunk`.
     """
     counted: dict[str, float] = {}
 
     def passes(execution: Execution) -> None:
-        target, precision = device.resolve_device(execution.device), device.PRECISIONS[execution.precision]
+        target, precision = resolve_device(execution.device), PRECISIONS[execution.precision]
         low = torch.autocast(target.type, precision, enabled=precision != torch.float32)
         images = torch.rand(TRIED, *student.card.input_size, generator=generator("trial")).to(target)
         twin = copy.deepcopy(student).to(target)
@@ -248,7 +257,7 @@ def _tried(
             twin.zero_grad()  # What the weights take does not grow with the images.
 
         mode = training_mode(twin, repair=repair, freeze_batchnorm=training.freeze_batchnorm)
-        with device.forked_randomness(target), mode:
+        with forked_randomness(target), mode:
             counted[execution.precision] = count_bytes(train) / TRIED
         # Without counting: below it, torch's fused layer of transformers is not under autocast.
         for teacher in teachers:
@@ -257,11 +266,11 @@ def _tried(
                 copy.deepcopy(teacher).to(target).eval()(images)
 
     names = ", ".join(dict.fromkeys(each.card.architecture for each in (student, *teachers)))
-    execution = device.tried(execution, compute, passes, what=names)
+    execution = tried(execution, compute, passes, what=names)
     batch = -(-training.batch_size // world().world_size)
     # BatchNorms that train take the statistics of the images at hand, so no fewer than must be.
     size = student.card.input_size if training.freeze_batchnorm else None
-    target = device.resolve_device(execution.device)
+    target = resolve_device(execution.device)
     chunk = images_at_once(batch, counted.get(execution.precision, 0.0), target=target, input_size=size)
     if chunk < batch:
         which = "" if training.freeze_batchnorm else ", and BatchNorm takes the statistics of those"
@@ -286,7 +295,7 @@ def seconds_per_step(
         for _ in range(4):
             started = time.perf_counter()
             steps.take()
-            device.synchronize(device.resolve_device(compute.device))
+            synchronize(resolve_device(compute.device))
             times.append(time.perf_counter() - started)
     return min(times[1:]) * training.batch_size / images
 
@@ -298,7 +307,7 @@ def predicted_training(
     work = 3.0 * work_of(student) + sum(map(work_of, distiller.teachers))
     execution = resolve_execution(compute, work * training.batch_size * training.steps, steps=max(1, training.steps))
     seconds = seconds_per_step(student, distiller, training, compute, repair=repair)
-    return device.predicted_seconds(execution, seconds * training.steps)
+    return predicted_seconds(execution, seconds * training.steps)
 
 
 def require_trainable(
@@ -308,7 +317,7 @@ def require_trainable(
 
     Checked before images are made: the same holds for every Trainer of these settings.
     """
-    optimizers.choose_backend(training.optimizer, training.backend, device.resolve_device(compute.device))
+    optimizers.choose_backend(training.optimizer, training.backend, resolve_device(compute.device))
     share = min(training.batch_size // len(sets), *sets)
     if share < 1:
         raise BadInput("A batch has no image of some set.", "Use more --images or --train-batch-size.")

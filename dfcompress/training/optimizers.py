@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dfcompress import console
-from dfcompress.device import has_cuda, is_cuda
 from dfcompress.errors import BadInput, first_line
+from dfcompress.machine.device import has_cuda, is_cuda
 from dfcompress.training import OptimizerBackend, OptimizerName
 
 FUSED = get_args(OptimizerName)[1:]  # Those that apex computes.

@@ -11,9 +11,9 @@ from torch import Tensor, distributed, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfcompress.device import collective_backend, identity
 from dfcompress.distributed import World, world
 from dfcompress.errors import BadInput
+from dfcompress.machine.device import collective_backend, identity
 from dfcompress.models.plain_layers import BATCHNORMS
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfcompress import device
 from dfcompress.data.batches import Batch, BatchSource, RepeatingSource
-from dfcompress.device import Execution
 from dfcompress.distributed import World
+from dfcompress.machine.compiling import compiled
+from dfcompress.machine.device import PRECISIONS, seed
+from dfcompress.machine.execution import Execution, computing
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.hooks import hooked_inputs
 from dfcompress.models.layers import last_weighted_layer
@@ -86,13 +87,13 @@ class Steps:
 
     def take(self) -> None:
         """One step."""
-        with device.computing(self.execution):
+        with computing(self.execution):
             self._take()
 
     def _take(self) -> None:
         # Dropout, too, depends on the step alone, and on the process where there are several.
         process = [self.everyone.rank] * (self.everyone.world_size > 1)
-        device.seed(torch.device(self.execution.device), seed_of("dropout", self.seed, self.done, *process))
+        seed(torch.device(self.execution.device), seed_of("dropout", self.seed, self.done, *process))
         batch = self.source.batch(self.done).part(self._mine)
         if self.execution.precision != "fp32":
             batch = batch._replace(images=batch.images.contiguous(memory_format=layout_of(self.execution)))
@@ -184,7 +185,7 @@ class Steps:
 
     def _functions(self) -> tuple[Targets, Losses]:
         """The teachers' side of a step and the student's."""
-        precision = device.PRECISIONS[self.execution.precision]
+        precision = PRECISIONS[self.execution.precision]
         low = torch.autocast(torch.device(self.execution.device).type, precision, enabled=precision != torch.float32)
         distiller = self.distiller
 
@@ -194,7 +195,7 @@ class Steps:
 
         losses = _StudentSide(self.student, distiller, low)
         if self.execution.compile:
-            return device.compiled(targets, whole=False), device.compiled(losses, whole=False)
+            return compiled(targets, whole=False), compiled(losses, whole=False)
         return targets, parallel.replicated(losses, self.everyone)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet
-from dfcompress.device import Compute
 from dfcompress.distributed import world
+from dfcompress.machine.execution import Compute
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages
 from dfcompress.synthesis.live import LiveSource

@@ -15,7 +15,7 @@ from dfcompress.data.batches import BatchSource
 from dfcompress.data.pool import ImagePool
 from dfcompress.data.real import reshaped
 from dfcompress.data.synthetic_set import as_float, as_stored
-from dfcompress.device import Compute
+from dfcompress.machine.execution import Compute
 from dfcompress.models.classifier import Classifier
 from dfcompress.pruning.budget import Pruned
 from dfcompress.quantization.calibration import Calibrated

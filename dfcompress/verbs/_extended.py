@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dfcompress.data.real import open_images, require_decodable
-from dfcompress.device import resolve_device
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import Predictions, predict
+from dfcompress.machine.device import resolve_device
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.verbs._finish import Measure

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dfcompress import console
 from dfcompress.data.real import open_images, require_decodable, reshaped
-from dfcompress.device import resolve_device
 from dfcompress.distributed import world
 from dfcompress.evaluation.metrics import predict
 from dfcompress.evaluation.onnx_check import Exported
+from dfcompress.machine.device import resolve_device
 from dfcompress.models.checkpoint import load, load_saved, save, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.safe_reading import file_bytes

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dfcompress.data.real import ImageSource, open_images, require_decodable, reshaped
-from dfcompress.device import exact_fp32, resolve_device
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import TOP, Predictions
+from dfcompress.machine.device import resolve_device
+from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.verbs._finish import Measure
 from dfcompress.verbs.evaluate import Evaluation, placed, score

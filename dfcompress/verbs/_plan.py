@@ -14,7 +14,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, cast
 
-from dfcompress.device import Compute, Execution, peak_memory_bytes, predicted_seconds, resolve_device, usual_torch
+from dfcompress.machine.device import resolve_device
+from dfcompress.machine.execution import Compute, Execution, predicted_seconds
+from dfcompress.machine.memory import peak_memory_bytes
+from dfcompress.machine.process import usual_torch
 from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.pruning.budget import Pruned, Pruning
 from dfcompress.quantization.calibration import Calibrated, Calibration

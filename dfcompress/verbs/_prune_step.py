@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfcompress import console
-from dfcompress.device import Compute, exact_fp32, resolve_device, threads, threads_for
 from dfcompress.distributed import world
+from dfcompress.machine.device import resolve_device
+from dfcompress.machine.execution import Compute
+from dfcompress.machine.process import exact_fp32, threads, threads_for
 from dfcompress.models.classifier import Classifier, evaluating, load_tensors, work_of
 from dfcompress.models.resizing import resized, widths_of
 from dfcompress.pruning import ImportanceName

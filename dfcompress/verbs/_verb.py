@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 from dfcompress.arguments import refusal, require_types
-from dfcompress.device import usual_torch
+from dfcompress.machine.process import usual_torch
 
 Options = ParamSpec("Options")
 Result = TypeVar("Result")

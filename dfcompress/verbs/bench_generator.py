@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfcompress import device
 from dfcompress.data.batches import BatchSource
 from dfcompress.data.pool import Augmentation
-from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.timing import Bench, Step, interleaved, row
+from dfcompress.machine.compiling import can_compile
+from dfcompress.machine.device import is_cuda, precision_name, processor_name, resolve_device, resolve_precision
+from dfcompress.machine.execution import Compute
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.hooks import hook_inputs
@@ -69,9 +70,9 @@ def bench_generator(
     if batch_size < 2:
         raise BadInput("Batches of one image cannot train BatchNorm.", "Use --batch-size 2 or more.")
     student_model, _ = make_student(student, teacher.card, seed=compute.seed)
-    target = device.resolve_device(compute.device)
-    precision = device.precision_name(device.resolve_precision(compute.precision, target))
-    eager = compute.compile == "off" or not device.can_compile(target)
+    target = resolve_device(compute.device)
+    precision = precision_name(resolve_precision(compute.precision, target))
+    eager = compute.compile == "off" or not can_compile(target)
     with ExitStack() as stack:
         steps = {
             "published": _published(teacher, student_model, batch_size, target, torch.float32),
@@ -83,11 +84,11 @@ def bench_generator(
         ):
             steps[name] = _ours(stack, teacher, student_model, batch_size, way)
         # Compiled networks are there after the first round, a captured step of the generator after some more.
-        warm_up = STEPS_BEFORE_CAPTURE + 1 if device.is_cuda(target) else 1
+        warm_up = STEPS_BEFORE_CAPTURE + 1 if is_cuda(target) else 1
         times = interleaved(steps, rounds=rounds, warm_up=warm_up, target=target)
     shown = batch_size * (1 + STUDENT_STEPS)
     measured = [row(name, seconds, shown) for name, seconds in times.items()]
-    return Bench(measured, batch_size, rounds, device.processor_name(target))
+    return Bench(measured, batch_size, rounds, processor_name(target))
 
 
 def _ours(stack: ExitStack, teacher: Classifier, student: Classifier, batch_size: int, compute: Compute) -> Step:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfcompress import device
-from dfcompress.device import Compute, Execution
 from dfcompress.evaluation.timing import Bench, Step, interleaved, row, seconds_of
+from dfcompress.machine.compiling import can_compile
+from dfcompress.machine.device import is_cuda, precision_name, processor_name, resolve_device, resolve_precision
+from dfcompress.machine.execution import Compute, Execution
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, multiply_accumulates
 from dfcompress.models.hooks import hook_inputs, hooked_inputs
@@ -48,11 +49,11 @@ def bench_step(
     """
     teacher = as_classifier(checkpoint)
     require_statistics(teacher)
-    target = device.resolve_device(compute.device)
-    precision = device.precision_name(device.resolve_precision(compute.precision, target))
-    compiled = compute.compile != "off" and device.can_compile(target)
+    target = resolve_device(compute.device)
+    precision = precision_name(resolve_precision(compute.precision, target))
+    compiled = compute.compile != "off" and can_compile(target)
     eager = Execution(str(target), "fp32", False, torch.get_num_threads(), "")
-    fast = replace(eager, compile=compiled, capture=compute.compile != "off" and device.is_cuda(target))
+    fast = replace(eager, compile=compiled, capture=compute.compile != "off" and is_cuda(target))
     fp32, bf16 = torch.float32, torch.bfloat16
     steps = {
         "published": _published(teacher, batch_size, target, fp32),
@@ -67,9 +68,9 @@ def bench_step(
         steps["+compiled"] = _ours(teacher, batch_size, fast)
     steps["ours"] = _ours(teacher, batch_size, replace(fast, precision=precision))
     times = interleaved(steps, rounds=rounds, warm_up=WARM_UP, target=target)
-    flops = _flops(teacher, batch_size) if device.is_cuda(target) else None
+    flops = _flops(teacher, batch_size) if is_cuda(target) else None
     rows = [row(name, seconds, batch_size, flops) for name, seconds in times.items()]
-    return Bench(rows, batch_size, rounds, device.processor_name(target), _ceilings(target))
+    return Bench(rows, batch_size, rounds, processor_name(target), _ceilings(target))
 
 
 def _flops(teacher: Classifier, batch_size: int) -> int:
@@ -82,7 +83,7 @@ def _flops(teacher: Classifier, batch_size: int) -> int:
 
 def _ceilings(target: torch.device) -> dict[str, float] | None:
     """What the device reaches in a large bf16 product and in a large copy; None on a CPU."""
-    if not device.is_cuda(target):
+    if not is_cuda(target):
         return None
     matrix = torch.randn(CEILING_SIDE, CEILING_SIDE, device=target, dtype=torch.bfloat16)
     copied = torch.empty_like(matrix)

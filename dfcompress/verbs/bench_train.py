@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from dfcompress import device
 from dfcompress.data.pool import Augmentation
 from dfcompress.data.synthetic_set import as_stored
-from dfcompress.device import Compute
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.timing import Bench, Step, interleaved, row
+from dfcompress.machine.compiling import can_compile
+from dfcompress.machine.device import precision_name, processor_name, resolve_device, resolve_precision
+from dfcompress.machine.execution import Compute
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.randomness import generator
@@ -62,9 +63,9 @@ def bench_train(
     if batch_size < 2:
         raise BadInput("Batches of one image cannot train BatchNorm.", "Use --batch-size 2 or more.")
     student_model, _ = make_student(student, teacher.card, seed=compute.seed)
-    target = device.resolve_device(compute.device)
-    precision = device.precision_name(device.resolve_precision(compute.precision, target))
-    compiled = compute.compile != "off" and device.can_compile(target)
+    target = resolve_device(compute.device)
+    precision = precision_name(resolve_precision(compute.precision, target))
+    compiled = compute.compile != "off" and can_compile(target)
     size = (BATCHES_IN_SET * batch_size, *teacher.card.input_size)
     images = as_stored(torch.rand(size, generator=generator("noise", compute.seed)), in_range=True)
 
@@ -89,7 +90,7 @@ def bench_train(
         )
         times = interleaved(steps, rounds=rounds, warm_up=WARM_UP, target=target)
     measured = [row(name, seconds, batch_size) for name, seconds in times.items()]
-    return Bench(measured, batch_size, rounds, device.processor_name(target))
+    return Bench(measured, batch_size, rounds, processor_name(target))
 
 
 def _ours(

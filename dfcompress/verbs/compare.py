@@ -19,11 +19,11 @@ from dfcompress import console
 from dfcompress.data.batches import UNLABELLED
 from dfcompress.data.real import Fitted, ImageFolder, ImageSource, open_images
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet
-from dfcompress.device import resolve_device
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import Observation, calibration_error, observe, standard_error
 from dfcompress.evaluation.pairs import NOISE, difference_interval, mcnemar, moves, tail_degradation
 from dfcompress.evaluation.probes import attacked, noise, require_gradient
+from dfcompress.machine.device import resolve_device
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier

@@ -11,9 +11,9 @@ from typing import Any
 
 from dfcompress import console
 from dfcompress.command_line import started_by
-from dfcompress.device import Compute
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
+from dfcompress.machine.execution import Compute
 from dfcompress.models.checkpoint import load
 from dfcompress.models.safe_reading import file_bytes
 from dfcompress.run import Run

@@ -17,8 +17,8 @@ import torch
 
 from dfcompress import console
 from dfcompress.data.pool import Augmentation
-from dfcompress.device import Compute
 from dfcompress.errors import BadInput
+from dfcompress.machine.execution import Compute
 from dfcompress.models.checkpoint import as_classifier, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages, stages_in_common

@@ -13,16 +13,8 @@ from typing import Any
 
 import torch
 
-from dfcompress.device import (
-    NEEDED_TO_COMPILE,
-    compiler,
-    cuda_devices,
-    missing_to_compile,
-    precision_name,
-    processor_name,
-    resolve_device,
-    resolve_precision,
-)
+from dfcompress.machine.compiling import NEEDED_TO_COMPILE, compiler, missing_to_compile
+from dfcompress.machine.device import cuda_devices, precision_name, processor_name, resolve_device, resolve_precision
 from dfcompress.training.optimizers import probe
 from dfcompress.verbs._verb import verb
 

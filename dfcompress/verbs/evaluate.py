@@ -18,9 +18,9 @@ from torch import Tensor
 
 from dfcompress import console
 from dfcompress.data.real import ImageSource, open_images
-from dfcompress.device import resolve_device
 from dfcompress.errors import BadInput, GateNotMet
 from dfcompress.evaluation.metrics import TOP, Predictions, predict, standard_error
+from dfcompress.machine.device import resolve_device
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.settings import one_or_more

@@ -16,9 +16,10 @@ import torch
 
 from dfcompress.data.real import Fitted, ImageSource
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import Compute, resolve_device
 from dfcompress.distributed import world
 from dfcompress.evaluation.metrics import bn_divergence, share_correct
+from dfcompress.machine.device import resolve_device
+from dfcompress.machine.execution import Compute
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier

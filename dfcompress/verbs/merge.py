@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dfcompress import console
-from dfcompress.device import Compute
 from dfcompress.errors import BadInput
+from dfcompress.machine.execution import Compute
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier

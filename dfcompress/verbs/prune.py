@@ -17,8 +17,8 @@ from typing import Any, get_args
 import torch
 
 from dfcompress.data.pool import Augmentation
-from dfcompress.device import Compute
 from dfcompress.errors import BadInput
+from dfcompress.machine.execution import Compute
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import is_quantized

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from dfcompress.device import Compute, threads, threads_for
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
+from dfcompress.machine.execution import Compute
+from dfcompress.machine.process import threads, threads_for
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.models.fake_quantizers import Scheme, can_be_quantized, freeze, is_quantized, learn_steps

@@ -21,9 +21,10 @@ from torch import Tensor
 from dfcompress import console
 from dfcompress.data.real import ImageSource, open_images
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import exact_fp32, resolve_device
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput, DfcompressError
+from dfcompress.machine.device import resolve_device
+from dfcompress.machine.process import exact_fp32
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.recorder import LOGITS, HookRecorder, outputs_of_one_image

@@ -12,8 +12,8 @@ from dfcompress import console
 from dfcompress.cli import root
 from dfcompress.commands import _help
 from dfcompress.commands.compare import _repeated
-from dfcompress.device import Compute
 from dfcompress.errors import BadInput
+from dfcompress.machine.execution import Compute
 from dfcompress.quantization.calibration import ASYMMETRIC, Calibration
 from dfcompress.quantization.observers import range_rules
 from dfcompress.synthesis.recipes import recipe_names

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dfcompress.device import Compute, resolve_execution
+from dfcompress.machine.execution import Compute, resolve_execution
 from dfcompress.models.architectures import find
 from dfcompress.models.card import MNIST_MEAN, MNIST_STD, ModelCard
 from dfcompress.models.classifier import Classifier, multiply_accumulates, pass_once, work_of

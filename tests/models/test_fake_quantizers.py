@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dfcompress.device import can_compile
 from dfcompress.errors import BadInput
+from dfcompress.machine.compiling import can_compile
 from dfcompress.models.fake_quantizers import (
     InputGrid,
     QuantizedConv2d,

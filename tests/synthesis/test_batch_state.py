@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dfcompress.device import Execution
+from dfcompress.machine.execution import Execution
 from dfcompress.models.checkpoint import load
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import ChannelMeans, Loss, class_cross_entropy
@@ -101,7 +101,7 @@ def test_a_module_of_a_loss_compiles(teacher, contrast, monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr("dfcompress.device._inductor", counted)
+    monkeypatch.setattr("dfcompress.machine.compiling._inductor", counted)
     torch._dynamo.reset()
     made = synthesizer(teacher, contrast, Execution("cpu", "fp32", True, 1, ""))
     compiled = steps(made, made.begin({0: LABELS}), 2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfcompress.device import Execution
+from dfcompress.machine.execution import Execution
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis.images import STARTING_STD, ParameterGroup, Spectrum

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import Compute
+from dfcompress.machine.execution import Compute
 from dfcompress.models.checkpoint import load
 from dfcompress.synthesis.images import ParameterGroup, Pixels
 from dfcompress.synthesis.live import LiveSource

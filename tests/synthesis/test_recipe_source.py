@@ -12,8 +12,8 @@ import pytest
 import dfcompress
 from dfcompress.cli import run
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import Compute
 from dfcompress.errors import BadInput
+from dfcompress.machine.execution import Compute
 from dfcompress.synthesis import recipe as recipe_module
 from dfcompress.synthesis.recipe import Synthesis, choose
 from dfcompress.synthesis.recipe_source import find_recipe

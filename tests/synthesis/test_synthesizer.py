@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dfcompress import console, device
-from dfcompress.device import Execution
+from dfcompress import console
 from dfcompress.errors import DfcompressError
+from dfcompress.machine import compiling
+from dfcompress.machine.compiling import compiled
+from dfcompress.machine.execution import Execution
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
@@ -226,7 +228,7 @@ def test_images_compete_with_a_quantized_student_as_it_will_answer(teacher, prec
 def test_a_student_that_learns_is_updated_in_place(monkeypatch):
     """Three rounds: two recorders and three compiled functions in all, and the bits of a synthesizer made anew."""
     recorders, graphs, functions = [], [], []
-    record, compiled = synthesizer_module.FusedRecorder, device.compiled
+    record = synthesizer_module.FusedRecorder
 
     def counted_graph(graph, inputs):
         graphs.append(graph)
@@ -235,8 +237,10 @@ def test_a_student_that_learns_is_updated_in_place(monkeypatch):
     monkeypatch.setattr(
         synthesizer_module, "FusedRecorder", lambda *of, **how: recorders.append(of) or record(*of, **how)
     )
-    monkeypatch.setattr(device, "compiled", lambda function: functions.append(function) or compiled(function))
-    monkeypatch.setattr(device, "_inductor", counted_graph)
+    monkeypatch.setattr(
+        synthesizer_module, "compiled", lambda function: functions.append(function) or compiled(function)
+    )
+    monkeypatch.setattr(compiling, "_inductor", counted_graph)
     torch._dynamo.reset()
     settings = {"steps": 2, "batch_size": 8}
     recipe = choose("adaptive-deepinversion", "paper-cifar10", settings).recipe
@@ -374,7 +378,7 @@ def test_chunks_have_the_loss_and_the_gradient_of_their_batch(teacher, number):
 def test_chunks_of_compiled_losses_have_the_loss_of_their_batch(teacher, monkeypatch):
     """All of them together; the network and the losses are compiled once each for chunks of one size."""
     graphs = []
-    monkeypatch.setattr(device, "_inductor", lambda graph, inputs: graphs.append(graph) or graph.forward)
+    monkeypatch.setattr(compiling, "_inductor", lambda graph, inputs: graphs.append(graph) or graph.forward)
     torch._dynamo.reset()
     different = {loss.name: loss for loss in LOSSES}.values()
     recipe = Recipe(images=Pixels(), losses=[*different], phases=[Phase(2, 0.1)], batch_size=16)
@@ -392,7 +396,7 @@ def test_chunks_of_compiled_losses_have_the_loss_of_their_batch(teacher, monkeyp
 def test_freed_memory_is_given_back_every_few_steps(teacher, monkeypatch):
     """Kept all the time, it falls into pieces, and a process grows with its steps."""
     released = []
-    monkeypatch.setattr(device, "release_freed_memory", lambda: released.append(True))
+    monkeypatch.setattr(synthesizer_module, "release_freed_memory", lambda: released.append(True))
     synthesizer(teacher, 2 * STEPS_BEFORE_RELEASE + 1).batch(0, LABELS)
     assert len(released) == 2
 
@@ -431,7 +435,8 @@ def test_a_batch_in_chunks_is_taken_up_from_a_file_to_the_same_bytes(teacher, tm
 def test_nor_does_it_compiled_in_bf16(resnet20_file, tmp_path):
     """In processes of their own, because compiled code knows its number of threads."""
     code = (
-        "import sys, torch; from dfcompress.device import Execution; from dfcompress.models.checkpoint import load\n"
+        "import sys, torch; from dfcompress.machine.execution import Execution\n"
+        "from dfcompress.models.checkpoint import load\n"
         "from dfcompress.synthesis.recipe import choose; from dfcompress.synthesis.synthesizer import Synthesizer\n"
         "recipe = choose('deepinversion', 'fast-cifar10', {'steps': 2, 'batch_size': 64}).recipe\n"
         "execution = Execution('cpu', 'bf16', True, int(sys.argv[1]), '')\n"

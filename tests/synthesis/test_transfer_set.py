@@ -11,7 +11,7 @@ from largest_float import LargestFloat
 
 import dfcompress
 from dfcompress.data.synthetic_set import SyntheticSet, as_float
-from dfcompress.device import Compute
+from dfcompress.machine.execution import Compute
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.synthesis import transfer_set

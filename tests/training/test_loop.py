@@ -21,9 +21,9 @@ from torchvision.ops import DropBlock2d, StochasticDepth
 from dfcompress import console
 from dfcompress.data.batches import Batch
 from dfcompress.data.pool import Augmentation
-from dfcompress.device import Compute
 from dfcompress.distributed import World
 from dfcompress.errors import BadInput, DfcompressError
+from dfcompress.machine.execution import Compute
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.stages import shared_stages
@@ -431,7 +431,7 @@ STRIDED = """
 import torch
 from torch import nn
 from dfcompress.data.pool import Augmentation
-from dfcompress.device import Compute
+from dfcompress.machine.execution import Compute
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.training.distiller import Distillation
@@ -574,7 +574,7 @@ def test_a_student_that_cannot_learn_in_the_precision_asked_for_is_refused_befor
 
 @pytest.mark.parametrize(("names", "precision"), [(("prelu", "plain"), "bf16"), (("plain", "scattered"), "fp32")])
 def test_the_precision_is_tried_with_student_and_teacher_and_stored(names, precision, tmp_path, monkeypatch):
-    monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr("dfcompress.machine.device._cpu_multiplies_bf16", lambda: True)
     card = ModelCard("odd", odd_networks.CLASSES, odd_networks.SIZE, (0.5,) * 3, (0.25,) * 3)
     student, teacher = (Classifier(odd_networks.trained(name), card) for name in names)
     training = Training(steps=2, lr=0.1, batch_size=4)

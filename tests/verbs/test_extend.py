@@ -11,7 +11,7 @@ import torch
 
 from dfcompress import console
 from dfcompress.cli import root, run
-from dfcompress.device import Compute
+from dfcompress.machine.execution import Compute
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.synthesis.recipe import Synthesis

@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dfcompress import console, memory
+from dfcompress import console
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import Compute, Execution
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import bn_divergence
-from dfcompress.memory import GROWTH, SHARE
+from dfcompress.machine import memory
+from dfcompress.machine.execution import Compute, Execution
+from dfcompress.machine.memory import GROWTH, SHARE
 from dfcompress.models.architectures import named
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
@@ -159,7 +160,7 @@ def test_a_killed_synthesis_ends_in_the_same_bytes(undisturbed, resnet20_file, t
     """SIGKILL a real process in its steps; it saves after each, so that the kill may meet it writing."""
     code = (
         "import sys; from dfcompress import run; run.SAVE_EVERY_SECONDS = 0.0\n"
-        "from dfcompress.verbs.invert import invert, Synthesis; from dfcompress.device import Compute\n"
+        "from dfcompress.verbs.invert import invert, Synthesis; from dfcompress.machine.execution import Compute\n"
         f"invert({str(resnet20_file)!r}, output=sys.argv[1], synthesis={LONGER!r}, compute={EAGER!r})"
     )
     folder = tmp_path / "killed"
@@ -286,7 +287,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     save(Classifier(named("lenet5_bn").make(10, 3), card), tmp_path / "model")
     code = (
         "import resource, sys; from dfcompress.verbs.invert import invert, Synthesis\n"
-        "from dfcompress.device import Compute\n"
+        "from dfcompress.machine.execution import Compute\n"
         "for count in (1024, 8192):\n"
         "    made = Synthesis(recipe='gaussian', images=count, settings={'batch_size': 128})\n"
         f"    invert('model', output=str(count), synthesis=made, compute={EAGER!r})\n"
@@ -299,7 +300,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
 @pytest.fixture
 def native_bf16(monkeypatch):
     """A processor for which auto is bf16."""
-    monkeypatch.setattr("dfcompress.device._cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr("dfcompress.machine.device._cpu_multiplies_bf16", lambda: True)
 
 
 def odd(name):
@@ -409,7 +410,7 @@ def test_little_memory_does_not_kill_a_step_of_large_images(tmp_path):
     whole batch has 2.2 GB of tensors in fp32.
     """
     code = (
-        "import resource, sys, torch, torchvision, dfcompress; from dfcompress.memory import _field, Path\n"
+        "import resource, sys, torch, torchvision, dfcompress; from dfcompress.machine.memory import _field, Path\n"
         "from dfcompress import Classifier, Compute, ModelCard, Synthesis, invert\n"
         "torch.manual_seed(0); torch.set_num_threads(1); network = torchvision.models.resnet18().train()\n"
         "network(torch.randn(8, 3, 224, 224))\n"

@@ -14,8 +14,8 @@ from dfcompress import console
 from dfcompress.cli import run
 from dfcompress.data.real import reshaped
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import Compute
 from dfcompress.errors import BadInput
+from dfcompress.machine.execution import Compute
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier

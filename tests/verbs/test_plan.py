@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dfcompress.device import Compute
 from dfcompress.errors import BadInput
+from dfcompress.machine.execution import Compute
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
 from dfcompress.run import RunRecord

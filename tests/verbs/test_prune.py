@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dfcompress.cli import run
 from dfcompress.data.real import open_images
-from dfcompress.device import Compute
+from dfcompress.machine.execution import Compute
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier, multiply_accumulates

@@ -17,8 +17,8 @@ import torch
 from dfcompress import console
 from dfcompress.cli import run
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import Compute
 from dfcompress.errors import BadInput, DfcompressError, GateNotMet
+from dfcompress.machine.execution import Compute
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.fake_quantizers import quantized_layers, tensor_grids

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from dfcompress.cli import run
 from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import SyntheticSet
-from dfcompress.device import Compute, Execution
 from dfcompress.errors import BadInput
+from dfcompress.machine.execution import Compute, Execution
 from dfcompress.models.checkpoint import load
 from dfcompress.models.recorder import LOGITS, FusedRecorder, HookRecorder
 from dfcompress.synthesis.recipe import Synthesis, choose

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfcompress.device import threads
 from dfcompress.errors import BadInput
+from dfcompress.machine.process import threads
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.trace import Target
 from dfcompress.synthesis.records.accumulator import RecordSettings

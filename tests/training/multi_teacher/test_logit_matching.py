@@ -9,7 +9,7 @@ import torch
 from linear_teachers import BLOCKS, LOGITS, batch_of, images, teacher, values_of
 from torch import nn
 
-from dfcompress.device import Compute
+from dfcompress.machine.execution import Compute
 from dfcompress.models.ood_score import OodScore
 from dfcompress.training.class_map import ClassMap
 from dfcompress.training.loop import PARTIAL, Trainer

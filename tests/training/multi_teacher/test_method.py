@@ -9,8 +9,8 @@ import torch
 from linear_teachers import batch_of, images, teacher
 from torch import nn
 
-from dfcompress.device import Compute
 from dfcompress.errors import BadInput
+from dfcompress.machine.execution import Compute
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.run import FORMER_VALUES

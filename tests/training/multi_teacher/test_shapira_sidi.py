@@ -10,7 +10,7 @@ from linear_teachers import BLOCKS, LOGITS, images, teacher, values_of
 from torch import nn
 
 from dfcompress.data.pool import ImagePool
-from dfcompress.device import Compute
+from dfcompress.machine.execution import Compute
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
 from dfcompress.training.class_map import join_classes

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfcompress import memory
 from dfcompress.errors import BadInput
-from dfcompress.memory import GROWTH, PIXELS, SHARE, count_bytes, free_bytes, images_at_once
+from dfcompress.machine import memory
+from dfcompress.machine.memory import GROWTH, PIXELS, SHARE, count_bytes, free_bytes, images_at_once, is_out_of_memory
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -128,3 +128,19 @@ def test_processes_of_a_job_share_what_is_free(monkeypatch):
     assert free_bytes(CPU) == 1000
     monkeypatch.setattr(memory, "world", lambda: type("World", (), {"local_world_size": 4}))
     assert free_bytes(CPU) == 250
+
+
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory", True),
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_allocations_that_fail_inside_cuda_count_as_out_of_memory(message, is_memory):
+    assert is_out_of_memory(RuntimeError(message)) == is_memory

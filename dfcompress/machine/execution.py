@@ -1,0 +1,164 @@
+"""How a job is computed: what the user asked for (`Compute`), and what is chosen once and stored (`Execution`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from dfcompress import console
+from dfcompress.arguments import require_fields
+from dfcompress.errors import NOT_IN_PLACE, BadInput, first_line, is_of_layers_in_place
+from dfcompress.machine.compiling import NEEDED_TO_COMPILE, missing_to_compile
+from dfcompress.machine.device import (
+    PRECISIONS,
+    Precision,
+    is_cuda,
+    precision_name,
+    processor_name,
+    resolve_device,
+    resolve_precision,
+)
+from dfcompress.machine.memory import is_out_of_memory
+from dfcompress.machine.process import deterministic, exact_fp32, threads, threads_for, threads_here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Where and how to compute, as the user asked for it; each `auto` is resolved once a job."""
+
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise `BadInput` for values that are none, and for a device, a precision or a compiler that is not to be had
+        here.
+        """
+        require_fields(self)
+        for name, values in (("precision", ("auto", *PRECISIONS)), ("compile", ("auto", "on", "off"))):
+            if getattr(self, name) not in values:
+                raise BadInput(f"There is no --{name} {getattr(self, name)!r}.", f"Known: {', '.join(values)}.")
+        if self.seed < 0:
+            raise BadInput(f"--seed {self.seed} is negative.", "Use a number from 0 up.")
+        device = resolve_device(self.device)
+        resolve_precision(self.precision, device)
+        if self.compile == "on" and (missing := missing_to_compile(device)):
+            raise BadInput(
+                f"--compile on: this machine has no {missing}.",
+                f"Install {NEEDED_TO_COMPILE[missing]}, or use --compile off.",
+            )
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Everything about the machine that the bits of a result depend on; resolved once, stored, and obeyed on resume.
+
+    `capture` says whether a step of synthesis is replayed as one CUDA graph. `chunk` is how many images of a batch are
+    computed at once, None all of them.
+    """
+
+    device: str
+    precision: Precision
+    compile: bool
+    threads: int
+    processor: str
+    groups: int = 1
+    capture: bool = False
+    chunk: int | None = None
+
+
+# Measured on one and two cores: 150 G units of work a second eagerly; compiling takes 20 to 35 s and leaves 0.2 to 0.8
+# of the eager time. The rate of CUDA devices is not measured: by their kernels and bytes, captured eager steps of 256
+# images should take 2.5 ms for ResNet-20 and 15 ms for ResNet-34 on an H200, which are 31 and 51 T.
+EAGER_WORK_PER_SECOND = {"cpu": 150e9, "cuda": 40e12}
+COMPILING_SECONDS = 30.0
+COMPILED_SHARE = 0.6
+
+
+def resolve_execution(compute: Compute, work: float, *, steps: int, sizes: int = 1) -> Execution:
+    """Make every automatic choice once, from the whole job.
+
+    `work` is the job's, in the unit of `models.classifier.work_of`, which it does in so many `steps`, on images of so
+    many `sizes`, for each of which the network is compiled anew; `auto` compiles where it predicts a gain, and small
+    steps have one thread. Nothing is timed, so the same job is computed in the same
+    way, and to the same bits, however busy the machine is.
+    Raises `BadInput` where the device or the precision is not to be had, or `compile="on"` finds no compiler.
+    """
+    device = resolve_device(compute.device)
+    precision = precision_name(resolve_precision(compute.precision, device))
+    threads = threads_here() if is_cuda(device) else threads_for(work / max(1, steps))
+    eager = Execution(str(device), precision, False, threads, processor_name(device))
+    if compute.compile == "off":
+        return eager
+    eager = replace(eager, capture=is_cuda(device))
+    if missing := missing_to_compile(device):
+        console.notice(f"No {missing} found: running eagerly, several times slower.")
+        return eager
+    console.notice(f"Computing on {device} in {precision} with {eager.threads} threads.", level=console.VERBOSE)
+    gain = (1 - COMPILED_SHARE) * work / EAGER_WORK_PER_SECOND[device.type]
+    cost = COMPILING_SECONDS * sizes
+    if compute.compile == "auto" and gain < cost:
+        console.notice(f"Not compiling: it would win about {gain:.0f} s and take {cost:.0f} s.", level=console.VERBOSE)
+        return eager
+    console.notice(f"Compiling takes about {cost:.0f} s and wins about {gain:.0f} s.", level=console.VERBOSE)
+    return replace(eager, compile=True)
+
+
+@contextmanager
+def computing(execution: Execution) -> Iterator[None]:
+    """Compute as `execution` says inside: in its threads, on its device, on CUDA by kernels that give the same bits
+    every time, and fp32 as fp32. Afterwards everything is as before, but for the memory that the process keeps.
+    """
+    device = torch.device(execution.device)
+    with ExitStack() as stack:
+        stack.enter_context(threads(execution.threads))
+        stack.enter_context(exact_fp32() if execution.precision == "fp32" else deterministic())
+        if device.type != "cpu":
+            stack.enter_context(torch.cuda.device(device))
+        yield
+
+
+def tried(execution: Execution, compute: Compute, attempt: Callable[[Execution], object], *, what: str) -> Execution:
+    """`execution` where `attempt`, a short pass as it says, works; in fp32, with a notice, where that alone works and
+    the precision was chosen here. `what` names the networks.
+
+    Raises `BadInput` where the user chose the precision, and where fp32 does not work either.
+    """
+    why = _why_not(attempt, execution)
+    if why is None:
+        return execution
+    exact = replace(execution, precision="fp32")
+    in_fp32 = why if execution == exact else _why_not(attempt, exact)
+    if in_fp32:
+        if is_of_layers_in_place(in_fp32):
+            raise BadInput(f"{what} cannot be differentiated: {in_fp32}.", NOT_IN_PLACE)
+        raise BadInput(
+            f"{what} cannot run in any precision: {in_fp32}.",
+            f"Name a network, by --arch or --student, that runs forward and backward on {execution.device}.",
+        )
+    problem = f"{what} cannot be computed in {execution.precision}: {why}."
+    if compute.precision != "auto":
+        raise BadInput(problem, "Use --precision fp32, or --precision auto, which takes it for such networks.")
+    console.notice(f"{problem} It runs in fp32.")
+    return exact
+
+
+def _why_not(attempt: Callable[[Execution], object], execution: Execution) -> str | None:
+    """Why an attempt fails, None where it does not."""
+    try:
+        attempt(execution)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            return None  # The work itself looks for what fits.
+        return first_line(error)
+    return None
+
+
+def predicted_seconds(execution: Execution, eager_seconds: float, *, sizes: int = 1) -> float:
+    """Estimate of a job's seconds, compiling for each size of images included, from those it would take eagerly."""
+    return COMPILING_SECONDS * sizes + COMPILED_SHARE * eager_seconds if execution.compile else eager_seconds

@@ -1,0 +1,154 @@
+"""Settings of PyTorch that a whole process shares, borrowed and given back: its defaults, threads, fp32 as fp32."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+
+from dfcompress.distributed import world
+from dfcompress.machine.memory import keep_freed_memory
+
+# The default type, the generators, cuDNN's switches and the number of threads are those of the whole process.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextmanager
+def usual_torch() -> Iterator[None]:
+    """PyTorch inside as it starts, whatever the caller has set: gradients are known, new tensors are fp32 on the CPU,
+    and no operation is cast. Afterwards everything is as before, the states of the default generators too.
+
+    A notebook may call from `torch.no_grad()`, `inference_mode()` or `autocast`, or have set another default dtype or
+    device. A call waits for the calls of other threads, because all threads of a process share what is set here and
+    inside.
+    """
+    with _ONE_AT_A_TIME, ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_usual_defaults())
+        stack.enter_context(_given_back_randomness())
+        yield
+
+
+@contextmanager
+def _usual_defaults() -> Iterator[None]:
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    if device.type != "cpu":
+        torch.set_default_device(None)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if device.type != "cpu":
+            torch.set_default_device(device)
+
+
+@contextmanager
+def _given_back_randomness() -> Iterator[None]:
+    """Give the default generators back as they were: the CPU's, and the GPUs' where CUDA has been used before."""
+    of_cpu = torch.get_rng_state()
+    indices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    of_gpus = [torch.cuda.get_rng_state(index) for index in indices]
+    try:
+        yield
+    finally:
+        torch.set_rng_state(of_cpu)
+        for index, state in zip(indices, of_gpus, strict=True):
+            torch.cuda.set_rng_state(state, index)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute in so many threads inside, and keep freed memory from now on."""
+    keep_freed_memory()
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def threads_here() -> int:
+    """Threads for this process: what the user or the library set, or its share where several share the machine."""
+    everyone = world()
+    if everyone.world_size == 1:
+        return torch.get_num_threads()
+    # Launchers that bind processes to cores have shared them already.
+    cores, bound = os.cpu_count() or 1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    return max(1, min(bound, cores // everyone.local_world_size))
+
+
+# Training steps in one thread and in two, in ms, best of three on two cores with a dozen other programs: LeNet-5 of 32
+# images (0.35 G units of work) 9.5 and 1,920, of 256 (2.8 G) 51 and 178; ResNet-20 of 32 (9.3 G) 145 and 946: every
+# operation waits for the thread that has lost its core. Alone, two threads take 0.6 of the time of one for synthesis
+# with ResNet-20 and 256 images (50 G a step).
+SMALL_STEP = 20e9
+
+
+def threads_for(work: float) -> int:
+    """Threads for steps of that much work, in the unit of `models.classifier.work_of`: one for a small step, which
+    would lose more to waiting than it can gain, unless the user has set OMP_NUM_THREADS; else `threads_here`.
+    """
+    return 1 if work < SMALL_STEP and "OMP_NUM_THREADS" not in os.environ else threads_here()
+
+
+@contextmanager
+def exact_fp32() -> Iterator[None]:
+    """Compute fp32 as fp32, and to the same bits every time: TF32, cuDNN's default and the caller's choice for matrix
+    products, keeps 10 of the 23 bits of the operands' mantissas.
+    """
+    kinds = _kinds_of_fp32()
+    precisions = [kind.fp32_precision for kind in kinds]
+    # torch lets nobody read a switch from which somebody has set one of its kinds apart.
+    tf32, products = True, "highest"
+    with suppress(RuntimeError):
+        tf32 = torch.backends.cudnn.allow_tf32
+    with suppress(RuntimeError):
+        products = torch.get_float32_matmul_precision()
+    _set_fp32(False, "highest", ["ieee"] * len(kinds))
+    try:
+        with deterministic():
+            yield
+    finally:
+        _set_fp32(tf32, products, precisions)
+
+
+def _kinds_of_fp32() -> list[Any]:
+    """What computes fp32 in a precision of its own: convolutions, recurrent layers and matrix products on CUDA, matrix
+    products on a CPU.
+    """
+    backends: Any = torch.backends
+    return [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn.matmul]
+
+
+def _set_fp32(tf32: bool, products: str, precisions: Sequence[str]) -> None:
+    """Set the switches that several kinds share, cuDNN's and that of matrix products, and then the precision of each
+    kind.
+    """
+    cudnn: Any = torch.backends.cudnn
+    cudnn.allow_tf32 = tf32
+    torch.set_float32_matmul_precision(products)
+    for kind, precision in zip(_kinds_of_fp32(), precisions, strict=True):
+        kind.fp32_precision = precision
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Let cuDNN take no kernel whose sums depend on the order in which threads arrive, nor any by timing several."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
