@@ -52,8 +52,9 @@ def _repeated(args: Sequence[str]) -> Iterator[str]:
     multiple=True,
     required=True,
     metavar="SET...",
-    help="Sets of images, behind the models: a folder of class folders, an .npz, IDX files, a synthetic set or a run "
-    "folder. random is Gaussian noise, fgsm:SET a set under attack, images:SET a set whose labels do not count.",
+    help="Sets of images, behind the models: a folder of class folders, an .npz, IDX files, the batches of CIFAR, a "
+    "synthetic set or a run folder. random is Gaussian noise, fgsm:SET a set under attack, images:SET a set whose "
+    "labels do not count.",
 )
 @click.option(
     "--own",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "--data",
     type=_options.PATH,
     required=True,
-    help="Labelled images: one folder per class, an .npz file, IDX files, or a synthetic set.",
+    help="Labelled images: one folder per class, an .npz file, IDX files, the batches of CIFAR, or a synthetic set.",
 )
 @click.option(
     "--fail-under",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "--new-data",
     required=True,
     type=_options.PATH,
-    help="Labelled images of the new classes: one folder per class, an .npz file, or IDX files.",
+    help="Labelled images of the new classes: one folder per class, an .npz file, IDX files, or the batches of CIFAR.",
 )
 @click.option(
     "--class-names", type=_options.PATH, help="Text file with the name of one label of --new-data per line, in order."

@@ -1,4 +1,5 @@
-"""Images that people have: an ImageFolder, an `.npz`, IDX files, or a synthetic set, all read the same way.
+"""Images that people have, all read the same way: an ImageFolder, an `.npz`, IDX files, the batches of CIFAR, or a
+synthetic set.
 
     source = open_images("cifar10-test.npz", classifier.card)
     for images, labels in source.batches(256):
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 
 from dfcompress import console
 from dfcompress.data.batches import UNLABELLED
+from dfcompress.data.cifar import is_cifar, read_cifar
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_float
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
@@ -36,7 +38,10 @@ from dfcompress.models.card import ModelCard
 Size = tuple[int, int, int]
 Part = Literal["train", "test"]
 
-KINDS = "Give an ImageFolder, an .npz with `images` and `labels`, IDX files as MNIST has them, or a synthetic set."
+KINDS = (
+    "Give an ImageFolder, an .npz with `images` and `labels`, IDX files as MNIST has them, the batches of CIFAR, or a "
+    "synthetic set."
+)
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 IDX_IMAGES = re.compile(r"(?P<part>.*)images[-.]idx3-ubyte(\.gz)?")
 IDX_UINT8 = 8
@@ -71,8 +76,9 @@ def open_images(path: str | Path, card: ModelCard, *, part: Part = "test", label
     """The labelled images at `path`, fitted to the model's input and checked against its classes.
 
     A folder with `dataset.json` is a synthetic set; a folder (or file) with `*-images-idx3-ubyte[.gz]` holds IDX files,
-    of which `part` is taken; any other folder has one subfolder a class. Subfolders are matched to the card's
-    class names where it has some, otherwise taken in sorted order.
+    and one with `batches.meta` or `meta` the batches of CIFAR, of which `part` is taken; any other folder has one
+    subfolder a class. Subfolders are matched to the card's class names where it has some, otherwise taken in sorted
+    order.
     Of images that are not `labelled`, labels say nothing: they need not be there, nor be the model's, and pictures may
     lie anywhere in a folder.
     Raises `BadInput` naming the file and what was found in it.
@@ -80,7 +86,7 @@ def open_images(path: str | Path, card: ModelCard, *, part: Part = "test", label
     path = Path(path)
     if not path.exists():
         raise BadInput(f"{path} does not exist.", KINDS)
-    if path.is_dir() and not (path / MANIFEST).exists() and not _idx_files(path):
+    if _is_folder_of_pictures(path):
         return ImageFolder(path, card, labelled=labelled)
     source, size = _open_whole(path, card, part, labelled)
     if size == card.input_size:
@@ -102,9 +108,13 @@ def require_decodable(source: ImageSource) -> None:
 def folder_names(path: str | Path) -> tuple[str, ...] | None:
     """The names of the class folders at `path`, sorted, where it is an `ImageFolder`; None for all else."""
     path = Path(path)
-    if not path.is_dir() or (path / MANIFEST).exists() or _idx_files(path):
+    if not _is_folder_of_pictures(path):
         return None
     return tuple(folder.name for folder in _class_folders(path)) or None
+
+
+def _is_folder_of_pictures(path: Path) -> bool:
+    return path.is_dir() and not (path / MANIFEST).exists() and not _idx_files(path) and not is_cifar(path)
 
 
 def _open_whole(path: Path, card: ModelCard, part: Part, labelled: bool) -> tuple[ImageSource, Size]:
@@ -117,7 +127,11 @@ def _open_whole(path: Path, card: ModelCard, part: Part, labelled: bool) -> tupl
                 f"{path} has {made_for.classes} classes, the model has {card.classes}.", "Give other images."
             )
         return synthetic, made_for.input_size
-    if path.is_dir() or IDX_IMAGES.fullmatch(path.name):
+    if path.is_dir() and is_cifar(path):
+        images, labels = read_cifar(path, part)
+        console.notice(f"{path} holds two sets; the {part} images are taken.")
+        arrays = _checked(path, images, labels if labelled else None, KINDS)
+    elif path.is_dir() or IDX_IMAGES.fullmatch(path.name):
         arrays = read_idx(path, part, labelled=labelled)
     elif path.suffix == ".npz":
         arrays = read_npz(path, labelled=labelled)
@@ -381,10 +395,15 @@ def read_idx(path: Path, part: Part = "test", *, labelled: bool = True) -> Array
 
 
 def _idx_files(folder: Path) -> dict[str, Path]:
-    """IDX files of images by part (`train-`, `t10k-`), an unpacked one before its packed twin."""
-    files = sorted(file for file in folder.iterdir() if not _is_hidden(file.name))
-    found = [(match["part"], file) for file in files if (match := IDX_IMAGES.fullmatch(file.name))]
-    return dict(reversed(found))
+    """IDX files of images by part (`train-`, `t10k-`), an unpacked one before its packed twin; of the folder, or of
+    its folder `raw`, where torchvision puts them.
+    """
+    for place in (folder, folder / "raw"):
+        files = sorted(file for file in place.iterdir() if not _is_hidden(file.name)) if place.is_dir() else []
+        found = [(match["part"], file) for file in files if (match := IDX_IMAGES.fullmatch(file.name))]
+        if found:
+            return dict(reversed(found))
+    return {}
 
 
 def _choose_part(folder: Path, parts: dict[str, Path], part: Part) -> Path:

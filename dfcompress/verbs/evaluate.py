@@ -106,9 +106,9 @@ def evaluate(
 ) -> Evaluation:
     """Count the right answers of a checkpoint, or of each of several, on the images at `data`, in fp32.
 
-    `data` is an ImageFolder, an `.npz`, IDX files or a synthetic set. Everything is loaded and checked before anything
-    runs. `fail_under` is a share in [0, 1]; a number above 1 is read as percent. The result carries it, and
-    `Evaluation.check_gate` raises, so that the counts are there either way.
+    `data` is an ImageFolder, an `.npz`, IDX files, the batches of CIFAR or a synthetic set. Everything is loaded and
+    checked before anything runs. `fail_under` is a share in [0, 1]; a number above 1 is read as percent. The result
+    carries it, and `Evaluation.check_gate` raises, so that the counts are there either way.
     Raises `BadInput` for a checkpoint, data or number that cannot be used, and for unequal numbers of classes.
     """
     gate = None if fail_under is None else as_share(fail_under)

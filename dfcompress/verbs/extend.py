@@ -68,9 +68,9 @@ def extend(
     """Let a classifier learn the classes of `new_data`, while images that it made itself replay its own classes.
 
     The result is the same network with a wider last layer; outputs of old classes keep their numbers. `new_data` are
-    labelled images: an ImageFolder, an `.npz` or IDX files; their classes are called as the folders are, as the lines
-    of the text file `class_names` by label, or by the labels. Names that the model knows are refused, or with
-    `also_old` taken as more images of those classes.
+    labelled images: an ImageFolder, an `.npz`, IDX files or the batches of CIFAR; their classes are called as the
+    folders are, as the lines of the text file `class_names` by label, or by the labels. Names that the model knows are
+    refused, or with `also_old` taken as more images of those classes.
     `method` is one of the files in `training/class_incremental/`, and `training` changes single settings of its usual
     ones. `old_images` are a synthetic set of the model (or real images) to replay; without them
     `synthesis.images` are made first, half of them by `second_recipe`. `lwf-mc` replays nothing, and makes images only

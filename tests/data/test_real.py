@@ -78,6 +78,7 @@ def test_every_kind_of_source_gives_the_same_images_and_labels(tmp_path, grey_im
         write_folder(tmp_path / "folder", images, labels),
         write_idx_pair(tmp_path / "idx", "t10k", images, labels),
         write_idx_pair(tmp_path / "packed", "t10k", images, labels, ".gz").parent,
+        write_idx_pair(tmp_path / "torchvision" / "raw", "t10k", images, labels).parent.parent,
         write_set(tmp_path / "set", images, labels),
     ]
     for source in sources:

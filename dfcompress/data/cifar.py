@@ -1,0 +1,58 @@
+"""CIFAR-10 and CIFAR-100 as they are published for Python: pickles, read as data, with nothing in them called.
+
+The folders `cifar-10-batches-py` and `cifar-100-python` of https://www.cs.toronto.edu/~kriz/cifar.html, which is what
+`torchvision.datasets` downloads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfcompress.errors import BadInput, first_line, printable
+from dfcompress.models.pickled import Instance, Machine
+
+SHAPE = (3, 32, 32)
+PARTS = {
+    "train": (("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"), ("train",)),
+    "test": (("test_batch",), ("test",)),
+}
+MARKS = ("batches.meta", "meta")  # Of CIFAR-10, and of CIFAR-100.
+
+
+def is_cifar(folder: Path) -> bool:
+    """Whether the files of either are in a folder."""
+    return any((folder / mark).is_file() for mark in MARKS)
+
+
+def read_cifar(folder: Path, part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The images `(N, 3, 32, 32)` of a part, and their labels `(N,)`; CIFAR-100's are the fine ones.
+
+    Raises `BadInput` for files that are missing, damaged or something else.
+    """
+    names = PARTS[part][0 if (folder / MARKS[0]).is_file() else 1]
+    images, labels = zip(*(_read(folder / name) for name in names), strict=True)
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def _read(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    try:
+        with file.open("rb") as opened:
+            content: Any = Machine(opened).load()
+        labels = np.array(content["labels"] if "labels" in content else content["fine_labels"], np.int64)
+        images = np.frombuffer(_bytes_of(content["data"]), np.uint8).reshape(len(labels), *SHAPE)
+    except Exception as error:
+        # Whatever a parser trips over in foreign bytes, the file is what is wrong.
+        problem = f"{type(error).__name__}: {printable(first_line(error))}"
+        raise BadInput(f"{file} is no batch of CIFAR ({problem}).", "Download it again.") from None
+    return images, labels
+
+
+def _bytes_of(array: Instance) -> bytes:
+    """The values of an array of numpy: the last item of its state, a string of Python 2 where that wrote the file."""
+    state: Any = array.state
+    values: str | bytes = state[-1]
+    return values.encode("latin1") if isinstance(values, str) else values
