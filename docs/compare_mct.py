@@ -110,7 +110,7 @@ def correct(network: nn.Module, teacher: Classifier, given: argparse.Namespace) 
 def ours(given: argparse.Namespace) -> dict[str, Any]:
     """Our row: seconds, and how many are right."""
     teacher, folder = _teacher(given), given.output / f"ours-{given.round}"
-    synthesis, _ = usual_images("default", teacher, Synthesis(images=given.images), None)
+    synthesis, _ = usual_images("default", teacher, Synthesis(images=given.images), None, trains=False)
     wanted = {"steps": given.steps, "batch_size": given.batch_size}
     settings = {name: value for name, value in wanted.items() if value}
     synthesis = Synthesis(recipe=synthesis.recipe, preset=synthesis.preset, images=given.images, settings=settings)

@@ -18,7 +18,7 @@ from measuring import run
 from PIL import Image
 
 from dfcompress.data.synthetic_set import SyntheticSet, as_float
-from dfcompress.synthesis.set_builder import PREVIEW, grid
+from dfcompress.synthesis.preview import PREVIEW, grid
 
 ROWS = ("gaussian", "inception", "deepdream", "bns", "bns-inception", "deepinversion", "adaptive-deepinversion")
 COLUMNS, SCALE = 16, 2

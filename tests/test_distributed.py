@@ -27,7 +27,7 @@ from dfcompress.machine.execution import Execution
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
-from dfcompress.synthesis import set_builder
+from dfcompress.synthesis import set_execution
 from dfcompress.synthesis.labels import Labels
 from dfcompress.synthesis.recipe import Synthesis, choose
 from dfcompress.synthesis.spec import SynthesisSpec
@@ -420,8 +420,8 @@ def test_groups_leave_no_process_without_work(monkeypatch):
     )
     groups = []
     for count in (1, 2, 4, 8):
-        monkeypatch.setattr(set_builder, "world", lambda count=count: World(0, count))
-        groups.append(set_builder._groups(job, cuda))
+        monkeypatch.setattr(set_execution, "world", lambda count=count: World(0, count))
+        groups.append(set_execution._groups(job, cuda))
     assert groups == [4, 2, 1, 1]
 
 

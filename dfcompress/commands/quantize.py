@@ -78,7 +78,7 @@ def _calibration(
 )
 @_options.data
 @_options.eval_data
-@_options.synthesis(images="2048, or 128 for images of more than 64 pixels a side")
+@_options.synthesis(images="2048, or 512 for calibration alone, or 128 for images of more than 64 pixels a side")
 @_help.under(
     "Quantization",
     click.option(

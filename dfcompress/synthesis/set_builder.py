@@ -3,45 +3,37 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from dfcompress import console
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_stored
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
-from dfcompress.machine.device import Precision, as_mine, is_cuda, processor_name, resolve_device
-from dfcompress.machine.execution import Compute, Execution, computing, resolve_execution, tried
-from dfcompress.machine.memory import GROWTH, images_at_once, release_freed_memory
+from dfcompress.machine.device import as_mine, processor_name, resolve_device
+from dfcompress.machine.execution import Compute, Execution, computing
+from dfcompress.machine.memory import release_freed_memory
 from dfcompress.machine.process import exact_fp32, threads_here
-from dfcompress.models.classifier import Classifier, work_of
+from dfcompress.models.classifier import Classifier
 from dfcompress.randomness import generator
 from dfcompress.run import METRICS, STATE, write_atomically
 from dfcompress.synthesis.labels import Labels
 from dfcompress.synthesis.losses import Want
+from dfcompress.synthesis.preview import PREVIEW_IMAGES, first_images, write_preview
 from dfcompress.synthesis.quality import BatchQuality, QualityCheck
-from dfcompress.synthesis.recipe import Recipe
+from dfcompress.synthesis.set_execution import execution_of
 from dfcompress.synthesis.spec import SynthesisSpec
-from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch, try_step
+from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch
 
-PREVIEW = "preview.png"
 STUDENT_UPDATES = "student.json"
-PREVIEW_IMAGES = 80
-# Of a batch's images in fp32: noise, images, gradient, Adam's two moments, finished ones, and those of the batch before
-# that are being written.
-COPIES = 7
-PREVIEW_SIDE = 112  # Twice that, 80 images are 2,262 × 1,810 pixels, and up to 12 MB as PNG; averaged, 3 MB.
 
 
 def build_set(spec: SynthesisSpec, folder: Path, compute: Compute) -> SyntheticSet:
@@ -93,71 +85,6 @@ def _no_update(images: int, batches: int, every: int) -> str:
         f"The student is never updated: the {images} images are one round, which competes with an untrained student. "
         f"Use {' or '.join(remedies)}."
     )
-
-
-# Unmeasured: CUDA steps of fewer images than 128 of CIFAR's size are taken to be mostly launching. On a CPU it does not
-# pay (docs/results/robustness.md).
-PIXELS_A_STEP = 128 * 32 * 32
-
-
-def _groups(spec: SynthesisSpec, execution: Execution) -> int:
-    batch_size, batches = spec.batch_size, spec.batches
-    if spec.recipe.lives_on or (execution.chunk and execution.chunk < batch_size):
-        return 1
-    if spec.synthesis.groups != "auto":
-        return min(spec.synthesis.groups, batches)
-    if not is_cuda(torch.device(execution.device)):
-        return 1
-    height, width = spec.teacher.card.input_size[1:]
-    fit, for_everybody = PIXELS_A_STEP // (batch_size * height * width), batches // world().world_size
-    return max(1, min(fit, for_everybody))
-
-
-class Resolved(NamedTuple):
-    """How a set is made, and an estimate of what that takes of the memory, in bytes."""
-
-    execution: Execution
-    memory_bytes: int
-
-
-def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | None = None) -> Resolved:
-    """How a set is made, all automatic choices made; `student` is what its images compete with, if anything.
-
-    The precision is tried in one step, in which the memory of an image is counted: so many images as fit are computed
-    at once, the others of their batch before and after. Raises `BadInput` where the precision that was asked for does
-    not work, or none does; where not one image fits, and where a batch that cannot be computed in chunks does not.
-    """
-    teacher, recipe = spec.teacher, spec.recipe
-    batch_size, batches = spec.batch_size, spec.batches
-    work = work_in(recipe, teacher, batches * batch_size)
-    execution = resolve_execution(compute, work, steps=batches * recipe.steps, sizes=recipe.sizes)
-    student = (student or teacher) if Want.STUDENT in recipe.wants else None
-    sampler = spec.sampler
-
-    counted: dict[Precision, float] = {}
-
-    def step(execution: Execution) -> None:
-        counted[execution.precision] = try_step(recipe, teacher, execution, student=student, sampler=sampler)
-
-    execution = tried(execution, compute, step, what=f"{teacher.name}{' or its student' if student else ''}")
-    each = counted.get(execution.precision, 0.0)
-    beside = COPIES * 4.0 * batch_size * math.prod(teacher.card.input_size)
-    size = None if recipe.needs_whole_batch else teacher.card.input_size
-    chunk = images_at_once(batch_size, each, target=torch.device(execution.device), input_size=size, beside=beside)
-    if chunk < batch_size and recipe.needs_whole_batch:
-        raise BadInput(
-            f"A batch of {batch_size} images does not fit into memory, and {spec.choice.name} computes it whole: "
-            "a loss has a module of its own, or the images a generator.",
-            f"Use --batch-size {chunk}.",
-        )
-    execution = replace(execution, chunk=chunk)
-    execution = replace(execution, groups=_groups(spec, execution))
-    return Resolved(execution, int(beside + GROWTH * each * chunk * execution.groups))
-
-
-def work_in(recipe: Recipe, teacher: Classifier, images: int) -> float:
-    """The work of a synthesis: forward and backward to the input, each step."""
-    return 2.0 * work_of(teacher) * images * recipe.work
 
 
 def seconds_of(synthetic: SyntheticSet) -> float:
@@ -264,7 +191,7 @@ class SetBuilder:
         """Show what a generator that lives on makes now, and warn of what is wrong with it."""
         batch = self._sampled(number, "look")
         self._warn([self._check.examine(batch)])
-        _write_preview(self.synthetic.folder, batch.images[:PREVIEW_IMAGES])
+        write_preview(self.synthetic.folder, batch.images[:PREVIEW_IMAGES])
 
     def _sampled(self, number: int, purpose: str) -> Batch:
         started, labels = time.perf_counter(), self.labels_of(number)
@@ -282,7 +209,7 @@ class SetBuilder:
         """The whole set, its losses in one file, and its picture."""
         if world().is_main:
             _merge_metrics(self.synthetic)
-            _write_preview(self.synthetic.folder, _first_images(self.synthetic))
+            write_preview(self.synthetic.folder, first_images(self.synthetic))
         world().barrier()
         return self.synthetic
 
@@ -336,7 +263,7 @@ class SetBuilder:
 
         def watch(step: int, images: Callable[[], Tensor]) -> None:
             if step % every == 0:
-                _write_preview(self.synthetic.folder, images()[:PREVIEW_IMAGES].cpu())
+                write_preview(self.synthetic.folder, images()[:PREVIEW_IMAGES].cpu())
 
         return watch
 
@@ -389,36 +316,3 @@ def _check_same_spec(synthetic: SyntheticSet, described: Mapping[str, Any]) -> N
             raise BadInput(
                 f"{synthetic.folder} holds a set with another {name}.", "Name another folder, or --overwrite."
             )
-
-
-def _first_images(synthetic: SyntheticSet) -> Tensor:
-    found: list[Tensor] = []
-    for images, _ in synthetic.batches(PREVIEW_IMAGES):
-        found.append(images)
-        if sum(map(len, found)) >= PREVIEW_IMAGES:
-            break
-    return torch.cat(found)[:PREVIEW_IMAGES]
-
-
-def _write_preview(folder: Path, images: Tensor) -> None:
-    """Up to 80 images, large ones at a whole fraction of their size; a column holds one class where there are ten."""
-    if images.shape[1] not in (1, 3):
-        images = images.mean(1, keepdim=True)
-    images = F.avg_pool2d(images, max(1, min(images.shape[2:]) // PREVIEW_SIDE))
-    images = images.expand(-1, 3, -1, -1)
-    scale = max(1, 64 // images.shape[-1])
-    enlarged = images.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    pixels = (grid(enlarged, columns=10, border=2) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    with write_atomically(folder / PREVIEW) as path:
-        Image.fromarray(pixels).save(path, format="png")
-
-
-def grid(images: Tensor, *, columns: int, border: int) -> Tensor:
-    """Images `(N, C, H, W)` row by row as one `(C, rows, columns)`, with white borders of `border` pixels.
-
-    (torchvision's `make_grid` does the same, and importing torchvision takes 0.3 to 1.4 s of CPU time.)
-    """
-    columns = min(columns, len(images))
-    images = F.pad(images, (0, border, 0, border, 0, 0, 0, -len(images) % columns), value=1.0)
-    rows = images.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
-    return F.pad(rows, (border, 0, border, 0), value=1.0)

@@ -24,7 +24,7 @@ from dfcompress.quantization.calibration import Calibrated, Calibration
 from dfcompress.quantization.reconstruction import Reconstructed, Reconstruction
 from dfcompress.run import Run, check_output, running
 from dfcompress.synthesis.recipe import RecipeChoice
-from dfcompress.synthesis.set_builder import execution_of
+from dfcompress.synthesis.set_execution import execution_of
 from dfcompress.synthesis.spec import SynthesisSpec
 from dfcompress.synthesis.synthesizer import seconds_per_step
 from dfcompress.synthesis.transfer_set import TransferSet

@@ -62,17 +62,25 @@ FINETUNED_BY: Mapping[QuantizationMethod, Finetuning] = {"default": "blocks+lsq"
 FINETUNED_ON: Mapping[Placement, Finetuning] = {"all-tensors": "none"}
 # Haroush et al. 2020, section 4.2: CIFAR's ResNet-44, and ImageNet's ResNet-18.
 PAPER_KD, PAPER_KD_LARGE = replace(KD, steps=16_000, batch_size=512), replace(KD, steps=44_000)
-RECIPE, PAPER_PRESET, IMAGES, LARGE_IMAGES = "bns-inception", "paper-cifar10", 2048, 128
+RECIPE, PAPER_PRESET = "bns-inception", "paper-cifar10"
+IMAGES, CALIBRATION_IMAGES, LARGE_IMAGES = 2048, 512, 128
 ROUNDING_SETTING = "setting of rounding called"
 
 
 def usual_images(
-    method: QuantizationMethod, teacher: Classifier, synthesis: Synthesis, second_recipe: str | None
+    method: QuantizationMethod, teacher: Classifier, synthesis: Synthesis, second_recipe: str | None, *, trains: bool
 ) -> tuple[Synthesis, str | None]:
     """What is made unless a recipe is named: images whose statistics are those of the training data, as far as the
-    teacher knows them; the paper's for its method, and no second recipe, unless one was asked for.
+    teacher knows them, and fewer where nothing `trains` on them; the paper's for its method, and no second recipe,
+    unless one was asked for.
     """
-    synthesis = synthesis.counted(IMAGES if teacher.card.small or method == "paper" else LARGE_IMAGES)
+    if method == "paper":
+        usual = IMAGES
+    elif teacher.card.small:
+        usual = IMAGES if trains else CALIBRATION_IMAGES
+    else:
+        usual = LARGE_IMAGES
+    synthesis = synthesis.counted(usual)
     if method == "paper" and second_recipe == AUTO:
         second_recipe = None
     if synthesis.recipe or synthesis.preset or why_no_statistics(teacher.network):

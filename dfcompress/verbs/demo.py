@@ -17,8 +17,8 @@ from dfcompress.machine.execution import Compute
 from dfcompress.models.checkpoint import load
 from dfcompress.models.safe_reading import file_bytes
 from dfcompress.run import Run
+from dfcompress.synthesis.preview import PREVIEW
 from dfcompress.synthesis.recipe import Synthesis
-from dfcompress.synthesis.set_builder import PREVIEW
 from dfcompress.verbs._verb import verb
 from dfcompress.verbs.distill import distill
 from dfcompress.verbs.evaluate import Score

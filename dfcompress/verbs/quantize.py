@@ -127,7 +127,9 @@ def quantize(
     terms = usual_objectives(teacher, finetune, objectives, temperature=temperature, seed=compute.seed)
     _require_exportable(export, student, wanted, calibration.scheme)
     if not data:
-        synthesis, second_recipe = usual_images(method, teacher, synthesis, second_recipe)
+        synthesis, second_recipe = usual_images(
+            method, teacher, synthesis, second_recipe, trains=bool(tuning or rounding)
+        )
     plain = {name: each for name, each in wanted.items() if can_be_quantized(teacher.network.get_submodule(name))}
     competing = partial(competitor, teacher, plain, calibration, compute)
     source = TransferSetSource(teacher, data, synthesis, compute, second_recipe=second_recipe, competitor=competing)

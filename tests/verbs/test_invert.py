@@ -31,7 +31,7 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
 from dfcompress.run import Clock
-from dfcompress.synthesis import set_builder
+from dfcompress.synthesis import set_execution
 from dfcompress.synthesis.batch_state import BatchState
 from dfcompress.synthesis.recipe import Recipe, Synthesis
 from dfcompress.synthesis.spec import resolve
@@ -226,7 +226,7 @@ def test_only_the_classes_asked_for_are_made(resnet20_file, tmp_path):
 def test_the_picture_is_renewed_while_it_runs(resnet20_file, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "dfcompress.synthesis.set_builder._write_preview", lambda folder, images: seen.append(len(images))
+        "dfcompress.synthesis.set_builder.write_preview", lambda folder, images: seen.append(len(images))
     )
     asked = replace(SMALL, groups=1, preview_every=2, settings={"steps": 4, "batch_size": 8})
     invert(resnet20_file, output=tmp_path / "set", synthesis=asked, compute=EAGER)
@@ -341,7 +341,7 @@ def room_for(monkeypatch):
     each = try_step(resolve(odd("plain"), TIGHT).recipe, odd("plain"), EXECUTION, student=None, sampler=None)
 
     def leave(images):
-        beside = set_builder.COPIES * 4 * 8 * math.prod(odd_networks.SIZE)
+        beside = set_execution.COPIES * 4 * 8 * math.prod(odd_networks.SIZE)
         monkeypatch.setattr(memory, "free_bytes", lambda target: int((beside + images * GROWTH * each) / SHARE) + 1)
 
     return leave

@@ -314,12 +314,29 @@ def test_two_and_three_bits_have_zero_points_by_default_and_none_where_they_are_
 
 def test_the_papers_images_are_of_one_recipe_unless_others_are_asked_for():
     teacher, some = load(DEMO), Synthesis(images=8)
-    made, second = usual_images("paper", teacher, some, "auto")
+    made, second = usual_images("paper", teacher, some, "auto", trains=True)
     assert (made.recipe, made.preset, second) == ("bns-inception", "paper-cifar10", None)
-    made, second = usual_images("paper", teacher, replace(some, recipe="bns"), "deepinversion")
+    made, second = usual_images("paper", teacher, replace(some, recipe="bns"), "deepinversion", trains=True)
     assert (made.recipe, made.preset, second) == ("bns", None, "deepinversion")
-    made, second = usual_images("default", teacher, some, "auto")
+    made, second = usual_images("default", teacher, some, "auto", trains=True)
     assert (made.recipe, made.preset, second) == ("bns-inception", None, "auto")
+
+
+@pytest.mark.parametrize(
+    ("settings", "images"),
+    [
+        ({"bits": "4w4a"}, 2048),
+        ({"bits": "4w4a", "finetune": "none"}, 512),
+        ({"bits": "4w4a", "finetune": "blocks"}, 2048),
+        ({"bits": "4w4a", "training": {"steps": 0}}, 512),
+        ({"bits": "4w4a", "training": {"steps": 0}, "rounding": {"steps": 20}}, 2048),
+        ({"bits": "8w8a"}, 512),
+        ({"bits": "8w8a", "method": "paper", "finetune": "none"}, 2048),
+        ({"bits": "8w8a", "synthesis": Synthesis(images=30)}, 30),
+    ],
+)
+def test_calibration_alone_makes_fewer_images(settings, images):
+    assert sum(part.spec.images for part in quantize.plan(DEMO, **settings).synthesis) == images
 
 
 def test_the_papers_weights_cover_each_channel_with_all_integers_and_nothing_is_corrected(tmp_path):

@@ -1,0 +1,89 @@
+"""How a set is made on this machine: device, precision, groups of batches, and how many images at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from dfcompress.distributed import world
+from dfcompress.errors import BadInput
+from dfcompress.machine.device import Precision, is_cuda
+from dfcompress.machine.execution import Compute, Execution, resolve_execution, tried
+from dfcompress.machine.memory import GROWTH, images_at_once
+from dfcompress.models.classifier import Classifier, work_of
+from dfcompress.synthesis.losses import Want
+from dfcompress.synthesis.recipe import Recipe
+from dfcompress.synthesis.spec import SynthesisSpec
+from dfcompress.synthesis.synthesizer import try_step
+
+# Of a batch's images in fp32: noise, images, gradient, Adam's two moments, finished ones, and those of the batch before
+# that are being written.
+COPIES = 7
+
+
+# Unmeasured: CUDA steps of fewer images than 128 of CIFAR's size are taken to be mostly launching. On a CPU it does not
+# pay (docs/results/robustness.md).
+PIXELS_A_STEP = 128 * 32 * 32
+
+
+def _groups(spec: SynthesisSpec, execution: Execution) -> int:
+    batch_size, batches = spec.batch_size, spec.batches
+    if spec.recipe.lives_on or (execution.chunk and execution.chunk < batch_size):
+        return 1
+    if spec.synthesis.groups != "auto":
+        return min(spec.synthesis.groups, batches)
+    if not is_cuda(torch.device(execution.device)):
+        return 1
+    height, width = spec.teacher.card.input_size[1:]
+    fit, for_everybody = PIXELS_A_STEP // (batch_size * height * width), batches // world().world_size
+    return max(1, min(fit, for_everybody))
+
+
+class Resolved(NamedTuple):
+    """How a set is made, and an estimate of what that takes of the memory, in bytes."""
+
+    execution: Execution
+    memory_bytes: int
+
+
+def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | None = None) -> Resolved:
+    """How a set is made, all automatic choices made; `student` is what its images compete with, if anything.
+
+    The precision is tried in one step, in which the memory of an image is counted: so many images as fit are computed
+    at once, the others of their batch before and after. Raises `BadInput` where the precision that was asked for does
+    not work, or none does; where not one image fits, and where a batch that cannot be computed in chunks does not.
+    """
+    teacher, recipe = spec.teacher, spec.recipe
+    batch_size, batches = spec.batch_size, spec.batches
+    work = work_in(recipe, teacher, batches * batch_size)
+    execution = resolve_execution(compute, work, steps=batches * recipe.steps, sizes=recipe.sizes)
+    student = (student or teacher) if Want.STUDENT in recipe.wants else None
+    sampler = spec.sampler
+
+    counted: dict[Precision, float] = {}
+
+    def step(execution: Execution) -> None:
+        counted[execution.precision] = try_step(recipe, teacher, execution, student=student, sampler=sampler)
+
+    execution = tried(execution, compute, step, what=f"{teacher.name}{' or its student' if student else ''}")
+    each = counted.get(execution.precision, 0.0)
+    beside = COPIES * 4.0 * batch_size * math.prod(teacher.card.input_size)
+    size = None if recipe.needs_whole_batch else teacher.card.input_size
+    chunk = images_at_once(batch_size, each, target=torch.device(execution.device), input_size=size, beside=beside)
+    if chunk < batch_size and recipe.needs_whole_batch:
+        raise BadInput(
+            f"A batch of {batch_size} images does not fit into memory, and {spec.choice.name} computes it whole: "
+            "a loss has a module of its own, or the images a generator.",
+            f"Use --batch-size {chunk}.",
+        )
+    execution = replace(execution, chunk=chunk)
+    execution = replace(execution, groups=_groups(spec, execution))
+    return Resolved(execution, int(beside + GROWTH * each * chunk * execution.groups))
+
+
+def work_in(recipe: Recipe, teacher: Classifier, images: int) -> float:
+    """The work of a synthesis: forward and backward to the input, each step."""
+    return 2.0 * work_of(teacher) * images * recipe.work
