@@ -158,6 +158,11 @@ class Run:
         for state in self.folder.rglob(f"*{STATE}"):
             state.unlink()
 
+    def amend(self, measurements: Mapping[str, Any]) -> None:
+        """Write other measurements into the record of a run that an earlier invocation finished."""
+        path = self.folder / RECORD
+        write_json(path, {**read_record(path), "measurements": dict(measurements)})
+
     def _write(self, values: Mapping[str, Any]) -> None:
         versions = {name: metadata.version(name) for name in ("dfcompress", "torch")} | {
             "python": platform.python_version()

@@ -107,6 +107,10 @@ def test_the_module_runs_as_a_program():
         (["invert", DEMO, "--recipe", "deepinvrsion"], "is not one of 'activation-records'"),
         (["invert", DEMO, "--set", "bn"], "has no '='"),
         (["invert", DEMO, "--set", "stps=1"], "Did you mean 'steps'"),
+        (["invert", DEMO, "--steps", "2", "--set", "steps=3"], "--set steps=... is given beside the option for steps"),
+        (["distill", DEMO, "--student", "half", "--train-lr", "1", "--train-set", "lr=2"], "beside the option for lr"),
+        (["invert", DEMO, "--student", "lenet5_bn"], "The images of recipe deepinversion compete with no student"),
+        (["quantize", DEMO, "--finetune", "none", "--temperature", "-3"], "--temperature -3.0 is not positive"),
         (["invert", DEMO, "--device", "tpu"], "--device 'tpu'"),
         (["invert", DEMO, "--precision", "fp16", "--device", "cpu"], "fp16 is not there yet"),
         (["invert", DEMO, "--input-size", "28"], "input"),
@@ -361,6 +365,9 @@ def test_resuming_a_finished_run_gives_its_result_and_redoes_nothing(capsys, tmp
     first = json.loads(answer(capsys, *line)[1])
     written = (tmp_path / "packed" / "model.safetensors").stat().st_mtime_ns
     assert json.loads(answer(capsys, *line, "--resume")[1]) == first
+    evaluated = json.loads(answer(capsys, *line, "--resume", "--eval-data", DEMO)[1])
+    assert evaluated["evaluation"]["results"][0]["total"] == 10_000
+    assert json.loads((tmp_path / "packed" / "run.json").read_text())["measurements"] == evaluated
     assert (tmp_path / "packed" / "model.safetensors").stat().st_mtime_ns == written
     assert not (tmp_path / "packed" / "training.partial").exists()
 

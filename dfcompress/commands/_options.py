@@ -169,7 +169,7 @@ def _synthesis(
 
     short = {"steps": steps, "lr": lr, "batch_size": batch_size}
     overrides: dict[str, Any] = {name: value for name, value in short.items() if value is not None}
-    overrides |= assignments(settings, "--set")
+    overrides = _once_each(overrides, assignments(settings, "--set"), "--set")
     return Synthesis(
         recipe=recipe,
         preset=preset,
@@ -526,7 +526,14 @@ def _training(
         "backend": optimizer_backend,
     }
     given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-    return given | assignments(train_settings, "--train-set")
+    return _once_each(given, assignments(train_settings, "--train-set"), "--train-set")
+
+
+def _once_each(by_option: dict[str, Any], assigned: dict[str, Any], option: str) -> dict[str, Any]:
+    """Settings that have an option of their own, and others; raises `BadInput` for one that is given both ways."""
+    for name in by_option.keys() & assigned.keys():
+        raise BadInput(f"{option} {name}=... is given beside the option for {name}.", "Give one of them.")
+    return by_option | assigned
 
 
 def _objectives(objective: tuple[str, ...]) -> dict[str, float] | None:

@@ -56,7 +56,7 @@ def predict(classifier: Classifier, batches: Batches) -> Predictions:
     classes, labels = [], []
 
     def ask(images: Tensor, truth: Tensor) -> None:
-        classes.append(_finite(classifier(images)).topk(k).indices.cpu())
+        classes.append(finite_logits(classifier(images)).topk(k).indices.cpu())
         labels.append(truth)
 
     _pass_through(classifier, batches, ask)
@@ -118,7 +118,7 @@ def observe(classifier: Classifier, batches: Batches, *, scores: bool = False) -
 
     def ask(images: Tensor, _: Tensor) -> None:
         recording = recorder(classifier.normalise(images))
-        shares = _finite(recording.logits).double().softmax(1).cpu()
+        shares = finite_logits(recording.logits).double().softmax(1).cpu()
         soft.add_(shares.sum(0))
         best = shares.max(1)
         confidences.append(best.values)
@@ -151,7 +151,8 @@ def _pass_through(classifier: Classifier, batches: Batches, ask: Callable[[Tenso
                 ask(some.to(classifier.mean.device), labels.cpu())
 
 
-def _finite(logits: Tensor) -> Tensor:
+def finite_logits(logits: Tensor) -> Tensor:
+    """The logits; raises `DfcompressError` where one is not a number."""
     if not logits.isfinite().all():
         raise DfcompressError("The network answers with NaN or infinity.", "Its weights or its card are wrong.")
     return logits

@@ -154,9 +154,11 @@ def _may_be_noise(lost: int, student: Mapping[str, Any]) -> bool:
 
 
 def _teachers_top1(run: ReportedRun) -> float | None:
-    """That of the one teacher on the images that its student is measured on; several have images of their own each."""
+    """That of the one teacher on the images that its student is measured on; several have images of their own each, and
+    an extended model may be measured on new classes alone.
+    """
     scores = run.scores
-    if len(scores) < 2 or scores[0]["total"] != scores[-1]["total"]:
+    if len(scores) < 2 or scores[0]["total"] != scores[-1]["total"] or scores[0].get("images") in ("new", "all"):
         return None
     return float(scores[0]["top1"])
 

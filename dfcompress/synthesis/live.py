@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfcompress.data.batches import UNLABELLED, Batch, BatchSource
-from dfcompress.data.synthetic_set import SyntheticSet
+from dfcompress.data.synthetic_set import SyntheticSet, joined
 from dfcompress.distributed import world
 from dfcompress.machine.execution import Compute
 from dfcompress.models.classifier import Classifier
@@ -149,8 +149,8 @@ class LiveSource:
             self._pool = None
         self._made = rounds
         if self._kept_parts and self._pool is None:
-            images, labels = (torch.cat(each) for each in zip(*self._kept_parts, strict=True))
-            self._pool = self._pool_of(images, labels)
+            images, labels = zip(*self._kept_parts, strict=True)
+            self._pool = self._pool_of(joined(images), torch.cat(labels))
             self._pool.to(self._device)
 
     def _shards(self, first: int, last: int) -> list[int]:

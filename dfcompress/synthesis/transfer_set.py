@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfcompress import console
 from dfcompress.data.real import Fitted, ImageSource, open_images, require_decodable
-from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_float, as_stored
+from dfcompress.data.synthetic_set import FILLED, MANIFEST, SyntheticSet, as_float, as_stored, joined
 from dfcompress.errors import BadInput
 from dfcompress.machine.execution import Compute
 from dfcompress.models.classifier import Classifier
@@ -27,7 +27,6 @@ from dfcompress.synthesis.set_builder import build_set, seconds_of, warnings_of
 from dfcompress.synthesis.spec import SynthesisSpec, resolve
 
 HELD_OUT_SHARE = 1 / 16
-FILLED = 256  # Images that are in memory as floats while a set is gathered: 154 MB at 224².
 SYNTHETIC = "synthetic"
 OF_TEACHER = "teacher-"
 PROBE = "unseen"  # The folder of the probe images, as version 0.1 called them.
@@ -210,18 +209,11 @@ def parts_of(data: str | Path | None) -> list[Path]:
 
 
 def _gathered(sources: Sequence[ImageSource]) -> tuple[Tensor, Tensor]:
-    """All images of the sources as they are stored, and their labels.
-
-    The images are uint8 where those of all sources are, else float16 in units of [0, 1]; of a synthetic set they are
-    read shard by shard, and never more than `FILLED` are in memory as floats.
+    """All images of the sources as they are stored (see `joined`), and their labels; a synthetic set is read shard by
+    shard.
     """
-    parts = [part for source in sources for part in _stored(source)]
-    labels = torch.cat([labels for _, labels in parts])
-    if len({images.dtype for images, _ in parts}) > 1:
-        parts = [
-            (as_float(some).to(torch.float16), labels) for images, labels in parts for some in images.split(FILLED)
-        ]
-    return torch.cat([images for images, _ in parts]), labels
+    images, labels = zip(*(part for source in sources for part in _stored(source)), strict=True)
+    return joined(images), torch.cat(labels)
 
 
 def _stored(source: ImageSource) -> Iterator[tuple[Tensor, Tensor]]:

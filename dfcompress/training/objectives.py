@@ -79,14 +79,20 @@ def feature(pairs: Sequence[tuple[Stage, Stage]]) -> Objective:
     Mean over the stages (student's, teacher's) in `pairs` (after Romero et al. 2015, who take one and pretrain on it).
     Where both have equally many channels the convolutions begin as the identity.
     """
-    adapters = nn.ModuleList(_adapter(student.channels, teacher.channels) for student, teacher in pairs)
+    distance = _FeatureDistance(_adapter(student.channels, teacher.channels) for student, teacher in pairs)
+    return Objective("feature", distance, adapters=distance)
 
-    def value(student: Prediction, teacher: Prediction) -> Tensor:
-        adapted = [adapter(features) for adapter, features in zip(adapters, student.features, strict=True)]
+
+class _FeatureDistance(nn.ModuleList):
+    """The adapters of the stages, called as the value of an objective: a module and no closure over one, so that a copy
+    of the objective computes with its own.
+    """
+
+    def forward(self, student: Prediction, teacher: Prediction) -> Tensor:
+        """The mean over the stages."""
+        adapted = [adapter(features) for adapter, features in zip(self, student.features, strict=True)]
         pairs = zip(adapted, teacher.features, strict=True)
         return torch.stack([_share_of_variance(ours.float(), theirs) for ours, theirs in pairs]).mean()
-
-    return Objective("feature", value, adapters=adapters)
 
 
 def _adapter(student_channels: int, teacher_channels: int) -> nn.Conv2d:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dfcompress import console
+from dfcompress.distributed import world
 from dfcompress.errors import BadInput
 from dfcompress.run import RECORD, RunRecord
 from dfcompress.verbs._plan import Plan
@@ -44,22 +45,31 @@ def fit_budget(seconds: float, usual: Plan[Any], *, resume: bool) -> Budget:
         raise BadInput(f"A budget of {seconds:g} s is none.", "Give for instance 30m.")
     if resume and (usual.folder / RECORD).is_file():
         return _stored(RunRecord.read(usual.folder).options, seconds, usual.folder)
-    estimates, time = usual.estimates(), (1 - SPARE) * seconds
-    synthesis, training = sum(each.seconds for each in estimates), usual.predicted()["training"]
+    if world().world_size > 1:
+        raise BadInput(
+            f"--budget times steps of one process, and there are {world().world_size}.",
+            "Leave it out, or use one process.",
+        )
+    estimates, training = usual.estimates(), usual.predicted()["training"]
     steps_usual: int = usual.settings_json()["training"]["steps"]
-    made = usual.synthesis[0].spec
-    images_usual, a_step = made.synthesis.images or 1, training / steps_usual
+    learnt = len(usual.options["synthesis"])  # The sets to learn from; the images to ask about come after them.
+    specs = [each.spec for each in usual.synthesis[:learnt]]
+    synthesis, asked = (sum(each.seconds for each in some) for some in (estimates[:learnt], estimates[learnt:]))
+    time = (1 - SPARE) * seconds - asked
+    number, made = next(((n, spec) for n, spec in enumerate(specs) if spec.recipe.student_updates), (0, specs[0]))
+    images_usual, a_step = sum(spec.images for spec in specs), training / steps_usual
     updates = made.recipe.student_updates
     if updates and not updates.keep:
-        of_rounds = estimates[0].seconds  # Other sets are made as they are.
+        of_rounds = estimates[number].seconds  # Other sets are made as they are.
         rounds = max(0, int((time - synthesis + of_rounds) / (of_rounds + training) * updates.rounds))
         budget = Budget(seconds, images_usual, rounds * updates.steps, rounds)
     else:
         an_image = synthesis / images_usual
         images = SYNTHESIS * time / an_image if an_image else images_usual
         if updates:  # Every round has its steps.
-            images = min(images, time / (an_image + a_step * updates.steps / (updates.every * made.batch_size)))
-        size = made.batch_size if images > made.batch_size else 1
+            rounds_an_image = made.images / images_usual / (updates.every * made.batch_size)
+            images = min(images, time / (an_image + a_step * updates.steps * rounds_an_image))
+        size = made.batch_size * len(specs) if images > made.batch_size * len(specs) else 1
         images = int(images) // size * size
         budget = Budget(seconds, images, int((time - images * an_image) / a_step))
     if budget.images < FEWEST or budget.steps < 1:

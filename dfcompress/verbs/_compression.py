@@ -15,6 +15,7 @@ from dfcompress.data.batches import BatchSource
 from dfcompress.data.pool import ImagePool
 from dfcompress.data.real import reshaped
 from dfcompress.data.synthetic_set import as_float, as_stored
+from dfcompress.errors import BadInput
 from dfcompress.machine.execution import Compute
 from dfcompress.models.classifier import Classifier
 from dfcompress.pruning.budget import Pruned
@@ -51,6 +52,8 @@ class Train:
     def require_possible(self, sets: Sequence[int]) -> None:
         """Raise `BadInput` where the student cannot be trained on sets of so many images."""
         require_trainable(self.student, self.settings, self.compute, sets, repair=self.repair)
+        if self.live and self.live.live:
+            _require_steps_for_all_rounds(self.live, self.live.live, self.settings.steps)
 
     def predicted(self) -> float:
         """An estimate of its seconds, from a few steps of copies."""
@@ -82,8 +85,8 @@ class Train:
 
         source = self.live.live_source(run.folder, self.settings.batch_size, pool, others)
         trained = trainer.fit(source)
-        source.finish()
         seconds = trained.seconds - source.seconds
+        source.finish()
         rate = round(trained.steps * source.batch_size / max(seconds, 1e-9), 1)
         return replace(trained, seconds=seconds, images_per_second=rate)
 
@@ -179,6 +182,26 @@ class Compression:
             measure=self.measure,
             export=export,
         )
+
+
+def _require_steps_for_all_rounds(source: TransferSetSource, live: str, steps: int) -> None:
+    """Raise `BadInput` where a training is over before the last round of the images that are made meanwhile."""
+    spec = source.specs[live]
+    updates = spec.recipe.student_updates
+    assert updates, "nothing is made meanwhile"
+    rounds = -(-spec.batches // updates.every)
+    needed, possible = (rounds - 1) * updates.steps + 1, -(-steps // updates.steps)
+    if steps >= needed:
+        return
+    fewer = f"--set rounds={possible}"
+    if updates.keep:
+        share = spec.images / sum(each.images for each in source.specs.values())
+        fewer = f"at most --images {int(possible * updates.every * spec.batch_size / share)}"
+    raise BadInput(
+        f"{steps} training steps are over before the last of {rounds} rounds of {spec.choice.name}, which take "
+        f"{updates.steps} each.",
+        f"Use --train-steps {rounds * updates.steps}, or {fewer}.",
+    )
 
 
 def _in_form(images: Tensor, size: tuple[int, int, int]) -> Tensor:

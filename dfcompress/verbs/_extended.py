@@ -25,6 +25,7 @@ def extended_evaluator(
     card: ModelCard,
     *,
     names_file: str | Path | None,
+    also_old: bool,
     device: str,
 ) -> Measure | None:
     """Counts both models on real images, None without them: on one source whose labels are those of the extended
@@ -40,7 +41,7 @@ def extended_evaluator(
         return None
     sources = [(each, each.labels) for each in [open_images(data[0], card if len(data) == 1 else old.card)]]
     if len(data) == 2:
-        new = open_new_images(data[1], old.card, names_file=names_file, part="test")
+        new = open_new_images(data[1], old.card, names_file=names_file, also_old=also_old, part="test")
         unknown = [name for name in new.class_names if name not in (card.class_names or ())]
         if unknown:
             raise BadInput(

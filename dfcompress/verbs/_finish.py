@@ -123,6 +123,7 @@ def load_finished(run: Run, student: Classifier, measure: Measure | None) -> Com
     values = dict(run.earlier)
     if measure and world().is_main:
         values["evaluation"] = measure(load_saved(run.folder, student)).to_json()
+        run.amend(values)
     return Compressed.from_json(world().broadcast(values))
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dfcompress.data.real import ImageSource, open_images, require_decodable, reshaped
 from dfcompress.errors import BadInput
-from dfcompress.evaluation.metrics import TOP, Predictions
+from dfcompress.evaluation.metrics import TOP, Predictions, finite_logits
 from dfcompress.machine.device import resolve_device
 from dfcompress.machine.process import exact_fp32
-from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.classifier import Classifier, evaluating, images_a_pass
 from dfcompress.verbs._finish import Measure
 from dfcompress.verbs.evaluate import Evaluation, placed, score
 
@@ -77,7 +77,7 @@ def evaluate_merged(
         for network in (student, *teachers):
             stack.enter_context(placed(network, target))
         predicted = [
-            _predict(student, teachers, outputs, source, None if len(sources) == 1 else number, target)
+            _predict(student, teachers, outputs, source, None if len(sources) == 1 else number)
             for number, source in enumerate(sources)
         ]
     name, scores = str(student.path or student.name), []
@@ -103,17 +103,17 @@ def _predict(
     outputs: Sequence[Tensor],
     source: ImageSource,
     number: int | None,
-    target: torch.device,
 ) -> _Predicted:
     """Everybody's answers to a source of teacher `number`'s images, or of all teachers' where that is None."""
     every = torch.cat(list(outputs))
     labels, by_student, largest = [], [], []
     by_teachers: list[list[Tensor]] = [[] for _ in teachers]
     with exact_fp32():
+        fit, *fits = map(images_a_pass, (student, *teachers))
         for images, truth in source.batches(256):
             labels.append(truth if number is None else outputs[number][truth])
-            by_student.append(_best(_logits(student, images.to(target))))
-            teacher_logits = [_logits(teacher, images.to(target)) for teacher in teachers]
+            by_student.append(_best(_logits(student, images, fit)))
+            teacher_logits = [_logits(teacher, images, fit) for teacher, fit in zip(teachers, fits, strict=True)]
             largest.append(every[_best(torch.cat(teacher_logits, 1))])
             for by_teacher, classes, logits in zip(by_teachers, outputs, teacher_logits, strict=True):
                 by_teacher.append(classes[_best(logits)])
@@ -121,10 +121,11 @@ def _predict(
     return _Predicted(torch.cat(labels), torch.cat(by_student), each, torch.cat(largest))
 
 
-def _logits(classifier: Classifier, images: Tensor) -> Tensor:
+def _logits(classifier: Classifier, images: Tensor, fit: int) -> Tensor:
+    """Of images on the CPU, so many at once in the network as fit."""
     with evaluating(classifier):
-        logits: Tensor = classifier(reshaped(images, classifier.card.input_size))
-    return logits.float()
+        parts = reshaped(images, classifier.card.input_size).split(fit)
+        return finite_logits(torch.cat([classifier(some.to(classifier.mean.device)).float() for some in parts]))
 
 
 def _best(logits: Tensor) -> Tensor:

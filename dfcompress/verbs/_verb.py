@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 from dfcompress.arguments import refusal, require_types
+from dfcompress.errors import BadInput
 from dfcompress.machine.process import usual_torch
 
 Options = ParamSpec("Options")
@@ -45,3 +47,5 @@ def _require_counts(given: dict[str, Any], owner: str) -> None:
         smallest = int(name in FROM_ONE)
         if isinstance(value, numbers.Integral) and value < smallest:
             raise refusal(name, value, owner, f"a whole number from {smallest} up")
+        if name == "temperature" and value is not None and not 0 < value < math.inf:
+            raise BadInput(f"--temperature {value} is not positive.", "4 is usual.")

@@ -228,22 +228,13 @@ def _opened(place: str, labelled: bool, card: ModelCard) -> tuple[list[ImageSour
     if labelled:
         try:
             sources = [open_images(part, card) for part in parts]
-            return sources, torch.cat([_labels(source) for source in sources])
+            return sources, torch.cat([source.labels for source in sources])
         except BadInput as error:
             why = error.problem
     sources = [open_images(part, card, labelled=False) for part in parts]
     if labelled:
         console.notice(f"{place} is taken as images alone for {card.architecture}: {why}")
     return sources, None
-
-
-def _labels(source: ImageSource) -> Tensor:
-    """The labels of a source; of a synthetic set shard by shard, because images come with them."""
-    if isinstance(source, Fitted):
-        return _labels(source.source)
-    if isinstance(source, SyntheticSet):
-        return torch.cat([source.read_shard(shard)[1] for shard in source.shards])
-    return source.labels
 
 
 def _different(names: Sequence[str]) -> list[str]:

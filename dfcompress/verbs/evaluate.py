@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dfcompress.data.real import ImageSource, open_images
 from dfcompress.errors import BadInput, GateNotMet
 from dfcompress.evaluation.metrics import TOP, Predictions, predict, standard_error
 from dfcompress.machine.device import resolve_device
+from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
 from dfcompress.settings import one_or_more
@@ -123,7 +124,8 @@ def evaluate(
         _predict(name, classifier, source, target, batch_size)
         for name, classifier, source in zip(names, classifiers, sources, strict=True)
     ]
-    return Evaluation([score(name, each, predicted[0]) for name, each in zip(names, predicted, strict=True)], gate)
+    first = [_with_classes_of(classifier.card, predicted[0], classifiers[0].card) for classifier in classifiers]
+    return Evaluation([score(*each) for each in zip(names, predicted, first, strict=True)], gate)
 
 
 def as_share(fail_under: float) -> float:
@@ -150,6 +152,19 @@ def _open_for_each(data: str | Path, classifiers: Sequence[Classifier]) -> list[
     wanted = [(classifier.card.input_size, classifier.card.class_names) for classifier in classifiers]
     sources = {want: open_images(data, classifiers[wanted.index(want)].card) for want in dict.fromkeys(wanted)}
     return [sources[want] for want in wanted]
+
+
+def _with_classes_of(card: ModelCard, predictions: Predictions, own: ModelCard) -> Predictions | None:
+    """The predictions of a model whose card is `own` as numbers of another's classes, by name where the names differ;
+    None where the classes do.
+    """
+    names, own_names = card.class_names, own.class_names
+    if not names or not own_names or names == own_names:
+        return predictions
+    if set(names) != set(own_names):
+        return None
+    numbers = torch.tensor([names.index(name) for name in own_names])
+    return replace(predictions, classes=numbers[predictions.classes])
 
 
 def _predict(

@@ -28,7 +28,7 @@ from dfcompress.synthesis.transfer_set import TransferSet, TransferSetSource
 from dfcompress.training.class_incremental import DEFAULT, MethodName, incremental_method
 from dfcompress.training.class_incremental.method import ExtensionTask, IncrementalMethod
 from dfcompress.training.class_incremental.oracle import Oracle
-from dfcompress.training.class_incremental.replay import Replay, class_weights, parts_of
+from dfcompress.training.class_incremental.replay import Replay, class_weights, parts_of, require_parts
 from dfcompress.training.class_incremental.widening import make_expert, widen
 from dfcompress.training.settings import Training
 from dfcompress.verbs._co_training import co_training
@@ -109,8 +109,12 @@ def extend(
             f"Batches of {training.batch_size} images have too few of the old or of the new classes.",
             f"Use a --train-batch-size of at least {SMALLEST_BATCH}.",
         )
+    if how.replays:
+        require_parts(training.batch_size, old.card.classes / student.card.classes)
     eval_data = one_or_more(eval_data)
-    measure = extended_evaluator(eval_data, old, student.card, names_file=class_names, device=compute.device)
+    measure = extended_evaluator(
+        eval_data, old, student.card, names_file=class_names, also_old=also_old, device=compute.device
+    )
     options = {
         "teacher": old.identity(),
         "method": method,

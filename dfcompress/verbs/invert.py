@@ -17,6 +17,7 @@ import torch
 from dfcompress.data.real import Fitted, ImageSource
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.distributed import world
+from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import bn_divergence, share_correct
 from dfcompress.machine.device import resolve_device
 from dfcompress.machine.execution import Compute
@@ -101,6 +102,11 @@ def invert(
     others = [as_classifier(other) for other in one_or_more(verify)]
     spec = resolve(teacher, synthesis.counted(IMAGES if teacher.card.small else LARGE_IMAGES))
     competing = co_training(teacher, spec.recipe, student, compute)
+    if student and not competing:
+        raise BadInput(
+            f"The images of recipe {spec.choice.name} compete with no student.",
+            "Leave out --student, or use --recipe adaptive-deepinversion.",
+        )
 
     def work(plan: Plan[Inversion], run: Run) -> Inversion:
         (made,) = plan.synthesis

@@ -203,6 +203,18 @@ def test_beside_stored_images_half_of_a_batch_is_new(teacher, tmp_path):
     assert white == [False] * 4 + [True] * 4
 
 
+def test_stored_images_of_another_form_are_as_bright_as_they_were(teacher, tmp_path):
+    """Unclipped images are kept in float16, others in bytes: white stays 1."""
+    stored = torch.full((16, 3, 32, 32), 255, dtype=torch.uint8), torch.arange(16) % 10
+    live = source(kept, teacher, tmp_path, new_student(teacher), stored=stored)
+    read = live._builder.synthetic.read_shard
+    live._builder.synthetic.read_shard = lambda shard: (read(shard)[0] / torch.tensor(255.0).half(), read(shard)[1])
+    live.to(torch.device("cpu"))
+    brightest = [image.max().item() for step in range(10) for image in live.batch(step).images]
+    assert max(brightest) == 1.0
+    assert min(brightest) < 1.0
+
+
 def test_images_held_out_are_never_shown(teacher, tmp_path):
     held_out = torch.arange(24) % 3 == 0
     live = source(kept, teacher, tmp_path, new_student(teacher), held_out=held_out)

@@ -61,7 +61,7 @@ def test_images_outside_of_the_pixels_range_stay_so_at_another_size(tmp_path):
 
 def test_a_gathered_set_is_never_in_float_as_a_whole(tmp_path, monkeypatch):
     """Sets of bytes stay bytes; beside one of float16 they become float16, a few images at a time."""
-    monkeypatch.setattr(transfer_set, "FILLED", 2)
+    monkeypatch.setattr("dfcompress.data.synthetic_set.FILLED", 2)
     size = (3, 224, 224)
     card = {"card": ModelCard("x", 10, size, (0.5,) * 3, (0.25,) * 3).to_json()}
     kinds = {"bytes": torch.randint(0, 256, (4, *size), dtype=torch.uint8), "halves": torch.rand(4, *size).half()}

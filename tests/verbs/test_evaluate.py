@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dfcompress.data.real import open_images
 from dfcompress.errors import BadInput, GateNotMet
 from dfcompress.models.checkpoint import load
 from dfcompress.verbs.evaluate import Evaluation, Score, as_share, evaluate
@@ -128,6 +129,22 @@ def test_different_numbers_of_classes_are_refused(resnet20_file, first_100):
     second.card = replace(second.card, classes=100)
     with pytest.raises(BadInput, match=r"has 10 classes, .* has 100"):
         evaluate([first, second], data=first_100)
+
+
+@pytest.mark.parametrize(("names", "agreement"), [("9876543210", 1.0), ("abcdefghij", None)])
+def test_answers_agree_by_the_names_of_classes(names, agreement, tmp_path):
+    """The same network with its outputs in another order, and one whose classes are others."""
+    demo = load(DEMO)
+    demo.card = replace(demo.card, class_names=tuple("0123456789"))
+    other = load(DEMO)
+    with torch.no_grad():
+        for parameter in (other.network.fc3.weight, other.network.fc3.bias):
+            parameter.copy_(parameter.flip(0))
+    other.card = replace(other.card, class_names=tuple(names))
+    images, labels = next(iter(open_images(DEMO, demo.card).batches(100)))
+    np.savez(tmp_path / "digits.npz", images=(255 * images).byte().numpy(), labels=labels.numpy())
+    first, second = evaluate([demo, other], data=tmp_path / "digits.npz").results
+    assert (first.agreement, second.agreement) == (1.0, agreement)
 
 
 def test_the_demo_teacher_gets_its_count_on_the_shipped_test_images():

@@ -11,14 +11,18 @@ import torch
 
 from dfcompress import console
 from dfcompress.cli import root, run
+from dfcompress.distributed import World
+from dfcompress.errors import BadInput
 from dfcompress.machine.execution import Compute
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load, save
+from dfcompress.reporting.sections import _teachers_top1
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.training.class_incremental import DEFAULT, METHODS, incremental_method
 from dfcompress.training.loop import METRICS
 from dfcompress.training.student import make_student
 from dfcompress.verbs.extend import extend, training_for
+from dfcompress.verbs.report import _all
 
 EAGER = Compute(device="cpu", precision="fp32", compile="off")
 FEW = Synthesis(images=32, settings={"steps": 2, "batch_size": 32})
@@ -88,6 +92,33 @@ def test_another_step_is_pruned_quantized_and_merged(old, new, tmp_path, capsys)
     line = f"merge {first.checkpoint} {old} --student lenet5_bn --train-steps 2 {LINE} -o {tmp_path / 'merged'}"
     assert run(line.split()) == 0
     assert load(tmp_path / "merged").card.classes == 5
+
+
+def test_more_images_of_old_classes_are_measured_on_as_they_are_learnt_from(old, tmp_path):
+    """And a report of new classes alone knows no accuracy of the teacher's."""
+    mixed = images(tmp_path / "mixed.npz", 1, 5)
+    names = tmp_path / "names.txt"
+    names.write_text("x\ny\na\nb\nc\nd\n")
+    of_old = images(tmp_path / "of-old.npz", 0, 1)
+    asked = {"class_names": names, "also_old": True, "probe_images": 0}
+    result = extended(old, mixed, tmp_path / "out", eval_data=[of_old, mixed], **asked)
+    assert [(score.images, score.total) for score in result.evaluation.results] == [
+        ("old", 30),
+        ("old", 30),
+        ("new", 10),
+        ("all", 40),
+    ]
+    learnt, of_new = images(tmp_path / "new.npz", 5), images(tmp_path / "of-new.npz", 2)
+    alone = extended(old, learnt, tmp_path / "alone", eval_data=of_new, **asked)
+    assert [score.images for score in alone.evaluation.results] == ["new", "all"]
+    (run_of_new,) = _all([tmp_path / "alone"])
+    assert _teachers_top1(run_of_new) is None
+
+
+def test_parts_of_a_batch_that_processes_cannot_share_are_refused(old, new, tmp_path, monkeypatch):
+    monkeypatch.setattr("dfcompress.training.class_incremental.replay.world", lambda: World(0, 4, 0, 4))
+    with pytest.raises(BadInput, match=r"6 old and 10 new images of a batch .* among 4 .*--train-batch-size 20"):
+        extend.plan(old, new_data=new, synthesis=FEW, training=SHORT, compute=EAGER, output=tmp_path / "out")
 
 
 @pytest.mark.parametrize(

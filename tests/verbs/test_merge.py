@@ -333,9 +333,9 @@ def distilled(folder, output, **options):
 
 def test_images_compete_with_the_student_of_distill_itself(tmp_path):
     """The second round, made after three steps, is another where the student learns nothing; the first is the same."""
-    folder = teacher(tmp_path / "t")
-    learned = distilled(folder, tmp_path / "learned")
-    distilled(folder, tmp_path / "idle", training=replace(SHORT, lr=1e-12))
+    folder, enough = teacher(tmp_path / "t"), replace(SHORT, steps=7)
+    learned = distilled(folder, tmp_path / "learned", training=enough)
+    distilled(folder, tmp_path / "idle", training=replace(enough, lr=1e-12))
     shards = [
         [(tmp_path / run / "synthetic" / f"shard-0000{shard}.safetensors").read_bytes() for run in ("learned", "idle")]
         for shard in range(3)
@@ -343,6 +343,13 @@ def test_images_compete_with_the_student_of_distill_itself(tmp_path):
     assert shards[0][0] == shards[0][1]
     assert all(first != second for first, second in shards[1:])
     assert learned.teachers[0].held_out is not None
+
+
+def test_a_training_that_ends_before_the_last_images_are_made_is_refused(tmp_path):
+    """Three rounds of three steps: nothing would learn from the images of the last one."""
+    with pytest.raises(BadInput, match=r"6 training steps .* 3 rounds .* Use --train-steps 9, or at most --images \d+"):
+        distilled(teacher(tmp_path / "t"), tmp_path / "out", training=replace(SHORT, steps=6))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8])

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dfcompress.distributed import World
 from dfcompress.errors import BadInput
 from dfcompress.machine.execution import Compute
 from dfcompress.models.checkpoint import load
@@ -134,14 +135,17 @@ def test_a_run_whose_record_holds_no_plan_goes_on(tmp_path):
     assert record(tmp_path / "out")["plan"]["training"]["steps"] == 1
 
 
-def usual_plan(folder, *, updates=None):
-    """1,000 images in 100 s, and 6,000 training steps in 60 s."""
-    recipe = SimpleNamespace(student_updates=updates)
-    made = SimpleNamespace(recipe=recipe, batch_size=64, synthesis=SimpleNamespace(images=1000))
+def usual_plan(folder, *, updates=None, asked=0.0):
+    """1,000 images of two recipes in 100 s, images to ask about in `asked` s, and 6,000 training steps in 60 s."""
+    specs = [
+        SimpleNamespace(recipe=SimpleNamespace(student_updates=updates), batch_size=64, images=500)
+        for updates in (updates, None, None)
+    ]
     return SimpleNamespace(
         folder=folder,
-        synthesis=[SimpleNamespace(spec=made)],
-        estimates=lambda: [SimpleNamespace(seconds=70.0), SimpleNamespace(seconds=30.0)],
+        options={"synthesis": {"synthetic": {}, "synthetic-bns": {}}},
+        synthesis=[SimpleNamespace(spec=spec) for spec in specs],
+        estimates=lambda: [SimpleNamespace(seconds=seconds) for seconds in (70.0, 30.0, asked)],
         predicted=lambda: {"training": 60.0},
         settings_json=lambda: {"training": {"steps": 6000}},
     )
@@ -149,19 +153,30 @@ def usual_plan(folder, *, updates=None):
 
 def test_a_budget_is_shared_between_images_and_steps(tmp_path):
     budget = fit_budget(100.0, usual_plan(tmp_path), resume=False)
-    # A tenth is spare; half of the rest makes whole batches of 64, and training has what is left of it.
-    assert (budget.images, budget.rounds) == (448, None)
-    assert budget.steps == pytest.approx(4520, abs=1)
-    every = StudentUpdates(steps=640, lr=0.1, batch_size=64)
-    # A round of 64 images takes 6.4 s, and its steps as long: fewer images, so that every round has all of its steps.
+    # A tenth is spare; half of the rest makes whole batches of 64 by both, and training has what is left of it.
+    assert (budget.images, budget.rounds) == (384, None)
+    assert budget.steps == pytest.approx(5160, abs=1)
+    asking = fit_budget(100.0, usual_plan(tmp_path, asked=10.0), resume=False)
+    assert (asking.images, asking.steps) == (384, pytest.approx(4160, abs=1))
+    every = StudentUpdates(steps=1280, lr=0.1, batch_size=64)
+    # Half of the images are of rounds: 128 take 12.8 s, and the steps of their round as long.
     live = fit_budget(100.0, usual_plan(tmp_path, updates=every), resume=False)
-    assert live.images == 448
-    longer = fit_budget(100.0, usual_plan(tmp_path, updates=replace(every, steps=1280)), resume=False)
+    assert live.images == 384
+    # Fewer images, so that every round has all of its steps.
+    longer = fit_budget(100.0, usual_plan(tmp_path, updates=replace(every, steps=2560)), resume=False)
     assert longer.images == 256
-    assert longer.steps >= 4 * 1280
+    assert longer.steps >= 2 * 2560
+    every = replace(every, steps=640)
     painted = fit_budget(100.0, usual_plan(tmp_path, updates=replace(every, keep=False, rounds=10)), resume=False)
     # 30 s of another set come first; ten rounds take 70 s, and their steps 60.
     assert (painted.rounds, painted.steps) == (4, 4 * 640)
+
+
+def test_a_budget_is_of_one_process(tmp_path, monkeypatch):
+    """Each would time steps of its own, and take others than the rest."""
+    monkeypatch.setattr("dfcompress.verbs._budget.world", lambda: World(0, 2, 0, 2))
+    with pytest.raises(BadInput, match="--budget times steps of one process, and there are 2"):
+        fit_budget(100.0, usual_plan(tmp_path), resume=False)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 3.0, float("nan"), float("inf")])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dfcompress.data.batches import Batch
 from dfcompress.data.pool import ImagePool
+from dfcompress.distributed import world
+from dfcompress.errors import BadInput
 from dfcompress.randomness import seed_of
 from dfcompress.training.class_incremental.method import NEW, OLD
 from dfcompress.training.settings import Training
@@ -73,6 +75,24 @@ def parts_of(batch_size: int, old_share: float) -> tuple[int, int]:
     """How many images of a batch stand for old classes, and how many for new ones."""
     old = round(batch_size * min(max(old_share, LEAST_SHARE), 1 - LEAST_SHARE))
     return old, batch_size - old
+
+
+def require_parts(batch_size: int, old_share: float) -> None:
+    """Raise `BadInput` where the processes of a job cannot have equally many images of either part of a batch."""
+    count = world().world_size
+
+    def divides(size: int) -> bool:
+        return not any(part % count for part in parts_of(size, old_share))
+
+    if divides(batch_size):
+        return
+    old, new = parts_of(batch_size, old_share)
+    nearby = sorted(range(count, 2 * batch_size), key=lambda size: abs(size - batch_size))
+    fitting = next(filter(divides, nearby), None)
+    raise BadInput(
+        f"{old} old and {new} new images of a batch do not divide among {count} processes.",
+        f"Use --train-batch-size {fitting}." if fitting else "Use one process.",
+    )
 
 
 def class_weights(new_labels: Tensor, classes: int, known: int, batch_size: int) -> Tensor:
