@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfcompress.data.batches import UNLABELLED
 from dfcompress.errors import BadInput
-from dfcompress.machine.memory import count_bytes, images_at_once
+from dfcompress.machine.memory import Taken, count_growth, images_at_once
 from dfcompress.models.classifier import LARGEST_PASS, Classifier, evaluating
 from dfcompress.randomness import generator
 
@@ -48,9 +48,10 @@ def require_gradient(classifier: Classifier) -> None:
         _gradient(classifier, image, torch.full((1,), UNLABELLED))
 
 
-def _bytes_a_gradient(classifier: Classifier) -> float:
-    pair = torch.zeros(2, *classifier.card.input_size, device=classifier.mean.device)
-    return count_bytes(lambda: _gradient(classifier, pair, torch.full((2,), UNLABELLED))) / 2
+def _bytes_a_gradient(classifier: Classifier) -> Taken:
+    images = torch.zeros(4, *classifier.card.input_size, device=classifier.mean.device)
+    labels = torch.full((4,), UNLABELLED)
+    return count_growth(lambda count: _gradient(classifier, images[:count], labels[:count]))
 
 
 def _gradient(classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:

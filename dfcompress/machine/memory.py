@@ -1,8 +1,8 @@
 """How many images fit into memory at once: what one takes is counted, and what is free is asked for. What is said where
 memory is not enough, and how freed memory is kept.
 
-each = count_bytes(lambda: network(two_images)) / 2
-images_at_once(256, each, input_size=(3, 224, 224), target=torch.device("cpu"))     # 16
+taken = count_growth(lambda images: network(torch.zeros(images, 3, 224, 224)))
+images_at_once(256, taken, input_size=(3, 224, 224), target=torch.device("cpu"))     # 16
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,9 +37,18 @@ GROWTH = 1.7
 PIXELS = 2**20
 
 
+class Taken(NamedTuple):
+    """What a computation takes of the memory, in bytes: `each` image, and `beside` them whatever does not grow with
+    their number (gradients of weights, say).
+    """
+
+    each: float
+    beside: float = 0.0
+
+
 def images_at_once(
     wanted: int,
-    each: float,
+    taken: Taken,
     *,
     target: torch.device,
     input_size: tuple[int, int, int] | None = None,
@@ -48,13 +57,14 @@ def images_at_once(
     """How many images to compute at once: all that are `wanted`, or the power of two that fits into the free memory; of
     an `input_size` on a CPU `PIXELS` at most.
 
-    `each` is what one takes, in bytes as `count_bytes` gives them, and `beside` what all of them take together.
+    `taken` is as `count_growth` gives it, and `beside` the bytes that there are besides.
     Raises `BadInput`, with the bytes, where not even one fits.
     """
     free = free_bytes(target)
-    fit = int(max(0.0, SHARE * free - beside) // max(1.0, GROWTH * each))
+    beside += GROWTH * taken.beside
+    fit = int(max(0.0, SHARE * free - beside) // max(1.0, GROWTH * taken.each))
     if fit < 1:
-        needed = (GROWTH * each + beside) / SHARE
+        needed = (GROWTH * taken.each + beside) / SHARE
         raise BadInput(
             f"One image at a time needs {needed:,.0f} bytes of free memory, and {free:,} are free on {target}.",
             "Use a machine with more memory, or a smaller --batch-size.",
@@ -64,12 +74,32 @@ def images_at_once(
     return wanted if wanted <= fit else 1 << (fit.bit_length() - 1)
 
 
+def count_growth(function: Callable[[int], object]) -> Taken:
+    """What `function` takes at most when it is called with a number of images.
+
+    It is called with 2 and with 4 (BatchNorm cannot normalise a single image whose features are 1 x 1). After every
+    operation the tensors that live take a + b · images; of a and of b the largest count, so that a peak that only many
+    images reach is not missed.
+    """
+    two, four = _history(partial(function, 2)), _history(partial(function, 4))
+    if len(two) != len(four):
+        return Taken(max(four, default=0) / 4)
+    each = [(more - less) / 2 for less, more in zip(two, four, strict=True)]
+    beside = [less - 2 * growth for less, growth in zip(two, each, strict=True)]
+    return Taken(max(0.0, *each), max(0.0, *beside))
+
+
 def count_bytes(function: Callable[[], object]) -> int:
     """The most bytes that tensors made by `function` take at one time; those that were there before do not count."""
+    return max(_history(function), default=0)
+
+
+def _history(function: Callable[[], object]) -> list[int]:
+    """The bytes that tensors made by `function` take, after each of its operations."""
     living = _LivingTensors()
     with living:
         function()
-    return living.most
+    return living.history
 
 
 class _LivingTensors(TorchDispatchMode):
@@ -77,7 +107,8 @@ class _LivingTensors(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # of torch
-        self.most = self._now = 0
+        self.history: list[int] = []
+        self._now = 0
         self._living: dict[int, weakref.ref[Any]] = {}
 
     @classmethod
@@ -89,6 +120,7 @@ class _LivingTensors(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor.untyped_storage())
+        self.history.append(self._now)
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -96,7 +128,6 @@ class _LivingTensors(TorchDispatchMode):
         if key in self._living:
             return
         self._now += size
-        self.most = max(self.most, self._now)
 
         def gone(_: object) -> None:
             self._now -= size

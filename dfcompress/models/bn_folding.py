@@ -28,14 +28,16 @@ def fold_batchnorms(classifier: Classifier) -> list[str]:
     goes into its scales, so nothing is rounded anew.
     """
     pairs = _pairs(classifier)
+    names = list(classifier.network.named_modules(remove_duplicate=False))  # A module may have several.
     for norm_name, layer_name in pairs.items():
         norm = classifier.network.get_submodule(norm_name)
         after = after_normalising(norm)
         assert isinstance(norm, _BatchNorm)
         assert after is not None
         _fold(classifier.network.get_submodule(layer_name), norm)
-        parent, _, child = norm_name.rpartition(".")
-        setattr(classifier.network.get_submodule(parent), child, after)
+        for name in [name for name, each in names if each is norm]:
+            parent, _, child = name.rpartition(".")
+            setattr(classifier.network.get_submodule(parent), child, after)
     return list(pairs)
 
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dfcompress.errors import first_line
-from dfcompress.machine.memory import count_bytes, images_at_once
+from dfcompress.machine.memory import Taken, count_growth, images_at_once
 from dfcompress.models.card import ModelCard
 from dfcompress.models.hooks import counted_runs, hooked_outputs
 from dfcompress.randomness import generator
@@ -119,11 +119,11 @@ def pass_once(classifier: Classifier) -> Tensor:
 
 
 @torch.no_grad()
-def bytes_a_pass(classifier: Classifier) -> float:
-    """What an image takes of the memory on its way through a classifier, forwards and in fp32."""
-    pair = torch.zeros(2, *classifier.card.input_size, device=classifier.mean.device)
+def bytes_a_pass(classifier: Classifier) -> Taken:
+    """What images take of the memory on their way through a classifier, forwards and in fp32."""
+    images = torch.zeros(4, *classifier.card.input_size, device=classifier.mean.device)
     with evaluating(classifier):
-        return count_bytes(lambda: classifier(pair)) / 2
+        return count_growth(lambda count: classifier(images[:count]))
 
 
 def images_a_pass(classifier: Classifier) -> int:

@@ -108,7 +108,8 @@ def pack_network(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
     zero_points = [grid.zero_point for grid in grids if not grid.symmetric]
     if zero_points:
         tensors[ZERO_POINTS] = torch.cat(zero_points).to(torch.uint8)
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Clones, because safetensors stores no two tensors that share memory.
+    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     grids_of_tensors = tensor_grids(network)
     fed = {name for grid in grids_of_tensors.values() for name in grid.feeds}
     described = {name: _described(name, layer, fed=name in fed) for name, layer in layers.items()}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -30,9 +30,10 @@ from dfcompress.quantization.bits import Bits, RequestedBits
 from dfcompress.quantization.mixed_precision import choose_bits, images_to_measure_on, sensitivities, with_widths
 from dfcompress.quantization.ranges import calibrate, fit_weights, require_rules
 from dfcompress.randomness import generator, seed_of
-from dfcompress.run import write_json
+from dfcompress.run import STATE, write_json
 
 BATCH, STEPS = 256, 16
+CORRECTED_ON = f"correction{STATE}"
 PIXELS = STEPS * BATCH * 64**2
 NOISE, UNCHOSEN = 64, 4
 # Where one more value pays. ResNet-20, all layers alike, calibrated only, of 1,000 training images (float 999),
@@ -101,16 +102,18 @@ def calibrated(
 ) -> Calibrated:
     """Quantize the layers of `student`, in place, with bits and ranges for each.
 
-    `images` `(N, C, H, W)` are as stored. Bits that are chosen (see `choose_bits`) are kept in the file `bits`.
+    `images` `(N, C, H, W)` are as stored. Bits that are chosen (see `choose_bits`) are kept in the file `bits`, and
+    beside it how many images statistics are corrected on.
     """
     started, target = time.perf_counter(), resolve_device(compute.device)
     teacher.to(target)
     # Images come recipe after recipe, and real ones class after class.
     mixed = images[torch.randperm(len(images), generator=generator("calibration", compute.seed))]
     few = as_float(mixed[: images_to_measure_on(teacher.card.input_size, len(mixed))].to(target))
-    chosen = _chosen_once(
+    bits_of_layers = _once(
         bits, lambda: choose_bits(teacher, requested, few, size_ratio=size_ratio, scheme=calibration.scheme)
     )
+    chosen = {name: Bits(*each) for name, each in bits_of_layers.items()}
     quantize_layers(student.to(target).network, chosen, asymmetric=calibration.scheme.asymmetric)
     fit_weights(student, rule=calibration.weights)
     batches = calibration_batches(images.to(target), calibration, seed=compute.seed)
@@ -119,9 +122,8 @@ def calibrated(
     calibrate(student, parts, rule=calibration.inputs, signed=calibration.signed)
     sensitivity = sensitivities(student, few, list(chosen))
     if calibration.correction:
-        count = images_for_statistics(teacher.card.input_size, len(images))
-        count = images_at_once(count, bytes_a_pass(student), target=target)
-        correct(student, teacher, as_float(mixed[:count].to(target)))
+        shown = _once(bits.with_name(CORRECTED_ON), lambda: {"images": _images_to_correct_on(student, len(images))})
+        correct(student, teacher, as_float(mixed[: shown["images"]].to(target)))
     return Calibrated(few, sensitivity, time.perf_counter() - started)
 
 
@@ -157,9 +159,17 @@ def calibrated_on_noise(
     return student
 
 
-def _chosen_once(path: Path, choose: Callable[[], dict[str, Bits]]) -> dict[str, Bits]:
-    """What `choose` gives, the same for all processes and resumes: measurements may differ in their last bits."""
+def _images_to_correct_on(student: Classifier, available: int) -> int:
+    """As many as there are use for and fit into memory at once."""
+    count = images_for_statistics(student.card.input_size, available)
+    return images_at_once(count, bytes_a_pass(student), target=student.mean.device)
+
+
+def _once(path: Path, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `choose` gives, the same for all processes and resumes: measurements may differ in their last bits, and so
+    may the memory that is free.
+    """
     if world().is_main and not path.exists():
         write_json(path, choose())
-    shared = world().broadcast(json.loads(path.read_text()) if world().is_main else None)
-    return {name: Bits(*bits) for name, bits in shared.items()}
+    shared: dict[str, Any] = world().broadcast(json.loads(path.read_text()) if world().is_main else None)
+    return shared

@@ -10,7 +10,7 @@ other, on features, so this is a loop of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,26 +124,39 @@ def reconstruct(
 
 def units_of(classifier: Classifier) -> list[str]:
     """The parts that are reconstructed one after the other, in execution order: of every branch of the network the
-    largest module with at most four quantized layers that runs once and has one tensor in and one out (a residual
-    block, say); plain containers are taken apart. Layers that run several times are in none.
+    largest module with at most four quantized layers that runs once and has one tensor in and one out, a row an image
+    (a residual block, say); plain containers are taken apart. Layers that run several times, or see rows of windows or
+    of a table, are in none.
     """
-    runs = count_runs(
-        classifier, [name for name, module in classifier.network.named_modules() if _quantized_in(module)]
-    )
-    units = set(_units_in("", classifier.network, runs))
-    return [name for name in runs if name in units and runs[name] == 1]
+    names = [name for name, module in classifier.network.named_modules() if _quantized_in(module)]
+    runs, by_image = count_runs(classifier, names), _by_image(classifier, names)
+    units = set(_units_in("", classifier.network, {name for name in by_image if runs[name] == 1}))
+    return [name for name in runs if name in units]
 
 
-def _units_in(name: str, module: nn.Module, runs: Mapping[str, int]) -> Iterator[str]:
+def _units_in(name: str, module: nn.Module, possible: Collection[str]) -> Iterator[str]:
     layers = _quantized_in(module)
     container = not name or type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    if isinstance(module, QuantizedLayer) or (
-        layers and not container and layers <= LARGEST_UNIT and runs.get(name) == 1
-    ):
+    if name in possible and (isinstance(module, QuantizedLayer) or (not container and 0 < layers <= LARGEST_UNIT)):
         yield name
         return
     for child_name, child in module.named_children():
-        yield from _units_in(f"{name}.{child_name}" if name else child_name, child, runs)
+        yield from _units_in(f"{name}.{child_name}" if name else child_name, child, possible)
+
+
+@torch.no_grad()
+def _by_image(classifier: Classifier, names: Sequence[str]) -> set[str]:
+    """The modules whose input and output have a row for every image, of three."""
+    rows: dict[str, set[int]] = {name: set() for name in names}
+
+    def note(name: str, features: Tensor) -> None:
+        rows[name].add(len(features) if features.dim() > 1 else 0)
+
+    images = torch.zeros(3, *classifier.card.input_size, device=classifier.mean.device)
+    before, after = hooked_inputs(classifier.network, names, note), hooked_outputs(classifier.network, names, note)
+    with evaluating(classifier), before, after:
+        classifier(images)
+    return {name for name, counts in rows.items() if counts == {len(images)}}
 
 
 def _quantized_in(module: nn.Module) -> int:
@@ -197,10 +210,12 @@ def _reconstruct_unit(
             optimizer.step()
     for rounding in roundings.values():
         rounding.harden()
-    del student_inputs, teacher_inputs
-    (output,) = _features(student, name, images, "output")
-    error = output.sub_(teacher_outputs).square_().mean()
-    return (error / teacher_outputs.var().clamp_min(1e-12)).item()
+    del teacher_inputs
+    error = 0.0
+    with torch.no_grad(), exact_fp32(), evaluating(unit):
+        for inputs, outputs in zip(student_inputs.split(PASSED), teacher_outputs.split(PASSED), strict=True):
+            error += (unit(inputs) - outputs).square().sum().item()
+    return error / teacher_outputs.numel() / max(teacher_outputs.var().item(), 1e-12)
 
 
 def _beta(step: int, settings: Reconstruction) -> float:
@@ -272,8 +287,9 @@ def _features(classifier: Classifier, name: str, images: Tensor, *sides: Side) -
     def keep(side: Side, some: Tensor) -> None:
         # Copied as soon as it is there: a block that begins with an in-place layer writes into its own input.
         if side in sides:
-            whole = found.setdefault(side, some.new_empty(len(images), *some.shape[1:]))
-            whole[done : done + len(some)] = some
+            if side not in found:
+                found[side] = some.new_empty(len(images), *some.shape[1:])
+            found[side][done : done + len(some)] = some
         if side == sides[-1]:
             raise _EnoughError
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfcompress.errors import BadInput
-from dfcompress.models.classifier import Classifier
-from dfcompress.models.statistics import named_statistics_layers
+from dfcompress.models.classifier import Classifier, evaluating
+from dfcompress.models.recorder import HookRecorder
 from dfcompress.models.trace import Trace
 from dfcompress.randomness import generator
 from dfcompress.synthesis.losses import Loss, Want, bn_distance, require_positive
@@ -274,5 +274,10 @@ def contrast(
 
 
 def feature_count(teacher: Classifier) -> int:
-    """How many features `Trace.features` gives of an image."""
-    return sum(len(layer.get_buffer("running_var")) for layer in named_statistics_layers(teacher.network).values())
+    """How many features `Trace.features` gives of an image: a layer that is left out in evaluation gives none, and one
+    that runs twice gives its own twice.
+    """
+    recorder = HookRecorder(teacher.network, moments=True)
+    with torch.no_grad(), evaluating(teacher):
+        layers = recorder(torch.zeros(1, *teacher.card.input_size, device=teacher.mean.device)).layers
+    return sum(layer.mean_error.shape[-1] for layer in layers)

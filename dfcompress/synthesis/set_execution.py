@@ -12,7 +12,7 @@ from dfcompress.distributed import world
 from dfcompress.errors import BadInput
 from dfcompress.machine.device import Precision, is_cuda
 from dfcompress.machine.execution import Compute, Execution, resolve_execution, tried
-from dfcompress.machine.memory import GROWTH, images_at_once
+from dfcompress.machine.memory import GROWTH, Taken, images_at_once
 from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.recipe import Recipe
@@ -63,16 +63,16 @@ def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | No
     student = (student or teacher) if Want.STUDENT in recipe.wants else None
     sampler = spec.sampler
 
-    counted: dict[Precision, float] = {}
+    counted: dict[Precision, Taken] = {}
 
     def step(execution: Execution) -> None:
         counted[execution.precision] = try_step(recipe, teacher, execution, student=student, sampler=sampler)
 
     execution = tried(execution, compute, step, what=f"{teacher.name}{' or its student' if student else ''}")
-    each = counted.get(execution.precision, 0.0)
+    taken = counted.get(execution.precision, Taken(0.0))
     beside = COPIES * 4.0 * batch_size * math.prod(teacher.card.input_size)
     size = None if recipe.needs_whole_batch else teacher.card.input_size
-    chunk = images_at_once(batch_size, each, target=torch.device(execution.device), input_size=size, beside=beside)
+    chunk = images_at_once(batch_size, taken, target=torch.device(execution.device), input_size=size, beside=beside)
     if chunk < batch_size and recipe.needs_whole_batch:
         raise BadInput(
             f"A batch of {batch_size} images does not fit into memory, and {spec.choice.name} computes it whole: "
@@ -81,7 +81,7 @@ def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | No
         )
     execution = replace(execution, chunk=chunk)
     execution = replace(execution, groups=_groups(spec, execution))
-    return Resolved(execution, int(beside + GROWTH * each * chunk * execution.groups))
+    return Resolved(execution, int(beside + GROWTH * (taken.beside + taken.each * chunk * execution.groups)))
 
 
 def work_in(recipe: Recipe, teacher: Classifier, images: int) -> float:

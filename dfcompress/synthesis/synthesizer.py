@@ -12,6 +12,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dfcompress.errors import DfcompressError
 from dfcompress.machine.compiling import captured, compiled
 from dfcompress.machine.device import PRECISIONS, resolve_device, synchronize
 from dfcompress.machine.execution import Execution, computing
-from dfcompress.machine.memory import count_bytes, is_out_of_memory, memory_for, release_freed_memory
+from dfcompress.machine.memory import Taken, count_growth, is_out_of_memory, memory_for, release_freed_memory
 from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import freeze, is_quantized
@@ -611,15 +612,18 @@ def try_step(
     *,
     student: Classifier | None,
     sampler: TargetSampler | None,
-) -> float:
-    """One eager step of the recipe's last phase with two images, and the bytes that an image takes; raises what a
-    network raises that cannot do it.
+) -> Taken:
+    """Eager steps of the recipe's last phase with two and with four images, and what they take of the memory; raises
+    what a network raises that cannot do it.
     """
     if not recipe.steps:
-        return 0.0
-    synthesizer = Synthesizer(recipe, teacher, replace(execution, compile=False), student=student, sampler=sampler)
-    state = synthesizer.begin_last_phase({0: torch.arange(2) % teacher.card.classes})
-    return count_bytes(lambda: synthesizer.step(state)) / 2
+        return Taken(0.0)
+    steps = {}
+    for images in (2, 4):
+        synthesizer = Synthesizer(recipe, teacher, replace(execution, compile=False), student=student, sampler=sampler)
+        state = synthesizer.begin_last_phase({0: torch.arange(images) % teacher.card.classes})
+        steps[images] = partial(synthesizer.step, state)
+    return count_growth(lambda images: steps[images]())
 
 
 def seconds_per_step(

@@ -28,7 +28,7 @@ from dfcompress.machine.execution import (
     resolve_execution,
     tried,
 )
-from dfcompress.machine.memory import count_bytes, images_at_once, memory_for
+from dfcompress.machine.memory import Taken, count_growth, images_at_once, memory_for
 from dfcompress.machine.process import threads_here
 from dfcompress.models.classifier import Classifier, main_logits, work_of
 from dfcompress.randomness import generator
@@ -242,23 +242,23 @@ def _tried(
     """`execution` in a precision that the networks compute in, as `tried` says: copies of all go forward, and
     the student's goes back as it trains; and the images of a batch that fit into memory at once, as its `chunk`.
     """
-    counted: dict[str, float] = {}
+    counted: dict[str, Taken] = {}
 
     def passes(execution: Execution) -> None:
         target, precision = resolve_device(execution.device), PRECISIONS[execution.precision]
         low = torch.autocast(target.type, precision, enabled=precision != torch.float32)
-        images = torch.rand(TRIED, *student.card.input_size, generator=generator("trial")).to(target)
+        images = torch.rand(4, *student.card.input_size, generator=generator("trial")).to(target)
         twin = copy.deepcopy(student).to(target)
 
-        def train() -> None:
+        def train(count: int) -> None:
             with low:
-                logits = main_logits(twin.network(twin.normalise(images)))
+                logits = main_logits(twin.network(twin.normalise(images[:count])))
             logits.float().sum().backward()
-            twin.zero_grad()  # What the weights take does not grow with the images.
+            twin.zero_grad()
 
         mode = training_mode(twin, repair=repair, freeze_batchnorm=training.freeze_batchnorm)
         with forked_randomness(target), mode:
-            counted[execution.precision] = count_bytes(train) / TRIED
+            counted[execution.precision] = count_growth(train)
         # Without counting: below it, torch's fused layer of transformers is not under autocast.
         for teacher in teachers:
             images = torch.rand(1, *teacher.card.input_size, generator=generator("trial")).to(target)
@@ -271,7 +271,7 @@ def _tried(
     # BatchNorms that train take the statistics of the images at hand, so no fewer than must be.
     size = student.card.input_size if training.freeze_batchnorm else None
     target = resolve_device(execution.device)
-    chunk = images_at_once(batch, counted.get(execution.precision, 0.0), target=target, input_size=size)
+    chunk = images_at_once(batch, counted.get(execution.precision, Taken(0.0)), target=target, input_size=size)
     if chunk < batch:
         which = "" if training.freeze_batchnorm else ", and BatchNorm takes the statistics of those"
         console.notice(f"Training adds up the gradients of {batch} images, {chunk} at once{which}.")

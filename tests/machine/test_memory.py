@@ -9,7 +9,17 @@ import torch
 
 from dfcompress.errors import BadInput
 from dfcompress.machine import memory
-from dfcompress.machine.memory import GROWTH, PIXELS, SHARE, count_bytes, free_bytes, images_at_once, is_out_of_memory
+from dfcompress.machine.memory import (
+    GROWTH,
+    PIXELS,
+    SHARE,
+    Taken,
+    count_bytes,
+    count_growth,
+    free_bytes,
+    images_at_once,
+    is_out_of_memory,
+)
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -49,36 +59,61 @@ def test_what_the_backward_pass_needs_is_counted():
     assert both > forward
 
 
+def test_what_does_not_grow_with_the_images_is_counted_apart():
+    """Three MiB an image and two beside them; with 2 and 4 images the peak is a MiB an image beside six."""
+
+    def function(images):
+        few = [torch.ones(images, MIB // 4)]
+        weights = torch.ones(6 * MIB // 4)
+        del weights
+        fewer = torch.ones(2 * MIB // 4)
+        few += [few[0] + 1, few[0] + 2]
+        return few, fewer
+
+    assert count_growth(function) == Taken(3 * MIB, 6 * MIB)
+    assert count_growth(lambda images: torch.ones(5, MIB // 4)) == Taken(0, 5 * MIB)
+
+
+def test_another_number_of_operations_counts_by_the_image():
+    assert count_growth(lambda images: [torch.ones(MIB // 4) for _ in range(images)]) == Taken(MIB)
+
+
+def test_what_is_taken_beside_the_images_is_set_aside(free):
+    free((64 * GROWTH * MIB + GROWTH * 10 * MIB) / SHARE + 1)
+    assert images_at_once(256, Taken(MIB, 10 * MIB), target=CPU, input_size=SMALL) == 64
+    assert images_at_once(256, Taken(MIB, 11 * MIB), target=CPU, input_size=SMALL) == 32
+
+
 @pytest.mark.parametrize(("images", "expected"), [(300, 256), (256, 256), (255.5, 128), (40, 32), (1, 1)])
 def test_the_power_of_two_that_fits_is_computed_at_once(free, images, expected):
     free(images * GROWTH * MIB / SHARE + 1)
-    assert images_at_once(256, MIB, target=CPU, input_size=SMALL) == expected
+    assert images_at_once(256, Taken(MIB), target=CPU, input_size=SMALL) == expected
 
 
 def test_all_images_are_computed_at_once_where_they_fit(free):
     free(1000 * GROWTH * MIB)
-    assert images_at_once(100, MIB, target=CPU, input_size=SMALL) == 100
+    assert images_at_once(100, Taken(MIB), target=CPU, input_size=SMALL) == 100
 
 
 def test_what_all_images_take_together_is_set_aside(free):
     free((64 * GROWTH * MIB + 10 * MIB) / SHARE + 1)
-    assert images_at_once(256, MIB, target=CPU, input_size=SMALL, beside=10 * MIB) == 64
-    assert images_at_once(256, MIB, target=CPU, input_size=SMALL, beside=11 * MIB) == 32
+    assert images_at_once(256, Taken(MIB), target=CPU, input_size=SMALL, beside=10 * MIB) == 64
+    assert images_at_once(256, Taken(MIB), target=CPU, input_size=SMALL, beside=11 * MIB) == 32
 
 
 def test_a_cpu_is_not_given_more_pixels_than_make_it_faster(free):
     free(2**50)
     assert PIXELS == 256 * 64 * 64
-    assert images_at_once(256, MIB, target=CPU, input_size=(3, 64, 64)) == 256
-    assert images_at_once(256, MIB, target=CPU, input_size=LARGE) == 16
-    assert images_at_once(256, MIB, target=CPU, input_size=(3, 2048, 2048)) == 1
-    assert images_at_once(256, MIB, target=CPU) == 256
+    assert images_at_once(256, Taken(MIB), target=CPU, input_size=(3, 64, 64)) == 256
+    assert images_at_once(256, Taken(MIB), target=CPU, input_size=LARGE) == 16
+    assert images_at_once(256, Taken(MIB), target=CPU, input_size=(3, 2048, 2048)) == 1
+    assert images_at_once(256, Taken(MIB), target=CPU) == 256
 
 
 def test_where_not_one_image_fits_the_bytes_are_named(free):
     free(1_000_000)
     with pytest.raises(BadInput, match=r"needs 2,970,965 bytes of free memory, and 1,000,000 are free on cpu"):
-        images_at_once(256, MIB, target=CPU, input_size=SMALL)
+        images_at_once(256, Taken(MIB), target=CPU, input_size=SMALL)
 
 
 def write(root: Path, **files: str) -> Path:

@@ -45,6 +45,27 @@ def chain() -> nn.Sequential:
     )
 
 
+class TwoNames(nn.Module):
+    """A convolution and its BatchNorm under two names each, as many networks that are written by hand have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.features = nn.Sequential(self.conv, self.norm, nn.ReLU())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images).mean((2, 3))
+
+
+def test_a_batchnorm_of_two_names_is_folded_under_both():
+    classifier = classifier_of(TwoNames())
+    images = torch.rand(4, 3, 8, 8)
+    before = classifier(images)
+    assert fold_batchnorms(classifier) == ["norm"]
+    assert torch.allclose(classifier(images), before, atol=1e-5)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in classifier.network.modules())
+
+
 class TwoUsers(nn.Module):
     """What `conv` gives goes through `norm` and past it; `again` runs twice."""
 

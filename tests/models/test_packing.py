@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 from torch import nn
 
 from dfcompress.errors import BadInput
@@ -329,3 +330,13 @@ def test_other_grids_than_the_networks_are_refused(change, message):
     change(quantization)
     with pytest.raises(BadInput, match=message):
         unpacked_graph(tensors, quantization)
+
+
+def test_tensors_that_share_memory_are_packed_apart():
+    """As safetensors wants them: here two layers with one bias."""
+    network = frozen_network()
+    network.append(nn.Linear(5, 5))
+    network[7].bias = network[6].bias
+    stored, _ = pack_network(network)
+    assert save(stored)
+    assert torch.equal(stored["7.bias"], stored["6.bias"])

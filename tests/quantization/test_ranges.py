@@ -373,3 +373,16 @@ def test_a_packed_resnet20_is_a_seventh_in_bytes_and_the_same_to_the_bit(resnet2
     unpack_network(original.network, tensors, quantization)
     assert torch.equal(original(images[:64]), classifier(images[:64]))
     assert sum(tensor.nbytes for tensor in tensors.values()) / float_bytes < 0.14
+
+
+def test_zeros_that_come_first_change_no_range():
+    """Of activations below the outermost bin of a reach of 1, which they once made."""
+    values = 2e-4 * torch.rand(64, 100, generator=torch.Generator().manual_seed(0))
+    ranges = []
+    for before in ([], [torch.zeros(1, 100)]):
+        observer = mse.Observer()
+        for part in [*before, values]:
+            observer.observe(part)
+        ranges.append(observer.range(bits=8, signed=False))
+    assert ranges[0][1] == ranges[1][1]
+    assert ranges[0][1] == pytest.approx(2e-4, rel=0.05)

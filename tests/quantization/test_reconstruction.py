@@ -58,6 +58,32 @@ def test_units_are_residual_blocks_and_single_layers_in_the_order_they_run():
     assert units_of(classifier) == ["conv1", *blocks, "fc"]
 
 
+class Windows(nn.Module):
+    """One layer sees four windows of an image as rows, another a table; a block holds a third and the head a fourth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.windowed, self.of_table = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(2, 8)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        windows = images.unflatten(2, (2, 4)).unflatten(4, (2, 4)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        features = self.windowed(windows).mean((2, 3)).unflatten(0, (len(images), 4)).mean(1)
+        features = features + self.of_table(torch.ones(5, 2)).mean(0)
+        return self.head(self.block(features[..., None, None]).flatten(1))
+
+
+def test_layers_whose_rows_are_no_images_keep_the_nearest_rounding():
+    torch.manual_seed(0)
+    windows = Classifier(Windows(), ModelCard("test", 4, (3, 8, 8), (0.5,) * 3, (0.3,) * 3)).frozen()
+    student = calibrated(windows)
+    assert units_of(student) == ["block.0", "head"]
+    found = reconstruct(student, windows, images(), QUICK, seed=0, state=None)
+    assert found.units == 2
+    assert {name for name, layer in quantized_layers(student.network).items() if layer.is_frozen} == {"block.0", "head"}
+
+
 def test_units_of_a_plain_chain_are_its_layers():
     assert units_of(calibrated(teacher())) == ["0", "2.0", "5"]
 

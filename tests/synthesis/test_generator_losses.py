@@ -202,3 +202,22 @@ def test_contrast_runs_in_the_loop_and_leaves_features_of_the_batch(teacher, com
     assert module["calls"] == 3
     assert module["filled"].tolist() == [1.0, 0.0]
     assert module["memory"][:, 0].abs().min(2).values.min() > 0
+
+
+class Partly(nn.Module):
+    """One BatchNorm runs twice, and one in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.auxiliary = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, images):
+        features = self.norm(self.conv(self.norm(images)))
+        if self.training:
+            self.auxiliary(features)
+        return features.mean((2, 3))
+
+
+def test_features_are_those_of_the_layers_that_run():
+    teacher = Classifier(Partly(), ModelCard("test", 3, (3, 4, 4), (0.5,) * 3, (0.3,) * 3)).frozen()
+    assert feature_count(teacher) == 6

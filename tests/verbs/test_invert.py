@@ -338,11 +338,12 @@ TIGHT = Synthesis(images=12, settings={"steps": 3, "batch_size": 8})
 @pytest.fixture
 def room_for(monkeypatch):
     """A function that leaves memory for a step of so many images of the odd networks, and of what they are made of."""
-    each = try_step(resolve(odd("plain"), TIGHT).recipe, odd("plain"), EXECUTION, student=None, sampler=None)
+    taken = try_step(resolve(odd("plain"), TIGHT).recipe, odd("plain"), EXECUTION, student=None, sampler=None)
 
     def leave(images):
-        beside = set_execution.COPIES * 4 * 8 * math.prod(odd_networks.SIZE)
-        monkeypatch.setattr(memory, "free_bytes", lambda target: int((beside + images * GROWTH * each) / SHARE) + 1)
+        beside = set_execution.COPIES * 4 * 8 * math.prod(odd_networks.SIZE) + GROWTH * taken.beside
+        room = int((beside + images * GROWTH * taken.each) / SHARE) + 1
+        monkeypatch.setattr(memory, "free_bytes", lambda target: room)
 
     return leave
 

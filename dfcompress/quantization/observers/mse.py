@@ -61,7 +61,7 @@ class Observer:
     def _grow(self, reach: float) -> None:
         """Let the histogram reach as far as a value."""
         exponent, old_exponent = frexp(reach)[1], frexp(self._reach)[1] - 1
-        if exponent > old_exponent:
+        if reach > 0 and exponent > old_exponent:
             merged = self._counts.view(-1, min(2 ** (exponent - old_exponent), BINS)).sum(1)
             self._counts = torch.nn.functional.pad(merged, [BINS - len(merged) // 2] * 2)
             self._reach = 2.0**exponent

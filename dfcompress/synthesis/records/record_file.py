@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -20,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dfcompress.distributed import world
 from dfcompress.errors import BadInput
+from dfcompress.machine.memory import SHARE, free_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.safe_reading import sha256
 from dfcompress.run import write_atomically
@@ -30,7 +29,6 @@ from dfcompress.synthesis.records import KINDS
 Expected = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 SCHEMA = 1
-MEMORY_SHARE = 0.5
 SUFFIX = ".records.safetensors"
 PIXEL_MEAN, PIXEL_STD = "pixels.mean", "pixels.std"
 
@@ -143,11 +141,11 @@ def tensor_bytes(expected: Expected) -> int:
 
 
 def require_memory(what: str, needed: float, remedy: str) -> None:
-    """Raise `BadInput` where something takes more than this process's half of the machine's memory."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world().local_world_size
-    if needed > MEMORY_SHARE * memory:
+    """Raise `BadInput` where something takes more than this process can still take of the memory, but for a spare."""
+    free = SHARE * free_bytes(torch.device("cpu"))
+    if needed > free:
         raise BadInput(
-            f"{what} takes {needed / 2**30:,.1f} GiB, more than half of a process's share of the memory.",
+            f"{what} takes {needed / 2**30:,.1f} GiB, and there is room for {free / 2**30:,.1f}.",
             remedy,
         )
 
