@@ -20,7 +20,7 @@ from measuring import Rows, run
 from train_mnist_teachers import images_of
 
 from dfcompress.data.real import open_images
-from dfcompress.evaluation.metrics import answers
+from dfcompress.evaluation.metrics import predict
 from dfcompress.models.checkpoint import load
 
 ARCHITECTURE = "lenet5_bn"
@@ -66,7 +66,7 @@ def learnt_from(given: argparse.Namespace, teacher: str, images: Path) -> Path:
 def shared(student: Path, mnist: Path) -> dict[str, float]:
     """Top-1 on the digits that both teachers know, and on the others."""
     classifier = load(student)
-    found = answers(classifier, open_images(mnist, classifier.card).batches(256))
+    found = predict(classifier, open_images(mnist, classifier.card).batches(256))
     right, of_both = found.classes[:, 0] == found.labels, torch.isin(found.labels, torch.tensor(SHARED))
     return {"both know": right[of_both].double().mean().item(), "one knows": right[~of_both].double().mean().item()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -46,6 +47,16 @@ def test_the_messages_that_troubleshooting_explains_are_messages_of_the_code(ref
     explained = [each for each in explained if each not in ("message", "---")]
     assert len(explained) > 40
     assert [each for each in explained if not any(each in text for text in known)] == []
+
+
+@pytest.mark.parametrize("script", sorted(DOCS.glob("*.py")), ids=lambda path: path.name)
+def test_what_a_script_imports_is_there(script):
+    """Scripts take hours and are not run here, so a name that is gone would be found late."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dfcompress":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), alias.name
 
 
 @pytest.mark.parametrize("command", COMMANDS)
