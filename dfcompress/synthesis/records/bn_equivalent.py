@@ -66,7 +66,7 @@ def with_statistics(teacher: Classifier, record: Record) -> Classifier:
     Raises `BadInput` where the record does not fit the network or holds a negative variance.
     """
     network = copy.deepcopy(teacher.network)
-    found = weighted_layers(network)
+    found, names = weighted_layers(network), list(network.named_modules(remove_duplicate=False))
     for layer in record.about.layers:
         if layer not in found:
             raise BadInput(f"{record.path} knows a layer {layer!r}, which {teacher.name} has not.", "Record again.")
@@ -74,10 +74,21 @@ def with_statistics(teacher: Classifier, record: Record) -> Classifier:
         channels = (channels_of(module),)
         record.require({f"{moment}.{layer}": (torch.float32, channels) for moment in ("mean", "var")})
         mean, var = (record.tensors[f"{moment}.{layer}"] for moment in ("mean", "var"))
-        known = KnownStatistics(mean, var, axis=channel_axis(module))
-        parent, _, name = layer.rpartition(".")
-        setattr(network.get_submodule(parent), name, nn.Sequential(module, known))
+        knowing = _Knowing(module, KnownStatistics(mean, var, axis=channel_axis(module)))
+        for place in [place for place, each in names if each is module]:
+            parent, _, name = place.rpartition(".")
+            setattr(network.get_submodule(parent), name, knowing)
     require_variances(network, f"{record.path}")
     sha256 = teacher.identity()["sha256"]
-    knowing = Classifier(network, teacher.card, name=teacher.name, sha256=sha256, path=teacher.path)
-    return knowing.to(teacher.mean.device).frozen()
+    informed = Classifier(network, teacher.card, name=teacher.name, sha256=sha256, path=teacher.path)
+    return informed.to(teacher.mean.device).frozen()
+
+
+class _Knowing(nn.Sequential):
+    """A layer and what is known of its output. Its attributes are the layer's, too: networks read `layer.weight`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("0"), name)

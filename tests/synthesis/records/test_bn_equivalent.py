@@ -122,3 +122,28 @@ def test_a_channel_that_is_always_the_same_breaks_nothing(lenet):
 def test_a_record_that_does_not_fit_the_network_is_refused(layers, tensors, message, lenet):
     with pytest.raises(BadInput, match=message):
         with_statistics(lenet, described(layers, tensors))
+
+
+class Transformer(nn.Module):
+    """torch's own layer reads the weights of its linear layers; the convolution has two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.stem = nn.Sequential(self.patches, nn.ReLU())
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, images):
+        return self.head(self.block(self.stem(images).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_a_layer_that_knows_is_found_under_all_names_and_still_has_its_weights():
+    teacher = Classifier(Transformer(), ModelCard("test", 10, (3, 8, 8), (0.5,) * 3, (0.3,) * 3)).frozen()
+    widths = {"patches": 16, "block.linear1": 32, "head": 10}
+    tensors = {f"{part}.{layer}": torch.ones(width) for layer, width in widths.items() for part in ("mean", "var")}
+    informed = with_statistics(teacher, described(widths, tensors))
+    images = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(informed(images), teacher(images), atol=1e-5)
+        assert len(HookRecorder(informed.network, moments=True)(images).layers) == 3
