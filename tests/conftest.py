@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 import torch
 from pair import Pair
 
+from dfcompress.distributed import World
 from dfcompress.models.architectures import find
 from dfcompress.models.card import MNIST_MEAN, MNIST_STD, ModelCard
 from dfcompress.models.checkpoint import load, save
@@ -181,3 +183,23 @@ def images_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("images") / "train.npz"
     np.savez(path, images=(images * 255).byte().numpy(), labels=np.arange(IMAGES) % 10)
     return path
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine whose PATH is empty."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function that makes this process see so many GPUs, as the given one of several."""
+
+    def see(count: int, rank: int = 0, processes: int = 1) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr("dfcompress.machine.device.world", lambda: World(rank, processes, rank, processes))
+
+    return see

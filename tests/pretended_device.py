@@ -5,8 +5,8 @@
 COMMANDS is a JSON list of command lines of dfcompress, run one after the other in this process, which has COUNT devices
 named `gpu:0`, `gpu:1` ..., until one fails. Each ends in one JSON line {code, replays, waits, elsewhere}: its exit
 code, how often a captured graph was replayed, every wait for the device inside a step, and how many convolutions of
-more than three images the CPU computed while the device was idle (a grey network is looked at with up to three when it
-is loaded).
+more than four images the CPU computed while the device was idle (a network is looked at with up to four before any
+work).
 
 A tensor of the device holds a CPU tensor that computes for it. Refused is what a GPU refuses: tensors of two devices in
 one operation, a generator of another device, and, while a graph is captured, whatever waits for the device or copies
@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME, aten = "gpu", torch.ops.aten
-LOOKED_AT = 3  # Images that a network is asked about when it is loaded, on the CPU.
+LOOKED_AT = 4  # Images that a network is asked about when it is loaded, on the CPU.
 # Operations whose indices may lie on the CPU.
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 # Operations whose outcome, or its size, the host must know.

@@ -367,7 +367,8 @@ def test_resuming_a_finished_run_gives_its_result_and_redoes_nothing(capsys, tmp
     assert json.loads(answer(capsys, *line, "--resume")[1]) == first
     evaluated = json.loads(answer(capsys, *line, "--resume", "--eval-data", DEMO)[1])
     assert evaluated["evaluation"]["results"][0]["total"] == 10_000
-    assert json.loads((tmp_path / "packed" / "run.json").read_text())["measurements"] == evaluated
+    kept = json.loads((tmp_path / "packed" / "run.json").read_text())["measurements"]
+    assert {name: kept[name] for name in evaluated} == evaluated
     assert (tmp_path / "packed" / "model.safetensors").stat().st_mtime_ns == written
     assert not (tmp_path / "packed" / "training.partial").exists()
 
@@ -490,8 +491,9 @@ def test_help_tells_how_many_images_a_verb_makes(name):
     assert usual == str(merging_method("logit-matching").images if name == "merge" else module.IMAGES)
     of_shapira_sidi = f"{merging_method('shapira-sidi').images} with --method shapira-sidi"
     by_size = f"{getattr(module, 'LARGE_IMAGES', None)} for images of more than 64 pixels a side"
+    of_calibration = f"{module.CALIBRATION_IMAGES} for calibration alone, or " if name == "quantize" else ""
     of_generator = f", or {module.GENERATED} from a generator" if name == "distill" else ""
-    assert others == (of_shapira_sidi if name == "merge" else by_size + of_generator)
+    assert others == (of_shapira_sidi if name == "merge" else of_calibration + by_size + of_generator)
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name in dfcompress.__all__])

@@ -114,7 +114,7 @@ def test_a_small_network_is_quantized_in_one_thread_and_the_others_are_given_bac
     seen, linear = set(), torch.nn.functional.linear
 
     def watched(input, *rest):
-        if len(input) > 2:  # One or two images are looked at before any work.
+        if len(input) > 4:  # Up to four images are looked at before any work.
             seen.add(torch.get_num_threads())
         return linear(input, *rest)
 
