@@ -86,7 +86,7 @@ def count_growth(function: Callable[[int], object]) -> Taken:
         return Taken(max(four, default=0) / 4)
     each = [(more - less) / 2 for less, more in zip(two, four, strict=True)]
     beside = [less - 2 * growth for less, growth in zip(two, each, strict=True)]
-    return Taken(max(0.0, *each), max(0.0, *beside))
+    return Taken(max([0.0, *each]), max([0.0, *beside]))
 
 
 def count_bytes(function: Callable[[], object]) -> int:
