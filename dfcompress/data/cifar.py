@@ -6,6 +6,7 @@ The folders `cifar-10-batches-py` and `cifar-100-python` of https://www.cs.toron
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,16 @@ from dfcompress.errors import BadInput, first_line, printable
 from dfcompress.models.pickled import Instance, Machine
 
 SHAPE = (3, 32, 32)
-PARTS = {
-    "train": (("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"), ("train",)),
-    "test": (("test_batch",), ("test",)),
+# By the file that names the classes, of CIFAR-10 and of CIFAR-100.
+FILES: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "batches.meta": {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)},
+    "meta": {"train": ("train",), "test": ("test",)},
 }
-MARKS = ("batches.meta", "meta")  # Of CIFAR-10, and of CIFAR-100.
 
 
 def is_cifar(folder: Path) -> bool:
-    """Whether the files of either are in a folder."""
-    return any((folder / mark).is_file() for mark in MARKS)
+    """Whether either set is in a folder: its names of classes, and a file of images at least."""
+    return _parts(folder) is not None
 
 
 def read_cifar(folder: Path, part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -33,9 +34,17 @@ def read_cifar(folder: Path, part: str) -> tuple[NDArray[np.uint8], NDArray[np.i
 
     Raises `BadInput` for files that are missing, damaged or something else.
     """
-    names = PARTS[part][0 if (folder / MARKS[0]).is_file() else 1]
-    images, labels = zip(*(_read(folder / name) for name in names), strict=True)
+    parts = _parts(folder)
+    assert parts, "it was asked before whether they are there"
+    images, labels = zip(*(_read(folder / name) for name in parts[part]), strict=True)
     return np.concatenate(images), np.concatenate(labels)
+
+
+def _parts(folder: Path) -> Mapping[str, Sequence[str]] | None:
+    for names, parts in FILES.items():
+        if (folder / names).is_file() and any((folder / name).is_file() for part in parts.values() for name in part):
+            return parts
+    return None
 
 
 def _read(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

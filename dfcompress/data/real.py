@@ -76,7 +76,7 @@ def open_images(path: str | Path, card: ModelCard, *, part: Part = "test", label
     """The labelled images at `path`, fitted to the model's input and checked against its classes.
 
     A folder with `dataset.json` is a synthetic set; a folder (or file) with `*-images-idx3-ubyte[.gz]` holds IDX files,
-    and one with `batches.meta` or `meta` the batches of CIFAR, of which `part` is taken; any other folder has one
+    and one with the files of CIFAR its batches, of which `part` is taken; any other folder has one
     subfolder a class. Subfolders are matched to the card's class names where it has some, otherwise taken in sorted
     order.
     Of images that are not `labelled`, labels say nothing: they need not be there, nor be the model's, and pictures may

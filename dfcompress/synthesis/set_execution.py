@@ -22,8 +22,6 @@ from dfcompress.synthesis.synthesizer import try_step
 # Of a batch's images in fp32: noise, images, gradient, Adam's two moments, finished ones, and those of the batch before
 # that are being written.
 COPIES = 7
-
-
 # Unmeasured: CUDA steps of fewer images than 128 of CIFAR's size are taken to be mostly launching. On a CPU it does not
 # pay (docs/results/robustness.md).
 PIXELS_A_STEP = 128 * 32 * 32

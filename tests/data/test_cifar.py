@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from dfcompress.data.cifar import PARTS, is_cifar, read_cifar
+from dfcompress.data.cifar import FILES, is_cifar, read_cifar
 from dfcompress.data.real import open_images
 from dfcompress.errors import BadInput
 from dfcompress.models.card import CIFAR_MEAN, CIFAR_STD, ModelCard
@@ -46,13 +46,14 @@ def pickled(value: object, python: int) -> bytes:
 def folders(request, tmp_path) -> dict[str, Path]:
     """Both sets with four images a file."""
     made = {}
-    for number, (name, labels, meta) in enumerate(
-        [("cifar-10-batches-py", "labels", "batches.meta"), ("cifar-100-python", "fine_labels", "meta")]
-    ):
+    for name, labels, meta in [
+        ("cifar-10-batches-py", "labels", "batches.meta"),
+        ("cifar-100-python", "fine_labels", "meta"),
+    ]:
         made[name] = tmp_path / name
         made[name].mkdir()
         (made[name] / meta).write_bytes(pickled({"label_names": ["airplane"]}, request.param))
-        for file in [each for part in PARTS.values() for each in part[number]]:
+        for file in [each for part in FILES[meta].values() for each in part]:
             pixels, classes = content(file)
             other = {"coarse_labels": [0, 0, 0, 0], "filenames": ["a.png"] * 4}
             (made[name] / file).write_bytes(pickled({"data": pixels, labels: classes, **other}, request.param))
@@ -65,11 +66,11 @@ def content(file: str) -> tuple[np.ndarray, list[int]]:
 
 
 def test_both_sets_are_read_as_numpy_would_read_them(folders):
-    for number, folder in enumerate(folders.values()):
+    for folder, parts in zip(folders.values(), FILES.values(), strict=True):
         assert is_cifar(folder)
-        for part, files in PARTS.items():
+        for part, files in parts.items():
             images, labels = read_cifar(folder, part)
-            expected = [content(file) for file in files[number]]
+            expected = [content(file) for file in files]
             assert images.shape == (4 * len(expected), 3, 32, 32)
             assert (images.reshape(-1, 3072) == np.concatenate([pixels for pixels, _ in expected])).all()
             assert labels.tolist() == [label for _, classes in expected for label in classes]
@@ -82,6 +83,12 @@ def test_they_are_images_as_all_others_are(folders):
     assert (images.flatten(1).numpy() == content("test_batch")[0].astype(np.float32) / 255).all()
     assert len(open_images(folder, CARD, part="train")) == 20
     assert open_images(folder, CARD, labelled=False).labels.tolist() == [-1] * 4
+
+
+def test_a_folder_of_classes_beside_a_file_called_meta_is_no_cifar(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "meta").write_text("about these pictures")
+    assert not is_cifar(tmp_path)
 
 
 def test_nothing_in_a_file_is_called(folders, tmp_path):
@@ -112,6 +119,6 @@ def test_files_that_are_something_else_are_named(folders, file):
     (folder / "test").write_bytes(file)
     with pytest.raises(BadInput, match=r"cifar-100-python/test is no batch of CIFAR \(.+\)\. Download it again"):
         open_images(folder, CARD)
-    (folder / "test").unlink()
+    (folder / "test").unlink()  # The training images are still there.
     with pytest.raises(BadInput, match="cifar-100-python/test is no batch of CIFAR"):
         open_images(folder, CARD)

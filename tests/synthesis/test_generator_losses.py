@@ -209,7 +209,8 @@ class Partly(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.auxiliary = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.auxiliary = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5))
 
     def forward(self, images):
         features = self.norm(self.conv(self.norm(images)))
