@@ -170,6 +170,7 @@ def _walk(name: str, folder: Path, found: dict[str, Any]) -> None:
         raise ValueError(f"not tried, {found['parameters'] / 1e6:.0f} million parameters")
     found["side"] = _smallest(name, network)
     torch.save(network.state_dict(), folder / "net.pth")
+    del network  # Of the memory that is counted the user's process would have nothing for it.
     size = (3, found["side"], found["side"])
 
     found["stage"] = "inspect"

@@ -158,8 +158,8 @@ class WeightGrid:
 
     def nearest(self, multiples: Tensor) -> Tensor:
         """The integers q of these multiples of the scale, rounded and clipped: int8 of a symmetric grid, else uint8."""
-        q = multiples.round() + per_channel(self.zero_point, multiples)
-        return q.clamp(*self.integers()).to(torch.int8 if self.symmetric else torch.uint8)
+        q = multiples.round().add_(per_channel(self.zero_point, multiples))
+        return q.clamp_(*self.integers()).to(torch.int8 if self.symmetric else torch.uint8)
 
     def weight(self, integers: Tensor) -> Tensor:
         """The values of the integers q."""

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dfcompress.errors import BadInput
+from dfcompress.machine.memory import count_bytes
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import InputGrid, freeze, quantize_layers, quantized_layers
+from dfcompress.models.fake_quantizers import InputGrid, WeightGrid, freeze, quantize_layers, quantized_layers
 from dfcompress.models.packing import pack_network, unpack_network
 from dfcompress.quantization import observers
 from dfcompress.quantization.bits import layers_of
@@ -284,6 +285,17 @@ def test_weights_of_least_error_have_less_than_those_of_the_whole_range(bits):
         assert (best <= errors() + 1e-7).all()
     fit_weights(classifier, rule="minmax")
     assert torch.equal(errors(), whole)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_shares_of_a_large_layer_are_found_in_little_memory_and_are_those_of_all_rows(monkeypatch, symmetric):
+    weight = torch.randn(64, 2 * mse.VALUES // 64, generator=torch.Generator().manual_seed(0))
+    kind = WeightGrid.covering(weight.amin(1), weight.amax(1), bits=4, symmetric=symmetric)
+    taken = count_bytes(lambda: mse.weight_shares(weight, kind))
+    assert taken < 5 * weight.element_size() * mse.VALUES
+    shares = mse.weight_shares(weight, kind)
+    monkeypatch.setattr(mse, "VALUES", weight.numel())
+    assert torch.equal(shares, mse.weight_shares(weight, kind))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
