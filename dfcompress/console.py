@@ -84,6 +84,11 @@ def shown(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def amount(count: int, one: str, several: str = "") -> str:
+    """A count and its noun: `1 batch`, `2,048 batches`; the plural is `one` and an s where no other is given."""
+    return f"{count:,} {one if count == 1 else several or f'{one}s'}"
+
+
 def result_json(values: Mapping[str, Any]) -> None:
     """The whole result as one JSON object on stdout."""
     result(json.dumps(values, indent=2))

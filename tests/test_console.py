@@ -78,3 +78,8 @@ def test_a_full_disk_behind_stdout_is_said(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Full())
     with pytest.raises(DfcompressError, match="stdout cannot be written: No space left"):
         console.result("one line")
+
+
+def test_an_amount_has_the_noun_in_the_right_number():
+    assert [console.amount(count, "step") for count in (0, 1, 2048)] == ["0 steps", "1 step", "2,048 steps"]
+    assert [console.amount(count, "batch", "batches") for count in (1, 2)] == ["1 batch", "2 batches"]

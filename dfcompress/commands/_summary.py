@@ -53,7 +53,7 @@ def plan(planned: Plan[Any], *, as_json: bool) -> None:
 def _bits(bits: Mapping[str, Mapping[str, int | None]], options: Mapping[str, Any]) -> None:
     """How many layers get which bits, where grids stand, and the runtime of an ONNX file."""
     of_layers = Counter(f"{each['weights'] or 'auto'}w{each['activations']}a" for each in bits.values())
-    told = ", ".join(f"{count} layers {name}" for name, count in of_layers.items())
+    told = ", ".join(f"{console.amount(count, 'layer')} {name}" for name, count in of_layers.items())
     runtime = f", exported for {options['export']}" if options["export"] else ""
     console.result(f"bits: {told}; grids on {options['placement']}, fine-tuning {options['finetune']}{runtime}")
 
@@ -63,9 +63,11 @@ def _synthesis(estimate: SynthesisEstimate) -> None:
     settings = " ".join(f"{name}={value}" for name, value in recipe.settings.items())
     console.result(f"recipe {recipe.name}, preset {recipe.preset}: {settings}")
     chunks = f", {how.chunk} images of a batch at once" if how.chunk else ""
-    console.result(f"{estimate.images} images in {estimate.batches} batches of {estimate.steps} steps{chunks}")
+    batches = console.amount(estimate.batches, "batch", "batches")
+    steps = console.amount(estimate.steps, "step")
+    console.result(f"{console.amount(estimate.images, 'image')} in {batches} of {steps}{chunks}")
     compiled = "compiled" if how.compile else "eager"
-    console.result(f"on {how.device} in {how.precision}, {compiled}, {how.threads} threads")
+    console.result(f"on {how.device} in {how.precision}, {compiled}, {console.amount(how.threads, 'thread')}")
     console.result(f"about {estimate.seconds:.0f} s of synthesis and {estimate.memory_bytes / 2**30:.1f} GiB of memory")
 
 

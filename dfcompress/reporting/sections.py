@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dfcompress.console import amount
 from dfcompress.data.real import ImageSource
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.reporting.figures import loss_figure
@@ -253,8 +254,8 @@ def _done(run: ReportedRun) -> Iterator[Block]:
     seed = f", seed {record.options['seed']}" if "seed" in record.options else ""
     facts = [f"{_short(run)[0].upper()}{_short(run)[1:]}{seed}"]
     sets = Counter(
-        f"{made['images']:,} images by {made['recipe']['name']} ({made['recipe']['preset']}) in {made['batches']:,} "
-        f"{'batch' if made['batches'] == 1 else 'batches'} of {made['steps']:,} steps"
+        f"{amount(made['images'], 'image')} by {made['recipe']['name']} ({made['recipe']['preset']}) in "
+        f"{amount(made['batches'], 'batch', 'batches')} of {amount(made['steps'], 'step')}"
         for made in (record.plan or {}).get("synthesis", ())
     )
     facts += [f"{count} times {made}" if count > 1 else made for made, count in sets.items()]

@@ -109,11 +109,13 @@ def _predict(
     labels, by_student, largest = [], [], []
     by_teachers: list[list[Tensor]] = [[] for _ in teachers]
     with exact_fp32():
-        fit, *fits = map(images_a_pass, (student, *teachers))
+        student_fit, *teacher_fits = map(images_a_pass, (student, *teachers))
         for images, truth in source.batches(256):
             labels.append(truth if number is None else outputs[number][truth])
-            by_student.append(_best(_logits(student, images, fit)))
-            teacher_logits = [_logits(teacher, images, fit) for teacher, fit in zip(teachers, fits, strict=True)]
+            by_student.append(_best(_logits(student, images, student_fit)))
+            teacher_logits = [
+                _logits(teacher, images, fit) for teacher, fit in zip(teachers, teacher_fits, strict=True)
+            ]
             largest.append(every[_best(torch.cat(teacher_logits, 1))])
             for by_teacher, classes, logits in zip(by_teachers, outputs, teacher_logits, strict=True):
                 by_teacher.append(classes[_best(logits)])
