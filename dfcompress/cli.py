@@ -16,9 +16,10 @@ import click
 
 from dfcompress import commands, console
 from dfcompress.commands import _config
-from dfcompress.errors import DfcompressError
+from dfcompress.errors import DfcompressError, first_line
 
 INTERRUPTED = 130
+SMALLER = "Free memory, or use a smaller --batch-size or fewer images."
 # How `dfcompress --help` orders the commands; a command that is not here is under the last heading.
 ORDER = {
     "See and measure": ["inspect", "evaluate", "compare", "report"],
@@ -106,4 +107,12 @@ def run(args: list[str] | None = None) -> int:
                 "dfcompress: interrupted; add --resume to the same line to go on, where the command has it.", err=True
             )
         return INTERRUPTED
+    except (RuntimeError, MemoryError) as error:
+        from dfcompress.machine.memory import is_out_of_memory  # Imports torch, which this error shows is there.
+
+        if not is_out_of_memory(error):
+            raise
+        if console.speaks():
+            click.echo(f"dfcompress: memory did not suffice: {first_line(error)}. {SMALLER}", err=True)
+        return DfcompressError.exit_code
     return 0

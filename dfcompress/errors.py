@@ -6,7 +6,7 @@ DfcompressError      the work failed                                     exit 1
 
 Every message is one sentence of what is wrong, with the value found and where,
 and one sentence of what to do about it.
-Any other exception is a bug and keeps its traceback.
+Memory that does not suffice ends with exit 1, too. Any other exception is a bug and keeps its traceback.
 """
 
 import re

@@ -222,6 +222,17 @@ def untrained(tmp_path, batchnorm):
     return tmp_path / "net.pt"
 
 
+@pytest.mark.parametrize(
+    ("allocate", "says"),
+    [(lambda: torch.empty(2**50), "can't allocate memory"), (lambda: bytearray(2**50), "MemoryError")],
+)
+def test_memory_that_does_not_suffice_is_one_sentence_and_exit_1(allocate, says, resnet20_file, capsys, monkeypatch):
+    monkeypatch.setattr("dfcompress.verbs.bench_step.bench_step", lambda *args, **options: allocate())
+    code, _, err = answer(capsys, "bench", "step", resnet20_file)
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith("dfcompress: memory did not suffice: ") and says in err and "smaller --batch-size" in err
+
+
 @pytest.mark.parametrize(("batchnorm", "why"), [(True, "never trained"), (False, "no BatchNorm")])
 def test_a_model_that_cannot_be_inverted_is_inspected_all_the_same(batchnorm, why, capsys, tmp_path):
     arch = ["--arch", "lenet5_bn" if batchnorm else "lenet5"]

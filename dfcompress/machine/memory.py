@@ -196,9 +196,9 @@ def _field(path: Path, name: str) -> int | None:
 OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC\w*_FAILED")
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device's memory did not suffice."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether the memory of a device or of the machine did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 @contextmanager
