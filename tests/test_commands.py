@@ -230,7 +230,9 @@ def test_memory_that_does_not_suffice_is_one_sentence_and_exit_1(allocate, says,
     monkeypatch.setattr("dfcompress.verbs.bench_step.bench_step", lambda *args, **options: allocate())
     code, _, err = answer(capsys, "bench", "step", resnet20_file)
     assert (code, err.count("\n")) == (1, 1)
-    assert err.startswith("dfcompress: memory did not suffice: ") and says in err and "smaller --batch-size" in err
+    assert err.startswith("dfcompress: memory did not suffice: ")
+    assert says in err
+    assert "smaller --batch-size" in err
 
 
 @pytest.mark.parametrize(("batchnorm", "why"), [(True, "never trained"), (False, "no BatchNorm")])
