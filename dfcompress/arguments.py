@@ -26,9 +26,8 @@ SHOWN = 60  # Characters of a value in a message: a network's `repr` has hundred
 
 
 def require_types(given: Mapping[str, Any], hints: Mapping[str, Any], owner: str) -> None:
-    """Raise `BadInput` for the first of the values, by name, whose type is not the annotated one.
-
-    A `Literal` stands for any string: the code that knows the words refuses others with the list of them.
+    """Raise `BadInput` for the first value, by name, that is not of the annotated type; a `Literal` stands for its
+    words.
     """
     for name, value in given.items():
         if name in hints and not _fits(value, hints[name]):
@@ -60,7 +59,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is Any:
         return True
     if kind is Literal:
-        return isinstance(value, str)
+        return value in inner
     if isinstance(value, bool) or not isinstance(value, TAKEN.get(kind, kind)):
         return isinstance(value, bool) and kind is bool
     if issubclass(kind, Mapping):

@@ -9,7 +9,9 @@ and one sentence of what to do about it.
 Memory that does not suffice ends with exit 1, too. Any other exception is a bug and keeps its traceback.
 """
 
+import difflib
 import re
+from collections.abc import Iterable, Sequence
 
 IN_PLACE = re.compile(r"in-?place")
 NOT_IN_PLACE = "Give layers that work in place inplace=False in the factory that --arch or --student names."
@@ -39,6 +41,20 @@ class GateNotMet(DfcompressError):
     """The work is done, but a threshold the user set was not reached."""
 
     exit_code = 3
+
+
+def unknown(what: str, name: str, known: Sequence[str]) -> BadInput:
+    """The error for a name that is not one of the known names; it suggests the nearest one."""
+    close = difflib.get_close_matches(name, known, 1)
+    remedy = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+    return BadInput(f"There is no {what} {name!r}.", remedy)
+
+
+def listed(names: Iterable[str], shown: int, separator: str = ", ") -> str:
+    """The first `shown` names, and the number of the others: `a, b and 3 more`."""
+    every = list(names)
+    more = f" and {len(every) - shown} more" if len(every) > shown else ""
+    return separator.join(every[:shown]) + more
 
 
 def first_line(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import math
@@ -12,17 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from dfcompress.errors import BadInput
+from dfcompress.errors import BadInput, unknown
 
 Settings = TypeVar("Settings")
 AUTO = "auto"
-
-
-def unknown(what: str, name: str, known: Sequence[str]) -> BadInput:
-    """The error for a name that is none of the known ones, with the nearest."""
-    close = difflib.get_close_matches(name, known, 1)
-    remedy = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
-    return BadInput(f"There is no {what} {name!r}.", remedy)
 
 
 def parse(name: str, value: Any, default: Any) -> Any:

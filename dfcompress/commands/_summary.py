@@ -112,12 +112,6 @@ def classes(counts: Sequence[int]) -> None:
     console.result(f"images of each class: {min(counts)} to {max(counts)}; {empty} of {len(counts)} classes have none")
 
 
-def class_names(names: Sequence[str]) -> str:
-    """The names, or the first of many and how many more there are."""
-    more = f", and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
-    return ", ".join(names[:CLASSES_SHOWN]) + more
-
-
 def exported(result: Exported, *, fp32: float | None = None, slow: str = SLOW_INT8) -> None:
     """What was written, and how it compares with the model; its size with `fp32` bytes where these are known, else with
     the checkpoint that was exported. `slow` says why a file may not be faster.

@@ -8,6 +8,7 @@ import click
 
 from dfcompress import console
 from dfcompress.commands import _help, _options, _summary
+from dfcompress.errors import listed
 
 if TYPE_CHECKING:
     from dfcompress.evaluation.normalisation import NormalisationCheck
@@ -37,12 +38,13 @@ def inspect(model: Classifier, write_card: bool, as_json: bool) -> None:
 def _print(found: Inspection) -> None:
     card, origin = found.card, found.card.origin
     widths = ", of other widths" if card.widths else ""
+    names = listed(card.class_names or (), _summary.CLASSES_SHOWN)
     facts = [
         ("checkpoint", found.checkpoint, ""),
         ("architecture", found.architecture + widths, origin.get("architecture", "")),
         ("classes", str(found.classes), origin.get("classes", "")),
         ("answers with", found.answers, ""),
-        ("class names", _summary.class_names(card.class_names or ()) or "none", origin.get("class_names", "")),
+        ("class names", names or "none", origin.get("class_names", "")),
         ("input size", "x".join(map(str, card.input_size)), origin.get("input_size", "")),
         ("mean", ", ".join(f"{value:g}" for value in card.mean), origin.get("mean", "")),
         ("std", ", ".join(f"{value:g}" for value in card.std), origin.get("std", "")),

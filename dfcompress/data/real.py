@@ -32,7 +32,7 @@ from dfcompress import console
 from dfcompress.data.batches import UNLABELLED
 from dfcompress.data.cifar import is_cifar, read_cifar
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet, as_float
-from dfcompress.errors import BadInput
+from dfcompress.errors import BadInput, listed
 from dfcompress.models.card import ModelCard
 
 Size = tuple[int, int, int]
@@ -47,6 +47,7 @@ IDX_IMAGES = re.compile(r"(?P<part>.*)images[-.]idx3-ubyte(\.gz)?")
 IDX_UINT8 = 8
 LARGEST_LABEL = np.iinfo(np.int64).max
 CROPPED_FROM_PIXELS = 128
+SHOWN = 12  # Names of classes in a message.
 CROP_SHARE = 224 / 256  # the ImageNet evaluation of torchvision and timm
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode L
 
@@ -325,17 +326,14 @@ def _sorted_names(folder: Path, folders: list[Path], classes: int) -> tuple[str,
             f"{folder} has {len(names)} class folders, the model has {classes} classes and no names for them.",
             "Give the class names in the model's order with --class-names FILE.",
         )
-    console.notice(
-        f"{folder}: class folders are taken in sorted order: {', '.join(names[:12])}{' ...' * (classes > 12)}"
-    )
+    console.notice(f"{folder}: class folders are taken in sorted order: {listed(names, SHOWN)}")
     return names
 
 
 def _label(class_folder: Path, class_names: tuple[str, ...]) -> int:
     if class_folder.name not in class_names:
-        known = ", ".join(class_names[:12]) + ", ..." * (len(class_names) > 12)
         raise BadInput(
-            f"{class_folder} is none of the model's classes ({known}).",
+            f"{class_folder} is none of the model's classes ({listed(class_names, SHOWN)}).",
             "Leave the folder out, rename it, or give the class names in the model's order with --class-names FILE.",
         )
     return class_names.index(class_folder.name)

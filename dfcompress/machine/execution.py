@@ -14,7 +14,6 @@ from dfcompress.arguments import require_fields
 from dfcompress.errors import NOT_IN_PLACE, BadInput, first_line, is_of_layers_in_place
 from dfcompress.machine.compiling import NEEDED_TO_COMPILE, missing_to_compile
 from dfcompress.machine.device import (
-    PRECISIONS,
     Precision,
     is_cuda,
     precision_name,
@@ -40,9 +39,6 @@ class Compute:
         here.
         """
         require_fields(self)
-        for name, values in (("precision", ("auto", *PRECISIONS)), ("compile", ("auto", "on", "off"))):
-            if getattr(self, name) not in values:
-                raise BadInput(f"There is no --{name} {getattr(self, name)!r}.", f"Known: {', '.join(values)}.")
         if self.seed < 0:
             raise BadInput(f"--seed {self.seed} is negative.", "Use a number from 0 up.")
         device = resolve_device(self.device)

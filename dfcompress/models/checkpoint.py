@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dfcompress import console
-from dfcompress.errors import BadInput
+from dfcompress.errors import BadInput, listed
 from dfcompress.machine.process import usual_torch
 from dfcompress.models import packing
 from dfcompress.models.answers import require_exclusive, take_logits
@@ -48,7 +48,7 @@ from dfcompress.models.fake_quantizers import (
 )
 from dfcompress.models.huggingface import TRANSFORMERS, card_of, is_of_transformers, take_rgb
 from dfcompress.models.plain import make_plain
-from dfcompress.models.recognition import MISSING, Recognised, differences, first, fit_to, recognise, why_in_part
+from dfcompress.models.recognition import MISSING, SHOWN, Recognised, differences, fit_to, recognise, why_in_part
 from dfcompress.models.released import is_released, released
 from dfcompress.models.resizing import REMEDY, resized
 from dfcompress.models.safe_reading import (
@@ -324,7 +324,8 @@ def _fit_of(architecture: Architecture, tensors: Mapping[str, Tensor], path: Pat
             return fit
     found = differences(architecture, tensors, classes)
     name = architecture.name + (" of the widths that its card states" if architecture.widths else "")
-    raise BadInput(f"{path} is not {name}: {first(found)}.", _remedy(architecture, tensors, path, classes, found))
+    remedy = _remedy(architecture, tensors, path, classes, found)
+    raise BadInput(f"{path} is not {name}: {listed(found, SHOWN, '; ')}.", remedy)
 
 
 def _forms(architecture: Architecture) -> list[Architecture]:

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, ClassVar, TypeGuard
 import torch
 from torch import Tensor
 
-from dfcompress.errors import BadInput, first_line, printable
+from dfcompress.errors import BadInput, first_line, listed, printable
 
 NESTED = ("state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights")
 AVERAGED = ("ema", "model_ema", "ema_state_dict", "state_dict_ema")
@@ -485,7 +485,7 @@ def _found(content: Content, path: Path) -> Found:
     if found.strangers:
         raise BadInput(
             f"{path} is a pickled program: its weights belong to classes that are not known "
-            f"({_listed(found.strangers)}). Nothing of it was executed.",
+            f"({_ten(found.strangers)}). Nothing of it was executed.",
             _saved_anew(line),
         )
     return found
@@ -594,7 +594,7 @@ def _program(path: Path, programs: Iterable[str], line: str | None) -> BadInput:
     """Nobody is told to run a file that asks for parts of the standard library that act."""
     acts = any(name.split(".")[0] in sys.stdlib_module_names for name in programs)
     return BadInput(
-        f"{path} is a pickled program: it asks for {_listed(programs)}. Nothing of it was executed.",
+        f"{path} is a pickled program: it asks for {_ten(programs)}. Nothing of it was executed.",
         AUTHOR if acts else _saved_anew(line),
     )
 
@@ -623,7 +623,6 @@ def _attribute(expression: str | None, name: object) -> str | None:
     return f"{expression}.{name}" if expression and safe else None
 
 
-def _listed(names: Iterable[str]) -> str:
-    """Names from a file, without what could steer a terminal; ten at most."""
-    every = sorted(map(printable, names))
-    return ", ".join(every[:10]) + (f" and {len(every) - 10} more" if len(every) > 10 else "")
+def _ten(names: Iterable[str]) -> str:
+    """At most ten names from a file, without characters that could steer a terminal."""
+    return listed(sorted(map(printable, names)), 10)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dfcompress import console
-from dfcompress.errors import BadInput
+from dfcompress.errors import BadInput, listed
 from dfcompress.models.architecture import Architecture, Naming, tensors_of
 from dfcompress.models.architectures import architectures, named
 from dfcompress.models.fingerprints import WRAPPERS, Twins, fitting_names, fitting_order, index, unwrapped
@@ -198,12 +198,6 @@ def why_in_part(
     return _why_in_part(_best(architecture, _File(tensors), classes), where, len(tensors))
 
 
-def first(found: list[str], separator: str = "; ") -> str:
-    """The first of several things, in words."""
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return separator.join(found[:SHOWN]) + more
-
-
 def _listed(file: _File, where: str) -> _Match | None:
     """The match of the architecture that the index has for a file, None where it has none.
 
@@ -316,7 +310,7 @@ def _taken(match: _Match, where: str) -> Recognised:
         moved = ", ".join(f"{theirs} taken for {name}" for name, theirs in match.moved.items())
         console.notice(f"{where}: {moved} of {match.found.architecture.name}.")
     if match.beside:
-        left = first(match.beside, ", ")
+        left = listed(match.beside, SHOWN)
         console.notice(f"{where}: {left} left out, because {match.found.architecture.name} has no such tensors.")
     return match.found
 
@@ -330,7 +324,7 @@ def _refuse_unclear(match: _Match, where: str) -> None:
             "Save the tensors of one alone, without the prefix.",
         )
     raise BadInput(
-        f"{where} holds {name} and layers beside it: {first(match.layers, ', ')}.",
+        f"{where} holds {name} and layers beside it: {listed(match.layers, SHOWN)}.",
         f"Add --arch {name} to use that part alone, or name the whole network with --arch file.py:factory.",
     )
 
@@ -339,13 +333,14 @@ def _why_in_part(match: _Match, where: str, count: int) -> BadInput | None:
     name = match.found.architecture.name
     if match.only_head_missing and not match.surplus:
         return BadInput(
-            f"{where} holds the body of {name} without its last layer, so it is no classifier: {first(match.missing)}.",
+            f"{where} holds the body of {name} without its last layer, so it is no classifier: "
+            f"{listed(match.missing, SHOWN, '; ')}.",
             "Use a file that has the last layer, too.",
         )
     if match.surplus and not match.unequal and (match.only_head_missing or not match.missing):
         return BadInput(
             f"{where} is none of the known architectures; the nearest is {name}, which has "
-            f"{match.shared} of its {count} tensors: {first(match.missing + match.surplus)}.",
+            f"{match.shared} of its {count} tensors: {listed(match.missing + match.surplus, SHOWN, '; ')}.",
             f"{name} has no such layers: name the whole network with --arch file.py:factory, or timm:NAME if it is "
             "another one of timm's.",
         )
@@ -361,14 +356,14 @@ def _unknown(file: _File, where: str) -> BadInput:
     if nearest is None or nearest.shared < NEAR * count:
         return BadInput(
             f"{where} is none of the known architectures, and has too little in common with any: it begins with "
-            f"{first([f'{name} {_shape(tensor.shape)}' for name, tensor in file.tensors.items()], ', ')}.",
+            f"{listed([f'{name} {_shape(tensor.shape)}' for name, tensor in file.tensors.items()], SHOWN)}.",
             remedy,
         )
     if refused := _why_in_part(nearest, where, count):
         return refused
     return BadInput(
         f"{where} is none of the known architectures; the nearest is {nearest.found.architecture.name}, which has "
-        f"{nearest.shared} of its {count} tensors: {first(nearest.differences)}.",
+        f"{nearest.shared} of its {count} tensors: {listed(nearest.differences, SHOWN, '; ')}.",
         remedy,
     )
 

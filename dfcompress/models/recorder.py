@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress import console
-from dfcompress.errors import BadInput
+from dfcompress.errors import BadInput, unknown
 from dfcompress.models.batchnorms import EPS, eps_of
 from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.fake_quantizers import quantized_layers
@@ -38,7 +38,6 @@ from dfcompress.models.patches import PatchBlock
 from dfcompress.models.plain_layers import after_normalising, plain_kind
 from dfcompress.models.statistics import KnownStatistics, named_statistics_layers
 from dfcompress.models.trace import LayerMoments, Recording
-from dfcompress.settings import unknown
 
 LOGITS = "logits"
 

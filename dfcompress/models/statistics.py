@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress import console
-from dfcompress.errors import BadInput
+from dfcompress.errors import BadInput, listed
 from dfcompress.models.batchnorms import EPS, eps_of, normalises_its_input
 from dfcompress.models.classifier import Classifier
 
@@ -91,7 +91,7 @@ def why_no_statistics(network: nn.Module) -> str | None:
     """Why nothing can be made from the statistics a network knows, or None where it can."""
     known = statistics_layers(network)
     if not known and (unused := unused_statistics(network)):
-        return f"the running statistics of {_shown(unused)} are not those of a BatchNorm's input"
+        return f"the running statistics of {listed(unused, SHOWN)} are not those of a BatchNorm's input"
     batchnorms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     if not known and not batchnorms:
         return "it has no BatchNorm layer, so it carries no statistics of its training data"
@@ -100,12 +100,6 @@ def why_no_statistics(network: nn.Module) -> str | None:
     if not any(_was_trained(layer) for layer in known):
         return "its BatchNorm layers were never trained: running means are all 0 and variances all 1"
     return None
-
-
-def _shown(names: list[str]) -> str:
-    """The first names, and how many there are beside them."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _was_trained(layer: nn.Module) -> bool:
@@ -124,4 +118,6 @@ def require_statistics(classifier: Classifier) -> None:
             "Use a trained model with BatchNorm, or one whose owner released a record: --records FILE.",
         )
     if unused := unused_statistics(classifier.network):
-        console.notice(f"The running statistics of {_shown(unused)} are not those of a BatchNorm's input: not used.")
+        console.notice(
+            f"The running statistics of {listed(unused, SHOWN)} are not those of a BatchNorm's input: not used."
+        )

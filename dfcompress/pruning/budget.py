@@ -11,12 +11,13 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from dfcompress.arguments import require_fields
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, multiply_accumulates, pass_once
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
@@ -53,13 +54,11 @@ class Pruning:
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for settings that cannot be."""
+        require_fields(self)
         if not 0 < self.share < 1:
             raise BadInput(f"--{self.resource} {self.share:g} is no share between 0 and 1.", "0.5 keeps half of it.")
         if self.round_to < 1:
             raise BadInput(f"--round-to {self.round_to} is no number of channels.", "Use for instance 8.")
-        if self.importance not in get_args(ImportanceName):
-            known = ", ".join(get_args(ImportanceName))
-            raise BadInput(f"There is no --importance {self.importance!r}.", f"Known: {known}.")
 
 
 @dataclass(frozen=True, kw_only=True)

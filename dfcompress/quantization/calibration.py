@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,8 +62,6 @@ class Calibration:
         """Raise `BadInput` for settings that cannot be."""
         require_fields(self)
         require_rules(self.inputs, self.weights)
-        if self.weight_grid not in get_args(WeightGridKind):
-            raise BadInput(f"There is no --weight-grid {self.weight_grid!r}.", f"Known: {', '.join(ASYMMETRIC)}.")
         if self.steps < 1:
             raise BadInput("Calibration takes at least one batch of images.", "Use 16.")
 

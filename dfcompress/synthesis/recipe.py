@@ -32,11 +32,11 @@ import torch
 
 from dfcompress import console, schedules
 from dfcompress.arguments import require_fields
-from dfcompress.errors import BadInput
+from dfcompress.errors import BadInput, unknown
 from dfcompress.machine.device import forked_randomness
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.settings import parse, unknown
+from dfcompress.settings import parse
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.labels import BALANCED
 from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, Loss, Want

@@ -20,8 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dfcompress.errors import BadInput
-from dfcompress.settings import named_function, unknown
+from dfcompress.errors import BadInput, unknown
+from dfcompress.settings import named_function
 from dfcompress.synthesis import recipes
 from dfcompress.synthesis.recipes import RECIPES, known_recipes, recipe_names
 

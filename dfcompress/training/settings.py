@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -53,6 +53,8 @@ class Training:
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for settings that cannot be."""
+        if self.optimizer in self.REMOVED:
+            raise BadInput(f"The optimizer {self.optimizer!r} was removed.", self.REMOVED[self.optimizer])
         require_fields(self)
         if self.steps < 0 or self.batch_size < 1:
             raise BadInput(
@@ -60,16 +62,6 @@ class Training:
             )
         if not 0 < self.lr < math.inf:
             raise BadInput(f"--train-lr {self.lr} is not a rate.", "Use a number above 0.")
-        choices = (
-            ("optimizer", self.optimizer, get_args(OptimizerName)),
-            ("optimizer-backend", self.backend, get_args(OptimizerBackend)),
-            ("schedule", self.schedule, get_args(schedules.Schedule)),
-        )
-        for what, name, names in choices:
-            if name in self.REMOVED:
-                raise BadInput(f"The {what} {name!r} was removed.", self.REMOVED[name])
-            if name not in names:
-                raise BadInput(f"There is no {what} {name!r}.", f"Known: {', '.join(names)}.")
         for what in ("momentum", "warmup", "dropout"):
             if not 0 <= (share := getattr(self, what)) < 1:
                 raise BadInput(f"{what} {share} is no share below 1.", "Use 0 to leave it out.")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dfcompress.data.real import ImageSource, Part, folder_names, open_images
 from dfcompress.data.synthetic_set import as_stored
-from dfcompress.errors import BadInput
+from dfcompress.errors import BadInput, listed
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import class_names_in
 
@@ -64,7 +64,7 @@ def open_new_images(
     shared = [name for name in names if name in known]
     if shared and not also_old:
         raise BadInput(
-            f"{path}: the model already knows {_listed(shared)}.",
+            f"{path}: the model already knows {listed(map(repr, shared), 3)}.",
             "Give other names with --class-names, or --also-old where the images are more of those classes.",
         )
     class_names = (*known, *(name for name in names if name not in known))
@@ -80,8 +80,3 @@ def _name(label: int, names: tuple[str, ...] | None, path: str | Path) -> str:
     if label >= len(names):
         raise BadInput(f"{path} has the label {label}, and there are {len(names)} names.", "Name every label, from 0.")
     return names[label]
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:3]))
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -98,8 +98,6 @@ def usual_calibration(
     """The settings of calibration, a method's own or with changes; by default fewer batches of images that have more
     than 64 x 64 pixels, and the grids that the target takes. Raises `BadInput` for a method or a setting that is none.
     """
-    if method not in CALIBRATIONS:
-        raise BadInput(f"There is no --method {method!r}.", f"Known: {', '.join(CALIBRATIONS)}.")
     if isinstance(settings, Calibration):
         return settings
     usual = replace(CALIBRATIONS[method], signed=target == "tensorrt")
@@ -118,8 +116,6 @@ def usual_tuning(
     """The settings of fine-tuning, a method's usual ones for images of the model's size, or with changes; raises
     `BadInput` where those given are of another kind.
     """
-    if finetune not in FINETUNING:
-        raise BadInput(f"There is no --finetune {finetune!r}.", f"Known: {', '.join(FINETUNING)}.")
     usual = FINETUNING[finetune]
     if method == "paper" and finetune == "kd":
         usual = PAPER_KD if card.small else PAPER_KD_LARGE

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -69,8 +68,6 @@ def export(
 
 def require_packages(target: Target) -> None:
     """Raise `BadInput` where there is no such target, or a package is missing."""
-    if target not in get_args(Target):
-        raise BadInput(f"There is no target {target!r} of an export.", f"Known: {', '.join(get_args(Target))}.")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise BadInput(f"Export needs {', '.join(missing)}.", "Install them with: pip install 'dfcompress[onnx]'.")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dfcompress import console
-from dfcompress.errors import BadInput
+from dfcompress.errors import BadInput, listed
 from dfcompress.machine.execution import Compute
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import as_classifier
@@ -187,5 +187,5 @@ def _train_expert(expert: Classifier, new: NewImages, labels: Tensor, training: 
 
 def _sentence(old: Classifier, new: NewImages) -> str:
     names = new.class_names[old.card.classes :]
-    shown = ", ".join(names[:12]) + " ..." * (len(names) > 12)
+    shown = listed(names, 12)
     return f"{len(new)} images bring {len(names)} new classes to the {old.card.classes} of {old.name}: {shown}."

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from dfcompress.commands import _summary
 
 
@@ -15,10 +13,3 @@ def test_counts_of_few_classes_are_printed_one_by_one(capsys):
 def test_counts_of_a_thousand_classes_become_least_most_and_how_many_are_empty(capsys):
     _summary.classes([1] * 60 + [4] * 4 + [0] * 936)
     assert capsys.readouterr().out == "images of each class: 0 to 4; 936 of 1000 classes have none\n"
-
-
-@pytest.mark.parametrize(("count", "end"), [(20, "c19"), (1000, "c19, and 980 more")])
-def test_the_first_of_many_class_names_are_shown(count, end):
-    shown = _summary.class_names([f"c{number}" for number in range(count)])
-    assert shown.endswith(end)
-    assert len(shown) < 120

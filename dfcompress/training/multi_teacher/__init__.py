@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Literal, get_args
 
-from dfcompress.settings import unknown
+from dfcompress.errors import unknown
 
 if TYPE_CHECKING:
     from dfcompress.training.multi_teacher.method import MergingMethod
