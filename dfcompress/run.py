@@ -20,7 +20,7 @@ from dfcompress.command_line import command_line
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput, DfcompressError
 
-RECORD, METRICS = "run.json", "metrics.jsonl"
+RUN_FILE, METRICS = "run.json", "metrics.jsonl"
 SCHEMA = 1
 VERBS = ("invert", "distill", "merge", "quantize", "prune", "extend", "demo")  # Those that have a folder.
 STATE = ".partial"  # The suffix of files that unfinished work is resumed from.
@@ -67,7 +67,7 @@ class Run:
         check_output(self.folder, resume=resume, overwrite=overwrite)
         if self.folder.exists() and any(self.folder.iterdir()):
             if resume:
-                before = read_record(self.folder / RECORD)
+                before = read_run_file(self.folder / RUN_FILE)
                 self._check_same_job(before)
                 self.earlier, self.command = before.get("measurements"), before.get("command")
                 return
@@ -88,8 +88,8 @@ class Run:
         """Take the record back where nothing else was written, because the input was refused before any work, and the
         folder with it where this run made it. What an earlier run left stays.
         """
-        if self._begun and [path.name for path in self.folder.iterdir()] == [RECORD]:
-            (self.folder / RECORD).unlink()
+        if self._begun and [path.name for path in self.folder.iterdir()] == [RUN_FILE]:
+            (self.folder / RUN_FILE).unlink()
             if self._made_folder:
                 self.folder.rmdir()
 
@@ -99,11 +99,11 @@ class Run:
         """
         left = list(self.folder.iterdir())
         if left:
-            write_json(self.folder / RECORD, {"verb": self.verb, "options": {}})
+            write_json(self.folder / RUN_FILE, {"verb": self.verb, "options": {}})
         for path in left:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != RECORD:
+            elif path.name != RUN_FILE:
                 path.unlink()
 
     def _refuse_to_delete_inputs(self) -> None:
@@ -160,17 +160,16 @@ class Run:
 
     def amend(self, measurements: Mapping[str, Any]) -> None:
         """Write other measurements into the record of a run that an earlier invocation finished."""
-        path = self.folder / RECORD
-        write_json(path, {**read_record(path), "measurements": dict(measurements)})
+        path = self.folder / RUN_FILE
+        write_json(path, {**read_run_file(path), "measurements": dict(measurements)})
 
     def _write(self, values: Mapping[str, Any]) -> None:
         versions = {name: metadata.version(name) for name in ("dfcompress", "torch")} | {
             "python": platform.python_version()
         }
         planned = {} if self.plan is None else {"plan": self.plan}
-        record = {"schema": SCHEMA, "verb": self.verb, "command": self.command, "options": self.options}
-        record |= {**planned, "versions": versions, **values}
-        write_json(self.folder / RECORD, record)
+        described = {"schema": SCHEMA, "verb": self.verb, "command": self.command, "options": self.options}
+        write_json(self.folder / RUN_FILE, {**described, **planned, "versions": versions, **values})
 
 
 def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -182,7 +181,7 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not (resume or overwrite):
             raise BadInput(f"--output {folder} is not empty.", "Add --resume to go on with it, or --overwrite.")
-        if not (folder / RECORD).exists() or (overwrite and not _is_ours(folder / RECORD)):
+        if not (folder / RUN_FILE).exists() or (overwrite and not _is_ours(folder / RUN_FILE)):
             raise BadInput(f"--output {folder} was not made by dfcompress.", "Name an empty or a new folder.")
 
 
@@ -304,31 +303,31 @@ def _is_ours(path: Path) -> bool:
     alike.
     """
     try:
-        return _parsed_record(path)["verb"] in VERBS
+        return _parsed_run_file(path)["verb"] in VERBS
     except BadInput:
         return False
 
 
-def _parsed_record(path: Path) -> dict[str, Any]:
+def _parsed_run_file(path: Path) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        record["options"].items(), record["verb"].lower()
+        values: dict[str, Any] = json.loads(path.read_text())
+        values["options"].items(), values["verb"].lower()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BadInput(f"{path} is not a record of dfcompress.", "Name another folder.") from None
-    return record
+        raise BadInput(f"{path} is not a run file of dfcompress.", "Name another folder.") from None
+    return values
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_run_file(path: Path) -> dict[str, Any]:
     """The record of an earlier run; raises `BadInput` where it is none, or of a later version's form."""
-    record = _parsed_record(path)
-    if record.get("schema", SCHEMA) != SCHEMA:
-        found = record["schema"]
+    values = _parsed_run_file(path)
+    if values.get("schema", SCHEMA) != SCHEMA:
+        found = values["schema"]
         raise BadInput(f"{path} has schema {found!r}, this version reads {SCHEMA}.", "Use the version that wrote it.")
-    return record
+    return values
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunRecord:
+class RunFile:
     """What `run.json` tells of a run: how its numbers came about.
 
     `options` are what the result depends on; `plan` is what was to be done, None in records of version 0.1; `command`
@@ -349,12 +348,12 @@ class RunRecord:
     processor: str | None = None
 
     @classmethod
-    def read(cls, folder: str | Path) -> RunRecord:
+    def read(cls, folder: str | Path) -> RunFile:
         """The record of the run whose folder this is; raises `BadInput` where there is none."""
-        path = Path(folder) / RECORD
+        path = Path(folder) / RUN_FILE
         if not path.is_file():
-            raise BadInput(f"{folder} holds no {RECORD}.", "Name the folder of a run.")
-        values = {"versions": {}, **read_record(path)}
+            raise BadInput(f"{folder} holds no {RUN_FILE}.", "Name the folder of a run.")
+        values = {"versions": {}, **read_run_file(path)}
         return cls(folder=Path(folder), **{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
 

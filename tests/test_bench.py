@@ -28,7 +28,7 @@ def test_the_rows_are_the_documented_ones_and_positive(resnet20_file):
         "floor-bf16",
         "convolutions-bf16",
         "+frozen",
-        "+records",
+        "+fused",
         "ours",
     ]
     assert all(row["ms"] > 0 and row["images_per_second"] > 0 for row in measured.rows)

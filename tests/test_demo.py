@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dfcompress.cli import run
-from dfcompress.run import RunRecord
+from dfcompress.run import RunFile
 from dfcompress.verbs import demo
 
 
@@ -49,9 +49,9 @@ def test_the_demo_at_a_fifth_of_its_size_ends_in_smaller_models_that_work(tmp_pa
     page = (tmp_path / shown["report"]).read_text()
     assert [name for name in ("accuracy", "layers", "losses") if f'<section id="{name}"' not in page] == []
     folder = tmp_path / shown["output"]
-    trained = [RunRecord.read(folder / part).options["training"] for part in ("student", "quantized")]
+    trained = [RunFile.read(folder / part).options["training"] for part in ("student", "quantized")]
     assert [settings["augmentation"]["flip"] for settings in trained] == [False, False]  # A mirrored digit is none.
-    lines = [RunRecord.read(folder / part).command for part in (".", "images", "student", "quantized")]
+    lines = [RunFile.read(folder / part).command for part in (".", "images", "student", "quantized")]
     assert lines == ["dfcompress demo", None, None, None]
 
 

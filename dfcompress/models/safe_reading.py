@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dfcompress.errors import BadInput, printable
 from dfcompress.models.pickled import AGAIN, read_pickled
-from dfcompress.run import RECORD, RunRecord
+from dfcompress.run import RUN_FILE, RunFile
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 PICKLED_WEIGHTS, INDEX = "pytorch_model.bin", ".index.json"  # Hugging Face's names
@@ -71,7 +71,7 @@ def weights_files(path: Path) -> list[Path]:
         for name in (WEIGHTS, PICKLED_WEIGHTS):
             if (path / f"{name}{INDEX}").is_file():
                 return _shards(path / f"{name}{INDEX}")
-        if (path / RECORD).is_file() and not RunRecord.read(path).finished:
+        if (path / RUN_FILE).is_file() and not RunFile.read(path).finished:
             raise BadInput(f"{path} holds a run that is not finished.", "Repeat its line with --resume first.")
         raise BadInput(f"{path} is a folder without {WEIGHTS}.", "Name a checkpoint file, or a folder that has one.")
     if not path.exists():

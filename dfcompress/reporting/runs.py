@@ -10,7 +10,7 @@ from typing import Any
 
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.models.card import ModelCard
-from dfcompress.run import METRICS, RunRecord
+from dfcompress.run import METRICS, RunFile
 
 # Of a line of metrics.jsonl, what is no loss.
 NO_LOSSES = {"step", "shard", "process", "lr", "images_per_second"}
@@ -42,7 +42,7 @@ class ReportedRun:
     """
 
     name: str
-    record: RunRecord
+    file: RunFile
     losses: Sequence[Losses] = ()
     sets: Mapping[str, SyntheticSet] = field(default_factory=dict)
     layers: Mapping[str, Any] | None = None
@@ -53,12 +53,12 @@ class ReportedRun:
     @property
     def measured(self) -> Mapping[str, Any]:
         """The measurements, empty where the run is not finished."""
-        return self.record.measurements or {}
+        return self.file.measurements or {}
 
     @property
     def teachers(self) -> list[Mapping[str, Any]]:
         """The identity of each teacher: its weights' sha256 and its card."""
-        options = self.record.options
+        options = self.file.options
         return [*options.get("teachers", ()), *([options["teacher"]] if "teacher" in options else ())]
 
     @property
@@ -74,7 +74,7 @@ class ReportedRun:
     @property
     def class_names(self) -> Mapping[int, str]:
         """Names of the result's classes by its outputs, of those that have one: its own, else those of its teachers."""
-        options = self.record.options
+        options = self.file.options
         if options.get("class_names"):
             return dict(enumerate(options["class_names"]))
         cards = [ModelCard.from_json(teacher["card"]) for teacher in self.teachers]
@@ -121,6 +121,6 @@ def repeated(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
     """The runs in groups that differ in their seeds alone, in the order of their first."""
     groups: dict[str, list[ReportedRun]] = {}
     for run in runs:
-        options = {name: value for name, value in run.record.options.items() if name != "seed"}
-        groups.setdefault(json.dumps([run.record.verb, options], sort_keys=True), []).append(run)
+        options = {name: value for name, value in run.file.options.items() if name != "seed"}
+        groups.setdefault(json.dumps([run.file.verb, options], sort_keys=True), []).append(run)
     return list(groups.values())

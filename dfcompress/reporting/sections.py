@@ -94,10 +94,10 @@ def _summary(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> Iterato
     """What became of each model in a sentence, one table of the models and one of the sets of images, with mean and
     spread over seeds.
     """
-    sets = [run for run in runs if run.record.verb == "invert"]
-    models = [run for run in runs if run.record.verb not in ("invert", "demo")]
+    sets = [run for run in runs if run.file.verb == "invert"]
+    models = [run for run in runs if run.file.verb not in ("invert", "demo")]
     if models:
-        verdicts = {run.name: _verdict(run) for run in models if run.record.finished}
+        verdicts = {run.name: _verdict(run) for run in models if run.file.finished}
         if told := [f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict]:
             yield Facts(told)
         yield _numbers(
@@ -185,11 +185,11 @@ def _numbers(
     sums: list[int] = []
     for group in groups:
         for run in group:
-            seed = [Cell(str(run.record.options.get("seed", "")))] if seeds else []
+            seed = [Cell(str(run.file.options.get("seed", "")))] if seeds else []
             cells = [_cell(name, [found[run.name][name]]) for name in columns]
-            what = _short(run) if run.record.finished else f"{_short(run)} (not finished)"
+            what = _short(run) if run.file.finished else f"{_short(run)} (not finished)"
             rows.append([Cell(run.name, colour=colours.get(run.name)), Cell(what), *seed, *cells])
-        finished = [run for run in group if run.record.finished]
+        finished = [run for run in group if run.file.finished]
         if len(finished) > 1:
             sums.append(len(rows))
             cells = [_cell(name, [found[run.name][name] for run in finished]) for name in columns]
@@ -219,7 +219,7 @@ def _cell(name: str, values: Sequence[float | None]) -> Cell:
 
 def _short(run: ReportedRun) -> str:
     """What a run did, in a few words."""
-    options, verb = run.record.options, run.record.verb
+    options, verb = run.file.options, run.file.verb
     architecture = run.card.architecture if run.card else ""
     match verb:
         case "quantize":
@@ -248,29 +248,29 @@ def _bits(options: Mapping[str, Any]) -> str:
 
 
 def _done(run: ReportedRun) -> Iterator[Block]:
-    record = run.record
-    if not record.finished:
+    file = run.file
+    if not file.finished:
         yield Text("This run is not finished: it was interrupted, or is still going on.", warning=True)
-    seed = f", seed {record.options['seed']}" if "seed" in record.options else ""
+    seed = f", seed {file.options['seed']}" if "seed" in file.options else ""
     facts = [f"{_short(run)[0].upper()}{_short(run)[1:]}{seed}"]
     sets = Counter(
         f"{amount(made['images'], 'image')} by {made['recipe']['name']} ({made['recipe']['preset']}) in "
         f"{amount(made['batches'], 'batch', 'batches')} of {amount(made['steps'], 'step')}"
-        for made in (record.plan or {}).get("synthesis", ())
+        for made in (file.plan or {}).get("synthesis", ())
     )
     facts += [f"{count} times {made}" if count > 1 else made for made, count in sets.items()]
-    if data := record.options.get("data"):
+    if data := file.options.get("data"):
         facts.append(f"given images: {data if isinstance(data, str) else ', '.join(data)}")
-    for part, settings in (record.plan or {}).items():
+    for part, settings in (file.plan or {}).items():
         if isinstance(settings, dict) and "lr" in settings:
             rate, batch = settings["lr"], settings["batch_size"]
             facts.append(f"{part}: {settings['steps']:,} steps of {batch:,} images, learning rate {rate:g}")
     yield Facts(facts)
-    if record.command and not run.inside:
-        yield Line(record.command if record.finished else f"{record.command} --resume")
+    if file.command and not run.inside:
+        yield Line(file.command if file.finished else f"{file.command} --resume")
     elif not run.inside:
-        yield Text("The record has no line: Python, a demo or an earlier version started the run.")
-    kept = {name: value for name, value in record.options.items() if name not in ("teacher", "teachers", "bits")}
+        yield Text("The run file has no line: Python, a demo or an earlier version started the run.")
+    kept = {name: value for name, value in file.options.items() if name not in ("teacher", "teachers", "bits")}
     teachers = [{"sha256": each["sha256"], **each["card"]} for each in run.teachers]
     yield Details(
         "Teacher and all recorded options", json.dumps({"teachers": teachers, **kept}, indent=2, ensure_ascii=False)
@@ -540,30 +540,30 @@ def _machine(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> Iterato
     columns = ["run", "processor", "device", "precision", "compiled", "threads", "peak memory", *_libraries(runs)]
     rows = []
     for run in runs:
-        how, memory = _execution(run), run.record.peak_memory_bytes
+        how, memory = _execution(run), run.file.peak_memory_bytes
         rows.append(
             [
                 Cell(run.name, colour=colours.get(run.name)),
-                Cell(run.record.processor or how.get("processor") or ""),
+                Cell(run.file.processor or how.get("processor") or ""),
                 Cell(str(how.get("device", ""))),
                 Cell(str(how.get("precision", ""))),
                 Cell({True: "yes", False: "no", None: ""}[how.get("compile")]),
                 Cell(str(how.get("threads", ""))),
                 Cell(f"{memory / 2**30:.2f} GiB" if memory else ""),
-                *(Cell(run.record.versions.get(name, "")) for name in _libraries(runs)),
+                *(Cell(run.file.versions.get(name, "")) for name in _libraries(runs)),
             ]
         )
     yield Table(columns=columns, rows=rows, texts=5)
 
 
 def _libraries(runs: Sequence[ReportedRun]) -> list[str]:
-    return list({name: None for run in runs for name in run.record.versions})
+    return list({name: None for run in runs for name in run.file.versions})
 
 
 def _parts(run: ReportedRun) -> Mapping[str, float]:
     """Seconds by part, those of the result; of other runs, those of the record."""
     seconds = run.measured.get("seconds")
-    return seconds if isinstance(seconds, Mapping) else run.record.seconds
+    return seconds if isinstance(seconds, Mapping) else run.file.seconds
 
 
 def _execution(run: ReportedRun) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from dfcompress import console
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
-from dfcompress.run import RECORD, RunRecord
+from dfcompress.run import RUN_FILE, RunFile
 from dfcompress.verbs._plan import Plan
 
 # Of the time, for synthesis where images are kept; the rest is training. Not measured.
@@ -43,8 +43,8 @@ def fit_budget(seconds: float, usual: Plan[Any], *, resume: bool) -> Budget:
     """
     if not 0 < seconds < math.inf:
         raise BadInput(f"A budget of {seconds:g} s is none.", "Give for instance 30m.")
-    if resume and (usual.folder / RECORD).is_file():
-        return _stored(RunRecord.read(usual.folder).options, seconds, usual.folder)
+    if resume and (usual.folder / RUN_FILE).is_file():
+        return _stored(RunFile.read(usual.folder).options, seconds, usual.folder)
     if world().world_size > 1:
         raise BadInput(
             f"--budget times steps of one process, and there are {world().world_size}.",

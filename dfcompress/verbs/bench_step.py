@@ -42,9 +42,9 @@ def bench_step(
     `floor`: forward and gradient to the input of the plain teacher, eager, no statistics, no optimiser.
     Both again under bf16. `convolutions-bf16`: both passes of every convolution and linear layer, each on its own, and
     nothing between them: the limit that the processor sets. Then what makes the Synthesizer fast, one after the other:
-    `+frozen` (published, for the images alone, nothing read back), `+records` (statistics with an analytic backward,
+    `+frozen` (published, for the images alone, nothing read back), `+fused` (statistics with an analytic backward,
     eager), `+compiled`, and `ours`, as `invert` runs it, in the precision asked for. On a CPU all rows profit from
-    freed memory being kept; on CUDA the rows without `+records` convolve fp32 as PyTorch does by default, in TF32, the
+    freed memory being kept; on CUDA the rows without `+fused` convolve fp32 as PyTorch does by default, in TF32, the
     others in fp32.
     """
     teacher = as_classifier(checkpoint)
@@ -62,7 +62,7 @@ def bench_step(
         "floor-bf16": _floor(teacher, batch_size, target, bf16),
         "convolutions-bf16": _convolutions(teacher, batch_size, target, bf16),
         "+frozen": _published(teacher, batch_size, target, fp32, frozen=True),
-        "+records": _ours(teacher, batch_size, eager),
+        "+fused": _ours(teacher, batch_size, eager),
     }
     if compiled and precision != "fp32":
         steps["+compiled"] = _ours(teacher, batch_size, fast)

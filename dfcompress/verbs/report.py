@@ -24,7 +24,7 @@ from dfcompress.quantization.layer_report import REPORT as LAYERS
 from dfcompress.reporting.page import Section, render
 from dfcompress.reporting.runs import Losses, ReportedRun, read_losses
 from dfcompress.reporting.sections import RealImages, sections_of
-from dfcompress.run import RECORD, RunRecord, check_output_file, write_atomically
+from dfcompress.run import RUN_FILE, RunFile, check_output_file, write_atomically
 from dfcompress.settings import one_or_more
 from dfcompress.synthesis.set_builder import warnings_of
 from dfcompress.verbs._prune_step import REPORT as WIDTHS
@@ -119,26 +119,26 @@ def _all(folders: Sequence[str | Path]) -> list[ReportedRun]:
     found: dict[Path, ReportedRun] = {}
     for folder in folders:
         for run in _read(Path(folder)):
-            found.setdefault(run.record.folder.resolve(), run)
+            found.setdefault(run.file.folder.resolve(), run)
     return list(found.values())
 
 
 def _read(folder: Path, *, inside: bool = False) -> Iterator[ReportedRun]:
     """The run whose folder this is, and those that a demo made inside of it."""
-    record = RunRecord.read(folder)
-    if not record.options:
+    file = RunFile.read(folder)
+    if not file.options:
         raise BadInput(f"{folder} was being overwritten and holds no run.", "Make the run again, or leave it out.")
-    inner = sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
+    inner = sorted(path.parent for path in folder.glob(f"*/{RUN_FILE}"))
     sets = {} if inner else dict(_sets(folder))
     try:
-        warnings = list((record.measurements or {}).get("warnings", ()))
+        warnings = list((file.measurements or {}).get("warnings", ()))
         for synthetic in sets.values():
             # The record has those of a finished run, each behind the name of its teacher.
             warnings += [each for each in warnings_of(synthetic) if not any(known.endswith(each) for known in warnings)]
         yield ReportedRun(
             name=str(folder),
-            record=record,
-            losses=list(_losses(folder, record.verb, sets)),
+            file=file,
+            losses=list(_losses(folder, file.verb, sets)),
             sets=sets,
             layers=_json(folder / LAYERS),
             widths=_json(folder / WIDTHS),
@@ -184,7 +184,7 @@ def _sections(runs: Sequence[ReportedRun], real: RealImages) -> list[Section]:
         return sections_of(runs, real)
     except MALFORMED as error:
         if len(runs) == 1:
-            raise _unreadable(runs[0].record.folder, error) from None
+            raise _unreadable(runs[0].file.folder, error) from None
         for run in runs:
             _sections([run], real)
         raise

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dfcompress.reporting.runs import Curve, Losses, ReportedRun, read_losses, repeated
-from dfcompress.run import RunRecord
+from dfcompress.run import RunFile
 
 
 def test_losses_of_an_interrupted_set_are_read_up_to_the_half_written_line(tmp_path):
@@ -33,8 +33,8 @@ def test_a_merged_model_has_the_names_of_all_teachers_where_its_outputs_are():
     ]
 
     def names(**options):
-        record = RunRecord(folder=Path(), verb="merge", options=options, versions={})
-        return ReportedRun(name="merged", record=record).class_names
+        file = RunFile(folder=Path(), verb="merge", options=options, versions={})
+        return ReportedRun(name="merged", file=file).class_names
 
     assert names(teachers=teachers, outputs=[[0, 1], [1, 2], [3, 4]]) == {0: "zero", 1: "one", 2: "two"}
     assert names(teacher=teachers[1]) == {0: "one", 1: "two"}
@@ -43,7 +43,7 @@ def test_a_merged_model_has_the_names_of_all_teachers_where_its_outputs_are():
 
 def test_runs_repeat_where_their_options_differ_in_the_seed_alone():
     def made(name, verb="quantize", **options):
-        return ReportedRun(name=name, record=RunRecord(folder=Path(), verb=verb, options=options, versions={}))
+        return ReportedRun(name=name, file=RunFile(folder=Path(), verb=verb, options=options, versions={}))
 
     runs = [made("a", seed=0, bits=4), made("b", seed=0, bits=8), made("c", seed=1, bits=4)]
     runs.append(made("d", "prune", seed=0, bits=4))

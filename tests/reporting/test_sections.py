@@ -12,7 +12,7 @@ from dfcompress.reporting import pictures
 from dfcompress.reporting.page import Pictures
 from dfcompress.reporting.runs import ReportedRun
 from dfcompress.reporting.sections import sections_of
-from dfcompress.run import RunRecord
+from dfcompress.run import RunFile
 
 CARD = {"architecture": "a", "classes": 3, "input_size": [1, 4, 4], "mean": [0.5], "std": [0.5]}
 
@@ -31,8 +31,8 @@ def test_images_of_each_set_have_the_names_of_its_own_teacher(tmp_path, monkeypa
     shown = []
     monkeypatch.setattr(pictures, "_tiles", lambda images: shown.append((255 * images[:, 0, 0, 0]).round().tolist()))
     options = {"teachers": [{"card": {**CARD, "class_names": names["teacher-1"]}, "sha256": "a"}] * 2}
-    record = RunRecord(folder=Path(), verb="merge", options=options, versions={})
-    sections = sections_of([ReportedRun(name="merged", record=record, sets=sets)], lambda synthetic: None)
+    file = RunFile(folder=Path(), verb="merge", options=options, versions={})
+    sections = sections_of([ReportedRun(name="merged", file=file, sets=sets)], lambda synthetic: None)
     (part,) = next(section for section in sections if section.name == "images").parts
     captions = [[each.name for each in block.classes] for block in part.blocks if isinstance(block, Pictures)]
     assert captions == [["zero", "two"], ["a", "c"]]
@@ -44,10 +44,10 @@ def test_shares_that_nothing_was_held_out_for_are_left_out(tmp_path):
     other = {**teacher, "checkpoint": "b", "held_out": 1.0, "blocks": [0.25, None]}
     options = {"teachers": [{"sha256": "0", "card": CARD}] * 2, "outputs": [[0, 1, 2]] * 2}
     measured = {"teachers": [teacher, other], "seconds": {"total": 1.0}}
-    record = RunRecord(
+    file = RunFile(
         folder=tmp_path, verb="merge", options=options, versions={}, finished=True, measurements=measured
     )
-    sections = sections_of([ReportedRun(name="m", record=record)], lambda synthetic: None)
+    sections = sections_of([ReportedRun(name="m", file=file)], lambda synthetic: None)
     (section,) = (each for each in sections if each.name == "agreement")
     assert "25.00 %" in repr(section)
 
@@ -62,9 +62,9 @@ def test_a_loss_that_mcnemars_test_may_call_noise_is_told_as_such(right, noise, 
     ]
     options = {"teacher": {"sha256": "0", "card": CARD}}
     measured = {"evaluation": {"results": scores}, "seconds": {"total": 1.0}}
-    record = RunRecord(
+    file = RunFile(
         folder=tmp_path, verb="distill", options=options, versions={}, finished=True, measurements=measured
     )
-    (summary,) = sections_of([ReportedRun(name="q", record=record)], lambda synthetic: None)[0].parts
+    (summary,) = sections_of([ReportedRun(name="q", file=file)], lambda synthetic: None)[0].parts
     assert f"{92 - right:.2f} points less accurate on 100 real images" in repr(summary)
     assert ("may be noise" in repr(summary)) == noise

@@ -16,7 +16,7 @@ from dfcompress.errors import BadInput
 from dfcompress.machine.execution import Compute
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
-from dfcompress.run import RunRecord
+from dfcompress.run import RunFile
 from dfcompress.synthesis.recipe import StudentUpdates, Synthesis
 from dfcompress.training.student import make_student
 from dfcompress.verbs._budget import Budget, fit_budget
@@ -109,12 +109,12 @@ def test_what_the_plan_leaves_out_is_not_done(tmp_path):
 def test_what_a_run_says_of_itself_is_read_as_objects(tmp_path):
     """For whoever compares runs: the record, and from its measurements the result with its rows."""
     result = VERBS["distill"](tmp_path / "out").execute()
-    kept = RunRecord.read(tmp_path / "out")
+    kept = RunFile.read(tmp_path / "out")
     assert (kept.verb, kept.finished, kept.options["student"]) == ("distill", True, "half:lenet5_bn")
     assert Compressed.from_json(kept.measurements or {}) == result
     assert json.loads(json.dumps(result.to_json())).items() <= (kept.measurements or {}).items()
     with pytest.raises(BadInput, match=r"holds no run\.json"):
-        RunRecord.read(tmp_path)
+        RunFile.read(tmp_path)
 
 
 def test_a_result_loads_the_model_that_was_written(tmp_path):

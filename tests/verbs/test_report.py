@@ -182,7 +182,7 @@ def test_what_is_no_run_is_refused_in_one_line_and_nothing_is_written(runs, tmp_
     assert "holds no run.json" in refused([str(DEMO), *line], capsys)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "run.json").write_text("{}")
-    assert "is not a record of dfcompress" in refused([str(tmp_path / "other"), *line], capsys)
+    assert "is not a run file of dfcompress" in refused([str(tmp_path / "other"), *line], capsys)
     newer = {**stored(runs / "images"), "schema": 2}
     (tmp_path / "other" / "run.json").write_text(json.dumps(newer))
     assert "has schema 2, this version reads 1" in refused([str(tmp_path / "other"), *line], capsys)
