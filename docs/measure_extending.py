@@ -131,7 +131,7 @@ def extended(given: argparse.Namespace, case: str, method: str, seed: int, lines
         images = f" --old-images {made}" if shared else ""
         result = run(f"extend {line}{images} {METHODS[method]} --seed {seed} -o {where} --overwrite")
         seconds += result["seconds"]["total"]
-        results.append({**result["evaluation"], "unseen": result["teachers"][0]["unseen"]})
+        results.append({**result["evaluation"], "probe": result["teachers"][0]["probe"]})
     return {"seconds": seconds, "after": results}
 
 
@@ -156,9 +156,9 @@ def _line(case: str, method: str, made: list[dict]) -> str:
 
     shares = [each["results"][-1]["top1"] for each in last]
     lost = [statistics.mean(old["before"] - old["after"] for old in each["forgetting"]) for each in last]
-    unseen = [each["unseen"] for each in last if each["unseen"] is not None]
+    probe = [each["probe"] for each in last if each["probe"] is not None]
     cells = [case, method, counts("old"), counts("new"), counts("all"), f"{statistics.mean(shares):.2%}"]
-    cells += [f"{100 * statistics.mean(lost):.2f}", f"{statistics.mean(unseen):.1%}" if unseen else ""]
+    cells += [f"{100 * statistics.mean(lost):.2f}", f"{statistics.mean(probe):.1%}" if probe else ""]
     cells += [f"{statistics.mean(row['seconds'] for row in made):.0f}"]
     return "| " + " | ".join(cells) + " |"
 

@@ -190,11 +190,11 @@ def compressed(result: Compressed, *, as_json: bool, slow: str = SLOW_INT8) -> N
         f"{result.checkpoint}: {result.bytes:,} bytes, {result.bytes_ratio:.3f} of the input in fp32; {seconds}"
     )
     several = len(result.teachers) > 1
-    probed = any(teacher.unseen is not None for teacher in result.teachers)
-    columns = ["agrees with", "its images", "held out", *["unseen"] * probed]
-    blocks = [f"taken for {number}" for number, _ in enumerate(result.teachers, 1)] if several else []
+    probed = any(teacher.probe is not None for teacher in result.teachers)
+    columns = ["agreement with", "images trained on", "held out", *["probe images"] * probed]
+    blocks = [f"classes of {number}" for number, _ in enumerate(result.teachers, 1)] if several else []
     rows = [
-        [teacher.checkpoint, _share(teacher.agreement), _share(teacher.held_out), *[_share(teacher.unseen)] * probed]
+        [teacher.checkpoint, _share(teacher.agreement), _share(teacher.held_out), *[_share(teacher.probe)] * probed]
         + [_share(share) for share in teacher.blocks or []]
         for teacher in result.teachers
     ]

@@ -353,7 +353,7 @@ def _agreement(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> Itera
             Cell(teacher["checkpoint"]),
             _share(teacher["agreement"]),
             _share(teacher["held_out"]),
-            _share(teacher["unseen"]),
+            _share(teacher["probe"]),
             *(
                 [Cell(", ".join(_percent(share) for share in teacher["blocks"] or () if share is not None))]
                 if _merged(found)

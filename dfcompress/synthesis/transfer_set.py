@@ -29,7 +29,7 @@ from dfcompress.synthesis.spec import SynthesisSpec, resolve
 HELD_OUT_SHARE = 1 / 16
 SYNTHETIC = "synthetic"
 OF_TEACHER = "teacher-"
-PROBE = "unseen"  # The folder of the probe images, as version 0.1 called them.
+PROBE = "probe"  # The folder of the probe images, which nothing is trained on.
 OTHER_RECIPES = ("bns", "deepinversion", "bns-inception")
 
 
@@ -52,7 +52,7 @@ class TransferSetSource:
     `second_recipe` (as many steps, if some were asked for) in `synthetic-<second_recipe>`. Images of one recipe share
     its artefacts, and a student trained on two follows its teacher further. `auto` takes `bns` where the teacher's
     statistics are known and no classes were asked for; None leaves all to the chosen recipe.
-    So many `probe_images` are synthesized beside them, in `unseen`, by another seed and a third recipe, to compare
+    So many `probe_images` are synthesized beside them, in `probe`, by another seed and a third recipe, to compare
     student and teacher on, and never to train on; none where the statistics are not known.
     Images that compete with a student are made while one learns: the verb's own `student`, if it is given, which takes
     them from `live_source`; else the one that `competitor` gives for their recipe, which is left behind.

@@ -35,7 +35,7 @@ Measure = Callable[[Classifier], Evaluation]
 class TeacherReport:
     """How far the student follows one teacher: shares of images, in [0, 1], on which both give the same class.
 
-    `agreement` is of the images trained on, `held_out` of others of the same set, `unseen` of probe images of another
+    `agreement` is of the images trained on, `held_out` of others of the same set, `probe` of probe images of another
     seed and recipe; None where there are none. `blocks` are the shares of its held-out images that the student takes
     for classes of each teacher; None where there is one teacher. `teacher_answers` and `student_answers` count the
     images trained on that each of them takes for each of the student's classes, `held_out_images` the images held out;
@@ -45,7 +45,7 @@ class TeacherReport:
     checkpoint: str
     agreement: float
     held_out: float | None
-    unseen: float | None
+    probe: float | None
     blocks: list[float | None] | None
     teacher_answers: list[int] | None = None
     student_answers: list[int] | None = None
@@ -190,7 +190,7 @@ def _followed(
         with placed(student, target), placed(each.teacher, target):
             held_out = _compared(student, each, each.images.held_out)
             trained_on = _compared(student, each, each.images.train)
-            unseen = _agreement(_compared(student, each, each.images.probe))
+            probe = _agreement(_compared(student, each, each.images.probe))
         agreement = _agreement(trained_on) or 0.0
         by_student, by_teacher = trained_on or (torch.zeros(0, dtype=torch.long),) * 2
         blocks = [_share_in(held_out, other.outputs) for other in teacher_sets] if len(teacher_sets) > 1 else None
@@ -199,7 +199,7 @@ def _followed(
                 checkpoint=name,
                 agreement=agreement,
                 held_out=_agreement(held_out),
-                unseen=unseen,
+                probe=probe,
                 blocks=blocks,
                 teacher_answers=by_teacher.bincount(minlength=student.card.classes).tolist(),
                 student_answers=by_student.bincount(minlength=student.card.classes).tolist(),
@@ -208,10 +208,10 @@ def _followed(
         )
         if held_out and (warning := _collapse(*held_out)):
             warnings.append(f"{name}: {warning}")
-        if unseen is not None and unseen < agreement / 2:
+        if probe is not None and probe < agreement / 2:
             warnings.append(
-                f"{name}: the student agrees on {agreement:.0%} of the images it learnt from and on {unseen:.0%} of "
-                "others: it needs more, or more varied, images."
+                f"{name}: the student agrees on {agreement:.0%} of the images it learnt from and on {probe:.0%} of "
+                "probe images: it needs more, or more varied, images."
             )
     return teachers, warnings
 

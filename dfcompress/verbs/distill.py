@@ -132,7 +132,7 @@ def distill(
         "objectives": {term.name: term.weight for term in terms},
         "temperature": temperature,
         "data": data,
-        "unseen": probe_images,
+        "probe_images": probe_images,
         "synthesis": source.origin(),
     }
     taught = partial(Distillation, teacher, terms)

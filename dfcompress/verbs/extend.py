@@ -122,7 +122,7 @@ def extend(
         "class_names": list(new.class_names),
         "old_images": old_images and str(old_images),
         "old_data": old_data and str(old_data),
-        "unseen": probe_images,
+        "probe_images": probe_images,
         "synthesis": source.origin(),
     }
     labels = new.labels - old.card.classes

@@ -112,7 +112,7 @@ def merge(
         "method": method_name(method),
         "outputs": [outputs.tolist() for outputs in classes.of],
         "data": list(map(str, data)),
-        "unseen": probe_images,
+        "probe_images": probe_images,
         "synthesis": [source.origin() for source in sources],
     }
     distiller = merging.distiller(teachers, classes)

@@ -181,7 +181,7 @@ def prune(
         "temperature": temperature,
         "export": export,
         "data": data,
-        "unseen": probe_images,
+        "probe_images": probe_images,
         "synthesis": source.origin(),
     }
     return Compression(

@@ -27,13 +27,13 @@ from dfcompress.reporting.sections import RealImages, sections_of
 from dfcompress.run import RUN_FILE, RunFile, check_output_file, write_atomically
 from dfcompress.settings import one_or_more
 from dfcompress.synthesis.set_builder import warnings_of
+from dfcompress.synthesis.transfer_set import PROBE
 from dfcompress.verbs._prune_step import REPORT as WIDTHS
 from dfcompress.verbs._verb import verb
 from dfcompress.verbs.extend import EXPERT
 
 FILE = "report.html"
 PACKAGES = ("jinja2", "matplotlib")
-PROBES = "unseen"  # Folders of images that nothing was trained on.
 # What reading values raises that are not as this version writes them.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -155,7 +155,7 @@ def _sets(folder: Path) -> Iterator[tuple[str, SyntheticSet]]:
     """The sets of images in a run's folder by where they are in it, without probe images."""
     for path in sorted(folder.rglob(MANIFEST)):
         place = path.parent.relative_to(folder)
-        if PROBES not in place.parts:
+        if PROBE not in place.parts:
             yield str(place), SyntheticSet(path.parent)
 
 

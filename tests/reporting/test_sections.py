@@ -40,13 +40,11 @@ def test_images_of_each_set_have_the_names_of_its_own_teacher(tmp_path, monkeypa
 
 
 def test_shares_that_nothing_was_held_out_for_are_left_out(tmp_path):
-    teacher = {"checkpoint": "a", "agreement": 0.5, "held_out": None, "unseen": None, "blocks": [None, None]}
+    teacher = {"checkpoint": "a", "agreement": 0.5, "held_out": None, "probe": None, "blocks": [None, None]}
     other = {**teacher, "checkpoint": "b", "held_out": 1.0, "blocks": [0.25, None]}
     options = {"teachers": [{"sha256": "0", "card": CARD}] * 2, "outputs": [[0, 1, 2]] * 2}
     measured = {"teachers": [teacher, other], "seconds": {"total": 1.0}}
-    file = RunFile(
-        folder=tmp_path, verb="merge", options=options, versions={}, finished=True, measurements=measured
-    )
+    file = RunFile(folder=tmp_path, verb="merge", options=options, versions={}, finished=True, measurements=measured)
     sections = sections_of([ReportedRun(name="m", file=file)], lambda synthetic: None)
     (section,) = (each for each in sections if each.name == "agreement")
     assert "25.00 %" in repr(section)
@@ -62,9 +60,7 @@ def test_a_loss_that_mcnemars_test_may_call_noise_is_told_as_such(right, noise, 
     ]
     options = {"teacher": {"sha256": "0", "card": CARD}}
     measured = {"evaluation": {"results": scores}, "seconds": {"total": 1.0}}
-    file = RunFile(
-        folder=tmp_path, verb="distill", options=options, versions={}, finished=True, measurements=measured
-    )
+    file = RunFile(folder=tmp_path, verb="distill", options=options, versions={}, finished=True, measurements=measured)
     (summary,) = sections_of([ReportedRun(name="q", file=file)], lambda synthetic: None)[0].parts
     assert f"{92 - right:.2f} points less accurate on 100 real images" in repr(summary)
     assert ("may be noise" in repr(summary)) == noise

@@ -65,7 +65,7 @@ def test_every_method_leaves_a_model_of_all_classes(method, old, new, tmp_path):
     model = load(result.checkpoint)
     assert model.card.class_names == ("x", "y", "5", "6", "7")
     assert 0 <= result.agreement <= 1
-    assert result.teachers[0].unseen is not None
+    assert result.teachers[0].probe is not None
     lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
     assert lines[0].keys() >= {"step", "lr"}
     assert (tmp_path / "out" / "synthetic").exists() == (method != "oracle")

@@ -198,18 +198,18 @@ def test_the_command_merges_as_typed(two, tmp_path, capsys, monkeypatch):
     assert result.keys() >= {"checkpoint", "bytes", "bytes_ratio", "seconds", "teachers", "evaluation"}
 
 
-def test_distill_reports_held_out_and_unseen_images_and_keeps_them_apart(tmp_path):
+def test_distill_reports_held_out_and_probe_images_and_keeps_them_apart(tmp_path):
     result = distill(
         DEMO, student="half", output=tmp_path / "out", synthesis=FEW, training=SHORT, probe_images=32, compute=EAGER
     )
     (followed,) = result.teachers
     assert 0 <= followed.held_out <= 1
-    assert 0 <= followed.unseen <= 1
-    unseen = SyntheticSet(tmp_path / "out" / "unseen").manifest
-    assert (unseen["recipe"]["name"], unseen["seed"], unseen["images"]) == ("bns-inception", 1, 32)
+    assert 0 <= followed.probe <= 1
+    probe = SyntheticSet(tmp_path / "out" / "probe").manifest
+    assert (probe["recipe"]["name"], probe["seed"], probe["images"]) == ("bns-inception", 1, 32)
 
 
-def test_unseen_images_are_of_no_recipe_that_was_learnt_from(tmp_path, capsys):
+def test_probe_images_are_of_no_recipe_that_was_learnt_from(tmp_path, capsys):
     first = distill(
         DEMO, student="half", output=tmp_path / "a", synthesis=FEW, training=SHORT, compute=EAGER, probe_images=0
     )
@@ -219,7 +219,7 @@ def test_unseen_images_are_of_no_recipe_that_was_learnt_from(tmp_path, capsys):
     distill(DEMO, student="half", output=tmp_path / "b", data=first.output, **asked)
     console.configure(console.QUIET)
     assert "options of synthesis make no others" in capsys.readouterr().err
-    assert SyntheticSet(tmp_path / "b" / "unseen").manifest["recipe"]["name"] == "bns-inception"
+    assert SyntheticSet(tmp_path / "b" / "probe").manifest["recipe"]["name"] == "bns-inception"
 
 
 @pytest.mark.parametrize("name", ["ce", "mse-logits", "feature", "attention"])

@@ -434,7 +434,7 @@ def test_a_loss_of_just_so_many_points_is_allowed():
 
 
 def test_all_gates_that_are_missed_are_told_at_once_with_the_number_of_images(monkeypatch):
-    follows = TeacherReport(checkpoint="net", agreement=1.0, held_out=0.5, unseen=None, blocks=None, held_out_images=4)
+    follows = TeacherReport(checkpoint="net", agreement=1.0, held_out=0.5, probe=None, blocks=None, held_out_images=4)
     scores = [scored("teacher", 900), scored("student", 800)]
     result = Compressed("", "", 1, 1.0, 1, {}, 1.0, [follows], [], Evaluation(scores))
     with pytest.raises(GateNotMet, match=r"on 50\.00% of the 4 images held out.*loses 10\.00 points"):
