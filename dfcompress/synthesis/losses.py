@@ -163,9 +163,9 @@ def inception(scale: float = 100.0) -> Loss:
 def competition(temperature: float = 3.0) -> Loss:
     """1 − JS(p_T, p_S) of teacher and student at `temperature`, mean over the batch, in nats (Yin 2020, R_compete).
 
-    JS = ½KL(p_T ‖ M) + ½KL(p_S ‖ M) with M = ½(p_T + p_S). It is computed from log-softmax without clamping, so its
-    gradient never vanishes by clamping. JS ≤ ln 2, so the value never falls below 0.307. Raises `BadInput` for a
-    temperature that is not above 0.
+    JS = ½KL(p_T ‖ M) + ½KL(p_S ‖ M) with M = ½(p_T + p_S), computed from log-softmax: nothing is clamped, so the
+    gradient never becomes 0. JS ≤ ln 2, so the value never falls below 0.307. Raises `BadInput` for a temperature that
+    is not above 0.
     """
     require_positive("temperature", temperature)
 
@@ -303,7 +303,7 @@ class KernelDensity(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient with respect to the values: a Gaussian's derivative is the Gaussian times (place − value) /
+        """The gradient with respect to the values; a Gaussian's derivative is itself times (place − value) /
         bandwidth².
         """
         values, places = ctx.saved_tensors  # type: ignore[attr-defined]

@@ -81,9 +81,7 @@ class Phase:
         return math.prod(transform.downscale for transform in self.transforms)
 
     def rate(self, step: int, *, peak: float | None = None) -> float:
-        """Learning rate of `step`, counted from 0; with `peak`, that of parameters whose peak rate is not the
-        phase's.
-        """
+        """Learning rate of `step`, counted from 0; `peak` replaces the phase's peak rate for some parameters."""
         peak = self.lr if peak is None else peak
         return schedules.rate(step, peak=peak, steps=self.steps, schedule=self.schedule, warmup=self.warmup)
 
@@ -129,7 +127,7 @@ def coarse_to_fine(
 
 @dataclass(frozen=True, kw_only=True)
 class StudentUpdates:
-    """How the student that images compete with is trained during synthesis: synthesis and training alternate.
+    """How a student is trained during synthesis: synthesis and training alternate.
 
     A round makes `every` batches of images; then the student takes `steps` steps of `batch_size` images. Its learning
     rate falls from `lr` along a cosine over all rounds. With `keep`, the images of all rounds are kept and the student
@@ -163,9 +161,8 @@ RESERVED = ("shard", "step", "process", "seconds", "attempts", "health", "round"
 class Recipe:
     """A method of synthesis: a parametrisation of images, weighted losses, and phases, each with its transforms.
 
-    `batch_size` images share their statistics; `student_updates` is None if images compete with no student or it does
-    not learn. A recipe is a value: a run copies the images and the modules that losses own, and leaves the recipe
-    unchanged.
+    `batch_size` images share their statistics; `student_updates` is None if no student learns during synthesis. A
+    recipe is a value: a run copies the images and the modules that losses own, and leaves the recipe unchanged.
     """
 
     images: Images
