@@ -117,9 +117,7 @@ def weighted_losses(
 
 
 def on_view(loss: Loss, number: int, views: int = 2) -> Loss:
-    """The loss on view `number` of the `views` that a transform shows of every image, one whole copy of the batch after
-    the other.
-    """
+    """The loss on view `number` of the `views` that a transform shows of every image, one copy of the batch each."""
     value: Callable[[Trace], Tensor] = loss.value
     assert not isinstance(value, nn.Module), "a module of a loss is handed every view"
     return replace(loss, value=lambda trace: value(trace.part(number, views)), whole_batch=True)
@@ -242,9 +240,7 @@ class Contrast(nn.Module):
 
     @torch.no_grad()
     def _remember(self, views: Tensor, slot: Tensor) -> None:
-        """Write a batch's views into its slot: of a larger batch as many as fit; a smaller one leaves the other rows as
-        they were.
-        """
+        """Write a batch's views into its slot: at most as many as fit; further rows of the slot stay as they were."""
         rows = min(views.shape[1], self.memory.shape[2])
         index = slot.view(1)
         kept = self.memory[:, :, :rows].index_copy(1, index, views[:, None, :rows])

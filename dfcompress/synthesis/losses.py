@@ -303,9 +303,7 @@ class KernelDensity(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient with respect to the values; a Gaussian's derivative is itself times (place − value) /
-        bandwidth².
-        """
+        """The gradient with respect to the values; a Gaussian's derivative is itself × (place − value) / bandwidth²."""
         values, places = ctx.saved_tensors  # type: ignore[attr-defined]
         bandwidth: float = ctx.bandwidth  # type: ignore[attr-defined]
         gradient = torch.zeros_like(values)

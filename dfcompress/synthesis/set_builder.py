@@ -88,9 +88,7 @@ def _no_update(images: int, batches: int, every: int) -> str:
 
 
 def seconds_of(synthetic: SyntheticSet) -> float:
-    """Seconds that a set's shards (from its `metrics.jsonl`) and the student updates between them took, summed over all
-    processes.
-    """
+    """Seconds that a set's shards (from `metrics.jsonl`) and the student updates took, summed over processes."""
     shards: float = sum(line["seconds"] for line in _lines(synthetic.folder / METRICS) if "seconds" in line)
     path = synthetic.folder / STUDENT_UPDATES
     updates: float = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
@@ -219,9 +217,7 @@ class SetBuilder:
 
     @cached_property
     def synthesizer(self) -> Synthesizer:
-        """The synthesizer. Its images compete with the student as of the first access to this property, or of the last
-        `update_student`.
-        """
+        """The synthesizer; its images compete with the student as of the first access, or of the last update."""
         record = self.spec.record
         synthesizer = Synthesizer(
             self.recipe,

@@ -1,6 +1,4 @@
-"""The transfer set: the images that a student learns from (Hinton et al. 2015), synthesized first or already
-present.
-"""
+"""The transfer set: the images that a student learns from (Hinton et al. 2015), synthesized now or present already."""
 
 from __future__ import annotations
 
@@ -205,9 +203,7 @@ class TransferSetSource:
 
 
 def parts_of(data: str | Path | None) -> list[Path]:
-    """The folders of the images of `data`: the sets in a run's folder or in its folder of each teacher, otherwise
-    `data` itself.
-    """
+    """The folders of the images of `data`: the sets in a run's folder, or in its folder of each teacher, or `data`."""
     if data is None:
         return []
     sets = f"{SYNTHETIC}*/{MANIFEST}"
