@@ -1,6 +1,4 @@
-"""Images that a generator renders from latent vectors; the network is trained, and with `learn_latents` the vectors,
-too.
-"""
+"""Images that a generator renders from latent vectors; with `learn_latents` the vectors are trained, too."""
 
 from __future__ import annotations
 

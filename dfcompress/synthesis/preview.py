@@ -32,8 +32,8 @@ def first_images(synthetic: SyntheticSet) -> Tensor:
 
 
 def write_preview(folder: Path, images: Tensor) -> None:
-    """Write a picture of `images` `(N, C, H, W)`, at most 80 of them; large images are averaged by a whole factor,
-    small ones enlarged. With ten classes in turn, a column holds one class.
+    """Write `images` `(N, C, H, W)` as one picture: large images are averaged by a whole factor, small ones enlarged. A
+    column holds one class if ten classes take turns.
     """
     if images.shape[1] not in (1, 3):
         images = images.mean(1, keepdim=True)

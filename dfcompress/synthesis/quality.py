@@ -46,9 +46,7 @@ class BatchQuality:
     sure: bool = True
 
     def warnings(self, settings: Mapping[str, Any]) -> dict[str, str]:
-        """A sentence for each problem, by topic; it names the recipe's setting to change if that is among
-        `settings`.
-        """
+        """A sentence for each problem, by topic; it names the recipe's setting to change if `settings` contain it."""
         found = {}
 
         def more_of(weight: str) -> str:
