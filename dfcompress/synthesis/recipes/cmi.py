@@ -1,6 +1,6 @@
-"""CMI (Fang et al. 2021): a generator and its latent vectors are trained together, anew for every batch. Its images are
-ones on which student and teacher agree on the class but not on the probabilities, and that differ from all others.
-Images are kept, and the student learns from all so far.
+"""CMI (Fang et al. 2021): a generator and its latent vectors are trained together, anew for every batch. Student and
+teacher agree on the images' classes but not on their probabilities, and each image differs from all others. Images are
+kept, and the student learns from all so far.
 
 Minimises 0.5·CE + BN distance + 0.5·masked −KL(T ‖ S) + 0.8·contrast, 200 steps per batch, then 2,000 steps of the
 student, as coded by the authors. BN distance, CE and KL are computed on the global view (moved by up to 4 pixels,

@@ -7,7 +7,7 @@ takes one step before every 5 steps of the student, for 200 epochs of 400. In th
 trained against the teacher alone.
 `fast-mnist` has the paper's weights for MNIST (0.1 and 5). Rounds, width and batch size of the fast presets are ours,
 chosen so that a CPU needs minutes.
-`head` adds the feature term of IFHE (Chen et al. 2023); that paper does not state its weight in DAFL.
+`head` adds the feature term of IFHE (Chen et al. 2023), whose paper does not state its weight.
 """
 
 from dfcompress.synthesis.generator_losses import weighted_losses

@@ -5,7 +5,7 @@ Minimises −KL(T ‖ S) + BN distance + cross-entropy to the teacher's own argm
 prediction, as in the code of Fang et al. 2021, with which later papers compare. That code compares statistics by norms,
 the paper by KL divergences. The generator takes one step before every 10 steps of the student, for 200 epochs of 400.
 Rounds, width and batch size of the fast presets are ours, chosen so that a CPU needs minutes.
-`head` adds the feature term of IFHE (Chen et al. 2023); that paper does not state its weight in DFQ.
+`head` adds the feature term of IFHE (Chen et al. 2023), whose paper does not state its weight.
 """
 
 from dfcompress.synthesis.generator_losses import weighted_losses
