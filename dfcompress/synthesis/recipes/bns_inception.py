@@ -12,8 +12,8 @@ to 0.0172). With crops to 0.75 and cut-outs of 0.25, J_KL after 150 steps was 0.
 1,000: the cropped images match the statistics (0.002), the whole images do not.
 `fast-mnist`, the default for grey images, does not mirror, because mirrored characters are other characters. Of 128
 images of the demo's LeNet-5, the teacher classified all and another LeNet-5 118 as intended, at a J_KL of 0.016 (real
-images: 0.008). With mirroring the numbers were 125 and 90, at 0.023; with mirroring and a cross-entropy weighted 1 the
-teacher classified 19 as intended.
+images: 0.008). With mirroring the numbers were 125 and 90, at 0.023; with mirroring and `ce` = 1 the teacher
+classified 19 as intended.
 `fast-imagenet`, the default above 64 pixels, optimises spectra from coarse to fine. Of 16 images of EfficientNet-Lite0,
 the teacher classified 16 and another network 13 as intended, at a J_KL of 0.035, which is also that of 16 real images;
 with α = 3,000 the numbers were 15 and 11, at 0.032. With 20 steps at full size, the other network classified 15 as

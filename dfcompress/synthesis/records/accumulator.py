@@ -77,9 +77,7 @@ class RecordAccumulator(Protocol):
     memory_bytes: int
 
     def update(self, outputs: Sequence[Tensor], labels: Tensor, numbers: Tensor) -> None:
-        """Add the layers' outputs for a batch of images with classes `labels` `(N,)` and image numbers `numbers`
-        `(N,)`.
-        """
+        """Add the layers' outputs for a batch of images with classes `labels` `(N,)` and numbers `numbers` `(N,)`."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything that another process needs to `merge` this accumulator."""

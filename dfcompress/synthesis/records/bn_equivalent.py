@@ -85,9 +85,7 @@ def with_statistics(teacher: Classifier, record: Record) -> Classifier:
 
 
 class _Knowing(nn.Sequential):
-    """A layer followed by the statistics of its output. It also has the layer's attributes: networks read
-    `layer.weight`.
-    """
+    """A layer and the statistics of its output; it has the layer's attributes, too: networks read `layer.weight`."""
 
     def __getattr__(self, name: str) -> Any:
         try:

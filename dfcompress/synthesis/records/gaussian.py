@@ -123,10 +123,11 @@ class GaussianAccumulator:
 
 
 def cholesky(covariance: Tensor) -> Tensor:
-    """Lower factors of covariances `(blocks, n, n)`, which are changed.
+    """Lower Cholesky factors of covariances `(blocks, n, n)`, which are changed in place.
 
-    Units that are always the same, or fewer images than units, leave a covariance singular: a share of its mean
-    variance, from 1e-10 up, is added to the diagonals until that suffices.
+    Units with constant output, or fewer images than units, make a covariance singular: a growing share of its mean
+    variance, from 1e-10 up, is added to the diagonal until the factorisation succeeds. Raises `DfcompressError` if it
+    never does.
     """
     diagonal = covariance.diagonal(dim1=1, dim2=2)
     unit = diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -140,7 +141,7 @@ def cholesky(covariance: Tensor) -> Tensor:
 
 
 def expected_tensors(units: Mapping[str, int], classes: int, block: int) -> Expected:
-    """Names and shapes of what is kept of layers of so many units."""
+    """Types and shapes, by name, of the tensors that are stored for layers of `units` units each."""
     shapes: Expected = {}
     for layer, count in units.items():
         blocks, side = blocks_of(count, block)
@@ -150,7 +151,7 @@ def expected_tensors(units: Mapping[str, int], classes: int, block: int) -> Expe
 
 
 class GaussianLayer:
-    """The Gaussian of one layer, class by class, as a record keeps it."""
+    """The Gaussian of one layer for each class, read from a record's tensors."""
 
     def __init__(self, tensors: Mapping[str, Tensor], layer: str) -> None:
         self._mean, self._triangles = tensors[f"mean.{layer}"], tensors[f"factor.{layer}"]
@@ -159,7 +160,7 @@ class GaussianLayer:
         self.block = int((2 * self._triangles.shape[2] + 0.25) ** 0.5)
 
     def sample(self, labels: Tensor, random: torch.Generator) -> Tensor:
-        """A vector `(N, units)` for each of the classes `labels` `(N,)`, whatever the class where they are pooled."""
+        """A random vector for each of the classes `labels` `(N,)`, as `(N, units)`; pooled records ignore the class."""
         labels = labels if self.classes > 1 else torch.zeros_like(labels)
         noise = torch.randn(len(labels), self.blocks, self.block, generator=random)
         rows, columns = torch.tril_indices(self.block, self.block)
@@ -174,7 +175,7 @@ class GaussianLayer:
 
 
 def require_gaussians(record: Record, teacher: Classifier) -> None:
-    """Raise `BadInput` where a record does not fit the network."""
+    """Raise `BadInput` if a record does not fit the network."""
     about = record.about
     outputs = outputs_of_one_image(teacher)
     if unknown := [layer for layer in about.layers if layer not in outputs]:
@@ -188,19 +189,19 @@ def require_gaussians(record: Record, teacher: Classifier) -> None:
 
 
 class GaussianSampler:
-    """Samples of a Gaussian record, and dropout filters where the record holds those fixed."""
+    """Draws targets from a Gaussian record, and dropout filters if the record was made with fixed ones."""
 
     def __init__(self, record: Record, teacher: Classifier) -> None:
         about = record.about
         self.layers = about.layers
         self.fixes_dropout = about.kind == FIXED_DROPOUT
-        # Records hold logits divided by the temperature; targets are what logits themselves shall be.
+        # Records hold logits divided by the temperature; targets are for undivided logits.
         self._scales = [torch.tensor(1 / about.temperature if layer == LOGITS else 1.0) for layer in self.layers]
         self._gaussians = [GaussianLayer(record.tensors, layer) for layer in self.layers]
         self._dropouts = dropouts(teacher) if self.fixes_dropout else []
 
     def sample(self, labels: Tensor, random: torch.Generator) -> BatchTargets:
-        """A sample for every layer, each drawn on its own, and a filter for every dropout layer."""
+        """Targets for every layer, each layer drawn independently, and a filter for every dropout layer."""
         targets = {
             layer: Target(gaussian.sample(labels, random) / scale, scale)
             for layer, gaussian, scale in zip(self.layers, self._gaussians, self._scales, strict=True)
@@ -209,16 +210,16 @@ class GaussianSampler:
 
 
 def _filter(shape: tuple[int, ...], rate: float, count: int, random: torch.Generator) -> Tensor:
-    """One filter for the whole batch, as in training: what is kept counts 1 / (1 − rate)."""
+    """One filter for the whole batch, as in training; kept values are multiplied by 1 / (1 − rate)."""
     kept = torch.rand(shape, generator=random) >= rate
     return (kept / max(1 - rate, torch.finfo(torch.float32).tiny)).expand(count, *shape)
 
 
 @torch.no_grad()
 def dropouts(teacher: Classifier) -> list[tuple[tuple[int, ...], float]]:
-    """Shape of one image's filter and rate of every dropout layer, in the order of the forward pass.
+    """The shape of one image's filter and the dropout rate of every dropout layer, in the order of the forward pass.
 
-    Dropout of channels has one value a channel. Raises `BadInput` where a network has no such layer.
+    Dropout of channels has one value per channel. Raises `BadInput` if the network has no dropout layer.
     """
     seen: list[tuple[tuple[int, ...], float]] = []
 
