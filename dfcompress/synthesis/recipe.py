@@ -204,7 +204,7 @@ class Recipe:
     @property
     def needs_whole_batch(self) -> bool:
         """Whether a batch cannot be computed in chunks: some losses and all modules that losses own need the whole
-        batch, and a persistent generator makes it as a whole.
+        batch, and persistent images are made as a whole.
         """
         whole = any(loss.whole_batch or isinstance(loss.value, torch.nn.Module) for loss in self.losses)
         return self.images.persistent or whole

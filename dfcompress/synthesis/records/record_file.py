@@ -143,9 +143,7 @@ def tensor_bytes(expected: Expected) -> int:
 
 
 def require_memory(what: str, needed: float, remedy: str) -> None:
-    """Raise `BadInput` if `needed` bytes exceed the share of free memory that this process may use; `what` names the
-    work.
-    """
+    """Raise `BadInput` if `what` needs more bytes than the share of free memory that this process may use."""
     free = SHARE * free_bytes(torch.device("cpu"))
     if needed > free:
         raise BadInput(

@@ -153,9 +153,7 @@ def random_subset(labels: Tensor, each: int, random: torch.Generator) -> Tensor:
 
 
 def parts_of(graph: WeightGraph, kind: str) -> list[Tensor]:
-    """The parts of the graph that are transformed separately: all units, or the units of each two neighbouring
-    layers.
-    """
+    """The parts of the graph that are transformed separately: all units, or those of two neighbouring layers."""
     pairs = graph.neighbours() if kind == "spectral-pairs" else []
     return [graph.places(pair) for pair in pairs] or [torch.arange(graph.units)]
 

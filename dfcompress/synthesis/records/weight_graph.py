@@ -177,9 +177,7 @@ class WeightGraph:
         return self.shift(whole)[:, places] + loops * signals
 
     def _loops(self, places: Tensor) -> Tensor:
-        """Weights of the loops, `(len(places),)`: up to a millionth of the matrix's norm, estimated with a random
-        signal.
-        """
+        """Weights of the loops, `(len(places),)`: up to a millionth of the matrix's norm, by a random signal."""
         signal = torch.randn(1, len(places), generator=torch.Generator().manual_seed(0)).double()
         norm: Tensor = self._restricted(signal, places, torch.zeros(1)).norm()
         return LOOPS * norm * torch.linspace(0, 1, len(places), dtype=torch.float64)
