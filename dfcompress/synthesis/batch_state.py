@@ -1,4 +1,4 @@
-"""`BatchState`: everything that the next step on unfinished batches depends on, saved and taken up again."""
+"""`BatchState`: everything that the next step on unfinished batches depends on; it can be saved and resumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dfcompress.synthesis.recipe import Phase
 from dfcompress.synthesis.records.targets import BatchTargets
 from dfcompress.synthesis.transforms import Drawn
 
-# Of the rate, in each new attempt at a batch whose loss was not finite.
+# Factor of the learning rate in each new attempt at a batch whose loss was not finite.
 SMALLER = 0.3
 
 
@@ -25,12 +25,12 @@ class BatchState:
     """The state of one or several unfinished batches that are optimised side by side: images, modules of losses,
     optimiser, step, and the losses of every step so far.
 
-    `modules` are the tensors of losses' modules where these live on; else every batch begins with fresh ones.
-    `labels` `(N,)` and `targets` are those of all batches, one after the other; `images` has one parametrisation a
-    batch, and `modules` by loss the tensors of the module that it owns, of every batch its own.
+    `labels` `(N,)` and `targets` cover all batches, one after the other. `images` has one parametrisation per batch.
+    `modules` has, per batch and by loss, the tensors of the loss's module; passed in, they persist from an earlier
+    batch, otherwise every batch begins with fresh ones.
 
-    One batch alone may be computed in `chunks`, its rows. Then `means` holds by name what the losses average over the
-    batch, `(chunks, ...)`, of every chunk as it was last computed.
+    A single batch may be computed in `chunks`, which are slices of its rows. `means` then holds, by name, the
+    quantities that losses average over the batch, `(chunks, ...)`, each chunk's as last computed.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class BatchState:
         self.start_phase(betas=(0.9, 0.999))
 
     def begin_next(self, shard: int, labels: Tensor) -> None:
-        """Begin the next batch of images that live on, in the same memory and with the same optimiser."""
+        """Begin the next batch of persistent images, in the same memory and with the same optimiser."""
         self.shards, self.step, self.history, self.clock = [shard], 0, [], Clock()
         self.labels.copy_(labels)
 
     def _parameter_groups(self) -> dict[tuple[float, float | None], list[Tensor]]:
-        """All tensors to optimise, those of one factor and rate together, so that few kernels change them."""
+        """All tensors to optimise, grouped by factor and learning rate, so that few kernels update them."""
         groups: dict[tuple[float, float | None], list[Tensor]] = {}
         for images, modules in zip(self.images, self.modules, strict=True):
             for group in images.parameters():
@@ -80,11 +80,11 @@ class BatchState:
 
     @property
     def losses(self) -> Tensor:
-        """The values of every step so far, `(steps, shards, losses)`."""
+        """The unweighted values of every step so far, `(steps, shards, losses)`."""
         return torch.stack(self.history) if self.history else torch.zeros(0, len(self.shards), 1)
 
     def start_phase(self, *, betas: tuple[float, float]) -> None:
-        """A fresh optimiser, no captured step, and means of no chunk, as another phase shows the images otherwise."""
+        """Reset the optimiser, the captured step and the chunks' means, because another phase has other transforms."""
         capturable = is_cuda(self.labels.device)
         groups = [{"params": parameters} for parameters in self._groups.values()]
         self.optimizer = torch.optim.Adam(groups, betas=betas, fused=True, capturable=capturable)
@@ -95,23 +95,23 @@ class BatchState:
         self.means: dict[str, Tensor] = {}
 
     def of_others(self, number: int) -> dict[str, Tensor]:
-        """What the other chunks than this one add to the means over the batch."""
+        """The contributions of all chunks but `number` to the means over the batch, by name."""
         shares = self._shares_of_others[number]
         return {name: torch.tensordot(shares, means, 1) for name, means in self.means.items()}
 
     def follow_rates(self) -> None:
-        """Let the optimiser read the rates from memory of the device, where a captured step finds them too."""
+        """Let the optimiser read the learning rates from device memory, where a captured step finds them, too."""
         for group, rate in zip(self.optimizer.param_groups, self._rates.values(), strict=True):
             group["lr"] = rate
 
     def set_rates(self, phase: Phase, step_in_phase: int) -> None:
-        """The rates of the next step, smaller after an attempt that overflowed."""
+        """Set the learning rates of the next step; they are smaller after an attempt that was not finite."""
         for (factor, lr), rate in self._rates.items():
             peak = factor * phase.lr if lr is None else lr
             rate.fill_(phase.rate(step_in_phase, peak=peak) * SMALLER**self.attempt)
 
     def put_drawn(self, drawn: Sequence[Sequence[Drawn]]) -> None:
-        """Hand the next step what its transforms drew for each batch, always in the same memory."""
+        """Store the random numbers of the next step's transforms for each batch, always in the same memory."""
         if not self.drawn:
             self.drawn = [
                 [tuple(tensor.to(self.labels.device, copy=True) for tensor in numbers) for numbers in of_batch]
@@ -136,8 +136,8 @@ class BatchState:
         save_state(path, state)
 
     def load(self, path: Path) -> None:
-        """Go on from what `save` wrote; what version 0.1 saved in the middle of a batch is left, and the batch begun
-        again ends in the same bytes.
+        """Resume from what `save` wrote. A file that version 0.1 saved in the middle of a batch is ignored; the batch
+        then begins again and ends in the same bytes.
         """
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         if "images" not in state:
@@ -160,13 +160,13 @@ def _flat(drawn: Sequence[Sequence[Drawn]]) -> list[Tensor]:
 
 
 def detached(modules: Mapping[str, ModuleState]) -> dict[str, ModuleState]:
-    """The tensors of losses' modules, by loss, as they are saved."""
+    """The tensors of losses' modules, by loss, without gradients, for saving."""
     return {name: {key: tensor.detach() for key, tensor in module.items()} for name, module in modules.items()}
 
 
 @torch.no_grad()
 def put_modules(modules: Mapping[str, ModuleState], saved: Mapping[str, ModuleState]) -> None:
-    """Put saved tensors of losses' modules in the place of these."""
+    """Copy saved tensors of losses' modules into `modules`, in place."""
     for name, module in modules.items():
         for key, tensor in module.items():
             tensor.copy_(saved[name][key])

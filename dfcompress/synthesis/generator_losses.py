@@ -1,9 +1,9 @@
-"""What generators are asked to minimise, for students that start from nothing: one function a loss.
+"""What generators minimise, for students that start from random weights: one function per loss.
 
     losses = [own_argmax_cross_entropy(), 0.001 * feature_activation(), 20.0 * class_balance()]       # DAFL
     losses = [disagreement(), squared_bn_distance(), 0.5 * auxiliary_head(temperature=20.0)]          # IFHE's kind
 
-`on_view` lets a loss see one of several views that a transform shows of each image.
+`on_view` restricts a loss to one of several views that a transform shows of each image.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from dfcompress.synthesis.losses import Loss, Want, bn_distance, require_positiv
 
 
 def own_argmax_cross_entropy() -> Loss:
-    """CE(T(x̂), argmax T(x̂)), mean over the batch (Chen 2019, L_oh): the teacher shall be certain, of any class."""
+    """CE(T(x̂), argmax T(x̂)), mean over the batch (Chen 2019, L_oh): the teacher becomes certain of some class."""
     return Loss("own_cross_entropy", lambda trace: F.cross_entropy(trace.logits, trace.logits.argmax(1)))
 
 
 def feature_activation() -> Loss:
-    """−mean |f| of what goes into the last weighted layer, over units and images (Chen 2019, L_a; there a norm over
-    units, here the mean, as coded).
+    """−mean |f| over units and images, f the input of the last weighted layer (Chen 2019, L_a; the paper has a norm
+    over units, its code and this function the mean).
     """
 
     def value(trace: Trace) -> Tensor:
@@ -40,12 +40,12 @@ def feature_activation() -> Loss:
     return Loss("feature_activation", value, wants=(Want.PENULTIMATE,))
 
 
-# What a class counts as at least, where a teacher that is certain gives it exactly 0 in fp32.
+# Lower bound of a class's mean probability: a teacher that is certain gives other classes exactly 0 in fp32.
 RAREST = 1e-12
 
 
 def class_balance() -> Loss:
-    """Σ_c p̄_c·log p̄_c, p̄ the mean of the teacher's predictions over the batch (Chen 2019, L_ie): −log(classes) where
+    """Σ_c p̄_c·log p̄_c, p̄ the mean of the teacher's predictions over the batch (Chen 2019, L_ie); −log(classes) if
     all classes are equally frequent.
     """
 
@@ -60,9 +60,9 @@ def disagreement(temperature: float = 1.0, *, where_agreed: bool = False) -> Los
     """−KL(p_T ‖ p_S) of the predictions of teacher and student at `temperature`, mean over the batch (Micaelli and
     Storkey 2019; Chen 2023, L_adv).
 
-    With `where_agreed` only images on which both answer the same class count, and others as 0 (L_mask-adv; the mask is
-    that of the code of Fang 2021): the images are drawn towards the border between classes and not beyond it.
-    Raises `BadInput` for a temperature of 0.
+    With `where_agreed`, images on which the two predict different classes count as 0 (L_mask-adv; the mask is that of
+    the code of Fang 2021): images are drawn towards the border between classes and not beyond it. Raises `BadInput` for
+    a temperature that is not above 0.
     """
     require_positive("temperature", temperature)
 
@@ -77,7 +77,7 @@ def disagreement(temperature: float = 1.0, *, where_agreed: bool = False) -> Los
 
 
 def _divergence(logits: Tensor, approximate: Tensor, temperature: float) -> Tensor:
-    """KL of softened predictions from those of approximate logits, `(N,)`."""
+    """KL `(N,)` from the softened predictions of `logits` to those of `approximate`."""
     exact, approximated = (logits / temperature).log_softmax(1), (approximate / temperature).log_softmax(1)
     return (exact.exp() * (exact - approximated)).sum(1)
 
@@ -102,8 +102,8 @@ def weighted_losses(
     head: float = 0.0,
     temperature: float = 20.0,
 ) -> list[Loss]:
-    """What methods without intended classes are made of, by weights as the code of Fang 2021 names them; a loss whose
-    weight is 0 is left out. `head` is that of Chen 2023, at the `temperature` of the student.
+    """The losses of methods without intended classes, by weights named as in the code of Fang 2021; losses of weight 0
+    are left out. `head` weights the loss of Chen 2023, at the `temperature` of the student.
     """
     losses = [
         adv * disagreement(),
@@ -117,17 +117,17 @@ def weighted_losses(
 
 
 def on_view(loss: Loss, number: int, views: int = 2) -> Loss:
-    """The loss of one of the `views` that a transform shows of every image, one whole copy after the other."""
+    """The loss on view `number` of the `views` that a transform shows of every image, one copy of the batch each."""
     value: Callable[[Trace], Tensor] = loss.value
     assert not isinstance(value, nn.Module), "a module of a loss is handed every view"
     return replace(loss, value=lambda trace: value(trace.part(number, views)), whole_batch=True)
 
 
 class AuxiliaryHead(nn.Module):
-    """h(f_T): logits `(N, classes)` that one linear layer makes of a network's intermediate features.
+    """h(f_T): a linear layer that maps a network's intermediate features to logits `(N, classes)`.
 
-    `forward` is CE(h(f_T), t), and with `module_loss` KL(T/τ ‖ h(f_T)/τ), both means over the batch. t is the intended
-    class; with `own_argmax` the teacher's answer.
+    `forward` is CE(h(f_T), t); with `module_loss` it is KL(T/τ ‖ h(f_T)/τ). Both are means over the batch. t is the
+    intended class, or with `own_argmax` the class that the teacher predicts.
     """
 
     def __init__(self, *, temperature: float, own_argmax: bool, features: int = 0, classes: int = 0) -> None:
@@ -137,14 +137,14 @@ class AuxiliaryHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(classes))
 
     def sized_for(self, teacher: Classifier) -> AuxiliaryHead:
-        """A head for the features and the classes of this teacher."""
+        """A head for this teacher's features and classes."""
         features, classes = feature_count(teacher), teacher.card.classes
         return AuxiliaryHead(
             temperature=self._temperature, own_argmax=self._own_argmax, features=features, classes=classes
         )
 
     def forward(self, trace: Trace, *, module_loss: bool = False) -> Tensor:
-        """The loss of the images; with `module_loss` that of the head."""
+        """The loss of the images; with `module_loss`, the loss of the head."""
         features = trace.features().detach() if module_loss else trace.features()
         logits = F.linear(features, self.weight, self.bias)
         if module_loss:
@@ -154,12 +154,12 @@ class AuxiliaryHead(nn.Module):
 
 def auxiliary_head(temperature: float, *, own_argmax: bool = False) -> Loss:
     """CE(h(f_T), t) of an auxiliary classifier h on concatenated intermediate features f_T, mean over the batch (Chen
-    2023, L_H); h itself learns KL(T/τ ‖ h(f_T)/τ) on the images that the student learns from (L_KD-h).
+    2023, L_H); h itself minimises KL(T/τ ‖ h(f_T)/τ) on the images that the student learns from (L_KD-h).
 
-    Not stated, and ours: the features are the channel means of all BatchNorm inputs, each less its running mean and
-    divided by its running deviation; h is one linear layer that begins at 0, so that the images of the first round are
-    steered by the other losses alone. `own_argmax` is for methods that intend no class.
-    Raises `BadInput` for a temperature of 0.
+    The paper does not state the features and h; these are ours: the channel means of all BatchNorm inputs, each minus
+    its running mean and divided by its running deviation; h is one linear layer that starts at 0, so that only the
+    other losses steer the images of the first round. `own_argmax` is for methods without intended classes.
+    Raises `BadInput` for a temperature that is not above 0.
     """
     require_positive("temperature", temperature)
     head = AuxiliaryHead(temperature=temperature, own_argmax=own_argmax)
@@ -167,17 +167,18 @@ def auxiliary_head(temperature: float, *, own_argmax: bool = False) -> Loss:
     return Loss("auxiliary_head", head, wants=wants, learns_with_student=True)
 
 
-# Units of the hidden layer at most. As coded it has as many as there are features: 688 of ResNet-20, but 26,560 of
-# ResNet-50, whose square is 700 million weights.
+# Maximum number of units in the hidden layer. As coded it is the number of features: 688 for ResNet-20, but 26,560 for
+# ResNet-50, which would need 700 million weights.
 HIDDEN = 1024
 
 
 class Contrast(nn.Module):
-    """Tells images apart by their features: the two views of an image are alike, and unlike all others and those in
-    `memory` `(2, slots · batch, features)`, the features of both views of the batches before.
+    """Contrasts images by their features: the two views of an image should be alike, and unlike the views of all other
+    images of the batch and of earlier batches. `memory` `(2, slots, batch, features)` holds the features of both views
+    of earlier batches.
 
-    Every call writes into one slot of the memory, which is left out of what is looked at, and goes on to the next after
-    `steps` calls: so a batch leaves the features of its last step there.
+    Every call writes into one slot of the memory, which is excluded from the comparison; after `steps` calls the next
+    slot is used. A batch thus leaves the features of its last step.
     """
 
     memory: Tensor
@@ -196,7 +197,7 @@ class Contrast(nn.Module):
             "steps": steps,
         }
         self._temperature, self._steps = temperature, max(1, steps)
-        slots = 1 + max(1, round(remembered / batch_size))  # One more: that of the batch in work is not looked at.
+        slots = 1 + max(1, round(remembered / batch_size))  # One more, for the present batch, which is not compared.
         hidden = min(features, HIDDEN)
         draw = generator("head", features, units)
         self.hidden = nn.Parameter(_uniform((hidden, features), draw))
@@ -208,11 +209,11 @@ class Contrast(nn.Module):
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
     def sized_for(self, teacher: Classifier) -> Contrast:
-        """A head and a memory for the features of this teacher."""
+        """A module with a head and a memory for this teacher's features."""
         return Contrast(**self._settings, features=feature_count(teacher))  # type: ignore[arg-type]
 
     def forward(self, trace: Trace) -> Tensor:
-        """The loss of a batch of which transforms show the global views first and then the local ones."""
+        """The loss of a batch whose transforms show first the global views and then the local views."""
         features = trace.features()
         size, slots = len(features) // 2, len(self.filled)
         views = features.view(2, size, -1)
@@ -225,7 +226,7 @@ class Contrast(nn.Module):
         similarity = of_locals @ of_globals.detach().T / self._temperature
         counted = torch.cat([known.new_ones(size), known])
         similarity = similarity.masked_fill(counted[None] == 0, -torch.inf)
-        # A row that does not count is given an answer that is finite, and then a weight of 0.
+        # Rows that do not count get finite logits, and then a weight of 0.
         similarity = torch.where(counted[:, None] == 0, torch.zeros_like(similarity), similarity)
         alone = F.cross_entropy(similarity, torch.arange(len(counted), device=slot.device), reduction="none")
         remembered = (alone * counted)[size:].sum() / known.sum().clamp_min(1)
@@ -233,13 +234,13 @@ class Contrast(nn.Module):
         return alone[:size].mean() + remembered
 
     def _projected(self, features: Tensor) -> Tensor:
-        """Directions `(2, N, units)` of length 1."""
+        """Unit vectors `(2, N, units)`."""
         hidden = F.relu(F.linear(features, self.hidden, self.hidden_bias))
         return F.normalize(F.linear(hidden, self.head, self.head_bias), dim=2)
 
     @torch.no_grad()
     def _remember(self, views: Tensor, slot: Tensor) -> None:
-        """Write the views of a batch into its slot; of a batch of another size as many as fit, or only these."""
+        """Write a batch's views into its slot: at most as many as fit; further rows of the slot stay as they were."""
         rows = min(views.shape[1], self.memory.shape[2])
         index = slot.view(1)
         kept = self.memory[:, :, :rows].index_copy(1, index, views[:, None, :rows])
@@ -249,7 +250,7 @@ class Contrast(nn.Module):
 
 
 def _uniform(shape: tuple[int, int], draw: torch.Generator) -> Tensor:
-    """Weights of a linear layer, uniform in ±1/√inputs, as torch begins them."""
+    """Weights of a linear layer, uniform in ±1/√inputs, which is torch's default initialisation."""
     bound = max(1, shape[1]) ** -0.5
     return torch.empty(shape).uniform_(-bound, bound, generator=draw)
 
@@ -257,14 +258,15 @@ def _uniform(shape: tuple[int, int], draw: torch.Generator) -> Tensor:
 def contrast(
     *, batch_size: int, steps: int, temperature: float = 0.1, units: int = 128, remembered: int = 4096
 ) -> Loss:
-    """−log softmax of the cosine between the local view of an image and its global view, at `temperature`, among the
-    global views of the batch and of `remembered` images before; mean over the batch, + the mean over the remembered
-    ones (Fang 2021, L_cr, as coded). Gradients pass through local views.
+    """−log softmax, at `temperature`, of the cosine between an image's local view and its global view, among the global
+    views of the batch and of the `remembered` images before; mean over the batch + mean over the remembered images
+    (Fang 2021, L_cr, as coded). Gradients pass through the local views.
 
-    The vectors compared are made of channel means of all BatchNorm inputs (less their running means and divided by
-    their running deviations, which is ours) by a head of two layers with `units` outputs. As coded, 4,096 are drawn
-    from a memory of 40,960 at every step; here all of the last 4,096 are looked at. `steps` are those of a batch.
-    Raises `BadInput` for a temperature of 0.
+    A head of two layers with `units` outputs makes the compared vectors from the channel means of all BatchNorm inputs
+    (minus their running means and divided by their running deviations, which is ours). As coded, 4,096 images are drawn
+    from a memory of 40,960 at every step; here all of the last 4,096 are compared. `steps` is a batch's number of
+    steps.
+    Raises `BadInput` for a temperature that is not above 0, and for fewer remembered images than a batch.
     """
     require_positive("temperature", temperature)
     if remembered < batch_size:
@@ -274,8 +276,8 @@ def contrast(
 
 
 def feature_count(teacher: Classifier) -> int:
-    """How many features `Trace.features` gives of an image: a layer that is left out in evaluation gives none, and one
-    that runs twice gives its own twice.
+    """Number of features that `Trace.features` gives for an image. A layer that is skipped in evaluation counts 0
+    times, a layer that runs twice counts twice.
     """
     recorder = HookRecorder(teacher.network, moments=True)
     with torch.no_grad(), evaluating(teacher):

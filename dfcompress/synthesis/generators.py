@@ -1,4 +1,4 @@
-"""Images that a generator makes of latent vectors: a network learns, and with it, if asked to, the vectors."""
+"""Images that a generator renders from latent vectors; with `learn_latents` the vectors are trained, too."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from dfcompress.machine.execution import Execution
 from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis.images import ParameterGroup, PixelStatistics
 
-# The generator begins with maps of so many pixels a side at most, and doubles them twice at least: 8 → 16 → 32, 7 → 14
-# → 28, 7 → … → 224. That of the code of Fang 2021 is this one at 32 pixels.
+# The first maps have at most this many pixels a side, and are doubled at least this often: 8 → 16 → 32, 7 → 14 → 28, 7
+# → … → 224. At 32 pixels this is the generator of Fang 2021's code.
 SMALLEST_MAP, FEWEST_DOUBLINGS = 8, 2
-# Channels of any map are at most so many times those of the last one, as in DCGAN.
+# Maximum number of channels of any map, as a multiple of the last map's channels, as in DCGAN.
 WIDEST = 8
 LEAK = 0.2
-# Deviations of weights at the start, as DCGAN states them.
+# Standard deviation of initial weights, as stated for DCGAN.
 STD = 0.02
 EMBEDDING = 64
 
 
 class Generator:
     """A DCGAN-style generator (as coded by Fang 2021): a linear layer to small maps, then doublings, each a 3 × 3
-    convolution of the enlarged maps, and one to the colours; BatchNorm of the batch at hand and LeakyReLU between, and
-    a sigmoid, so that images are in [0, 1].
+    convolution of the enlarged maps, and a convolution to the colours. Between them are BatchNorm with the present
+    batch's statistics and LeakyReLU; a sigmoid at the end keeps images in [0, 1].
 
-    A latent vector z has `latent` numbers from N(0, 1). The last maps have `width` channels, those before them twice as
-    many and so on. With `conditional` z is joined by a learnt vector of the image's class. With `learn_latents` the
-    vectors of a batch are optimised too, at the rate `latent_lr` or that of the phase.
-    A `persistent` generator goes on learning from batch to batch; with `fresh_noise` its first layer begins every batch
-    anew, so that the same maps are mixed in another way (after Tran 2024, whose noise enters so). Another one begins
-    every batch with new weights.
-    Sizes that no doubling reaches are the middle of larger ones.
+    A latent vector z has `latent` numbers from N(0, 1). The last maps have `width` channels, the maps before them twice
+    as many and so on. With `conditional`, a learnt vector of the image's class is concatenated to z. With
+    `learn_latents`, the vectors of a batch are optimised, too, at the learning rate `latent_lr` or, if None, the
+    phase's. A `persistent` generator continues to learn from batch to batch; with `fresh_noise`, its first layer is
+    drawn anew for every batch, so that the same maps are mixed in another way (after Tran 2024, whose noise enters in
+    this way). A generator that is not persistent begins every batch with new weights.
+    Images of a size that no doubling reaches are the centre of larger ones.
     """
 
     in_range = True
@@ -56,20 +56,20 @@ class Generator:
         self._latent, self._width, self._conditional = latent, width, conditional
         self._learn_latents, self._latent_lr, self._fresh_noise = learn_latents, latent_lr, fresh_noise
         self._weights: dict[str, Tensor] = {}
-        # Vectors and classes by the size of a batch, as a student is shown other batches than those that are optimised.
+        # Vectors and classes by batch size, because batches for a student may differ in size from optimised batches.
         self._batches: dict[int, tuple[Tensor, Tensor]] = {}
         self._generated: Callable[..., Tensor] = generated
         self._precision = torch.float32
 
     def compute_as(self, execution: Execution) -> None:
-        """Render in the precision of an execution, and compiled if it is."""
+        """Render in the precision of `execution`, and compiled if it compiles."""
         self._precision = PRECISIONS[execution.precision]
         self._generated = compiled(generated) if execution.compile else generated
 
     def start(
         self, labels: Tensor, teacher: Classifier, generator: torch.Generator, pixels: PixelStatistics | None = None
     ) -> None:
-        """Draw vectors for a batch, and weights unless they live on; what is drawn stays in the same memory."""
+        """Draw a batch's vectors, and the weights unless they persist; drawn tensors stay in the same memory."""
         channels, height, width = self._size = teacher.card.input_size
         if not self._weights:
             shapes = _shapes(self, channels, height, width, teacher.card.classes)
@@ -87,7 +87,7 @@ class Generator:
         self._mean, self._std = teacher.mean, teacher.std
 
     def _draw_weights(self, generator: torch.Generator, part: str) -> None:
-        """Begin the tensors whose names start with `part`."""
+        """Initialise the tensors whose names start with `part`."""
         for name, weight in self._weights.items():
             if not name.startswith(part):
                 continue
@@ -99,7 +99,7 @@ class Generator:
             weight.requires_grad_(True)
 
     def parameters(self) -> list[ParameterGroup]:
-        """The weights at the rate of the phase, and the vectors if they are learnt."""
+        """The weights at the phase's learning rate, and the vectors if they are learnt."""
         groups = [ParameterGroup([*self._weights.values()])]
         if self._learn_latents:
             groups.append(ParameterGroup([self._latents], lr=self._latent_lr))
@@ -112,22 +112,22 @@ class Generator:
         return (images - self._mean) / self._std
 
     def project(self) -> None:
-        """Nothing to put back: a sigmoid keeps images in range."""
+        """Nothing to do: a sigmoid keeps images in range."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights, vectors, and the classes they are joined by."""
+        """Weights, latent vectors, and the classes of the batch."""
         weights = {name: weight.detach() for name, weight in self._weights.items()}
         return {**weights, "latents": self._latents.detach(), "labels": self._labels}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put the tensors of a `state_dict` in place of these."""
+        """Copy the tensors of a `state_dict` into these."""
         for name, tensor in {**self._weights, "latents": self._latents, "labels": self._labels}.items():
             tensor.copy_(state[name])
 
 
 def _doublings(height: int, width: int) -> int:
-    """How often maps are doubled until they are as large as images."""
+    """Number of doublings after which maps are as large as images."""
     doublings = FEWEST_DOUBLINGS
     while max(height, width) > SMALLEST_MAP << doublings:
         doublings += 1
@@ -135,7 +135,7 @@ def _doublings(height: int, width: int) -> int:
 
 
 def _shapes(images: Generator, channels: int, height: int, width: int, classes: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of all weights by name, in the order they are used in."""
+    """The shapes of all weights by name, in order of use."""
     doublings = _doublings(height, width)
     rows, columns = (-(-side // 2**doublings) for side in (height, width))
     maps = [images._width * min(WIDEST, 2**left) for left in range(doublings - 1, -1, -1)]
@@ -156,8 +156,8 @@ def generated(
     size: tuple[int, int, int],
     precision: torch.dtype,
 ) -> Tensor:
-    """The images `(N, *size)` in [0, 1] of latent vectors `(N, latent)`, and of their classes `(N,)` where these count;
-    convolutions and the linear layer run in `precision`.
+    """The images `(N, *size)` in [0, 1] of latent vectors `(N, latent)` and, for a conditional generator, of classes
+    `labels` `(N,)`; convolutions and the linear layer run in `precision`.
     """
     _, height, width = size
     doublings = _doublings(height, width)
@@ -177,10 +177,11 @@ def generated(
 
 def convolved_doubled(maps: Tensor, weight: Tensor) -> Tensor:
     """`F.conv2d(F.interpolate(maps, scale_factor=2), weight, padding=1)` of a 3 × 3 weight, as one transposed
-    convolution: a pixel of the doubled maps sees four of the maps through nine weights, and their sums are 4 × 4.
+    convolution: a pixel of the result depends on four pixels of `maps` through nine weights, whose sums form a 4 × 4
+    kernel.
 
-    Both ways, of 128 maps of 16 × 16 from 128 to 64 channels, 144 ms in place of 449 in bf16 and 281 in place of 651 in
-    fp32, on one core.
+    Forward and backward of 128 inputs of 16 × 16 pixels from 128 to 64 channels take, on one core, 144 ms instead of
+    449 ms in bf16 and 281 ms instead of 651 ms in fp32.
     """
     kernel = F.pad(weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
     kernel = kernel[:, :, 1:] + kernel[:, :, :-1]
@@ -189,6 +190,6 @@ def convolved_doubled(maps: Tensor, weight: Tensor) -> Tensor:
 
 
 def _normalised(maps: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
-    """BatchNorm by the statistics of the batch at hand, and no others."""
+    """BatchNorm with the statistics of the present batch alone."""
     scale, shift = weights[f"{name}.scale"], weights[f"{name}.shift"]
     return F.batch_norm(maps, None, None, scale, shift, training=True)

@@ -17,8 +17,8 @@ PixelStatistics = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Tensors that the optimiser changes, and their peak rate along the schedule of the phase: `factor` times that of
-    the phase, or `lr`, a rate of their own.
+    """Tensors that the optimiser changes, and their peak learning rate along the phase's schedule: `factor` times the
+    phase's peak rate, or `lr` if it is not None.
     """
 
     parameters: Sequence[Tensor]
@@ -29,11 +29,11 @@ class ParameterGroup:
 class Images(Protocol):
     """A parametrisation of images: pixels, or a generator with its latent vectors.
 
-    Everything is in normalised space, where the papers state their weights; the synthesizer renders to [0, 1].
-    `in_range` says whether the images stay in [0, 1], so that 8 bits can hold them. `persistent` says whether the
-    parametrisation lives on over batches, as a generator does that goes on learning; else the synthesizer makes a deep
-    copy of it for every batch. Of a persistent one `start` begins the next batch, always of equally many images, in the
-    same memory, and leaves what it has learnt.
+    Everything is in normalised space, for which the papers state their weights; the synthesizer converts rendered
+    images to [0, 1]. `in_range` says whether the images stay in [0, 1], so that 8 bits can hold them. `persistent` says
+    whether the parametrisation persists across batches, as a generator that continues to learn; otherwise the
+    synthesizer makes a deep copy of it for every batch. `start` of a persistent one begins the next batch, which always
+    has the same number of images, in the same memory and keeps what was learnt.
     """
 
     in_range: bool
@@ -42,41 +42,43 @@ class Images(Protocol):
     def start(
         self, labels: Tensor, teacher: Classifier, generator: torch.Generator, pixels: PixelStatistics | None = None
     ) -> None:
-        """Begin a batch with these labels `(N,)`, on their device; what is random comes from `generator`, on the CPU.
+        """Begin a batch with labels `(N,)`, on their device; random numbers come from `generator`, on the CPU.
 
-        `pixels` are the mean and the deviation of the training images in [0, 1], each `(C, 1, 1)`, where they are
-        known better than from the card.
+        `pixels` are the mean and the standard deviation of the training images in [0, 1], each `(C, 1, 1)`, if they are
+        known more exactly than from the card.
         """
 
     def parameters(self) -> Sequence[ParameterGroup]:
-        """The tensors that the optimiser changes, the same ones from `start` to the end of the batch."""
+        """The tensors that the optimiser changes; they are the same from `start` to the end of the batch."""
 
     def render(self) -> Tensor:
-        """The images `(N, C, H, W)`, of the card's input size, as they are now; differentiable in the parameters."""
+        """The present images `(N, C, H, W)`, of the card's input size, in normalised space; differentiable with respect
+        to the parameters.
+        """
 
     def project(self) -> None:
-        """Put the images back where they are allowed, after a step."""
+        """Move the images back into their valid range after a step."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Every tensor that the next step depends on: parameters, and buffers such as BatchNorm's."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state_dict`, in the same memory: the optimiser holds the parameters."""
+        """Resume from a `state_dict`, in the same memory, because the optimiser holds the parameters."""
 
 
 @runtime_checkable
 class ComputedAs(Protocol):
-    """Images whose rendering is work enough to be done in the precision of an execution, and compiled."""
+    """Images whose rendering costs enough to run in the precision of an execution, and compiled."""
 
     def compute_as(self, execution: Execution) -> None:
-        """Render from now on as `execution` says."""
+        """Render from now on with the precision and compilation of `execution`."""
 
 
 class Pixels:
-    """The pixels themselves, started from N(`mean`, `std`) in [0, 1]; where neither is given, from the known
-    statistics of the training images' pixels, and else from N(0, 1) in normalised space.
+    """The pixels themselves. They start from N(`mean`, `std`) in [0, 1]; if both are 0, from the known statistics of
+    the training images' pixels; without these, from N(0, 1) in normalised space.
 
-    With `clip` they are kept in the valid range after every step.
+    With `clip`, they are kept in the valid range after every step.
     """
 
     persistent = False
@@ -87,7 +89,7 @@ class Pixels:
     def start(
         self, labels: Tensor, teacher: Classifier, generator: torch.Generator, pixels: PixelStatistics | None = None
     ) -> None:
-        """Draw noise `(N, C, H, W)`, on the CPU, so that a seed means the same images on every device."""
+        """Draw noise `(N, C, H, W)` on the CPU, so that a seed gives the same images on every device."""
         noise = torch.randn(len(labels), *teacher.card.input_size, generator=generator)
         mean, std = self._start_from if any(self._start_from) else pixels or (None, None)
         if mean is not None and std is not None:
@@ -97,7 +99,7 @@ class Pixels:
         self._low, self._high = teacher.normalise(zeros), teacher.normalise(zeros + 1)
 
     def parameters(self) -> list[ParameterGroup]:
-        """The images themselves, at the rate of the phase."""
+        """The images themselves, at the phase's learning rate."""
         return [ParameterGroup([self._images])]
 
     def render(self) -> Tensor:
@@ -106,7 +108,7 @@ class Pixels:
 
     @torch.no_grad()
     def project(self) -> None:
-        """Clip to the valid pixel range, if asked to."""
+        """Clip to the valid pixel range, if `clip` was set."""
         if self.in_range:
             self._images.clamp_(self._low, self._high)
 
@@ -116,27 +118,28 @@ class Pixels:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put the images of a `state_dict` in place of these."""
+        """Copy the images of a `state_dict` into these."""
         self._images.copy_(state["images"])
 
 
-# In normalised space, where that of photographs is about 1. Of 16 images of EfficientNet-Lite0 after 80 steps at half
-# size and 20 at full size, started with a deviation of 1 and 0.3: J_KL 0.26 and 0.16; a second network took 5 and 10
-# for what they were made as.
+# In normalised space, where the standard deviation of photographs is about 1. Measured on 16 images of
+# EfficientNet-Lite0 after 80 steps at half size and 20 at full size: started with 1, J_KL is 0.26 and a second network
+# classifies 5 as intended; started with 0.3, J_KL is 0.16 and the number 10.
 STARTING_STD = 0.2
-# How far the colours of ImageNet's photographs vary together (the square root of their covariance, Olah et al. 2017): a
-# large common part, a smaller one of red against blue, and a small one of green. Two pairs of 16 images of
-# EfficientNet-Lite0, without and with it: J_KL 0.117 and 0.100, 0.072 and 0.055; the second network took 11 and 8, 14
-# and 12 for what they were made as.
+# How the colours of ImageNet's photographs vary together (the square root of their covariance, Olah et al. 2017): a
+# large common part, a smaller part of red against blue, and a small part of green. Two comparisons, without and with
+# it, on 16 images of EfficientNet-Lite0: J_KL fell from 0.117 to 0.100, and from 0.072 to 0.055; the number that a
+# second network classifies as intended fell from 11 to 8, and from 14 to 12.
 COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 
 
 class Spectrum:
-    """Images by the coefficients of their Fourier transform, each divided by its frequency as those of photographs are
-    (the preconditioning of Olah et al., Feature Visualization, 2017): a step changes coarse structures as much as in
-    photographs they weigh more than fine ones. Of three colours each coefficient is given by the parts `COLOURS`.
+    """Images parametrised by their Fourier coefficients, each divided by its frequency, as the spectra of photographs
+    fall (the preconditioning of Olah et al., Feature Visualization, 2017): a step changes coarse structures more than
+    fine ones, in the proportion that they have in photographs. Of images with three colours, `COLOURS` mixes the
+    coefficients.
 
-    Images are shown clipped to [0, 1]; gradients pass as if they were not.
+    Rendered images are clipped to [0, 1]; gradients pass as if they were not.
     """
 
     in_range = True
@@ -145,8 +148,8 @@ class Spectrum:
     def start(
         self, labels: Tensor, teacher: Classifier, generator: torch.Generator, pixels: PixelStatistics | None = None
     ) -> None:
-        """Draw the coefficients of white noise, on the CPU; images are that noise with a spectrum that falls with the
-        frequency, around the mean of the data, whatever `pixels` are known.
+        """Draw the coefficients of white noise on the CPU. The images are this noise with a spectrum that falls with
+        the frequency, around the mean of the data; `pixels` are ignored.
         """
         _, self._height, self._width = teacher.card.input_size
         noise = STARTING_STD * torch.randn(len(labels), *teacher.card.input_size, generator=generator)
@@ -158,7 +161,7 @@ class Spectrum:
         self._low, self._high = teacher.normalise(black), teacher.normalise(black + 1)
 
     def parameters(self) -> list[ParameterGroup]:
-        """The coefficients, at the rate of the phase."""
+        """The coefficients, at the phase's learning rate."""
         return [ParameterGroup([self._coefficients])]
 
     def render(self) -> Tensor:
@@ -169,7 +172,7 @@ class Spectrum:
         return images + (images.clamp(self._low, self._high) - images).detach()
 
     def project(self) -> None:
-        """Nothing to put back: images are clipped where they are shown."""
+        """Nothing to do: images are clipped when they are rendered."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The coefficients, real and imaginary parts."""
@@ -177,13 +180,13 @@ class Spectrum:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put the coefficients of a `state_dict` in place of these."""
+        """Copy the coefficients of a `state_dict` into these."""
         self._coefficients.copy_(state["coefficients"])
 
 
 def _falling_with_frequency(height: int, width: int) -> Tensor:
     """1/f for every coefficient of a real image's transform, `(H, W // 2 + 1)`, scaled so that white noise keeps its
-    variance; the mean counts as the lowest frequency.
+    variance; the zero frequency counts as the lowest other one.
     """
     rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)
     falling = 1 / torch.hypot(rows, columns).clamp_min(1 / max(height, width))
@@ -191,7 +194,7 @@ def _falling_with_frequency(height: int, width: int) -> Tensor:
 
 
 def _colours(channels: int) -> Tensor:
-    """The channels' parts `(channels, parts)`, the largest row of norm 1; where they are not three, each is its own."""
+    """Mixing matrix `(channels, parts)` whose largest row has norm 1; the identity unless there are three channels."""
     if channels != len(COLOURS):
         return torch.eye(channels)
     colours = torch.tensor(COLOURS)
@@ -200,5 +203,5 @@ def _colours(channels: int) -> Tensor:
 
 
 def parametrised(*, clip: bool, spectrum: bool) -> Images:
-    """Images by their pixels, kept in [0, 1] if asked to, or by their spectrum, which are always."""
+    """Images parametrised by their spectrum, always in [0, 1], or by their pixels, kept in [0, 1] with `clip`."""
     return Spectrum() if spectrum else Pixels(clip=clip)

@@ -1,4 +1,4 @@
-"""Which class each image of a set shall have."""
+"""The class that each image of a set shall have."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ BALANCED, RANDOM = "balanced", "random"
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels as a pure function of a set's seed and an image's number: `cycle` one after the other and again, or
-    drawn from it with `random`.
+    """Labels as a pure function of a set's seed and an image's number: the classes of `cycle` in turn, repeated, or
+    with `random` drawn from them.
     """
 
     cycle: Sequence[int]
     random: bool = False
 
     def of_batch(self, batch: int, size: int, *, seed: int) -> Tensor:
-        """Labels `(size,)` of the images of a batch; int64."""
+        """Labels `(size,)` of the images of a batch, int64."""
         cycle = torch.tensor(self.cycle)
         if self.random:
             places = torch.randint(len(cycle), (size,), generator=generator("labels", seed, batch))
@@ -37,12 +37,12 @@ class Labels:
 
 
 def choose_labels(how: str, classes: Sequence[str], card: ModelCard) -> Labels:
-    """`balanced`, `random`, or a file with a class for every image, out of all classes or the named ones. In a file
-    they stand a line each, or between spaces; a shorter list begins again.
+    """Resolve `how`: `balanced`, `random`, or a file with a class for every image. The first two use all classes or the
+    given ones. A file has one class per line, or several separated by spaces; a shorter list is repeated.
 
-    Classes are numbers or, where the card has them, names. Where images have more than 64 pixels a
-    side, and so a set often fewer images than there are classes, all classes are taken in a spread order.
-    Raises `BadInput` for what is none of them.
+    Classes are numbers or, if the card has them, names. For images of more than 64 pixels a side, whose sets often have
+    fewer images than there are classes, all classes are taken in a spread order. Raises `BadInput` for an unknown
+    class, for a file that cannot be read or is empty, and for a file together with `classes`.
     """
     every = range(card.classes) if card.small else spread(card.classes)
     allowed = [_class(name, card) for name in classes] or list(every)
@@ -63,8 +63,8 @@ def choose_labels(how: str, classes: Sequence[str], card: ModelCard) -> Labels:
 
 
 def spread(classes: int) -> list[int]:
-    """All classes in an order any piece of which comes from all over the list: ImageNet's is sorted by kind, its first
-    128 being fish, birds and reptiles, and the statistics of a batch of one kind are not those of all.
+    """All classes in an order whose every part covers the whole list. ImageNet's classes are sorted by kind: the first
+    128 are fish, birds and reptiles, and a batch of one kind has other statistics than one of all kinds.
     """
     step = round(classes * 0.618034)  # Multiples of the golden ratio are spread evenly.
     while math.gcd(step, classes) > 1:

@@ -1,4 +1,4 @@
-"""`LiveSource`: images that are made while a student learns from them, and compete with it as it is."""
+"""`LiveSource`: images that are made while a student learns from them, and that compete with its present weights."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ ROUNDS_BETWEEN_LOOKS = 200
 
 
 class LiveSource:
-    """A `BatchSource` of one synthesis: a round of images is made, the student takes the steps that the recipe says,
-    the next round competes with what it has become.
+    """A `BatchSource` of one synthesis. A round of images is made, the student takes the number of steps that the
+    recipe states, and the next round competes with the updated student.
 
-    Images that the recipe keeps are the shards of the set in `folder`, of which the student gets its batches by `pool`,
-    together with those that were there before: `stored` images as they are kept, and their labels. `held_out`
-    `(spec.images,)` marks images of the set that it never sees. Of images that are not kept, every step has new ones,
-    half of a batch of `batch_size` where there are stored ones; `finish` draws the images of the set at the end.
+    If the recipe keeps its images, they are the shards of the set in `folder`. `pool` makes the student's batches from
+    them together with the `stored` images, which were there before (images as stored, and their labels). `held_out`
+    `(spec.images,)` marks images of the set that the student never sees. If images are not kept, every step has newly
+    rendered ones, mixed half and half with stored images if there are any; `finish` renders the set at the end.
+    `batch_size` is the number of images of a student's step.
+    Raises `BadInput` as `SetBuilder` does.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class LiveSource:
         self._made, self._values = 0, dict[str, float]()
         self._kept_parts = [stored] if stored else []
         self._history: list[dict[str, float]] = []
-        self.seconds = 0.0  # Of synthesis.
+        self.seconds = 0.0  # The time of synthesis.
         shards = list(self._builder.synthetic.shards)
         every = self.updates.every
         self._rounds = [shards[first : first + every] for first in range(0, len(shards), every)]
@@ -64,18 +66,18 @@ class LiveSource:
 
     @property
     def rounds(self) -> int:
-        """How many rounds there are."""
+        """Number of rounds."""
         return len(self._rounds) if self.updates.keep else self.updates.rounds
 
     def to(self, device: torch.device) -> None:
-        """Let batches come out on `device`; the synthesis is on its own."""
+        """Deliver batches on `device`; the synthesis keeps its own device."""
         self._device = device
-        _ = self._builder.synthesizer  # Its copy of the student is taken before a training puts hooks on it.
+        _ = self._builder.synthesizer  # It copies the student before training puts hooks on it.
         if self._pool:
             self._pool.to(device)
 
     def batch(self, step: int) -> Batch:
-        """The images of `step`, made in the round that it begins, or before."""
+        """The batch of `step`; if the step begins a round, the round's images are made first."""
         number = step // self.updates.steps
         while self._made <= min(number, self.rounds - 1):
             self._make_round()
@@ -84,12 +86,12 @@ class LiveSource:
         return batch
 
     def measured(self) -> dict[str, float]:
-        """The rounds made so far, and the last losses of the images."""
+        """The number of rounds made so far, and the last losses of the images."""
         return {"round": self._made, **self._values}
 
     def finish(self, *, student_seconds: float = 0.0) -> SyntheticSet:
-        """The whole set: what rounds are left, or what the generator makes in the end. A student that is left behind
-        took `student_seconds`, which count as the set's.
+        """Make the remaining rounds, or render the generator's final images, and return the whole set.
+        `student_seconds` is the training time of a temporary student, which counts as the set's.
         """
         while self._made < self.rounds:
             self._make_round()
@@ -101,7 +103,7 @@ class LiveSource:
         return self._builder.finish()
 
     def state_dict(self) -> dict[str, Any]:
-        """How many rounds were made, and what lives on in the synthesis; kept images are on the disk."""
+        """The number of rounds made, and the state that persists in the synthesis; kept images are on disk."""
         return {
             "rounds": self._made,
             "synthesis": self._builder.synthesizer.state_dict(),
@@ -110,14 +112,14 @@ class LiveSource:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the round in which the state was taken."""
+        """Resume after the round in which the state was taken."""
         if not state:
             return
         self._builder.synthesizer.load_state_dict(state["synthesis"])
         self.seconds, self._history = state["seconds"], list(state["history"])
         if self.spec.recipe.lives_on and self.updates.keep and world().is_main:
             for shard in self._shards(state["rounds"], len(self._rounds)):
-                # What it was made from is lost; it is made again, to the same bytes.
+                # The state that this shard was made from is lost; the shard is made again, with the same bytes.
                 self._builder.synthetic.shard_path(shard).unlink(missing_ok=True)
         world().barrier()
         self._take(state["rounds"])
@@ -136,14 +138,14 @@ class LiveSource:
         self.seconds += time.perf_counter() - started
 
     def _note(self) -> None:
-        """Keep some of the losses, and now and then look at what the generator makes."""
+        """Keep some of the losses, and write a preview of the generator's images now and then."""
         if self._made % -(-self.rounds // HISTORY_POINTS) == 0:
             self._history.append({"step": self._made, **self._values})
         if self._made % ROUNDS_BETWEEN_LOOKS == 0 and world().is_main:
             self._builder.look(self._made)
 
     def _take(self, rounds: int) -> None:
-        """Hand the pool all images of so many rounds that the student may see."""
+        """Give the pool all images of the first `rounds` rounds that the student may see."""
         if self.updates.keep:
             self._kept_parts += [self._seen(shard) for shard in self._shards(self._made, rounds)]
             self._pool = None
@@ -154,7 +156,7 @@ class LiveSource:
             self._pool.to(self._device)
 
     def _shards(self, first: int, last: int) -> list[int]:
-        """The shards of the rounds from the `first` to before the `last`."""
+        """The shards of the rounds from `first` up to but not including `last`."""
         return [shard for shards in self._rounds[first:last] for shard in shards]
 
     def _seen(self, shard: int) -> tuple[Tensor, Tensor]:
@@ -170,13 +172,13 @@ class LiveSource:
         return self._pool.batch(step)
 
     def _drawn(self, number: int) -> tuple[Tensor, Tensor]:
-        """What the generator makes as the batch of that number, and its labels."""
+        """The generator's images for the batch `number`, and their labels."""
         labels = self._builder.labels_of(number)
         return self._builder.synthesizer.sample(labels, generator("latent", self._builder.seed, number)), labels
 
     def _new(self, step: int) -> Batch:
         started = time.perf_counter()
-        # As many at once as the generator learns from.
+        # Images are rendered in batches of the size that the generator is trained with.
         times = -(-self.batch_size // self._builder.batch_size)
         first = self.rounds * self.updates.every + step * times
         drawn = [self._drawn(number) for number in range(first, first + times)]

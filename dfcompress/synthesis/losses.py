@@ -1,9 +1,10 @@
-"""What the images are asked to minimise: one function a loss, reduced exactly as its paper reduces it.
+"""What synthesis minimises: one function per loss, reduced exactly as in its paper.
 
     losses = [class_cross_entropy(), 10.0 * bn_distance(), 2.5e-5 * total_variation()]
     quiet = Loss("quiet", lambda trace: trace.outputs["layer4"].abs().mean(), wants=(LayerOutput("layer4"),))
 
-A loss is a scalar of a `Trace`; weighting it keeps its name in the log. It says what it `wants` to find there.
+A loss is a scalar function of a `Trace`; a weighted loss keeps its name in the log. `wants` lists what the trace must
+contain.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import moments_of
 from dfcompress.models.trace import LayerMoments, Moments, Trace
 
-# The tensors of a module by name, outside of the module.
+# A module's tensors by name, held outside of the module.
 ModuleState = dict[str, Tensor]
 
 
 class Want(Enum):
-    """What a loss may want besides images and logits: the moments of the layers with known statistics, the targets that
-    an activation record sets (and the outputs of its layers), the patch features of all blocks that mix positions, the
-    labels, the logits of a student, means or norms over all images of the batch (`Trace.mean_over_batch` and
-    `norm_over_batch`), what goes into the last weighted layer.
+    """What a loss may want besides images and logits: `MOMENTS`, the moments of the layers with known statistics;
+    `TARGETS`, the targets of an activation record and the outputs of its layers; `PATCHES`, the patch features of all
+    blocks that mix positions; `LABELS`; `STUDENT`, the logits of a student; `BATCH`, means or norms over all images of
+    the batch (`Trace.mean_over_batch` and `norm_over_batch`); `PENULTIMATE`, the input of the last weighted layer.
 
     A loss that wants moments or the batch has a value of the whole batch, which counts once and not by a chunk's share.
-    A recipe none of whose losses wants labels steers its images towards no class.
+    If no loss of a recipe wants labels, the recipe steers its images towards no class.
     """
 
     MOMENTS = "moments"
@@ -50,41 +51,41 @@ class Want(Enum):
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """Wants `trace.outputs[layer]`, the output `(N, ...)` of the module of that name."""
+    """Wants `trace.outputs[layer]`, the output `(N, ...)` of the module named `layer`."""
 
     layer: str
 
 
 @dataclass(frozen=True)
 class ChannelMeans:
-    """Wants `trace.channel_means[layer]`, the output's mean over each image's positions, `(N, C)`."""
+    """Wants `trace.channel_means[layer]`, the layer's output averaged over each image's positions, `(N, C)`."""
 
     layer: str
 
 
 @runtime_checkable
 class SizedByTeacher(Protocol):
-    """A module of a loss without tensors yet, because their shapes depend on the teacher."""
+    """A loss's module that has no tensors yet, because their shapes depend on the teacher."""
 
     def sized_for(self, teacher: Classifier) -> nn.Module:
-        """A new module that fits to what is recorded of `teacher`, the same one in every process."""
+        """A new module that fits the features recorded from `teacher`; identical in every process."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A named, weighted scalar of a `Trace`, and what it wants to be recorded there.
+    """A named, weighted scalar of a `Trace`, and what the trace must contain (`wants`).
 
     `value` is a function of the trace, or a module whose `forward` is one. The loss then owns the module's parameters
     (a head) and buffers (a memory bank, changed in place): every batch begins with a copy of them, the parameters are
-    optimised together with the images, at the rate of the phase, and all of them are saved with the batch.
+    optimised together with the images, at the phase's learning rate, and all of them are saved with the batch.
 
-    Where a student learns in between, the module lives on from batch to batch. If it `learns_with_student`, its
-    parameters are not optimised together with the images: on every batch that the student learns from,
-    `module(trace, module_loss=True)` is minimised in them alone.
+    Where a student learns between batches, the module persists from batch to batch. If it `learns_with_student`, its
+    parameters are not optimised with the images: `module(trace, module_loss=True)` is minimised with respect to them,
+    on every batch that the student learns from.
 
-    Where a batch is computed in chunks, the value of a loss that wants `Want.MOMENTS` or `Want.BATCH` is taken for one
-    of the whole batch and counts once; every other is taken for a mean over the chunk's images and counts by the
-    chunk's share. A loss that needs the `whole_batch` at once is never computed in chunks.
+    Where a batch is computed in chunks, the value of a loss that wants `Want.MOMENTS` or `Want.BATCH` is treated as a
+    value of the whole batch and counts once; every other value is treated as a mean over the chunk's images and counts
+    by the chunk's share. A loss that needs the `whole_batch` at once is never computed in chunks.
     """
 
     name: str
@@ -96,18 +97,18 @@ class Loss:
 
     @property
     def of_batch(self) -> bool:
-        """Whether the value is one of the whole batch, and no mean over images."""
+        """Whether the value is one of the whole batch instead of a mean over images."""
         return Want.MOMENTS in self.wants or Want.BATCH in self.wants
 
     def sized_for(self, teacher: Classifier) -> Loss:
-        """The loss whose module fits to this teacher; itself where its value depends on none."""
+        """The loss with its module sized for this teacher; the loss itself if its value needs no sizing."""
         if not isinstance(self.value, SizedByTeacher):
             return self
         return replace(self, value=self.value.sized_for(teacher))
 
     def module_state(self, device: torch.device) -> ModuleState:
-        """Fresh copies of the tensors that the loss owns; none where its value is a plain function. Those that require
-        gradients are optimised together with the images.
+        """Fresh copies of the tensors that the loss owns, by name; empty if its value is a plain function. Tensors that
+        require gradients are optimised together with the images.
         """
         if not isinstance(self.value, nn.Module):
             return {}
@@ -126,13 +127,13 @@ class Loss:
         return value
 
     def module_loss(self, state: ModuleState, trace: Trace) -> Tensor:
-        """What the loss's module shall minimise on images that the student learns from."""
+        """The value that the loss's module minimises on images that the student learns from."""
         assert isinstance(self.value, nn.Module), "a plain function learns nothing"
         value: Tensor = functional_call(self.value, state, (trace,), {"module_loss": True})
         return value
 
     def module_parameters(self, state: ModuleState) -> list[Tensor]:
-        """The tensors of `module_state` in which `module_loss` is minimised."""
+        """The tensors of `module_state` with respect to which `module_loss` is minimised."""
         assert isinstance(self.value, nn.Module), "a plain function has none"
         return [state[name] for name, _ in self.value.named_parameters()]
 
@@ -148,7 +149,7 @@ def class_cross_entropy() -> Loss:
 def inception(scale: float = 100.0) -> Loss:
     """e^(−logit_y / scale), mean over the batch (Haroush 2020, section 3.2; the paper prints the scale three ways).
 
-    Raises `BadInput` for a scale of 0.
+    Raises `BadInput` for a scale that is not above 0.
     """
     require_positive("scale", scale)
 
@@ -162,8 +163,9 @@ def inception(scale: float = 100.0) -> Loss:
 def competition(temperature: float = 3.0) -> Loss:
     """1 − JS(p_T, p_S) of teacher and student at `temperature`, mean over the batch, in nats (Yin 2020, R_compete).
 
-    JS = ½KL(p_T ‖ M) + ½KL(p_S ‖ M) with M = ½(p_T + p_S), taken from log-softmax: nothing is clamped, so its
-    gradient never dies. JS ≤ ln 2, so the value never falls below 0.307. Raises `BadInput` for a temperature of 0.
+    JS = ½KL(p_T ‖ M) + ½KL(p_S ‖ M) with M = ½(p_T + p_S), computed from log-softmax: nothing is clamped, so the
+    gradient never becomes 0. JS ≤ ln 2, so the value never falls below 0.307. Raises `BadInput` for a temperature that
+    is not above 0.
     """
     require_positive("temperature", temperature)
 
@@ -181,7 +183,7 @@ def competition(temperature: float = 3.0) -> Loss:
 def bn_distance(first: float = 1.0) -> Loss:
     """Σ_l ‖μ_l − BN mean‖₂ + ‖σ²_l − BN var‖₂ over BatchNorm inputs; norms over channels, not squared (Yin 2020).
 
-    The first BatchNorm counts `first` times (10 in the released ImageNet settings).
+    The first BatchNorm's distance is multiplied by `first` (10 in the released ImageNet settings).
     """
 
     def value(trace: Trace) -> Tensor:
@@ -193,8 +195,8 @@ def bn_distance(first: float = 1.0) -> Loss:
 
 
 def bn_divergence() -> Loss:
-    """J_KL: KL(N(μ̂, σ̂²) ‖ N(μ, σ²)), mean over the channels of a layer, then over BatchNorm layers and the input,
-    whose own mean and variance are 0 and 1 in normalised space (Haroush 2020, eq. 1 to 3).
+    """J_KL: KL(N(μ̂, σ̂²) ‖ N(μ, σ²)), mean over the channels of a layer, then over BatchNorm layers and the input. The
+    input's reference mean and variance are 0 and 1 in normalised space (Haroush 2020, eq. 1 to 3).
     """
 
     def value(trace: Trace) -> Tensor:
@@ -206,10 +208,10 @@ def bn_divergence() -> Loss:
 
 
 def pixel_divergence() -> Loss:
-    """KL(N(μ̂, σ̂²) ‖ N(0, 1)) of every image's own pixels in normalised space, mean over colours and images.
+    """KL(N(μ̂, σ̂²) ‖ N(0, 1)) of each image's own pixels in normalised space, mean over colours and images.
 
-    J_KL's term for the input (Haroush 2020, eq. 3) takes all images together; taking each alone is ours, and keeps a
-    batch from being half black and half white.
+    J_KL's term for the input (Haroush 2020, eq. 3) pools the pixels of all images. Treating each image alone is ours;
+    it keeps a batch from being half black and half white.
     """
 
     def value(trace: Trace) -> Tensor:
@@ -233,12 +235,12 @@ def _pixels(trace: Trace) -> LayerMoments:
 
 
 def activation_distance(leak: float = 0.0, *, later: float = 1.0, summed: bool = False, pooled: bool = False) -> Loss:
-    """Σ over recorded layers of the mean over units and images of (r(t) − r(a))², t the target, a the image's output,
-    each times the layer's scale; r is ReLU, or leaky with a slope of `leak` below 0 (Lopes 2017, section 3.1.2).
+    """Σ over recorded layers of the mean over units and images of (scale·(r(t) − r(a)))²: t is the target, a the
+    image's output, `scale` the layer's; r is ReLU, or leaky ReLU with slope `leak` below 0 (Lopes 2017, section 3.1.2).
 
-    `summed` takes the sum over units instead, which weighs every unit of the network alike; with a leak of 1 that is
-    Σ_i (s̄_i − s_i)² of section 3.1.3. Every layer counts `later` times the one before it. Where targets are drawn from
-    `pooled` classes, no class is intended.
+    `summed` takes the sum over units instead of the mean, so that every unit of the network has the same weight; with a
+    leak of 1 this is Σ_i (s̄_i − s_i)² of section 3.1.3. Each layer is weighted `later` times the layer before it. With
+    `pooled`, targets are drawn regardless of class, and the loss wants no labels.
     """
 
     def value(trace: Trace) -> Tensor:
@@ -255,13 +257,13 @@ def activation_distance(leak: float = 0.0, *, later: float = 1.0, summed: bool =
 
 
 def patch_similarity(points: int = 10, bandwidth: float = 0.01) -> Loss:
-    """−Σ_l H_l over the blocks that mix positions, H_l the differential entropy of the cosine similarities between all
-    patch features of an image, mean over images (Li 2022, L_PSE).
+    """−Σ_l H_l over the blocks that mix positions; H_l is the differential entropy of the cosine similarities between
+    all patch features of an image, mean over images (Li 2022, L_PSE).
 
-    Their density f is estimated with Gaussian kernels of `bandwidth` (Li 2022), at so many `points` in even steps, and
-    −∫ f log f by trapezoids (as coded, with 1e-4 added to f). That the steps span each image's own range, and not that
-    of the batch, is ours: so an image's value depends on no other.
-    Raises `BadInput` for less than 2 points and for a bandwidth of 0.
+    The density f of the similarities is estimated with Gaussian kernels of `bandwidth` (Li 2022) at `points`
+    equidistant points, and −∫ f log f by the trapezoidal rule (as coded, with 1e-4 added to f). The points span each
+    image's own range instead of the batch's, which is ours: an image's value then depends on no other image.
+    Raises `BadInput` for less than 2 points and for a bandwidth that is not above 0.
     """
     require_positive("bandwidth", bandwidth)
     if points < 2:
@@ -270,7 +272,7 @@ def patch_similarity(points: int = 10, bandwidth: float = 0.01) -> Loss:
     def entropy(features: Tensor) -> Tensor:
         directions = F.normalize(features, dim=2)
         similarities = (directions @ directions.transpose(1, 2)).flatten(1)
-        # Even steps by arithmetic: `linspace` would need the ends on the host.
+        # Equidistant by arithmetic: `linspace` would need the end points on the host.
         steps = torch.arange(points, device=features.device, dtype=features.dtype) / (points - 1)
         low, high = torch.aminmax(similarities.detach(), dim=1, keepdim=True)
         places = low + (high - low) * steps
@@ -285,11 +287,11 @@ def patch_similarity(points: int = 10, bandwidth: float = 0.01) -> Loss:
 
 
 class KernelDensity(torch.autograd.Function):
-    """The density of the numbers in each row of `(N, values)` at its `places` `(N, points)`, as `(N, points)`: the mean
-    of Gaussians of deviation `bandwidth` around the values.
+    """The density of the numbers in each row of `values` `(N, values)` at its `places` `(N, points)`, as `(N, points)`:
+    the mean of Gaussians of standard deviation `bandwidth` around the values.
 
-    Point by point both ways, so that one tensor of the values' size is kept in place of `points` of them: of 32 images
-    and the 12 blocks of a ViT with 196 patches 0.06 GB in place of 0.6 GB.
+    Both passes work point by point, so that one tensor of the values' size is kept instead of one per point: 0.06 GB
+    instead of 0.6 GB for 32 images and the 12 blocks of a ViT with 196 patches.
     """
 
     @staticmethod
@@ -301,7 +303,7 @@ class KernelDensity(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient to the values: that of one Gaussian is itself times (place − value) / bandwidth²."""
+        """The gradient with respect to the values; a Gaussian's derivative is itself × (place − value) / bandwidth²."""
         values, places = ctx.saved_tensors  # type: ignore[attr-defined]
         bandwidth: float = ctx.bandwidth  # type: ignore[attr-defined]
         gradient = torch.zeros_like(values)
@@ -317,7 +319,7 @@ def _gaussians(values: Tensor, place: Tensor, bandwidth: float) -> Tensor:
 def total_variation() -> Loss:
     """Sum over the directions →, ↓, ↘, ↙ of the L2 norm of the shifted difference (Yin 2020, R_TV, as coded).
 
-    The norm runs over the whole batch tensor, so the value grows with the square root of the batch size.
+    The norm is taken over the whole batch tensor, so the value grows with the square root of the batch size.
     """
 
     def value(trace: Trace) -> Tensor:
@@ -338,10 +340,10 @@ def total_variation() -> Loss:
 
 
 def usual_variation(usual: float = 1.25) -> Loss:
-    """|R_TV − usual·√pixels|, R_TV as in `total_variation` and `pixels` all numbers of the batch (Li 2022, L_TV).
+    """|R_TV − usual·√pixels|: R_TV as in `total_variation`, `pixels` the number of values N·C·H·W (Li 2022, L_TV).
 
-    As coded, R_TV of 32 images of 224 pixels is drawn towards a number between 2,500 and 3,000: 1.14 to 1.37 times the
-    root of their numbers. Taking 1.25 for all is ours.
+    As coded, R_TV of 32 images of 224 pixels is drawn towards a number between 2,500 and 3,000, which is 1.14 to 1.37
+    times √pixels. The fixed factor of 1.25 is ours.
     """
     variation = total_variation()
 
@@ -353,15 +355,15 @@ def usual_variation(usual: float = 1.25) -> Loss:
 
 
 def smoothness(kernel: int = 5, sigma: float = 1.0) -> Loss:
-    """Mean squared difference to the image smoothed by a `kernel` × `kernel` Gaussian of `sigma` pixels, borders
-    reflected (Haroush 2020, section 3.2). Raises `BadInput` for an even kernel.
+    """Mean squared difference between the image and the image smoothed by a `kernel` × `kernel` Gaussian of `sigma`
+    pixels, borders reflected (Haroush 2020, section 3.2). Raises `BadInput` for an even kernel or a sigma not above 0.
     """
     if kernel % 2 == 0 or sigma <= 0:
         raise BadInput(f"There is no {kernel} × {kernel} Gaussian of σ {sigma}.", "Use an odd kernel and a σ above 0.")
 
     def value(trace: Trace) -> Tensor:
         channels, border = trace.images.shape[1], kernel // 2
-        # Made on the device: a copy from the host would end the capture of a CUDA graph.
+        # Computed on the device: a copy from the host would end the capture of a CUDA graph.
         offsets = torch.arange(kernel, device=trace.images.device) - border
         line = (-(offsets**2) / (2 * sigma**2)).exp()
         line = line / line.sum()
@@ -373,9 +375,9 @@ def smoothness(kernel: int = 5, sigma: float = 1.0) -> Loss:
 
 
 def _reflected(images: Tensor, border: int, axis: int) -> Tensor:
-    """`border` more pixels at both ends of an axis, mirrored at the outermost one.
+    """Add `border` pixels at both ends of an axis, mirrored at the outermost pixel.
 
-    In slices, because the gradient of `F.pad`'s reflection is summed in no fixed order on CUDA.
+    It uses slices, because the gradient of `F.pad`'s reflection is summed in no fixed order on CUDA.
     """
     size = images.shape[axis]
     before = images.narrow(axis, 1, border).flip(axis)
@@ -386,7 +388,7 @@ def _reflected(images: Tensor, border: int, axis: int) -> Tensor:
 def image_norm(*, each: bool = False) -> Loss:
     """‖x̂‖₂ of the whole batch in normalised space (Yin 2020, R_l2, as coded for CIFAR).
 
-    With `each` the mean of the images' own norms (as coded for ImageNet).
+    With `each`, the mean of the images' own norms (as coded for ImageNet).
     """
 
     def value(trace: Trace) -> Tensor:
@@ -397,12 +399,12 @@ def image_norm(*, each: bool = False) -> Loss:
 
 
 def require_positive(name: str, value: float) -> None:
-    """Raise `BadInput` where a setting that something is divided by is not above 0."""
+    """Raise `BadInput` if a setting that is used as a divisor is not above 0."""
     if value <= 0:
         raise BadInput(f"{name} = {value} divides by nothing.", "Use a number above 0.")
 
 
 def _norms(images: Tensor) -> Tensor:
-    """L2 norm of each image `(N,)`: on its own first, so that the bits do not depend on the number of threads."""
+    """L2 norm `(N,)` of each image on its own, so that the bits do not depend on the number of threads."""
     norms: Tensor = torch.linalg.vector_norm(images, dim=(1, 2, 3))
     return norms

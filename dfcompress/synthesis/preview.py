@@ -1,4 +1,4 @@
-"""The picture of a set: some of its images side by side."""
+"""The preview picture of a set: some of its images side by side."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PREVIEW = "preview.png"
 PREVIEW_IMAGES = 80
 
 
-PREVIEW_SIDE = 112  # Twice that, 80 images are 2,262 × 1,810 pixels, and up to 12 MB as PNG; averaged, 3 MB.
+PREVIEW_SIDE = 112  # 80 images of 224 pixels: 2,262 × 1,810 pixels, up to 12 MB as PNG; averaged to 112, 3 MB.
 
 
 def first_images(synthetic: SyntheticSet) -> Tensor:
-    """As many of a set's images `(N, C, H, W)` as a picture shows."""
+    """The first images `(N, C, H, W)` of a set, at most `PREVIEW_IMAGES`."""
     found: list[Tensor] = []
     for images, _ in synthetic.batches(PREVIEW_IMAGES):
         found.append(images)
@@ -32,7 +32,9 @@ def first_images(synthetic: SyntheticSet) -> Tensor:
 
 
 def write_preview(folder: Path, images: Tensor) -> None:
-    """Up to 80 images, large ones at a whole fraction of their size; a column holds one class where there are ten."""
+    """Write `images` `(N, C, H, W)` as one picture: large images are averaged by a whole factor, small ones enlarged. A
+    column holds one class if ten classes take turns.
+    """
     if images.shape[1] not in (1, 3):
         images = images.mean(1, keepdim=True)
     images = F.avg_pool2d(images, max(1, min(images.shape[2:]) // PREVIEW_SIDE))
@@ -47,7 +49,7 @@ def write_preview(folder: Path, images: Tensor) -> None:
 def grid(images: Tensor, *, columns: int, border: int) -> Tensor:
     """Images `(N, C, H, W)` row by row as one `(C, rows, columns)`, with white borders of `border` pixels.
 
-    (torchvision's `make_grid` does the same, and importing torchvision takes 0.3 to 1.4 s of CPU time.)
+    (torchvision's `make_grid` does the same, but importing torchvision takes 0.3 to 1.4 s of CPU time.)
     """
     columns = min(columns, len(images))
     images = F.pad(images, (0, border, 0, border, 0, 0, 0, -len(images) % columns), value=1.0)

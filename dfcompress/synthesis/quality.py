@@ -1,4 +1,4 @@
-"""Is a batch of synthetic images fit for use? Checks that need no data, each with the setting to change."""
+"""Is a batch of synthetic images fit for use? Checks that need no data; each names the setting to change."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ from dfcompress.synthesis.synthesizer import Batch
 CONFIDENT = 0.8
 VARIED = 0.25
 ONE_CLASS = 0.9
-FEW = 16  # Images that tell nothing of classes.
+FEW = 16  # Fewer images do not show how classes are distributed.
 
 
 @dataclass(frozen=True)
 class BatchQuality:
-    """What a batch shows: the share of images the teacher classifies as intended (None where no label steered them),
-    J_KL of the batch and of as much Gaussian noise (None where no loss looks at statistics), and how far images
-    differ: the deviation of a pixel over the batch against that over all pixels, 0 where all images are one; and the
-    share of the class that the teacher sees oftenest, None where labels steered the images. A generator's images need
-    not be `sure` of their class: a student takes more from them.
+    """What was measured on a batch.
+
+    `teacher_top1` is the share of images that the teacher classifies as intended (None if no label steered them).
+    `bn_divergence` and `noise_divergence` are J_KL of the batch and of as many Gaussian noise images (None if no loss
+    looks at statistics). `variety` is the standard deviation of a pixel over the batch divided by that over all pixels,
+    0 if all images are the same. `largest_class` is the share of the class that the teacher predicts most often (None
+    if labels steered the images, or for fewer than 16). `sure` is False for a generator's images, of which the teacher
+    need not be certain: a student learns more from them.
     """
 
     teacher_top1: float | None
@@ -43,7 +46,7 @@ class BatchQuality:
     sure: bool = True
 
     def warnings(self, settings: Mapping[str, Any]) -> dict[str, str]:
-        """A sentence for everything that is wrong and which of a recipe's `settings` to change, by what it is about."""
+        """A sentence for each problem, by topic; it names the recipe's setting to change if `settings` contain it."""
         found = {}
 
         def more_of(weight: str) -> str:
@@ -70,7 +73,7 @@ class BatchQuality:
 
 
 class QualityCheck:
-    """Examines the batches of one recipe and one teacher, so many images at once (None: a whole batch)."""
+    """Examines batches of one recipe and one teacher, `chunk` images at once (None: a whole batch)."""
 
     def __init__(self, recipe: Recipe, teacher: Classifier, *, chunk: int | None = None) -> None:
         self.recipe, self.teacher, self.chunk = recipe, teacher, chunk
@@ -79,7 +82,7 @@ class QualityCheck:
 
     @torch.no_grad()
     def examine(self, batch: Batch) -> BatchQuality:
-        """One more forward pass of a finished batch, in fp32."""
+        """Measure a finished batch with one more forward pass, in fp32."""
         device = self.teacher.mean.device
         images = self.teacher.normalise(batch.images.to(device))
         divergence, logits = self._divergence(images)

@@ -53,7 +53,8 @@ SCHEDULES = get_args(Schedule)
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps of Adam at one peak rate, reached linearly over `warmup` steps, on what the `transforms` show.
+    """Steps of Adam with one schedule: the learning rate rises linearly to `lr` over `warmup` steps, then stays
+    (`constant`) or falls to 0 (`cosine`). The teacher sees the images after the `transforms`.
 
     The optimiser and the schedule start anew in each phase.
     """
@@ -66,7 +67,7 @@ class Phase:
     transforms: Sequence[Transform] = ()
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for settings that Adam or a schedule cannot have."""
+        """Raise `BadInput` for an unknown schedule, betas outside [0, 1), and a learning rate that is not above 0."""
         if self.schedule not in SCHEDULES:
             raise BadInput(f"There is no schedule {self.schedule!r}.", f"Known: {', '.join(SCHEDULES)}.")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -76,26 +77,27 @@ class Phase:
 
     @property
     def downscale(self) -> int:
-        """By what the height and the width of the images are divided before the network sees them."""
+        """The factor by which the images' height and width are divided before the network sees them."""
         return math.prod(transform.downscale for transform in self.transforms)
 
     def rate(self, step: int, *, peak: float | None = None) -> float:
-        """Learning rate of `step`, counted from 0; that of parameters with another peak rate than the phase's."""
+        """Learning rate of `step`, counted from 0; `peak` replaces the phase's peak rate for some parameters."""
         peak = self.lr if peak is None else peak
         return schedules.rate(step, peak=peak, steps=self.steps, schedule=self.schedule, warmup=self.warmup)
 
 
-# The settings of recipes for the steps of first phases on smaller images, by which they divide height and width.
+# Settings that hold the number of steps of the first phases, on smaller images; values divide height and width.
 COARSE = {"quarter_steps": 4, "half_steps": 2}
-# What `fast-imagenet` of all recipes have in common. Jitter is DeepInversion's for ImageNet; the rest is ours, chosen
-# on EfficientNet-Lite0 by signals that need no data: J_KL of 16 whole images, and how many of them a second network,
-# Lite2, takes for what they were made as. An eager bf16 step of 16 images costs 1.0, 0.30 and 0.12 s of one core at
-# 224, 112 and 56 pixels. With 80 steps at half and 20 at full size, J_KL weighted 100 and cross-entropy 10, pixels
-# from white noise had 0.35 and 3 (at a rate of 0.1), pixels from noise that falls with the frequency 0.25 and 5,
-# spectra 0.16 and 10, and at a rate of 0.05 0.12 and 11. Worse were a rate of 0.03 (0.122 and 9), betas of 0.9 and
-# 0.99 (0.19 and 8), and a spectrum divided by the frequency to the 0.7 (0.18 and 11). 60 steps each at a quarter and
-# half and 40 at full size have 0.104 and 12. Crops to 0.9 in place of jitter showed no gain.
-# A batch of 128 shares its statistics, whatever part of it fits into memory at once.
+# Settings that the `fast-imagenet` presets of all recipes share. The jitter is DeepInversion's for ImageNet. All others
+# are ours, chosen on EfficientNet-Lite0 by two signals that need no data: J_KL of 16 whole images, and the number of
+# the 16 that a second network, Lite2, classifies as intended. An eager bf16 step of 16 images costs 1.0, 0.30 and 0.12
+# s of one core at 224, 112 and 56 pixels. Results as (J_KL, number) with 80 steps at half and 20 at full size, J_KL
+# weighted 100 and cross-entropy 10: pixels from white noise (0.35, 3), at a learning rate of 0.1; pixels from noise
+# that falls with the frequency (0.25, 5); spectra (0.16, 10); spectra at a learning rate of 0.05 (0.12, 11). Worse were
+# a learning rate of 0.03 (0.122, 9), betas of 0.9 and 0.99 (0.19, 8), and a spectrum divided by the frequency to the
+# power 0.7 (0.18, 11). 60 steps each at quarter and half size and 40 at full size give (0.104, 12). Crops to 0.9
+# instead of jitter showed no gain.
+# A batch of 128 images shares its statistics, however few of them fit into memory at once.
 FAST_IMAGENET = {
     "quarter_steps": 60,
     "half_steps": 60,
@@ -111,10 +113,10 @@ FAST_IMAGENET = {
 def coarse_to_fine(
     full: Phase, transforms: Callable[[int], Sequence[Transform]], *, quarter_steps: int = 0, half_steps: int
 ) -> list[Phase]:
-    """The phase `full`, after one that shows the images at a quarter of their height and width and one at half, where a
-    step costs a sixteenth and a quarter; a phase without steps is left out.
+    """Phases at a quarter and at half of the height and width, then `full`. A step of the smaller ones costs a
+    sixteenth and a quarter of a full one. Phases without steps are left out.
 
-    `transforms(factor)` are those behind a downscaling by 4, 2 and 1.
+    `transforms(factor)` are the transforms that follow the downscaling by `factor`, which is 4, 2 and 1.
     """
     smaller = [
         replace(full, steps=steps, transforms=[downscale(factor), *transforms(factor)])
@@ -125,13 +127,13 @@ def coarse_to_fine(
 
 @dataclass(frozen=True, kw_only=True)
 class StudentUpdates:
-    """How the student that images compete with learns while they are made: synthesis and training alternate.
+    """How a student is trained during synthesis: synthesis and training alternate.
 
-    A round makes `every` batches of images; then the student takes `steps` steps of `batch_size` images, at a rate that
-    falls from `lr` along a cosine over all rounds. With `keep` the images of all rounds so far are kept, and these are
-    what it learns from; else a generator renders new ones for each of its steps, and there are so many `rounds` as are
-    stated here. `temperature` and `objectives` (None: the usual ones) are the distillation's, where no others are asked
-    for.
+    A round makes `every` batches of images; then the student takes `steps` steps of `batch_size` images. Its learning
+    rate falls from `lr` along a cosine over all rounds. With `keep`, the images of all rounds are kept and the student
+    learns from all so far; otherwise a generator renders new images for each of the student's steps, and `rounds`
+    states the number of rounds. `temperature` and `objectives` (None: the default ones) are the distillation's, unless
+    others are requested.
     """
 
     every: int = 1
@@ -144,22 +146,23 @@ class StudentUpdates:
     objectives: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for rounds without a batch or a step, and for a number of rounds that is not stated."""
+        """Raise `BadInput` for rounds without a batch or a step, and for a missing number of rounds without `keep`."""
         if self.every < 1 or self.steps < 1:
             raise BadInput(f"A round of {self.every} batches and {self.steps} steps is none.", "Use 1 or more.")
         if not self.keep and self.rounds < 1:
             raise BadInput("Images that are not kept are made in rounds.", "State how many.")
 
 
-# What stands beside the losses, by their names, in lines of a set's metrics.jsonl and in its progress.
+# Keys beside the losses' names in lines of a set's metrics.jsonl and in its progress; a loss cannot have such a name.
 RESERVED = ("shard", "step", "process", "seconds", "attempts", "health", "round")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Images + weighted losses + phases, each with its transforms.
+    """A method of synthesis: a parametrisation of images, weighted losses, and phases, each with its transforms.
 
-    A value: a run works on copies of the images and of the modules that losses own, and leaves the recipe as it was.
+    `batch_size` images share their statistics; `student_updates` is None if no student learns during synthesis. A
+    recipe is a value: a run copies the images and the modules that losses own, and leaves the recipe unchanged.
     """
 
     images: Images
@@ -169,8 +172,8 @@ class Recipe:
     student_updates: StudentUpdates | None = None
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for an empty batch, for two losses of one name, under which values and modules are saved,
-        and for a reserved name; what was given as a list can be changed no more.
+        """Raise `BadInput` for an empty batch, for two losses of the same name (values and modules are saved by name),
+        and for a reserved name; lists become tuples.
         """
         if self.batch_size < 1:
             raise BadInput(f"A batch of {self.batch_size} images is none.", "Use --batch-size 1 or more.")
@@ -184,58 +187,58 @@ class Recipe:
         object.__setattr__(self, "phases", tuple(self.phases))
 
     def sized_for(self, teacher: Classifier) -> Recipe:
-        """The recipe whose losses own modules that fit to this teacher."""
+        """The recipe with the losses' modules sized for this teacher."""
         losses = [loss.sized_for(teacher) for loss in self.losses]
         return self if all(map(operator.is_, losses, self.losses)) else replace(self, losses=losses)
 
     @property
     def wants(self) -> frozenset[Want | LayerOutput | ChannelMeans]:
-        """What any of the losses wants to be recorded."""
+        """Everything that any loss wants to be recorded."""
         return frozenset(want for loss in self.losses for want in loss.wants)
 
     @property
     def layers(self) -> list[str]:
-        """The layers that any of the losses looks at by name, sorted."""
+        """The layers that any loss refers to by name, sorted."""
         return sorted({want.layer for want in self.wants if not isinstance(want, Want)})
 
     @property
     def needs_whole_batch(self) -> bool:
-        """Whether a batch cannot be computed in chunks: some losses, and modules that a loss owns, see it whole, and a
-        generator that lives on makes it whole.
+        """Whether a batch cannot be computed in chunks: some losses and all modules that losses own need the whole
+        batch, and persistent images are made as a whole.
         """
         whole = any(loss.whole_batch or isinstance(loss.value, torch.nn.Module) for loss in self.losses)
         return self.images.persistent or whole
 
     @property
     def lives_on(self) -> bool:
-        """Whether a batch depends on those before: through a generator that goes on learning, or where a student learns
-        in between through the modules of losses.
+        """Whether a batch depends on the batches before: a persistent generator keeps its weights, and modules of
+        losses persist where a student learns between batches.
         """
         modules = any(isinstance(loss.value, torch.nn.Module) for loss in self.losses)
         return self.images.persistent or (modules and self.student_updates is not None)
 
     @property
     def label_free(self) -> bool:
-        """Whether nothing steers the images towards a class; their label is then the teacher's answer."""
+        """Whether no loss steers the images towards a class; their labels are then the teacher's predictions."""
         return Want.LABELS not in self.wants
 
     @property
     def steps(self) -> int:
-        """Optimisation steps of all phases."""
+        """Number of optimisation steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
     @property
     def work(self) -> float:
-        """The work of all steps, in steps at full size."""
+        """The work of all steps, as an equivalent number of steps at full size."""
         return sum(phase.steps / phase.downscale**2 for phase in self.phases)
 
     @property
     def sizes(self) -> int:
-        """How many sizes of images the network sees."""
+        """Number of image sizes that the network sees."""
         return len({phase.downscale for phase in self.phases if phase.steps}) or 1
 
     def phase_at(self, step: int) -> tuple[Phase, int]:
-        """The phase that a step belongs to, and the step's number in it."""
+        """The phase of a step, and the step's number in that phase; raises `IndexError` after the last step."""
         for phase in self.phases:
             if step < phase.steps:
                 return phase, step
@@ -245,7 +248,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class RecipeChoice:
-    """A recipe's name, preset and every setting resolved, as `dataset.json` keeps it."""
+    """A recipe's name, its preset and all settings resolved, as `dataset.json` stores them."""
 
     name: str
     preset: str
@@ -254,7 +257,7 @@ class RecipeChoice:
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe, built once."""
-        # What is random in modules of losses and generators is the same in every process.
+        # Random initial values in losses' modules and generators are the same in every process.
         with forked_randomness(torch.device("cpu")):
             torch.default_generator.manual_seed(0)
             recipe = _built(find_recipe(self.name), self.settings)
@@ -264,12 +267,12 @@ class RecipeChoice:
 
     @property
     def sha256(self) -> str | None:
-        """Of the file that a recipe which is not ours is written in."""
+        """sha256 of the file of a recipe that is not built in; None for a built-in one."""
         return find_recipe(self.name).sha256
 
 
 def _built(source: RecipeSource, settings: Mapping[str, Any]) -> Any:
-    """What the function of a recipe returns; raises `BadInput` for whatever the user's own function raises."""
+    """Call a recipe's function; raise `BadInput` for whatever a user's own function raises."""
     try:
         return source.function(**settings)
     except Exception as error:
@@ -287,14 +290,13 @@ def choose(
     card: ModelCard | None = None,
     record: Description | None = None,
 ) -> RecipeChoice:
-    """Resolve a recipe: the function's defaults, under the preset's settings, under `overrides`.
+    """Resolve a recipe: the function's defaults, overridden by the preset's settings, then by `overrides`.
 
-    Text in `overrides` (from the command line) is converted to the type of the setting's default.
-    Without `preset` the recipe's own `default_preset(card, record)` says which is taken, or else `usual_preset`. A
-    preset for images of another size gets a notice.
-    `pooled` is the record's, where a recipe has it.
-    Raises `BadInput` for unknown names, with a suggestion, for values of the wrong type, and for a preset that is not
-    meant for the record.
+    Text in `overrides` (from the command line) is converted to the type of the setting's default. Without `preset`, the
+    recipe's own `default_preset(card, record)` selects one, or else `usual_preset`. A notice reports a preset that is
+    meant for images of another size. The setting `pooled`, if the recipe has it, is taken from the record.
+    Raises `BadInput` for unknown names (with a suggestion), for values of the wrong type, for a preset that is not
+    meant for the record, and for a function that fails or returns no `Recipe`.
     """
     source = find_recipe(name)
     if preset is None:
@@ -316,7 +318,7 @@ def choose(
         settings["pooled"] = record.pooled
     console.notice(f"Recipe {source.name}, preset {preset}.", level=console.VERBOSE)
     choice = RecipeChoice(source.name, preset, settings)
-    _ = choice.recipe  # So that settings that do not fit are refused before any work.
+    _ = choice.recipe  # Built now, so that invalid settings are refused before any work.
     return choice
 
 
@@ -324,7 +326,7 @@ CIFAR, MNIST, IMAGENET = "cifar10", "mnist", "imagenet"
 
 
 def data_like(card: ModelCard) -> str:
-    """The data whose settings suit a model's inputs, as the names of presets end: `imagenet` above 64 pixels, else
+    """The data set whose settings suit a model's inputs, as presets' names end: `imagenet` above 64 pixels; below,
     `mnist` for grey images, which are mostly characters, and `cifar10` for all others.
     """
     if not card.small:
@@ -333,14 +335,14 @@ def data_like(card: ModelCard) -> str:
 
 
 def usual_preset(presets: Iterable[str], card: ModelCard | None) -> str:
-    """The first preset for data like the model's; the first of all where there is none, or no model."""
+    """The first preset for data like the model's; without such a preset or a model, the first of all."""
     names = list(presets)
     suitable = [name for name in names if card and name.endswith(f"-{data_like(card)}")]
     return (suitable or names)[0]
 
 
 def _tell_of_other_size(preset: str, card: ModelCard) -> None:
-    """Say where the settings of a preset are for much smaller or larger images than the model takes."""
+    """Report a preset whose settings are for much smaller or larger images than the model takes."""
     data = preset.rpartition("-")[2]
     if data in (CIFAR, MNIST, IMAGENET) and (data == IMAGENET) != (data_like(card) == IMAGENET):
         height, width = card.input_size[1:]
@@ -351,22 +353,23 @@ def _tell_of_other_size(preset: str, card: ModelCard) -> None:
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """The settings of a recipe and their defaults."""
+    """The settings of a recipe with their defaults."""
     return find_recipe(name).settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Synthesis:
-    """Which images to make: the recipe, its preset, settings that override the preset's, how many (None: as many as the
-    verb makes by default), and of what.
+    """Which images to synthesize: the recipe, its preset, settings that override the preset's, and the number of
+    `images` (None: the default of the verb).
 
-    The `recipe` is a name, `file.py:function`, or a function that returns a `Recipe`. Without one it is that of the
-    record's kind, and without a record `deepinversion`, or `psaq-vit` of a network with patches and no BatchNorm.
-    `records` is the file that the model's owner released, `beside` the one beside the checkpoint if there is one, None
-    none.
-    `labels` is `balanced`, `random` or a file with a class for every image; `classes` are the only ones to use.
-    `groups` is how many batches a step works on side by side; each batch keeps its own statistics.
-    With `preview_every` the picture is renewed after so many steps.
+    `recipe` is a name, `file.py:function`, or a function that returns a `Recipe`. None selects the recipe for the
+    record's kind; without a record it selects `deepinversion`, or `psaq-vit` for a network with patches and no
+    BatchNorm.
+    `records` is the file of an activation record that the model's owner released; `beside` uses the record beside the
+    checkpoint if there is one, None uses none.
+    `labels` is `balanced`, `random` or a file with a class for every image; `classes` restricts the classes.
+    `groups` is the number of batches that a step processes side by side; each batch keeps its own statistics.
+    `preview_every` is the number of steps after which the preview picture is written again; 0 disables that.
     """
 
     recipe: str | Callable[..., Recipe] | None = None
@@ -380,18 +383,20 @@ class Synthesis:
     records: str | Path | None = "beside"
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for a value of another type, and for a number of batches side by side that is none."""
+        """Raise `BadInput` for a value of the wrong type, and for less than one batch side by side."""
         require_fields(self)
         if self.groups != "auto" and self.groups < 1:
             raise BadInput(f"groups = {self.groups} is no number of batches.", "Use 1 or more, or auto.")
 
     def counted(self, usual: int) -> Synthesis:
-        """Itself with a number of images: the one asked for, else `usual`."""
+        """This synthesis with a number of images: the requested number, else `usual`."""
         return self if self.images is not None else replace(self, images=usual)
 
 
 def choose_recipe(synthesis: Synthesis, card: ModelCard, record: Description | None) -> RecipeChoice:
-    """The recipe with every setting resolved for a model; raises `BadInput` for unknown names and values."""
+    """The recipe with all settings resolved for a model; raises `BadInput` for unknown names and values, for less than
+    one image, and for labels or classes where the recipe steers images towards no class.
+    """
     if synthesis.images is not None and synthesis.images < 1:
         raise BadInput(f"--images {synthesis.images} is not a number of images.", "Ask for at least 1.")
     usual = WITH_ACTIVATIONS if record and record.kind != BN_EQUIVALENT else WITHOUT

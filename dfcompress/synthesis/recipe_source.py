@@ -1,4 +1,4 @@
-"""Where a recipe comes from: a file of ours, an installed package, or a function that the user names.
+"""Where a recipe comes from: a built-in file, an installed package, or a function that the user names.
 
     find_recipe("deepinversion")     # dfcompress/synthesis/recipes/deepinversion.py
     find_recipe("quiet")             # an installed package's entry point in the group dfcompress.recipes
@@ -6,7 +6,7 @@
     find_recipe(quiet)               # the function itself, in Python
 
 The function takes keyword-only settings, each with a default, and returns a `Recipe`. Its module may have `PRESETS`,
-settings by the name of a preset, the first of which is the usual one.
+settings by the name of a preset; the first preset is the default one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WITHOUT_PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}}
 
 @dataclass(frozen=True)
 class RecipeSource:
-    """A function that returns a recipe, and for one that is not ours the sha256 of its file."""
+    """A function that returns a recipe, and the sha256 of its file (None for a built-in recipe)."""
 
     name: str
     function: Callable[..., Any]
@@ -38,13 +38,13 @@ class RecipeSource:
 
     @property
     def presets(self) -> Mapping[str, Mapping[str, Any]]:
-        """Settings by the name of a preset; the first is the usual one."""
+        """Settings by the name of a preset; the first preset is the default one."""
         presets: Mapping[str, Mapping[str, Any]] = self.beside("PRESETS") or WITHOUT_PRESETS
         return presets
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting's default; raises `BadInput` where a setting has none."""
+        """The default of every setting; raises `BadInput` if a setting has none."""
         parameters = inspect.signature(self.function).parameters
         for name, parameter in parameters.items():
             if parameter.default is parameter.empty:
@@ -52,18 +52,18 @@ class RecipeSource:
         return {name: parameter.default for name, parameter in parameters.items()}
 
     def beside(self, name: str) -> Any:
-        """What the function's module calls by that name, None where it has nothing."""
+        """The object `name` of the function's module, None if there is none."""
         return inspect.unwrap(self.function).__globals__.get(name)
 
 
-# Functions that the user named, by where they are: a file runs once, however often its recipe is asked for.
+# Functions that the user named, by file and name: a file runs once, however often its recipe is requested.
 _NAMED: dict[str, RecipeSource] = {}
 
 
 def find_recipe(recipe: str | Callable[..., Any]) -> RecipeSource:
     """The source of a recipe by its name or function; code of a user's file runs only because the user names it.
 
-    Raises `BadInput` where there is none, with the nearest name.
+    Raises `BadInput`, with the nearest name, if there is no such recipe.
     """
     if not isinstance(recipe, str):
         return _remembered(_path(recipe).as_posix() + f":{recipe.__qualname__}", recipe)
@@ -86,7 +86,7 @@ def _remembered(name: str, function: Callable[..., Any]) -> RecipeSource:
 
 
 def _place(name: str) -> str:
-    """The name with the whole path of its file."""
+    """The name with the absolute path of its file."""
     path, _, function = name.rpartition(":")
     return f"{Path(path).resolve()}:{function}" if path.endswith(".py") else name
 
@@ -96,7 +96,7 @@ def _sha256(function: Callable[..., Any]) -> str:
 
 
 def _path(function: Callable[..., Any]) -> Path:
-    """The file that a function is written in; raises `BadInput` where there is none to compare when a run resumes."""
+    """The file of a function; raises `BadInput` if it has no file that could be compared when a run resumes."""
     plain = inspect.unwrap(function)
     if not inspect.isfunction(plain) or not (path := Path(plain.__code__.co_filename)).is_file():
         raise BadInput(f"Recipe {function!r} is no function of a file.", "Write a function into a Python file.")

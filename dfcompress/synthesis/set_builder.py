@@ -1,4 +1,4 @@
-"""A synthetic set being made: shared between processes, examined, written, and finished wherever it was left."""
+"""Builds a synthetic set: shares its shards between processes, checks and writes them, and resumes unfinished sets."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ STUDENT_UPDATES = "student.json"
 
 
 def build_set(spec: SynthesisSpec, folder: Path, compute: Compute) -> SyntheticSet:
-    """Make the set in `folder`, or finish the one that is there; every process of a job makes some of its shards.
+    """Make the set in `folder`, or finish the set that is there; every process of a job makes some of its shards.
 
-    Images that compete with a student are not made so, but by a `LiveSource`, while it learns.
-    Raises `BadInput` where the folder holds a set of another teacher, recipe, count or seed.
+    If a student learns during synthesis, a `LiveSource` makes the set instead. Raises `BadInput` if the folder holds a
+    set of another teacher, record, recipe, labels, number of images or seed.
     """
     builder = SetBuilder(spec, folder, compute)
     builder.make(builder.synthetic.shards)
@@ -48,7 +48,7 @@ def build_set(spec: SynthesisSpec, folder: Path, compute: Compute) -> SyntheticS
 
 
 def _open(spec: SynthesisSpec, folder: Path, compute: Compute, student: Classifier | None) -> None:
-    """Begin a set, or check that the one in `folder` is of the same spec."""
+    """Begin a set, or check that the set in `folder` has the same spec."""
     teacher, recipe, images, batch_size = spec.teacher, spec.recipe, spec.images, spec.batch_size
     described = {
         "recipe": asdict(spec.choice),
@@ -75,7 +75,7 @@ def _open(spec: SynthesisSpec, folder: Path, compute: Compute, student: Classifi
 
 
 def _no_update(images: int, batches: int, every: int) -> str:
-    """That the student is updated between rounds of batches, of which there is one, and what makes it two."""
+    """Say that the student is never updated, because all batches are one round, and how to get a second round."""
     remedies = ["more --images"]
     if images > every:
         remedies.append(f"--batch-size {max(1, images // (every + 1))}")
@@ -88,9 +88,7 @@ def _no_update(images: int, batches: int, every: int) -> str:
 
 
 def seconds_of(synthetic: SyntheticSet) -> float:
-    """Seconds that the shards of a set took, from its `metrics.jsonl`, and the student updates between them; those of
-    all processes together.
-    """
+    """Seconds that a set's shards (from `metrics.jsonl`) and the student updates took, summed over processes."""
     shards: float = sum(line["seconds"] for line in _lines(synthetic.folder / METRICS) if "seconds" in line)
     path = synthetic.folder / STUDENT_UPDATES
     updates: float = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
@@ -98,7 +96,7 @@ def seconds_of(synthetic: SyntheticSet) -> float:
 
 
 def warnings_of(synthetic: SyntheticSet) -> list[str]:
-    """What the examination of a set's batches found, each kind of warning once, with the number of batches."""
+    """The warnings about a set's batches: one sentence for each kind, with the number of batches."""
     found: dict[str, list[str]] = {}
     for line in _lines(synthetic.folder / METRICS):
         if "health" in line:
@@ -110,7 +108,7 @@ def warnings_of(synthetic: SyntheticSet) -> list[str]:
 
 
 def _present(stored: str) -> str:
-    """The device that a set was begun on, as this process has it; raises `BadInput` where it has none."""
+    """This process's name of the device that a set was begun on; raises `BadInput` if there is no such device."""
     mine = as_mine(stored)
     try:
         resolve_device(mine)
@@ -123,10 +121,10 @@ def _present(stored: str) -> str:
 
 
 class SetBuilder:
-    """A set being made by this process: opened, or begun, in `folder`.
+    """A set that this process makes: opened, or begun, in `folder`.
 
-    `student` is what the images compete with, if anything.
-    Raises `BadInput` where the folder holds a set of another teacher, recipe, count or seed.
+    `student` is the student that the images compete with, if any. Raises `BadInput` if the folder holds a set of
+    another teacher, record, recipe, labels, number of images or seed.
     """
 
     def __init__(
@@ -147,12 +145,12 @@ class SetBuilder:
         self.warned: set[str] = set()
 
     def make(self, shards: Sequence[int]) -> None:
-        """Make those of the shards that are not there, together with the other processes."""
+        """Make the missing ones of these shards, together with the other processes."""
         groups = self.execution.groups
         units = [list(shards[i : i + groups]) for i in range(0, len(shards), groups)]
         absent = set(self.synthetic.missing_shards())
         if world().is_main:
-            for shard in set(shards) - absent:  # Killed between writing a shard and deleting its state.
+            for shard in set(shards) - absent:  # The run was killed between writing a shard and deleting its state.
                 self.synthetic.shard_path(shard).with_suffix(STATE).unlink(missing_ok=True)
         missing = world().broadcast([unit for unit in units if absent & set(unit)])
         if not missing:
@@ -170,16 +168,16 @@ class SetBuilder:
             if written:
                 written.result()
         world().barrier()
-        release_freed_memory()  # What follows has tensors of other sizes.
+        release_freed_memory()  # Later work has tensors of other sizes.
 
     def _mine(self, units: Sequence[list[int]]) -> Iterable[list[int]]:
-        """What this process makes; what lives on from batch to batch is in one process."""
+        """The units that this process makes; if state persists across batches, the main process makes all of them."""
         if self.recipe.lives_on:
             return units if world().is_main else []
         return world().claim(units)
 
     def sample(self, history: list[dict[str, float]]) -> None:
-        """Let a generator that lives on make the shards that are not there; `history` are its losses on the way."""
+        """Render the missing shards with a persistent generator; `history` holds the losses of its training."""
         if world().is_main:
             for shard in self.synthetic.missing_shards():
                 batch = replace(self._sampled(shard, "sample"), history=[] if shard else history)
@@ -188,7 +186,7 @@ class SetBuilder:
         world().barrier()
 
     def look(self, number: int) -> None:
-        """Show what a generator that lives on makes now, and warn of what is wrong with it."""
+        """Write a preview of a persistent generator's present images, and warn if they are not fit for use."""
         batch = self._sampled(number, "look")
         self._warn([self._check.examine(batch)])
         write_preview(self.synthetic.folder, batch.images[:PREVIEW_IMAGES])
@@ -206,7 +204,7 @@ class SetBuilder:
         return QualityCheck(self.recipe, self.teacher, chunk=self.execution.chunk)
 
     def finish(self) -> SyntheticSet:
-        """The whole set, its losses in one file, and its picture."""
+        """Merge the shards' metrics into one file, write the preview, and return the whole set."""
         if world().is_main:
             _merge_metrics(self.synthetic)
             write_preview(self.synthetic.folder, first_images(self.synthetic))
@@ -214,14 +212,12 @@ class SetBuilder:
         return self.synthetic
 
     def labels_of(self, batch: int) -> Tensor:
-        """The labels `(N,)` of a batch."""
+        """The labels `(N,)` of a batch, int64."""
         return self.labels.of_batch(batch, self.batch_size, seed=self.seed)
 
     @cached_property
     def synthesizer(self) -> Synthesizer:
-        """The synthesizer, whose images compete with the student as it was when this was first asked for, or last
-        updated.
-        """
+        """The synthesizer; its images compete with the student as of the first access, or of the last update."""
         record = self.spec.record
         synthesizer = Synthesizer(
             self.recipe,
@@ -242,14 +238,14 @@ class SetBuilder:
     def _write(self, unit: list[int], batches: list[Batch], qualities: list[dict[str, Any]], partial: Path) -> None:
         sizes = self.synthetic.manifest["shards"]
         for shard, batch, quality in zip(unit, batches, qualities, strict=True):
-            # A last, smaller shard is cut from a full batch: a smaller batch has other BatchNorm statistics.
+            # A last, smaller shard is cut from a full batch: a smaller batch would have other BatchNorm statistics.
             stored = as_stored(batch.images[: sizes[shard]], in_range=self.recipe.images.in_range)
             _write_metrics(self.synthetic.shard_path(shard).with_suffix(".jsonl"), shard, batch, quality)
             self.synthetic.write_shard(shard, stored, batch.labels[: sizes[shard]])
         partial.unlink(missing_ok=True)
 
     def _warn(self, qualities: Sequence[BatchQuality]) -> None:
-        """Say each kind of warning once, not once a batch."""
+        """Print each kind of warning once, not once per batch."""
         for quality in qualities:
             for kind, warning in quality.warnings(self.synthetic.manifest["recipe"]["settings"]).items():
                 if kind not in self.warned:
@@ -283,7 +279,7 @@ def _write_metrics(path: Path, shard: int, batch: Batch, quality: Mapping[str, A
 
 
 def _merge_metrics(synthetic: SyntheticSet) -> None:
-    """Put the shards' own lines into one file."""
+    """Merge the shards' own metrics into one file."""
     parts = [path for shard in synthetic.shards if (path := synthetic.shard_path(shard).with_suffix(".jsonl")).exists()]
     if not parts:
         return

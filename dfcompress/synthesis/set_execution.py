@@ -1,4 +1,4 @@
-"""How a set is made on this machine: device, precision, groups of batches, and how many images at once."""
+"""How a set is computed on this machine: device, precision, batches side by side, and images at once."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dfcompress.synthesis.recipe import Recipe
 from dfcompress.synthesis.spec import SynthesisSpec
 from dfcompress.synthesis.synthesizer import try_step
 
-# Of a batch's images in fp32: noise, images, gradient, Adam's two moments, finished ones, and those of the batch before
-# that are being written.
+# Number of fp32 copies of a batch's images: noise, images, gradient, Adam's two moments, the finished images, and those
+# of the batch before that are being written.
 COPIES = 7
-# Unmeasured: CUDA steps of fewer images than 128 of CIFAR's size are taken to be mostly launching. On a CPU it does not
-# pay (docs/results/robustness.md).
+# Assumed, not measured: CUDA steps on less than 128 images of CIFAR's size spend most time on kernel launches, so
+# batches are grouped up to this size. On a CPU grouping does not pay (docs/results/robustness.md).
 PIXELS_A_STEP = 128 * 32 * 32
 
 
@@ -41,18 +41,18 @@ def _groups(spec: SynthesisSpec, execution: Execution) -> int:
 
 
 class Resolved(NamedTuple):
-    """How a set is made, and an estimate of what that takes of the memory, in bytes."""
+    """How a set is computed, and an estimate of the memory that this takes, in bytes."""
 
     execution: Execution
     memory_bytes: int
 
 
 def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | None = None) -> Resolved:
-    """How a set is made, all automatic choices made; `student` is what its images compete with, if anything.
+    """Make all automatic choices of a set's computation; `student` is the student that its images compete with, if any.
 
-    The precision is tried in one step, in which the memory of an image is counted: so many images as fit are computed
-    at once, the others of their batch before and after. Raises `BadInput` where the precision that was asked for does
-    not work, or none does; where not one image fits, and where a batch that cannot be computed in chunks does not.
+    One step tries the precision and counts the memory of an image. As many images as fit are computed at once; a larger
+    batch is computed in chunks. Raises `BadInput` if the requested precision, or every precision, fails, if not one
+    image fits into memory, and if a batch that cannot be computed in chunks does not fit.
     """
     teacher, recipe = spec.teacher, spec.recipe
     batch_size, batches = spec.batch_size, spec.batches
@@ -83,5 +83,5 @@ def execution_of(spec: SynthesisSpec, compute: Compute, student: Classifier | No
 
 
 def work_in(recipe: Recipe, teacher: Classifier, images: int) -> float:
-    """The work of a synthesis: forward and backward to the input, each step."""
+    """The work of a synthesis, forward and backward to the input in each step, in the unit of `work_of`."""
     return 2.0 * work_of(teacher) * images * recipe.work

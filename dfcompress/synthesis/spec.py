@@ -1,4 +1,4 @@
-"""`SynthesisSpec`: one synthesis with everything resolved and checked, before anything is made."""
+"""`SynthesisSpec`: one synthesis with everything resolved and checked, before any image is synthesized."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from dfcompress.synthesis.records.targets import TargetSampler
 
 @dataclass(frozen=True)
 class SynthesisSpec:
-    """What to make and from what: the teacher (with the statistics of its record, if any), its record, the recipe's
-    settings, and the images' labels.
+    """What to synthesize and from what: the teacher (with the statistics of its record, if any), its record or None,
+    the recipe with all settings, and the images' labels.
     """
 
     teacher: Classifier
@@ -41,7 +41,7 @@ class SynthesisSpec:
 
     @property
     def images(self) -> int:
-        """How many images to make."""
+        """Number of images to synthesize."""
         assert self.synthesis.images is not None, "a verb says how many it makes by default"
         return self.synthesis.images
 
@@ -52,20 +52,20 @@ class SynthesisSpec:
 
     @property
     def batch_size(self) -> int:
-        """Images of a batch: the recipe's, or all of them where they are fewer and kept."""
+        """Images of a batch: the recipe's number, or the number of kept images if that is smaller."""
         updates = self.recipe.student_updates
         return self.recipe.batch_size if updates and not updates.keep else min(self.recipe.batch_size, self.images)
 
     @property
     def batches(self) -> int:
-        """How many batches are optimised: those of the set, or of the rounds where no image is kept."""
+        """Number of batches that are optimised: the batches of the set, or of all rounds if no image is kept."""
         updates = self.recipe.student_updates
         return updates.rounds * updates.every if updates and not updates.keep else -(-self.images // self.batch_size)
 
     @cached_property
     def sampler(self) -> TargetSampler | None:
-        """The record's activations made ready to draw from, where the recipe asks for some; a spectral record's takes
-        minutes, so it is made once.
+        """The record's sampler of targets if the recipe wants targets, else None. It is made once, because a spectral
+        record's sampler takes minutes.
         """
         if self.record is None or Want.TARGETS not in self.recipe.wants:
             return None
@@ -74,11 +74,11 @@ class SynthesisSpec:
 
     @property
     def inputs(self) -> list[Path]:
-        """The files besides the teacher that are read."""
+        """The files that are read besides the teacher."""
         return [self.record.path] if self.record and self.record.path else []
 
     def origin(self) -> dict[str, Any]:
-        """What the images depend on besides the teacher; a record counts by its content, wherever it is."""
+        """Everything besides the teacher that the images depend on; a record counts by its content, not its path."""
         synthesis = asdict(replace(self.synthesis, preview_every=0, records=None))
         return {**synthesis, "recipe": asdict(self.choice), "record": self.record.identity if self.record else None}
 
@@ -86,8 +86,9 @@ class SynthesisSpec:
 def resolve(teacher: Classifier, synthesis: Synthesis) -> SynthesisSpec:
     """Find the record, choose the recipe and its settings, and check that they suit the teacher.
 
-    Raises `BadInput` for unknown names and values, for a record of another teacher, and where the recipe needs what
-    neither the model nor a record knows.
+    Raises `BadInput` for unknown names and values, for a record of another teacher, for a recipe that needs statistics,
+    targets, patches or layers that neither the model nor a record has, and for persistent images that the recipe cannot
+    use.
     """
     record = _record(teacher, synthesis.records)
     if synthesis.recipe is None and record is None and knows_patches_alone(teacher):
@@ -134,13 +135,13 @@ def resolve(teacher: Classifier, synthesis: Synthesis) -> SynthesisSpec:
     return SynthesisSpec(teacher, record, synthesis, choice, labels)
 
 
-# A quarter of ImageNet's 224: the smallest size at which first steps were measured to help.
+# A quarter of ImageNet's 224 pixels: the smallest size at which the first phases were measured to help.
 SMALLEST = 56
 
 
 def _at_sizes_it_takes(choice: RecipeChoice, teacher: Classifier, *, asked: Mapping[str, Any]) -> RecipeChoice:
-    """The choice without first phases on images that are too small for the network, or for objects to be seen in;
-    steps at full size of the same work take their place. Phases that were `asked` for by name stay.
+    """The choice without first phases on images that are too small for the network or for objects to be recognisable;
+    steps at full size of the same total work replace them. Phases that the user set by name (`asked`) stay.
     """
     if teacher.card.small:
         return choice
@@ -157,7 +158,7 @@ def _at_sizes_it_takes(choice: RecipeChoice, teacher: Classifier, *, asked: Mapp
 
 @torch.no_grad()
 def _takes(teacher: Classifier, size: tuple[int, int]) -> bool:
-    """Whether a network answers images of another height and width, as those with global pooling do."""
+    """Whether a network gives logits for images of another height and width, as networks with global pooling do."""
     card = teacher.card
     smaller = torch.zeros(1, card.input_size[0], *size, device=teacher.mean.device)
     with evaluating(teacher):
@@ -174,7 +175,7 @@ def _record(teacher: Classifier, records: str | Path | None) -> Record | None:
 
 
 def find_record(teacher: Classifier) -> Record | None:
-    """The record beside the teacher's file, None where there is none; raises `BadInput` where it is unusable."""
+    """The record beside the teacher's file, None if there is no such file; raises `BadInput` if it is unusable."""
     if teacher.path is None or not (found := beside(teacher.path)).exists():
         return None
     return Record.load(found, teacher)

@@ -1,9 +1,9 @@
-"""The only synthesis loop: a recipe and a teacher in, batches of images out.
+"""The only synthesis loop: it turns a recipe and a teacher into batches of images.
 
-What makes it fast lives here and nowhere else: gradients with respect to the images alone, the fused recorder,
-bf16 convolutions, the network pass and the losses compiled as two functions (so that the losses' small gradients reach
-the network's backward as finished tensors), the step replayed as one CUDA graph, several batches a step where one does
-not fill the device, and no value read back from the device inside the loop.
+All that makes the loop fast is in this file: gradients with respect to the images alone; the fused recorder; bf16
+convolutions; the network pass and the losses compiled as two functions, so that the losses' small gradients reach the
+network's backward as finished tensors; the step replayed as one CUDA graph; several batches in a step where one does
+not fill the device; values read back from the device only for progress (once a second) and for saving.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ HISTORY_POINTS = 50
 ATTEMPTS = 3
 STEPS_BEFORE_CAPTURE = 3
 SMALLER_BATCH = "Free memory, or use a smaller --batch-size."
-MODULE_RATE = 1e-3  # Of Adam, for heads that learn beside a student; not stated in the papers, the usual one.
-# Freed memory is kept for the next step, but falls into pieces: with 64 images of EfficientNet-Lite0 at 56 pixels the
+MODULE_RATE = 1e-3  # Learning rate of heads that learn with the student: Adam's default; the papers state none.
+# Freed memory is kept for the next step, but it fragments: with 64 images of EfficientNet-Lite0 at 56 pixels the
 # process grew by 30 MB a step, without end.
 STEPS_BEFORE_RELEASE = 8
 
@@ -56,8 +56,8 @@ Watch = Callable[[int, Callable[[], Tensor]], None]
 class Batch:
     """Finished images `(N, C, H, W)` in units of [0, 1] and their labels `(N,)`, on the CPU.
 
-    `losses` are the unweighted values at the last step, `history` those of about 50 steps, `seconds` what it took;
-    `attempts` counts how often it was begun: more than once where a loss was not finite.
+    `losses` are the unweighted values at the last step, `history` the values at about 50 steps, `seconds` the time the
+    batch took. `attempts` counts how often the batch was started: more than once if a loss was not finite.
     """
 
     images: Tensor
@@ -69,7 +69,7 @@ class Batch:
 
 
 class NotFinite(DfcompressError):
-    """A loss or a pixel overflowed, after `step` steps."""
+    """A loss or a pixel is not finite; `step` is the number of the step, counted from 0."""
 
     def __init__(self, what: str, step: int) -> None:
         super().__init__(what, "Lower the rate with --lr.")
@@ -77,11 +77,11 @@ class NotFinite(DfcompressError):
 
 
 class Synthesizer:
-    """Makes batches of images by one recipe from one teacher.
+    """Synthesizes batches of images by one recipe from one teacher.
 
-    A recipe whose images compete with a student needs `student`; `update_student` tells that its weights have changed.
-    `sampler` is the teacher's record of activations, which some recipes need; `pixels` are the mean and the deviation
-    to start from, where a record knows them.
+    A recipe whose images compete with a student needs `student`; call `update_student` when its weights have changed.
+    `sampler` draws targets from the teacher's activation record, which some recipes need. `pixels` are the mean and the
+    standard deviation of the training images' pixels, from which images start, where an activation record holds them.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Synthesizer:
         self._network = maybe_compiled(recorder_of(recipe, self.teacher, sampler, execution), execution)
         self._plain_losses = losses_of(recipe)
         self._losses = maybe_compiled(self._plain_losses, execution)
-        # What lives on from batch to batch: the images' parametrisation with its optimiser, and the modules of losses.
+        # State that persists across batches: the images' parametrisation with its optimiser, and the modules of losses.
         self._images = copy.deepcopy(recipe.images)
         if isinstance(self._images, ComputedAs):
             self._images.compute_as(execution)
@@ -118,13 +118,16 @@ class Synthesizer:
             self._live_student = LiveStudent(student, self.teacher, execution)
 
     def update_student(self, student: Classifier) -> None:
-        """Compete with `student` as it is now; nothing is compiled or captured anew."""
+        """Compete with the present weights of `student`; nothing is compiled or captured again."""
         self.student = student
         if self._live_student:
             self._live_student.update(student)
 
     def advance(self, shard: int, labels: Tensor) -> Mapping[str, float]:
-        """Let images that live on take the steps of a batch, which is not finished; the last losses by name."""
+        """Take one batch's steps on persistent images, without rendering the result; return the last losses by name.
+
+        Raises `DfcompressError` for a loss that is not finite, and if the memory does not suffice.
+        """
         with memory_for(f"{len(labels)} images a step", SMALLER_BATCH):
             state = self.begin({shard: labels})
             while state.step < self.recipe.steps:
@@ -134,13 +137,15 @@ class Synthesizer:
 
     @torch.no_grad()
     def sample(self, labels: Tensor, random: torch.Generator) -> Tensor:
-        """New images `(N, C, H, W)` in [0, 1] of a generator that lives on, for labels `(N,)`; it learns nothing."""
+        """Render new images `(N, C, H, W)` in [0, 1] for labels `(N,)` with a persistent generator; it is not
+        trained.
+        """
         self._images.start(labels.to(self.device), self.teacher, random, self.pixels)
         return self.teacher.denormalise(self._images.render()).clamp(0, 1)
 
     def update_modules(self, images: Tensor, labels: Tensor) -> None:
-        """Take a training step of the losses' modules that learn with the student, on images `(N, C, H, W)` in [0, 1]
-        with their labels `(N,)`, which the student learns from.
+        """Take one training step of the loss modules that learn with the student, on images `(N, C, H, W)` in [0, 1]
+        and labels `(N,)` that the student learns from.
         """
         if self._module_optimizer is None:
             return
@@ -174,7 +179,7 @@ class Synthesizer:
         return torch.optim.Adam(parameters, lr=MODULE_RATE) if parameters else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that lives on from batch to batch, between two of them."""
+        """The state that persists across batches, taken between two batches."""
         state: dict[str, Any] = {}
         if self._modules is not None:
             state["modules"] = detached(self._modules)
@@ -186,7 +191,7 @@ class Synthesizer:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Resume from a `state_dict`."""
         if self._modules is not None:
             put_modules(self._modules, state["modules"])
         if self._module_optimizer:
@@ -200,21 +205,23 @@ class Synthesizer:
             self._images.load_state_dict(state["images"])
 
     def batch(self, shard: int, labels: Tensor, *, partial: Path | None = None, watch: Watch | None = None) -> Batch:
-        """The images of one shard, as `batches` makes them."""
+        """Synthesize the images of one shard, as `batches` does."""
         return self.batches({shard: labels}, partial=partial, watch=watch)[0]
 
     def batches(
         self, labels: Mapping[int, Tensor], *, partial: Path | None = None, watch: Watch | None = None
     ) -> list[Batch]:
-        """The images of some shards, made side by side, each with its own statistics.
+        """Synthesize the images of some shards side by side; each batch has its own statistics.
 
-        They are a pure function of recipe, teacher, execution, seed and `labels` `(N,)` by shard; those of persistent
-        `Images` depend on the batches before, too.
-        With `partial` the state is kept in that file every 20 seconds, and taken up from there if it exists.
-        `watch` is called after every step with its number and a way to get the first shard's images in [0, 1].
-        A batch whose loss is not finite is made again with a smaller rate, twice at most, unless its images are
-        persistent; raises `DfcompressError` where that does not help, where a loss is not finite before the first step,
-        and where the memory does not suffice, naming what fits.
+        Images are a pure function of recipe, teacher, student, record, execution, seed and `labels` `(N,)` by shard;
+        where the recipe's state persists across batches (`Recipe.lives_on`), they depend on the earlier batches, too.
+        With `partial` the state is saved to that file every 20 seconds, and resumed from it if it exists. `watch` is
+        called after every step with the number of steps taken and a function that renders the first shard's images in
+        [0, 1].
+        A batch whose loss is not finite is started again with a smaller learning rate, at most twice, and not at all
+        where state persists across batches. Raises `DfcompressError` if the loss is still not finite, if a loss is not
+        finite at the first step for a reason that a smaller learning rate does not remove, and if the memory does not
+        suffice (the message names a size that fits).
         """
         try:
             return self._make(labels, partial, watch)
@@ -251,7 +258,7 @@ class Synthesizer:
                 console.notice(f"{error.problem} Making it again with {SMALLER**state.attempt:.2g} of the rate.")
 
     def _optimise(self, state: BatchState, partial: Path | None, watch: Watch | None) -> None:
-        """All steps that are left; meanwhile the state is shown, watched and saved."""
+        """Take all remaining steps; meanwhile show progress, call `watch` and save the state."""
         with console.progress(f"shard {', '.join(map(str, state.shards))}", self.recipe.steps) as progress:
             while state.step < self.recipe.steps:
                 self.step(state)
@@ -265,7 +272,7 @@ class Synthesizer:
                     self._check_finite(state.losses)
 
     def begin(self, labels: Mapping[int, Tensor], *, attempt: int = 0) -> BatchState:
-        """The state of some shards before their first step."""
+        """The state of some shards before their first step; persistent images reuse the state of the batch before."""
         images: list[Images] = []
         targets: list[BatchTargets] = []
         for shard, labels_of_shard in labels.items():
@@ -304,7 +311,9 @@ class Synthesizer:
         return state
 
     def step(self, state: BatchState) -> None:
-        """One step of the optimiser: eager, compiled, or after a few of those the replay of a captured one."""
+        """Take one optimiser step: eager or compiled, and after a few of these as the replay of a captured CUDA
+        graph.
+        """
         phase, step_in_phase = self.recipe.phase_at(state.step)
         if step_in_phase == 0 and not (self._images.persistent and state.started):
             state.start_phase(betas=phase.betas)
@@ -326,7 +335,7 @@ class Synthesizer:
             release_freed_memory()
 
     def _drawn(self, state: BatchState, phase: Phase) -> list[list[Drawn]]:
-        """What the transforms of this step draw, for each shard, or for each chunk of the one shard."""
+        """Draw the random numbers of this step's transforms: for each shard, or for each chunk of a single shard."""
         drawn: list[list[Drawn]] = []
         channels, height, width = self.teacher.card.input_size
         for shard in state.shards:
@@ -340,7 +349,7 @@ class Synthesizer:
         return drawn
 
     def _update(self, state: BatchState, phase: Phase) -> Tensor:
-        """Change the parameters by the gradient of the weighted loss; the unweighted values `(shards, losses)`."""
+        """Change the parameters by the weighted loss's gradient; return the unweighted values `(shards, losses)`."""
         rendered = [images.render() for images in state.images]
         state.optimizer.zero_grad()
         if len(state.chunks) == 1:
@@ -357,19 +366,21 @@ class Synthesizer:
         return values
 
     def objective(self, state: BatchState, phase: Phase, rendered: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The weighted loss of each shard's normalised images, summed over shards, and the unweighted values
-        `(shards, losses)`; what the transforms drew, labels, targets and modules of losses are those of `state`.
+        """Return the weighted loss of each shard's normalised images, summed over shards, and the unweighted values
+        `(shards, losses)`. The transforms' random numbers, labels, targets and modules of losses are taken from
+        `state`.
         """
         seen = torch.cat([_shown(*each, phase) for each in zip(rendered, state.drawn, strict=True)])
         total, values, _ = self._losses(*self._traced(seen, state.labels, state.targets), state.modules)
         return total, values
 
     def _gradient_in_chunks(self, state: BatchState, phase: Phase, rendered: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of the weighted loss of a batch with respect to its rendered images, and the unweighted values
+        """Return the gradient of a batch's weighted loss with respect to its rendered images, and the unweighted values
         `(1, losses)`, computed chunk by chunk.
 
-        What is averaged over the batch is known of the other chunks as they were last computed, of those that follow
-        before the last change of the images (after Dikstein et al. 2025, who share statistics over a set so).
+        Means over the batch combine this chunk's present mean with the other chunks' last computed means. The means of
+        the chunks that follow are therefore from before the images' last change (after Dikstein et al. 2025, who share
+        statistics over a set in this way).
         """
         gradient, values = torch.empty_like(rendered), torch.zeros(1, len(self.recipe.losses), device=rendered.device)
         for number, (rows, share) in enumerate(zip(state.chunks, state.shares, strict=True)):
@@ -385,13 +396,13 @@ class Synthesizer:
         return gradient, values
 
     def _visit(self, state: BatchState, phase: Phase) -> Tensor:
-        """Learn the means of every chunk before the first step that needs them; the unweighted values of the chunks,
-        each on its own, `(chunks, losses)`.
+        """Compute the means of every chunk before the first step that needs them; return the unweighted values
+        `(chunks, losses)` of the chunks, each with its own statistics alone.
         """
         (rendered,) = (images.render() for images in state.images)
         found = []
         for number, rows in enumerate(state.chunks):
-            # With a gradient, though none is taken: without one the network would be compiled once more.
+            # The input requires a gradient, though none is computed: otherwise the network would be compiled once more.
             seen = _shown(rendered[rows].detach().requires_grad_(True), state.drawn[number], phase)
             traced = self._traced(seen, state.labels[rows], state.targets.part(rows))
             _, *values_and_means = self._plain_losses(*traced, state.modules, {}, len(state.labels))
@@ -403,13 +414,13 @@ class Synthesizer:
     def _traced(
         self, seen: Tensor, labels: Tensor, targets: BatchTargets
     ) -> tuple[Tensor, Tensor, Recording, Mapping[str, Target], Tensor | None]:
-        """What the losses are functions of: images as seen, labels, recording, targets, the student's logits."""
+        """The losses' arguments: images as the teacher sees them, labels, recording, targets, student logits."""
         recording = self._network(seen, targets.filters) if targets.filters else self._network(seen)
         student_logits = self._live_student.logits(seen) if self._live_student else None
         return seen, labels, recording, targets.targets, student_logits
 
     def _rendered(self, images: Images) -> Tensor:
-        """Images in [0, 1]; rendered by a copy, because rendering may change buffers of a generator."""
+        """Images in [0, 1], rendered by a copy, because rendering may change a generator's buffers."""
         with torch.no_grad():
             return self.teacher.denormalise(copy.deepcopy(images).render())
 
@@ -452,8 +463,8 @@ class Synthesizer:
 
     @torch.no_grad()
     def _what_helps_at_the_start(self, labels: Mapping[int, Tensor]) -> str | None:
-        """What to change where a loss is not finite for images that no step has moved yet, whatever the rate; None
-        where another look finds it finite.
+        """The remedy where a loss is not finite for images that no step has changed, whatever the learning rate; None
+        where the execution is in fp32 already and the loss, computed again, is finite.
         """
         exact = Synthesizer(
             self.recipe,
@@ -497,22 +508,22 @@ class Synthesizer:
 
 
 def _shown(images: Tensor, drawn: Sequence[Drawn], phase: Phase) -> Tensor:
-    """Images as the transforms of a phase show them."""
+    """Images after the transforms of a phase."""
     for transform, numbers in zip(phase.transforms, drawn, strict=True):
         images = transform.apply(images, *numbers)
     return images
 
 
 class LiveStudent:
-    """The student that images compete with: a copy made to be compiled once, whose weights `update` replaces in place,
-    where compiled code and captured steps read them.
+    """The student that images compete with: a copy that is compiled once. `update` replaces its weights in place, where
+    compiled code and captured steps read them.
 
-    It sees the images normalised as it knows them.
+    The student gets the images with its own normalisation.
     """
 
     def __init__(self, student: Classifier, teacher: Classifier, execution: Execution) -> None:
         self._teacher, self._student = teacher, frozen_copy(student, teacher.mean.device)
-        # The grids of a quantized student are in fp32, and so is all between them.
+        # The grids of a quantized student are in fp32, and so are all tensors between them.
         quantized = is_quantized(student.network)
         precision = torch.float32 if quantized else PRECISIONS[execution.precision]
         self._recorder = FusedRecorder(self._student.network, precision=precision)
@@ -521,15 +532,15 @@ class LiveStudent:
         self._normalised_alike = same_mean and same_std
 
     def update(self, student: Classifier) -> None:
-        """Answer as `student` does now; of a quantized one the ranges of activations must be those it had, because a
-        captured step keeps them.
+        """Take over the present weights of `student`. The activation ranges of a quantized student must not have
+        changed, because a captured step keeps the old ones.
         """
         quantized = is_quantized(student.network)
         frozen = frozen_copy(student, self._teacher.mean.device) if quantized else student
         self._recorder.take_weights(frozen.network)
 
     def logits(self, seen: Tensor) -> Tensor:
-        """The student's logits `(N, classes)` for images as the teacher sees them."""
+        """The student's logits `(N, classes)` for images in the teacher's normalisation."""
         if not self._normalised_alike:
             seen = self._student.normalise(self._teacher.denormalise(seen))
         recording: Recording = self._network(seen)
@@ -537,21 +548,21 @@ class LiveStudent:
 
 
 def frozen_copy(student: Classifier, target: torch.device) -> Classifier:
-    """A copy on a device, the weights of quantized layers on their grids."""
+    """A copy on the device `target`, with the weights of quantized layers rounded to their grids."""
     frozen = copy.deepcopy(student).to(target)
     freeze(frozen.network)
     return frozen
 
 
 def maybe_compiled(function: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
-    """`function` as an execution runs it: compiled, or as it is."""
+    """`function`, compiled if the execution says so."""
     return compiled(function) if execution.compile else function
 
 
 def recorder_of(
     recipe: Recipe, teacher: Classifier, sampler: TargetSampler | None, execution: Execution
 ) -> FusedRecorder:
-    """The recorder of what the recipe's losses want, and of the layers that the record sets targets for."""
+    """The recorder of everything that the recipe's losses want, and of the layers for which the record sets targets."""
     outputs = list(sampler.layers) if sampler else []
     wanted = {want.layer for want in recipe.wants if isinstance(want, LayerOutput)}
     return FusedRecorder(
@@ -567,12 +578,12 @@ def recorder_of(
 
 
 def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]:
-    """The function (seen images, labels, recording, targets, student's logits, modules) → (weighted sum, values
-    `(batches, losses)`, no means); each of the equal batches has its own statistics, and in `modules` the tensors of
-    the losses' modules.
+    """Return a function `(seen, labels, recording, …) → (loss, values, means)`.
 
-    With the means of the `others` and the batch's number of `images` they are those of a chunk, and what it adds to the
-    weighted sum of its batch; its own means come third.
+    `loss` `()` is the weighted sum, `values` `(batches, losses)` are unweighted. Each batch has its own statistics and,
+    in `modules`, its own tensors of the losses' modules. In chunked mode, `others` are the other chunks' contributions
+    to the batch means and `images` is the batch size; in `loss`, a mean over images then counts by the chunk's share
+    and a loss of the whole batch in full, and `means` are this chunk's own means. Otherwise `means` is empty.
     """
     losses = list(recipe.losses)
 
@@ -596,7 +607,7 @@ def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor, dict[str, T
             [loss.value_with(states[loss.name], trace) for loss in losses]
             for trace, states in zip(batches, modules, strict=True)
         ]
-        # A mean over the images of a chunk counts by the chunk's share; what is of the whole batch counts as it is.
+        # A mean over a chunk's images counts by the chunk's share; a loss of the whole batch counts in full.
         weights = [loss.weight * (rest.share if rest and not loss.of_batch else 1.0) for loss in losses]
         weighted = [weight * value for row in values for weight, value in zip(weights, row, strict=True)]
         detached = torch.stack([torch.stack(row) for row in values]).detach()
@@ -613,8 +624,8 @@ def try_step(
     student: Classifier | None,
     sampler: TargetSampler | None,
 ) -> Taken:
-    """Eager steps of the recipe's last phase with two and with four images, and what they take of the memory; raises
-    what a network raises that cannot do it.
+    """Run eager steps of the recipe's last phase with two and with four images, and return the memory they take. An
+    exception of a network that cannot run the step is passed on.
     """
     if not recipe.steps:
         return Taken(0.0)
@@ -629,7 +640,9 @@ def try_step(
 def seconds_per_step(
     recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int, sampler: TargetSampler | None = None
 ) -> float:
-    """Seconds one step takes in the recipe's last phase, the best of those after the first, or after its capture."""
+    """Seconds of one step in the recipe's last phase: the least of a few steps without the first, captured ones
+    included.
+    """
     student = copy.deepcopy(teacher) if Want.STUDENT in recipe.wants else None
     synthesizer = Synthesizer(recipe, teacher, execution, student=student, sampler=sampler)
     state = synthesizer.begin_last_phase({0: torch.arange(batch_size) % teacher.card.classes})

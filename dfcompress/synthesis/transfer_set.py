@@ -1,4 +1,4 @@
-"""The transfer set: the images that a student learns from (Hinton et al. 2015), synthesized first or there already."""
+"""The transfer set: the images that a student learns from (Hinton et al. 2015), synthesized now or present already."""
 
 from __future__ import annotations
 
@@ -34,29 +34,32 @@ OTHER_RECIPES = ("bns", "deepinversion", "bns-inception")
 
 
 class CoTraining(Protocol):
-    """A student that images compete with, which is left behind."""
+    """A temporary student that is trained during synthesis and discarded afterwards."""
 
     @property
     def student(self) -> Classifier:
-        """The network that learns."""
+        """The network that is trained."""
 
     def build(self, spec: SynthesisSpec, folder: Path, compute: Compute) -> SyntheticSet:
-        """Make the set in `folder`, or finish it, while the student learns."""
+        """Make the set in `folder`, or finish it, while the student is trained."""
 
 
 class TransferSetSource:
-    """Where a transfer set comes from: checked at once, gathered when the run has a folder.
+    """Where a transfer set comes from. It is checked at once, and gathered when the run has a folder.
 
-    `data` is a synthetic set, the folder of a run that made some, or real images; None means that sets are synthesized
-    in the run's folder, or finished there: half of the images by the chosen recipe in `synthetic`, half by
-    `second_recipe` (as many steps, if some were asked for) in `synthetic-<second_recipe>`. Images of one recipe share
-    its artefacts, and a student trained on two follows its teacher further. `auto` takes `bns` where the teacher's
-    statistics are known and no classes were asked for; None leaves all to the chosen recipe.
-    So many `probe_images` are synthesized beside them, in `probe`, by another seed and a third recipe, to compare
-    student and teacher on, and never to train on; none where the statistics are not known.
-    Images that compete with a student are made while one learns: the verb's own `student`, if it is given, which takes
-    them from `live_source`; else the one that `competitor` gives for their recipe, which is left behind.
-    Raises `BadInput` where the data cannot be used, or nothing can be made from this teacher.
+    `data` is a synthetic set, the folder of a run that made some, or real images. None means that sets are synthesized
+    (or finished) in the run's folder: half of the images by the chosen recipe in `synthetic`, half by `second_recipe`
+    (with the same steps and batch size, if these were set) in `synthetic-<second_recipe>`. Images of one recipe share
+    its artefacts; a student trained on the images of two agrees with its teacher more. `auto` takes `bns` if the
+    teacher's statistics are known, the chosen recipe is neither `bns` nor one with targets of a record, and labels and
+    classes are the default; None leaves all images to the chosen recipe.
+    `probe_images` is the number of images that are synthesized in `probe` with another seed and a third recipe, to
+    compare student and teacher on; nothing is trained on them. There are none if the statistics are not known.
+    Recipes with student updates need a student that is trained during synthesis: the verb's own `student`, if given,
+    which then takes its images from `live_source`; otherwise the temporary student that `competitor` returns for the
+    recipe.
+    Raises `BadInput` if the data cannot be used, if nothing can be synthesized from this teacher, and if two recipes
+    have to train the verb's own student.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class TransferSetSource:
                 "Name another --second-recipe.",
             )
         self.student = student if alternating else None
-        # The folder of the set that is made while the verb's own student learns, None where there is none.
+        # The folder of the set that is made while the verb's own student learns; None without such a set.
         self.live = next(iter(alternating), None) if student else None
         self.competitors = {} if student else {name: competitor(spec.recipe) for name, spec in self.specs.items()}
         informed = next((spec.teacher for spec in self.specs.values()), teacher)
@@ -108,13 +111,13 @@ class TransferSetSource:
         return [path for spec in self.specs.values() for path in spec.inputs]
 
     def origin(self) -> dict[str, Any] | None:
-        """What the synthesized images depend on besides the teacher, None where all images are there already."""
+        """Everything besides the teacher that the synthesized images depend on; None if no image is synthesized."""
         return {name: spec.origin() for name, spec in self.specs.items()} or None
 
     @property
     def made(self) -> list[tuple[SynthesisSpec, Classifier | None]]:
         """The sets that `gather` synthesizes, the probe images last, each with the student that its images compete
-        with, if any.
+        with, or None.
         """
         students = {name: competitor.student for name, competitor in self.competitors.items() if competitor}
         if self.live and self.student:
@@ -123,17 +126,17 @@ class TransferSetSource:
         return sets + ([(self.probe, None)] if self.probe else [])
 
     def __len__(self) -> int:
-        """How many images there are to train on."""
+        """Number of images to train on."""
         return sum(self._counts.values()) - _held_out(sum(self._counts.values()))
 
     @property
     def _counts(self) -> dict[str, int]:
-        """The number of images of every part, in their order."""
+        """The number of images of every part, in order."""
         read = {f"data-{number}": len(source) for number, source in enumerate(self.sources)}
         return read | {name: spec.images for name, spec in self.specs.items()}
 
     def _marked(self) -> dict[str, Tensor]:
-        """Which images of every part are held out, each `(images,)`."""
+        """A mask `(images,)` for each part, true for images that are held out."""
         counts = self._counts
         total = sum(counts.values())
         marks = torch.zeros(total, dtype=torch.bool)
@@ -141,8 +144,8 @@ class TransferSetSource:
         return dict(zip(counts, marks.split(list(counts.values())), strict=True))
 
     def live_source(self, folder: Path, batch_size: int, pool: Pool, others: TransferSet) -> LiveSource:
-        """The images that are made while the verb's own student learns from batches of that size, in the run's
-        `folder`, and `others` beside them; `pool` makes batches of what is kept.
+        """The source of the images that are made in the run's `folder` while the verb's own student learns from batches
+        of `batch_size`, mixed with the images of `others`; `pool` makes batches of kept images.
         """
         assert self.live, "the recipe's images compete with no student"
         assert self.student, "the student is the verb's own"
@@ -158,9 +161,9 @@ class TransferSetSource:
         )
 
     def gather(self, folder: Path, *, learnt: bool = False) -> TransferSet:
-        """All images as they are stored, and their labels; one image in sixteen is held out.
+        """All images as stored, with their labels; one image in sixteen is held out.
 
-        Those that are made while the verb's own student learns are among them once it has `learnt`.
+        Images that are made while the verb's own student learns are included only after its training (`learnt`).
         """
         present = {
             name: self._made(name, spec, folder / name)
@@ -187,12 +190,12 @@ class TransferSetSource:
         )
 
     def _nothing(self) -> tuple[Tensor, Tensor]:
-        """No image yet, and no label."""
+        """No images and no labels."""
         (spec,) = self.specs.values()
         return torch.zeros(0, *spec.teacher.card.input_size, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
 
     def _made(self, name: str, spec: SynthesisSpec, folder: Path) -> SyntheticSet:
-        """The set of a spec, made if it is not there."""
+        """The set of a spec, made if it does not exist yet."""
         if name == self.live:
             return SyntheticSet(folder)
         competitor = self.competitors.get(name)
@@ -200,7 +203,7 @@ class TransferSetSource:
 
 
 def parts_of(data: str | Path | None) -> list[Path]:
-    """Where the images of `data` lie: the sets in a run's folder, or in its folder of each teacher, or one place."""
+    """The folders of the images of `data`: the sets in a run's folder, or in its folder of each teacher, or `data`."""
     if data is None:
         return []
     sets = f"{SYNTHETIC}*/{MANIFEST}"
@@ -209,9 +212,7 @@ def parts_of(data: str | Path | None) -> list[Path]:
 
 
 def _gathered(sources: Sequence[ImageSource]) -> tuple[Tensor, Tensor]:
-    """All images of the sources as they are stored (see `joined`), and their labels; a synthetic set is read shard by
-    shard.
-    """
+    """All images of the sources as stored (see `joined`), and their labels; synthetic sets are read shard by shard."""
     images, labels = zip(*(part for source in sources for part in _stored(source)), strict=True)
     return joined(images), torch.cat(labels)
 
@@ -226,7 +227,7 @@ def _stored(source: ImageSource) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _specs(teacher: Classifier, synthesis: Synthesis, second_recipe: str | None) -> dict[str, SynthesisSpec]:
-    """What to synthesize, by the folder of the set."""
+    """The syntheses, by the name of their set's folder."""
     first = resolve(teacher, synthesis)
     if second_recipe == AUTO:
         informed = not why_no_statistics(first.teacher.network) and Want.TARGETS not in first.recipe.wants
@@ -251,7 +252,7 @@ def _specs(teacher: Classifier, synthesis: Synthesis, second_recipe: str | None)
 
 
 def _alike(synthesis: Synthesis, recipe: str, images: int) -> Synthesis:
-    """The same synthesis by another recipe, with that recipe's settings but for steps and the size of batches."""
+    """The same synthesis by another recipe, with that recipe's own settings except for steps and batch size."""
     known = settings_of(recipe)
     settings = {name: synthesis.settings[name] for name in ("steps", "batch_size") if name in synthesis.settings}
     settings = {name: value for name, value in settings.items() if name in known}
@@ -261,8 +262,8 @@ def _alike(synthesis: Synthesis, recipe: str, images: int) -> Synthesis:
 
 
 def _tell_missing(sources: Sequence[ImageSource], teacher: Classifier) -> None:
-    """Say how many classes no given image stands for, where there are enough: images that the ancestor of an extended
-    model made, for instance.
+    """Report the number of classes that no given image is labelled with, if there are at least as many images as
+    classes. Images from the ancestor of an extended model lack the new classes, for instance.
     """
     if not sources:
         return
@@ -280,9 +281,9 @@ def _held_out(images: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class TransferSet:
-    """Images `(N, C, H, W)` as stored (uint8, or float16 in units of [0, 1]) to train on, held out from the same sets,
-    and to probe with (of another seed and recipe, perhaps none), the seconds of their synthesis, and what its
-    examination warned of.
+    """Images `(N, C, H, W)` as stored (uint8, or float16 in units of [0, 1]): `train`, `held_out` from the same sets,
+    and `probe` of another seed and recipe (possibly empty); the seconds of their synthesis, and the warnings about
+    their quality.
 
     Labels, int64 `(N,)`, are the classes that images were synthesized for, or the labels of real images.
     """
@@ -297,6 +298,6 @@ class TransferSet:
 
 
 def in_batches(images: Tensor, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-    """Stored images as float batches `(B, C, H, W)` in units of [0, 1], each with labels that say nothing."""
+    """Stored images as float batches `(B, C, H, W)` in units of [0, 1], each with placeholder labels of 0."""
     for some in images.split(batch_size):
         yield as_float(some), torch.zeros(len(some), dtype=torch.long)

@@ -1,8 +1,9 @@
-"""What is done to the images before the teacher sees them.
+"""Transforms: what is done to the images before the teacher sees them.
 
-A transform is random in numbers that are drawn beforehand and handed in as tensors, so one compiled or captured
-function serves every step: `apply(images, *sample(images.shape, random))`.
-All of them are differentiable; those that only move pixels carry gradients back by moving them, which adds no sums.
+A transform's random numbers are drawn beforehand and passed in as tensors, so one compiled or captured function serves
+every step: `apply(images, *sample(images.shape, random))`.
+All transforms are differentiable. Transforms that only move pixels move the gradients back in the same way, without
+sums.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ def _nothing(shape: Sequence[int], random: torch.Generator) -> Drawn:
 
 @dataclass(frozen=True)
 class Transform:
-    """`apply` maps images `(N, C, H, W)` and what `sample` drew for their shape to the images the teacher sees.
+    """`apply` maps images `(N, C, H, W)` and the random numbers that `sample` drew for their shape to the images the
+    teacher sees.
 
-    It may show each image several times, one whole copy of the batch after the other, and divide height and width by a
-    whole number, `downscale`.
+    A transform may show each image several times, one whole copy of the batch after the other, and divide height and
+    width by a whole number, `downscale`.
     """
 
     apply: Callable[..., Tensor]
@@ -65,8 +67,8 @@ def random_flip(probability: float = 0.5) -> Transform:
 
 
 def jitters(pixels: int, *, flip: bool = False, crop: float = 1.0, cutout: float = 0.0) -> list[Transform]:
-    """The published jitter, and what else was asked for: a mirrored batch, and each image cropped, mirrored and cut out
-    of on its own.
+    """The published jitter of ±`pixels`; with `flip`, the batch is mirrored half of the time; with `crop` below 1 or a
+    `cutout`, each image is cropped, mirrored and cut out of on its own.
     """
     transforms = [random_roll(pixels)]
     if flip:
@@ -77,8 +79,9 @@ def jitters(pixels: int, *, flip: bool = False, crop: float = 1.0, cutout: float
 
 
 def augmentations(copies: int, *, crop: float, cutout: float, jitter: int = 0, flip: bool = True) -> list[Transform]:
-    """In-batch augmentation (`random_crops`), after the published jitter where it is asked for; images that are neither
-    repeated nor cropped nor cut out of are mirrored all together, which costs no resampling. Without `flip` none is.
+    """In-batch augmentation (`random_crops`), after the published jitter if `jitter` is above 0. Images that are
+    neither repeated nor cropped nor cut out of are mirrored all together, which needs no resampling. Without `flip`, no
+    image is mirrored.
     """
     if copies == 1 and crop == 1 and not cutout:
         return jitters(jitter, flip=flip)
@@ -87,16 +90,16 @@ def augmentations(copies: int, *, crop: float, cutout: float, jitter: int = 0, f
 
 
 def downscale(factor: int) -> Transform:
-    """See the images through `factor` × `factor` average pooling; 1 leaves them."""
+    """Show the images after `factor` × `factor` average pooling; a factor of 1 leaves them unchanged."""
     return Transform(lambda images: F.avg_pool2d(images, factor) if factor > 1 else images, downscale=factor)
 
 
 def random_crops(copies: int = 4, *, smallest: float = 0.75, cutout: float = 0.25, mirror: bool = True) -> Transform:
-    """In-batch augmentation: each image `copies` times, each time cropped and resized back, mirrored half of the time
-    if `mirror`, and with a square cut out (Haroush 2020, section 3; sizes are not stated there and are ours).
+    """In-batch augmentation: each image `copies` times; each copy is cropped and resized back, mirrored half of the
+    time if `mirror`, and has a square cut out (Haroush 2020, section 3; the sizes are not stated there and are ours).
 
-    A crop's side is drawn from [`smallest`, 1] of the image's, its place uniformly; the cut-out square has `cutout` of
-    the side, is centred anywhere in the image and filled with 0, the mean of the data in normalised space.
+    The side of a crop is drawn from [`smallest`, 1] of the image's side, its position uniformly. The cut-out square has
+    `cutout` of the side, is centred anywhere in the image and filled with 0, the mean of the data in normalised space.
     """
 
     def sample(shape: Sequence[int], random: torch.Generator) -> Drawn:
@@ -120,8 +123,8 @@ def random_crops(copies: int = 4, *, smallest: float = 0.75, cutout: float = 0.2
 
 
 def random_shifts(pixels: int, *, mirror: bool = True) -> Transform:
-    """Each image moved by a whole number of ±`pixels` along each axis, mirrored half of the time if `mirror`; what
-    comes in is 0, the mean of the data in normalised space.
+    """Each image moved by a whole number in ±`pixels` along each axis, and mirrored half of the time if `mirror`;
+    pixels from outside are 0, the mean of the data in normalised space.
     """
 
     def sample(shape: Sequence[int], random: torch.Generator) -> Drawn:
@@ -139,7 +142,7 @@ def random_shifts(pixels: int, *, mirror: bool = True) -> Transform:
 
 
 def views(*transforms: Transform) -> Transform:
-    """Show every image once by each transform, one whole copy of the batch after the other."""
+    """Show every image once by each transform: one whole copy of the batch per transform."""
     counts = [len(transform.sample((1, 1, 1, 1), torch.Generator())) for transform in transforms]
 
     def sample(shape: Sequence[int], random: torch.Generator) -> Drawn:
@@ -156,7 +159,7 @@ def views(*transforms: Transform) -> Transform:
 
 
 def _moving(pixels: int, offset: Tensor, mirrored: Tensor) -> Tensor:
-    """Matrices `(N, pixels, pixels)` that move a line of pixels by whole numbers."""
+    """Matrices `(N, pixels, pixels)` that move a line of pixels by whole numbers and mirror it."""
     place = torch.arange(pixels, device=offset.device)
     source = torch.where(mirrored[:, None] > 0, pixels - 1 - place, place) + offset[:, None]
     return (source[:, :, None] == place).float()
@@ -171,7 +174,7 @@ def _resampling(pixels: int, side: Tensor, start: Tensor, mirrored: Tensor) -> T
 
 
 def _rolled(images: Tensor, offset: Tensor) -> Tensor:
-    """Where each pixel of images `(N, C, H, W)` comes from, `(H·W,)`, rolled down and right by `offset` `(2,)`."""
+    """The source `(H·W,)` of each pixel after images `(N, C, H, W)` are rolled down and right by `offset` `(2,)`."""
     height, width = images.shape[2:]
     rows = (torch.arange(height, device=images.device) - offset[0]) % height
     columns = (torch.arange(width, device=images.device) - offset[1]) % width
@@ -179,7 +182,7 @@ def _rolled(images: Tensor, offset: Tensor) -> Tensor:
 
 
 def _mirrored(images: Tensor, mirrored: Tensor) -> Tensor:
-    """The same, mirrored left-right where `mirrored` `()`."""
+    """The source `(H·W,)` of each pixel after images are mirrored left-right if `mirrored` `()`."""
     height, width = images.shape[2:]
     columns = torch.arange(width, device=images.device)
     columns = torch.where(mirrored, width - 1 - columns, columns)
@@ -187,11 +190,11 @@ def _mirrored(images: Tensor, mirrored: Tensor) -> Tensor:
 
 
 class _Reorder(torch.autograd.Function):
-    """Pixels in another order, `(H·W,)` places to take them from; the gradient goes back by the inverse order.
+    """Pixels in another order, given by the source places `(H·W,)`; the gradient takes the inverse order.
 
-    The orders are made on the device: at 224 px the two of a roll are 800 KB, and a copy of that size from the host
-    waits for the device in every step.
-    `gather` with one order for all images is faster on a CPU than indexing rows and columns.
+    The orders are computed on the device: at 224 px the two orders of a roll are 800 KB, and a copy of that size from
+    the host waits for the device in every step. `gather` with one order for all images is faster on a CPU than indexing
+    rows and columns.
     """
 
     @staticmethod

@@ -1,22 +1,23 @@
-"""Activation records (Lopes et al. 2017): images whose activations are ones that the model's owner recorded.
+"""Activation records (Lopes et al. 2017): images whose activations match activations that the model's owner recorded.
 
-For every image a class is drawn and, out of the record, what each recorded layer's output t shall be: a sample of the
-class's Gaussian, or a kept activation. With a the image's own outputs this minimises
+For each image and its class, a target t of each recorded layer's output is drawn from the record: a sample of the
+class's Gaussian, or a stored activation. With a the image's own outputs, the recipe minimises
 Σ_layers mean over units of (ReLU(t) − ReLU(a))², logits divided by the record's temperature (section 3.1.1, 3.1.2).
-Images start from the mean and deviation of the training images' pixels. A record of kind `all-layers-dropout` gives
-every batch dropout filters, held for all steps.
+Images start from the mean and standard deviation of the training images' pixels. A record of kind `all-layers-dropout`
+gives every batch dropout filters, which stay fixed for all steps.
 
-`paper` are the settings of the authors' code, with no image prior; the ReLU on both sides has no gradient where the
-image's unit is off and the target's is on. Spectral records have `paper-spectral`, Σ over all units i of
-(s̄_i − s_i)² without ReLU (3.1.3), where a layer counts by its units (`summed`): of a 784-1200-1200-10 network the
-logits are 3 % of that loss, and 71 % of a sum of means. Either preset is refused to records of the other family.
-The `fast` presets are ours: a fifth of the steps along a cosine, pixels kept in range, and a unit that is off passes
-`leak` of its difference.
-Samples of several layers are drawn each on its own and contradict each other, so in `fast-all-layers` each counts a
-tenth of the one before it (`later`). Logits alone say little, so `fast-top-layer` asks for smooth images that stay
-what they are when moved, each with the mean and deviation of the data's pixels (`pixels`).
-`ce` adds cross-entropy and `bn` the distance to BatchNorm's statistics; `pooled` is the record's.
-What they reach is in docs/results/record.md.
+`paper` has the settings of the authors' code, without image prior; because of ReLU on both sides there is no gradient
+where the image's unit is off and the target's is on. `paper-spectral` is for spectral records: Σ over all units i of
+(s̄_i − s_i)² without ReLU (3.1.3), where a layer counts by its number of units (`summed`). For a 784-1200-1200-10
+network, the logits are 3 % of this loss, and would be 71 % of a sum of means. Each of the two presets is refused for
+records of the other family.
+The `fast` presets are ours: a fifth of the steps, a cosine schedule, pixels kept in range, and a unit that is off
+passes `leak` of its difference.
+Samples of different layers are drawn independently and contradict each other, so in `fast-all-layers` each layer is
+weighted a tenth of the layer before it (`later`). Logits alone constrain images little, so `fast-top-layer` adds
+smoothness, jitter, and the mean and standard deviation of the data's pixels for each image (`pixels`).
+`ce` adds cross-entropy and `bn` the distance to BatchNorm's statistics; `pooled` is taken from the record.
+Results are in docs/results/record.md.
 """
 
 from dfcompress.errors import BadInput
@@ -47,7 +48,7 @@ PRESETS: dict[str, dict[str, object]] = {
 
 
 def default_preset(card: ModelCard, record: Description | None) -> str:
-    """That of the record's family."""
+    """The preset for the record's family."""
     if record and record.kind in SPECTRAL:
         return "fast-spectral"
     return "fast-top-layer" if record and len(record.layers) == 1 else "fast-all-layers"
@@ -85,7 +86,7 @@ def activation_records(
     pooled: bool = False,
     batch_size: int = 64,
 ) -> Recipe:
-    """Every default is the paper's or its authors' code's (Lopes 2017); `pooled` is the record's."""
+    """All defaults are from the paper or its authors' code (Lopes 2017); `pooled` is taken from the record."""
     return Recipe(
         images=Pixels(clip=clip),
         losses=[

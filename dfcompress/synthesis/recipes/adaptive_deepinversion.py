@@ -1,11 +1,12 @@
 """Adaptive DeepInversion (Yin et al. 2020): images on which a student does not yet agree with its teacher.
 
-DeepInversion and α_c·(1 − JS(p_T, p_S)), a true Jensen-Shannon divergence in nats at a temperature.
-The student learns while the images are made: after every round of batches it is distilled on all images so far, and the
-next round competes with what it has become. In the first round it is untrained, so images of one round alone (up to
-`round_batches` batches) never compete with a student that has learnt.
+Minimises DeepInversion's loss + α_c·(1 − JS(p_T, p_S)), a true Jensen-Shannon divergence in nats at a temperature.
+The student is trained during synthesis: after every round of batches it is distilled on all images so far, and the next
+round competes with the updated student. In the first round the student is untrained, so images of a single round (up to
+`round_batches` batches) never compete with a trained student.
 α_c is 10 and the temperature 3, as in the released code, whose own student never learns; above 64 pixels α_c is 0.2.
-The rounds, the student's steps, rate and batch are not stated for images made this way and are ours.
+The paper does not state the rounds and the student's steps, learning rate and batch size for images made in this way:
+they are ours.
 """
 
 from dfcompress.synthesis.images import parametrised
@@ -18,7 +19,7 @@ PAPER = "Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via DeepI
 PRESETS: dict[str, dict[str, object]] = {
     name: deepinversion.PRESETS[name] for name in ("fast-cifar10", "fast-mnist", "fast-imagenet", "paper-cifar10")
 }
-# The paper's α_c for ImageNet, beside its α_f of 0.01. Smaller batches, so that the student learns between them.
+# The paper's α_c for ImageNet, used with its α_f of 0.01. Batches are smaller, so that the student learns between them.
 PRESETS["fast-imagenet"] = {**PRESETS["fast-imagenet"], "compete": 0.2, "batch_size": 32}
 
 

@@ -1,12 +1,13 @@
 """BatchNorm statistics (Haroush et al. 2020, section 3.3): no class, only the statistics of every layer.
 
-Minimises J_KL, the mean over BatchNorm layers and the input of KL(N(μ̂, σ̂²) ‖ N(μ, σ²)) (eq. 1 to 3), pixels clamped
-to [0, 1] after each step, each image seen four times cropped, flipped and with a square cut out, statistics over all.
-No label steers the images, so their label is the teacher's answer, and the classes come out unbalanced.
-The paper's figure uses 1,000 steps of batch 128 and states no optimiser or rate: those are ours.
+Minimises J_KL, the mean over BatchNorm layers and the input of KL(N(μ̂, σ̂²) ‖ N(μ, σ²)) (eq. 1 to 3). Pixels are
+clamped to [0, 1] after each step. Each image is seen four times, cropped, flipped and with a square cut out; statistics
+are taken over all copies.
+No label steers the images, so their labels are the teacher's predictions, and the classes are not balanced.
+The paper's figure uses 1,000 steps of batch 128. The paper states no optimiser or learning rate: those are ours.
 `fast-cifar10` shows each image once a step, cropped less, for 400 steps.
-`fast-imagenet`, the default above 64 pixels, is made by spectra, from coarse to fine; its settings are those of
-`bns-inception`, by whose images they were chosen.
+`fast-imagenet`, the default above 64 pixels, optimises spectra from coarse to fine; its settings were chosen by images
+of `bns-inception`.
 """
 
 from dfcompress.synthesis.images import parametrised
@@ -38,7 +39,7 @@ def bns(
     spectrum: bool = False,
     batch_size: int = 256,
 ) -> Recipe:
-    """Statistics alone (Haroush 2020, section 3.3)."""
+    """BatchNorm statistics alone (Haroush 2020, section 3.3)."""
     return Recipe(
         images=parametrised(clip=True, spectrum=spectrum),
         losses=[bn_divergence()],

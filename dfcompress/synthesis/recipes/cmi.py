@@ -1,13 +1,14 @@
-"""CMI (Fang et al. 2021): images inverted through a generator that begins anew with every batch and is trained together
-with its latent vectors, that student and teacher agree on but not quite, and that differ from all others; they are
+"""CMI (Fang et al. 2021): a generator and its latent vectors are trained together, anew for every batch. Student and
+teacher agree on the images' classes but not on their probabilities, and each image differs from all others. Images are
 kept, and the student learns from all so far.
 
-0.5·CE + BN distance + 0.5·masked −KL(T ‖ S) + 0.8·contrast, 200 steps a batch, then 2,000 of the student, as coded by
-the authors: BN distance, CE and KL are those of the global view (moved by up to 4 pixels, mirrored), and the contrast
-is between that and the local view (a crop of half the side or more, mirrored). Their crops vary in shape too; here they
-are square. They keep the images and features of the best step; here those of the last, as its loss is one of random
-views. Their student also learns from images inverted beforehand: give `--data` for that.
-Steps, width and batch of the fast presets are ours: what a CPU does in minutes.
+Minimises 0.5·CE + BN distance + 0.5·masked −KL(T ‖ S) + 0.8·contrast, 200 steps per batch, then 2,000 steps of the
+student, as coded by the authors. BN distance, CE and KL are computed on the global view (moved by up to 4 pixels,
+mirrored); the contrast compares the global view with the local view (a crop of half the side or more, mirrored). Three
+things differ from their code. Their crops vary in shape; here crops are square. They keep the images and features of
+the best step; here those of the last step are kept, because the loss is one of random views. Their student also learns
+from images inverted beforehand; here `--data` gives such images.
+Steps, width and batch size of the fast presets are ours, chosen so that a CPU needs minutes.
 """
 
 from dfcompress.synthesis.generator_losses import contrast, disagreement, on_view

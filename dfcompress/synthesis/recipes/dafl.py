@@ -1,12 +1,13 @@
-"""DAFL (Chen et al. 2019): a generator whose images the teacher is certain of, strongly activated by, and spread over
-all classes; the student learns from new images at every step, and none is kept.
+"""DAFL (Chen et al. 2019): a generator whose images make the teacher certain and its features large, and are spread
+over all classes; the student learns from new images at every step, and no image is kept.
 
-CE to the teacher's own argmax, −mean |features| before the last layer, and the balance of the mean prediction, weighted
-as in the code of Fang et al. 2021, by which later papers compare: 1, 0.001 and 20, one step of the generator before
-every 5 of the student, 200 epochs of 400. There the generator is trained against the teacher alone, as here.
-`fast-mnist` has the weights of the paper for MNIST (0.1 and 5). Rounds, width and batch of the fast presets are ours:
-what a CPU does in minutes.
-`head` adds the feature term of IFHE (Chen et al. 2023), whose weight there is not stated.
+Minimises CE to the teacher's own argmax, −mean |features| before the last layer, and the balance of the mean
+prediction, weighted 1, 0.001 and 20 as in the code of Fang et al. 2021, with which later papers compare. The generator
+takes one step before every 5 steps of the student, for 200 epochs of 400. In that code, as here, the generator is
+trained against the teacher alone.
+`fast-mnist` has the paper's weights for MNIST (0.1 and 5). Rounds, width and batch size of the fast presets are ours,
+chosen so that a CPU needs minutes.
+`head` adds the feature term of IFHE (Chen et al. 2023), whose paper does not state its weight.
 """
 
 from dfcompress.synthesis.generator_losses import weighted_losses

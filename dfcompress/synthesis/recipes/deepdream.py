@@ -1,10 +1,12 @@
-"""DeepDream (Mordvintsev et al. 2015) as DeepInversion's authors compare with it: class and image prior, no statistics.
+"""DeepDream (Mordvintsev et al. 2015), in the form that DeepInversion's authors compare with: class and image prior, no
+statistics.
 
 Minimises CE(T(x̂), y) + α_tv·R_TV + α_l2·‖x̂‖₂.
-Settings are DeepInversion's without its BatchNorm term; the paper states none of its own for CIFAR-10.
-`fast-mnist`, the default for grey images, mirrors none, which would make other characters.
-Those of `fast-imagenet`, the default above 64 pixels, are DeepInversion's, too, and not measured here.
-The teacher is certain of such images, other networks see little in them: the baseline that statistics must beat.
+Settings are DeepInversion's without its BatchNorm term; the paper states no separate settings for CIFAR-10.
+`fast-mnist`, the default for grey images, does not mirror, because mirrored characters are other characters.
+`fast-imagenet`, the default above 64 pixels, has DeepInversion's settings, too, which were not measured here.
+The teacher is certain of such images, but other networks recognise little in them: they are the baseline that recipes
+with statistics must beat.
 """
 
 from dfcompress.synthesis.images import parametrised

@@ -1,21 +1,23 @@
-"""DeepInversion (Yin et al. 2020): images whose features have the statistics that BatchNorm remembers.
+"""DeepInversion (Yin et al. 2020): images whose features have the statistics that BatchNorm stores.
 
 Minimises CE(T(x̂), y) + α_f·Σ_l(‖μ_l − BN mean‖₂ + ‖σ²_l − BN var‖₂) + α_tv·R_TV + α_l2·R_l2,
 the norms not squared, on randomly rolled images.
 
-`paper-cifar10` and `paper-imagenet` are the published settings: constant rate, no flip, no clipping.
-`paper-merging` are those of Shapira and Sidi 2020, whose released code leaves the competition out, too.
-`repo-imagenet` are the released ones: 2,000 steps through 2×2 average pooling, then 1,000 at full size, cosine with
-100 warm-up steps, the first BatchNorm weighted 10, flips and clipping; the first stage jitters half as far.
-`fast-cifar10`, the default, is ours: a fifth of the steps, a cosine, a heavier cross-entropy, flips, and every image
-cropped, mirrored and with a square cut out on its own.
-`fast-imagenet`, the default above 64 pixels, has the published α_f of 0.01 and three times the cross-entropy, and is
-made by spectra, from coarse to fine. Of 16 images of EfficientNet-Lite0 the teacher took all as intended and another
-network 11, at J_KL 0.088 (20 steps at full size); with an α_f of 0.1 and `ce` 1 they took none, with an α_f of 0.01 and
-`ce` 30 16 and 8, at 0.132.
-`fast-mnist`, the default for grey images, has no flip, which makes other characters, and much more smoothness; with
-`ce` 1 the teacher took only half of a LeNet-5's images for what they were made as.
-What they reach, and how long they take, is in docs/results/invert.md.
+`paper-cifar10` and `paper-imagenet` are the published settings: constant learning rate, no flip, no clipping.
+`paper-merging` has the settings of Shapira and Sidi 2020, whose released code leaves out the competition, too.
+`repo-imagenet` has the released settings: 2,000 steps through 2×2 average pooling, then 1,000 at full size, cosine
+schedule with 100 warm-up steps, the first BatchNorm weighted 10, flips and clipping; the first phase has half the
+jitter.
+`fast-cifar10`, the default, is ours: a fifth of the steps, a cosine schedule, a larger weight of cross-entropy, flips,
+and every image cropped, mirrored and with a square cut out on its own.
+`fast-imagenet`, the default above 64 pixels, has the published α_f = 0.01 and three times the cross-entropy, and
+optimises spectra from coarse to fine. Of 16 images of EfficientNet-Lite0, the teacher classified all and another
+network 11 as intended, at a J_KL of 0.088 (20 steps at full size). With α_f = 0.1 and `ce` = 1, neither network
+classified any image as intended. With α_f = 0.01 and `ce` = 30, the teacher classified 16 and the other network 8 as
+intended, at a J_KL of 0.132.
+`fast-mnist`, the default for grey images, does not flip, because flipped characters are other characters, and has a
+much larger weight of smoothness. With `ce` = 1 the teacher classified only half of the images of a LeNet-5 as intended.
+Results and times are in docs/results/invert.md.
 """
 
 from dfcompress.synthesis.images import parametrised
@@ -84,7 +86,7 @@ def deepinversion(
     spectrum: bool = False,
     batch_size: int = 256,
 ) -> Recipe:
-    """The published method; every default is the paper's for CIFAR-10 (Yin 2020, section 4.1)."""
+    """The published method; all defaults are the paper's for CIFAR-10 (Yin 2020, section 4.1)."""
     return Recipe(
         images=parametrised(clip=clip, spectrum=spectrum),
         losses=[

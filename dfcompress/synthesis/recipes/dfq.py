@@ -1,11 +1,11 @@
-"""DFQ (Choi et al. 2020): ZSKT's competition, with images that fit the teacher's BatchNorm statistics and are spread
-over all classes; the student learns from new images at every step, and none is kept.
+"""DFQ (Choi et al. 2020): ZSKT's competition, with images that match the teacher's BatchNorm statistics and are spread
+over all classes; the student learns from new images at every step, and no image is kept.
 
-−KL(T ‖ S) + BN distance + cross-entropy to the teacher's own best class + 20 times the balance of the mean prediction,
-as in the code of Fang et al. 2021, by which later papers compare; there statistics are compared by norms, in the paper
-by KL divergences. One step of the generator before every 10 of the student, 200 epochs of 400.
-Rounds, width and batch of the fast presets are ours: what a CPU does in minutes.
-`head` adds the feature term of IFHE (Chen et al. 2023), whose weight there is not stated.
+Minimises −KL(T ‖ S) + BN distance + cross-entropy to the teacher's own argmax + 20 times the balance of the mean
+prediction, as in the code of Fang et al. 2021, with which later papers compare. That code compares statistics by norms,
+the paper by KL divergences. The generator takes one step before every 10 steps of the student, for 200 epochs of 400.
+Rounds, width and batch size of the fast presets are ours, chosen so that a CPU needs minutes.
+`head` adds the feature term of IFHE (Chen et al. 2023), whose paper does not state its weight.
 """
 
 from dfcompress.synthesis.generator_losses import weighted_losses

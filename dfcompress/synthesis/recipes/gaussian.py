@@ -1,7 +1,8 @@
 """Gaussian images: nothing is optimised (Haroush et al. 2020, section 3.1).
 
-Samples of N(mean, std) of the input data, which is N(0, 1) in normalised space, or of `mean` and `std` in [0, 1].
-The label is the teacher's answer. The baseline that every other recipe must beat.
+Samples of N(mean, std) of the input data, which is N(0, 1) in normalised space, or of `mean` and `std` in [0, 1]. The
+labels are the teacher's predictions.
+This is the baseline that every other recipe must beat.
 """
 
 from dfcompress.synthesis.images import Pixels
@@ -12,5 +13,5 @@ PRESETS: dict[str, dict[str, object]] = {"paper": {}}
 
 
 def gaussian(*, mean: float = 0.0, std: float = 0.0, batch_size: int = 256) -> Recipe:
-    """x ~ N(mean, std), or N(0, 1) in normalised space where both are 0."""
+    """x ~ N(mean, std) in [0, 1], or N(0, 1) in normalised space if both are 0."""
     return Recipe(images=Pixels(mean=mean, std=std), batch_size=batch_size)

@@ -1,13 +1,14 @@
-"""IFHE (Chen et al. 2023): CMI's frame, in which not the teacher but an auxiliary classifier on its intermediate
-features says what class an image is of, so that they differ from class to class as those of photographs do.
+"""IFHE (Chen et al. 2023): CMI's method, in which an auxiliary classifier on the teacher's intermediate features
+replaces the teacher in judging the class of an image, so that features differ between classes as those of photographs
+do.
 
-α·CE of the auxiliary classifier + β·squared BN distance, averaged over layers + γ·masked −KL(T ‖ S); generator and
-latent vectors are trained together, images kept. Where the student learns, the classifier learns what the teacher
-answers. α is 0.5 for CIFAR-10, the best of the paper, and 1 for CIFAR-100.
-Not stated, and ours: the features and the classifier (see `auxiliary_head`), β 1, γ 0.5 and the mask (CMI's), the one
-view of an image (CMI's global one); steps, rates and the student's τ are CMI's. −KL is at τ 1, as CMI codes it, where
-the paper writes τ.
-Steps, width and batch of the fast presets are ours: what a CPU does in minutes.
+Minimises α·CE of the auxiliary classifier + β·squared BN distance, averaged over layers + γ·masked −KL(T ‖ S).
+Generator and latent vectors are trained together, images are kept. When the student learns, the auxiliary classifier
+learns the teacher's predictions. α is 0.5 for CIFAR-10, the best value in the paper, and 1 for CIFAR-100.
+The paper does not state the following, which are ours: the features and the classifier (see `auxiliary_head`), β = 1, γ
+= 0.5 and the mask (as in CMI), the single view of an image (CMI's global view). Steps, learning rates and the student's
+τ are CMI's. −KL is at τ = 1, as CMI codes it, where the paper writes τ.
+Steps, width and batch size of the fast presets are ours, chosen so that a CPU needs minutes.
 """
 
 from dfcompress.synthesis.generator_losses import auxiliary_head, disagreement, squared_bn_distance
@@ -47,7 +48,7 @@ def ifhe(
     student_batch_size: int = 128,
     temperature: float = 20.0,
 ) -> Recipe:
-    """The published method; what it does not state is CMI's."""
+    """The published method; settings that the paper does not state are CMI's."""
     return Recipe(
         images=Generator(latent=latent, width=width, learn_latents=True),
         losses=[

@@ -1,13 +1,14 @@
 """Inception scheme (Haroush et al. 2020, section 3.2): a class's logit grows, and the image stays smooth.
 
-Minimises e^(−logit_y / scale) + β·mean((x − smooth(x))²), pixels clamped to [0, 1] after each step, each image seen
-four times cropped, flipped and with a square cut out.
-The paper prints the scale three ways (100 as divisor, 0.01, 0.001) and states no optimiser, rate, steps or weights:
-those are ours. It smooths 5×5 with σ 1; σ 0.375, which it also tables, is much better on CIFAR and the default here.
+Minimises e^(−logit_y / scale) + β·mean((x − smooth(x))²). Pixels are clamped to [0, 1] after each step. Each image is
+seen four times, cropped, flipped and with a square cut out.
+The paper prints the scale three ways (100 as divisor, 0.01, 0.001) and states no optimiser, learning rate, steps or
+weights: those are ours. It smooths 5×5 with σ = 1; σ = 0.375, which it also lists in a table, is much better on CIFAR
+and is the default here.
 `fast-cifar10` shows each image once a step, cropped less, for 400 steps.
-`fast-mnist`, the default for grey images, mirrors none, which would make other characters.
-`fast-imagenet`, the default above 64 pixels, is made by spectra, from coarse to fine; its settings are those of
-`bns-inception`, by whose images they were chosen.
+`fast-mnist`, the default for grey images, does not mirror, because mirrored characters are other characters.
+`fast-imagenet`, the default above 64 pixels, optimises spectra from coarse to fine; its settings were chosen by images
+of `bns-inception`.
 """
 
 from dfcompress.synthesis.images import parametrised
@@ -44,7 +45,7 @@ def inception(
     spectrum: bool = False,
     batch_size: int = 256,
 ) -> Recipe:
-    """The class and a smooth image, no statistics (Haroush 2020, section 3.2)."""
+    """Class and smoothness, no statistics (Haroush 2020, section 3.2)."""
     return Recipe(
         images=parametrised(clip=True, spectrum=spectrum),
         losses=[inception_loss(scale), smooth * smoothness(kernel, sigma)],

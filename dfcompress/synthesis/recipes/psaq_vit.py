@@ -1,18 +1,19 @@
-"""PSAQ-ViT (Li et al. 2022): images whose patches are as different to a vision transformer as those of real ones.
+"""PSAQ-ViT (Li et al. 2022): images whose patches differ for a vision transformer as much as those of real images.
 
-Networks without BatchNorm remember no statistics. But the patches of a real image are like some others and unlike the
-rest, where those of noise are all alike: the cosine similarities of their features are spread widely. So this maximises
-Σ_l H_l, the differential entropy of those similarities in every attention module, and minimises the cross-entropy of
-the intended class and the distance of R_TV to what is usual, on rolled and flipped images that are kept in range.
+Networks without BatchNorm store no statistics. But a patch of a real image resembles some patches and differs from the
+others, while all patches of noise are alike: the cosine similarities of a real image's patch features are spread
+widely. The recipe therefore maximises Σ_l H_l, the differential entropy of those similarities in every attention
+module, and minimises the cross-entropy of the intended class and the distance of R_TV from a typical value, on rolled
+and flipped images that are kept in range.
 
-`paper-deit` and `paper-swin` are the settings of the released code: 500 steps with a jitter of 15 pixels and 500 with
-30, each along a cosine after 100 warm-up steps, batches of 32; of Swin at a rate of 0.25.
+`paper-deit` and `paper-swin` have the settings of the released code: 500 steps with a jitter of 15 pixels and 500 with
+30, each along a cosine after 100 warm-up steps, batches of 32; for Swin at a learning rate of 0.25.
 `fast`, the default, is ours: a fifth of the steps.
-Ours, too: the features are the outputs of whole attention modules, in place of the mean over heads before their
-projection; those of Swin and ConvNeXt are the outputs of whole blocks, averaged to at most 14 × 14 patches; images are
-rolled by another offset along each axis; the density is taken over each image's own range; the usual R_TV is fixed,
-and the classes take turns.
-Tested on random weights alone: what the images are worth to a trained network is not measured.
+These differences from the released code are ours, too. The features are the outputs of whole attention modules, instead
+of the mean over heads before their projection; for Swin and ConvNeXt they are the outputs of whole blocks, averaged to
+at most 14 × 14 patches. Images are rolled by a different offset along each axis. The density is taken over each image's
+own range. The typical R_TV is fixed, and the classes take turns.
+Tested on random weights alone: the value of the images for a trained network is not measured.
 """
 
 from dfcompress.models.card import ModelCard
@@ -33,7 +34,7 @@ PRESETS: dict[str, dict[str, object]] = {
 
 
 def default_preset(card: ModelCard, record: Description | None) -> str:
-    """30 pixels of jitter are an eighth of an image of 224, and about all of one of 32."""
+    """A jitter of 30 pixels is an eighth of the side of a 224-pixel image, but nearly all of a 32-pixel one."""
     return "fast-small" if card.small else "fast"
 
 
@@ -51,7 +52,7 @@ def psaq_vit(
     jitter: int = 30,
     batch_size: int = 32,
 ) -> Recipe:
-    """Every default is that of the released code for DeiT; `steps` are those of both halves together."""
+    """All defaults are the released code's for DeiT; `steps` is the number of steps of both halves together."""
     return Recipe(
         images=Pixels(clip=True),
         losses=[

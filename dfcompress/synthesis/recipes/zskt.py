@@ -1,11 +1,12 @@
-"""ZSKT (Micaelli and Storkey 2019): a generator whose images student and teacher answer most differently, and nothing
-else; the student learns from new images at every step, and none is kept.
+"""ZSKT (Micaelli and Storkey 2019): a generator whose images maximise the divergence of student and teacher, and
+nothing else; the student learns from new images at every step, and no image is kept.
 
-−KL(T ‖ S) is all of its loss. As coded by Fang et al. 2021, by which later papers compare: z of 256, one step of the
-generator before every 5 of the student, 200 epochs of 400. In the paper 1 and 10, and the student also learns the
-teacher's attention maps: `attention` is their weight, 0 as coded there, because stages of other students need not fit;
-the paper's 250 is one of means over positions, ours of sums (see `attention` of `distill`).
-Rounds, width and batch of the fast presets are ours: what a CPU does in minutes.
+The only loss is −KL(T ‖ S). Settings are as coded by Fang et al. 2021, with which later papers compare: z of 256
+numbers, one step of the generator before every 5 of the student, 200 epochs of 400. In the paper these are 1 and 10
+steps, and the student also learns the teacher's attention maps. `attention` is the weight of these maps, 0 as in that
+code, because stages of other students need not fit; the paper's weight of 250 is for means over positions, ours for
+sums (see `attention` of `distill`).
+Rounds, width and batch size of the fast presets are ours, chosen so that a CPU needs minutes.
 """
 
 from dfcompress.synthesis.generator_losses import weighted_losses

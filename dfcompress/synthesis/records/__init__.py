@@ -1,4 +1,4 @@
-"""What the owner of a model can release beside it: one file a family of records."""
+"""Activation records, which a model's owner can release beside the model: one file per family of records."""
 
 FIXED_DROPOUT = "all-layers-dropout"
 GAUSSIAN = ("top-layer", "all-layers", FIXED_DROPOUT)

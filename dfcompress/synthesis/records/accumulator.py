@@ -1,4 +1,4 @@
-"""`RecordSettings`: what a record shall hold; `RecordAccumulator`: activations, batch by batch, then its tensors."""
+"""`RecordSettings`: what a record shall contain. `RecordAccumulator`: collects activations, then gives the tensors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dfcompress.synthesis.records import BN_EQUIVALENT, GAUSSIAN, KINDS
 
 @dataclass(frozen=True, kw_only=True)
 class RecordSettings:
-    """What a record shall hold: its kind, and the settings of single kinds.
+    """What a record shall contain: its kind, and the settings of particular kinds.
 
-    `layers` are patterns of layers' names (all by default); `class_independent` keeps no classes apart; `covariance` is
-    `auto`, `full`, `block:N` or `diagonal`; `temperature` divides logits; of up to `per_class` activations a class the
-    share `coefficients` of their coefficients is stored; a class of fewer than `min_images` is refused, because its
-    record would tell too much of them.
+    `layers` are patterns of layer names (default: all layers). `class_independent` pools all classes (Gaussian kinds).
+    `covariance` is `auto`, `full`, `block:N` or `diagonal`. `temperature` divides logits. Spectral kinds store up to
+    `per_class` activations of each class, and of each activation's coefficients the share `coefficients`. A class of
+    fewer than `min_images` images is refused, because its record would reveal too much about them.
     """
 
     kind: str = "all-layers"
@@ -34,7 +34,9 @@ class RecordSettings:
     min_images: int = 20
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for a kind or a number that is none."""
+        """Raise `BadInput` for an unknown kind or covariance, for a number out of range, and for pooled classes of a
+        kind without them.
+        """
         require_fields(self)
         if self.kind not in KINDS:
             raise BadInput(f"There is no kind of record {self.kind!r}.", f"Known: {', '.join(KINDS)}.")
@@ -53,21 +55,21 @@ class RecordSettings:
 
     @property
     def block(self) -> int | None:
-        """The N of `block:N`."""
+        """The N of `block:N`, else None."""
         name, _, number = self.covariance.partition(":")
         return int(number) if name == "block" and number.isdecimal() and int(number) > 0 else None
 
     @property
     def keeps_classes_apart(self) -> bool:
-        """Whether every class has numbers of its own."""
+        """Whether the record has separate statistics for each class."""
         return self.kind != BN_EQUIVALENT and not self.class_independent
 
 
 class RecordAccumulator(Protocol):
-    """What is kept of some layers, batch by batch.
+    """Collects one family's statistics of some layers, batch by batch.
 
-    `bytes` is what its part of the file will take and `memory_bytes` what its sums take, both known beforehand;
-    `flat` says that it wants outputs `(N, units)` instead of in their own shape.
+    `bytes` is the size of its part of the file and `memory_bytes` the memory of its sums; both are known beforehand.
+    With `flat` it takes outputs `(N, units)` instead of in their own shape.
     """
 
     flat: bool
@@ -75,19 +77,19 @@ class RecordAccumulator(Protocol):
     memory_bytes: int
 
     def update(self, outputs: Sequence[Tensor], labels: Tensor, numbers: Tensor) -> None:
-        """Take in the layers' outputs for a batch of the classes `labels` `(N,)`, images number `numbers` `(N,)`."""
+        """Add the layers' outputs for a batch of images with classes `labels` `(N,)` and numbers `numbers` `(N,)`."""
 
     def state(self) -> dict[str, Tensor]:
-        """Everything another process needs to `merge` it."""
+        """Everything that another process needs to `merge` this accumulator."""
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
-        """Take in what another process saw."""
+        """Add the `state` of another process."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the file holds, once all images were seen."""
+        """The tensors of the file, once all images were seen."""
 
     def details(self) -> dict[str, Any]:
-        """The fields of a record's description that are this family's own."""
+        """The fields of a record's `Description` that belong to this family alone."""
 
     def notices(self) -> list[str]:
-        """What the owner should know before starting."""
+        """Sentences that the owner should read before recording starts."""

@@ -1,7 +1,7 @@
-"""What a BatchNorm would have remembered: mean and variance of every channel of layers' outputs.
+"""The statistics that a BatchNorm would have stored: mean and variance of every channel of layers' outputs.
 
-A network without BatchNorm carries no statistics of its training data; with this record beside it, every recipe that
-matches BatchNorm statistics matches these in the same way.
+A network without BatchNorm has no statistics of its training data; with this record, every recipe that matches
+BatchNorm statistics matches the recorded statistics in the same way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dfcompress.synthesis.records.record_file import Record
 
 
 class StatisticsAccumulator:
-    """Sums of the channels of layers' outputs; `outputs` `(1, ...)` are those of one image, by layer."""
+    """Sums over the channels of layers' outputs; `outputs` holds one image's outputs `(1, ...)` by layer."""
 
     flat = False
 
@@ -33,7 +33,7 @@ class StatisticsAccumulator:
         self.bytes, self.memory_bytes = 8 * sum(channels.values()), 16 * sum(channels.values())
 
     def update(self, outputs: Sequence[Tensor], labels: Tensor, numbers: Tensor) -> None:
-        """Take in the layers' outputs, every position on its own."""
+        """Add the layers' outputs, every position as a separate sample."""
         for (layer, moments), output in zip(self._moments.items(), outputs, strict=True):
             moments.update(output.movedim(self._axes[layer], -1).flatten(0, -2))
 
@@ -51,19 +51,19 @@ class StatisticsAccumulator:
         return means | {f"var.{layer}": moments.variance[0].float() for layer, moments in self._moments.items()}
 
     def details(self) -> dict[str, Any]:
-        """None."""
+        """No fields."""
         return {}
 
     def notices(self) -> list[str]:
-        """None."""
+        """No notices."""
         return []
 
 
 def with_statistics(teacher: Classifier, record: Record) -> Classifier:
-    """A copy of the teacher that knows the recorded statistics as it knows those of its BatchNorms.
+    """A copy of the teacher whose layers know the recorded statistics, as BatchNorm layers know theirs.
 
-    A channel that is always the same counts as one of a small variance, as BatchNorm counts it.
-    Raises `BadInput` where the record does not fit the network or holds a negative variance.
+    A channel with constant output is treated as one of small variance, as BatchNorm treats it. Raises `BadInput` if the
+    record does not fit the network or holds a negative variance.
     """
     network = copy.deepcopy(teacher.network)
     found, names = weighted_layers(network), list(network.named_modules(remove_duplicate=False))
@@ -85,7 +85,7 @@ def with_statistics(teacher: Classifier, record: Record) -> Classifier:
 
 
 class _Knowing(nn.Sequential):
-    """A layer and what is known of its output. Its attributes are the layer's, too: networks read `layer.weight`."""
+    """A layer and the statistics of its output; it has the layer's attributes, too: networks read `layer.weight`."""
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -1,8 +1,8 @@
-"""Gaussian records (Lopes et al. 2017, section 3.1.1 and 3.1.2): a mean and a covariance of layers' outputs a class.
+"""Gaussian records (Lopes et al. 2017, section 3.1.1 and 3.1.2): mean and covariance of layers' outputs for each class.
 
-`top-layer` keeps the logits alone, `all-layers` the outputs of every weighted layer, before the activation function.
-Logits are divided by the temperature (8), which only sets how much they count against the other layers.
-The paper leaves open whether classes are kept apart; the authors' code does, and so do we, unless they are pooled.
+`top-layer` stores the logits alone, `all-layers` the outputs of every weighted layer, before the activation function.
+Logits are divided by the temperature (8), which only sets their weight relative to the other layers. The paper leaves
+open whether classes are kept apart; the authors' code keeps them apart, and so do we, unless they are pooled.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from dfcompress.synthesis.records.record_file import Expected, Record, require_m
 from dfcompress.synthesis.records.targets import BatchTargets
 
 AUTO_RECORD_BYTES = 256 * 2**20
-# Into how many blocks `--covariance auto` takes the largest layer apart until the record is as small as that.
+# Numbers of blocks into which `--covariance auto` divides the largest layer, tried until the record is at most
+# `AUTO_RECORD_BYTES`.
 PARTS = [1, *(parts * 2**power for power in range(16) for parts in (2, 3))]
 LESS = "Use a smaller --covariance (block:N or diagonal), --class-independent, fewer --layers, or --kind top-layer."
 JITTER = [10.0**exponent for exponent in range(-10, 1)]
 
 
 class GaussianAccumulator:
-    """Sums of layers' outputs, class by class; `outputs` `(1, ...)` are those of one image, by layer.
+    """Sums of layers' outputs for each class; `outputs` holds one image's outputs `(1, ...)` by layer.
 
-    Raises `BadInput` where the covariance that was asked for does not fit into memory.
+    Raises `BadInput` if the requested covariance does not fit into memory.
     """
 
     flat = True
@@ -50,18 +51,18 @@ class GaussianAccumulator:
 
     @property
     def covariance(self) -> str:
-        """As `--covariance` takes it."""
+        """The form of the covariance, as `--covariance` takes it."""
         if self.block >= max(self.units.values()):
             return "full"
         return "diagonal" if self.block == 1 else f"block:{self.block}"
 
     @property
     def expected(self) -> Expected:
-        """The tensors that will be kept."""
+        """The types and shapes of the tensors to store, by name."""
         return expected_tensors(self.units, self._classes, self.block)
 
     def _block(self) -> int:
-        """The block that was asked for, or the largest that suits."""
+        """The requested block size, or with `auto` the largest whose record is small enough."""
         largest = max(self.units.values())
         fixed = {"full": largest, "diagonal": 1, "auto": None}.get(self.settings.covariance, self.settings.block)
         if fixed is None:
@@ -72,7 +73,7 @@ class GaussianAccumulator:
         return fixed
 
     def _memory_bytes(self, block: int) -> int:
-        """Of the sums, and of working on the blocks of one class."""
+        """Bytes of the sums, and of the work on the blocks of one class."""
         shapes = [blocks_of(units, block) for units in self.units.values()]
         squares = [blocks * side * side for blocks, side in shapes]
         return 8 * (self._classes * (sum(self.units.values()) + sum(squares)) + 4 * max(squares))
@@ -82,7 +83,7 @@ class GaussianAccumulator:
         return {layer: StreamingMoments(self._classes, units, self.block) for layer, units in self.units.items()}
 
     def update(self, outputs: Sequence[Tensor], labels: Tensor, numbers: Tensor) -> None:
-        """Take in the layers' outputs `(N, units)`."""
+        """Add the layers' outputs `(N, units)`."""
         for (layer, moments), output in zip(self._moments.items(), outputs, strict=True):
             tempered = output / self.settings.temperature if layer == LOGITS else output
             moments.update(tempered, None if self.settings.class_independent else labels)
@@ -96,8 +97,8 @@ class GaussianAccumulator:
         merge_states(self._moments, state)
 
     def tensors(self) -> dict[str, Tensor]:
-        """`mean.<layer>` `(classes, units)`, and in `factor.<layer>` the lower triangles of the covariance's Cholesky
-        factors `(classes, blocks, block·(block + 1)/2)`; fp32.
+        """By layer, `mean.<layer>` `(classes, units)` and `factor.<layer>` `(classes, blocks, block·(block + 1)/2)`,
+        the lower triangles of the covariance's Cholesky factors; fp32.
         """
         tensors: dict[str, Tensor] = {}
         for layer, moments in self._moments.items():
@@ -109,7 +110,7 @@ class GaussianAccumulator:
         return tensors
 
     def details(self) -> dict[str, Any]:
-        """Temperature, whether classes are pooled, and the form of the covariance."""
+        """The temperature, whether classes are pooled, and the form of the covariance."""
         return {
             "temperature": self.settings.temperature,
             "pooled": self.settings.class_independent,
@@ -117,15 +118,16 @@ class GaussianAccumulator:
         }
 
     def notices(self) -> list[str]:
-        """What form the covariance has."""
+        """A sentence that states the form of the covariance."""
         return [f"Covariance of {sum(self.units.values()):,} units: {self.covariance}."]
 
 
 def cholesky(covariance: Tensor) -> Tensor:
-    """Lower factors of covariances `(blocks, n, n)`, which are changed.
+    """Lower Cholesky factors of covariances `(blocks, n, n)`, which are changed in place.
 
-    Units that are always the same, or fewer images than units, leave a covariance singular: a share of its mean
-    variance, from 1e-10 up, is added to the diagonals until that suffices.
+    Units with constant output, or fewer images than units, make a covariance singular: a growing share of its mean
+    variance, from 1e-10 up, is added to the diagonal until the factorisation succeeds. Raises `DfcompressError` if it
+    never does.
     """
     diagonal = covariance.diagonal(dim1=1, dim2=2)
     unit = diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -139,7 +141,7 @@ def cholesky(covariance: Tensor) -> Tensor:
 
 
 def expected_tensors(units: Mapping[str, int], classes: int, block: int) -> Expected:
-    """Names and shapes of what is kept of layers of so many units."""
+    """Types and shapes, by name, of the tensors that are stored for layers of `units` units each."""
     shapes: Expected = {}
     for layer, count in units.items():
         blocks, side = blocks_of(count, block)
@@ -149,7 +151,7 @@ def expected_tensors(units: Mapping[str, int], classes: int, block: int) -> Expe
 
 
 class GaussianLayer:
-    """The Gaussian of one layer, class by class, as a record keeps it."""
+    """The Gaussian of one layer for each class, read from a record's tensors."""
 
     def __init__(self, tensors: Mapping[str, Tensor], layer: str) -> None:
         self._mean, self._triangles = tensors[f"mean.{layer}"], tensors[f"factor.{layer}"]
@@ -158,7 +160,7 @@ class GaussianLayer:
         self.block = int((2 * self._triangles.shape[2] + 0.25) ** 0.5)
 
     def sample(self, labels: Tensor, random: torch.Generator) -> Tensor:
-        """A vector `(N, units)` for each of the classes `labels` `(N,)`, whatever the class where they are pooled."""
+        """A random vector for each of the classes `labels` `(N,)`, as `(N, units)`; pooled records ignore the class."""
         labels = labels if self.classes > 1 else torch.zeros_like(labels)
         noise = torch.randn(len(labels), self.blocks, self.block, generator=random)
         rows, columns = torch.tril_indices(self.block, self.block)
@@ -173,7 +175,7 @@ class GaussianLayer:
 
 
 def require_gaussians(record: Record, teacher: Classifier) -> None:
-    """Raise `BadInput` where a record does not fit the network."""
+    """Raise `BadInput` if a record does not fit the network."""
     about = record.about
     outputs = outputs_of_one_image(teacher)
     if unknown := [layer for layer in about.layers if layer not in outputs]:
@@ -187,19 +189,19 @@ def require_gaussians(record: Record, teacher: Classifier) -> None:
 
 
 class GaussianSampler:
-    """Samples of a Gaussian record, and dropout filters where the record holds those fixed."""
+    """Draws targets from a Gaussian record, and dropout filters if the record was made with fixed ones."""
 
     def __init__(self, record: Record, teacher: Classifier) -> None:
         about = record.about
         self.layers = about.layers
         self.fixes_dropout = about.kind == FIXED_DROPOUT
-        # Records hold logits divided by the temperature; targets are what logits themselves shall be.
+        # Records hold logits divided by the temperature; targets are for undivided logits.
         self._scales = [torch.tensor(1 / about.temperature if layer == LOGITS else 1.0) for layer in self.layers]
         self._gaussians = [GaussianLayer(record.tensors, layer) for layer in self.layers]
         self._dropouts = dropouts(teacher) if self.fixes_dropout else []
 
     def sample(self, labels: Tensor, random: torch.Generator) -> BatchTargets:
-        """A sample for every layer, each drawn on its own, and a filter for every dropout layer."""
+        """Targets for every layer, each layer drawn independently, and a filter for every dropout layer."""
         targets = {
             layer: Target(gaussian.sample(labels, random) / scale, scale)
             for layer, gaussian, scale in zip(self.layers, self._gaussians, self._scales, strict=True)
@@ -208,16 +210,16 @@ class GaussianSampler:
 
 
 def _filter(shape: tuple[int, ...], rate: float, count: int, random: torch.Generator) -> Tensor:
-    """One filter for the whole batch, as in training: what is kept counts 1 / (1 − rate)."""
+    """One filter for the whole batch, as in training; kept values are multiplied by 1 / (1 − rate)."""
     kept = torch.rand(shape, generator=random) >= rate
     return (kept / max(1 - rate, torch.finfo(torch.float32).tiny)).expand(count, *shape)
 
 
 @torch.no_grad()
 def dropouts(teacher: Classifier) -> list[tuple[tuple[int, ...], float]]:
-    """Shape of one image's filter and rate of every dropout layer, in the order of the forward pass.
+    """The shape of one image's filter and the dropout rate of every dropout layer, in the order of the forward pass.
 
-    Dropout of channels has one value a channel. Raises `BadInput` where a network has no such layer.
+    Dropout of channels has one value per channel. Raises `BadInput` if the network has no dropout layer.
     """
     seen: list[tuple[tuple[int, ...], float]] = []
 

@@ -1,4 +1,4 @@
-"""Means and covariances of a stream, in one pass and in float64."""
+"""Means and covariances of a stream of vectors, in one pass and in float64."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 
 class StreamingMoments:
-    """Mean and covariance of vectors `(N, units)`, each class on its own.
+    """Mean and covariance of vectors `(N, units)`, separately for each class.
 
-    The covariance is kept in equal blocks of up to `block` units that follow each other (the last filled up with
-    zeros), because a whole one of many units fits nowhere: `block` = `units` is the full covariance, 1 the variances.
-    Batches are merged by the update of Chan, Golub & LeVeque (1983), which loses no digits to large means.
+    The covariance is stored in consecutive equal blocks of up to `block` units (the last padded with zeros), because
+    the full covariance of many units does not fit into memory: `block` = `units` is the full covariance, 1 the
+    variances. Batches are merged by the update of Chan, Golub & LeVeque (1983), which loses no digits to large means.
     """
 
     def __init__(self, classes: int, units: int, block: int) -> None:
@@ -28,21 +28,21 @@ class StreamingMoments:
 
     @property
     def mean(self) -> Tensor:
-        """`(classes, units)`, float64."""
+        """The mean `(classes, units)`, float64."""
         return self._mean[:, : self.units]
 
     @property
     def variance(self) -> Tensor:
-        """Unbiased, `(classes, units)`, float64."""
+        """The unbiased variance `(classes, units)`, float64."""
         sums = self._scatter.diagonal(dim1=2, dim2=3).flatten(1)[:, : self.units]
         return sums / (self.count - 1)[:, None]
 
     def covariance(self, label: int) -> Tensor:
-        """Of one class, unbiased, `(blocks, block, block)`, float64; needs two of its vectors."""
+        """The unbiased covariance of one class, `(blocks, block, block)`, float64; needs two vectors of the class."""
         return self._scatter[label] / (self.count[label] - 1)
 
     def update(self, vectors: Tensor, labels: Tensor | None = None) -> None:
-        """Take in `vectors` `(N, units)` of the classes `labels` `(N,)`, or all of class 0."""
+        """Add `vectors` `(N, units)` of the classes `labels` `(N,)`, or without labels all to class 0."""
         padded = F.pad(vectors, (0, self.blocks * self.block - self.units))
         if labels is None:
             self._add(0, padded)
@@ -65,7 +65,7 @@ class StreamingMoments:
         return {"count": self.count, "mean": self._mean, "scatter": self._scatter}
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
-        """Take in what another process saw, as its `state` tells."""
+        """Add the `state` of another process."""
         for label, count in enumerate(state["count"].tolist()):
             if count:
                 self._merge(label, count, state["mean"][label], state["scatter"][label])
@@ -82,17 +82,17 @@ class StreamingMoments:
 
 
 def blocks_of(units: int, block: int) -> tuple[int, int]:
-    """How many blocks of up to `block` units there are, and how large they are when all are as large."""
+    """The number of blocks of up to `block` units, and the size of each if all are equally large."""
     count = -(-units // min(units, block))
     return count, -(-units // count)
 
 
 def states(moments: Mapping[str, StreamingMoments]) -> dict[str, Tensor]:
-    """The states of several, as one dict of tensors."""
+    """The states of several moments as one dict of tensors."""
     return {f"{name}.{part}": tensor for name, of_layer in moments.items() for part, tensor in of_layer.state().items()}
 
 
 def merge_states(moments: Mapping[str, StreamingMoments], state: Mapping[str, Tensor]) -> None:
-    """Take in what `states` gave on another process."""
+    """Add the result of `states` from another process."""
     for name, of_layer in moments.items():
         of_layer.merge({part: state[f"{name}.{part}"] for part in of_layer.state()})

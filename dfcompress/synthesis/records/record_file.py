@@ -1,7 +1,7 @@
-"""`Record`: what the owner of a model released beside it, as one file.
+"""`Record`: an activation record that the owner of a model released beside the model, as one file.
 
-A `*.records.safetensors` holds named tensors and, as JSON in its metadata, what they are. It belongs to one teacher:
-with other weights its activations mean nothing, so it is refused to them.
+A `*.records.safetensors` file holds named tensors and, as JSON in its metadata, their description. It belongs to one
+teacher and is refused for other weights, to which its activations do not apply.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ PIXEL_MEAN, PIXEL_STD = "pixels.mean", "pixels.std"
 
 @dataclass(frozen=True)
 class Description:
-    """What a record says about itself.
+    """A record's description of itself.
 
-    `layers` are those it knows, in the order of the forward pass; `images` how many it was made from, `class_counts`
-    how many of each class; `teacher` is the weights' sha256. Gaussian kinds say what logits were divided by
-    (`temperature`), whether classes were not kept apart (`pooled`) and the form of the `covariance`; spectral kinds
-    the share of coefficients they `keep`, of how many activations `per_class`.
+    `kind` is one of `KINDS`. `layers` are the recorded layers, in the order of the forward pass; `images` is the number
+    of images it was made from, and `class_counts` their number in each class; `teacher` is the sha256 of the weights.
+    Gaussian kinds state the divisor of the logits (`temperature`), whether all classes are pooled (`pooled`) and the
+    form of the `covariance`; spectral kinds the share of coefficients they `keep` and the number of activations
+    `per_class`.
     """
 
     kind: str
@@ -57,7 +58,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Record:
-    """A description, the tensors it describes, and the file they came from."""
+    """A description, the tensors it describes, and the file they were read from (None for a new record)."""
 
     about: Description
     tensors: Mapping[str, Tensor] = field(repr=False)
@@ -70,12 +71,12 @@ class Record:
 
     @cached_property
     def identity(self) -> str:
-        """What images made with it depend on: the file's sha256."""
+        """The file's sha256, which identifies the record that images depend on."""
         assert self.path is not None
         return sha256(self.path)
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         about = {"schema": SCHEMA, **asdict(self.about)}
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         with write_atomically(path) as temporary:
@@ -85,7 +86,8 @@ class Record:
     def load(cls, path: Path, teacher: Classifier) -> Record:
         """Read a file that was made for `teacher`.
 
-        Raises `BadInput` where it is no record, damaged, of a later version or of other weights.
+        Raises `BadInput` if there is no file, if it is not a record, is damaged, has another schema, or was made from
+        other weights.
         """
         if not Path(path).is_file():
             raise BadInput(f"{path} is no file.", "Make one with `dfcompress record`.")
@@ -118,7 +120,7 @@ class Record:
             raise ValueError("it holds NaN or infinity")
 
     def require(self, expected: Expected) -> None:
-        """Raise `BadInput` where a tensor is not there, or of another type or shape."""
+        """Raise `BadInput` if a tensor is missing or has another type or shape."""
         for name, (dtype, shape) in expected.items():
             found = self.tensors.get(name)
             if found is None or found.dtype != dtype or tuple(found.shape) != shape:
@@ -136,12 +138,12 @@ def _description(about: Mapping[str, Any]) -> Description:
 
 
 def tensor_bytes(expected: Expected) -> int:
-    """What tensors of these types and shapes take."""
+    """Bytes that tensors of these types and shapes take."""
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in expected.values())
 
 
 def require_memory(what: str, needed: float, remedy: str) -> None:
-    """Raise `BadInput` where something takes more than this process can still take of the memory, but for a spare."""
+    """Raise `BadInput` if `what` needs more bytes than the share of free memory that this process may use."""
     free = SHARE * free_bytes(torch.device("cpu"))
     if needed > free:
         raise BadInput(
@@ -151,7 +153,7 @@ def require_memory(what: str, needed: float, remedy: str) -> None:
 
 
 def beside(checkpoint: Path) -> Path:
-    """Where the record of a checkpoint is looked for: `model.records.safetensors` for `model.pt`, and in a folder."""
+    """The expected path of a checkpoint's record: `model.records.safetensors` beside `model.pt`, or inside a folder."""
     if checkpoint.is_dir():
         return checkpoint / f"model{SUFFIX}"
     return checkpoint.with_name(checkpoint.stem + SUFFIX)

@@ -1,9 +1,9 @@
 """Spectral records (Lopes et al. 2017, section 3.1.3): single activations, compressed on the graph of the weights.
 
 An activation, the outputs of all layers for one training image, is a signal on a graph of the network's units
-(`weight_graph.py`). Of its deviation from the mean activation of its class the `keep` (10 %) coefficients of the
-graph's Fourier transform that are largest are kept, and which they are. `spectral-all` takes all layers as one graph,
-`spectral-pairs` each pair of layers that an edge joins, so that most layers are kept twice.
+(`weight_graph.py`). Its deviation from the mean activation of its class is transformed to the graph's Fourier basis;
+the largest coefficients (a share `keep`, 10 %) and their places are stored. `spectral-all` transforms all layers as one
+graph, `spectral-pairs` each pair of layers that an edge joins, so that most layers are stored twice.
 
 The authors' code implements no spectral objective, and the paper leaves the basis, the mean and the number of
 activations open: those are ours. A record holds data of single examples.
@@ -39,10 +39,11 @@ SAME_BASIS = 1e-2
 
 
 class SpectralAccumulator:
-    """Mean activations of the classes, and some activations of each.
+    """Mean activations of the classes, and the activations of some images of each class.
 
-    Those of up to `per_class` images of each class are kept, drawn by `random` from `labels` `(N,)`: fewer where the
-    record would be over a tenth of `data_bytes`.
+    The activations of up to `per_class` images of each class are stored; the images are drawn with `random` from
+    `labels` `(N,)`. There are fewer if the record would otherwise exceed a tenth of `data_bytes`. Raises `BadInput` if
+    not even one activation per class fits, or if the basis does not fit into memory.
     """
 
     flat = True
@@ -87,7 +88,7 @@ class SpectralAccumulator:
         return expected_tensors(self.parts, self._sums.classes, self.graph.units, examples, self.settings.coefficients)
 
     def update(self, outputs: Sequence[Tensor], labels: Tensor, numbers: Tensor) -> None:
-        """Take in the layers' outputs `(N, units)`."""
+        """Add the layers' outputs `(N, units)`."""
         activations = torch.cat(list(outputs), 1)
         self._sums.update(activations, labels)
         wanted = torch.isin(numbers, self._kept)
@@ -95,19 +96,20 @@ class SpectralAccumulator:
         self._examples.append(activations[wanted])
 
     def state(self) -> dict[str, Tensor]:
-        """The sums, and the activations kept."""
+        """The sums, and the chosen activations with their image numbers."""
         examples = {"numbers": torch.cat(self._numbers), "examples": torch.cat(self._examples)}
         return states({MEAN: self._sums}) | examples
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
-        """Add those of another process."""
+        """Add the state of another process."""
         merge_states({MEAN: self._sums}, state)
         self._numbers.append(state["numbers"])
         self._examples.append(state["examples"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """The classes' means `(classes, units)` and the label of each kept activation; for every part of the graph the
-        places of its coefficients and their values, `(N, kept)`, and a fingerprint of the basis `(vectors,)`.
+        """The classes' means `(classes, units)` and the label of each stored activation; for every part of the graph,
+        the places and the values of the stored coefficients, `(N, kept)`, the values' scale `(1,)`, and a fingerprint
+        of the basis `(vectors,)`.
         """
         numbers, order = torch.cat(self._numbers).sort()
         labels, activations = self.labels[numbers], torch.cat(self._examples)[order]
@@ -128,11 +130,11 @@ class SpectralAccumulator:
         return tensors
 
     def details(self) -> dict[str, Any]:
-        """The share of coefficients, and of how many activations a class."""
+        """The share of stored coefficients, and the number of activations per class."""
         return {"keep": self.settings.coefficients, "per_class": self.per_class}
 
     def notices(self) -> list[str]:
-        """Whose data it holds, and where it is less than was asked for."""
+        """Sentences about the single examples in the record, and about any reduction of what was requested."""
         found = [f"It holds data of single examples: {self.per_class} images of each class, lossily compressed."]
         if self.per_class < self.settings.per_class:
             found.append(f"More of each class would be over {SHARE_OF_DATA:.0%} of the data.")
@@ -144,25 +146,25 @@ class SpectralAccumulator:
 
 
 def random_subset(labels: Tensor, each: int, random: torch.Generator) -> Tensor:
-    """Numbers of up to `each` images of every class, drawn from `labels` `(N,)`, in their order."""
+    """Numbers of up to `each` random images of every class in `labels` `(N,)`, sorted."""
     order = torch.randperm(len(labels), generator=random)
     chosen = [order[labels[order] == label][:each] for label in labels.unique().tolist()]
     return torch.cat(chosen).sort().values
 
 
 def parts_of(graph: WeightGraph, kind: str) -> list[Tensor]:
-    """The parts of the graph that are transformed on their own: all units, or those of two neighbouring layers."""
+    """The parts of the graph that are transformed separately: all units, or those of two neighbouring layers."""
     pairs = graph.neighbours() if kind == "spectral-pairs" else []
     return [graph.places(pair) for pair in pairs] or [torch.arange(graph.units)]
 
 
 def kept_of(units: int, keep: float) -> int:
-    """How many coefficients of a graph of so many units are kept: a share of the vectors of its basis."""
+    """Number of coefficients stored for a graph of `units` units: the share `keep` of its basis vectors, at least 1."""
     return max(1, round(keep * vectors_of(units)))
 
 
 def expected_tensors(parts: Sequence[Tensor], classes: int, units: int, examples: int, keep: float) -> Expected:
-    """Names, types and shapes of what is kept of so many activations."""
+    """Types and shapes, by name, of the tensors that are stored for `examples` activations."""
     shapes: Expected = {MEAN: (torch.float32, (classes, units)), LABEL: (torch.int64, (examples,))}
     for number, places in enumerate(parts):
         count = kept_of(len(places), keep)
@@ -176,28 +178,28 @@ def expected_tensors(parts: Sequence[Tensor], classes: int, units: int, examples
 
 
 def largest(coefficients: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Places and values of the `count` largest of each row, by place."""
+    """The places of the `count` largest absolute coefficients of each row, sorted, and their values."""
     places = coefficients.abs().topk(count, 1).indices.sort(1).values
     return places, coefficients.gather(1, places)
 
 
 def require_basis_memory(places: Tensor) -> None:
-    """Raise `BadInput` where finding the basis of a part of the graph takes too much."""
+    """Raise `BadInput` if computing the basis of a part of the graph takes too much memory."""
     units = len(places)
     remedy = "Record fewer --layers, or another --kind."
     require_memory(f"The Fourier basis of {units:,} units", basis_memory_bytes(units), remedy)
 
 
 def fingerprint(basis: Tensor) -> Tensor:
-    """One number a vector `(vectors,)`: another machine may find the vectors with the other sign, or others."""
+    """One number per vector, `(vectors,)`: another machine may find vectors of opposite sign, or other vectors."""
     return basis @ torch.randn(basis.shape[1], generator=torch.Generator().manual_seed(0))
 
 
 class SpectralSampler:
-    """The activations of a spectral record, one of them for every image.
+    """Draws the stored activations of a spectral record, one for every image.
 
-    Decoded in one thread, so that they are the same on any number of them. Raises `BadInput` where the record does not
-    fit the network, or this machine's linear algebra finds another basis.
+    Activations are decoded in one thread, so that they do not depend on the number of threads. Raises `BadInput` if the
+    record does not fit the network, or if this machine's linear algebra finds another basis.
     """
 
     fixes_dropout = False
@@ -210,7 +212,7 @@ class SpectralSampler:
         self._labels = record.tensors[LABEL]
 
     def sample(self, labels: Tensor, random: torch.Generator) -> BatchTargets:
-        """An activation of its class for every image, drawn from those that were kept."""
+        """A stored activation of its class for every image, drawn at random."""
         places = torch.tensor([self._one_of(label, random) for label in labels.tolist()])
         examples = zip(self.layers, self._examples, strict=True)
         return BatchTargets({layer: Target(outputs[places], torch.tensor(1.0)) for layer, outputs in examples})
@@ -221,9 +223,9 @@ class SpectralSampler:
 
 
 def decoded(graph: WeightGraph, record: Record) -> Tensor:
-    """The activations `(N, units)` that codes stand for; where parts share a unit, the mean of what they say.
+    """The activations `(N, units)` decoded from a record; if parts share a unit, the mean of the parts' values.
 
-    Raises `BadInput` where the record does not fit the network, or another basis is found than when it was made.
+    Raises `BadInput` if the record does not fit the network, or if the basis differs from the one it was recorded with.
     """
     about, tensors = record.about, record.tensors
     parts, classes = parts_of(graph, about.kind), len(about.class_counts)
@@ -248,7 +250,7 @@ def decoded(graph: WeightGraph, record: Record) -> Tensor:
 
 
 def _signs(here: Tensor, recorded: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
-    """1 for basis vectors that are those of the record, −1 for their negatives."""
+    """1 for each basis vector that equals the record's, −1 for each that is its negative."""
     energy = torch.zeros(len(here)).scatter_add_(0, chosen.flatten(), values.square().flatten())
     other = (here.abs() - recorded.abs()).abs() > SAME_BASIS
     share = float(energy[other].sum() / energy.sum().clamp_min(1e-30))

@@ -1,17 +1,18 @@
 """The units of a network as one graph, weighted by the network's own weights, and its Fourier basis.
 
-Vertices are the outputs of recorded layers. An edge joins two units where one reaches the other without passing a third
-recorded layer, activation functions taken as the identity and maximum pooling as average pooling; its weight is what a
-change of one by 1 changes the other by. Units of the first layer that read the same pixels are joined too, by how much
-they have in common, Σ over pixels of both weights: without that, most of what the first layer does is in the kernel of
-the adjacency matrix and has no frequency at all.
+Vertices are the outputs of recorded layers. An edge joins two units if one reaches the other without passing a third
+recorded layer, with activation functions replaced by the identity and maximum pooling by average pooling; its weight is
+the change of one unit per unit change of the other. Units of the first layer that read the same pixels are joined, too,
+by the sum over pixels of the products of their weights: without these edges, most of the first layer's activity is in
+the kernel of the adjacency matrix and has no frequency at all.
 
 Such a graph is directed and without cycles, so its adjacency matrix A is nilpotent and has no basis of eigenvectors.
-The Fourier basis here is the eigenvectors of A + Aᵀ (Sandryhaila & Moura 2013 for undirected graphs): orthonormal, so
-the transform keeps energy and the inverse is the transpose.
+The Fourier basis here consists of the eigenvectors of A + Aᵀ (Sandryhaila & Moura 2013 for undirected graphs): it is
+orthonormal, so the transform preserves energy and its inverse is the transpose.
 
-The basis is no part of a record, so another machine must find the same one: everything is in float64, and loops of up
-to a millionth, a different one at every unit, tell vectors apart that would else have one eigenvalue.
+A record does not contain the basis, so another machine must find the same basis. Everything is therefore in float64,
+and every unit has a loop of a different weight, up to a millionth, to separate vectors that would otherwise share an
+eigenvalue.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ _ACTIVATIONS = {
 
 
 class _Linearised(TorchFunctionMode):
-    """Activation functions are the identity, maximum pooling is average pooling."""
+    """Replaces activation functions by the identity, and maximum pooling by average pooling."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -83,9 +84,9 @@ def _average(
 
 
 class WeightGraph:
-    """The graph of `layers`, in the order of the forward pass; a signal on it is their outputs one after the other.
+    """The graph of `layers`, in the order of the forward pass; a signal on it is their concatenated outputs.
 
-    Raises `BadInput` where layers are joined by something that is not linear but for activations and pooling.
+    Raises `BadInput` if layers are joined by anything nonlinear except activations and pooling.
     """
 
     def __init__(self, teacher: Classifier, layers: Sequence[str]) -> None:
@@ -106,26 +107,26 @@ class WeightGraph:
         return torch.zeros(count, *self._shape, dtype=torch.float64)
 
     def _replace(self, name: str, output: Tensor) -> Tensor:
-        """What goes on in place of a layer's output: a tensor of its own, so that the output needs no copy."""
+        """The tensor that replaces a layer's output: a separate one, so that the output needs no copy."""
         self._computed[name] = output.flatten(1)
         injected = self._injected.get(name)
         return output * 0 if injected is None else injected.view(-1, *output.shape[1:]).clone()
 
     def _forward(self, injected: dict[str, Tensor], images: Tensor) -> list[Tensor]:
-        """What every layer computes from `images` and the outputs that earlier layers are made to have."""
+        """The outputs that every layer computes from `images` and from the `injected` outputs of earlier layers."""
         self._injected = injected
         with _Linearised():
             self._computed[LOGITS] = self.network(images).flatten(1)
         return [self._computed[name] for name in self._layers]
 
     def _linear(self, signals: Tensor, images: Tensor) -> Tensor:
-        """A·signals and what `images` add to it, `(B, units)`."""
+        """A·signals plus the contribution of `images`, `(B, units)`."""
         parts = dict(zip(self._layers, signals.split(self.sizes, 1), strict=True))
         computed = self._forward(parts, images)
         return torch.cat([values - offset for values, offset in zip(computed, self._offset, strict=True)], 1)
 
     def shift(self, signals: Tensor) -> Tensor:
-        """(A + Aᵀ)·signals with the edges of common pixels, `(B, units)` → `(B, units)`, float64."""
+        """(A + Aᵀ)·signals, including the edges of common pixels, `(B, units)` → `(B, units)`, float64."""
         sources = signals.clone().requires_grad_(True)
         images = self._dark(len(signals)).requires_grad_(True)
         onwards = self._linear(sources, images)
@@ -135,7 +136,7 @@ class WeightGraph:
         return onwards.detach() + back + common
 
     def neighbours(self) -> list[tuple[int, int]]:
-        """Pairs of layers that an edge joins, as places in the order of the forward pass."""
+        """Pairs of layers that an edge joins, as indices in the order of the forward pass."""
         random = torch.Generator().manual_seed(0)
         pairs = []
         for source, size in enumerate(self.sizes):
@@ -148,15 +149,15 @@ class WeightGraph:
         return pairs
 
     def places(self, layers: Sequence[int]) -> Tensor:
-        """Where in a signal the units of some layers are."""
+        """The indices in a signal of the units of some layers."""
         starts = np.cumsum([0, *self.sizes])
         return torch.cat([torch.arange(starts[layer], starts[layer + 1]) for layer in layers])
 
     def basis(self, places: Tensor) -> Tensor:
-        """Eigenvectors `(vectors, len(places))` of the graph of the units at `places`, by falling absolute eigenvalue;
-        fp32.
+        """Eigenvectors `(vectors, len(places))` of the graph of the units at `places`, in decreasing order of absolute
+        eigenvalue; fp32.
 
-        All of them up to 8,000 units, the leading 1,024 above that.
+        All eigenvectors for up to 8,000 units, the leading 1,024 for more.
         """
         units = len(places)
         loops = self._loops(places)
@@ -176,7 +177,7 @@ class WeightGraph:
         return self.shift(whole)[:, places] + loops * signals
 
     def _loops(self, places: Tensor) -> Tensor:
-        """Weights of loops, `(len(places),)`: up to a millionth of the matrix's norm, as a random signal tells it."""
+        """Weights of the loops, `(len(places),)`: up to a millionth of the matrix's norm, by a random signal."""
         signal = torch.randn(1, len(places), generator=torch.Generator().manual_seed(0)).double()
         norm: Tensor = self._restricted(signal, places, torch.zeros(1)).norm()
         return LOOPS * norm * torch.linspace(0, 1, len(places), dtype=torch.float64)
@@ -196,7 +197,7 @@ class WeightGraph:
         return torch.from_numpy(vectors.T.copy())[order].float().contiguous()
 
     def _check_linear(self) -> None:
-        """Shifting must be linear, from the images on, and symmetric."""
+        """Raise `BadInput` unless shifting is linear, from the images on, and symmetric."""
         random = torch.Generator().manual_seed(0)
         first, second = torch.randn(2, 1, self.units, generator=random).double().unbind()
         image, other = torch.randn(2, 1, *self._shape, generator=random).double().unbind()
@@ -212,10 +213,10 @@ class WeightGraph:
 
 
 def vectors_of(units: int) -> int:
-    """How many vectors the basis of a graph of so many units has."""
+    """Number of vectors in the basis of a graph of `units` units."""
     return units if units <= FULL_BASIS_UNITS else min(LEADING_VECTORS, units - 1)
 
 
 def basis_memory_bytes(units: int) -> int:
-    """What finding that basis takes: the matrix and its vectors a few times over, or those of the solver."""
+    """Bytes that computing this basis takes: the matrix and its vectors several times, or the solver's vectors."""
     return 8 * units * (5 * units if units <= FULL_BASIS_UNITS else 5 * vectors_of(units))
