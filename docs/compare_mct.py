@@ -12,7 +12,8 @@ with one thread, and then quantizes with them; OUTPUT/rows.jsonl has a row for e
   recipe that `quantize` takes by itself. Imports and reading the checkpoint are left out on both sides.
 - MCT's settings are its defaults (500 iterations of RAdam, batches of 32), but that images are clipped to what the
   checkpoint's own mean and deviation make of [0, 1], and that the border it crops from is in proportion to 32 of 224
-  pixels. timm's BatchNorms with an activation are given to it as torch's BatchNorm and the activation.
+  pixels. timm's BatchNorms with an activation are given to it as torch's BatchNorm and the activation, and convolutions
+  that pad by their input's size, which it cannot trace, as constant padding and torch's convolution.
 - Bits: 8w8a, and 4w8a with 8 bits for the first and the last layer. MCT rounds by its post-training quantization (PTQ)
   and learns rounding by GPTQ with its defaults; ours is calibrated, and fine-tuned with our defaults. The grids differ:
   MCT's (of its IMX500 target) are on what layers give, with scales that are powers of two; ours are those that
@@ -40,6 +41,7 @@ import dfcompress
 from dfcompress import Classifier, Compute, Synthesis
 from dfcompress.data.real import open_images
 from dfcompress.models.plain_layers import after_normalising
+from dfcompress.models.static_padding import fix_padding
 from dfcompress.quantization.bits import layers_of
 from dfcompress.verbs._quantize_defaults import usual_images
 
@@ -147,6 +149,7 @@ def mct(given: argparse.Namespace) -> dict[str, Any]:
     import model_compression_toolkit as toolkit
 
     teacher = _teacher(given)
+    with_plain_padding(teacher)
     network = with_plain_batchnorms(teacher.network).eval()
     torch.manual_seed(given.round)
     side = teacher.card.input_size[1]
@@ -222,6 +225,24 @@ def _widths(teacher: Classifier, bits: int) -> Any:
     if bits != 8:
         widths.set_manual_weights_bit_width(Between(layers_of(teacher).quantizable[1:-1]), bits, "weight")
     return widths
+
+
+def with_plain_padding(teacher: Classifier) -> None:
+    """Give the network, in place, constant zero padding where convolutions compute theirs from the input's size."""
+    for name in fix_padding(teacher):
+        layer = teacher.network.get_submodule(name)
+        plain = nn.Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            bias=layer.bias is not None,
+        )
+        plain.load_state_dict(layer.state_dict())
+        padding = nn.ZeroPad2d(layer._reversed_padding_repeated_twice)
+        teacher.network.set_submodule(name, nn.Sequential(padding, plain).eval())
 
 
 def with_plain_batchnorms(network: nn.Module) -> nn.Module:

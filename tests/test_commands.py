@@ -528,7 +528,19 @@ def test_a_dry_run_tells_of_the_rounding_before_lsq(capsys):
         (["--rounding-set", "steps=0"], None),
     ):
         _, out, _ = answer(capsys, "quantize", DEMO, "--data", DEMO, *asked, "--dry-run", "--json")
-        assert json.loads(out)["rounding"] == (asdict(rounding) if rounding else None)
+        planned = json.loads(out)
+        assert planned["rounding"] == (asdict(rounding) if rounding else None)
+        assert (planned["predicted_seconds"]["calibration"], "rounding" in planned["predicted_seconds"]) == (
+            None,
+            rounding is not None,
+        )
+
+
+def test_a_dry_run_names_the_parts_that_its_seconds_leave_out(capsys):
+    shown = answer(capsys, "quantize", DEMO, "--data", DEMO, "--dry-run")[1]
+    assert re.search(r"^at least \d+ s in all \(calibration and rounding not estimated\), on a machine", shown, re.M)
+    shown = answer(capsys, "distill", DEMO, "--student", "half", "--data", DEMO, "--dry-run")[1]
+    assert re.search(r"^about \d+ s in all, on a machine", shown, re.M)
 
 
 def test_none_on_the_command_line_is_nothing_in_python(capsys, tmp_path):

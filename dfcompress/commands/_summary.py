@@ -42,11 +42,16 @@ def plan(planned: Plan[Any], *, as_json: bool) -> None:
     for part, settings in planned.settings_json().items():
         if settings:
             console.result(f"{part}: " + " ".join(f"{name}={value}" for name, value in settings.items()))
-    for part, seconds in predicted.items():
+    known = {part: seconds for part, seconds in predicted.items() if seconds is not None}
+    for part, seconds in known.items():
         console.result(f"about {seconds:.0f} s of {part}")
-    whole = sum(each.seconds for each in estimates) + sum(predicted.values())
+    whole = sum(each.seconds for each in estimates) + sum(known.values())
+    about, without = "about", ""
+    if unknown := [part for part in predicted if part not in known]:
+        about, without = "at least", f" ({' and '.join(unknown)} not estimated)"
     console.result(
-        f"about {whole:.0f} s in all, by a machine that does nothing else; the result goes to {planned.folder}"
+        f"{about} {whole:.0f} s in all{without}, on a machine that does nothing else; the result goes to "
+        f"{planned.folder}"
     )
 
 

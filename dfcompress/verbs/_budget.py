@@ -50,7 +50,7 @@ def fit_budget(seconds: float, usual: Plan[Any], *, resume: bool) -> Budget:
             f"--budget times steps of one process, and there are {world().world_size}.",
             "Leave it out, or use one process.",
         )
-    estimates, training = usual.estimates(), usual.predicted()["training"]
+    estimates, training = usual.estimates(), usual.predicted()["training"] or 0.0
     steps_usual: int = usual.settings_json()["training"]["steps"]
     learnt = len(usual.options["synthesis"])  # The sets to learn from; the images to ask about come after them.
     specs = [each.spec for each in usual.synthesis[:learnt]]

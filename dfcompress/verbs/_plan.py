@@ -152,10 +152,10 @@ class Plan(Generic[Result]):
         return [each.estimate() for each in self.synthesis]
 
     @usual_torch()
-    def predicted(self) -> dict[str, float]:
-        """Estimates of the seconds of the steps, by the name of their part."""
+    def predicted(self) -> dict[str, float | None]:
+        """Estimates of the seconds of the steps, by the name of their part; None where there is no estimate."""
         found = {part: step.predicted() for part, step in self.steps.items() if step}
-        return {part: float(f"{seconds:.3g}") for part, seconds in found.items() if seconds is not None}
+        return {part: seconds if seconds is None else float(f"{seconds:.3g}") for part, seconds in found.items()}
 
     @usual_torch()
     def execute(self) -> Result:
