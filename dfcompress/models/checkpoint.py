@@ -92,7 +92,8 @@ def load(
     for a file whose card states `half:` of this architecture, the card's architecture is used. With `match_by_order`
     tensors are matched by order and shape, not by name.
     `num_classes` is passed to a factory that takes it. `input_size` (channels, height, width), `mean` and `std` (one
-    value from 0 to 1 per channel) and `class_names` (the names, or a text file with one per line) override the card.
+    value per channel, for pixels in [0, 1]) and `class_names` (the names, or a text file with one per line) override
+    the card.
     Raises `BadInput`, with a description of what was found, if the checkpoint or an argument cannot be used.
     """
     path = _as_path(path)
@@ -150,8 +151,8 @@ def as_classifier(checkpoint: str | Path | Classifier) -> Classifier:
 
 
 def opened(checkpoint: str | Path | Classifier) -> Classifier:
-    """The loaded checkpoint, or a copy of the classifier on the CPU: frozen, with logits as output and with plain weights
-    and BatchNorms. The caller's own classifier is not changed.
+    """The loaded checkpoint, or a copy of the classifier on the CPU: frozen, with logits as output, plain weights and
+    plain BatchNorms. The caller's own classifier is not changed.
 
     Raises `BadInput` for any other type, and for a checkpoint or classifier that cannot be used.
     """
@@ -311,7 +312,7 @@ def _fit(
     arch, classes = given.get("architecture"), given.get("classes", stated.get("classes", 0))
     if stored.quantization is not None:
         return _fit_of_packed(arch, {**stated, **given}, stored, path)
-    if match_by_order and not (_is_sorted(path) and stated.get("architecture") == arch):  # A result of dfcompress has the names.
+    if match_by_order and not (_is_sorted(path) and stated.get("architecture") == arch):  # Our own result.
         return _fit_by_order(arch, stored.tensors, path, classes)
     if arch:
         return _fit_of(named(arch, widths=stated.get("widths")), stored.tensors, path, classes)

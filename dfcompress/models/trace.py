@@ -229,7 +229,7 @@ class Trace:
         return self.rest.mean(name, values) if self.rest else values.mean(0)
 
     def norm_over_batch(self, name: str, values: Tensor) -> Tensor:
-        """The L2 norm `()` of `values` `(N,)`, one per image, over the batch; `name` is the key of its mean in `rest`."""
+        """The L2 norm `()` of `values` `(N,)`, one per image, over the batch; `name` is its key in `rest`."""
         norm: Tensor
         if self.rest:
             norm = (self.rest.mean(name, values.square()) * self.rest.images).sqrt()
