@@ -158,7 +158,7 @@ class Instance(dict[Any, Any]):
         return self is other
 
     def append(self, value: object) -> None:
-        """Ignore the item: lists and deques of other classes hold no weights."""
+        """Ignore the item of a list or deque of a class of its own: it is not needed."""
 
     def extend(self, values: object) -> None:
         """Ignore the items, as `append` does."""
@@ -173,7 +173,7 @@ class Row(tuple[Any, ...]):
 
 @dataclass(frozen=True)
 class Storage:
-    """The stored numbers of one or several tensors; in old files a storage may begin at element `first` of another."""
+    """The stored numbers of one or several tensors; in old files possibly a part, from element `first` on."""
 
     key: str
     dtype: torch.dtype
@@ -274,7 +274,10 @@ class Machine(pickle._Unpickler):
         return Name(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Storage | Name:
-        """The storage of a persistent id, or the class for a module of an old file; `UnpicklingError` for other kinds."""
+        """The storage of a persistent id, or the class for a module of an old file.
+
+        Raises `UnpicklingError` for other kinds of ids.
+        """
         kind, first, *rest = pid
         if kind == "module":
             self.carries_source = True
@@ -576,7 +579,7 @@ def _of_module(module: Instance, seen: _Searched) -> tuple[dict[str, StoredTenso
     return tensors, strangers
 
 
-# Remedies for a file that is refused.
+# What to do about a file that is refused.
 
 
 def _refuse_arrays(value: object, expression: str, path: Path) -> None:
