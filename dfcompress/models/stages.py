@@ -73,7 +73,7 @@ def shared_stages(student: Classifier, teacher: Classifier) -> list[tuple[Stage,
 
 @dataclass
 class StageOutputs:
-    """Copies in fp32 of the outputs of the named `modules` in the last forward pass, while `stage_outputs` is active."""
+    """Copies in fp32 of the outputs of `modules`, by name, in the last forward pass within `stage_outputs`."""
 
     modules: list[str]
     outputs: dict[str, Tensor] = field(default_factory=dict)
