@@ -1,4 +1,4 @@
-"""What a student is trained on: batches, and where they come from."""
+"""Batches of training images for a student, and the protocols of their sources."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ UNLABELLED = -1
 
 
 class Batch(NamedTuple):
-    """Float images `(N, C, H, W)` in units of [0, 1]; the class of each, int64 `(N,)`, `UNLABELLED` where it is not
-    known; and the number of the teacher that each is for, int64 `(N,)`, from 0.
+    """A batch of training images.
+
+    `images` are float `(N, C, H, W)` in units of [0, 1]; `labels` are the classes, int64 `(N,)`, `UNLABELLED` if
+    unknown; `sources` are the numbers, from 0, of the teachers that the images are for, int64 `(N,)`.
     """
 
     images: Tensor
@@ -21,45 +23,45 @@ class Batch(NamedTuple):
     sources: Tensor
 
     def part(self, rows: slice) -> Batch:
-        """Some of its images, with their labels and sources."""
+        """The images in `rows`, with their labels and sources."""
         return Batch(*(values[rows] for values in self))
 
 
 class BatchSource(Protocol):
-    """Endless batches of `batch_size` images for the `Trainer`, which cannot tell stored images from live ones.
+    """Endless batches of `batch_size` images for the `Trainer`, which treats stored and live images alike.
 
-    The Trainer asks for the steps 0, 1, 2, ... once each. A source whose batches depend on more than the step keeps
-    that in its state: after `load_state_dict(state)` the next batches are those that came after `state_dict()`.
+    The Trainer requests the steps 0, 1, 2, ... once each. If batches depend on more than the step, the state holds the
+    rest: after `load_state_dict(state)` the next batches are those that followed `state_dict()`.
     """
 
     batch_size: int
 
     def batch(self, step: int) -> Batch:
-        """The batch of `step`: equally many images for each teacher, teacher after teacher."""
+        """The batch of `step`: the same number of images for each teacher, teacher after teacher."""
 
     def to(self, device: torch.device) -> None:
-        """Let batches come out on `device`."""
+        """Make all later batches on `device`."""
 
     def measured(self) -> Mapping[str, float]:
-        """What it knows of the making of its images, by name; nothing of stored ones."""
+        """Measurements of the synthesis of its images, by name; empty for stored images."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers that `torch.load(weights_only=True)` reads."""
+        """The source's state as tensors and numbers that `torch.load(weights_only=True)` can read."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the step in which the state was taken."""
+        """Continue after the step in which the state was taken."""
 
 
 @runtime_checkable
 class RepeatingSource(BatchSource, Protocol):
-    """A source of so many `images` that may show them again unchanged, so that their targets can be kept."""
+    """A source of a fixed number of images that may repeat them unchanged, so that their targets can be kept."""
 
     @property
     def images(self) -> int:
-        """How many different images there are."""
+        """The number of different images."""
 
     def repeated(self) -> Iterator[Batch] | None:
-        """Every image once, in the order of `places`, in batches; None where images differ from step to step."""
+        """Every image once, in the order of `places`, in batches; None if the images change from step to step."""
 
     def places(self, step: int) -> Tensor:
-        """The place of each image of the batch of `step` among the repeated ones, `(batch_size,)`."""
+        """The indices `(batch_size,)`, among the images of `repeated`, of the images in the batch of `step`."""

@@ -1,4 +1,4 @@
-"""`ImagePool`: all images of a set, or of several, as stored on the device, drawn and augmented there."""
+"""`ImagePool`: all images of one or several sets in their stored form on the device, drawn and augmented there."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from dfcompress.randomness import generator, seed_of
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What training does to images, each drawn anew for every image and step.
+    """Random changes to training images, drawn again for every image and step.
 
-    `shift` moves by up to that many pixels (the edge repeated); `flip` mirrors half of them; `jitter` changes
-    brightness (added) and contrast (multiplied, about the image's mean) by up to ± that share; `cutout` greys a square
-    of that share of the side, centred anywhere; `mixup` > 0 blends each image with another one of its set by a share
-    from Beta(`mixup`, `mixup`), one share a batch.
+    `shift` moves an image by up to this number of pixels (the edge is repeated). `flip` mirrors half of the images.
+    `jitter` changes brightness (added) and contrast (multiplied, around the image's mean) by up to ± this share.
+    `cutout` sets a square, whose side is this share of the image's side and whose centre is anywhere, to the image's
+    mean. `mixup` > 0 blends each image with another image of its set by a share from Beta(`mixup`, `mixup`), which is
+    drawn once per batch and set. Raises `BadInput` if `jitter` or `cutout` is not in [0, 1), or a value is negative.
     """
 
     shift: int = 0
@@ -35,7 +36,7 @@ class Augmentation:
     mixup: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for a share that is none."""
+        """Raise `BadInput` for a value that is not valid."""
         require_fields(self)
         if not 0 <= self.jitter < 1 or not 0 <= self.cutout < 1:
             raise BadInput(
@@ -48,11 +49,11 @@ class Augmentation:
 class ImagePool:
     """A `BatchSource` of stored images; the batch of a step is a pure function of (seed, step), so it has no state.
 
-    Each of `sets` `(N, C, H, W)`, one for each teacher and all of one image shape, is uint8, or float16 in units of
-    [0, 1]; only the images of a batch are ever in float. `labels` are the classes of each set's images, int64 `(N,)`,
-    where they are known. A batch holds equally many images of each set, set after set, and never more than the smallest
-    set has. An epoch of a set shows no image twice, and leaves out what does not fill a batch; the next one is in
-    another order.
+    Each of `sets` `(N, C, H, W)`, one per teacher and all of one image shape, is uint8, or float16 in units of [0, 1];
+    only the images of a batch are converted to float32. `labels` are the classes of each set's images, int64 `(N,)`, or
+    None if they are unknown. A batch has the same number of images of each set, set after set, and not more than the
+    smallest set has. An epoch of a set shows no image twice and leaves out images that do not fill a batch; each epoch
+    has another order.
     """
 
     def __init__(
@@ -70,33 +71,33 @@ class ImagePool:
         self.to(sets[0].device)
 
     def to(self, device: torch.device) -> None:
-        """Put the stored images, and so the batches, on `device`."""
+        """Move the stored images, and so the batches, to `device`."""
         self.sets = tuple(images.to(device) for images in self.sets)
         self.labels = [labels.to(device) for labels in self.labels]
 
     def measured(self) -> dict[str, float]:
-        """Nothing: the images were there before."""
+        """Nothing: stored images have no measurements."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the step says all."""
+        """Nothing: a batch depends on the seed and the step alone."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to go on from."""
+        """Do nothing: there is no state."""
 
     def drawn(self, step: int) -> list[Tensor]:
-        """Which images of each set are in the batch of `step`, counted from 0."""
+        """For each set, the indices of its images in the batch of `step` (from 0)."""
         return [self._drawn(number, len(images), step) for number, images in enumerate(self.sets)]
 
     def places(self, step: int) -> Tensor:
-        """The places of a batch's images among those of all sets, set after set, `(batch_size,)`."""
+        """The indices `(batch_size,)` of a batch's images among the images of all sets, set after set."""
         starts = accumulate(map(len, self.sets[:-1]), initial=0)
         drawn = zip(starts, self.drawn(step), strict=True)
         return torch.cat([start + chosen for start, chosen in drawn]).to(self.sets[0].device)
 
     def batch(self, step: int) -> Batch:
-        """The images of `step`, changed as the augmentation says; an image mixed with another one keeps its label."""
+        """The augmented batch of `step`; an image that is mixed with another keeps its own label."""
         parts = []
         for number, (images, labels, drawn) in enumerate(zip(self.sets, self.labels, self.drawn(step), strict=True)):
             rows = drawn.to(images.device)
@@ -106,11 +107,11 @@ class ImagePool:
 
     @property
     def images(self) -> int:
-        """How many images all sets have together."""
+        """The number of images in all sets together."""
         return sum(map(len, self.sets))
 
     def repeated(self) -> Iterator[Batch] | None:
-        """All images, set after set, in batches; None where the augmentation changes them."""
+        """All images, set after set, in batches; None if there is any augmentation."""
         if self.augmentation != Augmentation():
             return None
         return (
@@ -151,12 +152,12 @@ def _of_set(number: int, images: Tensor, labels: Tensor) -> Batch:
 
 
 def random_offsets(count: int, shift: int, random: torch.Generator) -> Tensor:
-    """Pixels to move each image down and right by, `(count, 2)`, each in ±`shift`."""
+    """Random offsets `(count, 2)` in pixels, down and right, each from −`shift` to `shift`."""
     return torch.randint(-shift, shift + 1, (count, 2), generator=random)
 
 
 def shifted(images: Tensor, offsets: Tensor) -> Tensor:
-    """Each image `(N, C, H, W)` moved by its own `(down, right)` pixels, its edge repeated, in one gather."""
+    """Each image `(N, C, H, W)` moved by its own `offsets` `(N, 2)`, down and right; edges are repeated; one gather."""
     count, _, height, width = images.shape
     offsets = offsets.to(images.device)
     rows = (torch.arange(height, device=images.device) - offsets[:, :1]).clamp(0, height - 1)
@@ -171,12 +172,12 @@ def flipped(images: Tensor, which: Tensor) -> Tensor:
 
 
 def mixed(images: Tensor, share: float, partners: Tensor) -> Tensor:
-    """`share` of each image plus the rest of its partner (Zhang et al. 2018), inputs only."""
+    """`share` · image + (1 − `share`) · partner (Zhang et al. 2018, inputs only); `partners` are indices `(N,)`."""
     return share * images + (1 - share) * images[partners.to(images.device)]
 
 
 def jittered(images: Tensor, changes: Tensor) -> Tensor:
-    """Images `(N, C, H, W)` in [0, 1], by `changes` `(N, 2)` brighter and of more contrast, kept in [0, 1]."""
+    """Images `(N, C, H, W)` with brightness and contrast changed by `changes` `(N, 2)`, clipped to [0, 1]."""
     brightness, contrast = changes.to(images.device)[:, :, None, None, None].unbind(1)
     mean = images.mean((1, 2, 3), keepdim=True)
     return ((images - mean) * (1 + contrast) + mean + brightness).clamp(0, 1)
@@ -185,7 +186,7 @@ def jittered(images: Tensor, changes: Tensor) -> Tensor:
 def cut_out(images: Tensor, share: float, centres: Tensor) -> Tensor:
     """Images `(N, C, H, W)` with a square of `share` of the side set to their own mean (DeVries and Taylor 2017).
 
-    `centres` `(N, 2)` are its places in [0, 1], down and right; it may reach over the edge.
+    `centres` `(N, 2)` are the squares' centres in [0, 1], down and right; a square may extend beyond the edge.
     """
     height, width = images.shape[2:]
     centres = centres.to(images.device)
@@ -195,6 +196,6 @@ def cut_out(images: Tensor, share: float, centres: Tensor) -> Tensor:
 
 
 def near(pixels: int, centre: Tensor, size: float) -> Tensor:
-    """Where a pixel `(N, pixels)` is within `size` / 2 of `centre`, in shares of the side."""
+    """Mask `(N, pixels)` of the pixels within `size` / 2 of `centre` `(N,)`, both in shares of the side."""
     place = (torch.arange(pixels, device=centre.device) + 0.5) / pixels
     return (place - centre[:, None]).abs() <= size / 2

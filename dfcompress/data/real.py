@@ -1,11 +1,11 @@
-"""Images that people have, all read the same way: an ImageFolder, an `.npz`, IDX files, the batches of CIFAR, or a
+"""Read the user's images, all through one interface: an ImageFolder, an `.npz`, IDX files, the batches of CIFAR, or a
 synthetic set.
 
     source = open_images("cifar10-test.npz", classifier.card)
     for images, labels in source.batches(256):
         ...
 
-Every source hands out float images `(N, C, H, W)` in [0, 1] of the size and colours that the model's card asks for.
+Every source returns float images `(N, C, H, W)` in [0, 1] with the size and the channels of the model's card.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode L
 
 
 class ImageSource(Protocol):
-    """Labelled images in a fixed order; they can be read again and again."""
+    """Labelled images in a fixed order, which can be read any number of times."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes by label, where the source knows them."""
+        """Names of the classes by label, None if the source does not know them."""
 
     @property
     def labels(self) -> Tensor:
@@ -65,24 +65,24 @@ class ImageSource(Protocol):
 
     @property
     def size(self) -> Size:
-        """Channels, height, width of the images as they are kept; of pictures of any size, as they are handed out."""
+        """Channels, height, width of the stored images; for a folder of pictures, of the images in the batches."""
 
     def __len__(self) -> int: ...
 
     def batches(self, batch_size: int, *, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Float images `(B, C, H, W)` in [0, 1] and int64 labels `(B,)`: every so many batches from the `first`."""
+        """Float images `(B, C, H, W)` in [0, 1] and int64 labels `(B,)`: the batches `first`, `first + every`, ..."""
 
 
 def open_images(path: str | Path, card: ModelCard, *, part: Part = "test", labelled: bool = True) -> ImageSource:
     """The labelled images at `path`, fitted to the model's input and checked against its classes.
 
-    A folder with `dataset.json` is a synthetic set; a folder (or file) with `*-images-idx3-ubyte[.gz]` holds IDX files,
-    and one with the files of CIFAR its batches, of which `part` is taken; any other folder has one
-    subfolder a class. Subfolders are matched to the card's class names where it has some, otherwise taken in sorted
-    order.
-    Of images that are not `labelled`, labels say nothing: they need not be there, nor be the model's, and pictures may
-    lie anywhere in a folder.
-    Raises `BadInput` naming the file and what was found in it.
+    A folder with `dataset.json` is a synthetic set; a folder (or file) with `*-images-idx3-ubyte[.gz]` holds IDX files;
+    a folder with the files of CIFAR holds its batches; any other folder has one subfolder per class. `part` selects
+    the images of IDX files and CIFAR. Subfolders are matched to the card's class names if it has names, otherwise they
+    are taken in sorted order.
+    If `labelled` is False, labels are ignored: they may be missing or be those of other classes, and pictures may lie
+    anywhere in a folder.
+    Raises `BadInput`, naming the file and its content, if there are no images or they do not fit the model.
     """
     path = Path(path)
     if not path.exists():
@@ -97,17 +97,17 @@ def open_images(path: str | Path, card: ModelCard, *, part: Part = "test", label
 
 
 def require_decodable(source: ImageSource) -> None:
-    """Raise `BadInput` where a folder has a picture that cannot be decoded, so that it is found before long work.
+    """Raise `BadInput` if a folder has a picture that cannot be decoded, so that the error comes before long work.
 
-    Every picture is decoded, because only that finds a JPEG that is cut short: 1.2 s of CPU time for 10,000 PNGs of
-    32 px, 1.4 s for 1,000 JPEGs of 500 px.
+    Every picture is decoded, because only decoding finds a truncated JPEG. It takes 1.2 s of CPU time for 10,000 PNGs
+    of 32 px, 1.4 s for 1,000 JPEGs of 500 px.
     """
     if isinstance(source, ImageFolder):
         source.decode_all()
 
 
 def folder_names(path: str | Path) -> tuple[str, ...] | None:
-    """The names of the class folders at `path`, sorted, where it is an `ImageFolder`; None for all else."""
+    """The sorted names of the class folders at `path` if it is an `ImageFolder` with classes, else None."""
     path = Path(path)
     if not _is_folder_of_pictures(path):
         return None
@@ -119,7 +119,7 @@ def _is_folder_of_pictures(path: Path) -> bool:
 
 
 def _open_whole(path: Path, card: ModelCard, part: Part, labelled: bool) -> tuple[ImageSource, Size]:
-    """A source whose images are all of one size, and that size."""
+    """A source whose stored images all have the same size, and this size; raises `BadInput` as `open_images`."""
     if path.is_dir() and (path / MANIFEST).exists():
         synthetic = SyntheticSet(path)
         made_for = ModelCard.from_json(synthetic.manifest["card"])
@@ -161,14 +161,14 @@ class Arrays:
         return len(self.images)
 
     def batches(self, batch_size: int, *, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Float images in [0, 1] and labels, in order."""
+        """Float images `(B, C, H, W)` in [0, 1] and labels `(B,)`, in order."""
         parts = list(zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True))
         for images, labels in parts[first::every]:
             yield as_float(images).contiguous(), labels
 
 
 class Fitted:
-    """Another source's images in the size and colours `input_size` (channels, height, width)."""
+    """Another source's images, converted to `input_size` (channels, height, width) by `fit`."""
 
     def __init__(self, source: ImageSource, input_size: Size) -> None:
         self.source, self.input_size = source, input_size
@@ -188,7 +188,7 @@ class Fitted:
 
     @property
     def size(self) -> Size:
-        """That of the source."""
+        """The size of the source's stored images."""
         return self.source.size
 
     def batches(self, batch_size: int, *, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
@@ -198,11 +198,11 @@ class Fitted:
 
 
 class ImageFolder:
-    """One subfolder a class, pictures in them: read while they are used, so memory does not grow with the set. Where
-    they are not `labelled`, pictures anywhere in the folder.
+    """A folder with one subfolder of pictures per class; if not `labelled`, with pictures anywhere in it.
 
-    Raises `BadInput` where the subfolders do not fit the card's classes, where there are no pictures,
-    and while reading, at the first picture that cannot be decoded.
+    Pictures are read when they are used, so memory does not grow with the set.
+    Raises `BadInput` if the subfolders do not fit the card's classes, if there are no pictures, and, while reading, at
+    the first picture that cannot be decoded.
     """
 
     def __init__(self, folder: Path, card: ModelCard, *, labelled: bool = True) -> None:
@@ -234,7 +234,7 @@ class ImageFolder:
         return len(self.files)
 
     def batches(self, batch_size: int, *, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Float images in [0, 1] and labels, in order of the class folders; the next batch is decoded meanwhile."""
+        """Float images in [0, 1] and labels, in order of the class folders; threads decode the next batch meanwhile."""
         starts = range(first * batch_size, len(self), every * batch_size)
         parts = [slice(start, start + batch_size) for start in starts]
         with ThreadPoolExecutor() as threads:
@@ -244,7 +244,7 @@ class ImageFolder:
                 yield torch.stack(list(decoded)), self.labels[part]
 
     def decode_all(self) -> None:
-        """Read every picture once, and keep none."""
+        """Decode every picture once without keeping it; raises `BadInput` at one that cannot be decoded."""
         with ThreadPoolExecutor() as threads:
             deque(threads.map(lambda file: _shape(_read_picture(file)), self.files), maxlen=0)
 
@@ -262,15 +262,16 @@ def _class_folders(folder: Path) -> list[Path]:
 
 
 def _is_hidden(name: str) -> bool:
-    """Also what macOS puts beside files in archives: `__MACOSX`, and `._cat.png` for `cat.png`."""
+    """Whether a name is hidden or one that macOS adds to archives: `__MACOSX`, and `._cat.png` for `cat.png`."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def fit(images: Tensor, input_size: Size) -> Tensor:
     """Float images `(N, C, H, W)` → `(N, *input_size)`, bilinear with antialiasing.
 
-    Images that have the size stay as they are. For inputs of 128 px and more the shorter side is resized to 8/7 of the
-    input and the centre is cut out, as ImageNet models are evaluated; smaller inputs take the whole image.
+    Images of this size are not resized. For inputs of 128 px and more, images are resized to cover 8/7 of the input and
+    the centre is cut out, as ImageNet models are evaluated; for smaller inputs the whole image is resized. Raises
+    `BadInput` for channels that cannot be converted.
     """
     channels, height, width = input_size
     images = _recolour(images, channels)
@@ -285,8 +286,9 @@ def fit(images: Tensor, input_size: Size) -> Tensor:
 
 
 def reshaped(images: Tensor, input_size: Size) -> Tensor:
-    """Float images `(N, C, H, W)` of one model's form → `(N, *input_size)`, another's: the whole image, bilinear with
-    antialiasing, nothing cut off.
+    """Float images `(N, C, H, W)` of one model → `(N, *input_size)` of another, bilinear with antialiasing.
+
+    The whole image is resized, so nothing is cut off.
     """
     images = _recolour(images, input_size[0])
     return images if images.shape[2:] == input_size[1:] else _resize(images, *input_size[1:])
@@ -306,8 +308,9 @@ def _recolour(images: Tensor, channels: int) -> Tensor:
 
 
 def require_colours(channels: int, wanted: int) -> None:
-    """Raise `BadInput` where images of so many channels cannot be shown to a model that takes so many: grey ones can be
-    shown to any, and coloured ones to a grey model.
+    """Raise `BadInput` if images of `channels` channels cannot be converted to the `wanted` number of channels.
+
+    Images of 1 channel can be converted to any number, images of 3 channels also to 1.
     """
     if channels != wanted and channels != 1 and (channels, wanted) != (3, 1):
         raise BadInput(f"Images of {channels} channels cannot be shown to a model of {wanted}.", "Use others.")
@@ -340,7 +343,7 @@ def _label(class_folder: Path, class_names: tuple[str, ...]) -> int:
 
 
 def _read_picture(file: Path) -> Tensor:
-    """uint8 `(1, H, W)` of a grey picture, `(3, H, W)` of any other."""
+    """A picture as uint8 `(1, H, W)` if it is grey, else `(3, H, W)`; raises `BadInput` if it cannot be decoded."""
     try:
         with Image.open(file) as picture:
             mode = picture.mode
@@ -358,8 +361,10 @@ def _shape(image: Tensor) -> Size:
 
 
 def read_npz(path: Path, *, labelled: bool = True) -> Arrays:
-    """`images`, uint8 `(N, C, H, W)` or `(N, H, W, C)` with 1 or 3 channels, and integer `labels` `(N,)`; these are
-    `UNLABELLED` where the images are not to be `labelled`.
+    """Read `images`, uint8 `(N, C, H, W)` or `(N, H, W, C)` with 1 or 3 channels, and integer `labels` `(N,)`.
+
+    If `labelled` is False, all labels are `UNLABELLED`. Raises `BadInput` if the file cannot be read or has another
+    form.
     """
     form = "It must hold `images`, uint8 (N, C, H, W) or (N, H, W, C), and integer `labels` (N,)."
     try:
@@ -379,8 +384,10 @@ def read_npz(path: Path, *, labelled: bool = True) -> Arrays:
 
 
 def read_idx(path: Path, part: Part = "test", *, labelled: bool = True) -> Arrays:
-    """The images file at `path`, or the one in that folder (that `part` of several), and the labels beside it, where
-    the images are to be `labelled`.
+    """Read the file of images at `path`, or in that folder, where `part` selects one of several, and its labels.
+
+    The labels are read from the file beside it; if `labelled` is False, they are `UNLABELLED`. Raises `BadInput` if a
+    file is missing or damaged.
     """
     images_file = _choose_part(path, _idx_files(path), part) if path.is_dir() else path
     if not labelled:
@@ -393,8 +400,9 @@ def read_idx(path: Path, part: Part = "test", *, labelled: bool = True) -> Array
 
 
 def _idx_files(folder: Path) -> dict[str, Path]:
-    """IDX files of images by part (`train-`, `t10k-`), an unpacked one before its packed twin; of the folder, or of
-    its folder `raw`, where torchvision puts them.
+    """The IDX files of images by part (`train-`, `t10k-`), in the folder, or in its folder `raw`, as of torchvision.
+
+    An unpacked file takes precedence over its packed twin.
     """
     for place in (folder, folder / "raw"):
         files = sorted(file for file in place.iterdir() if not _is_hidden(file.name)) if place.is_dir() else []

@@ -1,4 +1,4 @@
-"""A synthetic set on disk: a folder of shards of images and labels, and what made them (`dataset.json`)."""
+"""A synthetic set on disk: a folder with shards of images and labels, and the description of their synthesis."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dfcompress.run import write_atomically, write_json
 
 MANIFEST = "dataset.json"
 SCHEMA = 1
-FILLED = 256  # Images that are in memory as floats while sets are put together: 154 MB at 224².
+FILLED = 256  # Images that are in memory as floats while sets are joined: 154 MB at 224².
 
 
 class SyntheticSet:
     """A finished or growing set of images; a shard is the unit of work.
 
-    `manifest` holds everything the images depend on; `manifest["shards"]` lists the number of images of each shard.
-    Raises `BadInput` where `folder` holds no set.
+    `manifest`, the content of `dataset.json`, holds all settings that the images depend on; `manifest["shards"]` lists
+    the number of images of each shard. Raises `BadInput` if `folder` holds no set of this version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +47,7 @@ class SyntheticSet:
 
     @classmethod
     def create(cls, folder: Path, manifest: Mapping[str, Any]) -> SyntheticSet:
-        """A new set without shards yet."""
+        """Write the manifest of a new set, which has no shards yet, and return the set."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / MANIFEST, {"schema": SCHEMA, **manifest})
         return cls(folder)
@@ -57,12 +57,12 @@ class SyntheticSet:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes, where the teacher's card has them."""
+        """The names of the classes by label, None if the teacher's card has none."""
         return self._class_names
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """Channels, height, width."""
+        """Channels, height and width of the images, in pixels."""
         channels, height, width = self.manifest["card"]["input_size"]
         return channels, height, width
 
@@ -72,15 +72,15 @@ class SyntheticSet:
         return range(len(self._shard_sizes))
 
     def shard_path(self, shard: int) -> Path:
-        """Where a shard is kept once it is whole."""
+        """The path of a finished shard."""
         return self.folder / f"shard-{shard:05d}.safetensors"
 
     def missing_shards(self) -> list[int]:
-        """Shards still to be made."""
+        """The ids of the shards that do not exist yet."""
         return [shard for shard in self.shards if not self.shard_path(shard).exists()]
 
     def require_complete(self) -> None:
-        """Raise `BadInput` naming the first shard that is not there."""
+        """Raise `BadInput`, naming the first missing shard, if the set is not complete."""
         for shard in self.missing_shards():
             raise BadInput(
                 f"{self.folder} is not complete: {self.shard_path(shard).name} is missing.",
@@ -91,13 +91,13 @@ class SyntheticSet:
         """Store images `(N, C, H, W)`, uint8 or float16 in units of [0, 1], and int64 labels `(N,)`."""
         tensors = {"images": images.contiguous(), "labels": labels.contiguous()}
         with write_atomically(self.shard_path(shard)) as path:
-            # Not `save_file`, which tells nothing of a full disk but its own kind of error.
+            # Not `save_file`, which reports a full disk only as an error of its own kind.
             path.write_bytes(save(tensors, metadata={"sha256": _digest(images, labels)}))
 
     def read_shard(self, shard: int) -> tuple[Tensor, Tensor]:
         """Images and labels of one shard as stored.
 
-        Raises `BadInput` naming the file where it is missing, cut short or altered.
+        Raises `BadInput`, naming the file, if it is missing, truncated or altered.
         """
         path = self.shard_path(shard)
         if not path.exists():
@@ -129,11 +129,11 @@ class SyntheticSet:
 
     @cached_property
     def labels(self) -> Tensor:
-        """All labels `(N,)`, int64; images are not kept for them."""
+        """All labels `(N,)`, int64; the images are not kept in memory."""
         return torch.cat([self.read_shard(shard)[1] for shard in self.shards])
 
     def batches(self, batch_size: int, *, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Float images `(B, C, H, W)` in units of [0, 1] and their labels, in order; never of two shards."""
+        """Float images `(B, C, H, W)` in units of [0, 1] and their labels, in order; a batch never spans two shards."""
         for images, labels in islice(self._batches(batch_size), first, None, every):
             yield as_float(images), labels
 
@@ -149,13 +149,15 @@ def as_float(images: Tensor) -> Tensor:
 
 
 def as_stored(images: Tensor, *, in_range: bool) -> Tensor:
-    """Float images → uint8 where the recipe keeps them in [0, 1], else float16."""
+    """Float images → uint8 if they are in [0, 1] (`in_range`), else float16."""
     return (images * 255).round().clamp(0, 255).to(torch.uint8) if in_range else images.to(torch.float16)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Stored images of several sets `(N, C, H, W)` together: uint8 where all of them are, else float16 in units of
-    [0, 1]. Never more than `FILLED` of them are in memory as float32.
+    """Concatenate the stored images `(N, C, H, W)` of several sets.
+
+    The result is uint8 if all sets are uint8, else float16 in units of [0, 1]. Never more than `FILLED` images are
+    converted to float32 at once.
     """
     if len({images.dtype for images in parts}) > 1:
         parts = [as_float(some).to(torch.float16) for images in parts for some in images.split(FILLED)]

@@ -1,7 +1,7 @@
-"""What a network answers with, made logits `(N, classes)` of exclusive classes: nothing else has a loss here.
+"""A network's output turned into logits `(N, classes)` of exclusive classes, which all losses need.
 
-Two other answers are understood, because a pass shows beyond doubt what they are: probabilities (the network ends in
-softmax), and an object or a dictionary with `logits`, as networks of transformers give.
+Two other outputs are understood, because a pass identifies them beyond doubt: probabilities (the network ends in a
+softmax), and an object or a dictionary with `logits`, as networks of transformers return.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dfcompress.models.classifier import Classifier, Unfit, evaluating
 from dfcompress.models.hooks import hooked_outputs
 from dfcompress.randomness import generator
 
-# Of softmax in fp32 the sum of 21,841 probabilities is off by less than 1e-5.
+# Greatest error of a sum of probabilities: the sum of 21,841 from a softmax in fp32 is off by less than 1e-5.
 TOLERANCE = 1e-4
-# The logits of one image may add up to 1 by chance, those of a black image and one of noise do not.
+# One black image and one of noise: the logits of one image may add up to 1 by chance, the logits of both do not.
 IMAGES = 2
 
 SOFTMAX = "the logits before its softmax"
@@ -38,7 +38,7 @@ SEVERAL_LABELS = Unfit(
     "If every image has one class, let the network answer with the logits before its sigmoid; several labels per image "
     "are not supported.",
 )
-# Operations after a sigmoid that leave its values what they are.
+# Operations after a sigmoid that do not change its values.
 PASSING = (
     "View",
     "UnsafeView",
@@ -55,10 +55,11 @@ PASSING = (
 
 
 def take_logits(classifier: Classifier) -> None:
-    """Let the network answer with logits, in place, where it gives something else that is understood.
+    """Let the network return logits, in place, if it returns another output that is understood.
 
-    Names of tensors stay. Of a softmax module the input is taken; of any other softmax the logarithm of the
-    probabilities, which differs from the logits by one number per image (at most 87 below the largest, in fp32).
+    Tensor names do not change. A final softmax module is removed; after any other softmax the logarithm of the
+    probabilities is taken, which differs from the logits by one number per image (in fp32 it is at most 87 below the
+    largest).
     """
     answer = _answer(classifier)
     if (logits := _logits_in(answer)) is not None:
@@ -72,12 +73,12 @@ def take_logits(classifier: Classifier) -> None:
         return
     in_training = _answer(copy.deepcopy(classifier), training=True)
     _let(classifier.network, _LogarithmTaken)
-    # An entry of the dictionary: `setattr` of a module is typed for tensors and modules alone.
+    # Set through `vars`, because `setattr` of a module is typed for tensors and modules only.
     vars(classifier.network)["logits_in_training"] = in_training is not None and not _are_probabilities(in_training)
 
 
 def answers_with(network: nn.Module) -> str:
-    """What is used of a network's answer, in words."""
+    """The part of a network's output that is used as logits, in words."""
     if _is(network, _LogarithmTaken):
         return LOGARITHMS
     if any(isinstance(module, _SoftmaxOmitted) for module in network.modules()):
@@ -86,32 +87,32 @@ def answers_with(network: nn.Module) -> str:
 
 
 def why_not_exclusive(classifier: Classifier) -> Unfit | None:
-    """Why a classifier does not answer with one of several classes, or None where it does."""
+    """Why a classifier does not predict one of several exclusive classes, or None if it does."""
     if classifier.card.classes < 2:
         return ONE_COLUMN
     return SEVERAL_LABELS if _ends_in_sigmoid(classifier) else None
 
 
 def require_exclusive(classifier: Classifier) -> None:
-    """Raise `BadInput` where a classifier has fewer than two classes, or classes that do not exclude each other."""
+    """Raise `BadInput` if a classifier has fewer than two classes, or classes that do not exclude each other."""
     if unfit := why_not_exclusive(classifier):
         raise BadInput(f"{classifier.name} cannot be used: {unfit.why}.", unfit.remedy)
 
 
 class _LogitsTaken:
-    """A network whose answer holds logits under that name."""
+    """A network whose output has an entry `logits`, which is returned."""
 
     @staticmethod
     def read(answer: object) -> Any:
         return _logits_in(answer)
 
     def forward(self, images: Tensor) -> Any:
-        # By its class: of a network that has both changes, `self.read` is the other's.
+        # Not `self.read`, which is the other class's if the network has both changes.
         return _LogitsTaken.read(super().forward(images))  # type: ignore[misc]
 
 
 class _LogarithmTaken:
-    """A network that answers with probabilities, in training mode perhaps with logits."""
+    """A network that computes probabilities, whose logarithms are returned; in training mode it may compute logits."""
 
     logits_in_training = False
 
@@ -130,15 +131,15 @@ Kind = type[_LogitsTaken] | type[_LogarithmTaken]
 
 
 class _SoftmaxOmitted(nn.Identity):
-    """Stands where the softmax was."""
+    """Replaces a final softmax module."""
 
 
 def _let(network: nn.Module, kind: Kind) -> None:
-    """Change the network's class to one whose `forward` reads the answer as that kind does.
+    """Change the network's class to one whose `forward` passes the output through `kind.read`.
 
-    It is no module around the network, so names of tensors, hooks and copies stay what they are. A traced network has
-    its own class and its own way to be copied; there the reading becomes a part of the graph.
-    The new class has no name in any module, so such a network cannot be pickled; its `state_dict()` can.
+    The network is not wrapped in a module, so tensor names, hooks and copies do not change. A traced network has its
+    own class and is copied in its own way; there `kind.read` becomes a part of the graph.
+    No module defines the new class, so such a network cannot be pickled; its `state_dict()` can.
     """
     if not isinstance(network, GraphModule):
         base = type(network)
@@ -157,9 +158,7 @@ def _is(network: nn.Module, kind: Kind) -> bool:
 
 
 def _answer(classifier: Classifier, *, training: bool = False, graph: bool = False) -> object:
-    """What the network gives for a few images, with the `graph` of its operations where asked for; None where it cannot
-    take them.
-    """
+    """The network's output for a few images, with the autograd graph if `graph` is set; None if the pass fails."""
     shape = (IMAGES, *classifier.card.input_size)
     images = torch.rand(shape, generator=generator("answers")).to(classifier.mean.device)
     images[0] = 0
@@ -171,12 +170,12 @@ def _answer(classifier: Classifier, *, training: bool = False, graph: bool = Fal
             with evaluating(classifier):
                 return classifier(images.requires_grad_(graph))
     except Exception:
-        # `why_not_run` tries again and says what is wrong.
+        # `why_not_run` tries again and reports the error.
         return None
 
 
 def _logits_in(answer: object) -> Tensor | None:
-    """The logits of an answer that is more than one tensor."""
+    """The entry `logits` of an output that is not a tensor, or None if there is none."""
     if isinstance(answer, Tensor):
         return None
     logits = answer.get("logits") if isinstance(answer, Mapping) else getattr(answer, "logits", None)
@@ -191,9 +190,9 @@ def _are_probabilities(answer: object) -> bool:
 
 
 def _ends_in_sigmoid(classifier: Classifier) -> bool:
-    """Whether the network's last operation is a sigmoid, as the graph of its answer says.
+    """Whether the network's last operation is a sigmoid, by the autograd graph of its output.
 
-    Values would not tell: the logits of a small network may all be in [0, 1].
+    The values would not show it: the logits of a small network may all be in [0, 1].
     """
     node = getattr(_answer(classifier, graph=True), "grad_fn", None)
     while node is not None and node.name().startswith(PASSING):
@@ -202,10 +201,10 @@ def _ends_in_sigmoid(classifier: Classifier) -> bool:
 
 
 def _last_softmax(classifier: Classifier) -> list[str]:
-    """The names of the softmax module whose output is the network's answer, none where there is no such module."""
+    """The names of the softmax module whose output is the network's output; empty if there is no such module."""
     softmaxes = {name: module for name, module in classifier.network.named_modules() if isinstance(module, nn.Softmax)}
     outputs: dict[str, list[Tensor]] = {name: [] for name in softmaxes}
-    # No copies: what counts is whether the answer is the very tensor.
+    # No copies: the network's output must be the same tensor object.
     with hooked_outputs(classifier.network, softmaxes, lambda name, output: outputs[name].append(output)):
         answer = _answer(classifier)
     last = [softmaxes[name] for name, answers in outputs.items() if len(answers) == 1 and answers[0] is answer]

@@ -1,4 +1,4 @@
-"""`Architecture`: a network that can be built for any number of classes, and how released files spell its tensors."""
+"""`Architecture`: a network that can be built for any number of classes, and its tensors' names in released files."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from dfcompress.models.safe_reading import without_counters
 
 @dataclass(frozen=True)
 class Naming:
-    """How a family of released files spells the tensors: regular expressions and what they become in our names.
+    """The names of tensors in a family of released files.
 
-    `mean` and `std` are those that everybody who uses this naming trained with, where that is known.
+    `renames` are pairs (regular expression, replacement) that turn them into our names. `mean` and `std` are the values
+    with which all models of this naming were trained, or None if they are unknown.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -39,13 +40,15 @@ class Naming:
 class Architecture:
     """A network that can be built for any number of classes and input channels.
 
-    `size` is the usual height and width of its input in pixels, None where it is not known.
-    `tensors` is the number of tensors in its state dict (without `num_batches_tracked`), where known: it spares
-    building a network only to see that it is another one. `ignored` matches tensors that only training needs.
-    `mean` and `std` are what its released weights expect, where that is not what is usual for the size.
-    `foreign` networks come from a factory of the user's. They have the channels that it gives them, and its number of
-    classes where 0 are asked for, or where it takes no `num_classes`.
-    `make` gives a network of the usual widths; `widths` are those of layers that have others (see `resizing`).
+    `make(classes, channels)` builds the network with its default widths; `widths` are the widths of layers that differ
+    from the default (see `resizing`). `size` is the default height and width of its input in pixels, None if unknown.
+    `channels` is the default number of input channels.
+    `tensors` is the number of tensors in its state dict (without `num_batches_tracked`), None if unknown: other
+    architectures are ruled out by it without being built. `ignored` is a regular expression for the names of tensors
+    that only training needs. `namings` are the known names of its tensors in files.
+    `mean` and `std` are the values that its released weights expect, if they differ from the default for the size.
+    `foreign` networks come from a user's factory, which decides the channels, and also the number of classes if 0
+    classes are requested or if it takes no `num_classes`.
     """
 
     name: str
@@ -61,17 +64,18 @@ class Architecture:
     widths: tuple[tuple[str, tuple[int, int]], ...] = ()
 
     def build(self, classes: int, channels: int) -> nn.Module:
-        """The network, its weights as they are initialised; raises `BadInput` where it cannot have the widths."""
+        """The network with initial weights; raises `BadInput` if it cannot have the widths."""
         network = self.make(classes, channels)
         return resized(make_plain(network), dict(self.widths)) if self.widths else network
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor is one that only training needs."""
+        """Whether only training needs the tensor of this name."""
         return self.ignored is not None and re.match(self.ignored, name) is not None
 
     def make_empty(self, classes: int, channels: int) -> nn.Module:
-        """The network with parameters on the meta device, where they take neither memory nor time to initialise; its
-        buffers are real. One that computes with its parameters in its constructor is built as it is.
+        """The network with parameters on the meta device, where they take no memory and no time; its buffers are real.
+
+        A network whose constructor computes with its parameters is built with real parameters, too.
         """
         if not self.foreign:
             for network in self._without_memory(classes, channels):
@@ -80,17 +84,19 @@ class Architecture:
         return self.build(classes, channels)
 
     def make_shape(self, classes: int, channels: int) -> nn.Module:
-        """The network for its tensors' names and shapes alone: its buffers, too, may be on the meta device."""
+        """The network for the names and shapes of its tensors: its buffers may be on the meta device, too."""
         made = iter(()) if self.foreign else self._without_memory(classes, channels)
         network = next(made, None)
         return self.build(classes, channels) if network is None else network
 
     def _without_memory(self, classes: int, channels: int) -> Iterator[nn.Module]:
-        """The network built in the two ways that take no memory, as far as its constructor goes along with them: with
-        parameters on the meta device, where most do, and with everything there, where hybrids and Swin v2 of timm do.
+        """The network built in the two ways that take no memory, if its constructor works with them.
+
+        The first has its parameters on the meta device (works for most networks), the second all tensors (works for
+        timm's hybrids and Swin v2, too).
         """
         for place in (_parameters_on_meta(), torch.device("meta")):
-            with suppress(RuntimeError):  # NotImplementedError, which meta tensors raise, is one.
+            with suppress(RuntimeError):  # NotImplementedError, which meta tensors raise, is a RuntimeError.
                 with place:
                     network = self.build(classes, channels)
                 yield network
@@ -98,7 +104,7 @@ class Architecture:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    # torch types the hook as giving nothing, and documents that what it gives replaces the parameter.
+    # torch types the hook as returning None, but documents that a returned value replaces the parameter.
     hook = register_module_parameter_registration_hook(_without_storage)  # type: ignore[arg-type]
     try:
         yield
@@ -112,9 +118,9 @@ def _without_storage(module: nn.Module, name: str, parameter: nn.Parameter | Non
 
 @cache
 def tensors_of(architecture: Architecture, classes: int, channels: int) -> dict[str, torch.Size]:
-    """Names and shapes of an architecture's tensors, without counters, at next to no cost."""
+    """Names and shapes of an architecture's tensors, without counters; they take next to no memory and time."""
     network = replace(architecture, widths=()).make_shape(classes, channels)
     if architecture.widths:
-        # Buffers, too, take no memory then: widths come from strangers' files.
+        # On the meta device buffers take no memory, too: the widths come from untrusted files.
         network = resized(make_plain(network).to("meta"), dict(architecture.widths))
     return {name: tensor.shape for name, tensor in without_counters(network.state_dict()).items()}

@@ -1,7 +1,7 @@
-"""Layers that are BatchNorms in all but their class: what they answer decides, not what they are called.
+"""Layers of other classes that compute a BatchNorm: their outputs decide, not their names.
 
-Among them are torch's SyncBatchNorm, torchvision's FrozenBatchNorm2d, and modules that call `F.batch_norm` on buffers
-of their own, with or without modules behind it (timm's FrozenBatchNormAct2d).
+Examples are torch's SyncBatchNorm, torchvision's FrozenBatchNorm2d, and modules that call `F.batch_norm` on their own
+buffers, with or without modules after it (timm's FrozenBatchNormAct2d).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from dfcompress.models.hooks import hooked_inputs
 from dfcompress.models.plain_layers import BATCHNORMS, COUNTER, NORMALISING, is_altered
 
 OF_RANK: dict[int, type[_BatchNorm]] = dict(enumerate((BATCHNORMS[0], *BATCHNORMS), start=2))
-EPS = 1e-5  # torch's, for layers that state none.
-_CLOSE = 1e-4  # Of a channel's largest output; rounding is 1e-6 of it.
+EPS = 1e-5  # torch's default, for layers without an `eps`.
+_CLOSE = 1e-4  # Greatest difference, as a share of a channel's largest output; rounding differs by 1e-6 of it.
 
 
 class BatchNormThen(_BatchNorm):
-    """A BatchNorm over any number of dimensions that hands what it has normalised to its children, one by one."""
+    """A BatchNorm for inputs of any rank that passes its normalised input through its children, one after the other."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Its place decides."""
+        """Accept inputs of any rank."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Features `(N, C, ...)`."""
+        """Normalise features `(N, C, ...)` and pass them through the children."""
         features = super().forward(input)
         for child in self.children():
             features = child(features)
@@ -37,10 +37,10 @@ class BatchNormThen(_BatchNorm):
 
 @torch.no_grad()
 def plain_batchnorms(classifier: Classifier) -> None:
-    """Put an ordinary BatchNorm with the same tensors under the same names in the place of every layer that answers
-    just as one does, in evaluation mode; so all that is done to BatchNorms is done to them.
+    """Replace every layer that computes a BatchNorm in evaluation mode by an ordinary one, in place.
 
-    One pass of `classifier` tells over how many dimensions each of them works.
+    The new layer has the same tensors under the same names, so that all later code treats it as a BatchNorm. One pass
+    of `classifier` shows the rank of each layer's input.
     """
     named = dict(classifier.network.named_modules(remove_duplicate=False))
     ranks = _ranks(classifier)
@@ -51,10 +51,11 @@ def plain_batchnorms(classifier: Classifier) -> None:
 
 
 def normalises_its_input(module: nn.Module) -> bool:
-    """Whether a module's running statistics are those of its own input, whatever it does afterwards: then an input and
-    a running mean that are both moved by as much give the same output, and one of them alone does not.
+    """Whether a module normalises its input by its running statistics, whatever it computes afterwards.
 
-    InstanceNorms keep averages over images, which are not the variance over all of them.
+    Then the output stays the same if input and running mean are shifted by the same amount, and changes if only the
+    running mean is shifted.
+    False for InstanceNorms: they keep averages over images, which are not the variance over all images.
     """
     mean, var = _running_statistics(module)
     if mean is None or var is None or isinstance(module, _InstanceNorm):
@@ -71,13 +72,13 @@ def normalises_its_input(module: nn.Module) -> bool:
 
 
 def eps_of(layer: nn.Module) -> float:
-    """What a layer with known statistics adds to a variance before it divides by it."""
+    """The number that a layer with known statistics adds to a variance before dividing by its root."""
     eps = getattr(layer, "eps", EPS)
     return float(eps) if isinstance(eps, int | float) else EPS
 
 
 def _running_statistics(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Running mean and variance `(C,)` where a module itself keeps both."""
+    """Running mean and variance `(C,)` of a module that has both as its own buffers, else (None, None)."""
     buffers = dict(module.named_buffers(recurse=False))
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
     if mean is None or var is None or mean.dim() != 1 or mean.shape != var.shape:
@@ -89,7 +90,7 @@ def _has_only_batchnorms_tensors(module: nn.Module) -> bool:
     mean, _ = _running_statistics(module)
     if mean is None or type(module) in (*BATCHNORMS, BatchNormThen) or isinstance(module, _InstanceNorm):
         return False
-    # A BatchNorm with children is understood as it is.
+    # A BatchNorm with children needs no replacement: `after_normalising` handles it.
     if is_altered(module) or (isinstance(module, _BatchNorm) and [*module.children()]):
         return False
     tensors = _own_tensors(module)
@@ -99,13 +100,13 @@ def _has_only_batchnorms_tensors(module: nn.Module) -> bool:
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A module's tensors by name, its children's left out."""
+    """A module's own tensors by name, without its children's."""
     names = {*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))}
     return {name: tensor for name, tensor in module.state_dict().items() if name in names}
 
 
 def _ranks(classifier: Classifier) -> dict[nn.Module, int]:
-    """How many dimensions the input of each candidate has that runs."""
+    """The rank of the input of each candidate that runs."""
     modules = dict(classifier.network.named_modules())
     candidates = [name for name, module in modules.items() if _has_only_batchnorms_tensors(module)]
     found: dict[nn.Module, int] = {}
@@ -121,7 +122,7 @@ def _ranks(classifier: Classifier) -> dict[nn.Module, int]:
 
 
 def _as_plain(module: nn.Module, rank: int) -> nn.Module | None:
-    """The BatchNorm that answers as `module` does, children and all, or None where there is none."""
+    """The BatchNorm, with the children of `module`, that has the same output as `module`; None if there is none."""
     if rank not in OF_RANK:
         return None
     tensors, children = _own_tensors(module), dict(module.named_children())
@@ -134,13 +135,13 @@ def _as_plain(module: nn.Module, rank: int) -> nn.Module | None:
     plain.requires_grad_(any(parameter.requires_grad for parameter in module.parameters(recurse=False)))
     for name, child in children.items():
         plain.add_module(name, child)
-    # A wrong eps hides behind a large variance, and anything behind a weight of 0.
+    # Also tried with small variances and weights of 1: a large variance hides a wrong eps, a weight of 0 everything.
     tried: tuple[dict[str, Tensor], ...] = ({}, _bare(module, max(eps, EPS)))
     return plain if all(_answer_alike(plain, module, instead, rank) for instead in tried) else None
 
 
 def _eps_to_try(module: nn.Module, rank: int) -> float:
-    """The eps that a module states, or else the one that shows where it divides 1 by a variance of 0."""
+    """The `eps` attribute of a module, else the eps computed from its output for input 1 and variance 0."""
     if hasattr(module, "eps"):
         return eps_of(module)
     bare = _bare(module, 0)
@@ -148,11 +149,11 @@ def _eps_to_try(module: nn.Module, rank: int) -> float:
     if answer is None or not answer.median() > 0:
         return EPS
     found = float(answer.median()) ** -2
-    return float(f"{found:.5g}")  # Measured in fp32, whose rounding is not to be kept.
+    return float(f"{found:.5g}")  # Rounded, because the measurement in fp32 has rounding errors.
 
 
 def _bare(module: nn.Module, var: float) -> dict[str, Tensor]:
-    """A module's tensors where mean and bias are 0, weights 1, and all variances `var`."""
+    """Replacements of a module's tensors: mean and bias 0, weights 1, and all variances `var`."""
     values = {"running_mean": 0, "running_var": var, "weight": 1, "bias": 0}
     tensors = _own_tensors(module)
     return {name: torch.full_like(tensors[name], value) for name, value in values.items() if name in tensors}
@@ -166,10 +167,10 @@ def _answer_alike(plain: nn.Module, module: nn.Module, instead: dict[str, Tensor
 
 
 def _sample(mean: Tensor, var: Tensor, rank: int) -> Tensor:
-    """Features `(2, C, 3, ...)` of all sizes around the running mean, the same each time."""
+    """Features `(2, C, 3, ...)` spread around the running mean, the same in each call."""
     shape = (2, len(mean), *[3] * (rank - 2))
     places = torch.arange(torch.Size(shape).numel(), device=mean.device).view(shape)
-    spread = (places * 0.618034) % 1 * 4 - 2  # Multiples of the golden ratio are spread evenly.
+    spread = (places * 0.618034) % 1 * 4 - 2  # Multiples of the golden ratio modulo 1 are spread evenly.
     return _per_channel(mean, rank) + spread * _per_channel((var.clamp_min(0) + 1).sqrt(), rank)
 
 
@@ -179,7 +180,7 @@ def _per_channel(values: Tensor, rank: int) -> Tensor:
 
 @torch.no_grad()
 def _answer(module: nn.Module, features: Tensor, **instead: Tensor) -> Tensor | None:
-    """What a stranger's module makes of features, with some buffers replaced; None where it does not take them."""
+    """The output of a foreign module for features, with some buffers replaced; None if it raises."""
     with evaluating(module):
         try:
             answer = functional_call(module, instead, (features.clone(),))
@@ -189,7 +190,7 @@ def _answer(module: nn.Module, features: Tensor, **instead: Tensor) -> Tensor | 
 
 
 def _alike(one: Tensor, other: Tensor | None) -> bool:
-    """Whether every channel is the same to rounding: a dead one is much louder than its neighbours."""
+    """Whether all channels agree to rounding; each by its own scale, for dead channels have much larger outputs."""
     if other is None or one.shape != other.shape or one.dim() < 2:
         return False
     loudest = [0, *range(2, one.dim())]

@@ -1,4 +1,4 @@
-"""BatchNorm folded into the layer before it: the same function with fewer tensors."""
+"""Fold BatchNorms into the layers before them: the network computes the same with fewer tensors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dfcompress.models.uses import Uses, place
 
 @torch.no_grad()
 def fold_batchnorms(classifier: Classifier) -> list[str]:
-    """Fold every BatchNorm that alone uses the output of a convolution or linear layer into that layer, in place; what
-    it does behind the normalisation stays where it was.
+    """Fold every BatchNorm that is the only user of a convolution's or linear layer's output into that layer, in place.
 
-    The names of those folded. A frozen quantized layer keeps its integers, mirrored by a negative factor: the factor
-    goes into its scales, so nothing is rounded anew.
+    Modules that the BatchNorm applies after normalising stay at its place. Returns the names of the folded BatchNorms.
+    A frozen quantized layer keeps its integers, mirrored where the factor is negative: the factor goes into its scales,
+    so nothing is rounded again.
     """
     pairs = _pairs(classifier)
-    names = list(classifier.network.named_modules(remove_duplicate=False))  # A module may have several.
+    names = list(classifier.network.named_modules(remove_duplicate=False))  # A module may have several names.
     for norm_name, layer_name in pairs.items():
         norm = classifier.network.get_submodule(norm_name)
         after = after_normalising(norm)
@@ -42,7 +42,7 @@ def fold_batchnorms(classifier: Classifier) -> list[str]:
 
 
 def _pairs(classifier: Classifier) -> dict[str, str]:
-    """The layer before each BatchNorm that can be folded into it."""
+    """For each BatchNorm that can be folded, the name of the layer before it."""
     network, uses = classifier.network, Uses()
     modules = dict(network.named_modules())
     layers = [name for name, module in modules.items() if isinstance(module, QuantizedLayer) or plain_kind(module)]
@@ -57,11 +57,11 @@ def _pairs(classifier: Classifier) -> dict[str, str]:
 
     def note_output(layer: str, features: Tensor) -> None:
         runs[layer] += 1
-        # Behind a linear layer of tokens a BatchNorm normalises each token, not each channel.
+        # After a linear layer on tokens, a BatchNorm normalises each token, not each channel.
         if channel_axis(network.get_submodule(layer)) % features.dim() == 1:
             layer_of_output[place(features)] = layer
 
-    # Only where tensors lie is noted, and `uses` keeps them all alive: nothing needs a copy.
+    # Only the places of tensors are noted, and `uses` keeps all tensors alive, so no copies are needed.
     with hooked_inputs(network, norms, note_input), hooked_outputs(network, layers, note_output), uses:
         pass_once(classifier)
     return {

@@ -1,4 +1,4 @@
-"""The model card: what one must know to use the weights, and how each value is known."""
+"""The model card: the values that are needed to use the weights, and the origin of each value."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
 
-SMALL_INPUT = 64  # Pixels a side: CIFAR and Tiny-ImageNet, whose networks and settings are not those of ImageNet.
+SMALL_INPUT = 64  # Pixels per side: CIFAR and Tiny-ImageNet, whose networks and settings differ from ImageNet's.
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelCard:
-    """What one must know to use the weights.
+    """The values that are needed to use a model's weights.
 
-    `input_size` is (channels, height, width) in pixels, `mean` and `std` are per channel of images in [0, 1].
-    `widths` are the channels in and out of each layer that has others than its architecture (see `resizing`).
-    `origin` says of each field whether the user gave it, the file stated it (*read*), the tensors imply it
-    (*recognised*), or it is what is usual (*assumed*). `config` is what transformers builds a network from.
+    `architecture` is a name for `--arch`, `classes` the number of classes, `class_names` their names by label.
+    `input_size` is (channels, height, width) in pixels; `mean` and `std` are per channel, for images in [0, 1].
+    `widths` are the input and output channels of each layer whose channels differ from the architecture's (see
+    `resizing`). `origin` is how each field is known: the user gave it (*given*), the file stated it (*read*), the
+    tensors imply it (*recognised*), or it is a default (*assumed*). `config` holds the values from which transformers
+    builds a network.
     """
 
     architecture: str
@@ -38,7 +40,7 @@ class ModelCard:
 
     @property
     def small(self) -> bool:
-        """Whether images are as small as CIFAR's or Tiny-ImageNet's."""
+        """Whether images have at most `SMALL_INPUT` pixels per side, as in CIFAR and Tiny-ImageNet."""
         return max(self.input_size[1:]) <= SMALL_INPUT
 
     def to_json(self) -> dict[str, Any]:
@@ -48,7 +50,7 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelCard:
-        """The card that `to_json` wrote."""
+        """The card from the values of `to_json`."""
         names, widths = values.get("class_names"), values.get("widths") or {}
         return cls(
             architecture=values["architecture"],

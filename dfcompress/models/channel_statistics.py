@@ -1,4 +1,4 @@
-"""Mean and variance of each channel, and a BatchNorm that takes over how these changed."""
+"""Mean and variance of each channel, and their change carried over to a BatchNorm's running statistics."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.models.layers import channel_axis
 
-# Values, 2 MiB of doubles: features (16, 32, 112, 112) took an eighth of the time they take at once.
+# Number of values per part, 2 MiB of doubles. In parts of this size the moments of features (16, 32, 112, 112) took an
+# eighth of the time that they take in one part.
 CACHED = 2**18
-# A channel whose deviation behind BatchNorm is below a millionth of its scale has nothing to be rescaled by.
+# A channel whose standard deviation after BatchNorm is below a millionth of its scale is not rescaled: a variance, in
+# shares of the running variance plus eps.
 STILL = 1e-12
-# Of all images that a network is shown at once for statistics, and the fewest images. Our choice, not measured.
+# The greatest number of pixels of all images in one pass for statistics, and the smallest number of images, which
+# overrides it. Our choice, not measured.
 PIXELS, FEWEST = 2**20, 64
 
 
 def images_for_statistics(size: Sequence[int], available: int) -> int:
-    """How many of the available images of `size` (channels, height, width) are enough for stable statistics and few
-    enough to be seen at once.
+    """The number of images of `size` (channels, height, width), at most `available`, that are enough for stable
+    statistics and few enough for one pass.
     """
     _, height, width = size
     return min(available, max(FEWEST, PIXELS // (height * width)))
 
 
 def channel_moments(layer: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel `(C,)` of what goes into or out of a layer, in float64, of a few images at a
-    time, whose doubles stay in the processor's cache.
+    """Mean and biased variance `(C,)` of each channel of a layer's input or output `features`, in float64.
+
+    A few images are converted at a time, so that their doubles stay in the processor's cache.
     """
     few = max(1, CACHED * len(features) // features.numel())
     parts = [images.movedim(channel_axis(layer), 0).flatten(1) for images in features.split(few)]
@@ -40,17 +44,17 @@ def channel_moments(layer: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def renormalise(norm: _BatchNorm, features: Tensor, was_mean: Tensor, was_variance: Tensor) -> None:
-    """Give a BatchNorm that is about to see `features` the statistics with which every channel behind it has the mean
-    and the variance that it had when the moments were `was_mean` and `was_variance`, each `(C,)`.
+    """Set a BatchNorm's running statistics so that each output channel keeps its mean and variance when the moments of
+    its input change from `was_mean` and `was_variance`, each `(C,)`, to the moments of `features`.
 
-    It takes over the *change* alone, so the images need not have the statistics of the training data.
+    Only the *change* of the moments is carried over, so the images need not have the training data's statistics.
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None
     mean, variance = channel_moments(norm, features)
     divisor = norm.running_var.double() + norm.eps
     moves = torch.minimum(variance, was_variance) > STILL * divisor
-    # BatchNorm adds eps whatever the variance, so it cannot divide by less.
+    # BatchNorm always adds eps to the variance, so its divisor cannot be smaller than eps.
     new_divisor = (divisor * torch.where(moves, variance / was_variance, 1.0)).clamp_min(norm.eps)
     norm.running_mean.copy_(mean + (norm.running_mean - was_mean) * (new_divisor / divisor).sqrt())
     norm.running_var.copy_(new_divisor - norm.eps)

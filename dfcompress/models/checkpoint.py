@@ -83,17 +83,18 @@ def load(
     std: Sequence[float] | None = None,
     class_names: str | Path | Sequence[str] | None = None,
 ) -> Classifier:
-    """The classifier that a checkpoint holds: frozen, in evaluation mode, fp32, on the CPU; its network answers with
-    logits and has plain weights (see `take_logits` and `make_plain`).
+    """Load the classifier of a checkpoint: frozen, in evaluation mode, fp32, on the CPU; its network returns logits and
+    has plain weights (see `take_logits` and `make_plain`).
 
     `path` is a `.pt .pth .th .bin .ckpt .safetensors` file, a folder with `config.json` and `model.safetensors`, or the
     name of released weights (`torchvision:resnet18`, `timm:resnet18.a1_in1k`).
-    `arch` names the architecture where it is not recognised (NAME, timm:NAME, file.py:factory,
-    package.module:factory), also for a file whose card says that it is `half:` of it; with `match_by_order` tensors are
-    matched by order and shape, whatever their names.
-    `num_classes` is handed to a factory that takes it. `input_size` (channels, height, width), `mean`, `std` and
-    `class_names` (the names, or a text file of one a line) override the card.
-    Raises `BadInput` for anything that cannot be used, saying what was found.
+    `arch` names the architecture if it is not recognised (NAME, timm:NAME, file.py:factory, package.module:factory);
+    for a file whose card states `half:` of this architecture, the card's architecture is used. With `match_by_order`
+    tensors are matched by order and shape, not by name.
+    `num_classes` is passed to a factory that takes it. `input_size` (channels, height, width), `mean` and `std` (one
+    value per channel, for pixels in [0, 1]) and `class_names` (the names, or a text file with one per line) override
+    the card.
+    Raises `BadInput`, with a description of what was found, if the checkpoint or an argument cannot be used.
     """
     path = _as_path(path)
     weights = released(str(path)) if is_released(path) else None
@@ -105,7 +106,7 @@ def load(
     if not weights:
         stated |= _checked(read_json(_sidecar_path(path)), str(_sidecar_path(path)))
     if arch and str(stated.get("architecture")).removeprefix(HALF) == arch:
-        arch = stated["architecture"]  # A student of half the channels beside its teacher.
+        arch = stated["architecture"]  # The file holds a student with half the channels of `arch`.
     given = {
         "architecture": arch,
         "classes": num_classes,
@@ -116,7 +117,7 @@ def load(
     }
     given = _checked(given, "given")
     if arch and arch != stated.get("architecture"):
-        stated.pop("widths", None)  # They are of the layers of another network.
+        stated.pop("widths", None)  # They describe the layers of another network.
     fit = _fit(stored, path, stated, given, match_by_order=match_by_order)
     network = _packed(fit, stored) if stored.quantization is not None else _with_weights(fit)
     require_variances(network, str(path))
@@ -127,7 +128,7 @@ def load(
         described,
         name=weights.name if weights else _name(path),
         sha256=sha256(path),
-        path=None if weights else path,  # Nothing is written beside a file of another library's cache.
+        path=None if weights else path,  # Nothing may be written into another library's cache.
     ).frozen()
     take_logits(classifier)
     if of_transformers:
@@ -143,31 +144,31 @@ def load(
 
 
 def as_classifier(checkpoint: str | Path | Classifier) -> Classifier:
-    """The checkpoint as `opened` gives it; raises `BadInput` where it has not two or more exclusive classes, too."""
+    """The classifier that `opened` returns; raises `BadInput` also if it lacks two or more exclusive classes."""
     classifier = opened(checkpoint)
     require_exclusive(classifier)
     return classifier
 
 
 def opened(checkpoint: str | Path | Classifier) -> Classifier:
-    """The checkpoint loaded, or a copy of the classifier on the CPU: frozen, answering with logits, with plain weights
-    and BatchNorms. So a caller's model stays where and as it is.
+    """The loaded checkpoint, or a copy of the classifier on the CPU: frozen, with logits as output, plain weights and
+    plain BatchNorms. The caller's own classifier is not changed.
 
-    Raises `BadInput` for everything else, and for what cannot be used.
+    Raises `BadInput` for any other type, and for a checkpoint or classifier that cannot be used.
     """
-    # One that was loaded is looked at, too: its network may have been changed since.
+    # A classifier that was loaded is prepared again, too: its network may have been changed since.
     return _settled(checkpoint) if isinstance(checkpoint, Classifier) else load(checkpoint)
 
 
 def load_saved(folder: Path, classifier: Classifier) -> Classifier:
-    """What `save(classifier, folder)` wrote, read from there.
+    """Load the result of `save(classifier, folder)`.
 
-    The network is built by its architecture's name. A `Classifier` made in Python may have a network that no name
-    leads to: its form is then that of the classifier's.
+    The network is built from its architecture's name. A `Classifier` made in Python may have a network that no known
+    name builds; the network is then a copy of the classifier's network with the saved values.
     """
     name = classifier.card.architecture
     if is_built_by_name(classifier):
-        # Naming the architecture again lets a factory of the user's run: it was named for this run.
+        # The architecture is passed again so that the user's factory may run: the user named it for this run.
         return load(folder, arch=name if runs_code(name) else None)
     console.notice(
         f"{folder} holds {name}, which has no name that dfcompress knows: load it with --arch file.py:factory."
@@ -185,11 +186,11 @@ def load_saved(folder: Path, classifier: Classifier) -> Classifier:
 
 
 def is_built_by_name(classifier: Classifier) -> bool:
-    """Whether the name on the card leads to a network with these tensors."""
+    """Whether the architecture named on the card builds a network with the classifier's tensor names and shapes."""
     card = classifier.card
     shapes = {name: value.shape for name, value in without_counters(classifier.network.state_dict()).items()}
     folded = bool(tensor_grids(classifier.network))
-    if folded:  # Biases stand in the place of BatchNorms, weights are where they were.
+    if folded:  # Biases have replaced the BatchNorms; weights have kept their names.
         shapes = {f"{name}.weight": layer.weight.shape for name, layer in quantized_layers(classifier.network).items()}
     with suppress(BadInput):
         for form in _forms(named(card.architecture, card.config, card.widths)):
@@ -200,7 +201,7 @@ def is_built_by_name(classifier: Classifier) -> bool:
 
 
 def _settled(classifier: Classifier) -> Classifier:
-    """A copy of a classifier made in Python, as `load` would give it."""
+    """A copy of a classifier made in Python, prepared as `load` prepares a checkpoint."""
     network = classifier.network
     if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
         raise BadInput(
@@ -219,14 +220,14 @@ def _settled(classifier: Classifier) -> Classifier:
 
 
 def _know_classes(classifier: Classifier) -> None:
-    """Put the number of classes on the card where it is not known; raises where there is another number of names."""
+    """Put the number of classes on the card if it is unknown; raises `BadInput` if the class names differ in number."""
     if not classifier.card.classes:
         classifier.card = replace(classifier.card, classes=pass_once(classifier).shape[1])
     _check_names(classifier.card)
 
 
 def _as_path(checkpoint: object) -> Path:
-    """Where a checkpoint lies; raises `BadInput` for what else a program may hold in its hands."""
+    """The path of a checkpoint; raises `BadInput` for any type that is neither a string nor a path."""
     if isinstance(checkpoint, str | Path):
         return Path(checkpoint)
     if isinstance(checkpoint, nn.Module):
@@ -246,7 +247,7 @@ def _as_path(checkpoint: object) -> Path:
 def save(classifier: Classifier, folder: Path) -> None:
     """Write `model.safetensors` (packed, where the network is quantized) and `config.json` in timm's layout.
 
-    The card is in both, so that either alone tells what one must know.
+    Both files hold the card, so that either file alone is sufficient to use the weights.
     """
     content, config = _files(classifier)
     folder.mkdir(parents=True, exist_ok=True)
@@ -256,7 +257,7 @@ def save(classifier: Classifier, folder: Path) -> None:
 
 
 def saved_bytes(classifier: Classifier) -> int:
-    """How large the `model.safetensors` is that `save` writes."""
+    """The size in bytes of the `model.safetensors` that `save` writes."""
     return len(_files(classifier)[0])
 
 
@@ -281,14 +282,17 @@ def _files(classifier: Classifier) -> tuple[bytes, dict[str, Any]]:
         metadata[QUANTIZATION_KEY] = json.dumps(quantization, separators=(",", ":"))
         config["quantization"] = quantization
     else:
-        # clone: safetensors refuses tensors that share memory
+        # Clones, because safetensors refuses tensors that share memory.
         state = classifier.network.state_dict().items()
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state}
     return serialised(tensors, metadata), config
 
 
 def write_sidecar(classifier: Classifier) -> Path:
-    """Write the card beside the checkpoint, to be corrected and kept; it is read from there."""
+    """Write the card to a file beside the checkpoint, where the user may correct it and `load` reads it; the path.
+
+    Raises `BadInput` if the classifier was not loaded from a file of the user's.
+    """
     if classifier.path is None:
         raise BadInput(f"{classifier.name} is no file that a card could stand beside.", "Save it first.")
     path = _sidecar_path(classifier.path)
@@ -297,18 +301,18 @@ def write_sidecar(classifier: Classifier) -> Path:
 
 
 def state_bytes(network: nn.Module) -> int:
-    """Bytes of a network's parameters and buffers in fp32, without BatchNorm's counters."""
+    """The size in bytes of a network's parameters and buffers in fp32, without BatchNorm's counters."""
     return sum(4 * tensor.numel() for tensor in without_counters(network.state_dict()).values())
 
 
 def _fit(
     stored: StoredModel, path: Path, stated: Mapping[str, Any], given: Mapping[str, Any], *, match_by_order: bool
 ) -> Recognised:
-    """The tensors as those of the architecture that the user gave, or that the file states, or that they tell."""
+    """Match the tensors to the architecture that the user gave, else to the file's, else to the recognised one."""
     arch, classes = given.get("architecture"), given.get("classes", stated.get("classes", 0))
     if stored.quantization is not None:
         return _fit_of_packed(arch, {**stated, **given}, stored, path)
-    if match_by_order and not (_is_sorted(path) and stated.get("architecture") == arch):  # A result has the names.
+    if match_by_order and not (_is_sorted(path) and stated.get("architecture") == arch):  # Our own result.
         return _fit_by_order(arch, stored.tensors, path, classes)
     if arch:
         return _fit_of(named(arch, widths=stated.get("widths")), stored.tensors, path, classes)
@@ -318,7 +322,7 @@ def _fit(
 
 
 def _fit_of(architecture: Architecture, tensors: Mapping[str, Tensor], path: Path, classes: int = 0) -> Recognised:
-    """The tensors as those of the architecture that was named, in the form its factory gives or as `save` writes it."""
+    """Match the tensors to the named architecture, as its factory builds it or with plain weights as `save` writes."""
     for form in _forms(architecture):
         if fit := fit_to(form, tensors, str(path), classes):
             return fit
@@ -329,14 +333,14 @@ def _fit_of(architecture: Architecture, tensors: Mapping[str, Tensor], path: Pat
 
 
 def _forms(architecture: Architecture) -> list[Architecture]:
-    """The architecture as it is built, and with plain weights, where these may be two."""
+    """The architecture as it is built and, for a foreign architecture, also its form with plain weights."""
     return [architecture, plain(architecture)] if architecture.foreign else [architecture]
 
 
 def _remedy(
     architecture: Architecture, tensors: Mapping[str, Tensor], path: Path, classes: int, found: list[str]
 ) -> str:
-    """What helps against the differences found between a file and the architecture that was named for it."""
+    """The remedy to print for the differences `found` between a file and the architecture that was named for it."""
     if architecture.widths:
         return REMEDY
     if not architecture.foreign:
@@ -352,7 +356,7 @@ def _remedy(
 
 
 def _fit_of_stated(stated: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Recognised:
-    """The architecture that a file states: ours by name, else timm's, else the one its tensors tell; never code."""
+    """Match the tensors to the architecture that a file states: ours, else timm's, else recognised; never code."""
     name = stated["architecture"].removeprefix(TORCHVISION)
     _refuse_code(name, None, path)
     if name.startswith((HALF, TRANSFORMERS)) or stated.get("widths"):
@@ -374,7 +378,7 @@ def _timm_has(name: str) -> bool:
 
 
 def _is_sorted(path: Path) -> bool:
-    """Whether a file keeps its tensors sorted by name, so that their order says nothing."""
+    """Whether a file stores its tensors sorted by name, so that their order carries no information."""
     return weights_file(path).suffix == ".safetensors"
 
 
@@ -411,7 +415,7 @@ def _fit_by_order(arch: str | None, tensors: Mapping[str, Tensor], path: Path, c
 
 
 def _fit_of_packed(arch: str | None, card: Mapping[str, Any], stored: StoredModel, path: Path) -> Recognised:
-    """A quantized result: packed tensors have no shapes to recognise, so its own card says what it is."""
+    """The architecture of a quantized result, from its card: packed tensors have no shapes to recognise."""
     if not {"architecture", "classes", "input_size", "mean", "std"} <= card.keys():
         raise BadInput(f"{path} is packed but has no model card.", "Make it again with `dfcompress quantize`.")
     classes, name = card["classes"], card["architecture"].removeprefix(TORCHVISION)
@@ -424,14 +428,14 @@ def _fit_of_packed(arch: str | None, card: Mapping[str, Any], stored: StoredMode
 
 
 def _require_room(architecture: Architecture, classes: int, channels: int, stored: StoredModel, path: Path) -> None:
-    """Raise `BadInput` before a network takes memory that has more values than 2 bits each could hold in the file."""
+    """Raise `BadInput`, before memory is allocated, if the file is too small for the network at 2 bits per value."""
     values = sum(shape.numel() for shape in tensors_of(architecture, classes, channels).values())
     if values > 4 * sum(tensor.numel() for tensor in stored.tensors.values()):
         raise BadInput(f"{path} is too small for the {values:,} values of {architecture.name}.", "Make it again.")
 
 
 def _refuse_code(stated: str, arch: str | None, path: Path) -> None:
-    """Raise `BadInput` where a file states an architecture that is code, and the user did not name the same."""
+    """Raise `BadInput` if a file states an architecture that is code and the user did not name the same one."""
     if runs_code(stated) and stated != arch:
         raise BadInput(
             f"{path} was made with --arch {stated}.",
@@ -447,7 +451,7 @@ def _packed(fit: Recognised, stored: StoredModel) -> nn.Module:
 
 
 def _unpack_graph(classifier: Classifier, stored: StoredModel) -> None:
-    """Make a fresh classifier the one whose graph with grids on all tensors was saved."""
+    """Turn a new classifier into the saved one, whose graph has grids on all tensors."""
     layers = packing.layers_in(stored.quantization)
     as_kernels_compute(classifier)
     quantizable_layers(classifier.network, layers)
@@ -457,16 +461,16 @@ def _unpack_graph(classifier: Classifier, stored: StoredModel) -> None:
 
 
 def _with_weights(fit: Recognised) -> nn.Module:
-    """The network around the file's tensors; recognition has compared every name and shape."""
+    """The network with the file's tensors as weights; recognition has compared every name and shape."""
     network = fit.architecture.make_empty(fit.classes, fit.channels)
     load_tensors(network, fit.tensors, assign=True)
     return network
 
 
 def _card(fit: Recognised, stated: Mapping[str, Any], given: Mapping[str, Any]) -> ModelCard:
-    """What is given, over what the file or its sidecar states, over what its naming implies, over what is usual.
+    """The card, from these sources in order of priority: arguments, file and sidecar, naming, defaults.
 
-    The classes of a network from a factory are 0 where they were not given: its answer tells them.
+    `classes` is 0 for a network from a factory unless given: the width of its output is measured later.
     """
     foreign = fit.architecture.foreign
     size = given.get("input_size", stated.get("input_size"))
@@ -484,7 +488,7 @@ def _card(fit: Recognised, stated: Mapping[str, Any], given: Mapping[str, Any]) 
     for how, layer in layers:
         values |= layer
         origin |= dict.fromkeys(layer, how)
-    # A file may state a name that only its tensors made clear: timm's, or one of a later version.
+    # The name that the file states may be timm's or a later version's; recognition has found ours.
     values["architecture"] = fit.architecture.name
     values["widths"] = dict(fit.architecture.widths) or None
     _check_fits(values, fit)
@@ -492,7 +496,7 @@ def _card(fit: Recognised, stated: Mapping[str, Any], given: Mapping[str, Any]) 
 
 
 def _say_assumed(card: ModelCard, architecture: Architecture, where: str) -> None:
-    """Say which values of a network for large images are known from its library's configuration alone."""
+    """Print which card values of a network for large images are assumed: the defaults of its architecture."""
     values = {
         "--mean": ("mean", ",".join(f"{value:g}" for value in card.mean)),
         "--std": ("std", ",".join(f"{value:g}" for value in card.std)),
@@ -519,7 +523,7 @@ def _usual(architecture: Architecture, channels: int) -> dict[str, Any]:
 
 
 def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of a card that are there, of the right kind; raises `BadInput` naming the one that is not."""
+    """The card fields present in `values`, validated; raises `BadInput` naming a field that is not valid."""
     listed = (list, tuple)
     kinds: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] = {
         "architecture": (str, lambda value: True, "a name"),
@@ -543,7 +547,7 @@ def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return checked
 
 
-# So that the sizes of tensors are numbers of 64 bits: 2^20 by 2^20 channels of 11x11 pixels.
+# Keeps the numbers of elements of tensors within 64 bits: 2^20 by 2^20 channels of 11x11 pixels.
 WIDEST = 2**20
 SIZES, SHARES = f"3 whole numbers from 1 to {WIDEST:,}, CxHxW", "one share of 1 a channel"
 WIDTHS = f"the channels in and out of each layer, from 1 to {WIDEST:,}"
@@ -554,7 +558,7 @@ def _is_size(value: object) -> bool:
 
 
 def _widths(values: object, where: str) -> dict[str, tuple[int, int]]:
-    """The widths of a card; raises `BadInput` naming the layer whose widths are none."""
+    """The widths of a card; raises `BadInput` naming the layer whose widths are not valid."""
     if not isinstance(values, dict):
         raise BadInput(f"{where}: widths is {str(values)[:40]!r}.", f"It must be an object of {WIDTHS}.")
     for name, channels in values.items():
@@ -592,7 +596,7 @@ def _check_names(card: ModelCard) -> None:
 
 
 def class_names_in(path: Path) -> tuple[str, ...]:
-    """The lines of a text file that are not empty; raises `BadInput` where it cannot be read."""
+    """The non-empty lines of a text file, stripped; raises `BadInput` if the file cannot be read."""
     try:
         return tuple(line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:

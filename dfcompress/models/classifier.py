@@ -1,4 +1,4 @@
-"""`Classifier`: a network and its card. Nothing else in the code knows a mean or a standard deviation."""
+"""`Classifier`: a network and its card. It alone applies the mean and the standard deviation of the images."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ LARGEST_PASS = 2**16
 
 
 class Classifier(nn.Module):
-    """A network that takes images in [0, 1] because it owns the normalisation its weights expect.
+    """A network that takes images in [0, 1], because it applies the normalisation that its weights expect.
 
-    `network` takes normalised images `(N, C, H, W)` and returns logits `(N, classes)`, in training mode perhaps others
-    beside them (see `main_logits`).
-    `name`, `sha256` and `path` say which file the weights came from, if any; sets and records of one teacher are
-    refused to another.
+    `network` takes normalised images `(N, C, H, W)` and returns logits `(N, classes)`; in training mode it may also
+    return the logits of auxiliary heads (see `main_logits`).
+    `name`, `sha256` and `path` identify the file of the weights, if any: synthetic sets and activation records of one
+    teacher are refused for another.
     """
 
     mean: Tensor
@@ -51,15 +51,15 @@ class Classifier(nn.Module):
         return main_logits(answer) if self.training else answer
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] → the space the network works in."""
+        """Normalise images: from [0, 1] to the network's input space."""
         return (images - self.mean) / self.std
 
     def denormalise(self, images: Tensor) -> Tensor:
-        """The network's space → images in [0, 1]."""
+        """Undo `normalise`: from the network's input space to [0, 1]."""
         return images * self.std + self.mean
 
     def identity(self) -> dict[str, Any]:
-        """What results of this classifier depend on: the weights' hash and the card."""
+        """The values that identify this classifier: the hash of its weights, and its card as JSON values."""
         return {"sha256": self.sha256 or self._digest(), "card": self.card.to_json()}
 
     def _digest(self) -> str:
@@ -71,14 +71,14 @@ class Classifier(nn.Module):
         return digest.hexdigest()
 
     def frozen(self) -> Classifier:
-        """Itself in evaluation mode, no parameter asking for a gradient."""
+        """Return the classifier itself, in evaluation mode and without gradients for its parameters."""
         return self.eval().requires_grad_(False)
 
 
 def main_logits(answer: Any) -> Any:
-    """The logits of a network that answers with more while it trains: those named `logits`, or the first.
+    """The main logits of a network's output: of a mapping, tuple or list the entry `logits`, else its first entry.
 
-    So torchvision's GoogLeNet and Inception, and networks written after them, give the logits of auxiliary heads.
+    In training mode torchvision's GoogLeNet and Inception, and similar networks, also return auxiliary heads' logits.
     """
     if isinstance(answer, Mapping):
         return answer.get("logits", next(iter(answer.values()), None))
@@ -88,10 +88,11 @@ def main_logits(answer: Any) -> Any:
 
 
 def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], *, assign: bool = False) -> None:
-    """Put tensors into the places of a network that have their names; other places keep what they hold.
+    """Load `tensors` by name into a network; its other tensors keep their values. `assign` replaces the tensors.
 
-    torch's own `load_state_dict` lets modules ask of which version a state dict is, and a plain dictionary has none:
-    torchvision's MNASNets refuse it, spectral normalisation takes it for an old one.
+    Modules may read the version of a state dict in torch's `load_state_dict`, and a plain dictionary has no version:
+    torchvision's MNASNets refuse it, and spectral normalisation treats it as an old one. So the network's own state
+    dict, updated, is loaded.
     """
     state = network.state_dict()
     state.update(tensors)
@@ -100,7 +101,7 @@ def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], *, assign: b
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Put the network into evaluation mode, and every module back into its own mode afterwards."""
+    """Put the network into evaluation mode within this context; every module then returns to its own mode."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -112,7 +113,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def pass_once(classifier: Classifier) -> Tensor:
-    """Logits `(1, classes)` of one black image, for what hooks see of it."""
+    """Run one black image, so that hooks are called, in evaluation mode; its logits `(1, classes)`."""
     with evaluating(classifier):
         logits: Tensor = classifier(torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device))
     return logits
@@ -120,32 +121,34 @@ def pass_once(classifier: Classifier) -> Tensor:
 
 @torch.no_grad()
 def bytes_a_pass(classifier: Classifier) -> Taken:
-    """What images take of the memory on their way through a classifier, forwards and in fp32."""
+    """The memory that images take in a forward pass through a classifier in fp32."""
     images = torch.zeros(4, *classifier.card.input_size, device=classifier.mean.device)
     with evaluating(classifier):
         return count_growth(lambda count: classifier(images[:count]))
 
 
 def images_a_pass(classifier: Classifier) -> int:
-    """How many images to send through a classifier at once, forwards and in fp32: a power of two, `LARGEST_PASS` at
-    most. Raises `BadInput` where the memory does not suffice for one.
+    """The number of images for one forward pass in fp32 that fits into memory: a power of two, `LARGEST_PASS` at most.
+
+    Raises `BadInput` if the memory does not suffice for one image.
     """
     size, target = classifier.card.input_size, classifier.mean.device
     return images_at_once(LARGEST_PASS, bytes_a_pass(classifier), target=target, input_size=size)
 
 
 def multiply_accumulates(classifier: Classifier) -> int:
-    """Multiply-accumulates of one image in convolutions, linear layers and attention."""
+    """The number of multiply-accumulates for one image in convolutions, linear layers and attention."""
     operations = _Operations()
     with operations:
         pass_once(classifier)
-    return operations.flops // 2  # torch's formulas take a multiplication and an addition as two.
+    return operations.flops // 2  # torch's formulas count a multiplication and an addition as two.
 
 
 class _Operations(TorchDispatchMode):
-    """Sums inside what the operations take, by torch's formulas.
+    """Sums the floating-point operations within its context, by torch's formulas.
 
-    (torch's own `FlopCounterMode` does the same and imports torch's compiler: 1.3 s of CPU time, for `inspect` too.)
+    (torch's own `FlopCounterMode` does the same but imports torch's compiler, which takes 1.3 s of CPU time, also for
+    `inspect`.)
     """
 
     def __init__(self) -> None:
@@ -154,7 +157,7 @@ class _Operations(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # To keep the compiler away from here, torch would import it.
+        return False  # With True, torch would import its compiler to skip this code.
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -168,15 +171,15 @@ class _Operations(TorchDispatchMode):
         return result
 
 
-# Networks of few channels are bound by memory. Measured once, eagerly, on one core with bf16: in this unit a second is
-# 103 to 245 G for LeNet-5, ResNet-20, ResNet-44, ResNet-18, MobileNet-V2 and VGG-11, in multiply-accumulates alone 12
-# to 107 G.
+# Multiply-accumulates that count for each element that a layer writes, because networks of few channels are bound by
+# memory. Measured once, eagerly, on one core with bf16, for LeNet-5, ResNet-20, ResNet-44, ResNet-18, MobileNet-V2 and
+# VGG-11: they reach 103 to 245 G of this unit per second, but 12 to 107 G multiply-accumulates per second.
 WRITING = 150
 
 
 def work_of(classifier: Classifier) -> int:
-    """What a forward pass of one image takes, in multiply-accumulates: its own, and 150 for each element that a layer
-    gives.
+    """The work of a forward pass of one image, in multiply-accumulates: the pass's own, plus `WRITING` (150) for each
+    element of a layer's output.
     """
     written = 0
 
@@ -191,7 +194,7 @@ def work_of(classifier: Classifier) -> int:
 
 
 def count_runs(classifier: Classifier, names: Iterable[str]) -> Counter[str]:
-    """How often one forward pass runs each named module of the network, as `hooks.counted_runs` counts."""
+    """The number of runs of each named module in one forward pass, counted as in `hooks.counted_runs`."""
     with counted_runs(classifier.network, names) as runs:
         pass_once(classifier)
     return runs
@@ -200,12 +203,13 @@ def count_runs(classifier: Classifier, names: Iterable[str]) -> Counter[str]:
 ALONE = "Let the --arch factory return a network that answers with logits (N, classes) alone."
 
 STEADY = "Let it be random in training mode alone: F.dropout takes training=self.training."
-# Of the largest logit. Sums in another order differ by 1e-6 of it, a dropout by more than 1e-2.
+# Greatest difference between two passes, as a share of the largest logit. Sums in another order differ by a share of
+# 1e-6, dropout by more than 1e-2.
 SAME = 1e-3
 
 
 class Unfit(NamedTuple):
-    """Why a classifier cannot be used as it is, in half a sentence, and what to do."""
+    """The reason `why` a classifier cannot be used, as a clause, and the `remedy`, as a sentence."""
 
     why: str
     remedy: str
@@ -213,8 +217,10 @@ class Unfit(NamedTuple):
 
 @torch.no_grad()
 def why_not_run(classifier: Classifier) -> Unfit | None:
-    """Why a classifier does not answer one image of its card's input size with logits of its card's classes, the same
-    each time, or None where it does; classes of 0 are not known yet.
+    """Check two passes of one image of the card's input size; the reason why they fail, or None.
+
+    Both must return the same logits `(1, classes)`, with the card's number of classes; a number of 0 is unknown and not
+    compared.
     """
     name = classifier.card.architecture
     channels, height, width = classifier.card.input_size
@@ -223,7 +229,7 @@ def why_not_run(classifier: Classifier) -> Unfit | None:
         with evaluating(classifier):
             answer, again = classifier(image), classifier(image)
     except Exception as error:
-        # The network may be code of the user's, which can raise anything.
+        # The network may be the user's code, which can raise anything.
         return Unfit(
             f"{name} cannot take images of {channels}x{height}x{width} ({first_line(error)})",
             "Give another --input-size or --arch.",

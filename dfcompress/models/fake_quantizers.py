@@ -1,15 +1,16 @@
-"""Convolution and linear layers that compute in float what the integers would give.
+"""Convolution and linear layers that compute in float the results that integer arithmetic would give.
 
     quantize_layers(network, {"conv1": (8, 8), "fc": (4, 4)})    # weights are quantized from here on
     layer.input_grid = InputGrid.covering(low, high, bits=4)     # ... and activations, once calibrated
     learn_steps(network)                                         # if the steps of both are to be trained
     freeze(network)                                              # weights become their integers times a scale
 
-Weights: uniform, a grid per output channel that covers a share of the channel's range at every forward pass; symmetric
-(zero in the middle, 2^bits − 1 values), or asymmetric (a zero point per channel, all 2^bits values).
-Activations: the layer's input, uniform, one scale and zero point for the tensor, fixed once set.
-Both pass the gradient straight through where nothing was clipped. Biases and BatchNorm stay in float.
-(Haroush et al. 2020, section 4, whose weights are asymmetric; the input's side of a layer is our choice.)
+Weights: a uniform grid per output channel, set at every forward pass to cover a share of the channel's range;
+symmetric (zero in the middle, 2^bits − 1 values), or asymmetric (a zero point per channel, all 2^bits values).
+Activations: the layer's input on a uniform grid, one scale and zero point per tensor, which stay fixed once set.
+Both use the straight-through gradient wherever a value was not clipped. Biases and BatchNorm stay in float.
+(Haroush et al. 2020, section 4, whose weights are asymmetric; to quantize a layer's input, not its output, is our
+choice.)
 """
 
 from __future__ import annotations
@@ -32,20 +33,22 @@ WIDTHS = range(2, 9)
 LARGEST_BITS = WIDTHS[-1]
 FLOAT_BITS = 32
 UNBOUNDED = (-math.inf, math.inf)
-TENSOR_GRIDS = "tensor_grids"  # The module of a network that holds them.
+TENSOR_GRIDS = "tensor_grids"  # The name of the submodule that holds a network's tensor grids.
 _STEPS = ("weight_step", "input_step")
 
-# A quarter of what 32 bits hold: sums of products come on top.
+# A quarter of the range of int32: a kernel adds its sums of products to the bias.
 _LARGEST_BIAS = 2**29
 
-# The smallest normal fp32 number: the scale of an all-zero channel, whose reciprocal is still finite.
+# The smallest normal fp32 number, whose reciprocal is still finite: the scale of an all-zero channel.
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which kinds of grids the layers get: inputs `signed` ones or not, weights asymmetric ones at the widths
-    `asymmetric` (in bits), symmetric ones at all others.
+    """The kinds of grids that the layers get.
+
+    Inputs get signed grids if `signed`. Weights get asymmetric grids at the widths `asymmetric` (in bits) and symmetric
+    grids at all other widths.
     """
 
     signed: bool = False
@@ -57,8 +60,8 @@ class InputGrid:
     """The values a quantized activation can take: (q − zero_point) · scale for q in 0 .. 2^bits − 1.
 
     `scale` is exact in fp32; zero is one of the values. A `signed` grid has q in −2^(bits − 1) .. 2^(bits − 1) − 1 and
-    its zero point is 0, as some hardware needs it.
-    Plain numbers, not tensors: they follow the network to any device and are constants to the compiler.
+    zero point 0, which some hardware requires.
+    The fields are plain numbers, not tensors: they fit any device and are constants to the compiler.
     """
 
     bits: int
@@ -68,9 +71,9 @@ class InputGrid:
 
     @classmethod
     def covering(cls, low: float, high: float, *, bits: int, signed: bool = False) -> InputGrid:
-        """The grid whose 2^bits values span [min(low, 0), max(high, 0)], moved by less than a step to meet zero.
+        """The grid whose 2^bits values span [min(low, 0), max(high, 0)], shifted by less than a step to contain zero.
 
-        A signed one spans both sides alike, as far as the farther end.
+        A signed grid spans −r .. r, r the larger of −low and high; its lowest value is one step below −r.
         """
         low, high, largest = min(low, 0.0), max(high, 0.0), 2**bits - 1
         if signed:
@@ -89,9 +92,9 @@ class InputGrid:
         return (lowest - self.zero_point) * self.scale, (highest - self.zero_point) * self.scale
 
     def quantized(self, activations: Tensor, *, step: Tensor | None = None) -> Tensor:
-        """The nearest value of the grid, in fp32; the gradient passes where nothing was clipped.
+        """The nearest grid value of each activation, in fp32; the gradient passes where a value was not clipped.
 
-        `step` `()`, a parameter, takes the place of the scale and gets a gradient too.
+        `step` `()`, a parameter, replaces the scale and gets a gradient too.
         """
         lowest, highest = self.integers()
         if step is None:
@@ -111,7 +114,7 @@ class InputGrid:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WeightGrid:
-    """The values a quantized weight can take: (q − zero_point) · scale, both of its output channel.
+    """The values a quantized weight can take: (q − zero_point) · scale, with zero point and scale of its channel.
 
     `scale` `(out_channels,)` is fp32, `zero_point` `(out_channels,)` int32. Symmetric: the zero points are 0 and q is
     in −(2^(bits − 1) − 1) .. 2^(bits − 1) − 1 (narrow range: 3 values at 2 bits). Asymmetric: q and the zero points are
@@ -125,8 +128,10 @@ class WeightGrid:
 
     @classmethod
     def covering(cls, low: Tensor, high: Tensor, *, bits: int, symmetric: bool) -> WeightGrid:
-        """The grid of each channel whose values span [min(low, 0), max(high, 0)], `low` and `high` `(out_channels,)`:
-        moved by less than a step to meet zero where it is asymmetric, to the farther end on both sides where it is not.
+        """The grid of each channel that spans [min(low, 0), max(high, 0)]; `low` and `high` are `(out_channels,)`.
+
+        An asymmetric grid is shifted by less than a step to contain zero. A symmetric grid extends to the larger of
+        −low and high on both sides.
         """
         low, high = low.clamp_max(0), high.clamp_min(0)
         if symmetric:
@@ -142,32 +147,33 @@ class WeightGrid:
         return (-largest_integer(self.bits), largest_integer(self.bits)) if self.symmetric else (0, 2**self.bits - 1)
 
     def multiples(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The lowest and the highest multiple of the scale, q − zero_point, shaped to meet `weight`."""
+        """The lowest and the highest multiple of the scale, q − zero_point, shaped to broadcast over `weight`."""
         lowest, highest = self.integers()
         zero_point = per_channel(self.zero_point, weight)
         return lowest - zero_point, highest - zero_point
 
     def quantized(self, weight: Tensor, *, step: Tensor | None = None) -> Tensor:
-        """The nearest value of the grid; the gradient passes where nothing was clipped.
+        """The nearest grid value of each weight; the gradient passes where a value was not clipped.
 
-        `step` `(out_channels,)`, a parameter, takes the place of the scale and gets a gradient too.
+        `step` `(out_channels,)`, a parameter, replaces the scale and gets a gradient too.
         """
         if step is None:
             return torch.fake_quantize_per_channel_affine(weight, self.scale, self.zero_point, 0, *self.integers())
         return on_learnt_grid(weight, per_channel(step, weight), *self.multiples(weight))
 
     def nearest(self, multiples: Tensor) -> Tensor:
-        """The integers q of these multiples of the scale, rounded and clipped: int8 of a symmetric grid, else uint8."""
+        """The integers q of these multiples of the scale, rounded and clipped; int8 if symmetric, else uint8."""
         q = multiples.round().add_(per_channel(self.zero_point, multiples))
         return q.clamp_(*self.integers()).to(torch.int8 if self.symmetric else torch.uint8)
 
     def weight(self, integers: Tensor) -> Tensor:
-        """The values of the integers q."""
+        """The weight values that the integers q stand for."""
         return (integers - per_channel(self.zero_point, integers)) * per_channel(self.scale, integers)
 
     def times(self, factor: Tensor, integers: Tensor) -> tuple[Tensor, WeightGrid]:
-        """Integers and a grid that give `factor` `(out_channels,)` times the values of `integers`, nothing rounded:
-        a negative factor mirrors both.
+        """Integers and a grid that stand for `factor` `(out_channels,)` times the values of `integers`, unrounded.
+
+        A negative factor mirrors the integers and the zero point.
         """
         ends = sum(self.integers())
         mirrored = torch.where(per_channel(factor < 0, integers), ends - integers, integers)
@@ -180,14 +186,14 @@ class WeightGrid:
 
 
 class QuantizedLayer(nn.Module):
-    """A layer with few-bit weights and input; what its subclasses add is the arithmetic between the two.
+    """A layer with few-bit weights and input; subclasses implement the operation that combines them.
 
-    `input_grid` is None until calibrated: the input then stays in float.
-    Of `weight_grid` only the kind counts until the weight is frozen: scale and zero point follow the weight at every
-    forward pass, so that the grid covers the shares `weight_shares` `(2, out_channels)` of the lowest and the highest
-    weight of each channel. `weight_shares` is None once steps are learnt or the weight is frozen.
-    `weight_step` `(out_channels,)` and `input_step` `()` are parameters that take the place of both scales while steps
-    are learnt, else None; zero points stay.
+    `input_grid` is None before calibration; the input then stays in float.
+    Until steps are learnt or the weight is frozen, only the bits and the symmetry of `weight_grid` are used. Scale and
+    zero point are then computed from the weight at every forward pass, so that the grid covers the shares
+    `weight_shares` `(2, out_channels)` of each channel's lowest and highest weight; afterwards `weight_shares` is None.
+    `weight_step` `(out_channels,)` and `input_step` `()` are parameters that replace the scales of weight and input
+    while steps are learnt, else None; zero points do not change.
     """
 
     weight: Tensor
@@ -204,11 +210,11 @@ class QuantizedLayer(nn.Module):
         return self.weight_grid.bits
 
     def quantized_input(self, activations: Tensor) -> Tensor:
-        """The input as the layer sees it."""
+        """The input on its grid, or unchanged before calibration."""
         return self.input_grid.quantized(activations, step=self.input_step) if self.input_grid else activations
 
     def quantized_weight(self) -> Tensor:
-        """The weight as the layer uses it: a value of the grid each."""
+        """The weight that the layer computes with: every entry is a value of the grid."""
         if self.is_frozen:
             return self.weight
         if self.weight_step is not None:
@@ -216,7 +222,7 @@ class QuantizedLayer(nn.Module):
         return self.grid_now().quantized(self.weight)
 
     def grid_now(self) -> WeightGrid:
-        """The weight's grid: frozen, learnt, or taken from the weight as it is."""
+        """The weight's current grid: frozen, with learnt scales, or computed from the current weight."""
         if self.weight_step is not None:
             return replace(self.weight_grid, scale=as_scales(self.weight_step.detach()))
         if self.weight_shares is None:
@@ -226,7 +232,7 @@ class QuantizedLayer(nn.Module):
         return WeightGrid.covering(low, high, bits=self.weight_bits, symmetric=self.weight_grid.symmetric)
 
     def learn_steps(self) -> None:
-        """Make the scales of weight and input parameters that start where they are (LSQ, Esser et al. 2020)."""
+        """Turn the scales of weight and input into parameters with their current values (LSQ, Esser et al. 2020)."""
         self.weight_grid, self.weight_shares = self.grid_now(), None
         self.weight_step = nn.Parameter(self.weight_grid.scale.clone())
         if self.input_grid is not None:
@@ -234,12 +240,12 @@ class QuantizedLayer(nn.Module):
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the weight is integers on a fixed grid already."""
+        """Whether the weight already consists of integers on a fixed grid."""
         return self.weight_shares is None and self.weight_step is None
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Make weight and input grid what they are now, once and for all."""
+        """Fix the weight and both grids permanently at their current values."""
         if self.input_grid is not None and self.input_step is not None:
             self.input_grid = self.input_grid.with_step(self.input_step)
         if not self.is_frozen:
@@ -251,8 +257,8 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def set_integer_weight(self, integers: Tensor, grid: WeightGrid) -> None:
         """Freeze the weight at the `integers` (of the weight's shape) on `grid`."""
-        # The only place where the product is formed, and in one memory layout:
-        # so the frozen network and the loaded one agree to the bit.
+        # The product is computed only here, and in one memory layout: so the frozen network and the network
+        # loaded from its file agree to the bit.
         grid = grid.to(self.weight.device)
         weight = grid.weight(integers.to(self.weight.device).contiguous())
         self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
@@ -260,9 +266,9 @@ class QuantizedLayer(nn.Module):
 
     @torch.no_grad()
     def round_bias(self) -> None:
-        """Make the bias of a frozen layer integers of 32 bits times both scales: integer kernels add it to their sums.
+        """Round the bias of a frozen layer to 32-bit integers times both scales: integer kernels add it to their sums.
 
-        Where these bits do not suffice, the channel's scale grows: a dead channel has a bias and next to no weights.
+        Where 32 bits do not suffice, the channel's scale is raised: a dead channel has a bias and weights near zero.
         """
         if (bias := self._bias()) is None or self.input_grid is None:
             return
@@ -274,7 +280,7 @@ class QuantizedLayer(nn.Module):
         bias.copy_(self.integer_bias() * self.bias_scale())
 
     def integer_bias(self) -> Tensor:
-        """The integers `(out_channels,)` of the bias, in float64, that times `bias_scale` are the bias."""
+        """The integers `(out_channels,)` of the bias, in float64: bias = integers · `bias_scale`."""
         bias = self._bias()
         assert bias is not None
         return (bias.detach() / self.bias_scale()).round()
@@ -288,21 +294,24 @@ class QuantizedLayer(nn.Module):
         return dict(self.named_parameters(recurse=False)).get("bias")
 
     def integer_weight(self) -> tuple[Tensor, WeightGrid]:
-        """The integers (the weight's shape; int8, or uint8 where asymmetric) of a frozen weight, and their grid."""
+        """The integers (the weight's shape; int8, or uint8 where asymmetric) of a frozen weight, and their grid.
+
+        Raises `ValueError` if the weight is not frozen.
+        """
         if not self.is_frozen:
             raise ValueError("a weight has lasting integers only once it is frozen")
         grid, weight = self.weight_grid, self.weight.detach()
         return grid.nearest(weight / per_channel(grid.scale, weight)), grid
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Let the grid follow the layer to another device."""
+        """Move the grid to the layer's device, too."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
         self.weight_grid = self.weight_grid.to(self.weight.device)
         return self
 
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
-    """`nn.Conv2d` with few-bit weights and input; a state dict of one fits the other."""
+    """`nn.Conv2d` with few-bit weights and input; their state dicts are interchangeable."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Features of `input` `(N, C, H, W)`."""
@@ -311,7 +320,7 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
-    """`nn.Linear` with few-bit weights and input; a state dict of one fits the other."""
+    """`nn.Linear` with few-bit weights and input; their state dicts are interchangeable."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Features of `input` `(N, ..., in_features)`."""
@@ -319,11 +328,11 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
 
 class TensorGrid(nn.Module):
-    """The grid of one tensor inside a network that is its graph (see `tensor_grids`).
+    """The grid of one tensor inside a network that is an FX graph (see `models/tensor_grids.py`).
 
-    All of one `group` have the same grid, whose range is that of the tensors with `bounds`: they are made here, and
-    an activation function keeps them inside; None where values are only moved. The layers that it `feeds` have it as
-    their `input_grid`, too: what is on a grid stays what it is there.
+    All tensors of one `group` have the same grid. `bounds` are the limits within which an activation function keeps a
+    newly computed tensor; None for an operation that only moves values. The tensors with `bounds` set the grid's range.
+    The layers that the tensor `feeds` have the same grid as `input_grid`: to quantize twice changes nothing.
     """
 
     input_grid: InputGrid | None = None
@@ -334,7 +343,7 @@ class TensorGrid(nn.Module):
         self.group, self.bounds, self.feeds = group, bounds, tuple(feeds)
 
     def forward(self, activations: Tensor) -> Tensor:
-        """The tensor on its grid; itself until calibrated."""
+        """The tensor on its grid, or unchanged before calibration."""
         return self.input_grid.quantized(activations) if self.input_grid else activations
 
 
@@ -349,15 +358,15 @@ _PLAIN: Mapping[type[nn.Module], type[nn.Module]] = {
 
 
 def can_be_quantized(module: nn.Module) -> bool:
-    """Whether a module computes what a convolution or linear layer of torch does, whatever its class."""
+    """Whether a module computes exactly a convolution or linear layer of torch and is not quantized yet."""
     return not isinstance(module, QuantizedLayer) and plain_kind(module) is not None
 
 
 def quantizable_layers(network: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """The layers of these names.
 
-    Raises `BadInput` where a name is not that of a convolution or linear layer: a subclass of one may compute
-    something else in its forward, which we would silently replace.
+    Raises `BadInput` if a name is not that of a layer that computes exactly a convolution or linear layer: the forward
+    of a subclass may compute something else, which quantization would silently replace.
     """
     modules = dict(network.named_modules())
     layers = {}
@@ -377,11 +386,11 @@ def quantizable_layers(network: nn.Module, names: Iterable[str]) -> dict[str, nn
 def quantize_layers(
     network: nn.Module, layer_bits: Mapping[str, tuple[int, int]], *, asymmetric: Collection[int] = ()
 ) -> None:
-    """Turn the named layers into quantized ones, in place; `layer_bits` gives the bits of (weights, input) of each.
+    """Turn the named layers into quantized layers, in place; `layer_bits` has (weight bits, input bits) by name.
 
-    Weights of as many bits as `asymmetric` names get asymmetric grids, all others symmetric ones.
-    State-dict keys stay as they are. Input bits of 32 leave the activations in float.
-    Raises `BadInput` where a name is not that of a layer that can be quantized.
+    Weights whose bits are in `asymmetric` get asymmetric grids, all others get symmetric grids.
+    State-dict keys do not change. Input bits of 32 leave the activations in float.
+    Raises `BadInput` if a name is not that of a layer that can be quantized.
     """
     for name, layer in quantizable_layers(network, layer_bits).items():
         kind = plain_kind(layer)
@@ -392,14 +401,14 @@ def quantize_layers(
         layer.input_grid = None
         low = layer.weight.detach().flatten(1).amin(1)
         layer.weight_grid = WeightGrid.covering(low, -low, bits=bits, symmetric=bits not in asymmetric)
-        # A buffer, so that it moves with the layer; not a persistent one, so that state-dict keys stay.
+        # A buffer moves with the layer; it is not persistent, so that state-dict keys do not change.
         layer.register_buffer("weight_shares", torch.ones(2, len(low), device=low.device), persistent=False)
         for step in _STEPS:
             layer.register_parameter(step, None)
     for module in network.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and is_quantized(module):
-            # Without gradients it would compute with its layers' weights in one operation and not call the layers; it
-            # does so for these activation functions alone.
+            # Without gradients it would run one fused operation on its layers' weights and not call the layers; the
+            # fused operation exists only for ReLU and GELU, which this attribute reports.
             module.activation_relu_or_gelu = 0
 
 
@@ -409,7 +418,7 @@ def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def tensor_grids(network: nn.Module) -> dict[str, TensorGrid]:
-    """The grids of tensors inside the network, by the name of the operation they stand behind."""
+    """The grids of tensors inside the network, by the name of the operation whose output they quantize."""
     inside = getattr(network, TENSOR_GRIDS, None)
     grids = dict(inside.named_children()) if isinstance(inside, nn.Module) else {}
     return {name: grid for name, grid in grids.items() if isinstance(grid, TensorGrid)}
@@ -417,8 +426,10 @@ def tensor_grids(network: nn.Module) -> dict[str, TensorGrid]:
 
 @dataclass(frozen=True)
 class SharedGrid:
-    """An input grid of so many `bits`: what has it, and the modules whose inputs are its range, by name, with the
-    bounds that no input passes.
+    """An input grid of `bits` bits that one or several modules share.
+
+    `owners` are the modules that use the grid. The grid's range is that of the inputs of the modules `observed`, whose
+    names map to the bounds within which their inputs lie.
     """
 
     bits: int
@@ -427,7 +438,7 @@ class SharedGrid:
 
 
 def input_grids(network: nn.Module) -> list[SharedGrid]:
-    """The grids of all activations that are quantized: of layers, and of tensors that several operations share."""
+    """The grids of all quantized activations: of layers, and of tensors that several operations share."""
     layers, tensors = quantized_layers(network), tensor_grids(network)
     fed = {name for grid in tensors.values() for name in grid.feeds}
     groups: dict[str, SharedGrid] = {}
@@ -447,8 +458,9 @@ def is_quantized(network: nn.Module) -> bool:
 
 @contextmanager
 def in_float(network: nn.Module, *, but: str | None = None) -> Iterator[None]:
-    """Let the quantized layers of the network, `but` perhaps one, compute as the plain ones they were made of, and
-    leave all other tensors off their grids.
+    """Within this context, run the quantized layers of the network as plain float layers, except the layer `but`.
+
+    The grids of tensors inside the network are switched off, too.
     """
     layers = [layer for name, layer in quantized_layers(network).items() if name != but]
     quantizing = [*layers, *tensor_grids(network).values()]
@@ -463,7 +475,7 @@ def in_float(network: nn.Module, *, but: str | None = None) -> Iterator[None]:
 
 
 def dequantized(network: nn.Module) -> nn.Module:
-    """A copy in float, whose layers have the weights that the quantized ones compute with."""
+    """A float copy of the network; its plain layers have the weights that the quantized layers compute with."""
     twin = copy.deepcopy(network)
     freeze(twin)
     for layer in quantized_layers(twin).values():
@@ -476,7 +488,7 @@ def dequantized(network: nn.Module) -> nn.Module:
 
 
 def learn_steps(network: nn.Module) -> None:
-    """Make the scales of all quantized layers parameters, in place; the state dict has them until they are frozen."""
+    """Turn the scales of all quantized layers into parameters, in place; the state dict has them until `freeze`."""
     for layer in quantized_layers(network).values():
         layer.learn_steps()
 
@@ -484,7 +496,7 @@ def learn_steps(network: nn.Module) -> None:
 def freeze(network: nn.Module) -> None:
     """Replace every quantized layer's float weight by its integers times their scale, in place.
 
-    What is measured, packed and loaded afterwards is the same to the bit.
+    The network that is measured afterwards and the network that is packed and loaded are the same to the bit.
     """
     for layer in quantized_layers(network).values():
         layer.freeze()
@@ -496,17 +508,18 @@ def freeze(network: nn.Module) -> None:
 
 
 def largest_integer(bits: int) -> int:
-    """The largest magnitude of a weight's integers: the narrow range leaves −2^(bits − 1) unused."""
+    """The largest magnitude of a symmetric weight's integers: the narrow range leaves −2^(bits − 1) unused."""
     return (1 << (bits - 1)) - 1
 
 
 def on_learnt_grid(values: Tensor, step: Tensor, lowest: Any, highest: Any) -> Tensor:
-    """The nearest of the values lowest·step .. highest·step, differentiable in `values` and in `step`.
+    """The nearest grid value among lowest·step .. highest·step, differentiable in `values` and in `step`.
 
-    `lowest` ≤ 0 ≤ `highest` are integers, or tensors of them that meet the values as `step` does.
-    Rounding passes gradients straight through; those of a step are divided by √(values that share it · the larger end),
-    so that it moves at the pace of the weights (LSQ, Esser et al. 2020, section 2.2). Of activations those of one image
-    count, so that the pace does not depend on the batch, nor on how it is shared out.
+    `lowest` ≤ 0 ≤ `highest` are integers, or integer tensors that broadcast over the values as `step` does.
+    Rounding passes gradients straight through. The gradient of a step is divided by √(number of values that share it ·
+    max(−lowest, highest)), so that steps change as fast as weights (LSQ, Esser et al. 2020, section 2.2). For
+    activations only the values of one image are counted, so that this scale depends neither on the batch size nor on
+    the number of processes that share a batch.
     """
     shared = values[0].numel() if step.dim() == 0 else values.numel() / step.numel()
     larger_end = torch.maximum(-lowest, highest) if isinstance(highest, Tensor) else max(-lowest, highest)
@@ -516,20 +529,20 @@ def on_learnt_grid(values: Tensor, step: Tensor, lowest: Any, highest: Any) -> T
 
 
 def _with_gradient(value: Tensor, gradient: Tensor) -> Tensor:
-    """`value` to the bit, with the gradient of another tensor."""
+    """`value`, to the bit, with the gradient of the tensor `gradient`."""
     return value.detach() + (gradient - gradient.detach())
 
 
 def as_scales(values: Tensor) -> Tensor:
-    """The values in fp32, none so small that its reciprocal is not finite."""
+    """The values in fp32, raised where they are too small to have a finite reciprocal."""
     return values.float().clamp_min(_SMALLEST_SCALE)
 
 
 def _as_scale(value: float) -> float:
-    """The nearest fp32 number that is a scale."""
+    """The value in fp32, raised where it is too small to have a finite reciprocal."""
     return max(torch.tensor(value, dtype=torch.float32).item(), _SMALLEST_SCALE)
 
 
 def per_channel(scale: Tensor, weight: Tensor) -> Tensor:
-    """One number per output channel, shaped to meet a weight."""
+    """One number per output channel, shaped to broadcast over `weight`."""
     return scale.view(-1, *[1] * (weight.dim() - 1))

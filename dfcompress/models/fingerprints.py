@@ -1,9 +1,9 @@
-"""Fingerprints: which of all of torchvision's and timm's architectures have the tensors of a file.
+"""Fingerprints: find the architectures of torchvision and timm that have the tensors of a file.
 
-`fingerprints.json` lists them, so that no network is built and no library imported to find the one that fits;
-`docs/index_architectures.py` makes it.
-One fingerprint of an architecture is of its tensors' names and shapes, another of their shapes in order.
-The number of classes and of input channels plays no part in either.
+`fingerprints.json` lists them, so that the fitting one is found without building networks or importing libraries;
+`docs/index_architectures.py` writes it.
+An architecture has two fingerprints: one of its tensors' names and shapes, one of their shapes in order.
+Both are independent of the numbers of classes and input channels.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 FILE = Path(__file__).with_suffix(".json")
-# 40 bits: that a network which is not listed has a listed fingerprint has a chance of 1 in 10^9.
+# Hexadecimal digits, 40 bits: a network that is not listed has a listed fingerprint with a chance of 1 in 10^9.
 DIGITS = 10
 
-# What torch's own wrappers put between the parts of a name.
+# The parts that torch's own wrappers insert into names.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-# Architectures that compute the same, the most usual name first.
+# Names of architectures that compute the same, the default name first.
 Twins = tuple[str, ...]
 Shape = Sequence[int]
 
 
 class Index(NamedTuple):
-    """What is listed.
+    """The index of all listed architectures.
 
-    `versions` are those of the libraries when the index was made. `heads` are the tensors that depend on the number of
-    classes, `stems` those that depend on the channels of the images, of one architecture each. `by_names` and
-    `by_order` give the architectures of a fingerprint, those that compute the same together.
+    `versions` are the versions of the libraries when the index was made. Each entry of `heads` has the names of the
+    tensors of an architecture that depend on the number of classes, each entry of `stems` those that depend on the
+    number of image channels. `by_names` and `by_order` map a fingerprint to its architectures, grouped by what they
+    compute.
     """
 
     versions: dict[str, str]
@@ -57,12 +58,12 @@ def index() -> Index:
 
 
 def unwrapped(name: str) -> str:
-    """A tensor's name without what wrappers put into it."""
+    """A tensor's name without the parts of wrappers."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def of_names(shapes: Mapping[str, Shape], head: Collection[str], stem: Collection[str]) -> str:
-    """The fingerprint of tensors by name, but for the head's, and for the channels that go into the stem."""
+    """The fingerprint of tensors by name, without the head's tensors and the stem's number of input channels."""
     lines = (
         f"{name} {_text(shape, free=1 if name in stem else None)}"
         for name, shape in sorted(shapes.items())
@@ -72,8 +73,10 @@ def of_names(shapes: Mapping[str, Shape], head: Collection[str], stem: Collectio
 
 
 def of_order(shapes: Sequence[Shape]) -> str:
-    """The fingerprint of shapes in order. The first of four dimensions is taken for the stem's, the last of two or more
-    and all behind it for the head's.
+    """The fingerprint of shapes in order.
+
+    The first shape of four dimensions is taken for the stem's; the last shape of two dimensions or more and all shapes
+    after it are taken for the head's.
     """
     stem = next((place for place, shape in enumerate(shapes) if len(shape) == 4), None)
     head = max((place for place, shape in enumerate(shapes) if len(shape) >= 2), default=0)
@@ -83,7 +86,7 @@ def of_order(shapes: Sequence[Shape]) -> str:
 
 
 def fitting_names(shapes: Mapping[str, Shape]) -> list[Twins]:
-    """The architectures that have these tensors, with or without a head, all of them under their own names."""
+    """The architectures that have exactly these tensors under the same names, with or without a head."""
     listed = index()
     found: list[Twins] = []
     for stem in [each for each in listed.stems if shapes.keys() >= {*each}]:

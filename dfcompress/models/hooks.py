@@ -1,14 +1,14 @@
-"""Functions that see what passes through some modules of a network: the one place that registers hooks.
+"""Functions that observe the inputs and outputs of modules of a network: only this file registers hooks.
 
     with hooked_inputs(network, ["layer1.0"], lambda name, features: print(name, features.mean())):
         network(images)
     with kept_outputs(network, ["conv1", "fc"], outputs.__setitem__):
         network(images)                                       # outputs["conv1"] stays what it was
 
-A hook is shown the network's own tensor. An in-place layer behind the hooked module, or the module itself where it
-works on its input, writes into that tensor later: what a hook computes at once is right, and what shall outlast the
-hook must be a copy. So an input is always seen before its module runs, and `kept_outputs` hands out copies.
-Hooks are called by name, because names survive a copy of the network; they must be there before it is compiled.
+A hook receives the network's own tensor. An in-place layer after the hooked module, or the hooked module itself if it
+works in place, overwrites that tensor later: a hook may compute with the tensor at once, but must copy values that are
+used afterwards. So input hooks run before their module, and `kept_outputs` passes copies.
+Hooks get the module's name, because names survive a copy of the network; register them before the network is compiled.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Call = Callable[[Any], Any]
 
 
 def hook_inputs(network: nn.Module, names: Iterable[str], hook: Hook) -> list[RemovableHandle]:
-    """Call `hook(name, input)` before a named module runs; a value that it returns takes the input's place.
+    """Call `hook(name, input)` before a named module runs; a value that the hook returns replaces the input.
 
-    The input is the module's first argument, by position or by keyword. For the life of the network, or until the
-    handles are removed.
+    The input is the module's first argument, by position or by keyword. The hooks stay for the life of the network, or
+    until the returned handles are removed.
     """
 
     def before(name: str) -> Callable[..., tuple[Any, Any] | None]:
@@ -50,9 +50,9 @@ def hook_inputs(network: nn.Module, names: Iterable[str], hook: Hook) -> list[Re
 
 
 def hook_outputs(network: nn.Module, names: Iterable[str], hook: Hook) -> list[RemovableHandle]:
-    """Call `hook(name, output)` after a named module has run; a value that it returns takes the output's place.
+    """Call `hook(name, output)` after a named module has run; a value that the hook returns replaces the output.
 
-    For the life of the network, or until the handles are removed.
+    The hooks stay for the life of the network, or until the returned handles are removed.
     """
 
     def after(name: str) -> Callable[..., Any]:
@@ -68,7 +68,7 @@ def keep_outputs(
     """Call `keep(name, copy)` after a named module has run, with a copy of its output that nothing changes later.
 
     The copy has the type `dtype`, by default the output's, and carries gradients.
-    For the life of the network, or until the handles are removed.
+    The hooks stay for the life of the network, or until the returned handles are removed.
     """
 
     def copied(name: str, output: Tensor) -> None:
@@ -79,14 +79,14 @@ def keep_outputs(
 
 @contextmanager
 def hooked_inputs(network: nn.Module, names: Iterable[str], hook: Hook) -> Iterator[None]:
-    """`hook_inputs` for the time of a context."""
+    """`hook_inputs` within this context."""
     with _removed(hook_inputs(network, names, hook)):
         yield
 
 
 @contextmanager
 def hooked_outputs(network: nn.Module, names: Iterable[str], hook: Hook) -> Iterator[None]:
-    """`hook_outputs` for the time of a context."""
+    """`hook_outputs` within this context."""
     with _removed(hook_outputs(network, names, hook)):
         yield
 
@@ -95,7 +95,7 @@ def hooked_outputs(network: nn.Module, names: Iterable[str], hook: Hook) -> Iter
 def kept_outputs(
     network: nn.Module, names: Iterable[str], keep: Callable[[str, Tensor], object], *, dtype: torch.dtype | None = None
 ) -> Iterator[None]:
-    """`keep_outputs` for the time of a context."""
+    """`keep_outputs` within this context."""
     with _removed(keep_outputs(network, names, keep, dtype=dtype)):
         yield
 
@@ -104,10 +104,10 @@ def kept_outputs(
 def hooked_calls(
     network: nn.Module, names: Iterable[str], hook: Callable[[str, Call, Any, Any], object]
 ) -> Iterator[None]:
-    """Call `hook(name, call, input, output)` after a named module has run inside: `call(features)` runs it once more,
-    the same way but with other features as its first argument. No hook is called meanwhile.
+    """Within this context, call `hook(name, call, input, output)` after a named module has run.
 
-    A module that was given its first argument by keyword is left out.
+    `call(features)` runs the module again with `features` as its first argument and the other arguments unchanged; no
+    hook of this context is called then. A module that receives its first argument by keyword is left out.
     """
     calling = False
 
@@ -131,8 +131,9 @@ def hooked_calls(
 
 @contextmanager
 def counted_runs(network: nn.Module, names: Iterable[str]) -> Iterator[Counter[str]]:
-    """How often each named module runs inside with one tensor in and one out, in the order of the first runs; other
-    runs count as many.
+    """Within this context, count the runs of each named module, in the order of the first runs.
+
+    A run with one tensor as its only argument and one tensor as output counts 1, every other run `MANY`.
     """
     runs: Counter[str] = Counter()
 

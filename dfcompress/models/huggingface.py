@@ -1,9 +1,9 @@
 """Folders of Hugging Face's transformers: `config.json`, weights, and `preprocessor_config.json`, as `save_pretrained`
 writes them.
 
-transformers builds the network from its own classes, and its image processor is asked what it makes of three images.
-Code in a folder is never run, no other file is opened, and nothing is fetched: only classifiers and their processors
-are built, from values that cannot ask for that.
+transformers builds the network from its own classes, and its image processor is run on three images to find the
+normalisation. Code in a folder is never run, no other file is opened, and nothing is fetched: only classifiers and
+their processors are built, from config values that cannot cause any of this.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from dfcompress.models.safe_reading import CONFIG, read_json
 
 TRANSFORMERS = "transformers:"
 PREPROCESSOR = "preprocessor_config.json"
-# Hands values of its config to timm.create_model, which opens any file and downloads.
+# The model type that passes config values to timm.create_model, which can open any file and download.
 WRAPPER = "timm_wrapper"
-# What a config says of how to build and where to find things, and not of the network: transformers would open files,
-# download, or run code of the hub. A config inside of another has a `model_type`, too, which may be the wrapper's.
+# Config values that do not describe the network but how to build it and where to find files: with them transformers
+# would open files, download, or run code from the hub. A nested config has a `model_type`, too, possibly `WRAPPER`.
 DROPPED = {
     *("auto_map", "custom_pipelines", "dtype", "torch_dtype", "quantization_config", "name_or_path", "_name_or_path"),
     *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
@@ -36,20 +36,21 @@ DROPPED = {
     *("model_type", "model_args"),
 }
 UNNAMED = "LABEL_"
-# A square image that every usual processor makes smaller.
+# Side in pixels of a square image that every known processor makes smaller.
 PROBED = 640
 
 
 def is_of_transformers(path: Path) -> bool:
-    """Whether a folder's config is one of transformers, and of no timm model inside it."""
+    """Whether a folder's config is one of transformers (timm's states an `architecture`)."""
     config = read_json(path / CONFIG) if path.is_dir() else {}
     return "model_type" in config and "architecture" not in config
 
 
 def card_of(path: Path) -> dict[str, Any]:
-    """What a folder states of its model: the fields of a card, as far as they are known.
+    """The fields of a model card that a folder states, as far as they are known.
 
-    Raises `BadInput` where transformers is not installed or does not know the model, and where it is no classifier.
+    Raises `BadInput` if transformers is not installed or does not know the model, or if the model is no image
+    classifier.
     """
     config = read_json(path / CONFIG)
     kinds = config.get("architectures") or []
@@ -70,7 +71,7 @@ def card_of(path: Path) -> dict[str, Any]:
 
 
 def _of_processor(path: Path) -> dict[str, Any]:
-    """Input size, mean and std by what the image processor does, empty where there is none."""
+    """Input size, mean and std, measured on the image processor's outputs; empty if the folder has no processor."""
     if not (path / PREPROCESSOR).is_file():
         return {}
     black, white, red = _processed(path)
@@ -78,13 +79,13 @@ def _of_processor(path: Path) -> dict[str, Any]:
     mean = -black.mean((1, 2)) * std
     if _are_turned(black, white, red):
         mean, std = mean.flip(0), std.flip(0)
-    # Six digits, so that fp32 makes 0.485 of 0.48500003; adding 0 makes 0 of -0.
+    # Six digits, so that the fp32 value 0.48500003 becomes 0.485; adding 0 turns -0 into 0.
     mean, std = (tuple(round(value, 6) + 0 for value in values.tolist()) for values in (mean, std))
     return {"input_size": tuple(black.shape), "mean": mean, "std": std}
 
 
 def architecture_of(name: str, config: Mapping[str, Any] | None) -> Architecture:
-    """The architecture that transformers builds from a config."""
+    """The architecture that transformers builds from a config; raises `BadInput` if there is no config."""
     if not config:
         raise BadInput(
             f"{name} has no config that it could be built from.", "Name the folder that save_pretrained wrote."
@@ -93,9 +94,10 @@ def architecture_of(name: str, config: Mapping[str, Any] | None) -> Architecture
 
 
 def take_rgb(classifier: Classifier, path: Path) -> None:
-    """Let the network take images whose channels are red, green and blue, where its folder turns them round.
+    """If the folder's processor passes BGR images, change the network, in place, so that it takes RGB images.
 
-    The first convolution's weight is turned instead. Raises `BadInput` where the network's first layer is none.
+    The input channels of the first convolution's weight are reversed. Raises `BadInput` if the first layer is not a
+    convolution on the image's channels.
     """
     if not (path / PREPROCESSOR).is_file() or not _are_turned(*_processed(path)):
         return
@@ -126,7 +128,7 @@ def _make(name: str, values: Mapping[str, Any], classes: int, channels: int) -> 
 
 
 def _config(values: Mapping[str, Any], where: str) -> Any:
-    """transformers' own object for the values of a config.json; raises `BadInput` where it is of no classifier."""
+    """transformers' own object for the values of a config.json; raises `BadInput` if it is not a classifier's."""
     transformers = _transformers(where)
     try:
         kind = values["model_type"]
@@ -147,7 +149,7 @@ def _config(values: Mapping[str, Any], where: str) -> Any:
 
 
 def _kept(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config says of the network, and the configs inside of it likewise."""
+    """The values of a config, nested configs included, that describe the network."""
     return {
         name: _kept(value) if isinstance(value, Mapping) else value
         for name, value in values.items()
@@ -156,7 +158,7 @@ def _kept(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _processed(path: Path) -> Tensor:
-    """What the folder's image processor makes of a black, a white and a red image, `(3, C, H, W)`."""
+    """The outputs `(3, C, H, W)` of the folder's image processor for a black, a white and a red image."""
     colours = torch.tensor([[0, 0, 0], [255, 255, 255], [255, 0, 0]], dtype=torch.uint8)
     images = [colour.view(3, 1, 1).expand(3, PROBED, PROBED).contiguous().numpy() for colour in colours]
     values, kind = read_json(path / PREPROCESSOR), str(read_json(path / CONFIG)["model_type"])
@@ -170,8 +172,10 @@ def _processed(path: Path) -> Tensor:
 
 
 def _processor_class(values: Mapping[str, Any], kind: str) -> Any:
-    """The class that a processor's values name, or that is usual for models of a kind; raises `ValueError` where it is
-    not one of a classifier. AutoImageProcessor would take any class of transformers, models and downloads included.
+    """The image processor class that the values name, else the default class for models of this kind.
+
+    Raises `ValueError` if it is not an image processor of a classifier. AutoImageProcessor is not used because it would
+    accept any class of transformers, including models and downloads.
     """
     auto = import_module("transformers.models.auto.image_processing_auto")
     models = import_module("transformers.models.auto.modeling_auto").MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
@@ -189,7 +193,7 @@ def _processor_class(values: Mapping[str, Any], kind: str) -> Any:
 
 
 def _are_turned(black: Tensor, white: Tensor, red: Tensor) -> bool:
-    """Whether a processor hands blue over first: its red image is then black in the first channel."""
+    """Whether a processor returns BGR: the first channel of its red image is then that of a black image."""
     return bool((red[0] - black[0]).abs().max() < (red[0] - white[0]).abs().max())
 
 

@@ -1,4 +1,4 @@
-"""The layers of a network that have weights, and where their outputs have channels."""
+"""The layers of a network that have weights, and the channel axis of their outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def weighted_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def last_weighted_layer(classifier: Classifier) -> str:
-    """The name of the weighted layer that runs last in a pass: the classifier of a usual network."""
+    """The name of the weighted layer that runs last in a pass: in most networks the final linear layer."""
     ran: list[str] = []
     layers = weighted_layers(classifier.network)
     with hooked_outputs(classifier.network, layers, lambda name, output: ran.append(name)):
@@ -26,10 +26,10 @@ def last_weighted_layer(classifier: Classifier) -> str:
 
 
 def channels_of(layer: nn.Module) -> int:
-    """How many channels a weighted layer's output has."""
+    """The number of channels of a weighted layer's output; 0 for other layers."""
     return int(getattr(layer, "out_channels", 0) or getattr(layer, "out_features", 0))
 
 
 def channel_axis(layer: nn.Module) -> int:
-    """Where a layer's output has its channels: last behind a linear layer, else second."""
+    """The channel axis of a layer's output: -1 for a linear layer, else 1."""
     return -1 if isinstance(layer, nn.Linear) else 1

@@ -1,20 +1,20 @@
-"""A quantized network as few bytes: integers at their true width, and back to the same network, bit for bit.
+"""A quantized network packed into few bytes, each integer at its true width, and unpacked again bit for bit.
 
-Of each quantized layer the file holds `<layer>.weight_packed` (uint8, see `pack_integers`) in place of
-`<layer>.weight`; the scales of all (fp32, one per output channel) are one tensor, `quantization.scales`, layer after
-layer: a safetensors file spends a hundred bytes on every tensor. So are the zero points (uint8, one per output channel)
-of the layers whose weights are asymmetric, `quantization.zero_points`. Every other tensor stays as it is.
-Bits and input grids are plain JSON values beside them, whose numbers are the fp32 values exactly:
+For each quantized layer the file holds `<layer>.weight_packed` (uint8, see `pack_integers`) instead of
+`<layer>.weight`. The scales of all layers (fp32, one per output channel) are concatenated in one tensor,
+`quantization.scales`, because a safetensors file spends a hundred bytes on every tensor. So are the zero points (uint8,
+one per output channel) of the layers with asymmetric weights: `quantization.zero_points`. Other tensors are unchanged.
+Bits and input grids are plain JSON values in the file, whose numbers are exactly the fp32 values:
 
     {"version": 2, "layers": {"conv1": {"bits": "8w8a", "scale": 0.02, "zero_point": 117}, ...}}
 
-`scale` and `zero_point` are those of the input: both are absent where the activations stay in float, the latter where
-it is 0. `"signed": true` stands beside them where the grid is a signed one. `"asymmetric": true` is of the weights, and
-makes the version 3: files without are read by programs that know no zero points of weights.
+`scale` and `zero_point` describe the input grid: both are absent if the activations stay in float, `zero_point` also
+if it is 0. `"signed": true` marks a signed input grid. `"asymmetric": true` marks asymmetric weights and makes the file
+version 3: programs that do not know zero points of weights can read only files of version 2.
 
-Of a network with grids on all tensors (`tensor_grids`), `"tensors": {"relu": {"scale": 0.02, "zero_point": 3}, ...}`
-has the grids, by the operation they stand behind, and makes the version 4. A layer that one of them feeds has neither
-scale nor zero point of its own. Convolutions hold the BatchNorms that were behind them.
+If the network has grids on all tensors (`tensor_grids`), `"tensors": {"relu": {"scale": 0.02, "zero_point": 3}, ...}`
+holds the grids by the operation whose output they quantize, and makes the file version 4. A layer that such a tensor
+feeds has no scale and zero point of its own. BatchNorms are folded into the convolutions before them.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from dfcompress.models.fake_quantizers import (
 )
 from dfcompress.models.safe_reading import without_counters
 
-SYMMETRIC, ASYMMETRIC = 2, 3  # Versions: whether zero points of weights may occur,
-WITH_TENSORS = 4  # or grids of tensors, too.
+SYMMETRIC, ASYMMETRIC = 2, 3  # Versions of the file: without and with zero points of weights,
+WITH_TENSORS = 4  # and with grids of tensors, too.
 SCALES, ZERO_POINTS = "quantization.scales", "quantization.zero_points"
 
 _BITS = re.compile(r"(\d{1,2})w(\d{1,2})a")
@@ -57,12 +57,12 @@ _Layout = dict[str, tuple[torch.dtype, list[int]]]
 
 
 def pack_integers(values: Tensor, bits: int) -> Tensor:
-    """Integers of −2^(bits − 1) .. 2^(bits − 1) − 1, or uint8 ones of 0 .. 2^bits − 1, as ceil(n · bits / 8) bytes
-    `(uint8)`, for 1 to 8 bits.
+    """Pack n integers into ceil(n · bits / 8) bytes (a uint8 tensor), for 1 to 8 bits.
 
-    Two's complement; value i takes bits i · bits and on of the stream, lowest first: at 4 bits this is
+    uint8 values must be in 0 .. 2^bits − 1, values of other types in −2^(bits − 1) .. 2^(bits − 1) − 1.
+    Two's complement; value i takes `bits` bits of the stream from bit i · bits on, lowest bit first: at 4 bits this is
     the layout of ONNX's INT4 and UINT4.
-    Raises `ValueError` where a value does not fit.
+    Raises `ValueError` if a value does not fit.
     """
     low = 0 if values.dtype == torch.uint8 else -(2 ** (bits - 1))
     high = low + 2**bits - 1
@@ -74,28 +74,28 @@ def pack_integers(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_integers(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool = True) -> Tensor:
-    """The integers of this `shape` that `pack_integers` packed, int8, or uint8 where they are not `signed`.
+    """The integers of this `shape` that `pack_integers` packed; int8 if `signed`, else uint8.
 
-    Raises `ValueError` where the number of bytes is not the one that `shape` needs.
+    Raises `ValueError` if `packed` does not have the number of bytes that `shape` needs.
     """
     count = prod(shape)
     if packed.numel() != packed_bytes(count, bits):
         raise ValueError(f"{count} values of {bits} bits take {packed_bytes(count, bits)} bytes, not {packed.numel()}")
     stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
-    # The value's bits go to the top of its byte; shifting them down again drags the sign along, where there is one.
+    # The value's bits go to the top of a byte; the shift down then extends the sign of an int8.
     at_top = np.packbits(stream[:, ::-1], axis=1).reshape(count).view(np.int8 if signed else np.uint8)
     return torch.from_numpy(at_top >> (8 - bits)).reshape(shape)
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """How many bytes `count` integers take."""
+    """The number of bytes that `count` integers of `bits` bits take."""
     return -(-count * bits // 8)
 
 
 def pack_network(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (contiguous, on the CPU) and the JSON values that `unpack_network` makes the same network of.
+    """The tensors (contiguous, on the CPU) and the JSON values from which `unpack_network` makes the same network.
 
-    `network` is quantized, calibrated and frozen; `ValueError` where it is not.
+    `network` is quantized. Raises `ValueError` if it is not calibrated and frozen.
     """
     layers = quantized_layers(network)
     tensors, grids = without_counters(network.state_dict()), []
@@ -108,7 +108,7 @@ def pack_network(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
     zero_points = [grid.zero_point for grid in grids if not grid.symmetric]
     if zero_points:
         tensors[ZERO_POINTS] = torch.cat(zero_points).to(torch.uint8)
-    # Clones, because safetensors stores no two tensors that share memory.
+    # Clones, because safetensors refuses tensors that share memory.
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     grids_of_tensors = tensor_grids(network)
     fed = {name for grid in grids_of_tensors.values() for name in grid.feeds}
@@ -140,21 +140,21 @@ def _described_grid(of: str, grid: InputGrid | None) -> dict[str, Any]:
 
 
 def is_graph(quantization: object) -> bool:
-    """Whether these JSON values are of a network with grids on all tensors."""
+    """Whether these JSON values describe a network with grids on all tensors."""
     return isinstance(quantization, dict) and quantization.get("version") == WITH_TENSORS
 
 
 def layers_in(quantization: object) -> list[str]:
-    """The names of the quantized layers; raises `BadInput` as `unpack_network` does."""
+    """The names of the quantized layers; raises `BadInput` if the JSON values are not valid."""
     return list(_parsed(quantization))
 
 
 def unpack_network(network: nn.Module, tensors: Mapping[str, Tensor], quantization: object) -> None:
-    """Make `network`, fresh and in float, the quantized and frozen one that `pack_network` was given; where that had
-    grids on all tensors, so has this one, at the same places.
+    """Turn `network`, a new float network, into the quantized and frozen network that `pack_network` was given.
 
-    Raises `BadInput`, and leaves the network as it was, where the tensors or the JSON values are not what
-    `pack_network` writes for this architecture.
+    If that network had grids on all tensors, `network` must have `TensorGrid`s at the same places.
+    Raises `BadInput`, and leaves the network unchanged, if the tensors or the JSON values are not what `pack_network`
+    writes for this architecture.
     """
     layers, by_tensor = _parsed(quantization), _parsed_tensors(quantization)
     _check_places(network, by_tensor, layers)
@@ -198,7 +198,7 @@ def _parsed_tensors(values: object) -> dict[str, InputGrid]:
 
 
 def _check_places(network: nn.Module, by_tensor: Mapping[str, InputGrid], layers: Mapping[str, _PackedLayer]) -> None:
-    """Raise `BadInput` where the graph of the network has other places for grids than the file."""
+    """Raise `BadInput` if network and file have grids at different tensors, or a layer lacks its input grid."""
     places = tensor_grids(network)
     fed = {name for grid in places.values() for name in grid.feeds}
     for name, layer in layers.items():
@@ -237,17 +237,17 @@ def _parsed_grid(of: str, values: Mapping[str, Any], bits: int) -> InputGrid:
         raise _damaged(f"{of} has scale {scale!r}")
     if type(signed) is not bool:
         raise _damaged(f"{of} has signed {signed!r}")
-    # The type: JSON's true is an int to isinstance.
+    # `type`, because isinstance takes JSON's true for an int.
     if type(zero_point) is not int or zero_point not in range(1 if signed else 2**bits):
         raise _damaged(f"{of} has zero_point {zero_point!r}")
     return InputGrid(bits=bits, scale=scale, zero_point=zero_point, signed=signed)
 
 
 def _expected_tensors(network: nn.Module, layers: Mapping[str, _PackedLayer]) -> _Layout:
-    """Type and shape of every tensor that a file of this network and these layers holds."""
+    """Type and shape of every tensor in a file of this network with these quantized layers."""
     state = without_counters(network.state_dict())
     expected = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in state.items()}
-    channels = {True: 0, False: 0}  # By whether they are symmetric.
+    channels = {True: 0, False: 0}  # Keyed by whether the grid is symmetric.
     for name in quantizable_layers(network, layers):
         _, shape = expected.pop(f"{name}.weight")
         expected[f"{name}.weight_packed"] = torch.uint8, [packed_bytes(prod(shape), layers[name].weight_bits)]
@@ -280,7 +280,7 @@ def _unpacked_integers(network: nn.Module, name: str, tensors: Mapping[str, Tens
 def _unpacked_grids(
     tensors: Mapping[str, Tensor], layers: Mapping[str, _PackedLayer], channels: Mapping[str, int]
 ) -> dict[str, WeightGrid]:
-    """The grids of the layers, of so many output `channels` each."""
+    """The weight grids of the layers; `channels` has their numbers of output channels."""
     if not ((tensors[SCALES] >= _FP32.tiny) & tensors[SCALES].isfinite()).all():
         raise _damaged(f"tensor {SCALES!r} holds values that are no scale")
     scales = iter(tensors[SCALES].split(list(channels.values())))

@@ -1,12 +1,12 @@
-"""Patch features: what the blocks of a network that mix positions give, as one vector for each patch of the image.
+"""Patch features: outputs of the blocks of a network that mix positions, as one vector for each image patch.
 
     blocks = patch_blocks(classifier)              # a vision transformer's attention modules, by what they do
     blocks[0].features(output)                     # (N, patches, channels)
 
-A block takes and gives features of one shape: tokens `(N, tokens, channels)`, or maps `(N, height, width, channels)` or
-`(N, channels, height, width)`. It mixes positions: what it gives at one of them depends on what it takes at others.
-Of blocks inside of blocks the innermost counts: in timm's ViT and DeiT the attention, and in Swin (whose attention sees
-windows as if they were images) and ConvNeXt (which has none) the whole block.
+A block has inputs and outputs of the same shape: tokens `(N, tokens, channels)`, or maps `(N, height, width, channels)`
+or `(N, channels, height, width)`. It mixes positions: its output at one position depends on its input at others.
+Of nested blocks only the innermost counts: in timm's ViT and DeiT the attention; in Swin (whose attention takes windows
+as if they were images) and ConvNeXt (which has no attention) the whole block.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from dfcompress.models.classifier import Classifier, pass_once
 from dfcompress.models.hooks import Call, hooked_calls
 from dfcompress.randomness import generator
 
-# As many patches a side as ViT and DeiT have at 224 pixels; Swin and ConvNeXt begin with 56, whose 3,136² similarities
-# of an image are 39 MB a block.
+# The greatest number of patches per side: 14 as in ViT and DeiT at 224 pixels. Swin and ConvNeXt begin with 56 per
+# side, whose 3,136² similarities per image are 39 MB per block.
 SIDE = 14
-FEWEST = 4  # Patches: 3 of them have 3 similarities, which is no distribution.
+FEWEST = 4  # Least number of patches: 3 patches have only 3 similarities, which is no distribution.
 
 
 @dataclass(frozen=True)
 class PatchBlock:
-    """A block's name, and where its output has the patches: behind `prefix` tokens (class tokens, registers) it is a
-    map of `height` × `width`, with the channels in the axis `channels`.
+    """A block's `name` and the layout of its output.
+
+    After `prefix` tokens (class tokens, registers) the output is a map of `height` × `width` patches; `channels` is the
+    axis of the channels.
     """
 
     name: str
@@ -44,8 +46,10 @@ class PatchBlock:
     prefix: int = 0
 
     def features(self, output: Tensor) -> Tensor:
-        """Patch features `(N, patches, channels)` of the block's output: of more than 14 × 14 patches the mean over
-        whole squares of them, so that at least 8 a side are left; what does not fill a square is cut off.
+        """Patch features `(N, patches, channels)` of the block's output.
+
+        With more than 14 patches on a side, squares of patches are averaged so that at most 14 are left on each side;
+        incomplete squares at the border are cut off.
         """
         positions = output[:, self.prefix :].unflatten(1, (self.height, self.width)) if output.dim() == 3 else output
         maps = positions.movedim(self.channels, 1)
@@ -54,9 +58,9 @@ class PatchBlock:
 
 
 def patch_blocks(classifier: Classifier) -> list[PatchBlock]:
-    """The blocks of a network that mix positions, in the order of one forward pass; none where it has no such blocks.
+    """The blocks of a network that mix positions, in the order of one forward pass.
 
-    Blocks that run several times, or with less than 4 patches, are none.
+    Blocks that run several times or have less than 4 patches do not count. Empty if the network has no such blocks.
     """
     modules = {name: module for name, module in classifier.network.named_modules() if name and [*module.children()]}
     size = classifier.card.input_size[1:]
@@ -82,7 +86,7 @@ def knows_patches_alone(classifier: Classifier) -> bool:
 
 
 def require_patches(classifier: Classifier) -> None:
-    """Raise `BadInput` where a network has no blocks that mix positions."""
+    """Raise `BadInput` if a network has no blocks that mix positions."""
     if not patch_blocks(classifier):
         raise BadInput(
             f"{classifier.name} has no blocks that mix patches, such as attention.",
@@ -91,12 +95,12 @@ def require_patches(classifier: Classifier) -> None:
 
 
 def _block(name: str, shape: torch.Size, size: tuple[int, int]) -> PatchBlock | None:
-    """Where one image's features of this shape have their patches."""
+    """The layout of one image's features of this `shape`; None if they are no tokens or map of 4 patches or more."""
     if len(shape) == 3 and shape[0] == 1:
         height, width = _grid(shape[1], size)
         block = PatchBlock(name, height, width, channels=-1, prefix=shape[1] - height * width)
     elif len(shape) == 4 and shape[0] == 1:
-        # The two axes beside each other that have the image's proportions; channels first where both have.
+        # The two neighbouring axes with the image's proportions are the spatial ones; in a tie, channels come first.
         first, last = (_elongation(shape[axis : axis + 2], size) for axis in (2, 1))
         height, width = shape[1:3] if last < first else shape[2:]
         block = PatchBlock(name, height, width, channels=-1 if last < first else 1)
@@ -106,7 +110,7 @@ def _block(name: str, shape: torch.Size, size: tuple[int, int]) -> PatchBlock | 
 
 
 def _grid(tokens: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the largest map in the proportions of images of `size` that so many tokens can be."""
+    """Height and width of the largest map of at most `tokens` tokens with the proportions of images of `size`."""
     height = 1
     while (height + 1) * _width(height + 1, size) <= tokens:
         height += 1
@@ -118,14 +122,14 @@ def _width(height: int, size: tuple[int, int]) -> int:
 
 
 def _elongation(sides: Sequence[int], size: tuple[int, int]) -> float:
-    """By what factor a map is longer or wider than images of `size`."""
+    """The factor, 1 or more, between the aspect ratio of a map and that of images of `size`."""
     ratio = sides[0] * size[1] / (sides[1] * size[0])
     return max(ratio, 1 / ratio)
 
 
 @torch.enable_grad()
 def _mixes(block: PatchBlock, call: Call, features: Tensor) -> bool:
-    """Whether what a block gives in the middle depends on what it takes elsewhere."""
+    """Whether a block's output at the middle position depends on its input at other positions."""
     taken = torch.randn(features.shape, generator=generator("patches")).to(features).requires_grad_(True)
     given = call(taken.clone())  # A copy, because a block may work in place.
     if not given.requires_grad:
@@ -134,7 +138,7 @@ def _mixes(block: PatchBlock, call: Call, features: Tensor) -> bool:
         middle: tuple[Any, ...] = (slice(None), block.prefix + block.height * block.width // 2)
     else:
         middle = (slice(None), *[slice(None)] * (block.channels == 1), block.height // 2, block.width // 2)
-    # Each channel with a weight of its own: the plain sum of what a LayerNorm gives is a constant.
+    # Each channel has its own random weight, because the plain sum of a LayerNorm's outputs is constant.
     value = (given[middle] * torch.randn(given[middle].shape, generator=generator("patches")).to(given)).sum()
     (gradient,) = torch.autograd.grad(value, taken, allow_unused=True)
     if gradient is None:

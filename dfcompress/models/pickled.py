@@ -1,14 +1,14 @@
-"""The tensors of a file that `torch.save` wrote, read as data: nothing that the file names is imported or called.
+"""Read the tensors of a file that `torch.save` wrote as data: nothing that the file names is imported or called.
 
-A pickle is a program for a small stack machine that is given classes and functions by name. Here the machine is given
-none: a name stays a `Name`, and whatever the file would make with it becomes an `Instance`, which only remembers what
-it was to be made of. The exceptions are the functions in `REBUILT`, all of this file: they describe a tensor
-(`StoredTensor`) that is built, with checked bounds, once the program has ended.
+A pickle is a program for a small stack machine that looks up classes and functions by name. Our machine looks up
+nothing: a name stays a `Name`, and the result of a call becomes an `Instance`, which only stores the name and the
+arguments of the call. The exceptions are the functions in `REBUILT`, which are harmless: most describe a tensor
+(`StoredTensor`), which is built, with checked bounds, after the program has ended.
 So paths, dates, numpy scalars, optimizers and configurations of any library do no harm beside a state dict, and a
 module of a known library is a tree of mappings.
 
-The program is refused where it asks for something that no weights need (`os.system`, say), although it would do nothing
-here: such a file was made to harm. Modules of classes that are not known are refused as well.
+A file is refused if its program names something that no weights need (`os.system`, say), although the name would do
+nothing here: such a file was made to harm. Modules of unknown classes are refused as well.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MODULES = (
     "timm.layers.",
     "dfcompress.models.",
 )
-# Of the standard library only what holds a value; everything else of it (os, subprocess, importlib, ...) acts.
+# The allowed names of the standard library: they hold values; all others (os, subprocess, importlib, ...) can act.
 VALUES = {
     "builtins": "bool bytearray bytes complex dict float frozenset getattr int list object range set slice str tuple "
     "type",
@@ -69,13 +69,13 @@ VALUES = {
     "uuid": "UUID",
     "zoneinfo": "ZoneInfo ZoneInfo._unpickle",
 }
-# Functions, and classes in lower case as functions are, that libraries call to restore a value of theirs.
+# Functions, and classes with lower-case names, that libraries call to restore their values.
 RESTORING = re.compile(
     r"numpy\.(dtype|ndarray|_?core\.multiarray\.(_reconstruct|scalar)|_?core\.numeric\._frombuffer"
     r"|random\._pickle\.__\w+_ctor|random\.\w+\.__pyx_unpickle_\w+)"
     r"|torch\.(device|serialization\._get_layout|storage\._load_from_bytes|_utils\._rebuild_\w+)"
 )
-# Operations of pickle that push plain values, put them into containers, or remember them.
+# Operations of pickle that push plain values, put them into containers, or memoize them.
 OPERATIONS = (
     "PROTO FRAME STOP MARK POP POP_MARK DUP PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET "
     "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
@@ -85,7 +85,7 @@ OPERATIONS = (
 )
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# How one element of a storage is kept; quantized ones as their integers, whose tensors are refused later.
+# The type of a storage's elements; quantized storages are read as integers, and their tensors are refused later.
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -108,9 +108,9 @@ STORAGES = {
 }
 DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
-# Arrays of numpy as they are pickled.
+# The functions that rebuild numpy's arrays from a pickle.
 ARRAY = re.compile(r"numpy\._?core\.(multiarray\._reconstruct|numeric\._frombuffer)")
-# The largest networks of timm have some thousand modules; shared ones count wherever they are, as in a state_dict.
+# The largest networks of timm have some thousand modules; a shared module counts at each place, as in a state_dict.
 MODULES_AT_MOST = 100_000
 
 AUTHOR = "Ask its author for the state_dict(), or for safetensors."
@@ -118,7 +118,7 @@ AGAIN = "Download it again."
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
-    """The state dict of a file that `torch.save` wrote: at its top, in a module, or under one of the usual keys.
+    """The state dict of a file that `torch.save` wrote: at its top level, in a module, or under a key of `NESTED`.
 
     Raises `BadInput` for damaged files, for programs and for files without a state dict.
     """
@@ -130,7 +130,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     except BadInput:
         raise
     except Exception as error:
-        # Whatever a parser trips over in foreign bytes, the file is what is wrong.
+        # Any error of a parser on foreign bytes means that the file is damaged.
         raise BadInput(f"{path} is cut short or damaged: {printable(first_line(error))}.", AGAIN) from None
 
 
@@ -139,13 +139,13 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Name:
-    """A class or function that a file names; nobody has looked whether it exists."""
+    """The name of a class or function in a file; it was never looked up."""
 
     text: str
 
 
 class Instance(dict[Any, Any]):
-    """What a file would have made by calling a name: the call, and what was to be put into the result."""
+    """The result of a call in a file, not executed: `name`, `arguments`, attributes (`state`) and items."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
@@ -158,14 +158,14 @@ class Instance(dict[Any, Any]):
         return self is other
 
     def append(self, value: object) -> None:
-        """Items of a list or deque of their own class are of no use here."""
+        """Ignore the item of a list or deque of a class of its own: it is not needed."""
 
     def extend(self, values: object) -> None:
-        """As `append`."""
+        """Ignore the items, as `append` does."""
 
 
 class Row(tuple[Any, ...]):
-    """A tuple of the file. Hashing nested tuples recurses in C, which a crafted file could crash Python with."""
+    """A tuple of the file, hashed by identity: a crafted file could crash Python by the hash of nested tuples."""
 
     __slots__ = ()
     __hash__ = object.__hash__
@@ -173,7 +173,7 @@ class Row(tuple[Any, ...]):
 
 @dataclass(frozen=True)
 class Storage:
-    """The numbers of one or several tensors; tensors of old files may see a part, from element `first` on."""
+    """The stored numbers of one or several tensors; in old files possibly a part, from element `first` on."""
 
     key: str
     dtype: torch.dtype
@@ -182,7 +182,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where the numbers of a tensor are, in elements of its storage; `foreign` says why it can have none."""
+    """A tensor's place in its storage, in elements; `foreign` is the reason why it has no storage, else empty."""
 
     storage: Storage | None
     offset: int = 0
@@ -201,7 +201,7 @@ def _tensor(storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[
 def _tensor_v2(
     storage: Storage, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, metadata: Any = None
 ) -> StoredTensor:
-    """As `torch._utils._rebuild_tensor_v2`; the metadata say that a tensor is to be conjugated or negated."""
+    """As `torch._utils._rebuild_tensor_v2`; `metadata` marks a tensor that is conjugated or negated lazily."""
     return StoredTensor(None, foreign="a lazy view") if metadata else _tensor(storage, offset, size, stride)
 
 
@@ -250,8 +250,8 @@ REBUILT: dict[str, Callable[..., Any]] = {
 class Machine(pickle._Unpickler):
     """Python's own unpickler without the operations that look up, call or change anything.
 
-    `programs` are the names it was asked for that no weights need, `carries_source` whether modules brought theirs,
-    `itemsizes` the bytes of an element of each storage.
+    `programs` are the names in the file that no weights need; `carries_source` is whether modules carry their source
+    code; `itemsizes` holds the bytes per element of each storage, by key.
     """
 
     stack: list[Any]
@@ -260,13 +260,13 @@ class Machine(pickle._Unpickler):
     }
 
     def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="latin1")  # strings of Python 2, which may be bytes
+        super().__init__(file, encoding="latin1")  # Strings of Python 2 may hold bytes.
         self.programs: set[str] = set()
         self.carries_source = False
         self.itemsizes: dict[str, int] = {}
 
     def find_class(self, module: str, name: str) -> Name:
-        """The name itself."""
+        """The `Name`, not looked up; recorded in `programs` if it is a name of the standard library that can act."""
         # Protocols before 3 write the names of Python 2: subprocess.Popen is stored as commands.Popen.
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         if module.split(".")[0] in sys.stdlib_module_names and name not in VALUES.get(module, "").split():
@@ -274,7 +274,10 @@ class Machine(pickle._Unpickler):
         return Name(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Storage | Name:
-        """The storage that a persistent id stands for; of a module of an old file, its class."""
+        """The storage of a persistent id, or the class for a module of an old file.
+
+        Raises `UnpicklingError` for other kinds of ids.
+        """
         kind, first, *rest = pid
         if kind == "module":
             self.carries_source = True
@@ -288,7 +291,7 @@ class Machine(pickle._Unpickler):
         return Storage(key, dtype, view[1] if view else 0)
 
     def load_reduce(self) -> None:
-        """A call. Whether a name is a function's or a class's shows in its first letter only."""
+        """A call. Unknown names in lower case are taken for functions and recorded in `programs`."""
         arguments, called = self.stack.pop(), self.stack[-1]
         text = called.text
         root, _, last = text.rpartition(".")
@@ -314,12 +317,12 @@ class Machine(pickle._Unpickler):
             self.stack[-1].state = state
 
     def load_tuple(self) -> None:
-        """Everything since the mark."""
+        """A tuple of all items since the mark."""
         items = self.pop_mark()  # type: ignore[attr-defined]
         self.append(Row(items))  # type: ignore[attr-defined]
 
     def load_tuple_of(self, count: int) -> None:
-        """The topmost items."""
+        """A tuple of the `count` topmost items."""
         self.stack[-count:] = [Row(self.stack[-count:])]
 
     dispatch[pickle.REDUCE[0]] = load_reduce
@@ -337,7 +340,10 @@ class Machine(pickle._Unpickler):
 
 @dataclass(frozen=True)
 class Content:
-    """What a file's program left behind, and the bytes of its storages by their keys."""
+    """The value that a file's program produced, and access to the bytes of its storages by key.
+
+    `programs` and `carries_source` are those of `Machine`; `swapped` means big-endian numbers; `loaded` is a cache.
+    """
 
     value: object
     programs: set[str]
@@ -348,7 +354,10 @@ class Content:
     loaded: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
 
     def tensor(self, stored: StoredTensor, name: str, path: Path) -> Tensor:
-        """The tensor itself, sharing memory with others of its storage; raises where it leaves the storage."""
+        """The tensor, which shares memory with others of its storage.
+
+        Raises `BadInput` if it has no storage, and `ValueError` if it does not lie within its storage.
+        """
         name = printable(name)
         if stored.storage is None:
             raise BadInput(f"{path}: {name} is {stored.foreign}.", "Save it with plain float tensors.")
@@ -356,7 +365,7 @@ class Content:
         places = (offset, *stored.size, *stored.stride)
         if any(type(place) is not int or place < 0 for place in places):
             raise ValueError(f"{name} has the place {places}")
-        # A stride of 0 repeats values, so that a small file could ask for any amount of memory.
+        # A stride of 0 repeats values, so that a small file could request any amount of memory.
         if math.prod(stored.size) > self.file_bytes:
             raise ValueError(f"{name} has more elements than the file has bytes")
         last = offset + sum((size - 1) * step for size, step in zip(stored.size, stored.stride, strict=True))
@@ -405,11 +414,11 @@ def _from_zip(file: BinaryIO, path: Path) -> Content:
 
 
 def _check_records(archive: zipfile.ZipFile, path: Path) -> None:
-    """Compare every record with its checksum, once; raises naming the damaged record.
+    """Compare every zip record with its checksum, once; raises `BadInput` naming a damaged record.
 
-    Nothing is read of an archive that would unpack to more than its file: deflated, 0.6 MB can be 600 MB of zeros, and
-    records may share their bytes. torch.save stores records as they are.
-    Where `torch.serialization.set_crc32_options(False)` was in force, all checksums are written as 0.
+    An archive that would unpack to more bytes than its file has is not read: 0.6 MB of deflated data can be 600 MB of
+    zeros, and records may share their bytes. torch.save stores records without compression.
+    After `torch.serialization.set_crc32_options(False)` torch writes all checksums as 0; they are then not compared.
     """
     if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
         raise BadInput(
@@ -421,7 +430,7 @@ def _check_records(archive: zipfile.ZipFile, path: Path) -> None:
     if any(record.CRC for record in archive.infolist()) and (damaged := archive.testzip()):
         raise BadInput(f"{path} is damaged: its record {printable(damaged)} does not have its checksum.", AGAIN)
     for record in archive.infolist():
-        record.CRC = None  # type: ignore[assignment]  # zipfile checks what has one, and these were checked
+        record.CRC = None  # type: ignore[assignment]  # Checked above; zipfile would check again.
 
 
 def _from_legacy(file: BinaryIO, path: Path) -> Content:
@@ -460,8 +469,10 @@ def _from_legacy(file: BinaryIO, path: Path) -> Content:
 
 @dataclass(frozen=True)
 class Found:
-    """The tensors of a state dict, the Python that gives it (None where it cannot be written safely), the classes not
-    known that hold it, and whether a module does.
+    """A state dict that was found in a file.
+
+    `expression` is the Python expression that returns the state dict (None if it cannot be written safely), `strangers`
+    are the unknown classes that hold it, and `of_module` is whether a module holds it.
     """
 
     tensors: dict[str, StoredTensor]
@@ -471,7 +482,7 @@ class Found:
 
 
 def _found(content: Content, path: Path) -> Found:
-    """The state dict of a file; raises `BadInput` where there is none, or where it is part of a program."""
+    """The state dict of a file; raises `BadInput` if there is none, or if the file is a program."""
     loaded = "torch.load(sys.argv[1], map_location='cpu', weights_only=False)"
     found = _search(content.value, loaded, _Searched())
     line = _line(path, found.expression) if found and found.expression else None
@@ -492,19 +503,19 @@ def _found(content: Content, path: Path) -> Found:
 
 
 class _Searched(set[int]):
-    """The mappings that were searched already, by their ids, and how many modules were read."""
+    """The ids of the mappings that were searched already, and the number of modules that were read."""
 
     modules = 0
 
     def count_module(self) -> None:
-        """Raise where a small file has children that share children, so that their names would never end."""
+        """Raise `ValueError` above `MODULES_AT_MOST`: nested shared children give a small file any number of names."""
         self.modules += 1
         if self.modules > MODULES_AT_MOST:
             raise ValueError(f"it names more than {MODULES_AT_MOST:,} modules")
 
 
 def _search(value: object, expression: str | None, seen: _Searched) -> Found | None:
-    """Tensors at the top, in a module, under the usual keys, in the only inner mapping, or in attributes."""
+    """Search a value for a state dict: at the top, in a module, under known keys, in items, or in attributes."""
     if not isinstance(value, dict) or id(value) in seen:
         return None
     seen.add(id(value))
@@ -522,7 +533,7 @@ def _search(value: object, expression: str | None, seen: _Searched) -> Found | N
 
 
 def _inside(instance: Instance, expression: str | None, seen: _Searched) -> Found | None:
-    """The only state dict in the attributes of an instance, or in what it was to be made of."""
+    """The only state dict in the attributes of an instance or in the arguments of its call."""
     attributes = instance.state if isinstance(instance.state, dict) else {}
     found = _only(
         [_search(item, _attribute(expression, name), seen) for name, item in attributes.items()]
@@ -534,7 +545,7 @@ def _inside(instance: Instance, expression: str | None, seen: _Searched) -> Foun
 
 
 def _only(found: Iterable[Found | None]) -> Found | None:
-    """The only state dict, rather one of no strangers; where strangers hold several, no tensors and all their names."""
+    """The only state dict, preferably one without strangers; if strangers hold several, their names and no tensors."""
     every = [each for each in found if each]
     known = [each for each in every if not each.strangers]
     if len(known or every) == 1:
@@ -549,7 +560,7 @@ def _is_module(value: object) -> TypeGuard[Instance]:
 
 
 def _of_module(module: Instance, seen: _Searched) -> tuple[dict[str, StoredTensor], frozenset[str]]:
-    """What `state_dict()` of a pickled module would give, and the classes that are not known of it and its parts."""
+    """The tensors that `state_dict()` of a pickled module would return, and its and its children's unknown classes."""
     assert isinstance(module.state, dict)
     seen.count_module()
     tensors, strangers = {}, frozenset[str]()
@@ -572,7 +583,7 @@ def _of_module(module: Instance, seen: _Searched) -> tuple[dict[str, StoredTenso
 
 
 def _refuse_arrays(value: object, expression: str, path: Path) -> None:
-    """Raise where the weights, at the top or under a usual key, are numpy arrays."""
+    """Raise `BadInput` if the weights, at the top or under a key of `NESTED`, are numpy arrays."""
     places = [(value, expression)]
     if isinstance(value, dict):
         places += [(value[key], f"{expression}['{key}']") for key in NESTED if key in value]
@@ -591,7 +602,7 @@ def _is_array(value: object) -> bool:
 
 
 def _program(path: Path, programs: Iterable[str], line: str | None) -> BadInput:
-    """Nobody is told to run a file that asks for parts of the standard library that act."""
+    """The error for a program; it suggests no line that runs a file whose names of the standard library can act."""
     acts = any(name.split(".")[0] in sys.stdlib_module_names for name in programs)
     return BadInput(
         f"{path} is a pickled program: it asks for {_ten(programs)}. Nothing of it was executed.",
@@ -606,14 +617,14 @@ def _saved_anew(line: str | None) -> str:
 
 
 def _line(path: Path, expression: str) -> str:
-    """A line for the shell that writes what the Python expression makes of the file `sys.argv[1]`."""
+    """A shell line that evaluates the Python expression on the file `sys.argv[1]` and saves the result."""
     new = path.with_name(f"{path.stem}.weights.pt")
     program = f"import pickle, sys, torch; torch.save({expression}, sys.argv[2])"
     return f'python -c "{program}" {shlex.quote(str(path))} {shlex.quote(str(new))}'
 
 
 def _item(expression: str | None, key: object) -> str | None:
-    """The expression for an item; None for keys that a shell or Python could take for more than a key."""
+    """The expression for an item; None for keys with characters that are special in a shell or in Python."""
     safe = isinstance(key, str) and re.fullmatch(r"[A-Za-z0-9_.-]+", key)
     return f"{expression}['{key}']" if expression and safe else None
 

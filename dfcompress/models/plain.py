@@ -1,4 +1,4 @@
-"""A network as it computes: without the forms that weights have only while they are trained."""
+"""Replace the forms that weights have only for training by plain weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dfcompress.models.classifier import evaluating
 
 
 def make_plain(network: nn.Module) -> nn.Module:
-    """The network itself, with plain weights; it answers in evaluation mode as before, but for rounding.
+    """Give the network plain weights, in place, and return it; its outputs in evaluation mode change by rounding only.
 
     Weight normalisation, spectral normalisation (both as hooks and as parametrizations), every other parametrization,
-    and the masks of torch's pruning become the weights that they compute.
+    and the masks of torch's pruning are replaced by the weights that they compute.
     """
     # Spectral normalisation takes a step of its power iteration at each use in training mode.
     with evaluating(network):
@@ -38,8 +38,10 @@ def _hooks(module: nn.Module) -> Iterator[object]:
 
 
 def _own_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Another class of the same content: torch makes one a parametrized module, which copies of the module share, and
-    takes the weight out of it when the parametrization is removed.
+    """A copy of a parametrized module's class.
+
+    torch makes one class per parametrized module, which copies of the module share, and deletes the weight's property
+    from the class when the parametrization is removed.
     """
     content = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
     return type(kind.__name__, kind.__bases__, content)
@@ -50,7 +52,7 @@ def _remove(module: nn.Module, hook: object) -> None:
         remove_weight_norm(module, hook.name)
     elif isinstance(hook, SpectralNorm):
         remove_spectral_norm(module, hook.name)
-        # torch's own removal leaves this one, which asks every file for `weight_orig`.
+        # torch's own removal leaves this hook, which requires `weight_orig` in every state dict.
         for key, wrapped in list(module._load_state_dict_pre_hooks.items()):
             if isinstance(getattr(wrapped, "hook", wrapped), SpectralNormLoadStateDictPreHook):
                 del module._load_state_dict_pre_hooks[key]

@@ -1,10 +1,10 @@
-"""Which layers compute what torch's own compute: a subclass is judged by what it computes, not by its name.
+"""Find the layers that compute the same as torch's own: a subclass is judged by its outputs, not by its name.
 
-timm's `Linear` is a linear layer in another class, its `BatchNormAct2d` a BatchNorm with an activation function behind
-it; its `ScaledStdConv2d` has a convolution's name and is none, because its weight is standardised in every pass.
-A layer counts as plain where its tensors are those of the torch class, where its own `forward` gives what the torch
-class's gives for random inputs of several sizes, and where nothing of the module's own stands before it: no hook, no
-`forward` of this one module.
+timm's `Linear` is a linear layer in another class, its `BatchNormAct2d` a BatchNorm with an activation function after
+it; its `ScaledStdConv2d` is a subclass of `Conv2d` but no plain convolution, because it standardises its weight in
+every pass.
+A layer counts as plain if it has the tensors of the torch class, if its own `forward` and the torch class's give the
+same outputs for random inputs of several sizes, and if the instance has neither hooks nor a `forward` of its own.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from dfcompress.models.classifier import evaluating
 
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 NORMALISING, COUNTER = {"weight", "bias", "running_mean", "running_var"}, "num_batches_tracked"  # Of a BatchNorm.
-# Of the largest output. Both sides are one fp32 operation each, in the same order or nearly so.
+# Greatest difference, as a share of the largest output. Both sides are one fp32 operation, in (nearly) the same order.
 CLOSE = 1e-5
-# Deviations of the inputs: a layer that clamps at 6, or rounds to 1/255, computes something else for some of them only.
+# Standard deviations of the inputs: a layer that clamps at 6, or rounds to 1/255, differs only for some of them.
 AMPLITUDES = (0.03, 1, 30, 1000)
-SMALL = 1e-5  # A variance, where a layer states no eps.
+SMALL = 1e-5  # The least variance that is tried, also if a layer's eps is smaller.
 
 
 def plain_kind(module: nn.Module) -> type[nn.Conv2d | nn.Linear] | None:
-    """`nn.Conv2d` or `nn.Linear` where a layer computes just that of its weight and bias, else None."""
+    """`nn.Conv2d` or `nn.Linear` if a layer computes exactly this operation with its weight and bias, else None."""
     if not isinstance(module, nn.Conv2d | nn.Linear) or is_altered(module):
         return None
     if not _owns(module, {"weight", "bias"}) or [*module.children()]:
@@ -41,8 +41,10 @@ def plain_kind(module: nn.Module) -> type[nn.Conv2d | nn.Linear] | None:
 
 
 def after_normalising(module: nn.Module) -> nn.Module | None:
-    """What a BatchNorm with running statistics does behind the normalisation, in evaluation mode: nothing
-    (`nn.Identity`), or its children in their order. None where it computes something else, and for other modules.
+    """The module that a BatchNorm with running statistics applies after normalising, in evaluation mode.
+
+    It is `nn.Identity`, or the layer's children in their order. None if the layer computes something else, and for
+    other modules.
     """
     if not isinstance(module, _BatchNorm) or module.running_mean is None or module.running_var is None:
         return None
@@ -55,25 +57,26 @@ def after_normalising(module: nn.Module) -> nn.Module | None:
 
 
 def _computes(layer: nn.Conv2d | nn.Linear, kind: type[nn.Module]) -> bool:
-    """Whether a layer does what torch's does."""
+    """Whether a layer's `forward` gives the same outputs as torch's."""
     return _agree(layer, layer.forward, partial(kind.forward, layer), _inputs(layer))
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Whether this one module may compute something else than its class: by its own `forward` or hooks."""
+    """Whether this instance has a `forward` or hooks of its own, so that it may not compute what its class does."""
     return "forward" in vars(module) or bool(module._forward_hooks) or bool(module._forward_pre_hooks)
 
 
 def _owns(module: nn.Module, allowed: set[str]) -> bool:
-    """Whether a module has a weight entry and no tensor beside the allowed ones: a parametrised layer has others."""
+    """Whether a module has an entry `weight` and no tensors but the allowed ones; parametrised layers have others."""
     tensors = {**module._parameters, **module._buffers}
     return "weight" in tensors and tensors.keys() <= allowed
 
 
 def _normalises(norm: _BatchNorm, after: nn.Module) -> bool:
-    """Whether a BatchNorm does what torch's does, and `after` behind it: with its own tensors, and with a variance as
-    small as its eps and weights of 1, because an eps that it does not state hides behind a large variance, and all it
-    does behind a weight of 0.
+    """Whether a BatchNorm's output is that of torch's BatchNorm followed by `after`.
+
+    Tried with its own tensors, and with variances as small as its eps and weights of 1, because a large variance hides
+    an eps other than its `eps`, and a weight of 0 hides everything.
     """
     tensors = {name: tensor for name, tensor in norm.state_dict(keep_vars=True).items() if name in NORMALISING}
     ones = torch.ones_like(tensors["running_mean"])
@@ -104,7 +107,7 @@ def _agree(
     torch_forward: Callable[[Tensor], Tensor],
     probes: Iterator[Tensor],
 ) -> bool:
-    """Whether a module, by its own way, gives for all probes what torch's operation gives."""
+    """Whether the module's own function and torch's operation have the same outputs for all probes."""
     with evaluating(module), exact_fp32():
         for probe in probes:
             try:
@@ -113,7 +116,7 @@ def _agree(
                 return False
             if found.shape != expected.shape:
                 return False
-            if not (found - expected).abs().max() <= CLOSE * expected.abs().max():  # NaN is no agreement either.
+            if not (found - expected).abs().max() <= CLOSE * expected.abs().max():  # Also true for NaN.
                 return False
     return True
 
@@ -123,8 +126,8 @@ def _random(*shape: int) -> Tensor:
 
 
 def _inputs(layer: nn.Conv2d | nn.Linear) -> Iterator[Tensor]:
-    """Inputs of a convolution of odd and of even size, because padding may depend on the size; of a linear layer of two
-    and of three dimensions.
+    """Inputs to try: a convolution gets odd and even sizes, because padding may depend on the size; a linear layer gets
+    two and three dimensions.
     """
     if isinstance(layer, nn.Linear):
         shapes = [(3, layer.in_features), (2, 3, layer.in_features)]
@@ -135,7 +138,7 @@ def _inputs(layer: nn.Conv2d | nn.Linear) -> Iterator[Tensor]:
 
 
 def _inputs_to_normalise(norm: _BatchNorm, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """Inputs around the mean; the wider ones meet both ends of activation functions that have two (ReLU6)."""
+    """Inputs around the mean; the wide ones reach both bounds of activation functions that have two (ReLU6)."""
     dimensions = 1 if isinstance(norm, nn.BatchNorm1d) else 3 if isinstance(norm, nn.BatchNorm3d) else 2
     mean, std = (
         values.view(-1, *[1] * dimensions)

@@ -1,8 +1,8 @@
-"""Which architecture a file holds, from the names and shapes of its tensors alone.
+"""Recognise the architecture of a file from the names and shapes of its tensors alone.
 
-Training programs wrap networks: `model.module.backbone.conv1.weight` is `conv1.weight`, and the tensors of a loss or a
-metric may stand beside the network's. So an architecture is looked for by how the file's names end. It is there where
-every one of its tensors is found, of its shape, and where no layer is left over.
+Training programs wrap networks: `model.module.backbone.conv1.weight` stands for `conv1.weight`, and a file may also
+hold the tensors of a loss or a metric. So architectures are searched for by the endings of the file's names. An
+architecture fits if the file has all of its tensors with their shapes, and no layer is left over.
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ from dfcompress.models.fingerprints import WRAPPERS, Twins, fitting_names, fitti
 
 SHOWN = 4
 MISSING = "is missing"
-# A file has one prefix for the whole network, or one for its body and another for its head.
+# The greatest number of prefixes in a file: one for the network's body and another for its head.
 PARTS = 2
-# What thop, which counts operations, leaves in every module.
+# Buffers that thop, a counter of operations, leaves in every module.
 COUNTED = ("total_ops", "total_params")
 
-# A file in Hugging Face's cache stands in models--timm--NAME/snapshots/REVISION.
+# The number of parent folders whose names count: Hugging Face's cache has files in
+# models--timm--NAME/snapshots/REVISION.
 FOLDERS = 3
-# Of the tensors of a file, our choice: any two networks have some names and shapes in common, such as `fc.bias`.
+# The least share of a file's tensors that the nearest architecture must have. Our choice: any two networks have some
+# names and shapes in common, such as `fc.bias`.
 NEAR = 1 / 4
-# EfficientNets under these names (of efficientnet_pytorch and its like) are TensorFlow's, which pads otherwise.
+# EfficientNets with this tensor name (from efficientnet_pytorch and similar) are TensorFlow's, whose padding differs.
 OF_TENSORFLOW, TENSORFLOW = "_conv_stem.weight", "timm:tf_"
 
-# Where a name stands in a file: behind this prefix, and with these wrappers inside it.
+# The place of a name in a file: its prefix, and the wrappers inside the name.
 Place = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """An architecture that fits, the tensors under its names, and what they say of classes and input channels.
+    """An architecture that fits, the tensors under its names, and the classes and input channels that follow from them.
 
-    `classes` is 0 for a factory of the user's: only the answer of its network tells.
+    `classes` may be 0 for a user's factory: the width of its network's output then gives the number.
     """
 
     architecture: Architecture
@@ -56,12 +58,13 @@ class Recognised:
 
 @dataclass(frozen=True)
 class _Match:
-    """How far the tensors of a file are those of an architecture, under one of its namings.
+    """The comparison of a file's tensors with an architecture, under one of its namings.
 
-    `unequal`, `missing` and `surplus` are the differences; `only_head_missing` says that the missing tensors are those
-    of the last layer, and no shape differs. `shared` is the number of tensors with the architecture's names and shapes;
-    `moved` are the file's names of a head that is elsewhere; `beside` are tensors outside the network, some of them of
-    `layers`; `twins` are two prefixes under which the file has the same tensors with other values.
+    `unequal`, `missing` and `surplus` describe the differences. `only_head_missing` means that the missing tensors are
+    exactly those of the last layer and no shape differs. `shared` is the number of tensors with the architecture's
+    names and shapes; `moved` maps the names of a head's tensors to the file's own names; `beside` are names of tensors
+    outside the network, `layers` those among them that belong to a layer; `twins` are two prefixes under which the file
+    has the same tensors with different values.
     """
 
     found: Recognised
@@ -77,24 +80,24 @@ class _Match:
 
     @property
     def differences(self) -> list[str]:
-        """What separates the file from the architecture."""
+        """All differences between the file and the architecture."""
         return self.unequal + self.missing + self.surplus
 
     @property
     def complete(self) -> bool:
-        """Whether every tensor of the architecture is there, of its shape, and the network has no other."""
+        """Whether the file has every tensor of the architecture with its shape, and the network has no others."""
         return not self.differences
 
 
 class _File:
-    """The tensors of a file, to be found by how their names end."""
+    """The tensors of a file, indexed by the endings of their names."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
         self._endings: dict[Naming, Mapping[str, Mapping[Place, str]]] = {}
 
     def endings(self, naming: Naming) -> Mapping[str, Mapping[Place, str]]:
-        """Every ending of a name, in our spelling: the places where it stands, and the whole name there."""
+        """For every ending of a name, in our spelling, the places where it occurs and the full name at each place."""
         if naming not in self._endings:
             found: dict[str, dict[Place, str]] = defaultdict(dict)
             for name in self.tensors:
@@ -109,7 +112,7 @@ class _File:
         return self._endings[naming]
 
     def fitting(self) -> list[Twins]:
-        """The listed architectures that the tensors behind one prefix are, all but the last layer."""
+        """The architectures of the index that fit the tensors under one prefix, the last layer left out."""
         endings = self.endings(Naming())
         prefixes = {prefix for stem in index().stems for name in stem for prefix, _ in endings.get(name, {})}
         found: list[Twins] = []
@@ -120,7 +123,7 @@ class _File:
         return found
 
     def same(self, name: str, other: str) -> bool:
-        """Whether two names are of one tensor, or of two with the same values."""
+        """Whether two names belong to the same tensor or to two tensors with the same values."""
         one, two = self.tensors[name], self.tensors[other]
         return one is two or (one.shape == two.shape and not one.is_meta and torch.equal(one, two))
 
@@ -128,10 +131,11 @@ class _File:
 def recognise(tensors: Mapping[str, Tensor], where: str) -> Recognised:
     """The one architecture whose tensors have these names and shapes.
 
-    Tensors beside the network are left out with a notice. Where several fit, the name of the file or of its folder
-    decides, if it is the name of one.
-    Raises `BadInput` where several fit all the same, naming them, or none, naming those that fit in order or the
-    nearest and where it first differs, and where the file holds a network twice or layers beside it.
+    Tensors outside the network are left out with a notice. If several architectures fit and the file or a folder around
+    it is named after one of them, that one is taken. `where` is the file's path, also used in messages.
+    Raises `BadInput` if several fit and the name does not decide (the message lists them), if none fits (it names those
+    whose shapes fit in order, or the nearest and its first differences), and if the file holds a network twice or
+    layers beside it.
     """
     file, count = _File(tensors), len(tensors)
     known = architectures().values()
@@ -150,7 +154,7 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> Recognised:
             "If you have its code, type --arch file.py:FUNCTION.",
         )
     if not any(_is_clear(match) for match in matches):
-        # Tensors that stand beside the network are few, so the largest architectures come first.
+        # Few tensors are outside the network, so the largest architectures are tried first.
         smaller = {each.tensors for each in known if each.tensors and each.tensors < count}
         for size in sorted(smaller, reverse=True):
             matches += _complete([each for each in known if each.tensors == size], file)
@@ -173,10 +177,11 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> Recognised:
 def fit_to(
     architecture: Architecture, tensors: Mapping[str, Tensor], where: str, classes: int = 0
 ) -> Recognised | None:
-    """The tensors as those of an architecture that was named, or None where they are not.
+    """The tensors matched to an architecture that the user named, or None if they do not fit.
 
-    Layers beside its network are left out with a notice, as other tensors are: the user said which part is meant.
-    Raises `BadInput` where the file holds the network twice.
+    Tensors outside the network are left out with a notice, even layers: the user named the part to use. `classes` is
+    the number of classes of a user's factory.
+    Raises `BadInput` if the file holds the network twice.
     """
     match = _best(architecture, _File(tensors), classes)
     if not match.complete:
@@ -187,21 +192,22 @@ def fit_to(
 
 
 def differences(architecture: Architecture, tensors: Mapping[str, Tensor], classes: int = 0) -> list[str]:
-    """What separates the tensors from the architecture under its best naming; empty where they fit."""
+    """The differences between the tensors and the architecture under its best naming; empty if they fit."""
     return _best(architecture, _File(tensors), classes).differences
 
 
 def why_in_part(
     architecture: Architecture, tensors: Mapping[str, Tensor], where: str, classes: int = 0
 ) -> BadInput | None:
-    """The refusal of a file that has all of an architecture but its last layer, or all and more; None for others."""
+    """The error for a file that lacks only the last layer of an architecture, or has further layers; else None."""
     return _why_in_part(_best(architecture, _File(tensors), classes), where, len(tensors))
 
 
 def _listed(file: _File, where: str) -> _Match | None:
-    """The match of the architecture that the index has for a file, None where it has none.
+    """The match of the index's architecture for a file, or None if no architecture of the index fits.
 
-    Raises `BadInput` where there are several, where timm is missing that would build it, and for a body alone.
+    Raises `BadInput` if several fit, if timm would have to build it and is missing or too old, and for a body without
+    its last layer.
     """
     fitting = file.fitting()
     if not fitting:
@@ -222,8 +228,10 @@ def _listed(file: _File, where: str) -> _Match | None:
 
 
 def _usual_or_named(usual: _Match, file: _File, where: str) -> _Match:
-    """The match of an architecture that is the usual one of its tensors, or of another one that the file is named
-    after: timm has ResNets that differ from torchvision's in what has no tensors.
+    """The match of the default architecture for the tensors, or of another fitting one that the file is named after.
+
+    Several architectures may have the same tensors: timm has ResNets that differ from torchvision's only in operations
+    without tensors.
     """
     fitting = file.fitting()
     if not any(usual.found.architecture.name in twins for twins in fitting):
@@ -236,8 +244,8 @@ def _usual_or_named(usual: _Match, file: _File, where: str) -> _Match:
 
 
 def _decided(fitting: Sequence[Twins], where: str) -> str | None:
-    """Which of the architectures that fit it is: the one that the file is named after, the only one, or, with a notice,
-    torchvision's or ours; None where nothing decides.
+    """Decide among the fitting architectures: the file's name, else the only one, else, with a notice, the only one of
+    torchvision or of ours; None if this does not decide.
     """
     if name := _named_by(where, fitting):
         return name
@@ -255,9 +263,9 @@ def _decided(fitting: Sequence[Twins], where: str) -> str | None:
 
 
 def _named_by(where: str, fitting: Iterable[Twins]) -> str | None:
-    """The architecture that a file or one of the folders around it is named after, None where that is none or several.
+    """The architecture that a file or one of the folders around it is named after; None if there is not exactly one.
 
-    A name counts where no letter or digit stands beside it, and where it is no part of another's.
+    A name counts if no letter or digit adjoins it, and if it is not part of another found name.
     """
     path = Path(where)
     for part in (path.stem, *(parent.name for parent in [*path.parents][:FOLDERS])):
@@ -274,7 +282,7 @@ def _bare(name: str) -> str:
 
 
 def _of_library(name: str, where: str) -> Architecture:
-    """A listed architecture; raises `BadInput` where timm, or a newer one, is needed to build it."""
+    """An architecture of the index; raises `BadInput` if building it needs timm, which is missing or too old."""
     if name in architectures():
         return architectures()[name]
     try:
@@ -348,7 +356,7 @@ def _why_in_part(match: _Match, where: str, count: int) -> BadInput | None:
 
 
 def _unknown(file: _File, where: str) -> BadInput:
-    """That no architecture fits, and which is the nearest: the one with most of the file's names and shapes."""
+    """The error that no architecture fits; it names the nearest, which shares most names and shapes with the file."""
     count = len(file.tensors)
     near = [_best(each, file) for each in architectures().values() if _may_be_near(each, count)]
     nearest = max(near, key=lambda match: (match.shared, -len(match.differences)), default=None)
@@ -369,7 +377,7 @@ def _unknown(file: _File, where: str) -> BadInput:
 
 
 def _in_order(file: _File) -> list[str]:
-    """The usual names of the architectures whose shapes in order are the file's, the likeliest first."""
+    """The default names of the architectures whose shapes in order equal the file's, the most likely first."""
     shapes = [tensor.shape for name, tensor in file.tensors.items() if _leaf(name) not in COUNTED]
     names = [twins[0] for twins in fitting_order(shapes)]
     if any(name.endswith(OF_TENSORFLOW) for name in file.tensors):
@@ -378,7 +386,7 @@ def _in_order(file: _File) -> list[str]:
 
 
 def _may_be_near(architecture: Architecture, count: int) -> bool:
-    """Whether it is worth building for comparison: half to twice as many tensors, or a number not known."""
+    """Whether to build an architecture for comparison: it has half to twice `count` tensors, or an unknown number."""
     return architecture.tensors is None or count / 2 <= architecture.tensors <= 2 * count
 
 
@@ -420,7 +428,7 @@ def _match(architecture: Architecture, naming: Naming, file: _File, classes: int
 def _others(
     architecture: Architecture, naming: Naming, file: _File, names: Mapping[str, str], prefixes: Iterable[str]
 ) -> list[str]:
-    """The file's tensors that are none of the architecture's, nor such as only training needs."""
+    """The names of the file's tensors that neither the architecture has nor only training needs."""
     taken = set(names.values())
     spellings = {name: [naming.renamed(name.removeprefix(prefix)) for prefix in prefixes] for name in file.tensors}
     return [name for name, each in spellings.items() if name not in taken and not any(map(architecture.ignores, each))]
@@ -429,7 +437,10 @@ def _others(
 def _found(
     expected: Mapping[str, torch.Size], file: _File, naming: Naming
 ) -> tuple[dict[str, str], list[str], tuple[str, str] | None]:
-    """The file's names of the expected tensors, the prefixes they stand behind, and two that have the same of them."""
+    """The file's names of the expected tensors, and the prefixes of these names.
+
+    Third, two prefixes if the file has the tensors under both with different values, else None.
+    """
     exact = {naming.renamed(name): name for name in file.tensors}
     if expected.keys() <= exact.keys():
         return {name: exact[name] for name in expected}, [""], None
@@ -461,9 +472,9 @@ def _found(
 
 
 def _head_elsewhere(expected: Mapping[str, torch.Size], names: Mapping[str, str], file: _File) -> dict[str, str]:
-    """The last layer under a name of the file's own: a body that lost its last layer, and a new one beside it.
+    """The names of the last layer's tensors in a file that has replaced the last layer by one with another name.
 
-    Only where everything but the last layer is found, and one layer is left over.
+    Empty unless everything except the last layer is found and exactly one layer is left over.
     """
     missing = [name for name in expected if name not in names]
     last = [name for name, shape in expected.items() if len(shape) >= 2][-1:]
@@ -486,8 +497,9 @@ def _is_head(names: Iterable[str], expected: Mapping[str, torch.Size]) -> bool:
 
 
 def _of_layers(names: Iterable[str], file: _File) -> list[str]:
-    """Those of the names that belong to a layer which computes: a weight of two dimensions or more, a weight with its
-    bias, or running statistics.
+    """The names that belong to a layer.
+
+    A layer has a weight of two dimensions or more, a weight and a bias, or running statistics.
     """
     leaves: dict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -502,8 +514,8 @@ def _of_layers(names: Iterable[str], file: _File) -> list[str]:
 
 
 def _is_inside(name: str, prefixes: Iterable[str], modules: set[str], of_layer: bool, file: _File) -> bool:
-    """Whether a tensor that the architecture has not is part of the network all the same: in one of its modules, a
-    layer behind its prefix, or at its root and more than a row of numbers, as a loss has.
+    """Whether a tensor that the architecture lacks is part of the network: it is in one of its modules, it belongs to a
+    layer under its prefix, or it is at its root with more than one dimension (a loss has one at most).
     """
     if _leaf(name) in COUNTED:
         return False
@@ -525,18 +537,17 @@ def _leaf(name: str) -> str:
 def _classes_and_channels(
     architecture: Architecture, usual: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]
 ) -> tuple[int, int]:
-    """Classes from the last weight of the network, channels from its first convolution, by the architecture's own
-    order; whether that was right is seen from every shape afterwards.
+    """Classes from the network's last weight, input channels from its first convolution, in the architecture's order.
 
-    The file's own order says nothing: safetensors sorts names.
+    All shapes are compared with the result afterwards. The file's own order is not used: safetensors sorts names.
     """
     head = ["", *(name for name, shape in usual.items() if len(shape) >= 2)][-1]
-    # A table of positions may have four dimensions, too.
+    # A position embedding may have four dimensions, too, so the name must be `weight`.
     stem = next((name for name, shape in usual.items() if len(shape) == 4 and _leaf(name) == "weight"), "")
     classes = tensors[head].shape[0] if head in tensors and tensors[head].dim() >= 2 else 10
     channels = architecture.channels
     if stem in tensors and tensors[stem].dim() == 4:
-        # Several for each of the image, where pixels are made channels first.
+        # The first convolution has several channels per image channel if the network first moves pixels into channels.
         channels = channels * tensors[stem].shape[1] // usual[stem][1]
     return classes, channels
 

@@ -1,12 +1,12 @@
-"""One forward pass and what the losses asked for of it.
+"""One forward pass that records the values which the losses need.
 
-`HookRecorder` is the reference: hooks on the untouched network, plain autograd.
-`FusedRecorder` is the fast one: a private copy whose BatchNorms record their own input with an analytic backward and
-which may run in bf16; nothing in it stops `torch.compile(fullgraph=True)`.
-Both make the same `Recording` of each image.
+`HookRecorder` is the reference: hooks on the unchanged network, plain autograd.
+`FusedRecorder` is the fast recorder: a private copy of the network, which may run in bf16 and whose BatchNorms compute
+the moments of their own input with an analytic backward; it compiles with `torch.compile(fullgraph=True)`.
+Both return the same `Recording`.
 
-Statistics are known of what goes into a BatchNorm, and of what passes a `KnownStatistics`.
-The output of any module can be recorded, by the module's name; `LOGITS` stands for the network's answer.
+Moments are recorded of the inputs of layers with known statistics: BatchNorms and `KnownStatistics`.
+The output of any module can be recorded by the module's name; `LOGITS` is the name of the network's output.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ LOGITS = "logits"
 
 @torch.no_grad()
 def outputs_of_one_image(classifier: Classifier) -> dict[str, Tensor]:
-    """Tensors of the shapes that every weighted layer gives for one image, `(1, ...)`, in the order of the forward
-    pass; the layer whose output is the network's answer goes by the name of `LOGITS`.
+    """The output `(1, ...)` of every weighted layer for one image, by layer name, in the order of the forward pass.
 
-    Layers that are used several times are left out, with a notice: their outputs are not of one kind.
+    Use only the shapes: in-place layers may have overwritten the values. The layer whose output is the network's output
+    has the name `LOGITS`. Layers that run several times are left out, with a notice: their outputs are not of one kind.
     """
     seen: dict[str, list[Tensor]] = {}
 
     def note(name: str, output: Tensor) -> None:
-        seen.setdefault(name, []).append(output)  # No copy: what counts is the shape, and the memory it lies in.
+        seen.setdefault(name, []).append(output)  # No copy: only the shape and the memory address are used.
 
     with hooked_outputs(classifier.network, weighted_layers(classifier.network), note):
         logits = pass_once(classifier)
@@ -65,8 +65,9 @@ def outputs_of_one_image(classifier: Classifier) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def require_outputs(classifier: Classifier, layers: Iterable[str]) -> None:
-    """Raise `BadInput` where a network has no layer of one of these names, or one whose output cannot be recorded: a
-    layer must run once in a pass, and give one tensor with a value for every image.
+    """Raise `BadInput` if the network lacks one of these layers, or if a layer's output cannot be recorded.
+
+    A layer's output can be recorded if the layer runs once in a pass and returns one tensor `(N, ...)`.
     """
     names = _require_layers(classifier.network, layers)
     outputs: dict[str, list[object]] = {name: [] for name in names}
@@ -82,7 +83,7 @@ def require_outputs(classifier: Classifier, layers: Iterable[str]) -> None:
 
 
 def _require_layers(network: nn.Module, layers: Iterable[str]) -> list[str]:
-    """The names without that of the answer; raises `BadInput` with the nearest one where there is no such layer."""
+    """The names without `LOGITS`; raises `BadInput` with the nearest name if there is no such layer."""
     known = [name for name, _ in network.named_modules() if name]
     names = [name for name in layers if name != LOGITS]
     for name in names:
@@ -92,18 +93,18 @@ def _require_layers(network: nn.Module, layers: Iterable[str]) -> list[str]:
 
 
 def input_moments(layer: nn.Module, features: Tensor) -> LayerMoments:
-    """The record of what goes into a layer with known statistics."""
+    """The moments of the input `features` of a layer with known statistics."""
     mean, var = layer.get_buffer("running_mean"), layer.get_buffer("running_var")
     return moments_of(channels_first(layer, features), mean, var, eps_of(layer))
 
 
 def channels_first(layer: nn.Module, features: Tensor) -> Tensor:
-    """What goes into a layer with known statistics, as `(N, C, ...)`."""
+    """The input of a layer with known statistics, with the channels moved to axis 1: `(N, C, ...)`."""
     return features.movedim(layer.axis, 1) if isinstance(layer, KnownStatistics) else features
 
 
 def moments_of(features: Tensor, running_mean: Tensor, running_var: Tensor, eps: float = EPS) -> LayerMoments:
-    """The record of `features` `(N, C, ...)`, by plain autograd."""
+    """The moments of `features` `(N, C, ...)` around `running_mean`, by plain autograd; statistics are `(C,)`."""
     return LayerMoments(*_errors(features, running_mean), running_var, _lack(running_var, eps))
 
 
@@ -121,8 +122,9 @@ def _per_channel(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _by_image(layer: LayerMoments, images: int) -> LayerMoments:
-    """The record image by image where a layer saw several rows of each, such as its tokens or windows, one image after
-    the other.
+    """The moments of each image, where a layer took several rows of every image, such as its tokens or windows.
+
+    The rows of one image lie beside each other. Raises `BadInput` if the number of rows is not a multiple of `images`.
     """
     if len(layer.mean_error) == images:
         return layer
@@ -141,8 +143,9 @@ def _mean_of_image(features: Tensor) -> Tensor:
 
 
 class _Recorder:
-    """What both recorders do with one forward pass: `_layers`, `_outputs`, `_means` and `_patches` fill while the
-    network runs.
+    """The common part of both recorders.
+
+    `_layers`, `_outputs`, `_means`, `_patches` and `_penultimate` are filled during a pass and emptied after it.
     """
 
     def __init__(
@@ -165,10 +168,10 @@ class _Recorder:
         self._penultimate: list[Tensor] = []
 
     def _pass(self, images: Tensor) -> Recording:
-        self._layers.clear()  # A pass that failed may have left some.
+        self._layers.clear()  # A pass that failed may have left entries.
         logits = self.network(images).float()
         self._outputs[LOGITS] = logits
-        # In one memory layout, so that a loss reads the units of a convolution's output in the order of their names.
+        # Contiguous, so that a loss that flattens a convolution's output reads its units in (C, H, W) order.
         outputs = {name: self._outputs[name].contiguous() for name in self._recorded}
         penultimate = self._penultimate[-1] if self._penultimate else None
         layers = tuple(_by_image(layer, len(images)) for layer in self._layers)
@@ -181,27 +184,28 @@ class _Recorder:
         self._outputs[name] = output
 
     def _average(self, name: str, output: Tensor) -> None:
-        """Keep the channel means; they are taken at once, so the output itself is not copied."""
+        """Keep the channel means `(N, C)` of an output, computed on a copy in fp32."""
         features = output.movedim(channel_axis(self._averaged[name]), 1).to(torch.float32, copy=True)
         self._means[name] = _mean_of_image(features)
 
     def _keep_patches(self, name: str, output: Tensor) -> None:
-        """Keep the patch features, of a copy where they are a view of it."""
+        """Keep the patch features of an output, computed on a copy: they may be a view of it."""
         self._patches[name] = self._blocks[name].features(output.to(torch.float32, copy=True))
 
     def _keep_penultimate(self, name: str, features: Tensor) -> None:
         self._penultimate.append(features.to(torch.float32, copy=True))
 
     def _recording(self, layers: Mapping[str, nn.Module]) -> Hook:
-        """The hook that records what goes into these layers. The sums are taken at once, so they need no copy."""
+        """The hook that records the moments of these layers' inputs; it computes them at once and so needs no copy."""
         return lambda name, features: self._layers.append(input_moments(layers[name], features))
 
 
 class HookRecorder(_Recorder):
-    """Records through forward hooks, which are there while a pass runs; the network itself is not changed. What goes
-    into the layer named `last` is recorded as `penultimate`.
+    """Records through hooks that exist only while a pass runs; the network itself is not changed.
 
-    Raises `BadInput` where there is no layer whose output or channel means are wanted.
+    `moments` enables the moments of all layers with known statistics. `outputs` and `channel_means` name the layers
+    whose output or channel means are recorded, `patches` the blocks whose patch features are. The input of the layer
+    named `last` is recorded as `penultimate`. Raises `BadInput` if a layer of `outputs` or `channel_means` is missing.
     """
 
     def __init__(
@@ -218,7 +222,7 @@ class HookRecorder(_Recorder):
         self._with_statistics = named_statistics_layers(network) if moments else {}
 
     def __call__(self, images: Tensor) -> Recording:
-        """One forward pass of normalised images `(N, C, H, W)`."""
+        """Run the network on normalised images `(N, C, H, W)` and return the `Recording` of the pass."""
         with (
             hooked_inputs(self.network, self._with_statistics, self._recording(self._with_statistics)),
             kept_outputs(self.network, self._hidden, self._keep, dtype=torch.float32),
@@ -230,12 +234,13 @@ class HookRecorder(_Recorder):
 
 
 class FusedRecorder(_Recorder):
-    """Records inside a private copy of the network, made to be compiled.
+    """Records inside a private copy of the network that can be compiled.
 
-    The copy is channels_last; its convolutions and linear layers, and whatever else `torch.autocast` runs so, run in
-    `precision`; images, BatchNorm arithmetic, records and logits stay fp32.
-    With `dropout` its dropout layers multiply by the filters that each pass is given.
-    Raises `BadInput` where there is no layer whose output or channel means are wanted.
+    The copy is channels_last. Convolutions, linear layers and other operations that `torch.autocast` lowers run in
+    `precision`; images, BatchNorm arithmetic, moments and logits stay in fp32.
+    With `dropout`, every dropout layer multiplies its output by the filter that the pass receives for it. The other
+    arguments are those of `HookRecorder`.
+    Raises `BadInput` if a layer of `outputs` or `channel_means` is missing.
     """
 
     def __init__(
@@ -261,7 +266,7 @@ class FusedRecorder(_Recorder):
                 _RecordingBatchNorm.prepare(module, self._layers if name in with_statistics else None, after)
                 with_statistics.pop(name, None)
             elif precision != torch.float32 and plain_kind(module):
-                module.to(precision)  # Once, instead of in every pass.
+                module.to(precision)  # Converted once, not in every pass.
         hook_inputs(self.network, with_statistics, self._recording(with_statistics))
         dropouts = [name for name, module in self.network.named_modules() if dropout and isinstance(module, DROPOUTS)]
         hook_outputs(self.network, dropouts, lambda _, output: output * self._filters.pop(0))
@@ -273,8 +278,9 @@ class FusedRecorder(_Recorder):
 
     @torch.no_grad()
     def take_weights(self, network: nn.Module) -> None:
-        """Compute from now on with the weights, statistics and input grids of a network of the same architecture, put
-        where compiled code and captured steps read them.
+        """Copy weights, statistics and input grids from a network of the same architecture.
+
+        Tensors are overwritten in place, so that compiled code and captured graphs use the new values.
         """
         tensors = dict(_tensors(self.network))
         for name, tensor in _tensors(network):
@@ -286,7 +292,10 @@ class FusedRecorder(_Recorder):
                 module.fold()
 
     def __call__(self, images: Tensor, filters: Sequence[Tensor] = ()) -> Recording:
-        """One forward pass of normalised images `(N, C, H, W)`; `filters` multiply what passes the dropout layers."""
+        """Run the copy on normalised images `(N, C, H, W)` and return the `Recording` of the pass.
+
+        `filters`, one per dropout layer in the order of the pass, multiply the outputs of the dropout layers.
+        """
         self._filters[:] = filters
         with torch.autocast(images.device.type, self._precision, enabled=self._precision != torch.float32):
             return self._pass(images)
@@ -298,8 +307,8 @@ def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class _RecordingBatchNorm(_BatchNorm):
-    """A BatchNorm in evaluation mode that appends the record of its input to `seen`, and hands what it has normalised
-    to the module `after`; arithmetic in fp32.
+    """A BatchNorm in evaluation mode that appends the moments of its input to `seen` (None: it records nothing) and
+    applies the module `after` to its normalised input; arithmetic in fp32.
     """
 
     seen: list[LayerMoments] | None
@@ -309,7 +318,7 @@ class _RecordingBatchNorm(_BatchNorm):
     lack: Tensor
 
     def prepare(self, seen: list[LayerMoments] | None, after: nn.Module) -> None:
-        """Where to record, what comes behind, and room for the folded constants."""
+        """Set `seen` and `after`, and register buffers `(C,)` for the folded constants."""
         assert self.running_var is not None
         self.seen, self.after = seen, after
         for name in ("scale", "shift", "lack"):
@@ -318,7 +327,7 @@ class _RecordingBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Fold statistics and affine parameters into one multiplication and one addition a channel, in place."""
+        """Fold statistics and affine parameters into one factor and one offset per channel, in place."""
         assert self.running_mean is not None
         assert self.running_var is not None
         scale = (self.running_var + self.eps).rsqrt()
@@ -331,7 +340,7 @@ class _RecordingBatchNorm(_BatchNorm):
         self.shift.copy_(shift)
         self.lack.copy_(_lack(self.running_var, self.eps))
 
-    def forward(self, input: Tensor) -> Tensor:  # torch's name, by which a network may hand it over.
+    def forward(self, input: Tensor) -> Tensor:  # torch's name: a network may pass it by keyword.
         if self.seen is None:
             features: Tensor = self.after(_normalised(input, self.scale, self.shift))
             return features
@@ -351,11 +360,11 @@ def _normalised(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class _NormaliseAndRecord(torch.autograd.Function):
-    """BatchNorm and its record in one pass each way.
+    """BatchNorm and the moments of its input in one pass over the features, forward and backward.
 
-    With n positions an image, the gradient to the input is scale·g + (g_mean + 2 g_square·d)/n: one affine map of the
-    input for every image and channel, which a compiler fuses with its neighbours; autograd's own backward of mean and
-    square reads and writes the features several times.
+    With n positions per image, the gradient of the input is scale·g + (g_mean + 2 g_square·d)/n, d = input − running
+    mean: one affine map of the input per image and channel, which a compiler fuses with its neighbours. Autograd's own
+    backward of mean and square reads and writes the features several times.
     """
 
     @staticmethod

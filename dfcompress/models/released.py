@@ -1,10 +1,10 @@
-"""Weights that torchvision and timm released, by name in place of a file.
+"""Weights that torchvision and timm released, given by name instead of as a file.
 
 load("torchvision:resnet18")                            # the library's default weights, or .IMAGENET1K_V1
 load("timm:resnet18.a1_in1k")
 
-They are taken from the cache of their library, or fetched into it, and read as any stranger's file.
-What the library's configuration states of them is their card.
+They are taken from the cache of their library, or fetched into it, and read like any untrusted file.
+Their card comes from the library's configuration.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class Released:
-    """Released weights: their name in the library, the file of its cache, and the fields of a card that it states."""
+    """Released weights: their `name` in the library, the `file` in its cache, and the card fields `stated` by it."""
 
     name: str
     file: Path
@@ -43,15 +43,15 @@ class Released:
 
 
 def is_released(checkpoint: Path) -> bool:
-    """Whether a checkpoint is named as a library's weights are, and is no file of that name."""
+    """Whether a checkpoint's name has the form of a library's weights, and no file has that name."""
     return str(checkpoint).startswith((TORCHVISION, TIMM)) and not checkpoint.exists()
 
 
 def released(spec: str) -> Released:
     """The weights that `torchvision:NAME`, `torchvision:NAME.WEIGHTS`, `timm:NAME` or `timm:NAME.TAG` names.
 
-    They are fetched where the cache of the library has none, with a notice of what and how large.
-    Raises `BadInput` for names that the library does not know, and where fetching fails.
+    They are fetched if the library's cache lacks them, with a notice of the source and the size.
+    Raises `BadInput` for names that the library does not know, and if fetching fails.
     """
     if spec.startswith(TORCHVISION):
         return _of_torchvision(spec.removeprefix(TORCHVISION))
@@ -75,7 +75,7 @@ def _of_torchvision(name: str) -> Released:
         "input_size": (3, *(2 * transforms.crop_size)[:2]),
         "class_names": weights.meta["categories"],
     }
-    if find(model).mean is None:  # The two that have their own take images otherwise than torchvision's.
+    if find(model).mean is None:  # GoogLeNet and Inception take images normalised otherwise.
         stated |= {"mean": transforms.mean, "std": transforms.std}
     return Released(
         f"{model}.{weights.name}", _file_of_hub(weights.url, size=weights.meta.get("_file_size", 0)), stated
@@ -115,12 +115,15 @@ def _of_timm(name: str) -> Released:
 
 
 def _place_in_hub(url: str) -> Path:
-    """Where torch.hub keeps what came from an address."""
+    """The path where torch.hub keeps the file from an address."""
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
 def _file_of_hub(url: str, size: float) -> Path:
-    """The file of torch.hub's cache that came from an address, fetched if it is not there; `size` in megabytes."""
+    """The file from an address in torch.hub's cache, fetched if it is missing; `size` in megabytes.
+
+    Raises `BadInput` if fetching fails.
+    """
     file = _place_in_hub(url)
     if file.exists():
         return file
@@ -128,7 +131,7 @@ def _file_of_hub(url: str, size: float) -> Path:
     digits = HASH.search(file.name)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # It writes a file beside it, checks the hash, and renames it.
+        # torch writes a temporary file beside it, checks the hash, and renames it.
         torch.hub.download_url_to_file(
             url, str(file), hash_prefix=digits[1] if digits else None, progress=sys.stderr.isatty()
         )
@@ -140,7 +143,10 @@ def _file_of_hub(url: str, size: float) -> Path:
 
 
 def _file_of_hugging_face(repository: str, names: Sequence[str], size: float) -> Path:
-    """The first of the named files that Hugging Face's cache has, or else that the repository has."""
+    """The first of the named files in Hugging Face's cache, else the first one in the repository.
+
+    Raises `BadInput` if fetching fails.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -166,7 +172,7 @@ def _file_of_hugging_face(repository: str, names: Sequence[str], size: float) ->
 
 @contextmanager
 def _without_warnings(library: str) -> Iterator[None]:
-    """Keep a library from logging every attempt of several."""
+    """Within this context, keep a library from logging warnings, such as one for each attempt to download."""
     logger = logging.getLogger(library)
     level = logger.level
     logger.setLevel(logging.ERROR)

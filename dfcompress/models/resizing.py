@@ -1,12 +1,12 @@
-"""The same network with other widths.
+"""Change the widths of a network's layers.
 
     widths_of(network)                               # {"conv1": (3, 16), "bn1": (16, 16), ..., "fc": (64, 10)}
     resized(network, half_of(network))               # what `half:NAME` names
     resized(network, {"conv1": (3, 9), "bn1": (9, 9), "conv2": (9, 16)})
 
-Widths are the channels that a layer takes and the channels that it gives, by the layer's name; a normalising layer has
-one number for both. Depthwise convolutions have as many groups as channels, whatever these are; of other convolutions
-the number of groups stays. The caller knows which widths go together, those of residual additions for instance.
+Widths are a layer's numbers of input and output channels, by the layer's name; for a normalising layer both are equal.
+Depthwise convolutions keep one group per input channel; other convolutions keep their number of groups. The caller is
+responsible for consistent widths, for instance of the inputs of a residual addition.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from dfcompress.errors import BadInput
 
-# Where layers of a class keep the channels that they take and give.
+# The attributes in which the layers of a class keep their input and output channels.
 _WEIGHTED = {_ConvNd: ("in_channels", "out_channels"), nn.Linear: ("in_features", "out_features")}
 _NORMALISING = {
     _BatchNorm: "num_features",
@@ -35,12 +35,12 @@ REMEDY = "Correct the widths on the model's card, or make the model again."
 
 
 def widths_of(network: nn.Module) -> dict[str, tuple[int, int]]:
-    """The widths of all layers that have some, quantized or not, in the order the layers are registered."""
+    """The widths of all layers that have widths, quantized or not, in the order in which they are registered."""
     return {name: _widths(layer) for name, layer in network.named_modules() if _places(layer)}
 
 
 def half_of(network: nn.Module) -> dict[str, tuple[int, int]]:
-    """Half the widths of a network, rounded up; what goes into its first layer and comes out of its last one stays."""
+    """Half the widths of a network, rounded up, except the first layer's input and the last layer's output."""
     widths = widths_of(network)
     weighted = [name for name in widths if isinstance(network.get_submodule(name), tuple(_WEIGHTED))]
     return {
@@ -53,28 +53,28 @@ def half_of(network: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def resized(network: nn.Module, widths: Mapping[str, tuple[int, int]]) -> nn.Module:
-    """The network itself, its layers changed to the `widths` that name them; other layers stay as they are.
+    """Change the layers named in `widths` to these widths, in place, and return the network.
 
-    Weights start anew, as each layer's own class initialises them, on the device where they were. Networks whose
-    forward pass counts channels itself (transformers, for instance) cannot run afterwards.
-    Raises `BadInput`, before anything changes, for names that are no layers and widths that a layer cannot have.
+    The weights of these layers are initialised again, as the layer's class does it, on the same device. Networks whose
+    forward pass has fixed numbers of channels (transformers, for instance) cannot run afterwards.
+    Raises `BadInput`, before anything changes, for names that are not layers and widths that a layer cannot have.
     """
     layers = dict(network.named_modules())
     groups = {name: _groups(name, layers.get(name), *channels) for name, channels in widths.items()}
-    for name, layer in layers.items():  # In their own order: initial weights are drawn one after the other.
+    for name, layer in layers.items():  # In the network's order, because initial weights are drawn one after the other.
         if name in widths:
             _resize(layer, *widths[name], groups[name])
     return network
 
 
 def has_widths(layer: nn.Module) -> bool:
-    """Whether a layer is one that can have other widths."""
+    """Whether the widths of a layer can be changed."""
     return _places(layer) is not None
 
 
 def is_channelwise(layer: nn.Module) -> bool:
-    """Whether a layer that has widths gives each channel from the same one that it takes: it normalises, or is a
-    depthwise convolution.
+    """Whether each output channel of a layer depends only on the same input channel: a normalising layer or a depthwise
+    convolution.
     """
     if isinstance(layer, _ConvNd):
         return layer.groups == layer.in_channels == layer.out_channels > 1
@@ -95,7 +95,7 @@ def _widths(layer: nn.Module) -> tuple[int, int]:
 
 
 def _groups(name: str, layer: nn.Module | None, c_in: int, c_out: int) -> int:
-    """How many groups a layer of these widths has; raises `BadInput` where it cannot have them."""
+    """The number of groups of a layer with these widths; raises `BadInput` if it cannot have these widths."""
     if layer is None or not _places(layer):
         raise BadInput(f"The widths name {name!r}, which is no layer that has widths.", REMEDY)
     if isinstance(layer, tuple(_NORMALISING)) and c_in != c_out:

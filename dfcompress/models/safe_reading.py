@@ -1,4 +1,4 @@
-"""Tensors out of files that come from strangers: nothing in a file is ever executed.
+"""Read tensors from untrusted files: nothing in a file is ever executed.
 
 A `.safetensors` file holds no code; a pickled one is read as data (`pickled.py`).
 """
@@ -25,13 +25,17 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 PICKLED_WEIGHTS, INDEX = "pytorch_model.bin", ".index.json"  # Hugging Face's names
 CARD_KEY, QUANTIZATION_KEY = "dfcompress", "quantization"
 
-# Of BatchNorms and of averaged models: only training reads them.
+# Counters of BatchNorms and of averaged models, which only training reads.
 COUNTERS = ("num_batches_tracked", "n_averaged")
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What a file holds: tensors by name, what it states about itself, and how it is quantized, if it is."""
+    """The content of a checkpoint.
+
+    `tensors` by name, the fields of the model `card` that it states, and its `quantization` settings as JSON values,
+    None if it is not quantized.
+    """
 
     tensors: dict[str, Tensor]
     card: dict[str, Any] = field(default_factory=dict)
@@ -39,7 +43,7 @@ class StoredModel:
 
 
 def read(path: Path) -> StoredModel:
-    """The tensors of a checkpoint, floats in fp32, without BatchNorm's counters.
+    """The tensors of a checkpoint, floats in fp32, without counters, with the card and quantization that it states.
 
     Raises `BadInput` for missing, damaged, hostile and empty files, and for weights that are not finite.
     """
@@ -53,17 +57,20 @@ def read(path: Path) -> StoredModel:
 
 
 def without_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that count in evaluation, by name."""
+    """The tensors that evaluation needs, by name: all but BatchNorms' and averaged models' counters."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTERS)}
 
 
 def weights_file(path: Path) -> Path:
-    """The file that holds the weights of a checkpoint, which may be a folder; of several, the first."""
+    """The file with the weights of a checkpoint, which may be a folder; the first file if there are several."""
     return weights_files(path)[0]
 
 
 def weights_files(path: Path) -> list[Path]:
-    """The files that hold the weights of a checkpoint, several for a folder of shards as Hugging Face writes them."""
+    """The files with the weights of a checkpoint: several for a folder of shards as Hugging Face writes it, else one.
+
+    Raises `BadInput` if there are none.
+    """
     if path.is_dir():
         for name in (WEIGHTS, PICKLED_WEIGHTS):
             if (path / name).is_file():
@@ -82,12 +89,12 @@ def weights_files(path: Path) -> list[Path]:
 
 
 def file_bytes(path: Path) -> int:
-    """Size of a checkpoint's weights, in one file or several."""
+    """The size in bytes of a checkpoint's weights files."""
     return sum(file.stat().st_size for file in weights_files(path))
 
 
 def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file whose bytes depend on its content alone: the library writes metadata in any order."""
+    """A safetensors file whose bytes depend on its content alone; the library itself orders metadata arbitrarily."""
     content = save(dict(tensors), dict(metadata))
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
@@ -98,7 +105,7 @@ def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> by
 
 
 def sha256(path: Path) -> str:
-    """Hash of a checkpoint's weights file; of shards, of all their bytes in the order of their names."""
+    """The hash of a checkpoint's weights file, or of the bytes of all shards in the order of their names."""
     digest = hashlib.sha256()
     for part in weights_files(path):
         with part.open("rb") as file:
@@ -107,12 +114,12 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file, empty where there is none; raises `BadInput` where it holds anything else."""
+    """The JSON object in a file, empty if there is no file; raises `BadInput` if the file holds anything else."""
     if not path.exists():
         return {}
     try:
         values = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:  # a wrong encoding is a ValueError too
+    except (ValueError, RecursionError) as error:  # A wrong encoding is a ValueError, too.
         raise BadInput(f"{path} is not JSON: {error}.", "Correct or remove it.") from None
     return _object(values, path)
 
@@ -137,7 +144,7 @@ def _usable(tensor: Tensor, name: str, path: Path) -> Tensor:
 
 
 def _read_files(files: list[Path], path: Path) -> StoredModel:
-    """One model of its files; raises `BadInput` where two of them hold a tensor of one name."""
+    """One model from its files; raises `BadInput` if two files have a tensor of the same name."""
     parts = [_read_safetensors(file) if _is_safetensors(file) else StoredModel(_read_torch(file)) for file in files]
     tensors: dict[str, Tensor] = {}
     for part in parts:
@@ -148,12 +155,12 @@ def _read_files(files: list[Path], path: Path) -> StoredModel:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The shards that an index names, files beside it; raises `BadInput` for one elsewhere or missing."""
+    """The shards that an index names; raises `BadInput` if one is missing or not in the index's folder."""
     names = _object(read_json(index).get("weight_map"), index).values()
     if not names:
         raise BadInput(f"{index} names no shards.", AGAIN)
     for name in names:
-        # Hugging Face's cache links its files out of the folder, so that names are judged and not where they lead.
+        # Names are checked, not link targets: Hugging Face's cache has links that lead out of the folder.
         if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
             raise BadInput(f"{index} names the shard {name!r}, which is no file beside it.", AGAIN)
         if not (index.parent / name).is_file():
@@ -206,7 +213,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _with_config(stored: StoredModel, path: Path) -> StoredModel:
-    """The card of a timm folder, under what the weights file states itself."""
+    """Add the card of a timm folder; the card in the weights file takes precedence."""
     config = read_json(path)
     pretrained = _object(config.get("pretrained_cfg", {}), path)
     stated = {

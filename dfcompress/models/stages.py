@@ -1,4 +1,4 @@
-"""The stages of a network: its features just before each time the resolution falls, as distillation compares them."""
+"""The stages of a network: its last features of each resolution, which distillation compares."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ Resolution = tuple[int, int]
 
 @dataclass(frozen=True)
 class Stage:
-    """A module whose output `(N, channels, height, width)` is the last of its resolution."""
+    """A `module`, by name, whose output `(N, channels, height, width)` is the last one of its resolution."""
 
     module: str
     channels: int
 
 
 def stages_of(classifier: Classifier) -> dict[Resolution, Stage]:
-    """The stages by resolution, from the first to the last; outputs of one pixel are none, nor those of modules that
-    run several times, nor those of a stem: a first resolution at which one convolution works, before others at which
-    several do (ResNet-18 at 224 pixels has the four stages conv2 to conv5).
+    """The stages by resolution (height, width), from the first to the last.
+
+    Outputs whose height or width is 1, modules that run several times, and a stem do not count. A stem is a first
+    resolution with one convolution, if every other resolution has several (ResNet-18 at 224 pixels has the four stages
+    conv2 to conv5).
     """
     outputs: list[tuple[Resolution, Stage]] = []
     convolutions: Counter[Resolution] = Counter()
@@ -53,13 +55,13 @@ def stages_of(classifier: Classifier) -> dict[Resolution, Stage]:
 
 
 def stages_in_common(student: Classifier, teacher: Classifier) -> list[tuple[Stage, Stage]]:
-    """The stages of both at the resolutions that both have."""
+    """Pairs of the student's and the teacher's stage at each resolution that both have."""
     of_student, of_teacher = stages_of(student), stages_of(teacher)
     return [(of_student[size], of_teacher[size]) for size in of_student if size in of_teacher]
 
 
 def shared_stages(student: Classifier, teacher: Classifier) -> list[tuple[Stage, Stage]]:
-    """The stages of both at the resolutions that both have; raises `BadInput` where there are none."""
+    """As `stages_in_common`; raises `BadInput` if there is no common resolution."""
     pairs = stages_in_common(student, teacher)
     if not pairs:
         raise BadInput(
@@ -71,24 +73,24 @@ def shared_stages(student: Classifier, teacher: Classifier) -> list[tuple[Stage,
 
 @dataclass
 class StageOutputs:
-    """Copies of what the named `modules` gave in the last forward pass, in fp32, as long as it is listened to."""
+    """Copies in fp32 of the outputs of `modules`, by name, in the last forward pass within `stage_outputs`."""
 
     modules: list[str]
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def taken(self) -> tuple[Tensor, ...]:
-        """The outputs in the order of the names."""
+        """The outputs in the order of `modules`."""
         return tuple(self.outputs[name] for name in self.modules)
 
 
 @contextmanager
 def stage_outputs(network: nn.Module, modules: Sequence[str]) -> Iterator[StageOutputs]:
-    """Inside, every forward pass of `network` leaves the outputs of the named modules in the `StageOutputs`.
+    """Within this context, every forward pass of `network` stores the named modules' outputs in the `StageOutputs`.
 
-    It must be entered before the network is compiled: a compiled network does not see hooks that come later.
+    Enter it before the network is compiled: a compiled network does not call hooks that are registered later.
     """
     heard = StageOutputs(list(modules))
-    # Behind the last module of a stage the network's own code may still work in place, as `x.relu_()` does.
+    # Copies, because the network's code may change the output of a stage in place, as `x.relu_()` does.
     with kept_outputs(network, heard.modules, heard.outputs.__setitem__, dtype=torch.float32):
         try:
             yield heard

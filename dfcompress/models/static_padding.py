@@ -1,7 +1,7 @@
-"""Convolutions that look at the size of their input before they pad it, made ones that pad it by what that size needs.
+"""Replace padding that depends on the size of a convolution's input by constant padding for the card's image size.
 
 TensorFlow's "same" padding depends on the input's size and differs between the sides, as in timm's `Conv2dSame`.
-For images of the card's size it is constant, and the layer is torch's convolution, which kernels for integers know.
+For images of the card's size it is constant, and the layer is torch's convolution, which integer kernels support.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from dfcompress.models.classifier import Classifier, evaluating, pass_once
 from dfcompress.models.hooks import hooked_inputs
 from dfcompress.models.plain_layers import is_altered, plain_kind
 
-# Of the largest output: both sides are one fp32 convolution each.
+# Greatest difference, as a share of the largest output: both sides are one fp32 convolution.
 CLOSE = 1e-5
 
 
 def fix_padding(classifier: Classifier) -> list[str]:
-    """Turn the convolutions that pad by their input's size into torch's own, which pad by what images of the card's
-    size need, in place; their names. Names of tensors stay.
+    """Turn convolutions whose padding depends on the input's size into torch's own, in place; returns their names.
+
+    They get the constant padding for images of the card's size. Tensor names do not change.
     """
     candidates = {
         name: module
@@ -41,7 +42,7 @@ def fix_padding(classifier: Classifier) -> list[str]:
 
 @torch.no_grad()
 def _fix(layer: nn.Conv2d, shape: torch.Size) -> bool:
-    """Whether the layer computes what torch's convolution does behind such padding; if so, it is one now."""
+    """Turn the layer into torch's convolution with constant padding if both have the same output; whether it did."""
     probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(layer.weight)
     with evaluating(layer), exact_fp32():
         expected = layer(probe)
@@ -54,6 +55,6 @@ def _fix(layer: nn.Conv2d, shape: torch.Size) -> bool:
     if not (found - expected).abs().max() <= CLOSE * expected.abs().max():
         return False
     layer.__class__ = nn.Conv2d
-    # torch pads so itself where `padding_mode` is not "zeros", which alone asks for the same on both sides.
+    # torch uses this padding if `padding_mode` is not "zeros"; with "zeros" it pads both sides alike.
     layer.padding_mode, layer._reversed_padding_repeated_twice = "constant", padding  # type: ignore[assignment]
     return True

@@ -1,7 +1,7 @@
-"""What a network remembers of its training data: statistics of what goes into a layer.
+"""The statistics of its training data that a network holds: mean and variance of a layer's input.
 
-BatchNorms remember them by themselves, and so do foreign layers that normalise their input by running statistics; a
-`KnownStatistics` is put where the model's owner recorded them.
+BatchNorms keep them, and so do foreign layers that normalise their input by running statistics. A `KnownStatistics`
+layer is inserted wherever the model's owner released an activation record.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from dfcompress.errors import BadInput, listed
 from dfcompress.models.batchnorms import EPS, eps_of, normalises_its_input
 from dfcompress.models.classifier import Classifier
 
-# At a thousandth of eps a channel's deviation behind BatchNorm is 3 % of what it would be without. The released
-# EfficientNet-Lite0 has 130 variances of exactly 0, and its next is 0.09 of eps.
+# Share of eps below which a variance counts as dead. At a thousandth of eps, a channel's standard deviation after
+# BatchNorm is 3 % of its value without eps. The released EfficientNet-Lite0 has 130 variances of exactly 0; its next
+# larger variance is 0.09 of eps.
 DEAD = 1e-3
 SHOWN = 3
 
 
 class KnownStatistics(nn.Module):
-    """Passes its input on; what goes through it had this mean and variance `(C,)` on the training data.
+    """An identity layer whose input had the mean `mean` and the variance `var`, each `(C,)`, on the training data.
 
-    The channels are `axis` of the input.
+    `axis` is the input's channel axis.
     """
 
     eps = EPS
@@ -37,7 +38,7 @@ class KnownStatistics(nn.Module):
         self.register_buffer("running_var", var)
 
     def forward(self, features: Tensor) -> Tensor:
-        """The features themselves."""
+        """Return `features` unchanged."""
         return features
 
 
@@ -59,7 +60,7 @@ def _knows_its_input(module: nn.Module) -> bool:
 
 
 def unused_statistics(network: nn.Module) -> list[str]:
-    """The modules that keep running statistics of something that is not their input, by name."""
+    """The names of the modules whose running statistics are not statistics of their input."""
     used = statistics_layers(network)
     return [
         name or "the network"
@@ -69,15 +70,15 @@ def unused_statistics(network: nn.Module) -> list[str]:
 
 
 def dead_channels(network: nn.Module) -> int:
-    """How many channels of layers with known statistics hardly moved on the training data: their variance is lost in
-    the layer's eps.
+    """The number of channels, in layers with known statistics, whose variance on the training data is negligible: less
+    than `DEAD` times the layer's eps.
     """
     layers = statistics_layers(network)
     return sum(int((layer.get_buffer("running_var") < DEAD * eps_of(layer)).sum()) for layer in layers)
 
 
 def require_variances(network: nn.Module, where: str) -> None:
-    """Raise `BadInput`, naming the layer, where a running variance is negative; `where` says what holds it."""
+    """Raise `BadInput`, naming the layer, if a running variance is negative; `where` names the file or model."""
     for name, module in network.named_modules():
         variance = dict(module.named_buffers(recurse=False)).get("running_var")
         if variance is not None and (variance < 0).any():
@@ -88,7 +89,7 @@ def require_variances(network: nn.Module, where: str) -> None:
 
 
 def why_no_statistics(network: nn.Module) -> str | None:
-    """Why nothing can be made from the statistics a network knows, or None where it can."""
+    """Why no images can be made from a network's statistics, or None if they can."""
     known = statistics_layers(network)
     if not known and (unused := unused_statistics(network)):
         return f"the running statistics of {listed(unused, SHOWN)} are not those of a BatchNorm's input"
@@ -107,9 +108,9 @@ def _was_trained(layer: nn.Module) -> bool:
 
 
 def require_statistics(classifier: Classifier) -> None:
-    """Raise `BadInput`, saying why, where a classifier knows no statistics to make images from.
+    """Raise `BadInput`, with the reason, if a classifier holds no statistics from which images can be made.
 
-    A notice names modules whose statistics are left out.
+    A notice names the modules whose running statistics are not used.
     """
     why = why_no_statistics(classifier.network)
     if why:

@@ -1,12 +1,12 @@
-"""Grids on every tensor that integer kernels read or write: "explicit quantization", as int8 hardware wants it.
+"""Grids on every tensor that integer kernels read or write: "explicit quantization", as int8 hardware requires it.
 
     as_kernels_compute(classifier)
     untraced = quantize_tensors(classifier, ["conv1", "fc"])     # the network becomes its graph with `TensorGrid`s
 
-`torch.fx` traces the network. Behind every operation whose result a convolution, a linear layer, an addition, a
-product, a concatenation or a pool reads or writes stands a `TensorGrid`, named after the operation. An activation
-function that cuts off (ReLU, ReLU6) belongs to the operation before it, as in the kernels. Operations that only move
-values (pools by maximum, views, slices, concatenations) share one grid with what they take. The answer stays in float.
+`torch.fx` traces the network. A `TensorGrid`, named after the operation, is inserted after every operation whose result
+a convolution, linear layer, addition, product, concatenation or average pool reads or writes. An activation function
+that clips (ReLU, ReLU6) is part of the operation before it, as in the kernels. Operations that only move values (max
+pools, views, slices, concatenations) share one grid with their inputs. The network's output stays in float.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import TENSOR_GRIDS, UNBOUNDED, TensorGrid
 from dfcompress.models.static_padding import fix_padding
 
-# Of the largest logit.
+# Greatest difference between the outputs of network and graph, as a share of the largest logit.
 CLOSE = 1e-4
-# What a node does: the class of the module it calls, the function, or the name of the method.
+# The operation of a node: the class of the module that it calls, the function, or the name of the method.
 Operation = type[nn.Module] | Any
 NOTHING: set[Operation] = {nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d}
 CUTTING: set[Operation] = {
@@ -42,7 +42,8 @@ MOVING: set[Operation] = {
     *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk),
     *(torch.split, torch.unbind, torch.narrow, torch.channel_shuffle, operator.getitem),
     *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "unbind"),
-    # These keep every value, but a `view` behind the one, or a layer in place behind the others, is wrong without them.
+    # These change no value, but without `contiguous` a later `view` fails, and without a clone a later in-place layer
+    # overwrites its input.
     *("narrow", "expand", "unflatten", "contiguous", torch.clone, "clone"),
 }
 OF_TWO: set[Operation] = {
@@ -56,17 +57,17 @@ OF_ONE: set[Operation] = {
 
 
 def as_kernels_compute(classifier: Classifier) -> None:
-    """Let the layers pad as images of the card's size need it, and hold the BatchNorms behind them, in place."""
+    """Fix the layers' padding for images of the card's size, and fold BatchNorms into the layers, in place."""
     fix_padding(classifier)
     fold_batchnorms(classifier)
 
 
 def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[str]:
-    """Let the network compute as its graph with a `TensorGrid` behind what integer kernels read and write, in place;
-    the names of its modules that cannot be traced: what is inside them stays as it is.
+    """Replace the network by its FX graph, with a `TensorGrid` on each tensor that integer kernels read or write.
 
-    `layers` are those that are, or will be, quantized. Names of tensors stay; what evaluation does not use is gone.
-    Raises `BadInput` where the network as a whole cannot be traced, or its graph answers otherwise than it does.
+    Returns the names of the modules that cannot be traced; their insides stay as they are. `layers` are the names of
+    the layers that are, or will be, quantized. Tensor names do not change; modules not used in evaluation are removed.
+    Raises `BadInput` if the network as a whole cannot be traced, or if its graph gives other outputs.
     """
     network = classifier.network.eval()
     images = torch.randn(1, *classifier.card.input_size, generator=torch.Generator().manual_seed(0))
@@ -78,7 +79,7 @@ def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[st
     traced = fx.GraphModule(network, graph, type(network).__name__)
     _require_same(network, traced, images)
     tensors = _float_tensors(traced, images)
-    # A list: what is inserted would be taken for a part of the network.
+    # A list, because inserting changes the graph that `places` reads.
     for places in list(_Sharing(graph, modules, tensors, layers).places()):
         _insert(traced, places, layers)
     traced.recompile()
@@ -89,13 +90,13 @@ def quantize_tensors(classifier: Classifier, layers: Collection[str]) -> list[st
 def _traced(network: nn.Module, layers: Collection[str]) -> tuple[fx.Graph, list[str]]:
     """The network's graph, and the names of the modules that are single nodes of it because they cannot be traced."""
     untraced: list[str] = []
-    _, *others = inspect.signature(network.forward).parameters.values()  # The first are the images.
+    _, *others = inspect.signature(network.forward).parameters.values()  # The first parameter takes the images.
     usual = {each.name: each.default for each in others if isinstance(each.default, bool | int | float | str | None)}
     while True:
         tracer = _Tracer([*layers, *untraced])
         try:
             return _without(tracer.trace(network, concrete_args=usual or None), usual), untraced
-        except Exception as error:  # Whatever a stranger's `forward` raises when it is given symbols.
+        except Exception as error:  # Foreign code may raise anything when it is traced.
             if tracer.failed is None:
                 raise BadInput(
                     f"torch.fx cannot trace a {type(network).__name__}: {first_line(error)}.",
@@ -105,8 +106,8 @@ def _traced(network: nn.Module, layers: Collection[str]) -> tuple[fx.Graph, list
 
 
 def _without(graph: fx.Graph, arguments: Collection[str]) -> fx.Graph:
-    """The graph without the arguments that had their usual values while it was traced, `scale_1` for `scale`, and
-    without the checks of their values, which alone use them.
+    """The graph without the arguments that had their default values during tracing (`scale_1` for `scale`), and without
+    the checks of these values, which are the only nodes that use them.
     """
     given = [node for node in graph.nodes if node.op == "placeholder"]
     doomed = [node for node in given if str(node.target).rpartition("_")[0] in arguments]
@@ -119,9 +120,9 @@ def _without(graph: fx.Graph, arguments: Collection[str]) -> fx.Graph:
 
 @torch.no_grad()
 def _require_same(network: nn.Module, traced: nn.Module, images: Tensor) -> None:
-    """Raise `BadInput` where a graph does not answer as its network: one that looks at values, say."""
+    """Raise `BadInput` if graph and network give different outputs, for instance because control flow uses values."""
     expected, found = network(images.clone()), traced(images.clone())
-    # Both compute the same operations; a fresh network may answer with NaN.
+    # Both compute the same operations; a network with random weights may return NaN.
     if not torch.allclose(found, expected, rtol=0, atol=CLOSE * expected.abs().max().item(), equal_nan=True):
         raise BadInput(
             f"The graph that torch.fx makes of a {type(network).__name__} answers otherwise than that does.",
@@ -130,8 +131,9 @@ def _require_same(network: nn.Module, traced: nn.Module, images: Tensor) -> None
 
 
 class _Tracer(fx.Tracer):
-    """Takes the modules named `leaves`, beside torch's own, for single nodes; `failed` is the innermost module in which
-    tracing ended.
+    """A tracer that treats torch's own modules and the modules named `leaves` as single nodes.
+
+    `failed` is the name of the innermost module in which tracing failed, or None.
     """
 
     def __init__(self, leaves: Collection[str]) -> None:
@@ -155,7 +157,7 @@ def _operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> Operation:
 
 
 def _leave_out_nothings(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
-    """Take out what does nothing in evaluation: it would stand between a layer and its activation function."""
+    """Remove operations without effect in evaluation: they would separate a layer from its activation function."""
     for node in list(graph.nodes):
         if node.op.startswith("call") and _operation(node, modules) in NOTHING:
             node.replace_all_uses_with(node.all_input_nodes[0])
@@ -163,8 +165,9 @@ def _leave_out_nothings(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> No
 
 
 def _read_what_was_written(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
-    """Let what comes behind an operation in place take its result, and not the tensor that it has overwritten: between
-    the two a grid will stand.
+    """Let nodes after an in-place operation read its result instead of the tensor that it overwrote.
+
+    A grid will be inserted between the two.
     """
     order = {node: number for number, node in enumerate(graph.nodes)}
     for node in graph.nodes:
@@ -184,7 +187,7 @@ def _is_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _float_tensors(traced: fx.GraphModule, images: Tensor) -> set[fx.Node]:
-    """The nodes whose value is a tensor of floating-point numbers."""
+    """The nodes whose value is a floating-point tensor."""
     found: set[fx.Node] = set()
 
     class Look(fx.Interpreter):
@@ -215,12 +218,13 @@ class _Sharing:
         for node in graph.nodes:
             for taken in self._shared_with(node):
                 self._join(node, taken)
-            if self._is_layer(node):  # One that runs twice has one scale for what it takes.
+            if self._is_layer(node):  # A layer that runs twice has one scale for its inputs.
                 self._join(runs.setdefault(str(node.target), node.all_input_nodes[0]), node.all_input_nodes[0])
 
     def places(self) -> Iterator[dict[fx.Node, tuple[float, float] | None]]:
-        """The nodes that share a grid, in the graph's order, with the bounds of what each makes; None where it only
-        moves values.
+        """For each grid the nodes that share it, in the graph's order, with the bounds of their results.
+
+        The bounds of a node that only moves values are None.
         """
         groups: dict[fx.Node, list[fx.Node]] = {}
         for node in self.graph.nodes:
@@ -234,7 +238,7 @@ class _Sharing:
                     yield places
 
     def _is_answer(self, group: list[fx.Node]) -> bool:
-        """Whether nothing but the answer is made of these."""
+        """Whether no integer kernel follows these nodes, so that they lead to the network's output alone."""
         ahead = {user for node in group for user in node.users} - set(group)
         seen: set[fx.Node] = set()
         while ahead:
@@ -246,18 +250,18 @@ class _Sharing:
         return True
 
     def _is_place(self, node: fx.Node) -> bool:
-        """Whether a tensor is there of which a kernel takes more than the activation function behind it."""
+        """Whether a node gets a grid: its value is a float tensor that no fused activation function alone reads."""
         return node in self.tensors and not any(self._is_cut_off(reader) for reader in node.users)
 
     def _is_cut_off(self, node: fx.Node) -> bool:
-        """Whether a node is an activation function in the kernel of the operation before it."""
+        """Whether a node is an activation function that is fused into the kernel of the operation before it."""
         if not _is_call(node) or self._operation(node) not in CUTTING:
             return False
         before = node.all_input_nodes[0]
         return len(before.users) == 1 and self._is_integer(before) and not self._shared_with(before)
 
     def _shared_with(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes whose values this one only moves."""
+        """The input nodes whose values this node only moves."""
         if not _is_call(node):
             return []
         if self._operation(node) in JOINING:
@@ -266,7 +270,7 @@ class _Sharing:
         return node.all_input_nodes[:1] if moves else []
 
     def _is_integer(self, node: fx.Node) -> bool:
-        """Whether there is a kernel for integers."""
+        """Whether an integer kernel computes a node."""
         if not _is_call(node):
             return False
         operation = self._operation(node)
@@ -283,7 +287,7 @@ class _Sharing:
         return _operation(node, self.modules)
 
     def _bounds(self, node: fx.Node) -> tuple[float, float]:
-        """What an activation function makes of the smallest and of the largest number."""
+        """The bounds of a node's result: a fused activation function applied to −∞ and +∞, else `UNBOUNDED`."""
         others = [*node.args[1:], *node.kwargs.values()]
         if not self._is_cut_off(node) or any(isinstance(each, fx.Node) for each in others):
             return UNBOUNDED
@@ -320,7 +324,7 @@ def _pads_with_zeros(node: fx.Node) -> bool:
 def _insert(
     traced: fx.GraphModule, places: Mapping[fx.Node, tuple[float, float] | None], layers: Collection[str]
 ) -> None:
-    """Put a `TensorGrid` behind each of the nodes, which share one range."""
+    """Insert a `TensorGrid` after each of the nodes, which share one range."""
     group = next(iter(places)).name
     for node, bounds in places.items():
         feeds = [str(user.target) for user in node.users if user.op == "call_module" and user.target in layers]
@@ -329,4 +333,4 @@ def _insert(
         with traced.graph.inserting_after(node):
             quantized = traced.graph.call_module(name, (node,))
         node.replace_all_uses_with(quantized)
-        quantized.replace_input_with(quantized, node)  # Of all, the grid alone goes on taking it.
+        quantized.replace_input_with(quantized, node)  # Only the grid itself still reads the node.

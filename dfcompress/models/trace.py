@@ -1,4 +1,4 @@
-"""What one forward pass recorded of each image, and the trace of it that losses are values of."""
+"""The values that one forward pass records of each image, and the trace from which losses are computed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class LayerMoments(NamedTuple):
-    """What went into one BatchNorm, image by image, with d = input − running mean: the mean of d and of d² over an
-    image's positions, each `(N, C)` in fp32; the layer's running variance, and what that lacks to the layer's eps, 0
-    where it is larger, each `(C,)`.
+    """Moments of the input of one layer with known statistics, per image.
 
-    Summing each image on its own first makes the result independent of the number of threads.
+    `mean_error` and `square_error`, each `(N, C)` in fp32, are the means of d and of d² over an image's positions,
+    d = input − running mean. `running_var` `(C,)` is the layer's; `lack` `(C,)` is max(eps − `running_var`, 0).
+    The mean is taken of each image first, so that the result does not depend on the number of threads.
     """
 
     mean_error: Tensor
@@ -25,9 +25,12 @@ class LayerMoments(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """Logits `(N, classes)` in fp32, the moments of every layer with known statistics in the order of the forward pass,
-    and by layer the outputs `(N, ...)`, the channel means `(N, C)` and the patch features `(N, patches, channels)` that
-    were wanted, in fp32; `penultimate` `(N, ...)` where it was: what goes into the last weighted layer.
+    """The values that a recorder returns for one pass, all in fp32.
+
+    `logits` is `(N, classes)`; `layers` has the moments of every layer with known statistics, in the order of the
+    forward pass. `outputs` `(N, ...)`, `channel_means` `(N, C)` and `patches` `(N, patches, channels)` hold, by layer,
+    the values that were requested. `penultimate` `(N, ...)` is the input of the last weighted layer, None if it was not
+    requested.
     """
 
     logits: Tensor
@@ -40,11 +43,11 @@ class Recording(NamedTuple):
 
 @dataclass(frozen=True)
 class Rest:
-    """The images of a batch that are not at hand, where a batch is computed in chunks.
+    """The other images of a batch, when the batch is computed in chunks.
 
-    `share` is that of the images at hand in the batch's `images`, which counts every copy of an image; `means` holds by
-    name, as constants, what the others add to a mean over the batch. `own` is filled with the means of the images at
-    hand.
+    `images` is the number of images in the whole batch, every copy counted; `share` is the chunk's share of them.
+    `means` holds by name, as constants, the other chunks' contribution to each mean over the batch. `own` is filled
+    with the chunk's own means.
     """
 
     images: int
@@ -53,8 +56,9 @@ class Rest:
     own: dict[str, Tensor] = field(default_factory=dict)
 
     def mean(self, name: str, values: Tensor) -> Tensor:
-        """The mean over the batch of what the images at hand have as `values` `(N, ...)`; over those alone where the
-        others are not known yet.
+        """The mean `(...)` over the batch of a quantity that the chunk's images have as `values` `(N, ...)`.
+
+        It is the mean over the chunk alone while `means` has no entry `name`.
         """
         own = values.mean(0)
         self.own[name] = own.detach()
@@ -63,12 +67,12 @@ class Rest:
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments over all but the channel axis of what went into some layers, and the variances these expect, of all
-    channels of one layer after those of another; each `(channels of all layers,)`.
+    """Measured moments of several layers' inputs and the layers' running variances, concatenated over the layers.
 
-    `mean_error` is E[x] − running mean; `var` is the biased variance; `lack` is what the running variance lacks to eps.
-    `sizes` are the layers' own channels. The layers share every operation: of ResNet-34's 36 each on its own, the
-    losses were 233 kernels of a few thousand numbers.
+    Each tensor is `(channels of all layers,)`; moments are taken over all axes except the channels. `mean_error` is
+    E[x] − running mean; `var` is the biased variance; `lack` is max(eps − running variance, 0). `sizes` are the numbers
+    of channels of the layers. All layers share every operation: with one computation for each of ResNet-34's 36 layers,
+    the losses took 233 kernels of a few thousand numbers.
     """
 
     mean_error: Tensor
@@ -85,9 +89,9 @@ class Moments:
         rest: Rest | None = None,
         name: str = "layers",
     ) -> Moments:
-        """The moments over the images at hand and the `rest` of their batch, which knows its own by `name`.
+        """The moments over the images of `layers` and, if given, the `rest` of their batch, under the key `name`.
 
-        var = E[d²] − E[d]² loses no digits, because d is around the running mean.
+        var = E[d²] − E[d]² does not suffer from cancellation, because d is taken around the running mean.
         """
         mean_errors = torch.cat([layer.mean_error for layer in layers], 1)
         square_errors = torch.cat([layer.square_error for layer in layers], 1)
@@ -104,26 +108,26 @@ class Moments:
         )
 
     def distances(self) -> Tensor:
-        """‖μ̂ − μ‖₂ + ‖σ̂² − σ²‖₂ of every layer `(layers,)`, hats measured, norms over its channels (Yin 2020)."""
+        """‖μ̂ − μ‖₂ + ‖σ̂² − σ²‖₂ of every layer `(layers,)`; hats are measured, norms over channels (Yin 2020)."""
         of_means, of_variances = self._by_layer(self.mean_error), self._by_layer(self.var - self.running_var)
         distances: Tensor = torch.linalg.vector_norm(of_means, dim=1) + torch.linalg.vector_norm(of_variances, dim=1)
         return distances
 
     def squared_distances(self) -> Tensor:
-        """‖μ̂ − μ‖₂² + ‖σ̂ − σ‖₂² of every layer `(layers,)`, hats measured, σ deviations (Chen 2023, L_bns).
+        """‖μ̂ − μ‖₂² + ‖σ̂ − σ‖₂² of every layer `(layers,)`; hats are measured (Chen 2023, L_bns).
 
-        Variances are those that `divergences` compares: a root has no gradient at 0.
+        The variances are raised as in `divergences`, because a square root has no gradient at 0.
         """
         measured, expected = self._variances()
         of_deviations = measured.sqrt() - expected.sqrt()
         return self._by_layer(self.mean_error.square() + of_deviations.square()).sum(1)
 
     def divergences(self, eps: float = 1e-8) -> Tensor:
-        """KL(N(μ̂, σ̂²) ‖ N(μ, σ²)) of every layer `(layers,)`, mean over its channels, hats measured, `eps` added to σ̂²
-        (Haroush 2020, eq. 3).
+        """KL(N(μ̂, σ̂²) ‖ N(μ, σ²)) of every layer `(layers,)`, mean over its channels; hats are measured, and `eps` is
+        added to σ̂² (Haroush 2020, eq. 3).
 
-        Where σ² is below the layer's eps, which BatchNorm adds before it divides, both variances grow by what is
-        lacking: a dead channel (σ² = 0) counts as KL(N(μ̂, σ̂² + eps) ‖ N(μ, eps)), and all others as in the paper.
+        Where σ² is below the layer's eps, which BatchNorm adds before it divides, `lack` is added to both variances: a
+        dead channel (σ² = 0) counts as KL(N(μ̂, σ̂² + eps) ‖ N(μ, eps)), and all others count as in the paper.
         """
         measured, expected = self._variances(eps)
         ratio = (measured + self.mean_error**2) / expected
@@ -132,12 +136,12 @@ class Moments:
         return self._by_layer(of_channels).sum(1) / channels
 
     def _variances(self, eps: float = 1e-8) -> tuple[Tensor, Tensor]:
-        """Those measured and those expected, all above 0."""
-        measured = self.var.clamp_min(0) + eps + self.lack  # E[d²] − E[d]² may round to just below 0.
+        """The measured and the expected variances, all above 0."""
+        measured = self.var.clamp_min(0) + eps + self.lack  # E[d²] − E[d]² may be slightly negative by rounding.
         return measured, self.running_var + self.lack
 
     def _by_layer(self, values: Tensor) -> Tensor:
-        """Values of the channels as `(layers, channels of the widest)`, a row a layer, narrower ones filled with 0."""
+        """Channel values as `(layers, channels of the widest layer)`, one row per layer, padded with 0."""
         widest = max(self.sizes)
         filler = values.new_zeros(widest)
         rows = [part for own in values.split(self.sizes) for part in (own, filler[len(own) :])]
@@ -145,7 +149,7 @@ class Moments:
 
 
 class Target(NamedTuple):
-    """What the output of one layer shall be, `(N, units)`, and what their differences are multiplied by, `()`."""
+    """Target `values` `(N, units)` of one layer's output, and the `scale` `()` that multiplies the differences."""
 
     values: Tensor
     scale: Tensor
@@ -153,15 +157,16 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """What one batch showed: normalised `images` `(N, C, H, W)` as the teacher saw them, their `labels` `(N,)`,
-    `logits` `(N, classes)`, the `moments` of all layers with known statistics in the order of the forward pass (None
-    where no loss wants them), by layer the `outputs` `(N, ...)` and `channel_means` `(N, C)` that a loss wants, the
-    `patches` `(N, patches, channels)` of all blocks that mix positions and the `targets` that an activation record
-    sets, `student_logits` where the images compete with a student, the `layers` that the moments are made of, image by
-    image, and `penultimate` `(N, ...)`, what goes into the last weighted layer, where a loss wants it.
+    """The values of one batch from which losses are computed.
 
-    Where a batch is computed in chunks these are the images of one of them, `moments` are those of the whole batch, and
-    `rest` stands for the others.
+    `images` `(N, C, H, W)` are normalised, as the teacher takes them; `labels` are `(N,)`, `logits` `(N, classes)`.
+    `layers` holds the moments per image of all layers with known statistics, in the order of the forward pass;
+    `moments` combines them over the batch. By layer, `outputs` are `(N, ...)`, `channel_means` `(N, C)`, `patches`
+    `(N, patches, channels)` and `targets` those of an activation record. `student_logits` `(N, classes)` exist where
+    the images compete with a student. `penultimate` `(N, ...)` is the input of the last weighted layer. Values that no
+    loss needs are None or empty.
+    If a batch is computed in chunks, a trace holds the images of one chunk, `moments` cover the whole batch, and `rest`
+    describes the other images.
     """
 
     images: Tensor
@@ -178,16 +183,18 @@ class Trace:
     penultimate: Tensor | None = None
 
     def features(self) -> Tensor:
-        """What goes into all layers with known statistics, as `(N, channels of all layers)`: the mean over an image's
-        positions of every channel, less its running mean and divided by its running deviation.
+        """The normalised mean input `(N, channels of all layers)` of all layers with known statistics.
+
+        Per channel: the mean over an image's positions, less the running mean, divided by the running deviation.
         """
         scaled = [layer.mean_error * (layer.running_var + layer.lack).rsqrt() for layer in self.layers]
         return torch.cat(scaled, 1)
 
     def part(self, number: int, parts: int) -> Trace:
-        """The trace of one of several equal parts of the images, with moments of its own: of one of the batches that
-        went through the network together, or of one of the views that transforms show of every image, one whole copy
-        after the other.
+        """The trace of part `number` of `parts` equal parts of the images, with moments of its own.
+
+        A part is one of the batches that went through the network together, or one of the transformed copies of all
+        images, which follow each other as whole copies.
         """
         assert parts == 1 or self.rest is None, "a batch in chunks is not divided further"
         size = len(self.images) // parts
@@ -216,13 +223,13 @@ class Trace:
         )
 
     def mean_over_batch(self, name: str, values: Tensor) -> Tensor:
-        """The mean of a value of each image, `values` `(N, ...)`, over all images of the batch, which knows it by
-        `name`.
+        """The mean `(...)` of `values` `(N, ...)` over all images of the batch; `name` is the key of the mean in
+        `rest`.
         """
         return self.rest.mean(name, values) if self.rest else values.mean(0)
 
     def norm_over_batch(self, name: str, values: Tensor) -> Tensor:
-        """The L2 norm of a value of each image, `values` `(N,)`, over all images of the batch."""
+        """The L2 norm `()` of `values` `(N,)`, one per image, over the batch; `name` is its key in `rest`."""
         norm: Tensor
         if self.rest:
             norm = (self.rest.mean(name, values.square()) * self.rest.images).sqrt()
@@ -241,15 +248,15 @@ def traces(
     groups: int = 1,
     rest: Rest | None = None,
 ) -> list[Trace]:
-    """The traces of `groups` equal batches that went through the network together, each with its own statistics; or
-    of one, of which the `rest` is not at hand.
+    """The traces of `groups` equal batches that went through the network together, each with its own moments; or the
+    trace of one chunk of a batch, whose other images are `rest`.
 
-    `labels` and `targets` may be fewer than `images`, where transforms show each image several times.
+    `labels` and `targets` may be fewer than `images`, where transforms produce several copies of each image.
     """
     copies = len(images) // len(labels)
 
     def repeated(values: Tensor) -> Tensor:
-        """Values of each image once for every copy of it, batch by batch."""
+        """Repeat the values of each image for every copy of the image, batch by batch."""
         by_batch = values.unflatten(0, (groups, -1))
         return torch.cat([by_batch] * copies, 1).flatten(0, 1)
 

@@ -1,4 +1,4 @@
-"""Which operations of a forward pass take which tensors."""
+"""Count the operations of a forward pass that read each tensor."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dfcompress.models.classifier import Classifier, pass_once
 
 
 def place(tensor: Tensor) -> int:
-    """Tells tensors apart that are alive at the same time; a view has the place of its base."""
+    """A number that identifies a tensor's memory while it is alive; a view has the same number as its base."""
     address: int = tensor.untyped_storage()._cdata
     return address
 
 
 class Uses(TorchDispatchMode):
-    """Counts inside how many operations take what lies in each place, and keeps all tensors alive."""
+    """Counts, within its context, the operations that read the memory at each `place`, and keeps all tensors alive."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # of torch
@@ -35,8 +35,9 @@ class Uses(TorchDispatchMode):
 
 
 def unused_weights(classifier: Classifier) -> dict[str, int]:
-    """Bytes of the parameters that no operation of an evaluation pass takes, by the largest modules that hold no other
-    parameters (an auxiliary head, say).
+    """The bytes of the parameters that no operation of an evaluation pass reads.
+
+    Keyed by the name of the largest module that holds only such parameters (an auxiliary head, say).
     """
     with Uses() as uses:
         pass_once(classifier)

@@ -1,7 +1,7 @@
-"""Every architecture that has a name; one file a family, and the folder is the registry.
+"""All architectures with a name; each family has a file, and the folder is the registry.
 
-A family's file holds `ARCHITECTURES`, a list of `Architecture`.
-Other packages add theirs through the entry-point group `dfcompress.architectures`, each entry such a list.
+The file of a family defines `ARCHITECTURES`, a list of `Architecture`.
+Other packages add architectures through the entry-point group `dfcompress.architectures`; each entry is such a list.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def architectures() -> dict[str, Architecture]:
 
 
 def find(name: str) -> Architecture:
-    """The architecture of that name; raises `BadInput` with the nearest names where there is none."""
+    """The architecture with this name; raises `BadInput` with the nearest names if there is none."""
     known = architectures()
     if name not in known:
         close = difflib.get_close_matches(name, [*known, HALF.rstrip(":")], 3)
@@ -58,14 +58,14 @@ def find(name: str) -> Architecture:
 def named(
     spec: str, config: Mapping[str, Any] | None = None, widths: Mapping[str, tuple[int, int]] | None = None
 ) -> Architecture:
-    """The architecture that `--arch` names: NAME (also torchvision:NAME), timm:NAME, file.py:factory,
-    package.module:factory, or half:... of these with half the channels; or the one that a card names,
-    `transformers:TYPE`, with the card's `config`. `widths` are a card's, too: those of the layers that have others than
-    the name says.
+    """The architecture that `--arch` or a card names.
 
-    Code runs only because the user named it; a factory is called without arguments, or with `num_classes` where that is
-    known and it takes it.
-    Raises `BadInput` where there is no such thing.
+    `--arch` takes NAME (also torchvision:NAME), timm:NAME, file.py:factory, package.module:factory, or half: before any
+    of these for half the channels. A card may also name `transformers:TYPE`, which is built from the card's `config`.
+    `widths` are the card's widths of layers that differ from the named architecture.
+    Code runs only if the user named it; a factory is called without arguments, or with `num_classes` if the number is
+    known and the factory takes it.
+    Raises `BadInput` if there is no such architecture.
     """
     if widths:
         return replace(named(spec, config), widths=tuple(widths.items()), tensors=None, namings=(Naming(),))
@@ -84,12 +84,12 @@ def named(
 
 
 def plain(architecture: Architecture) -> Architecture:
-    """The same with plain weights (see `make_plain`), as results are saved."""
+    """The same architecture with plain weights (see `make_plain`), the form in which results are saved."""
     return replace(architecture, make=partial(_make_plain, architecture.make))
 
 
 def runs_code(spec: str) -> bool:
-    """Whether an architecture's name is one of code that only the user may name."""
+    """Whether an architecture's name refers to code, which only the user may name."""
     while spec.startswith(HALF):
         spec = spec.removeprefix(HALF)
     return ":" in spec.removeprefix("timm:").removeprefix("torchvision:").removeprefix(TRANSFORMERS)
@@ -120,12 +120,12 @@ def _make_foreign(factory: Callable[..., object], spec: str, classes: int, chann
 def _called(factory: Callable[..., object], classes: int) -> object:
     try:
         parameters = inspect.signature(factory).parameters
-    except ValueError:  # Some classes written in C have none.
+    except ValueError:  # Some classes written in C have no signature.
         return factory()
     if classes and "num_classes" in parameters:
         return factory(num_classes=classes)
     if classes and any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        with suppress(TypeError):  # torchvision's functions hand on what they do not name; others refuse it.
+        with suppress(TypeError):  # torchvision's functions pass keywords on; others refuse them.
             return factory(num_classes=classes)
     return factory()
 
@@ -135,7 +135,7 @@ def _from_timm(name: str) -> Architecture:
         import timm
     except ImportError:
         raise BadInput(f"--arch timm:{name} needs timm.", "Install it with: pip install 'dfcompress[timm]'.") from None
-    # Bare names only: create_model would also take an address and download from it.
+    # Names only: create_model would also accept an address and download from it.
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), 3)
         remedy = f"Did you mean {', '.join(close)}?" if close else "timm.list_models() gives the names."

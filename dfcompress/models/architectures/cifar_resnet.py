@@ -26,14 +26,14 @@ class BasicBlock(nn.Module):
         """Features `(N, channels, H / stride, W / stride)`."""
         residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(features)))))
         shortcut = features[:, :, :: self.stride, :: self.stride]
-        # Layers, not tensors, say how many are missing: torch.fx cannot trace a branch on what a shape is.
+        # Taken from the layers, because torch.fx cannot trace a branch that depends on a tensor's shape.
         if missing := _convolution(self.conv2).out_channels - _convolution(self.conv1).in_channels:
             shortcut = F.pad(shortcut, (0, 0, 0, 0, missing // 2, missing - missing // 2))
         return F.relu(residual + shortcut)
 
 
 def _convolution(layer: nn.Module) -> nn.Conv2d:
-    """The layer itself, or the one behind which recorded statistics were put."""
+    """The convolution itself, or the one inside a Sequential that adds recorded statistics after it."""
     inner = layer[0] if isinstance(layer, nn.Sequential) else layer
     assert isinstance(inner, nn.Conv2d)
     return inner
@@ -67,7 +67,7 @@ def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequ
     return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
 
-# akamaster/pytorch_resnet_cifar10, whose released checkpoints most people have, trains with ImageNet's mean and std.
+# The most common released checkpoints, of akamaster/pytorch_resnet_cifar10, are trained with ImageNet's mean and std.
 RELEASED = Naming(renames=((r"^linear\.", "fc."),), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 ARCHITECTURES = [

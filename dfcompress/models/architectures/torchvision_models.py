@@ -8,8 +8,8 @@ from torch import nn
 
 from dfcompress.models.architecture import Architecture, Naming
 
-# Every name, with the tensors in its state dict, so that recognising a file neither builds eighty networks nor imports
-# torchvision; a test compares both.
+# The number of tensors in the state dict of each model, so that recognition neither builds eighty networks nor imports
+# torchvision; a test compares the numbers with torchvision's models.
 TENSORS: dict[str, int] = {
     "alexnet": 16,
     "convnext_base": 344,
@@ -93,7 +93,7 @@ TENSORS: dict[str, int] = {
     "wide_resnet50_2": 267,
 }
 
-# What they were trained at, where that is not 224 pixels.
+# The image size in pixels of the models' training, where it is not 224.
 SIZES = {
     "efficientnet_b1": 240, "efficientnet_b2": 288, "efficientnet_b3": 300, "efficientnet_b4": 380,
     "efficientnet_b5": 456, "efficientnet_b6": 528, "efficientnet_b7": 600, "efficientnet_v2_s": 384,
@@ -101,12 +101,12 @@ SIZES = {
     "swin_v2_t": 256,
 }  # fmt: skip
 
-# torchvision builds these two with auxiliary heads, and with their released weights lets them turn images normalised
-# by ImageNet's values into (x − 0.5) / 0.5 themselves. Ours take that directly.
+# torchvision builds these two with auxiliary heads; with their released weights they convert images normalised by
+# ImageNet's values into (x − 0.5) / 0.5 themselves. Ours have no auxiliary heads and take (x − 0.5) / 0.5 directly.
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 _HALF = (0.5, 0.5, 0.5)
 
-# The files that torchvision released for DenseNet are older than the names in its code.
+# The files that torchvision released for DenseNet have older names than its code.
 EARLY_DENSENET = Naming(renames=((r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),))
 
 
@@ -145,7 +145,7 @@ def _is_resnet(name: str) -> bool:
     return name.startswith(("resnet", "resnext", "wide_resnet"))
 
 
-# The many small-image ResNets released under kuangliu/pytorch-cifar's names.
+# Many small-image ResNets are released with the names of kuangliu/pytorch-cifar.
 KUANGLIU = Naming(renames=((r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc.")))
 
 
