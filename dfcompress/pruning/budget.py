@@ -217,9 +217,9 @@ def choose(
     share of `whole` (by default of its present cost), and as nearly that share as whole channels allow.
 
     Units are removed in the order of their importance. Scores of `taylor` estimate a loss, and are divided by the
-    amount of the resource that a unit of the group frees on average. With `uniform`, and for `random` and `fold`, every group
-    loses the same share. Each group keeps at least a twentieth of its units, and with `round_to` a multiple of that
-    number.
+    amount of the resource that a unit of the group frees on average. With `uniform`, and for `random` and `fold`, every
+    group loses the same share. Each group keeps at least a twentieth of its units, and with `round_to` a multiple of
+    that number.
     (Agreement with the unpruned network on 500 training images, ResNet-20 at 0.63 of its operations, refitted: by
     taylor 74.6 % with the division and 65.6 % without it; by bn-scale 43.0 % with it and 82.2 % without; by magnitude
     77.8 % with it and 82.6 % without.)
