@@ -73,8 +73,7 @@ class ReportedRun:
 
     @property
     def class_names(self) -> Mapping[int, str]:
-        """The names of the result's classes by output, for classes that have a name: its own names, else its teachers'.
-        """
+        """The names of the result's classes by output, for classes with a name: its own names, else its teachers'."""
         options = self.record.options
         if options.get("class_names"):
             return dict(enumerate(options["class_names"]))
