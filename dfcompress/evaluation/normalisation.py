@@ -143,7 +143,7 @@ def _within(
 
 
 def _usual(channels: int) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """Common normalisations for images of so many channels: (mean, std) by name."""
+    """Common normalisations for images of this number of channels: (mean, std) by name."""
     of_data_sets: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}
     if channels == 1:
         of_data_sets = {"MNIST's mean and std": (MNIST_MEAN, MNIST_STD)}

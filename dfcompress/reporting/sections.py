@@ -126,7 +126,7 @@ def _of_model(run: ReportedRun) -> Row:
 
 def _verdict(run: ReportedRun) -> str:
     """How much smaller, faster and less accurate than its teacher a model is, as text. Without accuracies on real
-    images, the agreement of both stands in their place.
+    images, the text states the agreement of both instead.
     """
     found = _of_model(run)
     share, ms, ms_fp32, agreement = (found[name] for name in ("of fp32", "ms", "ms in fp32", "agreement"))
