@@ -120,7 +120,7 @@ def make_optimizer(
     """Make the optimizer over parameter groups, each with its own `weight_decay`; `momentum` and `nesterov` are for SGD
     alone.
 
-    Where all parameters are on CUDA, torch updates them by its fused kernels.
+    Where all parameters are on CUDA, torch's SGD, Adam and AdamW use its fused kernels.
     """
     groups = list(groups)
     fused = all(is_cuda(weight.device) for group in groups for weight in group["params"])
