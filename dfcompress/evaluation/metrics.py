@@ -1,4 +1,4 @@
-"""What a classifier answers, and how often it is right."""
+"""The predictions of a classifier, their accuracy, and other measurements of a classifier on a set of images."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from dfcompress.models.trace import LayerMoments, Moments
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 TOP = 5
-BINS = 15  # Of Guo et al. 2017, the usual number.
-BATCH = 256  # Images of a batch, usually; what threads are chosen by.
+BINS = 15  # Bins of the confidence, as in Guo et al. 2017.
+BATCH = 256  # Default number of images in a batch, by which the number of threads is chosen.
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """A classifier's best classes `(N, up to 5)`, best first, and the labels `(N,)`; int64, on the CPU."""
+    """A classifier's best classes `(N, up to 5)`, the best first, and the labels `(N,)`; int64, on the CPU."""
 
     classes: Tensor
     labels: Tensor
@@ -37,20 +37,21 @@ class Predictions:
         return len(self.labels)
 
     def correct(self, k: int = 1) -> int:
-        """How many labels are among the `k` best classes."""
+        """The number of images whose label is among the `k` best classes."""
         return int((self.classes[:, :k] == self.labels[:, None]).any(1).sum())
 
     def agreement(self, other: Predictions) -> float:
-        """The share of images, in [0, 1], on which both give the same best class."""
+        """The share of images, in [0, 1], on which both classifiers have the same best class."""
         return float((self.classes[:, 0] == other.classes[:, 0]).double().mean())
 
 
 @torch.no_grad()
 def predict(classifier: Classifier, batches: Batches) -> Predictions:
-    """Ask a classifier, in fp32 and evaluation mode, about float images `(N, C, H, W)` in [0, 1] with labels.
+    """The predictions of a classifier, in fp32 and evaluation mode, for batches of float images `(N, C, H, W)` in
+    [0, 1] with labels.
 
-    Of a batch, as many images as fit into memory are in the network at once.
-    Raises `DfcompressError` where it answers with something that is not a number.
+    A batch is split into parts that fit into memory.
+    Raises `DfcompressError` where a logit is NaN or infinite.
     """
     k = min(TOP, classifier.card.classes)
     classes, labels = [], []
@@ -64,20 +65,21 @@ def predict(classifier: Classifier, batches: Batches) -> Predictions:
 
 
 def share_correct(classifier: Classifier, source: ImageSource, *, batch_size: int = BATCH) -> float:
-    """Top-1 accuracy in [0, 1]."""
+    """The top-1 accuracy of a classifier on the images of `source`, in [0, 1]."""
     return predict(classifier, source.batches(batch_size)).correct() / len(source)
 
 
 @torch.no_grad()
 def bn_divergence(classifier: Classifier, batches: Batches) -> float:
-    """J_KL of a whole set: how far its BatchNorm inputs are from the running statistics (Haroush 2020, section 3.3).
+    """J_KL of a whole set: the divergence of its BatchNorm inputs from the running statistics (Haroush 2020, section
+    3.3).
 
-    `batches` are float images `(N, C, H, W)` in [0, 1] with labels. Mean over channels, then over BatchNorm layers, of
-    KL(N(μ̂, σ̂²) ‖ N(μ, σ²)), where the hats are taken over all images at once and σ̂² is biased.
+    `batches` are float images `(N, C, H, W)` in [0, 1] with labels. J_KL is the mean over channels, then over BatchNorm
+    layers, of KL(N(μ̂, σ̂²) ‖ N(μ, σ²)), where μ̂ and the biased σ̂² are taken over all images at once.
 
-    Compare it between sets of the same classes and of about one size. The classes count most: of 128 real images of two
-    of CIFAR-10's ten classes it is 0.041 on ResNet-44 (0.037 on ResNet-20), of 128 of all ten 0.023 (0.017). The size
-    adds 6 to 8 % at 128 images to what 1,000 have, and 47 to 89 % at 16.
+    Compare J_KL only between sets of the same classes and of similar size. The classes matter most: for 128 real images
+    of two of CIFAR-10's ten classes it is 0.041 on ResNet-44 (0.037 on ResNet-20), for 128 images of all ten classes
+    0.023 (0.017). Compared with 1,000 images, it is 6 to 8 % higher with 128 images, and 47 to 89 % higher with 16.
     """
     recorder = HookRecorder(classifier.network, moments=True)
     pooled = _PooledMoments()
@@ -87,11 +89,11 @@ def bn_divergence(classifier: Classifier, batches: Batches) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What a classifier shows of a whole set, on the CPU.
+    """Measurements of a classifier on a whole set, on the CPU.
 
-    Image by image its best `classes`, int64 `(N,)`, the softmax of these, `confidences` `(N,)`, and the spread `scores`
-    `(N,)` where they were wanted and are known; over all images the mean softmax of every class, `soft` `(classes,)`,
-    and `divergence`, J_KL, None where no statistics are known.
+    For each image: the best class in `classes`, int64 `(N,)`; its softmax probability in `confidences` `(N,)`; and its
+    OOD score by `spread` in `scores` `(N,)`, None where these were not requested or are not known. Over all images: the
+    mean softmax of every class, `soft` `(classes,)`; and J_KL in `divergence`, None where no statistics are known.
     """
 
     classes: Tensor
@@ -102,13 +104,13 @@ class Observation:
 
     @property
     def hard(self) -> Tensor:
-        """The share of images that are taken for every class, `(classes,)`."""
+        """For each class the share of images that the classifier assigns to it, `(classes,)`."""
         return self.classes.bincount(minlength=len(self.soft)).double() / len(self.classes)
 
 
 @torch.no_grad()
 def observe(classifier: Classifier, batches: Batches, *, scores: bool = False) -> Observation:
-    """Answers, statistics and, if wanted, the `scores` of images by one pass of each, otherwise as `predict`."""
+    """Measure an `Observation` in one pass of the images, with OOD scores if `scores` is set; else as `predict`."""
     knows = not why_no_statistics(classifier.network)
     recorder = HookRecorder(classifier.network, moments=knows)
     pooled, outlying = _PooledMoments(), OodScore(classifier, spread, last_layer=True)
@@ -141,8 +143,8 @@ def observe(classifier: Classifier, batches: Batches, *, scores: bool = False) -
 
 
 def _pass_through(classifier: Classifier, batches: Batches, ask: Callable[[Tensor, Tensor], None]) -> None:
-    """Call `ask` with as many images at once as fit into memory, on the classifier's device, and with their labels, on
-    the CPU; inside, the classifier computes in fp32 and evaluation mode.
+    """Call `ask` with the images of each batch, on the classifier's device, and their labels, on the CPU, in parts that
+    fit into memory. During the calls the classifier computes in fp32 and evaluation mode.
     """
     with evaluating(classifier), exact_fp32(), threads(threads_for(BATCH * work_of(classifier))):
         fit = images_a_pass(classifier)
@@ -152,21 +154,21 @@ def _pass_through(classifier: Classifier, batches: Batches, ask: Callable[[Tenso
 
 
 def finite_logits(logits: Tensor) -> Tensor:
-    """The logits; raises `DfcompressError` where one is not a number."""
+    """The logits unchanged; raises `DfcompressError` where a logit is NaN or infinite."""
     if not logits.isfinite().all():
         raise DfcompressError("The network answers with NaN or infinity.", "Its weights or its card are wrong.")
     return logits
 
 
 class _PooledMoments:
-    """The moments of all images of a set, pass by pass."""
+    """The moments of all images of a set, accumulated pass by pass."""
 
     def __init__(self) -> None:
         self._sums: list[LayerMoments] = []
         self._images = 0
 
     def add(self, layers: Sequence[LayerMoments]) -> None:
-        """Count the images of one pass."""
+        """Add the images of one pass."""
         new = [_with_errors(layer, layer.mean_error.sum(0), layer.square_error.sum(0)) for layer in layers]
         self._sums = [_plus(one, other) for one, other in zip(self._sums, new, strict=True)] if self._sums else new
         self._images += len(layers[0].mean_error)
@@ -195,8 +197,9 @@ def standard_error(correct: int, total: int) -> float:
 
 
 def calibration_error(confidences: Tensor, right: Tensor) -> float:
-    """ECE: Σ_b |B_b| / n · |accuracy(B_b) − mean confidence(B_b)| over `BINS` equal bins of the confidence (Guo 2017,
-    eq. 3), of the softmax of the best class and whether that is right, each `(N,)`.
+    """The expected calibration error Σ_b |B_b| / n · |accuracy(B_b) − mean confidence(B_b)| over `BINS` equal bins B_b
+    of the confidence (Guo 2017, eq. 3). `confidences` `(N,)` are the softmax of the best class, and `right` `(N,)` says
+    whether that class is correct.
     """
     bins = (confidences * BINS).ceil().long().clamp(1, BINS) - 1  # Bins are (0, 1/15], (1/15, 2/15], ...
     gaps = torch.zeros(BINS, dtype=torch.double).index_add_(0, bins, right.double() - confidences.double())

@@ -1,20 +1,21 @@
-"""What the first BatchNorm says about the images a network was trained on: a check of a card's mean and std.
+"""A check of a card's mean and std by the first BatchNorm, whose statistics depend on the images of the training.
 
-Behind the first convolution y_o = Σ W_oc ∗ x_c + b_o, BatchNorm remembers the mean and the variance of every y_o.
+Behind the first convolution y_o = Σ W_oc ∗ x_c + b_o, BatchNorm stores the mean and the variance of every y_o.
 With μ_c the mean of input channel c, E[y_o] = Σ_c μ_c Σ_k W_ock + b_o: least squares over o gives μ.
-For the variance the input is taken as natural images mostly are: one variance s², neighbouring pixels and colours
-correlated by 0.9, correlation falling as 0.9^(distance in pixels) along each axis; least squares over o gives s, after
-the variance that zeros around an image of mean μ cause at its border is taken off. (Without that a network on raw
-images of mean 0.43 and std 0.06 seems to expect a std of 0.10.)
-What the network itself does to a pixel before the convolution (dividing by 255, subtracting a mean) is seen in a pass
-and undone, so that μ and s are those of the network's own input.
+For the variance we assume an input like most natural images: all pixels have the variance s², colours are correlated by
+0.9, and the correlation of pixels falls as 0.9^(distance in pixels) along each axis. First the variance that the zero
+padding causes at the border of an image of mean μ is subtracted (otherwise a network on raw images of mean 0.43 and
+std 0.06 seems to expect a std of 0.10). Then least squares over o gives s.
+Operations of the network on a pixel before the convolution (division by 255, subtraction of a mean) are measured in a
+pass and inverted, so that μ and s describe the network's own input.
 
-Measured on 26 small networks trained on MNIST and CIFAR-10, ordinary and at a fifth of the contrast, normalised in six
-ways: the deviation is right to 12 %, the mean to 0.02. On the released CIFAR-10 ResNets s comes out as 1.26 and 1.33
-where 1.1 is right (the black borders of random crops, which the mean shows too, make it larger).
+Measured on 26 small networks trained on MNIST and CIFAR-10, at normal and at a fifth of the contrast, normalised in six
+ways: s is accurate to 12 %, μ to 0.02. For the released CIFAR-10 ResNets s is estimated as 1.26 and 1.33 where 1.1 is
+correct (the black borders of random crops increase it, and also show in the mean).
 
-So the weights tell what the images in [0, 1] were like if the card is right, and that can be impossible; they cannot
-tell images of low contrast from ordinary images that the network saw with another normalisation.
+The check thus infers the mean and std that the training images in [0, 1] had if the card is right. Impossible values
+show that the card is wrong. But images of low contrast cannot be distinguished from ordinary images with another
+normalisation.
 """
 
 from __future__ import annotations
@@ -31,21 +32,24 @@ from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
 
 CORRELATION = 0.9
-# Of images in [0, 1]; SVHN's std is 0.20, CIFAR's 0.25, ImageNet's 0.28, MNIST's 0.31, and s is good to a third.
+# Mean and std of ordinary images in [0, 1]. The std is 0.20 for SVHN, 0.25 for CIFAR, 0.28 for ImageNet and 0.31 for
+# MNIST, and s is accurate to a third.
 ORDINARY_MEAN, ORDINARY_STD = (0.03, 0.8), (0.16, 0.48)
-# A mean outside [0, 1], a std above 0.5 (half of all pixels black, half white) or below 2.5 of 255 grey levels cannot
-# be; a tenth is allowed for error.
+# A mean outside [0, 1] is impossible, and so is a std above 0.5 (half of all pixels black, half white) or below 2.5 of
+# 255 grey levels; the limits allow a tenth for error.
 POSSIBLE_MEAN, POSSIBLE_STD = (-0.1, 1.1), (0.01, 0.55)
-# The largest std that people divide images in [0, 1] by is 0.5, and 0.35 the largest of a data set (Fashion-MNIST).
+# A network normalises its input if it multiplies images by more than this. The largest std that images in [0, 1] are
+# divided by in practice is 0.5, and the largest of a data set is 0.35 (Fashion-MNIST).
 NORMALISING = 1.5
 RAW, BYTES = "raw images in [0, 1]", "raw images in 0..255"
 
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What a network's first BatchNorm expects of the network's input: mean per channel, and one deviation.
+    """The statistics of the network's input that its first BatchNorm expects: the mean of each channel, and one std for
+    all channels.
 
-    `normalises` says that the network divides its input by a deviation itself, before the first convolution.
+    `normalises` says that the network itself divides its input by a std before the first convolution.
     """
 
     mean: tuple[float, ...]
@@ -55,12 +59,14 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class NormalisationCheck:
-    """The training images in [0, 1] as the card and the first BatchNorm together imply them.
+    """The mean per channel and the std of the training images in [0, 1] that the card and the first BatchNorm together
+    imply, and whether these are plausible.
 
-    `consistent` is True for ordinary images, False where no images are like that or where the network normalises its
-    input itself and the card does so again, and None for unusual images (of low contrast, say), of which the weights
-    cannot tell whether they or another normalisation explain them. Where it is not True, `likely` names a usual
-    normalisation, and `likely_mean` and `likely_std` hold it, with which the images would be ordinary ones.
+    `consistent` is True for values of ordinary images. It is False for impossible values, and where the network
+    normalises its input itself and the card normalises it again. It is None for unusual values (of images of low
+    contrast, for example), which may also be due to another normalisation. Where it is not True, `likely` names a
+    common normalisation with which the values would be ordinary, if there is one, and `likely_mean` and `likely_std`
+    are its values.
     """
 
     image_mean: tuple[float, ...]
@@ -72,10 +78,10 @@ class NormalisationCheck:
 
 
 def check_normalisation(classifier: Classifier) -> NormalisationCheck | None:
-    """Compare a card's mean and std with what the weights expect; None where the weights do not tell.
+    """Compare a card's mean and std with the statistics that the weights expect; None where the weights give none.
 
-    They tell where a BatchNorm directly follows the first convolution and was trained, and where the network changes
-    pixels before it channel by channel at most.
+    The weights give statistics if a trained BatchNorm directly follows the first convolution, and if the network
+    changes the image before the convolution by no more than an affine map of each channel.
     """
     expected = expected_input_statistics(classifier)
     if expected is None:
@@ -95,7 +101,9 @@ def check_normalisation(classifier: Classifier) -> NormalisationCheck | None:
 
 @torch.no_grad()
 def expected_input_statistics(classifier: Classifier) -> InputStatistics | None:
-    """Mean and deviation of the network's input in training, from the first convolution and its BatchNorm."""
+    """The mean and std of the network's input in training, from the first convolution and its BatchNorm; None where
+    they cannot be inferred (see `check_normalisation`).
+    """
     first = _first_layers(classifier)
     if first is None:
         return None
@@ -121,7 +129,9 @@ def expected_input_statistics(classifier: Classifier) -> InputStatistics | None:
 def _image_statistics(
     expected: InputStatistics, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[tuple[float, ...], float]:
-    """Mean per channel and deviation of the images in [0, 1] that this normalisation turns into `expected`."""
+    """The mean per channel and the std of the images in [0, 1] that the normalisation by `mean` and `std` maps to the
+    `expected` input.
+    """
     image_mean = tuple(m + s * e for m, s, e in zip(mean, std, expected.mean, strict=True))
     return image_mean, expected.std * sum(std) / len(std)
 
@@ -133,7 +143,7 @@ def _within(
 
 
 def _usual(channels: int) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """Normalisations that people train with, (mean, std) by what they are called."""
+    """Common normalisations for images of this number of channels: (mean, std) by name."""
     of_data_sets: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}
     if channels == 1:
         of_data_sets = {"MNIST's mean and std": (MNIST_MEAN, MNIST_STD)}
@@ -152,7 +162,7 @@ def _usual(channels: int) -> dict[str, tuple[tuple[float, ...], tuple[float, ...
 
 @dataclass(frozen=True)
 class FirstLayers:
-    """The first convolution, its BatchNorm, and what happens before them: `scale * x + offset`, each `(C,)`."""
+    """The first convolution, its BatchNorm, and the map of the input before them, `scale * x + offset`, each `(C,)`."""
 
     conv: nn.Conv2d
     batchnorm: _BatchNorm
@@ -163,14 +173,14 @@ class FirstLayers:
 def _first_layers(classifier: Classifier) -> FirstLayers | None:
     """The first convolution that runs and the trained BatchNorm that takes its output, found by one forward pass.
 
-    The pass is of a black image, of one that is white in each channel, and of noise, to see what is done to a pixel
-    before; None where that is more than an affine map of each channel, or where the convolution is not one of its
-    weights alone.
+    The pass of the images of `_probes` shows how the network changes pixels before the convolution. The result is None
+    where that is more than an affine map of each channel, where no such BatchNorm follows, or where the convolution's
+    output is not determined by its stored weights.
     """
     network, channels = classifier.network, classifier.card.input_size[0]
     modules = {name: each for name, each in network.named_modules() if isinstance(each, (nn.Conv2d, _BatchNorm))}
     conv_inputs: dict[str, Tensor] = {}
-    # The convolution's tensor itself, to know it again by what it is, not by its values.
+    # The output tensor of the convolution itself, to recognise it by identity and not by its values.
     conv_outputs: list[Tensor] = []
     outputs: list[Tensor] = []
     found: list[_BatchNorm] = []
@@ -200,12 +210,14 @@ def _first_layers(classifier: Classifier) -> FirstLayers | None:
     row, column = output.shape[2] // 2, output.shape[3] // 2
     response = output[1 : 1 + channels, :, row, column] - output[0, :, row, column]
     expected = (conv.weight.sum((2, 3)) * before[0]).T
-    # Weights that are standardised or quantized in the pass differ by more than the 5 % of a coarse grid.
+    # 5 % allows for a coarse grid; weights that are standardised or quantized in the pass differ by more.
     return FirstLayers(conv, found[0], *before) if (response - expected).norm() <= 0.05 * expected.norm() else None
 
 
 def _probes(classifier: Classifier) -> Tensor:
-    """A black image, one of ones in each channel, and noise: `(channels + 2, C, H, W)`, as the network takes them."""
+    """The probing images `(channels + 2, C, H, W)`, which the network takes without normalisation: a black image, for
+    each channel an image of ones in that channel, and an image of noise.
+    """
     channels, height, width = classifier.card.input_size
     generator = torch.Generator().manual_seed(0)
     images = torch.zeros(channels + 2, channels, height, width)
@@ -215,14 +227,16 @@ def _probes(classifier: Classifier) -> Tensor:
 
 
 def _affine(images: Tensor, features: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Scale and offset `(C,)` of what was done to the probe images; None where it is no such map."""
+    """The scale and offset `(C,)` of the map from `images` to `features`; None where the map is not affine in each
+    channel.
+    """
     if features.shape != images.shape:
         return None
     channels = images.shape[1]
     offset = features[0].mean((1, 2))
     scale = torch.stack([features[1 + channel, channel].mean() for channel in range(channels)]) - offset
     expected = images * scale.view(-1, 1, 1) + offset.view(-1, 1, 1)
-    # Rounding: the values of a network on 0..255 reach 255.
+    # The tolerance is relative, because the features of a network on 0..255 reach 255.
     fits = torch.allclose(features, expected, rtol=1e-3, atol=1e-3 * float(scale.abs().max()))
     return (scale, offset) if fits and bool((scale != 0).all()) else None
 
@@ -235,7 +249,7 @@ def _tells(conv: nn.Conv2d, batchnorm: _BatchNorm, *, channels: int) -> bool:
 
 
 def _inside(conv: nn.Conv2d, size: tuple[int, ...]) -> Tensor:
-    """Whether a tap of the kernel lies inside the image, not on padding, at each output position: `(kh, kw, H, W)`."""
+    """1 where a tap of the kernel lies inside the image at an output position, 0 on padding: `(kh, kw, H, W)`."""
     height, width = conv.kernel_size
     taps = torch.eye(height * width, dtype=torch.double, device=conv.weight.device).view(-1, 1, height, width)
     image = torch.ones(1, 1, *size, dtype=torch.double, device=conv.weight.device)
@@ -244,7 +258,9 @@ def _inside(conv: nn.Conv2d, size: tuple[int, ...]) -> Tensor:
 
 
 def _variance_of_unit_images(weight: Tensor, dilation: tuple[int, ...]) -> Tensor:
-    """Variance `(O,)` behind a convolution `(O, C, kh, kw)` of images of variance 1, correlated as stated above."""
+    """The variance `(O,)` of the output of a convolution with `weight` `(O, C, kh, kw)`, for images of variance 1 with
+    the correlations that this module assumes.
+    """
     channels, height, width = weight.shape[1:]
     colours = torch.full((channels, channels), CORRELATION, dtype=weight.dtype, device=weight.device).fill_diagonal_(1)
     rows, columns = (

@@ -1,4 +1,4 @@
-"""An ONNX file beside the model it was made from: the same answers? how large, how fast in onnxruntime?"""
+"""Comparison of an ONNX file with the model it was exported from: predictions, size, and speed in onnxruntime."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.fake_quantizers import tensor_grids
 from dfcompress.models.safe_reading import file_bytes
 
-# Session options of onnxruntime. As the file says, in floating point between the quantizers, where by default
-# quantized operations are rewritten for kernels of integers:
+# Session options of onnxruntime. This one computes exactly as the file states, in floating point between the
+# quantizers; by default quantized operations are rewritten for integer kernels.
 EXACT = "session.disable_quant_qdq"
-# Products of unsigned weights, which add up right on x86 processors without VNNI, too, where those of signed ones are
-# added in 16 bits and saturate:
+# This one makes weights unsigned. The sums of their products are exact also on x86 processors without VNNI, which add
+# products of signed weights in 16 bits, where the sums saturate.
 UNSATURATED = "session.x64quantprecision"
 BATCH = 256
 TIMED = 64
@@ -34,15 +34,17 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Exported:
-    """An ONNX file and how it compares with the model it was made from.
+    """An ONNX file at `path` for a `target`, and its comparison with the model it was exported from.
 
-    Of `images` images `equal` are answered alike in onnxruntime; `median_difference` and `largest_difference` are those
-    of the logits. `equal_rewritten` counts the same with onnxruntime's own rewriting of quantized operations, which
-    rounds differently, and `equal_unsaturated`, for a model with grids on all tensors, with this rewriting and
-    `session.x64quantprecision=1` (None where the file does not load so). `bytes` of the file, `bytes_ratio` against the
-    checkpoint's, `milliseconds` of 64 images in onnxruntime on one thread (with its rewriting where it loads, and
-    unsaturated where that matters), and `milliseconds_fp32` of the same network in float there, in the same rounds
-    (None where the file itself is in float).
+    `equal` is the number of the `images` for which model and file have the same best class, with the file computed
+    exactly as it states; `median_difference` and `largest_difference` are the absolute differences of the logits.
+    `equal_rewritten` is the same number with onnxruntime's default rewriting of quantized operations, which rounds
+    differently. `equal_unsaturated` is the same number with this rewriting and `session.x64quantprecision=1`, for a
+    model with grids on all tensors. Both are None where the file does not load with these options.
+    `bytes` is the size of the file, and `bytes_ratio` its share of the checkpoint's size. `milliseconds` is the time of
+    64 images in onnxruntime on one thread, with the rewriting if the file loads with it, and unsaturated if the model
+    `saturates`. `milliseconds_fp32` is the time of the network in float, measured in the same rounds (None where the
+    file itself is in float).
     """
 
     path: str
@@ -56,24 +58,25 @@ class Exported:
     largest_difference: float
     milliseconds: float
     milliseconds_fp32: float | None
-    equal_unsaturated: int | None = None  # Earlier runs did not tell.
+    equal_unsaturated: int | None = None  # Not recorded by earlier versions.
 
     @property
     def saturates(self) -> bool:
-        """Whether default options change answers on this processor, and `session.x64quantprecision=1` keeps them."""
+        """Whether `session.x64quantprecision=1` makes more predictions equal than default options on this processor."""
         if self.equal_rewritten is None or self.equal_unsaturated is None:
             return False
         return self.equal_unsaturated > self.equal_rewritten
 
     def to_json(self) -> dict[str, Any]:
-        """The fields."""
+        """The fields as a dictionary."""
         return asdict(self)
 
 
 def compare(classifier: Classifier, path: Path, fp32: Path | None, images: Tensor, *, target: str) -> Exported:
-    """Ask the model and the file at `path` about `images` `(N, C, H, W)` in [0, 1]; `fp32` is what it is timed against.
+    """Compare the outputs of the model and of the ONNX file at `path` on `images` `(N, C, H, W)` in [0, 1], and time
+    the file, beside the ONNX file `fp32` if there is one.
 
-    Raises `DfcompressError` where onnxruntime does not load a file.
+    Raises `DfcompressError` where onnxruntime cannot load a file.
     """
     expected = _answers(classifier, images)
     exact, usual, unsaturated = Session(path, EXACT), _usual(path), _unsaturated(classifier, path)
@@ -100,7 +103,7 @@ def compare(classifier: Classifier, path: Path, fp32: Path | None, images: Tenso
 
 
 def _usual(path: Path) -> Session | None:
-    """The file as onnxruntime rewrites it by default; None where it cannot, as with 2 bits."""
+    """The file with onnxruntime's default rewriting; None where that fails, as with 2 bits."""
     try:
         return Session(path)
     except DfcompressError as error:
@@ -109,7 +112,9 @@ def _usual(path: Path) -> Session | None:
 
 
 def _unsaturated(classifier: Classifier, path: Path) -> Session | None:
-    """The file without saturation; None where onnxruntime computes in floating point, or a layer is used twice."""
+    """The file with rewriting but without saturation. None where the model has no grids on all tensors, so that
+    onnxruntime computes in floating point, and where the file does not load so, as with a layer that is used twice.
+    """
     if not tensor_grids(classifier.network):
         return None
     try:
@@ -119,7 +124,10 @@ def _unsaturated(classifier: Classifier, path: Path) -> Session | None:
 
 
 class Session:
-    """An ONNX file in onnxruntime, on one thread of the CPU, with default options or one more of them."""
+    """An ONNX file in onnxruntime, on one thread of the CPU, with default options or with one `option` set to 1.
+
+    Raises `DfcompressError` where onnxruntime cannot load the file.
+    """
 
     def __init__(self, path: Path, option: str | None = None) -> None:
         import onnxruntime
@@ -130,12 +138,12 @@ class Session:
             options.add_session_config_entry(option, "1")
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # Onnxruntime's own exceptions have no common class but this.
-            said = str(error).replace(str(path), "the file")  # It may have another name until it is finished.
+        except Exception as error:  # Onnxruntime's exceptions have no other common class.
+            said = str(error).replace(str(path), "the file")  # The file may have a temporary name.
             raise DfcompressError(f"onnxruntime cannot load the file: {said}", "Use the model without ONNX.") from error
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits of images."""
+        """The logits `(N, classes)` of images `(N, C, H, W)` in [0, 1]."""
         return torch.cat([torch.from_numpy(self._run(some)) for some in images.split(_at_once(images))])
 
     def _run(self, images: Tensor) -> NDArray[np.float32]:
@@ -144,7 +152,9 @@ class Session:
 
 
 def _milliseconds(sessions: Sequence[Session], images: Tensor) -> list[float]:
-    """The least time of 64 images in each session, of some rounds in turn: so a busy machine slows all of them."""
+    """The least milliseconds of 64 images in each session over `ROUNDS` rounds. Each round runs all sessions, so that a
+    busy machine slows all of them.
+    """
     few = images[torch.arange(TIMED) % len(images)]
     seconds: list[list[float]] = [[] for _ in sessions]
     for session in sessions:
@@ -164,7 +174,9 @@ def _answers(classifier: Classifier, images: Tensor) -> Tensor:
 
 
 def _at_once(images: Tensor) -> int:
-    """Of so many pixels as a CPU needs at once: onnxruntime keeps the memory of its largest pass."""
+    """The number of images in a pass: more pixels are not faster on a CPU, and onnxruntime keeps the memory of its
+    largest pass.
+    """
     return min(BATCH, max(1, PIXELS // images[0, 0].numel()))
 
 

@@ -1,4 +1,4 @@
-"""Sets that are made of nothing or of another set, to show a classifier what its training data is not."""
+"""Sets of noise and of adversarial images, which show how a classifier responds to images unlike its training data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from dfcompress.randomness import generator
 
 
 def noise(classifier: Classifier, images: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """So many images of N(0, 1) in the normalised space of a classifier, the same each time, without labels."""
+    """Batches of `images` noise images in all, N(0, 1) in the normalised space of a classifier, with the labels
+    `UNLABELLED`. The images are the same in every call.
+    """
     draw = generator("noise-set")
     for start in range(0, images, batch_size):
         count = min(batch_size, images - start)
@@ -26,12 +28,14 @@ def noise(classifier: Classifier, images: int, batch_size: int) -> Iterator[tupl
 def attacked(
     classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]], epsilon: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images moved one step of the fast gradient sign method against a classifier in evaluation mode: x + ε σ
-    sign(∂ cross-entropy / ∂x), kept in [0, 1] (Goodfellow 2015).
+    """The images of `batches` after one step of the fast gradient sign method against a classifier in evaluation mode:
+    x + ε σ sign(∂ cross-entropy / ∂x), clipped to [0, 1] (Goodfellow 2015).
 
-    ε is in the classifier's normalised space, σ the standard deviations of its card. (Haroush 2020 says ε = 0.1 and not
-    where: so it raises J_KL of ResNet-44 2.7 times, of pixels in [0, 1] 12.0 times; the paper has 3.3.)
-    Where labels are `UNLABELLED` the attack leads away from the classifier's own answers.
+    ε is in the classifier's normalised space, and σ is the std of its card. (Haroush 2020 states ε = 0.1, but not in
+    which space. In the normalised space this raises J_KL of ResNet-44 2.7 times, in pixels of [0, 1] 12.0 times; the
+    paper reports 3.3 times.)
+    Where labels are `UNLABELLED`, the attack leads away from the classifier's own best class.
+    Raises `BadInput` where no gradient passes through the classifier to the images.
     """
     fit = images_at_once(LARGEST_PASS, _bytes_a_gradient(classifier), target=classifier.mean.device)
     for images, labels in batches:
@@ -42,7 +46,7 @@ def attacked(
 
 
 def require_gradient(classifier: Classifier) -> None:
-    """Raise `BadInput` where no gradient passes through a classifier to its images, so that it cannot be attacked."""
+    """Raise `BadInput` where no gradient passes through a classifier to its images, so that they cannot be attacked."""
     image = torch.zeros(1, *classifier.card.input_size, device=classifier.mean.device)
     with evaluating(classifier):
         _gradient(classifier, image, torch.full((1,), UNLABELLED))
@@ -55,10 +59,10 @@ def _bytes_a_gradient(classifier: Classifier) -> Taken:
 
 
 def _gradient(classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
-    """∂ cross-entropy / ∂x of every image, up to a factor above 0.
+    """∂ cross-entropy / ∂x of every image, up to a positive factor.
 
-    Cross-entropy is softplus(m), m = log Σ_{j≠y} exp z_j − z_y, so both have gradients of one sign; but that of
-    cross-entropy is rounded to 0 where the answer is sure.
+    The result is the gradient of m = log Σ_{j≠y} exp z_j − z_y. Cross-entropy is softplus(m), so its gradient has the
+    same sign; but it is rounded to 0 where the classifier is confident.
     """
     with torch.enable_grad():
         moving = images.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""What a step costs in several ways: they run interleaved in one process, because machines drift."""
+"""Timing of a step in several variants, which run interleaved in one process, because the speed of machines drifts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Bench:
-    """One step in several ways: `rows` of {name, ms, images_per_second}, on CUDA with {tflops} where operations were
-    counted; the batch size, the processor, and on CUDA the `ceilings` {tflops, gb_per_second} it reached in the same
-    run.
+    """The times of one step in several variants. `rows` are {name, ms, images_per_second}, on CUDA also {tflops} if
+    operations were counted. `ceilings` are the {tflops, gb_per_second} that the CUDA device reached in the same run.
     """
 
     rows: list[dict[str, Any]]
@@ -36,7 +35,9 @@ class Bench:
 
 
 def interleaved(steps: Mapping[str, Step], *, rounds: int, warm_up: int, target: torch.device) -> dict[str, float]:
-    """Seconds of one step of each row, the median of `rounds`: each time the second of two, after `warm_up` steps."""
+    """The seconds of one step of each variant, by name: the median over `rounds`, after `warm_up` steps. In each round
+    every variant runs two steps, of which the second is timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     with console.progress("rounds", rounds) as progress:
         for step in steps.values():
@@ -44,7 +45,7 @@ def interleaved(steps: Mapping[str, Step], *, rounds: int, warm_up: int, target:
                 step()
         for done in range(rounds):
             for name, step in steps.items():
-                release_freed_memory()  # Another row's holes would spread this one over the heap.
+                release_freed_memory()  # Memory freed by other variants would fragment the heap.
                 step()
                 times[name].append(seconds_of(step, target))
             progress.update(done + 1)
@@ -52,7 +53,7 @@ def interleaved(steps: Mapping[str, Step], *, rounds: int, warm_up: int, target:
 
 
 def seconds_of(step: Step, target: torch.device) -> float:
-    """Seconds of one step, until the device is done."""
+    """The seconds of one step, until the device `target` has finished it."""
     synchronize(target)
     started = time.perf_counter()
     step()
@@ -61,6 +62,6 @@ def seconds_of(step: Step, target: torch.device) -> float:
 
 
 def row(name: str, seconds: float, batch_size: int, flops: float | None = None) -> dict[str, Any]:
-    """A row of a `Bench`."""
+    """A row of a `Bench`, from the seconds of a step and, if known, its floating-point operations `flops`."""
     values = {"name": name, "ms": round(1e3 * seconds, 2), "images_per_second": round(batch_size / seconds, 1)}
     return values if flops is None else {**values, "tflops": round(flops / seconds / 1e12, 1)}

@@ -1,7 +1,7 @@
-"""Fewer channels: which go together (`groups`), which matter (`importance`), how many stay (`budget`), and what mends
-the rest in seconds (`repair`).
+"""Pruning of channels: groups that are removed together (`groups`), the importance of channels (`importance`), the
+number that stays (`budget`), and the refit of the pruned network (`repair`).
 
-Names that options take are here, so that `--help` shows them without importing torch.
+The values of options are defined here, so that `--help` shows them without importing torch.
 """
 
 from typing import Literal

@@ -1,9 +1,10 @@
-"""How many channels stay: the target of a resource, and the channels that reach it.
+"""The number of channels that each group keeps, so that the network reaches a target of a resource.
 
     costs = Costs.of(classifier, groups, "flops")
     kept = choose(costs, groups, ranking, Pruning(resource="flops", share=0.5))       # {"layer1.0.conv1": 9, ...}
 
-Channels go in the order of their importance, those of least first, until the network costs at most its share.
+Channels are removed in the order of their importance, the least important first, until the network costs at most the
+requested share.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from dfcompress.pruning.importance import Ranking
 from dfcompress.pruning.latency import layer_times
 
 Widths = Mapping[str, tuple[int, int]]
-# Of a group's channels: what is left of a layer must still tell something. Ours, not measured.
+# The least share of a group's channels that stays, because a layer must still pass some information. Our choice, not
+# measured.
 LEAST_SHARE = 0.05
-# Without --uniform, too: the cost of a merge says nothing of other groups (ResNet-20 at 0.63 of its operations,
-# refitted, on 500 training images: fold answers 44 % as before, and 63 % where every group loses the same share).
+# Importances by which every group loses the same share, even without --uniform: scores of `fold` cannot be compared
+# between groups. (ResNet-20 at 0.63 of its operations, refitted: agreement with the unpruned network on 500 training
+# images is 44 % by fold with scores compared between groups, and 63 % where every group loses the same share.)
 EVERYWHERE_ALIKE = ("random", "fold")
-NEAR = 0.99  # Of the target: what is left costs at least so much, where whole channels allow it.
+NEAR = 0.99  # The pruned network costs at least this share of the target, if whole channels allow it.
 UNITS: Mapping[Resource, str] = {
     "flops": "multiply-accumulates",
     "parameters": "parameters",
@@ -44,7 +47,11 @@ UNITS: Mapping[Resource, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """What is asked for: `share` of a `resource` that stays, in (0, 1), and how channels are chosen (see `choose`)."""
+    """The request: the `share` of a `resource` that stays, in (0, 1), and how channels are chosen.
+
+    Channels are ordered by `importance`. With `uniform` every group loses the same share. The number of channels that a
+    group keeps is a multiple of `round_to`, unless the group stays whole (see `choose`).
+    """
 
     resource: Resource
     share: float
@@ -53,7 +60,7 @@ class Pruning:
     round_to: int = 1
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for settings that cannot be."""
+        """Raise `BadInput` for invalid settings."""
         require_fields(self)
         if not 0 < self.share < 1:
             raise BadInput(f"--{self.resource} {self.share:g} is no share between 0 and 1.", "0.5 keeps half of it.")
@@ -63,8 +70,9 @@ class Pruning:
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
-    """What was taken away: the resource `before` and `after`, in `unit`, and of each group its name, its layers, its
-    units before and after and what each was worth, by which `importance`; the seconds that took.
+    """The result of a pruning: the cost `before` and `after`, in `unit`; for each of `groups` its name, its layers, its
+    numbers of units before and after and the score of each unit; the `importance` that gave the scores; and the seconds
+    that the pruning took.
     """
 
     before: float
@@ -77,8 +85,10 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a network of given widths costs: `whole` for the one that is there, and for each layer that a group changes
-    a function of its channels in and out.
+    """The cost of a network in a `resource`, as a function of its widths (channels in and out of each layer).
+
+    `whole` is the cost at the present `widths`. `layers` holds for each layer that a group changes, if it has a cost,
+    the cost as a function of its channels in and out.
     """
 
     resource: Resource
@@ -88,8 +98,9 @@ class Costs:
 
     @classmethod
     def of(cls, classifier: Classifier, groups: Sequence[ChannelGroup], resource: Resource) -> Costs:
-        """The costs in multiply-accumulates of an image, parameters, filters (outputs of convolutions, or of linear
-        layers where there is no convolution), or milliseconds of 64 images in these layers (see `layer_times`).
+        """The costs of a classifier in the unit of `resource`: multiply-accumulates of an image; parameters; filters
+        (output channels of convolutions, or of linear layers if there is no convolution); or for `latency` milliseconds
+        of 64 images in convolutions and linear layers (see `layer_times`).
         """
         network = classifier.network
         names = sorted({member.layer for group in groups for member in group.members})
@@ -110,11 +121,11 @@ class Costs:
         return cls(resource, whole, widths, {name: _given for name in names if name in counted})
 
     def kept(self, groups: Sequence[ChannelGroup], units: Mapping[str, int]) -> float:
-        """The cost where so many units of each group stay."""
+        """The cost where each group keeps the number of units that `units` gives by its name."""
         return self.at(widths_for(self.widths, groups, [units[group.name] for group in groups]))
 
     def at(self, widths: Widths) -> float:
-        """The cost where some layers have other widths."""
+        """The cost where the layers named in `widths` have these widths, and all other layers their present widths."""
         change = 0.0
         for name, (c_in, c_out) in widths.items():
             if name in self.layers:
@@ -134,8 +145,8 @@ def _filters(network: nn.Module) -> list[str]:
 
 
 def _places(classifier: Classifier) -> dict[str, int]:
-    """At how many places of an image each layer multiplies by its kernel, all its runs together: those of its output,
-    or of its input where it is transposed.
+    """The number of positions at which each layer applies its kernel to an image, summed over the layer's runs: the
+    positions of its output, or of its input if the layer is transposed.
     """
     places: dict[str, int] = {}
     layers = {
@@ -172,7 +183,9 @@ def _parameters(layer: nn.Module) -> Callable[[float, float], float]:
 
 @dataclass(frozen=True)
 class _Bundle:
-    """The next channels of a group that go together, and when they go: at a lower `score` than others before them."""
+    """The next `units` of a group that are removed together. Bundles are removed in the order of their `score`, the
+    lowest first.
+    """
 
     group: int
     units: int
@@ -180,7 +193,7 @@ class _Bundle:
 
 
 def require_reachable(costs: Costs, groups: Sequence[ChannelGroup], asked: Pruning) -> None:
-    """Raise `BadInput` where the least that pruning can leave costs more than is asked for."""
+    """Raise `BadInput` where the smallest network that pruning can leave costs more than the requested share."""
     nothing = {group.name: Ranking(torch.zeros(group.units)) for group in groups}
     left = _after(groups, _in_order(costs, groups, nothing, asked))
     least = costs.at(widths_for(costs.widths, groups, left)) / costs.whole
@@ -199,14 +212,16 @@ def choose(
     *,
     whole: float | None = None,
 ) -> dict[str, int]:
-    """How many units of each group stay, so that the network costs at most the share asked for of `whole` (by default
-    of what it costs now), and as nearly that as whole channels allow.
+    """The number of units that each group keeps, by the group's name. The network then costs at most the requested
+    share of `whole` (by default of its present cost), and as nearly that share as whole channels allow.
 
-    Channels go by their importance; `taylor` estimates a loss, and is taken for each unit of the resource that goes.
-    With `uniform`, and by `random` and `fold`, the same share of every group goes. Of each group a twentieth stays, and
-    with `round_to` a multiple of that number.
-    (ResNet-20 at 0.63 of its operations, refitted: it answers 500 training images as before by taylor 74.6 % so and
-    65.6 % without the division, by bn-scale 43.0 and 82.2 %, by magnitude 77.8 and 82.6 %.)
+    Units are removed in the order of their importance. Scores of `taylor` estimate a loss, and are divided by the
+    amount of the resource that a unit of the group frees on average. With `uniform`, and for `random` and `fold`, every
+    group loses the same share. Each group keeps at least a twentieth of its units, and with `round_to` a multiple of
+    that number.
+    (Agreement with the unpruned network on 500 training images, ResNet-20 at 0.63 of its operations, refitted: by
+    taylor 74.6 % with the division and 65.6 % without it; by bn-scale 43.0 % with it and 82.2 % without; by magnitude
+    77.8 % with it and 82.6 % without.)
     """
     target = asked.share * (costs.whole if whole is None else whole)
     order = _in_order(costs, groups, ranking, asked)
@@ -217,7 +232,8 @@ def choose(
     going = bisect.bisect_left(range(len(order)), -target, key=lambda count: -cost(_after(groups, order[:count])))
     left = _after(groups, order[: max(0, going - 1)])
     kept: set[int] = set()
-    # The next to go may cost much more than is left to free: then its group keeps it, and those behind it go.
+    # The next bundle may free much more than is still needed. Then its group keeps it, and later bundles of other
+    # groups are removed.
     for bundle in order[max(0, going - 1) :]:
         if cost(left) <= target:
             break
@@ -234,7 +250,7 @@ def choose(
 def _in_order(
     costs: Costs, groups: Sequence[ChannelGroup], ranking: Mapping[str, Ranking], asked: Pruning
 ) -> list[_Bundle]:
-    """All that can go, what goes first first."""
+    """All bundles that can be removed, in the order of their removal."""
     bundles = [
         bundle
         for number, group in enumerate(groups)
@@ -244,7 +260,7 @@ def _in_order(
 
 
 def _after(groups: Sequence[ChannelGroup], gone: Sequence[_Bundle]) -> list[int]:
-    """How many units of each group are left."""
+    """The number of units that each group keeps after the removal of the bundles `gone`."""
     left = [group.units for group in groups]
     for bundle in gone:
         left[bundle.group] -= bundle.units
@@ -252,7 +268,7 @@ def _after(groups: Sequence[ChannelGroup], gone: Sequence[_Bundle]) -> list[int]
 
 
 def widths_for(widths: Widths, groups: Sequence[ChannelGroup], kept: Sequence[int]) -> dict[str, tuple[int, int]]:
-    """The widths of all layers that groups change, where so many units of each group stay."""
+    """The widths of all layers that the groups change, where each group keeps the number of units in `kept`."""
     changed: dict[str, list[int]] = {}
     for group, units in zip(groups, kept, strict=True):
         for name, side, places in group.members:
@@ -270,12 +286,12 @@ def _bundles(
     ranking: Ranking,
     asked: Pruning,
 ) -> list[_Bundle]:
-    """The channels of one group in the order in which they go: one of each block at a time, several where only then a
-    multiple of `round_to` stays.
+    """The bundles of one group in the order of their removal. A bundle has one unit of each block, or several of each
+    where this is necessary to keep a multiple of `round_to`.
     """
     group = groups[number]
     blocks = int(group.blocks.max()) + 1
-    # What the r-th of every block is worth, all together: `(units / blocks,)`.
+    # The sum over blocks of the scores of the r-th least important unit of each block: `(units / blocks,)`.
     worth = torch.stack([ranking.scores[group.blocks == block].sort().values for block in range(blocks)]).sum(0)
     rows = len(worth)
     freed = costs.whole - costs.at(widths_for(costs.widths, [group], [blocks * (rows - rows // 2)]))

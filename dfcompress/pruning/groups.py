@@ -1,12 +1,13 @@
-"""Channels that only go together, and the surgery that takes them away.
+"""Groups of channels that can only be removed together, and the removal.
 
     found = find_groups(classifier)
     found.groups[0].members           # who gives, normalises and takes the channels of the first group
     found.refused                     # {"layer": "why its channels cannot be pruned"}
     cut(classifier, found.groups, {"layer1.0.conv1": kept})
 
-torch-pruning's dependency graph says which channels of which layers belong together. Whether that is true is tried: a
-network whose consumers ignore some channels must answer as the network that has them no more. What does not, stays.
+torch-pruning's dependency graph states which channels of which layers belong together. Every group is then tested: a
+network whose consumers ignore some channels must give the same logits as a network without these channels. A group that
+fails the test is not pruned.
 """
 
 from __future__ import annotations
@@ -29,16 +30,17 @@ from dfcompress.models.resizing import has_widths, is_channelwise, resized, widt
 from dfcompress.randomness import generator
 
 Side = Literal["in", "out", "both"]
-# Of the largest logit, in double precision: a wrong channel changes logits by more than a millionth of them, another
-# order of summation by less than 1e-12.
+# Tolerance as a share of the largest logit, in double precision: a wrong channel changes logits by more than 1e-6 of
+# it, another order of summation by less than 1e-12.
 SAME = 1e-8
 
 
 class Member(NamedTuple):
-    """A layer that takes the channels of a group (`in`), gives them (`out`), or does both channel by channel.
+    """A layer that takes the channels of a group as input (`in`), gives them as output (`out`), or does both channel by
+    channel (`both`, a BatchNorm or a depthwise convolution).
 
-    `places` `(units, k)` are the layer's channels of each unit of the group: several where a linear layer takes every
-    pixel of a channel.
+    `places` `(units, k)` holds the indices of the layer's channels for each unit of the group; k is more than 1 where a
+    linear layer takes every pixel of a channel, for example.
     """
 
     layer: str
@@ -48,10 +50,11 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that go together: each unit is one channel of every member, and goes from all of them or from none.
+    """Channels that can only be removed together. Each unit has its channels in every member, and is removed from all
+    members or from none.
 
-    `name` is the first layer that gives them. `blocks` `(units,)` is the block of grouped convolutions that a unit is
-    in: of each block equally many units must stay.
+    `name` is the first layer that gives the channels. `blocks` `(units,)` is the number of the block of grouped
+    convolutions that a unit belongs to; every block must keep the same number of units.
     """
 
     name: str
@@ -61,18 +64,20 @@ class ChannelGroup:
 
     @property
     def consumers(self) -> list[Member]:
-        """The layers that take its channels and give others."""
+        """The layers that take the channels of the group and give other channels."""
         return [member for member in self.members if member.side == "in"]
 
     @property
     def producers(self) -> list[Member]:
-        """The layers whose weights make its channels."""
+        """The layers whose weights compute the channels of the group."""
         return [member for member in self.members if member.side == "out"]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What can be pruned, and why each other layer's channels cannot, by the layer's name in half a sentence."""
+    """The groups that can be pruned, and for each other layer the reason why its channels cannot be: half a sentence,
+    by the layer's name.
+    """
 
     groups: list[ChannelGroup]
     refused: dict[str, str]
@@ -83,9 +88,9 @@ Clusters = Tensor
 
 
 def find_groups(classifier: Classifier) -> Found:
-    """The groups of a classifier's network whose channels can be taken away.
+    """Find the groups of a classifier's network whose channels can be removed; the classifier does not change.
 
-    The classifier stays as it is. Raises `BadInput` where torch-pruning is missing or cannot trace the network.
+    Raises `BadInput` where torch-pruning is missing or cannot trace the network.
     """
     traced = _traced(classifier)
     groups, refused = [], dict(traced.refused)
@@ -101,7 +106,7 @@ def find_groups(classifier: Classifier) -> Found:
 
 
 def _traced(classifier: Classifier) -> Found:
-    """What torch-pruning's dependency graph says, as it says it."""
+    """The groups and refusals that follow from torch-pruning's dependency graph, untested."""
     try:
         import torch_pruning
     except ImportError:
@@ -126,7 +131,7 @@ def _traced(classifier: Classifier) -> Found:
                 pruner = graph.get_pruner_of_module(layer)
                 units = range(pruner.get_out_channels(layer))
                 items = graph.get_pruning_group(layer, pruner.prune_out_channels, units).items
-        except Exception as error:  # The graph of a stranger's network can trip torch-pruning anywhere.
+        except Exception as error:  # On a user's network torch-pruning may raise anything.
             refused[name] = f"torch-pruning cannot follow its channels ({first_line(error)})"
             continue
         try:
@@ -140,13 +145,13 @@ def _traced(classifier: Classifier) -> Found:
 
 
 class _Unprunable(Exception):
-    """Why a group cannot be pruned, in half a sentence."""
+    """The reason why a group cannot be pruned, in half a sentence."""
 
 
 def _graph_of(make: Any, twin: Classifier, images: Tensor) -> Any:
-    """The dependency graph, auxiliary heads included where the network answers in training mode, too.
+    """The dependency graph, with auxiliary heads if the network can be traced in training mode.
 
-    Raises `BadInput` where it cannot be traced.
+    Raises `BadInput` where the network cannot be traced in evaluation mode either.
     """
     failed = ""
     for training in (True, False):
@@ -162,7 +167,7 @@ def _graph_of(make: Any, twin: Classifier, images: Tensor) -> Any:
                 ignored_params=[],
                 verbose=False,
             )
-        except Exception as error:  # Of the network's own code, or of torch-pruning: both end here.
+        except Exception as error:  # The network's own code or torch-pruning may raise anything.
             where = traceback.extract_tb(error.__traceback__)[-1]
             failed = f"{first_line(error)} (in {where.name} of {Path(where.filename).name})"
     raise BadInput(
@@ -176,7 +181,9 @@ def _answered(network: nn.Module, images: Tensor) -> Any:
 
 
 def _in_training(network: nn.Module, images: Tensor) -> Any:
-    """What the network answers in training mode, its layers in evaluation mode."""
+    """The network's output with its containers in training mode, so that auxiliary heads run, and its layers in
+    evaluation mode.
+    """
     for module in network.modules():
         module.training = any(True for _ in module.children()) and not is_channelwise(module)
     try:
@@ -193,7 +200,7 @@ def _tensors_of(answer: Any) -> list[Tensor]:
 
 
 def _members(graph: Any, items: Iterable[Any], names: Mapping[nn.Module, str], units: int) -> tuple[Member, ...]:
-    """The layers of a group; raises `_Unprunable` where something in it cannot change its channels."""
+    """The members of a group; raises `_Unprunable` where the channels of something in the group cannot be removed."""
     places: dict[tuple[str, Side], list[set[int]]] = {}
     for item in items:
         module = item.dep.target.module
@@ -205,7 +212,7 @@ def _members(graph: Any, items: Iterable[Any], names: Mapping[nn.Module, str], u
             continue
         name = names[module]
         if not has_widths(module):
-            # A PReLU with one slope for all channels takes any number of them.
+            # A PReLU with one slope for all channels takes any number of channels.
             own = any(each.numel() > 1 for each in module.parameters(recurse=False))
             if own or isinstance(module, nn.MultiheadAttention):
                 raise _Unprunable(f"its channels pass {name}, a {type(module).__name__}")
@@ -229,7 +236,9 @@ def _table(of_units: Sequence[set[int]], name: str) -> Tensor:
 
 
 def _blocks(members: Iterable[Member], network: nn.Module, units: int) -> Tensor:
-    """Units in the same blocks of all grouped convolutions have one number."""
+    """The block number of each unit `(units,)`: units in the same blocks of all grouped convolutions have the same
+    number.
+    """
     blocks = torch.zeros(units, dtype=torch.long)
     for name, side, places in members:
         layer = network.get_submodule(name)
@@ -242,7 +251,7 @@ def _blocks(members: Iterable[Member], network: nn.Module, units: int) -> Tensor
 
 
 def _why_not_whole(group: ChannelGroup, network: nn.Module) -> str | None:
-    """Why the group as it was traced cannot lose channels; None where nothing speaks against it."""
+    """The reason why the channels of a traced group cannot be removed, or None if there is no reason."""
     if group.units == 1:
         return "it has one channel"
     sizes = group.blocks.bincount()
@@ -264,7 +273,9 @@ def _why_not_whole(group: ChannelGroup, network: nn.Module) -> str | None:
 
 
 def _not_as_traced(classifier: Classifier, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """The groups whose channels cannot go without changing more than what takes them: tried, half of each at random."""
+    """The groups that fail the test: without a random half of their units, the network's logits differ from the logits
+    of a network whose consumers ignore these units.
+    """
     twin = copy.deepcopy(classifier).double().frozen()
     clusters = {group.name: _random_half(group, number) for number, group in enumerate(groups)}
     shape = (2, *classifier.card.input_size)
@@ -278,7 +289,7 @@ def _not_as_traced(classifier: Classifier, groups: Sequence[ChannelGroup]) -> li
             cut(pruned, some, clusters)
             with torch.no_grad(), evaluating(masked), evaluating(pruned):
                 expected, answer = masked(images), pruned(images)
-        except Exception:  # The forward pass is a stranger's code, and layers such as GroupNorm count channels, too.
+        except Exception:  # The forward pass is the user's code, and layers such as GroupNorm depend on channel counts.
             return False
         return bool((answer - expected).abs().max() <= SAME * expected.abs().max())
 
@@ -302,13 +313,13 @@ def _random_half(group: ChannelGroup, number: int) -> Clusters:
 
 
 def clusters_of(keep: Tensor) -> Clusters:
-    """The clusters of units that stay alone or go, from a mask `(units,)`."""
+    """The clusters in which each unit of the mask `keep` `(units,)` is one channel, and all other units are removed."""
     return torch.where(keep, keep.long().cumsum(0) - 1, -1)
 
 
 @torch.no_grad()
 def _mask(network: nn.Module, group: ChannelGroup, gone: Tensor) -> None:
-    """Let all consumers ignore the units that are `gone`."""
+    """Set the weights of all consumers to 0 for the units marked in `gone` `(units,)`."""
     for name, _, places in group.consumers:
         layer: Any = network.get_submodule(name)
         taken = places[gone].flatten()
@@ -320,22 +331,22 @@ def _mask(network: nn.Module, group: ChannelGroup, gone: Tensor) -> None:
 
 
 def weight_blocks(layer: Any) -> list[Tensor]:
-    """A layer's weight as one matrix `(outputs, inputs, ...)` for each of its groups, sharing its memory."""
+    """A layer's weight as one matrix `(outputs, inputs, ...)` for each of the layer's groups; all share its memory."""
     return blocks_of(layer, layer.weight)
 
 
 def blocks_of(layer: Any, values: Tensor) -> list[Tensor]:
-    """Values of a layer's weight as its `weight_blocks`."""
+    """`values` of the shape of a layer's weight, divided as its `weight_blocks`."""
     blocks = values.chunk(getattr(layer, "groups", 1), 0)
     return [block.transpose(0, 1) for block in blocks] if getattr(layer, "transposed", False) else list(blocks)
 
 
 @torch.no_grad()
 def cut(classifier: Classifier, groups: Sequence[ChannelGroup], clusters: Mapping[str, Clusters]) -> None:
-    """Take channels away in place: of every group that `clusters` names the units become its clusters.
+    """Remove channels in place: the units of every group that `clusters` names are merged into the clusters.
 
-    A layer that gives the channels of a cluster gives their mean, one that takes them takes the sum; a unit of cluster
-    -1 is gone. The card knows the new widths.
+    A layer that gives the channels of a cluster then gives their mean, and the weights of a layer that takes them are
+    summed. A unit of cluster -1 is removed. The new widths are written to the classifier's card.
     """
     network = classifier.network
     before = widths_of(network)
@@ -366,7 +377,7 @@ def _smaller(
     before: tuple[int, int],
     sides: Mapping[Side, Sequence[tuple[Tensor, Clusters]]],
 ) -> tuple[dict[str, Tensor], tuple[int, int]]:
-    """The tensors of one layer with fewer channels, and its widths."""
+    """The tensors of one layer with fewer channels, and the layer's new widths (channels in, channels out)."""
     c_in, c_out = before
     tensors = dict(layer.state_dict())
     if "both" in sides:
@@ -399,7 +410,9 @@ def _smaller(
 def averaged(
     name: str, values: Tensor, side: Side, groups: Sequence[ChannelGroup], clusters: Mapping[str, Clusters]
 ) -> Tensor:
-    """Values `(channels, ...)` of one side of a layer, as its channels were cut: of those that became one the mean."""
+    """`values` `(channels, ...)` of one side of the layer `name`, cut as `cut` cuts its channels: removed channels are
+    left out, and the values of channels that became one are averaged.
+    """
     parts = [
         (member.places, clusters[group.name])
         for group in groups
@@ -411,8 +424,8 @@ def averaged(
 
 
 def _targets(parts: Iterable[tuple[Tensor, Clusters]], channels: int) -> tuple[Tensor, int]:
-    """The new number of every channel of a layer, -1 where it goes, and how many there are: clusters stand where their
-    first channel stood.
+    """The new index of every channel of a layer `(channels,)`, -1 where the channel is removed, and the new number of
+    channels. A cluster takes the place of its first channel.
     """
     leader = torch.arange(channels)
     for places, clusters in parts:
@@ -425,19 +438,19 @@ def _targets(parts: Iterable[tuple[Tensor, Clusters]], channels: int) -> tuple[T
 
 
 def _first_units(clusters: Clusters) -> Tensor:
-    """The first unit of each cluster, in the order of their numbers."""
+    """The first unit of each cluster, in the order of the clusters' numbers."""
     return torch.stack([(clusters == each).nonzero()[0, 0] for each in range(int(clusters.max()) + 1)])
 
 
 def _summed(weight: Tensor, target: Tensor, new: int) -> Tensor:
-    """Inputs of a weight `(outputs, inputs, ...)`, those of one target added up."""
+    """A weight `(outputs, inputs, ...)` whose inputs of the same target are summed: `(outputs, new, ...)`."""
     stays = target >= 0
     sums = weight.new_zeros(weight.shape[0], new, *weight.shape[2:])
     return sums.index_add(1, target[stays].to(weight.device), weight[:, stays.to(weight.device)])
 
 
 def _averaged(values: Tensor, target: Tensor, new: int) -> Tensor:
-    """Values `(channels, ...)`, those of one target averaged."""
+    """`values` `(channels, ...)` averaged over the channels of the same target: `(new, ...)`."""
     stays = target >= 0
     sums = values.new_zeros(new, *values.shape[1:])
     sums = sums.index_add(0, target[stays].to(values.device), values[stays.to(values.device)])

@@ -1,10 +1,10 @@
-"""What each channel is worth: the order in which the channels of a group go.
+"""The importance of each channel, which is the order in which the channels of a group are removed.
 
     ranking = rank("taylor", classifier, groups, images, seed=0)
     ranking["layer1.0.conv1"].scores          # (units,), larger is worth more
 
-Scores of one name can be compared between groups. `fold` (Wang et al., ICLR 2025) merges channels of similar weights
-and loses none; every other name takes the channels of the lowest scores away.
+Scores of `taylor`, `bn-scale` and `magnitude` can be compared between groups. `fold` (Wang et al., ICLR 2025) merges
+channels of similar weights; every other importance removes the channels with the lowest scores.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from dfcompress.pruning import ImportanceName
 from dfcompress.pruning.groups import ChannelGroup, Clusters, blocks_of, clusters_of
 from dfcompress.randomness import generator
 
-BATCH = 32  # Images of a gradient, as Molchanov et al. 2019 took in section 4.1.
+BATCH = 32  # Images for each gradient, as in section 4.1 of Molchanov et al. 2019.
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The `scores` `(units,)` of a group's channels, and for `fold` the `tree` of each block: what merges with what, as
-    scipy's `linkage` gives it; None where channels are taken away.
+    """The `scores` `(units,)` of a group's units, larger for more important units. For `fold` also the `tree` of each
+    block, which states the order of merges in the form of scipy's `linkage` (None for a block of one unit); `tree` is
+    None where channels are removed.
     """
 
     scores: Tensor
     tree: Mapping[int, Any] | None = None
 
     def clusters(self, group: ChannelGroup, kept: int) -> Clusters:
-        """The clusters that leave `kept` units, equally many of every block."""
+        """The clusters that leave `kept` units, the same number in every block."""
         blocks = int(group.blocks.max()) + 1
         each = kept // blocks
         if self.tree is None:
@@ -63,7 +64,7 @@ class Ranking:
 
 
 def _in_order_of_first(clusters: Tensor) -> Clusters:
-    """The same clusters, numbered in the order of their first units."""
+    """The same clusters `(units,)`, numbered in the order of their first units."""
     firsts = {int(number): unit for unit, number in reversed([*enumerate(clusters.tolist())])}
     order = {number: new for new, number in enumerate(sorted(firsts, key=firsts.__getitem__))}
     return torch.tensor([order[number] for number in clusters.tolist()])
@@ -77,13 +78,15 @@ def rank(
     *,
     seed: int = 0,
 ) -> dict[str, Ranking]:
-    """The ranking of every group by the importance of that name; `images` are stored ones, which `taylor` alone needs.
+    """The ranking of every group, by its name, for the importance `name`; `images` are stored images `(N, C, H, W)`,
+    which `taylor` alone needs.
 
-    `taylor`: (weight x gradient)^2 summed over all that makes a channel (Molchanov et al. 2019, equation 8), mean over
-    batches, the loss being the cross-entropy against the classifier's own answers. `bn-scale`: the squared scale of its
-    BatchNorms (Liu et al. 2017), groups without one by `magnitude`. `magnitude`: the squared weights that make it (Li
-    et al. 2017). Both as a share of the group's mean. `fold`: what merging costs, the squared distance of weights.
-    `random`: uniform.
+    `taylor`: (weight x gradient)^2, summed over all parameters that compute a channel, BatchNorms included (Molchanov
+    et al. 2019, equation 8), mean over batches; the loss is the cross-entropy against the classifier's own best class.
+    `bn-scale`: the squared scale of the channel's BatchNorms (Liu et al. 2017); groups without BatchNorm are ranked by
+    `magnitude`. `magnitude`: the sum of squares of the weights that compute the channel (Li et al. 2017). Scores of
+    `bn-scale` and `magnitude` are divided by the group's mean. `fold`: the cost of merging, the squared distance
+    between weights. `random`: uniform random numbers by `seed`.
     """
     network = classifier.network
     if name == "taylor":
@@ -105,7 +108,7 @@ def rank(
 
 @exact_fp32()
 def _worth(classifier: Classifier, images: Tensor) -> dict[str, Tensor]:
-    """(weight x gradient)^2 of every value of every parameter, the mean over batches."""
+    """(weight x gradient)^2 of every value of every parameter, mean over batches."""
     twin = copy.deepcopy(classifier).eval().requires_grad_(True)
     parameters = dict(twin.network.named_parameters())
     worth = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -134,12 +137,12 @@ def _taylor(group: ChannelGroup, network: nn.Module, worth: Mapping[str, Tensor]
 
 
 def _by_output(layer: Any, values: Tensor) -> Tensor:
-    """Values of a layer's weight, `(outputs, all others)`."""
+    """`values` of the shape of a layer's weight, as a matrix with a row for each output channel."""
     return torch.cat(blocks_of(layer, values)).flatten(1)
 
 
 def _rows(name: str, network: nn.Module, places: Tensor) -> Tensor:
-    """The weights that make each unit's channels, `(units, values)`."""
+    """The weights of the layer `name` that compute each unit's channels, `(units, values)`."""
     layer: Any = network.get_submodule(name)
     rows: Tensor = _by_output(layer, layer.weight.detach()).cpu()[places].flatten(1)
     return rows
@@ -154,7 +157,7 @@ def _magnitude(group: ChannelGroup, network: nn.Module) -> Tensor:
 
 
 def _scales(group: ChannelGroup, network: nn.Module) -> Tensor | None:
-    """The squared scales of the BatchNorms, None without one."""
+    """The summed squared scales of the group's BatchNorms `(units,)`, or None without BatchNorm."""
     total, found = torch.zeros(group.units), False
     for name, _, places in group.members:
         layer = network.get_submodule(name)
@@ -165,8 +168,9 @@ def _scales(group: ChannelGroup, network: nn.Module) -> Tensor | None:
 
 
 def _folding(group: ChannelGroup, network: nn.Module) -> Ranking:
-    """Hierarchical clusters of least variance (Ward) of the channels' weights, those of a single layer and BatchNorm as
-    one affine map. The i-th merge of a block is the i-th score; of several blocks the channels only share the order.
+    """The ranking by hierarchical clustering of the channels' weights with the least variance (Ward); see `_described`.
+
+    The i-th score of a block is the cost of its i-th merge, so scores belong to merges and not to single channels.
     """
     from scipy.cluster.hierarchy import linkage
 
@@ -176,14 +180,17 @@ def _folding(group: ChannelGroup, network: nn.Module) -> Ranking:
         mine = (group.blocks == block).nonzero()[:, 0]
         trees[block] = tree = linkage(described[mine].double().numpy(), "ward") if len(mine) > 1 else None
         if tree is not None:
-            # Ward's heights are sqrt(2) times the growth's root; all that counts is the order.
+            # Ward's heights are sqrt(2) times the root of the growth in variance; only their order counts.
             scores[mine[:-1]] = torch.from_numpy(tree[:, 2]).float().square()
-            scores[mine[-1]] = scores[mine[-2]]  # The last that is left merges with none.
+            scores[mine[-1]] = scores[mine[-2]]  # The last unit left has no merge.
     return Ranking(scores, trees)
 
 
 def _described(group: ChannelGroup, network: nn.Module) -> Tensor:
-    """What makes each channel, `(units, values)`, every part as a share of its mean square."""
+    """The parameters that compute each channel, `(units, values)`. A single layer with a single BatchNorm gives the
+    weights and the shift of both as one affine map. Else the parts are the weights of each layer and the scale and
+    shift of each BatchNorm, every part divided by its root mean square.
+    """
     parts = [_rows(name, network, places) for name, _, places in group.producers]
     norms = [(network.get_submodule(name), places) for name, side, places in group.members if side == "both"]
     affine = [

@@ -1,9 +1,9 @@
-"""What layers of other widths take in onnxruntime: a table that is measured, one layer at a time.
+"""The latency of layers of other widths in onnxruntime, from a table that is measured one layer at a time.
 
     times = layer_times(classifier)
     times["layer1.0.conv1"](16, 9)          # milliseconds of 64 images on one thread, 16 channels in and 9 out
 
-Each distinct layer is timed alone with random weights at a few widths; between these, times are interpolated.
+Each distinct layer is timed alone, with random weights, at a few widths; between these widths, times are interpolated.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from dfcompress.models.resizing import is_channelwise, widths_of
 
 Time = Callable[[float, float], float]
 FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
-IMAGES, PIXELS = 64, 2**18  # Images that a time is for, and values a channel of a timed batch.
+IMAGES, PIXELS = 64, 2**18  # Images that a time is stated for, and the most positions of a timed batch.
 ROUNDS, RUNS = 5, 2
 OPSET, IR_VERSION = 17, 9  # Old enough for every onnxruntime that is supported.
 
 
 class _Kind(NamedTuple):
-    """All that the time of a layer depends on besides its widths; a linear layer is a convolution of one place. `pads`
-    are those before every axis and then those behind, as ONNX has them.
+    """All properties that the time of a layer depends on besides its widths. A linear layer counts as a convolution
+    with kernel 1. `pads` holds the padding before every axis, then the padding behind every axis, as in ONNX. `size` is
+    the size of the input along every axis.
     """
 
     kernel: tuple[int, ...]
@@ -44,8 +45,9 @@ class _Kind(NamedTuple):
 
 
 def layer_times(classifier: Classifier) -> dict[str, Time]:
-    """The milliseconds of every convolution and linear layer, all of its runs in a pass, as a function of its channels
-    in and out; those of transposed ones, of other layers and of what lies between are not known and count nothing.
+    """For every convolution and linear layer the milliseconds of 64 images, summed over its runs in a pass, as a
+    function of its channels in and out. Transposed convolutions, other layers and operations between layers are not
+    timed and count nothing.
     """
     widths = widths_of(classifier.network)
     kinds = _kinds(classifier)
@@ -59,7 +61,7 @@ def _together(runs: Sequence[Time]) -> Time:
 
 
 def _kinds(classifier: Classifier) -> dict[str, list[_Kind]]:
-    """The kind of each run of a layer in a pass."""
+    """The kinds of the runs of every layer in a pass, by the layer's name."""
     kinds: dict[str, list[_Kind]] = {}
     layers: dict[str, Any] = {
         name: layer
@@ -73,7 +75,7 @@ def _kinds(classifier: Classifier) -> dict[str, list[_Kind]]:
         if isinstance(layer, nn.Linear):
             runs.append(_Kind((1,), (1,), (0, 0), (1,), 1, False, (features[..., 0].numel(),)))
             return
-        ends = layer._reversed_padding_repeated_twice  # Of the last axis first: before, behind.
+        ends = layer._reversed_padding_repeated_twice  # The last axis first, each axis as before, behind.
         pads = (*ends[-2::-2], *ends[::-2])
         sizes = (layer.kernel_size, layer.stride, pads, layer.dilation)
         groups = 1 if is_channelwise(layer) else layer.groups
@@ -85,15 +87,15 @@ def _kinds(classifier: Classifier) -> dict[str, list[_Kind]]:
 
 
 def _table(kind: _Kind, c_in: int, c_out: int) -> Time:
-    """Times at some of the widths up to these, and between them on straight lines."""
+    """Measure a layer's milliseconds at a few widths up to `c_in` and `c_out`; the result interpolates linearly."""
     ins, outs = _points(c_in, kind.groups), [1] if kind.channelwise else _points(c_out, kind.groups)
     sessions = [[_session(kind, i, i if kind.channelwise else o) for o in outs] for i in ins]
     times = np.full((len(ins), len(outs)), np.inf)
-    for _ in range(ROUNDS):  # In turn, so that a busy machine slows all of them.
+    for _ in range(ROUNDS):  # All sessions in each round, so that a busy machine slows all of them.
         for row, of_row in enumerate(sessions):
             for column, run in enumerate(of_row):
                 times[row, column] = min(times[row, column], run())
-    # More channels take no less time; what says otherwise is the noise of the clock.
+    # More channels take no less time, so a measured decrease is noise and is removed.
     times = np.maximum.accumulate(np.maximum.accumulate(times, 0), 1)
 
     def interpolated(new_in: float, new_out: float) -> float:
@@ -104,13 +106,13 @@ def _table(kind: _Kind, c_in: int, c_out: int) -> Time:
 
 
 def _points(channels: int, groups: int) -> list[int]:
-    """Some numbers of channels up to this one, multiples of the groups."""
+    """The numbers of channels that are timed: `FRACTIONS` of `channels`, rounded to multiples of `groups`."""
     each = channels // groups
     return sorted({groups * max(1, round(fraction * each)) for fraction in FRACTIONS})
 
 
 def _session(kind: _Kind, c_in: int, c_out: int) -> Callable[[], float]:
-    """A function that gives the milliseconds of `IMAGES` images in one convolution."""
+    """A function that measures the milliseconds of `IMAGES` images in one convolution of these widths."""
     import onnx
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper

@@ -1,4 +1,4 @@
-"""A picture of a network's widths, before and after."""
+"""A picture of a network's widths before and after pruning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ BEFORE, AFTER = (214, 214, 214), (58, 110, 165)
 
 
 def draw_widths(path: Path, widths: Mapping[str, tuple[int, int]]) -> None:
-    """Write a PNG with one bar a layer: its channels before in grey, those that stayed in blue, and both numbers."""
+    """Write the PNG `path` with one bar for each layer of `widths` (channels before, channels after): the channels
+    before in grey, the remaining channels in blue, and both numbers.
+    """
     picture = Image.new("RGB", (LEFT + WIDE + 90, ROW * (len(widths) + 1)), "white")
     draw = ImageDraw.Draw(picture)
     most = max((before for before, _ in widths.values()), default=1)

@@ -1,11 +1,11 @@
-"""What pruning breaks and seconds mend: layer by layer, from the first to the last, the pruned network is refitted to
-what the unpruned one computes on made images.
+"""The least-squares refit of a pruned network, which takes seconds: layer by layer, from the first to the last, the
+pruned network is fitted to the unpruned network on images.
 
-A layer that lost inputs gets the weights that give its former outputs from what it sees now, by least squares:
-W' = W·E[x·x'ᵀ]·E[x'·x'ᵀ]⁻¹, with x what it saw in the unpruned network and x' what it sees now (as He et al. 2017 refit
-weights, section 3.1; of a kernel all taps share one matrix, and the ridge draws W' to the weights that are there). A
-BatchNorm gets statistics with which every channel behind it has the mean and the variance that it had: so it takes over
-the change between both networks alone, and the images need not have the statistics of the training data.
+A layer that lost inputs gets the weights that best reproduce its former outputs from its present inputs, by least
+squares: W' = W·E[x·x'ᵀ]·E[x'·x'ᵀ]⁻¹, where x is its input in the unpruned network and x' its input in the pruned
+network (as He et al. 2017, section 3.1; all taps of a kernel share one matrix, and the ridge pulls W' towards the
+present weights). A BatchNorm gets statistics with which every channel behind it has its former mean and variance. So it
+takes over only the change between both networks, and the images need not have the statistics of the training data.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from dfcompress.models.resizing import widths_of
 from dfcompress.pruning.groups import ChannelGroup, Clusters, averaged, weight_blocks
 from dfcompress.randomness import generator
 
-ROWS = 8192  # Places of a layer's input that it is fitted on, at most: four for each of 2,048 channels.
-# Of the mean second moment. ResNet-20 at 0.63 of its operations answers 500 training images as before 74.8, 73.4, 73.2
-# and 73.2 % by taylor, 81.8, 81.8, 81.6 and 81.6 % by bn-scale, with 0.1, 0.01, 0.001 and 0.0001.
+ROWS = 8192  # The most positions of a layer's input that the layer is fitted on: four for each of 2,048 channels.
+# The ridge as a share of the mean second moment. Agreement with the unpruned network on 500 training images, ResNet-20
+# at 0.63 of its operations, with ridges 0.1, 0.01, 0.001 and 0.0001: by taylor 74.8, 73.4, 73.2 and 73.2 %; by bn-scale
+# 81.8, 81.8, 81.6 and 81.6 %.
 RIDGE = 1e-3
-STILL = 1e-12  # Mean second moment of inputs that say nothing.
+STILL = 1e-12  # The least mean second moment for the ridge, for inputs that are all zero.
 
 
 def images_to_repair_on(images: Tensor) -> Tensor:
-    """Some of the stored images, evenly spread, as many as suffice for statistics."""
+    """A subset of the stored `images`, evenly spaced, that suffices for statistics."""
     return images[:: -(-len(images) // images_for_statistics(images[0].shape, len(images)))]
 
 
 class _Seen(NamedTuple):
-    """What a layer of the unpruned network saw: rows of its input, or the moments of every channel."""
+    """The input of a layer in the unpruned network: `rows` of it, or the `moments` (mean, variance) of each channel."""
 
     rows: Tensor | None = None
     moments: tuple[Tensor, Tensor] | None = None
@@ -53,11 +54,12 @@ def refit(
     clusters: Mapping[str, Clusters],
     images: Tensor,
 ) -> None:
-    """Change the weights and the BatchNorm statistics of a network that was just cut, in place; `classifier` is the
-    one that it was cut from, `images` are stored ones.
+    """Refit the weights and the BatchNorm statistics of the network `pruned` in place. It was cut from `classifier` by
+    `groups` and `clusters`; `images` are stored images.
 
-    One pass of each: what a layer of the pruned network sees is mended already. Layers that run several times,
-    depthwise ones, and those with more channels than rows to fit them on keep their weights.
+    One pass of each network suffices, because the input of every layer of the pruned network is already repaired when
+    the layer runs. Layers that run several times, depthwise layers, layers with more than `ROWS` channels, and layers
+    that take the channels of different groups as different numbers of pixels keep their weights.
     """
     lengths: dict[str, set[int]] = {}
     for group in groups:
@@ -108,15 +110,17 @@ def refit(
 
 
 def _pixels(layer: nn.Module, places: Tensor) -> int:
-    """How many pixels of each channel a linear layer takes where they lie side by side; else 1, all are channels."""
+    """The number of pixels of each channel that a linear layer takes, if the pixels of a channel are adjacent in its
+    input; else 1.
+    """
     count = places.shape[1]
     beside = not (places[:, 0] % count).any() and torch.equal(places, places[:, :1] + torch.arange(count))
     return count if isinstance(layer, nn.Linear) and beside else 1
 
 
 def _rows(layer: nn.Module, features: Tensor, length: int) -> Tensor:
-    """A layer's input with a row for each place, `(rows, channels)`; of a linear layer that takes `length` pixels of
-    each channel every pixel is a place.
+    """A layer's input as a matrix `(rows, channels)` with a row for each position. For a linear layer that takes
+    `length` pixels of each channel, every pixel is a position.
     """
     if isinstance(layer, nn.Linear):
         rows: Tensor = features.flatten(0, -2).unflatten(-1, (-1, length)).movedim(-1, 1).flatten(0, 1)
@@ -125,8 +129,9 @@ def _rows(layer: nn.Module, features: Tensor, length: int) -> Tensor:
 
 
 def _fit(layer: Any, weight: Tensor, before: Tensor, after: Tensor, length: int) -> None:
-    """Give a layer the weights with which `after` `(rows, channels now)` leads to what `weight`
-    `(outputs, channels before of a group, ...)` made of `before`; a grouped convolution group by group.
+    """Give a layer the weights that best reproduce from `after` `(rows, channels now)` the outputs that `weight`
+    `(outputs, former channels of a group, ...)` computes from `before` `(rows, former channels)`. A grouped convolution
+    is fitted group by group.
     """
     blocks = weight_blocks(layer)
     parts = zip(

@@ -1,4 +1,4 @@
-"""Few-bit networks. Names that options take are here, so that `--help` shows them without importing torch."""
+"""Quantization. The values of options are defined here, so that `--help` shows them without importing torch."""
 
 from typing import Literal
 

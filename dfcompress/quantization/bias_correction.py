@@ -1,9 +1,9 @@
-"""What quantization shifts on average is shifted back: BatchNorm's statistics, and biases.
+"""Bias correction: biases and BatchNorm statistics are changed so that they undo the shifts that quantization causes.
 
-Rounding moves the mean and widens the variance of every channel, layer after layer, and BatchNorm would go on
-normalising by what the float network had. (Bias correction: Nagel et al. 2019, section 4.2, whose means are computed;
-re-estimated statistics: Sun et al. 2019. That a BatchNorm takes over the *change* between both networks on the same
-images, so that these need not have the training data's statistics, is ours.)
+Rounding moves the mean and widens the variance of every channel, layer after layer, but BatchNorm still normalises by
+the statistics of the float network. (Bias correction: Nagel et al. 2019, section 4.2, who compute the means without
+images. Re-estimated statistics: Sun et al. 2019. It is our own idea that a BatchNorm takes over only the *change*
+between both networks on the same images, so that the images need not have the statistics of the training data.)
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from dfcompress.models.layers import channel_axis
 
 @torch.no_grad()
 def correct(student: Classifier, teacher: Classifier, images: Tensor) -> None:
-    """Change the quantized student's BatchNorms and biases so that every channel has the teacher's mean, and behind a
-    BatchNorm its variance, at the places where they are, on `images` `(N, C, H, W)` in [0, 1].
+    """Change the quantized student's BatchNorm statistics and biases in place. Then, on `images` `(N, C, H, W)` in
+    [0, 1], every channel behind a bias has the teacher's mean, and behind a BatchNorm the teacher's mean and variance.
 
-    `teacher` is the same network in float. One pass of each: what the student's layer sees is corrected already.
+    `teacher` is the same network in float. One pass of each network suffices, because the input of every layer of the
+    student is already corrected when the layer runs.
     """
     norms, biased = _correctable(student)
     teacher_moments: dict[str, tuple[Tensor, Tensor]] = {}
@@ -47,8 +48,8 @@ def correct(student: Classifier, teacher: Classifier, images: Tensor) -> None:
 
 
 def _correctable(student: Classifier) -> tuple[dict[str, _BatchNorm], dict[str, QuantizedLayer]]:
-    """BatchNorms with statistics and quantized layers with a bias by name, but for those that run several times: what
-    they see differs from time to time.
+    """The BatchNorms with statistics, and the quantized layers with a bias, by name. Layers that run several times are
+    left out, because their input differs from run to run.
     """
     modules = dict(student.network.named_modules())
     runs = count_runs(student, modules)
@@ -60,7 +61,7 @@ def _correctable(student: Classifier) -> tuple[dict[str, _BatchNorm], dict[str, 
 
 
 def _shifted(layer: nn.Module, output: Tensor, teacher_mean: Tensor) -> Tensor:
-    """The output of a layer whose bias has been moved so that it has the teacher's mean."""
+    """Move the bias of a layer so that its output has the teacher's mean in every channel, and return this output."""
     shift = (teacher_mean - channel_moments(layer, output)[0]).to(output.dtype)
     layer.get_parameter("bias").add_(shift)
     axis = channel_axis(layer)

@@ -1,4 +1,4 @@
-"""How many bits: `4w4a` is 4-bit weights and 4-bit activations, the papers' way of writing it."""
+"""Numbers of bits: `4w4a` means 4-bit weights and 4-bit activations, as papers write it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Bits(NamedTuple):
 
 @dataclass(frozen=True)
 class RequestedBits:
-    """The user's choice of bits for a layer: `weights` is None where sensitivity decides."""
+    """The bits that the user requests for a layer; `weights` is None where they are chosen by sensitivities."""
 
     weights: int | None
     activations: int
@@ -46,7 +46,8 @@ class RequestedBits:
 def parse_bits(text: str, option: str = "--bits") -> RequestedBits:
     """The bits that `4w4a`, `w4a4` or `autow4a` requests; `auto` is `autow8a`.
 
-    Raises `BadInput` where the text is none of these, or names widths outside 2 to 8 (and 32 for activations).
+    Raises `BadInput` where the text has none of these forms, or has bits outside 2 to 8 (and 32 for activations).
+    `option` is the name of the option in the message.
     """
     plain = "autow8a" if text.lower() == AUTO else text.lower()
     match = _WEIGHTS_FIRST.fullmatch(plain) or _LETTERS_FIRST.fullmatch(plain)
@@ -69,8 +70,8 @@ INT8, INT7 = RequestedBits(8, 8), RequestedBits(7, 8)
 
 
 def parse_ends(text: str | int | None, body_bits: RequestedBits) -> int | None:
-    """The bits of the first and the last layer, None where they are `same` as the others'; where nothing is said, they
-    have 8, but at 7w8a, where one sum that saturates is one too many.
+    """The bits of the first and the last layer, or None where they have the same bits as the other layers (`same`). The
+    default is 8 bits, but `same` at 7w8a, whose purpose is that no sum saturates. Raises `BadInput` for other texts.
     """
     if text is None:
         return None if body_bits == INT7 else USUAL_ENDS
@@ -86,10 +87,11 @@ def assign(
 ) -> dict[str, RequestedBits]:
     """The requested bits of each of the `layers`, which are in execution order, without the layers left in float.
 
-    The first and the last get `ends` for weights and activations (the "ends" of Haroush et al. 2020), all others
-    `body_bits`; where these leave activations in float, activations stay so at the ends too. `layer_bits` says
-    otherwise for layers whose names match a pattern (`layer1.*`): bits, or `float`; the last match counts.
-    Raises `BadInput` for a pattern that matches nothing.
+    The first and the last layer get `ends` bits for weights and activations (the "ends" of Haroush et al. 2020) unless
+    it is None; all other layers get `body_bits`. If these leave activations in float, the activations of the first and
+    the last layer stay in float too. `layer_bits` overrides this for layers whose names match a pattern (`layer1.*`),
+    by bits or by `float`; the last match counts.
+    Raises `BadInput` for a pattern that matches no layer, and where every layer is left in float.
     """
     requested = dict.fromkeys(layers, body_bits)
     if ends:
@@ -111,8 +113,8 @@ def assign(
 
 
 class Layers(NamedTuple):
-    """The layers of a network with weights: those that can be quantized, in the order one forward pass calls them, the
-    types of those that cannot, by name, and the bytes of those that evaluation does not use, by module.
+    """The layers of a network with weights: the names of the `quantizable` ones, in the order in which a forward pass
+    calls them; the types of the `others`, by name; and the bytes of the weights `unused` in evaluation, by module.
     """
 
     quantizable: list[str]
@@ -131,7 +133,7 @@ def layers_of(classifier: Classifier) -> Layers:
     with hooked_inputs(classifier.network, weighted, note):
         pass_once(classifier)
     quantizable = [name for name, module in called.items() if can_be_quantized(module)]
-    # The parameters of a block around such layers are a scale or a position, and no layer.
+    # A block around quantizable layers is no layer itself: its own parameters are a scale or a position.
     blocks = {name for name in called if any(layer.startswith(f"{name}.".lstrip(".")) for layer in quantizable)}
     others = {
         name: type(module).__name__

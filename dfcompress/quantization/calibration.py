@@ -1,4 +1,4 @@
-"""Calibration: a copy of a float network becomes a quantized one, with bits, ranges and corrected statistics."""
+"""Calibration: a copy of a float network gets bits, ranges and corrected statistics, and so becomes quantized."""
 
 from __future__ import annotations
 
@@ -36,18 +36,22 @@ BATCH, STEPS = 256, 16
 CORRECTED_ON = f"correction{STATE}"
 PIXELS = STEPS * BATCH * 64**2
 NOISE, UNCHOSEN = 64, 4
-# Where one more value pays. ResNet-20, all layers alike, calibrated only, of 1,000 training images (float 999),
-# symmetric and asymmetric: 652 and 743 at 2w4a, 922 and 947 at 3w4a, 974 and 972 at 4w4a.
-# TensorRT takes symmetric ones alone, of 8 bits.
+# The bits at which weights have asymmetric grids. `auto` uses these where their one additional value pays. Correct of
+# 1,000 training images, ResNet-20 with the same bits in all layers, calibrated only (999 in float): at 2w4a 652 with
+# symmetric and 743 with asymmetric grids; at 3w4a 922 and 947; at 4w4a 974 and 972.
+# TensorRT takes symmetric grids of 8 bits alone.
 ASYMMETRIC: Mapping[WeightGridKind, Collection[int]] = {"auto": (2, 3), "symmetric": (), "asymmetric": WIDTHS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How ranges are found: of `inputs` and of `weights` by a rule of the folder `observers`; on `steps` batches of 256
-    shifted and flipped images, drawn with `replacement` or every image once before any comes again. With `signed`
-    grids of activations have zero point 0; `weight_grid` says where those of weights have one (`ASYMMETRIC`). With
-    `correction` BatchNorms and biases take over what quantization shifts.
+    """Settings of the calibration. `inputs` and `weights` name the rules (modules of the folder `observers`) for the
+    ranges of layer inputs and of weights.
+
+    Ranges of inputs are measured on `steps` batches of 256 shifted and flipped images. The images are drawn with
+    `replacement`, or else every image is used once before any is used again. With `signed` the grids of activations
+    have zero point 0. `weight_grid` decides at which bits the grids of weights have a zero point (`ASYMMETRIC`). With
+    `correction` BatchNorms and biases are corrected for the shifts that quantization causes.
     """
 
     inputs: str = "mse"
@@ -59,7 +63,7 @@ class Calibration:
     replacement: bool = False
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for settings that cannot be."""
+        """Raise `BadInput` for invalid settings."""
         require_fields(self)
         require_rules(self.inputs, self.weights)
         if self.steps < 1:
@@ -67,19 +71,21 @@ class Calibration:
 
     @property
     def scheme(self) -> Scheme:
-        """The kinds of grids."""
+        """The kinds of grids that these settings choose."""
         return Scheme(self.signed, ASYMMETRIC[self.weight_grid])
 
 
 def usual_steps(input_size: tuple[int, int, int]) -> int:
-    """How many batches ranges are found on by default: 16, or as many as have the pixels of 16 of 64 x 64."""
+    """The default number of batches on which ranges are measured: 16, or for images of more than 64 x 64 pixels as many
+    as hold the pixels of 16 batches of 64 x 64 images, at least 1.
+    """
     _, height, width = input_size
     return min(STEPS, max(1, PIXELS // (BATCH * height * width)))
 
 
 class Calibrated(NamedTuple):
-    """A few images `(N, C, H, W)` in [0, 1], what quantizing each layer alone does to the answers to them, and the
-    seconds that calibration took.
+    """The result of a calibration: a `few` images `(N, C, H, W)` in [0, 1], the `sensitivity` of each layer on them in
+    nats (see `sensitivities`), and the seconds that the calibration took.
     """
 
     few: Tensor
@@ -98,14 +104,14 @@ def calibrated(
     size_ratio: float | None,
     bits: Path,
 ) -> Calibrated:
-    """Quantize the layers of `student`, in place, with bits and ranges for each.
+    """Quantize the layers of `student` in place, each with its own bits and ranges.
 
-    `images` `(N, C, H, W)` are as stored. Bits that are chosen (see `choose_bits`) are kept in the file `bits`, and
-    beside it how many images statistics are corrected on.
+    `images` are stored images `(N, C, H, W)`. The bits of all layers (see `choose_bits`) are saved to the file `bits`,
+    and the number of images for the correction to a file beside it, so that a resume and all processes use the same.
     """
     started, target = time.perf_counter(), resolve_device(compute.device)
     teacher.to(target)
-    # Images come recipe after recipe, and real ones class after class.
+    # Synthetic images are sorted by recipe, and real images by class.
     mixed = images[torch.randperm(len(images), generator=generator("calibration", compute.seed))]
     few = as_float(mixed[: images_to_measure_on(teacher.card.input_size, len(mixed))].to(target))
     bits_of_layers = _once(
@@ -126,7 +132,7 @@ def calibrated(
 
 
 def calibration_batches(images: Tensor, calibration: Calibration, *, seed: int) -> Iterator[Tensor]:
-    """The batches `(256, C, H, W)` in [0, 1] to calibrate on, made of `images` `(N, C, H, W)` as stored."""
+    """The batches `(256, C, H, W)` in [0, 1] to calibrate on, made of stored `images` `(N, C, H, W)`."""
     augmentation = Augmentation(shift=4, flip=images.shape[1] > 1)
     if not calibration.replacement:
         pool = ImagePool(images, augmentation=augmentation, batch_size=BATCH, seed=seed)
@@ -142,10 +148,11 @@ def calibration_batches(images: Tensor, calibration: Calibration, *, seed: int) 
 def calibrated_on_noise(
     teacher: Classifier, requested: Mapping[str, RequestedBits], calibration: Calibration, *, seed: int
 ) -> Classifier:
-    """What the teacher becomes at the requested bits, as far as that can be told before there are images of it.
+    """A quantized copy of the teacher at the requested bits, for use before there are images: adaptive synthesis takes
+    it as the student that images compete with.
 
-    Ranges of inputs are those of 64 images of normalised noise, N(0, 1); nothing is corrected, and weights whose bits
-    are to be chosen have 4. Adaptive images compete with it.
+    Ranges of inputs are measured on 64 images of normalised noise, N(0, 1). No statistics are corrected, and weights
+    whose bits are still to be chosen have 4 bits.
     """
     student = copy.deepcopy(teacher)
     bits = with_widths(requested, dict.fromkeys(requested, UNCHOSEN))
@@ -158,14 +165,14 @@ def calibrated_on_noise(
 
 
 def _images_to_correct_on(student: Classifier, available: int) -> int:
-    """As many as there are use for and fit into memory at once."""
+    """The number of images for the correction: enough for stable statistics, if so many fit into memory at once."""
     count = images_for_statistics(student.card.input_size, available)
     return images_at_once(count, bytes_a_pass(student), target=student.mean.device)
 
 
 def _once(path: Path, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `choose` gives, the same for all processes and resumes: measurements may differ in their last bits, and so
-    may the memory that is free.
+    """The result of `choose`, stored in the file `path`, so that all processes and resumes use the same result:
+    measurements may differ in their last bits, and so may the free memory.
     """
     if world().is_main and not path.exists():
         write_json(path, choose())

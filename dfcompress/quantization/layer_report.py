@@ -1,4 +1,6 @@
-"""What was done to each layer, and what it cost: `quantization.json` and the table of `quantize`."""
+"""The report on quantized layers, with the bits and the errors of each: `quantization.json` and the table of
+`quantize`.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,13 @@ def layer_report(
     left: Mapping[str, str],
     unused: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The layers in execution order, the types of those `left` in float, and the bytes of modules that are `unused`.
+    """The report as JSON: the quantized `layers` in execution order; the layers `left` in float, each with its type, or
+    with `float` if the user left it so; and the bytes of `unused` modules.
 
-    Of each: `weights` (how many), the bits of both, the input's `input_low` and `input_high` (None in float),
-    `zero_point`, `sensitivity` in nats, and `signal_to_noise` of its output against the teacher's, all layers
-    quantized, in decibels, on `images` `(N, C, H, W)` in [0, 1].
+    A layer has its name, its type, the number of its `weights`, the bits of its weights and input, the ends of its
+    input's range `input_low` and `input_high` and its `zero_point` (None in float), its `sensitivity` in nats, and its
+    `signal_to_noise` in decibels. The last compares the layer's output with the teacher's when all layers are
+    quantized, on `images` `(N, C, H, W)` in [0, 1].
     """
     layers = quantized_layers(student.network)
     noise = signal_to_noise(student, teacher, images)
@@ -52,7 +56,7 @@ def layer_report(
 
 
 def named_bytes(modules: Mapping[str, int]) -> str:
-    """Modules with their bytes, for a sentence."""
+    """The names of modules with their bytes, as text for a message."""
     return ", ".join(f"{name} ({count:,} bytes)" for name, count in modules.items())
 
 
@@ -66,8 +70,8 @@ def _range(layer: QuantizedLayer) -> dict[str, float | int | None]:
 
 @torch.no_grad()
 def signal_to_noise(student: Classifier, teacher: Classifier, images: Tensor) -> dict[str, float | None]:
-    """10·log₁₀(Σ t² / Σ (t − s)²) of the output of every quantized layer, t the teacher's and s the student's; None
-    where either sum is 0.
+    """The signal-to-noise ratio 10·log₁₀(Σ t² / Σ (t − s)²) of the output of every quantized layer in decibels, with
+    the teacher's output t and the student's output s; None where either sum is 0.
     """
     names = list(quantized_layers(student.network))
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -77,7 +81,7 @@ def signal_to_noise(student: Classifier, teacher: Classifier, images: Tensor) ->
         outputs[name].append(output)
 
     def compare(name: str, output: Tensor) -> None:
-        signal = outputs[name].pop(0)  # Of a layer that runs several times, run by run.
+        signal = outputs[name].pop(0)  # A layer that runs several times is compared run by run.
         power[name] += signal.square().sum(dtype=torch.float64).item()
         noise[name] += (signal - output.float()).square().sum(dtype=torch.float64).item()
 

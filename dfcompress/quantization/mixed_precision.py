@@ -1,4 +1,6 @@
-"""What each layer's bits cost: how far the answers move when it alone is quantized; and bits chosen by that."""
+"""Mixed precision: the sensitivity of each layer, which is the change of the predictions when this layer alone is
+quantized, and the choice of bits by sensitivities.
+"""
 
 from __future__ import annotations
 
@@ -31,22 +33,26 @@ from dfcompress.models.fake_quantizers import (
 from dfcompress.quantization.bits import Bits, RequestedBits
 from dfcompress.quantization.ranges import fit_weights
 
-# Of the images that sensitivities are measured on, each in as many passes as there are layers.
+# The most and the fewest images on which sensitivities are measured, in one pass for each layer, and the limit of the
+# pixels of all images, which decides between them.
 MOST, FEWEST = 128, 16
 PIXELS = 2**19
-LONGEST_SCALE = 0.00012345678901234567  # As many digits as one of fp32 can have.
+LONGEST_SCALE = 0.00012345678901234567  # Has as many digits as a scale in fp32 can have.
 
 
 def images_to_measure_on(input_size: tuple[int, int, int], available: int) -> int:
-    """How many images sensitivities are measured on: 128, or fewer where they have more than 64 x 64 pixels."""
+    """The number of images on which sensitivities are measured: 128, or for images of more than 64 x 64 pixels fewer,
+    but at least 16; never more than the `available` ones.
+    """
     _, height, width = input_size
     return min(available, MOST, max(FEWEST, PIXELS // (height * width)))
 
 
 @torch.no_grad()
 def sensitivities(quantized: Classifier, images: Tensor, layers: Sequence[str]) -> dict[str, float]:
-    """KL(float ‖ quantized) of the answers, mean over `images` `(N, C, H, W)` in [0, 1], where of the whole network one
-    layer alone is quantized; in nats, by layer. From fp64 logits: what a sure network loses is below fp32's rounding.
+    """The sensitivity of each of `layers` in nats: KL(float ‖ quantized) of the predictions when this layer alone is
+    quantized, mean over `images` `(N, C, H, W)` in [0, 1]. Logits are converted to fp64, because the divergence of a
+    confident network is smaller than the rounding of fp32.
     """
     found = {}
     with exact_fp32(), evaluating(quantized):
@@ -63,7 +69,9 @@ def sensitivities(quantized: Classifier, images: Tensor, layers: Sequence[str]) 
 def require_reachable(
     teacher: Classifier, requested: Mapping[str, RequestedBits], size_ratio: float | None, scheme: Scheme
 ) -> None:
-    """Raise `BadInput` where bits are to be chosen and `size_ratio` is missing or cannot be kept, or is not needed."""
+    """Raise `BadInput` where bits are to be chosen and `size_ratio` is missing, outside (0, 1) or out of reach, and
+    where it is given although no bits are to be chosen.
+    """
     if not _free(requested):
         if size_ratio is not None:
             raise BadInput("--size-ratio chooses bits, and all are given.", "Use --bits auto.")
@@ -89,12 +97,12 @@ def choose_bits(
     size_ratio: float | None,
     scheme: Scheme,
 ) -> dict[str, Bits]:
-    """The bits of every layer: the requested ones, and where there are none, those that keep the file within
-    `size_ratio` of the teacher's tensors in fp32 at the least sum of sensitivities.
+    """The bits of every layer: the requested bits, and for layers without requested bits of weights the bits with the
+    least sum of sensitivities at which the file has at most `size_ratio` of the bytes of the teacher's fp32 tensors.
 
-    Sensitivities of 2 to 8 bits are measured on `images`; that they add up is an assumption. The choice among them is
-    the best there is to the solver's tolerance (a knapsack of one width a layer, by `scipy.optimize.milp`). The kinds
-    of grids that `scheme` says tell in the file and in the sensitivities.
+    Sensitivities at 2 to 8 bits are measured on `images` `(N, C, H, W)` in [0, 1]; we assume that they add up. The
+    choice is optimal to the solver's tolerance (a knapsack with one width for each layer, by `scipy.optimize.milp`).
+    `scheme` states the kinds of grids, which affect both the file's size and the sensitivities.
     """
     free = _free(requested)
     if not free or size_ratio is None:
@@ -107,29 +115,31 @@ def choose_bits(
 
 
 def _free(requested: Mapping[str, RequestedBits]) -> list[str]:
-    """The layers whose bits are to be chosen."""
+    """The layers whose bits of weights are to be chosen."""
     return [name for name, each in requested.items() if each.weights is None]
 
 
 def with_widths(requested: Mapping[str, RequestedBits], widths: Mapping[str, int]) -> dict[str, Bits]:
-    """Bits of all layers: as requested, else as chosen in `widths`, else the fewest there are."""
+    """The bits of all layers; weights have the requested bits, else the bits in `widths`, else the fewest (2)."""
     return {
         name: Bits(each.weights or widths.get(name, WIDTHS[0]), each.activations) for name, each in requested.items()
     }
 
 
 def _weight_bytes(weight: Tensor, bits: int, scheme: Scheme) -> int:
-    """What the integers of a weight take, and their zero points where there are some."""
+    """The bytes that the integers of a weight take, with its zero points if it has an asymmetric grid."""
     return packing.packed_bytes(weight.numel(), bits) + (len(weight) if bits in scheme.asymmetric else 0)
 
 
 def _file_bytes(teacher: Classifier, bits: Mapping[str, Bits], scheme: Scheme) -> int:
-    """How large the teacher's file is at these bits, but for the length of a few numbers in its metadata."""
+    """The bytes of the teacher's file at these bits, up to the number of digits of some values in its metadata."""
     return saved_bytes(uncalibrated(teacher, bits, scheme))
 
 
 def uncalibrated(teacher: Classifier, bits: Mapping[str, Bits], scheme: Scheme) -> Classifier:
-    """A copy of the teacher at these bits, frozen, with any grids: what it looks like, not what it answers."""
+    """A frozen copy of the teacher at these bits, with arbitrary input grids: its tensors have the right shapes and
+    types, but its predictions are meaningless.
+    """
     trial = copy.deepcopy(teacher)
     quantize_layers(trial.network, bits, asymmetric=scheme.asymmetric)
     for shared in input_grids(trial.network):
@@ -142,7 +152,9 @@ def uncalibrated(teacher: Classifier, bits: Mapping[str, Bits], scheme: Scheme) 
 
 
 def _cheapest(costs: NDArray[np.float64], sizes: NDArray[np.int64], room: float) -> list[int]:
-    """For each row the place of the width to take, so that the costs' sum is least and the sizes' fits the room."""
+    """The index of the chosen width for each row of `costs` and `sizes` `(layers, widths)`: the sum of the chosen costs
+    is minimal, and the sum of the chosen sizes is at most `room`.
+    """
     layers, widths = costs.shape
     one_each = np.kron(np.eye(layers), np.ones(widths))
     limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(sizes.reshape(1, -1), -np.inf, room)]
@@ -154,7 +166,7 @@ def _cheapest(costs: NDArray[np.float64], sizes: NDArray[np.int64], room: float)
 
 
 def _costs(teacher: Classifier, layers: Sequence[str], images: Tensor, scheme: Scheme) -> NDArray[np.float64]:
-    """Sensitivity of every layer's weights at every width, `(layers, widths)`."""
+    """The sensitivity of every layer's weights at every width of `WIDTHS`, `(layers, widths)`."""
     rows = []
     with console.progress("sensitivity", len(WIDTHS)) as progress:
         for done, width in enumerate(WIDTHS, 1):

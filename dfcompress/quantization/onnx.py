@@ -1,9 +1,10 @@
-"""A classifier as an ONNX file whose weights are integers of their true width.
+"""Export of a classifier as an ONNX file whose weights are integers of their true width.
 
-Of a quantized layer the file holds INT2, INT4 or INT8 integers behind a DequantizeLinear with one scale per output
-channel; of an asymmetric one UINT2, UINT4 or UINT8, with one zero point per output channel too. Its input passes
-QuantizeLinear and DequantizeLinear. The exporter sees both as operations of our own and is told what they become; only
-the integers' width is narrowed afterwards, because torch has no tensors of 2 and 4 bits.
+For a quantized layer the file holds INT2, INT4 or INT8 integers, which a DequantizeLinear with one scale per output
+channel converts. A layer with an asymmetric weight grid has UINT2, UINT4 or UINT8 integers, and one zero point per
+output channel too. The layer's input passes QuantizeLinear and DequantizeLinear. The exporter sees both conversions as
+custom operations with translations to ONNX; the integers are narrowed afterwards, because torch has no tensors of 2 and
+4 bits.
 """
 
 from __future__ import annotations
@@ -34,20 +35,21 @@ from dfcompress.models.fake_quantizers import (
 from dfcompress.run import write_atomically
 
 INPUT, OUTPUT = "images", "logits"
-# What the file says of itself, as entries of its metadata; an architecture's name may be a path, and stays out.
+# The fields of the card that the file's metadata holds. The architecture is left out, because its name may be a path.
 TOLD = ("classes", "class_names", "input_size", "mean", "std")
 TAKES = "images (N, C, H, W) in [0, 1]; the mean and the deviation of the card are taken off inside"
 INTEGERS, ZERO_POINT = "integers", "zero_point"
-# ONNX has these widths; others are kept in the next one.
+# The widths of integers in ONNX; integers of other bits are stored in the next larger width.
 CONTAINERS = (2, 4, 8)
-OPSETS = {2: 25, 4: 21, 8: 21}  # The first with integers of that width.
+OPSETS = {2: 25, 4: 21, 8: 21}  # By width; opset 21 is the first with integers of 4 bits, opset 25 with 2 bits.
 
 
 def write_onnx(classifier: Classifier, path: Path) -> None:
-    """Write `path`: images `(N, C, H, W)` in [0, 1] → logits `(N, classes)`, for any N, BatchNorm folded.
+    """Write the ONNX file `path`, which maps images `(N, C, H, W)` in [0, 1] to logits `(N, classes)` for any N.
 
-    `classifier` is in float, or quantized and frozen; class names, size, mean and deviation are in the file's metadata.
-    The opset is 21, or 25 where something has 2 bits.
+    `classifier` is in float, or quantized and frozen; BatchNorms are folded. The file's metadata holds the classes and
+    their names, the input size, and the mean and standard deviation of the card. The opset is 21, or 25 if weights or
+    inputs have 2 bits. Raises `DfcompressError` where the network cannot be exported.
     """
     import onnx_ir
 
@@ -71,7 +73,7 @@ def write_onnx(classifier: Classifier, path: Path) -> None:
             custom_translation_table=_translations(),
             verbose=False,
         )
-    except Exception as error:  # The exporter wraps whatever a network's own code raises.
+    except Exception as error:  # The exporter wraps whatever the network's code raises.
         raise DfcompressError(
             f"{classifier.name} cannot be exported: {first_line(error)}.", "Use it without ONNX."
         ) from error
@@ -111,7 +113,7 @@ def _(activations: Tensor, scale: float, zero_point: int, signed: bool, bits: in
 
 
 class _Exported(QuantizedLayer):
-    """A frozen layer that computes by the operations the exporter is told about."""
+    """A frozen layer that computes by the custom operations that `_translations` translates."""
 
     integers: Tensor
     scale: Tensor
@@ -120,16 +122,16 @@ class _Exported(QuantizedLayer):
     bias_scale_of_kernel: Tensor | None
 
     def quantized_input(self, activations: Tensor) -> Tensor:
-        """The input on its grid."""
+        """The layer's input, quantized to its grid."""
         return _quantized(activations, self.input_grid)
 
     def quantized_weight(self) -> Tensor:
-        """What the integers stand for."""
+        """The weight that the integers represent."""
         weight: Tensor = _weight_of(self.integers, self.scale, self.zero_point)
         return weight
 
     def exported_bias(self) -> Tensor | None:
-        """The bias, as integers of 32 bits where the kernel adds it to their sums."""
+        """The bias; where an integer kernel adds it to its sums, it is computed from integers of 32 bits."""
         bias: Tensor | None = dict(self.named_parameters(recurse=False)).get("bias")
         if self.bias_integers is not None and self.bias_scale_of_kernel is not None:
             bias = _weight_of(self.bias_integers, self.bias_scale_of_kernel, None)
@@ -137,10 +139,10 @@ class _Exported(QuantizedLayer):
 
 
 class _ExportedGrid(TensorGrid):
-    """A tensor put on its grid by the operation the exporter is told about."""
+    """The grid of a tensor, computed by the custom operation that `_translations` translates."""
 
     def forward(self, activations: Tensor) -> Tensor:
-        """The tensor on its grid."""
+        """The tensor, quantized to its grid."""
         return _quantized(activations, self.input_grid)
 
 
@@ -152,10 +154,10 @@ def _quantized(activations: Tensor, grid: InputGrid | None) -> Tensor:
 
 
 class _ExportedConv2d(_Exported, QuantizedConv2d):
-    """A convolution."""
+    """A quantized convolution that can be exported."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Features of `input`."""
+        """The output of the convolution."""
         features: Tensor = self._conv_forward(
             self.quantized_input(input), self.quantized_weight(), self.exported_bias()
         )
@@ -163,15 +165,17 @@ class _ExportedConv2d(_Exported, QuantizedConv2d):
 
 
 class _ExportedLinear(_Exported, QuantizedLinear):
-    """A linear layer."""
+    """A quantized linear layer that can be exported."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Features of `input`."""
+        """The output of the linear layer."""
         return F.linear(self.quantized_input(input), self.quantized_weight(), self.exported_bias())
 
 
 def _make_exportable(network: nn.Module) -> dict[str, int]:
-    """Let the quantized layers compute by our operations; widths of their tensors of integers, by name."""
+    """Let the quantized layers compute by the custom operations; the bits that each of their integer tensors is stored
+    in, by its name.
+    """
     widths: dict[str, int] = {}
     names: dict[nn.Module, list[str]] = {}
     for name, module in network.named_modules(remove_duplicate=False):
@@ -184,8 +188,9 @@ def _make_exportable(network: nn.Module) -> dict[str, int]:
         integers, grid = layer.integer_weight()
         layer.register_buffer(INTEGERS, integers)
         layer.register_buffer("scale", grid.scale)
-        # Onnxruntime 1.31 has no kernel for a linear layer whose weights do not state that their zero points are 0, and
-        # with session.x64quantprecision=1 states one for all channels by itself, and then refuses it.
+        # Zero points of 0 are stated in the file, because onnxruntime 1.31 has no integer kernel for a linear layer
+        # whose weights have none. With session.x64quantprecision=1 it adds one zero point for all channels by itself,
+        # and then refuses it.
         states_zero = bool(fed) or not grid.symmetric
         layer.register_buffer(ZERO_POINT, grid.zero_point.to(integers.dtype) if states_zero else None)
         in_integers = path in fed and layer.bias is not None
@@ -204,16 +209,18 @@ def _container(bits: int) -> int:
 
 
 def _input_container(bits: int) -> int:
-    """Onnxruntime cannot clip what it then quantizes to 4 bits."""
+    """The integer width for an input. It is 8 even for 3 bits, because onnxruntime cannot clip a tensor that it then
+    quantizes to 4 bits.
+    """
     return bits if bits in CONTAINERS else CONTAINERS[-1]
 
 
 def _translations() -> dict[Any, Any]:
-    """What our operations become."""
+    """The functions that translate the custom operations to ONNX."""
     import onnx
     from onnxscript import opset21
 
-    op: Any = opset21  # Its types know nothing of 2-bit integers.
+    op: Any = opset21  # Typed as Any, because its types do not include 2-bit integers.
 
     def weight_of(integers: Any, scale: Any, zero_point: Any) -> Any:
         return op.DequantizeLinear(integers, scale, *([] if zero_point is None else [zero_point]), axis=0)
@@ -233,10 +240,11 @@ def _translations() -> dict[Any, Any]:
 
 
 def _separate_zero_points(model: Any) -> None:
-    """Give every weight zero points of its own, which the exporter stores once where they are equal.
+    """Give every weight a zero-point tensor of its own: the exporter stores equal zero points once for several weights.
 
-    Weights of several widths would share zero points of one width. And with `session.x64quantprecision=1` onnxruntime
-    1.31 makes weights and their zero points unsigned, one pair after the other, and fails at zero points seen before.
+    Otherwise weights of different widths would share zero points of one width. And with `session.x64quantprecision=1`
+    onnxruntime 1.31 converts each weight and its zero points to unsigned, and fails at zero points that it has already
+    converted for another weight.
     """
     import onnx_ir
 
@@ -254,7 +262,7 @@ def _separate_zero_points(model: Any) -> None:
 
 
 def _narrow(model: Any, widths: dict[str, int]) -> None:
-    """Store integers in as many bits as they need."""
+    """Store each integer tensor named in `widths` in its number of bits."""
     import ml_dtypes
     import onnx_ir
 
@@ -269,10 +277,11 @@ def _narrow(model: Any, widths: dict[str, int]) -> None:
 
 
 def _replace_clips(model: Any) -> None:
-    """Write every Clip (ReLU6, a clamp) as Max and Min.
+    """Write every Clip (of ReLU6 or a clamp) as Max and Min.
 
-    Onnxruntime 1.31 merges a Clip into the QuantizeLinear behind it, also past operations between them, and fails where
-    that has 2 or 4 bits; of 40 other operations tried none fails with `session.disable_quant_qdq=1`.
+    Onnxruntime 1.31 merges a Clip into a following QuantizeLinear, even past operations between them, and fails if that
+    QuantizeLinear has 2 or 4 bits. Of 40 other operations that were tried, none fails with
+    `session.disable_quant_qdq=1`.
     """
     import onnx_ir
 
@@ -289,7 +298,7 @@ def _replace_clips(model: Any) -> None:
 
 
 def _replace_means(model: Any) -> None:
-    """Write a mean over rows and columns as GlobalAveragePool: of the two, kernels for integers know this one."""
+    """Write each mean over rows and columns as GlobalAveragePool: integer kernels exist for it, not for ReduceMean."""
     import onnx_ir
 
     for node in [each for each in model.graph if each.op_type == "ReduceMean" and not each.domain]:
@@ -308,7 +317,7 @@ def _replace_means(model: Any) -> None:
 
 
 def _strip(model: Any) -> None:
-    """Leave out what the exporter says of where and from which lines it came."""
+    """Remove the metadata by which the exporter records the source files and lines of the network."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph.all_nodes():

@@ -1,4 +1,4 @@
-"""Where a quantized network has its grids: at the inputs of its layers, or on all tensors that kernels for integers
+"""The placement of grids in a quantized network: at the inputs of its layers, or on all tensors that integer kernels
 read or write.
 """
 
@@ -24,7 +24,9 @@ Wish = Callable[[Classifier, Sequence[str]], dict[str, RequestedBits]]
 
 
 class Placed(NamedTuple):
-    """Where grids are put; the float network that the student follows; the student; its layers and their bits."""
+    """A `placement` of grids; the float network `reference` that the student is compared with; the `student`; the
+    `layers` of the reference; and the requested bits of each quantized layer (`wanted`).
+    """
 
     placement: Placement
     reference: Classifier
@@ -40,14 +42,18 @@ def place_grids(
     asked: Placement | None,
     bits: str,
 ) -> Placed:
-    """The student with its grids where they were asked for, or on all tensors wherever that makes the file faster.
+    """Make the student with its grids at the placement `asked`. By default (None) the grids are on all tensors where
+    integer kernels then make the file faster (8w8a and 7w8a, with exceptions), and else at the layers' inputs.
 
-    Raises `BadInput` where all tensors are asked for and kernels for integers do not take what else is asked for.
+    `wish` gives the requested bits of a network's layers. `why_not_all` gives the reason why integer kernels do not
+    take these bits and the other settings, or None.
+    Raises `BadInput` for an unknown placement, and where all tensors are requested but `why_not_all` gives a reason or
+    `quantize_tensors` refuses the network.
     """
     if asked == "all-tensors" or (asked is None and parse_bits(bits) in KERNELS_TAKE):
         reference = copy.deepcopy(teacher)
         as_kernels_compute(reference)
-        layers = layers_of(reference)._replace(unused={})  # The graph does not hold them.
+        layers = layers_of(reference)._replace(unused={})  # The traced graph does not hold unused modules.
         wanted = wish(reference, layers.quantizable)
         why = why_not_all(wanted)
         if why and asked:
@@ -63,8 +69,10 @@ def place_grids(
 def _with_tensor_grids(
     reference: Classifier, wanted: Mapping[str, RequestedBits], asked: Placement | None
 ) -> Classifier | None:
-    """A copy whose network is its graph; None where nobody asked for it and there is no good one."""
-    # Additions between LayerNorms carry few values far larger than all others, which one scale does not serve.
+    """A copy of `reference` whose network is its traced graph with grids on all tensors. None where this placement was
+    not requested and the network has LayerNorms or is refused by `quantize_tensors`.
+    """
+    # The sums between LayerNorms have a few values far larger than all others, so one scale does not fit them.
     if asked is None and any(isinstance(module, nn.LayerNorm) for module in reference.network.modules()):
         return None
     student = copy.deepcopy(reference)

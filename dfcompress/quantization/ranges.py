@@ -1,5 +1,5 @@
-"""The ranges of quantized layers: of their inputs, measured on images, and of their weights, by the rules of the folder
-`observers`.
+"""The ranges of quantized layers, by the rules of the folder `observers`: ranges of inputs are measured on images,
+ranges of weights on the weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dfcompress.quantization.observers import range_rules
 
 
 def require_rules(inputs: str, weights: str) -> None:
-    """Raise `BadInput` for a rule that is none."""
+    """Raise `BadInput` for an unknown rule."""
     for option, rule in (("calibrate", inputs), ("weight-ranges", weights)):
         if rule not in range_rules():
             raise BadInput(f"There is no --{option} {rule!r}.", f"Known: {', '.join(range_rules())}.")
@@ -33,13 +33,15 @@ def _rule(name: str) -> Any:
 
 @torch.no_grad()
 def calibrate(classifier: Classifier, batches: Iterable[Tensor], *, rule: str = "minmax", signed: bool = False) -> None:
-    """Set each quantized layer's input range as `rule` says; `signed` grids have zero point 0.
+    """Set the input range of each quantized layer, and of each quantized tensor, by `rule`; `signed` grids have zero
+    point 0.
 
     `batches` are images `(N, C, H, W)` in [0, 1] on the classifier's device.
-    The network runs in evaluation mode and in float (our choice): fine-tuning with fixed ranges brings it back to its
-    float activations. On ResNet-20, ranges seen through freshly quantized weights were no better at 4 bits, and far
-    too wide at 2 (KL to the float model on training images 80, against 16).
-    Raises `BadInput` where there are no images, or a layer's input is not finite.
+    The network runs in evaluation mode and in float (our choice), because fine-tuning with fixed ranges moves its
+    activations back towards the float activations. On ResNet-20, ranges measured with freshly quantized weights were no
+    better at 4 bits and far too wide at 2 bits: the KL divergence to the float model on training images was 80, against
+    16 with ranges measured in float.
+    Raises `BadInput` where there are no images, or where a layer's input is not finite.
     """
     grids = input_grids(classifier.network)
     observers = {name: _rule(rule).Observer() for grid in grids for name in grid.observed}
@@ -63,7 +65,7 @@ def calibrate(classifier: Classifier, batches: Iterable[Tensor], *, rule: str = 
         lows, highs = [], []
         for name, (lowest, highest) in grid.observed.items():
             low, high = _finite_range(name, observers[name], bits=grid.bits, signed=signed)
-            # A range wider than what ReLU6 lets through costs its kernel in onnxruntime.
+            # With a range wider than the output range of ReLU6, onnxruntime would not use its integer kernel.
             lows.append(max(low, lowest))
             highs.append(min(high, highest))
         for owner in grid.owners:
@@ -71,7 +73,7 @@ def calibrate(classifier: Classifier, batches: Iterable[Tensor], *, rule: str = 
 
 
 def _finite_range(name: str, observer: Any, *, bits: int, signed: bool) -> tuple[float, float]:
-    """What an observer finds; raises `BadInput` where a value was not finite."""
+    """The range (low, high) that an observer has found; raises `BadInput` where a value was not finite."""
     low, high = observer.range(bits=bits, signed=signed)
     if not (isfinite(low) and isfinite(high)):
         place = name.removeprefix(f"{TENSOR_GRIDS}.")
@@ -82,9 +84,10 @@ def _finite_range(name: str, observer: Any, *, bits: int, signed: bool) -> tuple
 
 @torch.no_grad()
 def fit_weights(classifier: Classifier, *, rule: str) -> None:
-    """Set which shares of each output channel's lowest and highest weight the grid of a quantized layer covers.
+    """Set by `rule` the shares of each output channel's lowest and highest weight that the grids of weights cover.
 
-    Layers whose weights follow no range any more (frozen, or of learnt steps) must not be among them.
+    The classifier must hold no quantized layer whose weights have no such range any more (frozen, or with learnt
+    steps).
     """
     for layer in quantized_layers(classifier.network).values():
         assert layer.weight_shares is not None

@@ -1,10 +1,11 @@
-"""Reconstruction of a quantized network unit by unit: rounding and input steps are learnt so that each unit's output
-stays what the float network has there.
+"""Block reconstruction of a quantized network, unit by unit: rounding and input steps are learnt so that each unit's
+output stays close to the float network's output.
 
-Learnt rounding is AdaRound (Nagel et al. 2020), units are blocks (BRECQ, Li et al. 2021), activations are quantized at
-random while learning (QDrop, Wei et al. 2022), as GENIE (Jeon et al. 2023) does with synthetic images.
-The `Trainer` trains one student by its answers to whole images; here many small problems are solved one after the
-other, on features, so this is a loop of its own.
+Learnt rounding is AdaRound (Nagel et al. 2020), the units are blocks (BRECQ, Li et al. 2021), and random activations
+stay in float while the rounding is learnt (QDrop, Wei et al. 2022), as in GENIE (Jeon et al. 2023), which also uses
+synthetic images.
+The `Trainer` trains one student by its logits on whole images. Reconstruction solves many small problems in sequence,
+on features, so it has a loop of its own.
 """
 
 from __future__ import annotations
@@ -41,21 +42,25 @@ from dfcompress.randomness import generator, seed_of
 from dfcompress.run import Clock, save_state
 from dfcompress.schedules import cosine
 
-IMAGES = 1024  # Features of so many are in memory,
-FEATURES = 2**32  # or of fewer, so that they take no more bytes,
-ROOM = 0.3  # and no more of the free memory; what a unit takes while it learns comes beside them.
+# The features around a unit are in memory for at most `IMAGES` images, and for fewer if they would take more than
+# `FEATURES` bytes or more than the share `ROOM` of the free memory. The rest is for the learning of the unit.
+IMAGES = 1024
+FEATURES = 2**32
+ROOM = 0.3
 LARGEST_UNIT = 4
-PASSED = 256  # Images of a forward pass, at most.
+PASSED = 256  # Largest number of images in a forward pass.
 Side = Literal["input", "output"]
-GAMMA, ZETA = -0.1, 1.1  # γ and ζ: the rectified sigmoid is stretched, so that 0 and 1 are reached (AdaRound, eq. 23).
-BETA = (20.0, 2.0)  # β of the rounding penalty, from first to last.
+GAMMA, ZETA = -0.1, 1.1  # γ and ζ stretch the rectified sigmoid so that it reaches 0 and 1 (AdaRound, eq. 23).
+BETA = (20.0, 2.0)  # The first and the last β of the rounding penalty.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """Settings: `steps` a unit, in batches of `batch_size`; Adam at `lr` for the rounding, at `input_lr` for the steps
-    of activations; `rounding` weighs the push to whole integers, which begins after the share `warmup` of the steps;
-    `drop` is the share of activations left in float.
+    """Settings of the reconstruction: `steps` training steps for each unit, on batches of `batch_size` images.
+
+    Adam learns the rounding at learning rate `lr`, and the step sizes of activations at `input_lr`. `rounding` weighs
+    the penalty that pushes weights to integers; the penalty begins after the share `warmup` of the steps. `drop` is the
+    share of activations left in float.
     """
 
     steps: int = 1000
@@ -67,7 +72,7 @@ class Reconstruction:
     drop: float = 0.5
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for settings that cannot be."""
+        """Raise `BadInput` for invalid settings."""
         require_fields(self)
         if self.batch_size < 1 or not 0 < self.lr < math.inf or not 0 <= self.warmup < 1 or not 0 <= self.drop < 1:
             raise BadInput(
@@ -77,8 +82,8 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """What a finished reconstruction tells: units, steps in all, seconds over all invocations, and the mean squared
-    error of each unit's output as a share of the output's variance.
+    """The result of a finished reconstruction: the number of units, the steps of all units together, the seconds over
+    all invocations, and by unit the mean squared error of its output as a share of the output's variance.
     """
 
     units: int
@@ -92,9 +97,9 @@ def reconstruct(
 ) -> Reconstructed:
     """Learn the rounding of the calibrated `student`'s weights, unit by unit, and freeze it.
 
-    `teacher` is the same network in float, on the same device; `images` `(N, C, H, W)` as stored. Finished units are
-    kept in the file `state`; where it is there, work goes on from it, to the same bits. Every process does all units,
-    with features of as many images as have room in the memory that was free at the beginning.
+    `teacher` is the same network in float, on the same device; `images` are stored images `(N, C, H, W)`. Finished
+    units are saved to the file `state`; if it exists, the reconstruction resumes from it, to the same bits. Every
+    process reconstructs all units. The number of images depends on the memory that is free at the beginning.
     """
     images = images[torch.randperm(len(images), generator=generator("reconstruction", seed))[:IMAGES]]
     names = units_of(student)
@@ -123,10 +128,12 @@ def reconstruct(
 
 
 def units_of(classifier: Classifier) -> list[str]:
-    """The parts that are reconstructed one after the other, in execution order: of every branch of the network the
-    largest module with at most four quantized layers that runs once and has one tensor in and one out, a row an image
-    (a residual block, say); plain containers are taken apart. Layers that run several times, or see rows of windows or
-    of a table, are in none.
+    """The names of the units, which are reconstructed one after the other, in execution order.
+
+    A unit is the largest module of its branch of the network that holds at most four quantized layers, runs once, and
+    maps one tensor to one tensor, each with one row for each image: a residual block, for example. A plain container is
+    no unit, but its children may be. Layers that run several times, or whose rows are windows or entries of a table,
+    belong to no unit.
     """
     names = [name for name, module in classifier.network.named_modules() if _quantized_in(module)]
     runs, by_image = count_runs(classifier, names), _by_image(classifier, names)
@@ -146,7 +153,7 @@ def _units_in(name: str, module: nn.Module, possible: Collection[str]) -> Iterat
 
 @torch.no_grad()
 def _by_image(classifier: Classifier, names: Sequence[str]) -> set[str]:
-    """The modules whose input and output have a row for every image, of three."""
+    """The modules whose input and output have one row for each image, found by a pass of three images."""
     rows: dict[str, set[int]] = {name: set() for name in names}
 
     def note(name: str, features: Tensor) -> None:
@@ -173,7 +180,9 @@ def _reconstruct_unit(
     seed: int,
     room: int,
 ) -> float:
-    """Learn one unit's rounding and input steps and freeze them; the error that is left, as a share of the variance."""
+    """Learn one unit's rounding and input steps, and freeze them. The result is the mean squared error of the unit's
+    output as a share of the output's variance.
+    """
     unit = student.network.get_submodule(name)
     images = images[: images_that_fit(teacher, name, room=room)]
     (student_inputs,) = _features(student, name, images, "input")
@@ -187,7 +196,7 @@ def _reconstruct_unit(
     channels = teacher_outputs.shape[1] if teacher_outputs.dim() == 4 else teacher_outputs.shape[-1]
 
     def partly(whole: Tensor, other: Tensor) -> Tensor:
-        """Some elements of one, the rest of the other."""
+        """Random elements of `whole`, a share of `drop`, and the other elements of `other`."""
         return torch.where(
             torch.rand(whole.shape, generator=random, device=random.device) < settings.drop, whole, other
         )
@@ -200,7 +209,7 @@ def _reconstruct_unit(
             some = torch.randint(len(student_inputs), (settings.batch_size,), generator=random, device=random.device)
             weights = {f"{path}.weight".lstrip("."): rounding.weight() for path, rounding in roundings.items()}
             output = functional_call(unit, weights, (partly(teacher_inputs[some], student_inputs[some]),))
-            # Summed over channels, the mean over images and pixels, as BRECQ has it.
+            # The sum over channels, and the mean over images and pixels, as in BRECQ.
             loss = (output - teacher_outputs[some]).square().mean() * channels
             if step >= settings.warmup * settings.steps:
                 beta = _beta(step, settings)
@@ -219,15 +228,15 @@ def _reconstruct_unit(
 
 
 def _beta(step: int, settings: Reconstruction) -> float:
-    """β of a step: it falls along a cosine."""
+    """β of a step, which falls along a cosine from the end of the warm-up."""
     first, last = BETA
     progress = (step / settings.steps - settings.warmup) / (1 - settings.warmup)
     return cosine(progress, 1.0, first=first, last=last)
 
 
 class SoftRounding:
-    """The rounding of one layer while it is learnt: a weight is s·(⌊W / s⌋ + h(V)), of V `(weight's shape)` a parameter
-    and h(V) in [0, 1] (AdaRound, eq. 22); with the step of the layer's input, a parameter too.
+    """The rounding of one layer while it is learnt: the weight is s·(⌊W / s⌋ + h(V)), where V is a parameter of the
+    weight's shape and h(V) lies in [0, 1] (AdaRound, eq. 22). The step of the layer's input grid is a parameter too.
     """
 
     def __init__(self, layer: QuantizedLayer) -> None:
@@ -236,17 +245,17 @@ class SoftRounding:
         self.lowest, self.highest = self.grid.multiples(layer.weight)
         scaled = layer.weight.detach() / self.scale
         self.floor = scaled.floor()
-        # h(V) begins at the fraction W / s − ⌊W / s⌋, so that the weight begins as it is.
+        # h(V) begins at the fraction W / s − ⌊W / s⌋, so that the weight begins at its float value.
         self.V = nn.Parameter(-torch.log((ZETA - GAMMA) / (scaled - self.floor - GAMMA) - 1))
         self.step = layer.input_grid.as_step(layer.weight.device) if layer.input_grid else None
 
     def quantized_input(self, activations: Tensor) -> Tensor:
-        """The layer's input on the grid as it is now."""
+        """The layer's input, quantized with the current step."""
         grid = self.layer.input_grid
         return activations if grid is None else grid.quantized(activations, step=self.step)
 
     def weight(self) -> Tensor:
-        """The weight between two values of the grid."""
+        """The current weight, which lies between two neighbouring values of the grid."""
         return (self.floor + self.h()).clamp(self.lowest, self.highest) * self.scale
 
     def h(self) -> Tensor:
@@ -259,15 +268,15 @@ class SoftRounding:
 
     @torch.no_grad()
     def harden(self) -> None:
-        """Freeze the layer at the nearest integers, and its grid."""
+        """Freeze the layer at the learnt integers, and its input grid at the learnt step."""
         self.layer.set_integer_weight(self.grid.nearest(self.floor + (self.V > 0)), self.grid)
         if self.layer.input_grid and self.step is not None:
             self.layer.input_grid = self.layer.input_grid.with_step(self.step)
 
 
 def images_that_fit(classifier: Classifier, name: str, *, room: int) -> int:
-    """Of how many images the features around a unit have room, in bytes: its input in float and quantized, and its
-    output.
+    """The number of images whose features around the unit `name` fit into `room` bytes: the unit's input in the float
+    and in the quantized network, and its output. At least 1.
     """
     image = torch.zeros(1, *classifier.card.input_size, dtype=torch.uint8)
     inputs, outputs = _features(classifier, name, image, "input", "output")
@@ -280,12 +289,12 @@ class _EnoughError(Exception):
 
 @torch.no_grad()
 def _features(classifier: Classifier, name: str, images: Tensor, *sides: Side) -> list[Tensor]:
-    """The inputs and outputs (`sides`) of a module for all `images`, as stored; none is in memory twice."""
+    """The inputs or outputs of a module, or both (`sides`), for all stored `images`; no tensor is in memory twice."""
     found: dict[Side, Tensor] = {}
     done = 0
 
     def keep(side: Side, some: Tensor) -> None:
-        # Copied as soon as it is there: a block that begins with an in-place layer writes into its own input.
+        # Features are copied at once, because a block that begins with an in-place layer overwrites its own input.
         if side in sides:
             if side not in found:
                 found[side] = some.new_empty(len(images), *some.shape[1:])

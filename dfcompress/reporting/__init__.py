@@ -1,1 +1,1 @@
-"""A page that shows runs: what their folders hold, as sections of tables, curves and pictures, rendered to one file."""
+"""Reports on runs: the contents of their folders as sections of tables, curves and pictures, in a single HTML file."""

@@ -1,4 +1,4 @@
-"""Curves as SVG that is part of a page: its colours are the page's, in the dark too, and its text is text."""
+"""Curves as inline SVG of a page: it uses the page's colours, also in dark mode, and its text stays text."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Sequence
 
 from dfcompress.reporting.runs import Curve
 
-WIDTH, HEIGHT = 2.9, 1.75  # Inches of 72 units: on a phone of 400 pixels a figure is shown larger, never smaller.
+WIDTH, HEIGHT = 2.9, 1.75  # Inches of 72 units: on a phone of 400 pixels a figure is enlarged, never reduced.
 TEXT = 8.0
-COLOURS = 8  # `--line-0` to `--line-7` of page.html; more runs begin again.
-INK = "#0000ff"  # Colours that stand for those of the page until the SVG is written.
-LOG_FROM = 20.0  # Curves whose largest value is so many times the smallest get a logarithmic axis.
+COLOURS = 8  # `--line-0` to `--line-7` of page.html; with more runs the colours repeat.
+INK = "#0000ff"  # Placeholder that is replaced by the page's text colour after the SVG is written.
+LOG_FROM = 20.0  # Least ratio of the largest to the smallest value for a logarithmic axis.
 
 
 def loss_figure(curves: Sequence[tuple[int, Curve]]) -> str:
-    """The curves of one loss, each with the number of its colour, as an `<svg>` element without title."""
+    """Draw the curves of one loss, each with the number of its colour, as an `<svg>` element without a title."""
     from matplotlib import rc_context, rcdefaults, rcParams
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with rc_context():
-        rcdefaults()  # A user's own style is of other figures.
+        rcdefaults()  # The user's own matplotlib style does not apply here.
         rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "dfcompress", "font.size": TEXT})
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.add_subplot()
@@ -53,16 +53,18 @@ def _placeholder(colour: int) -> str:
 
 
 def _inline(svg: str) -> str:
-    """A file's `<svg>` as an element of a page: without size, background, metadata and the names that nothing uses."""
+    """The `<svg>` of an SVG file as an element of a page, without size, background, metadata and unused ids, and in the
+    colours of the page.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
     used = set(re.findall(r"#([\w-]+)\)", svg)) | set(re.findall(r'href="#([\w-]+)"', svg))
     svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
-    svg = re.sub(r'<g>\s*<path d="[^"]*" style="fill: #ffffff[^"]*"/>\s*</g>', "", svg)  # What lies behind.
+    svg = re.sub(r'<g>\s*<path d="[^"]*" style="fill: #ffffff[^"]*"/>\s*</g>', "", svg)  # The background.
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)  # It would hold for the whole page.
+    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)  # It would apply to the whole page.
     while svg != (svg := re.sub(r"<g>\s*(<g/>\s*)*</g>|<g>\s*</g>|<g/>", "", svg)):
         pass
     svg = svg.replace(INK, "currentColor")

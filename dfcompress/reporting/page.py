@@ -1,4 +1,4 @@
-"""A page of sections, rendered to one HTML file that asks the network for nothing."""
+"""A page of sections, rendered to one HTML file that loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table; `bar` is the length of a bar behind its text, in [0, 1], and `colour` that of the run."""
+    """A cell of a table; `bar` is the length of a bar behind its text, in [0, 1], and `colour` the number of the run's
+    colour.
+    """
 
     text: str
     bar: float | None = None
@@ -20,23 +22,25 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table: texts stand left, numbers right; `emphasised` are the rows that sum up others."""
+    """A table: texts are aligned left, numbers right; `emphasised` are the rows that summarise other rows."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
-    texts: int = 1  # So many columns, from the left, hold texts.
+    texts: int = 1  # Number of columns, from the left, that hold texts.
     emphasised: Sequence[int] = ()
     note: str = ""
     kind: str = "table"
 
     def stands_left(self, column: int) -> bool:
-        """Whether the head of a column stands left, as texts and bars do."""
+        """Whether the head of a column is aligned left, as texts and bars are."""
         return column < self.texts or any(row[column].bar is not None for row in self.rows)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing as an `<svg>` element, its name, its first and last value, and what it shows for who cannot see it."""
+    """A drawing as an `<svg>` element, its `caption`, its first and last value (`ends`), and a `description` of it for
+    screen readers.
+    """
 
     svg: str
     caption: str
@@ -46,7 +50,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Figures:
-    """Drawings side by side, and the run of each colour."""
+    """Drawings side by side, and a `legend` of (run, number of its colour)."""
 
     figures: Sequence[Figure]
     legend: Sequence[tuple[str, int]] = ()
@@ -55,7 +59,9 @@ class Figures:
 
 @dataclass(frozen=True)
 class ClassPicture:
-    """Some of the `count` images of a class, as data URLs: made ones, and real ones where there are some."""
+    """Some of the `count` synthetic images of a class as one picture, and some real images if there are any; both as
+    data URLs.
+    """
 
     name: str
     count: str
@@ -73,7 +79,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Line:
-    """A line for the shell."""
+    """A command line for the shell."""
 
     text: str
     kind: str = "line"
@@ -81,7 +87,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; a warning stands out."""
+    """A paragraph; a `warning` is highlighted."""
 
     text: str
     warning: bool = False
@@ -98,7 +104,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Details:
-    """A long text that is shown when it is asked for."""
+    """A long text that is collapsed until the reader opens it."""
 
     title: str
     text: str
@@ -110,7 +116,7 @@ Block = Table | Figures | Pictures | Line | Text | Facts | Details
 
 @dataclass(frozen=True)
 class Part:
-    """Blocks below a title of their own, that of a run; without one where there is a single run."""
+    """The blocks of one run below its name as a title; the title is empty on a page of a single run."""
 
     title: str
     blocks: Sequence[Block]
@@ -119,7 +125,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page; `name` is its address on the page."""
+    """A section of the page; `name` is its anchor on the page."""
 
     name: str
     title: str
@@ -127,7 +133,7 @@ class Section:
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The page; whatever stands in the texts is shown, never obeyed."""
+    """Render the page as HTML; all texts are escaped."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -1,4 +1,4 @@
-"""Images of a class as one small PNG that is part of a page."""
+"""Images of a class as one small PNG inside a page."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch.nn import functional as F
 from dfcompress.data.real import ImageSource
 from dfcompress.data.synthetic_set import SyntheticSet, as_float
 
-CLASSES = 10  # Of more, as many are shown, evenly spread.
+CLASSES = 10  # The most classes that are shown; of more classes, evenly spaced ones are taken.
 IMAGES, LARGE_IMAGES, COLUMNS = 8, 4, 4
-# An image of 224 pixels as PNG is 100 KB; averaged to 112, a page of ten classes of four is 1.5 MB.
+# An image of 224 pixels takes 100 KB as PNG. Averaged to 112 pixels, a page of ten classes with four images is 1.5 MB.
 SIDE = 112
 GAP = 1
 READ = 64  # Images of a source that are read together to find one.
 
 
 def shown_classes(labels: Tensor) -> list[int]:
-    """Which of the classes of the labels `(N,)` a page shows."""
+    """The classes among the labels `(N,)` that a page shows: all, or `CLASSES` evenly spaced ones of more."""
     present: list[int] = labels.unique().tolist()
     if len(present) <= CLASSES:
         return present
@@ -32,13 +32,15 @@ def shown_classes(labels: Tensor) -> list[int]:
 
 
 def written(synthetic: SyntheticSet) -> list[int]:
-    """The shards that are there."""
+    """The shards of the set that are already written."""
     missing = set(synthetic.missing_shards())
     return [shard for shard in synthetic.shards if shard not in missing]
 
 
 def made_of(synthetic: SyntheticSet, shards: Sequence[int], classes: Sequence[int]) -> dict[int, str]:
-    """The first images of each class in these shards, as data URLs; one shard is in memory at a time."""
+    """The first images of each class in these shards, as one picture for each class (a data URL). Only one shard is in
+    memory at a time.
+    """
     count = _count(synthetic.size[1:])
     found: dict[int, list[Tensor]] = {label: [] for label in classes}
     for shard in shards:
@@ -51,7 +53,9 @@ def made_of(synthetic: SyntheticSet, shards: Sequence[int], classes: Sequence[in
 
 
 def real_of(source: ImageSource, classes: Sequence[int], size: tuple[int, int]) -> dict[int, str]:
-    """Real images of each class that has some, evenly taken, as data URLs; `size` is their height and width."""
+    """Evenly spaced real images of each class that has any, as one picture for each class (a data URL); `size` is the
+    images' height and width.
+    """
     wanted: dict[int, list[int]] = {}
     for label in classes:
         of_class = (source.labels == label).nonzero()[:, 0]
@@ -72,8 +76,8 @@ def _count(size: Sequence[int]) -> int:
 
 
 def _tiles(images: Tensor) -> str:
-    """Float images `(N, C, H, W)` in rows of four, with gaps that are transparent; colours that a picture has not
-    become grey.
+    """A picture (data URL) of float images `(N, C, H, W)` in rows of four, with transparent gaps. Images whose channels
+    are neither grey nor RGB are averaged to grey.
     """
     if images.shape[1] not in (1, 3):
         images = images.mean(1, keepdim=True)

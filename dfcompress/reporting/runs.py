@@ -1,4 +1,4 @@
-"""What a report knows of a run: its record, its losses, its images and its layers, as their files hold them."""
+"""The data of a run that a report shows, read from the run's files: its record, losses, images and layers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.models.card import ModelCard
 from dfcompress.run import METRICS, RunFile
 
-# Of a line of metrics.jsonl, what is no loss.
+# The entries of a line of metrics.jsonl that are not losses.
 NO_LOSSES = {"step", "shard", "process", "lr", "images_per_second"}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One loss of one batch of images, or of a training: its values at `steps`."""
+    """One loss of one batch of synthetic images, or of a training: its `values` at `steps`."""
 
     steps: list[float]
     values: list[float]
@@ -26,7 +26,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of one part of a run (`phase`) by name, with a curve for each batch of images."""
+    """The losses of one part of a run (`phase`) by name, with one curve for each batch of synthetic images."""
 
     phase: str
     curves: Mapping[str, list[Curve]]
@@ -36,9 +36,9 @@ class Losses:
 class ReportedRun:
     """A run in a report.
 
-    `sets` are the images it made, by the folder inside the run's; `layers` is what quantization wrote of them and
-    `widths` what pruning did; `warnings` are those of the run and of its sets. `inside` of another run it has no line
-    of its own.
+    `sets` are the synthetic sets of the run, by their folder inside the run's folder. `layers` is the report that
+    quantization wrote on the layers, and `widths` the report of pruning. `warnings` are the warnings of the run and of
+    its sets. `inside` says that the run belongs to another run and has no command line of its own.
     """
 
     name: str
@@ -52,28 +52,28 @@ class ReportedRun:
 
     @property
     def measured(self) -> Mapping[str, Any]:
-        """The measurements, empty where the run is not finished."""
+        """The measurements of the run; empty if the run is not finished."""
         return self.file.measurements or {}
 
     @property
     def teachers(self) -> list[Mapping[str, Any]]:
-        """The identity of each teacher: its weights' sha256 and its card."""
+        """The identity of each teacher: the sha256 of its weights, and its card."""
         options = self.file.options
         return [*options.get("teachers", ()), *([options["teacher"]] if "teacher" in options else ())]
 
     @property
     def card(self) -> ModelCard | None:
-        """The card of the first teacher, None where the run has none."""
+        """The card of the first teacher, or None if the run has no teacher."""
         return ModelCard.from_json(self.teachers[0]["card"]) if self.teachers else None
 
     @property
     def scores(self) -> list[Mapping[str, Any]]:
-        """A score for each checkpoint that was evaluated on real images, that of the result last."""
+        """The scores of the checkpoints that were evaluated on real images, with the score of the result last."""
         return list((self.measured.get("evaluation") or {}).get("results", ()))
 
     @property
     def class_names(self) -> Mapping[int, str]:
-        """Names of the result's classes by its outputs, of those that have one: its own, else those of its teachers."""
+        """The names of the result's classes by output, for classes with a name: its own names, else its teachers'."""
         options = self.file.options
         if options.get("class_names"):
             return dict(enumerate(options["class_names"]))
@@ -87,8 +87,8 @@ class ReportedRun:
 
 
 def read_losses(phase: str, folder: Path) -> Iterator[Losses]:
-    """The losses in a folder's `metrics.jsonl`, and in those of its shards while a set is not finished; nothing where
-    there are none.
+    """Read the losses in a folder's `metrics.jsonl` and, while a set is not finished, in the files of its shards;
+    yields nothing without losses.
     """
     curves: dict[str, dict[int, Curve]] = {}
     for path in [folder / METRICS, *sorted(folder.glob("shard-*.jsonl"))]:
@@ -105,8 +105,8 @@ def read_losses(phase: str, folder: Path) -> Iterator[Losses]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines without the last, where a killed process left that half written; raises
-    `ValueError` for another.
+    """The objects of a file of JSON lines. A last line that a killed process left half written is skipped; any other
+    malformed line raises `ValueError`.
     """
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
@@ -118,7 +118,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def repeated(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
-    """The runs in groups that differ in their seeds alone, in the order of their first."""
+    """Group the runs that differ in their seeds alone; the groups are in the order of their first runs."""
     groups: dict[str, list[ReportedRun]] = {}
     for run in runs:
         options = {name: value for name, value in run.file.options.items() if name != "seed"}

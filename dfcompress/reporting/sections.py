@@ -1,4 +1,4 @@
-"""The sections of a report, each of what the runs stored; a section for which no run has anything is left out."""
+"""The sections of a report, made from the data that the runs stored; a section without data is left out."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ from dfcompress.reporting.page import (
 from dfcompress.reporting.pictures import made_of, real_of, shown_classes, written
 from dfcompress.reporting.runs import Curve, ReportedRun, repeated
 
-CLASSES = 20  # Of more classes a table shows those at both ends.
+CLASSES = 20  # The most classes in a table; of more classes, the table shows the first and the last ten in its order.
 RealImages = Callable[[SyntheticSet], ImageSource | None]
 Row = Mapping[str, float | None]
 
 
 def sections_of(runs: Sequence[ReportedRun], real: RealImages) -> list[Section]:
-    """The sections that these runs have something for; `real` gives real images to show beside a set's."""
+    """Make the sections for which these runs have data. `real` returns the real images to show beside the images of a
+    synthetic set, or None.
+    """
     colours = {run.name: number for number, run in enumerate(runs)} if len(runs) > 1 else {}
     found = [
         Section("summary", "Summary", [Part("", list(_summary(runs, colours)))]),
@@ -59,7 +61,7 @@ def sections_of(runs: Sequence[ReportedRun], real: RealImages) -> list[Section]:
 def _each(
     runs: Sequence[ReportedRun], colours: Mapping[str, int], tell: Callable[[ReportedRun], Iterable[Block]]
 ) -> list[Part]:
-    """A part for each run that has something to tell, without a title where there is one run."""
+    """A part for each run for which `tell` yields blocks; without a title if the report has a single run."""
     told = [(run, list(tell(run))) for run in runs]
     return [Part(run.name if colours else "", blocks, colours.get(run.name)) for run, blocks in told if blocks]
 
@@ -91,8 +93,8 @@ FORMATS: Mapping[str, Callable[[float], str]] = {
 
 
 def _summary(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> Iterator[Block]:
-    """What became of each model in a sentence, one table of the models and one of the sets of images, with mean and
-    spread over seeds.
+    """The verdict on each model, a table of the models and a table of the synthetic sets, both with mean and standard
+    deviation over seeds.
     """
     sets = [run for run in runs if run.file.verb == "invert"]
     models = [run for run in runs if run.file.verb not in ("invert", "demo")]
@@ -123,8 +125,8 @@ def _of_model(run: ReportedRun) -> Row:
 
 
 def _verdict(run: ReportedRun) -> str:
-    """How much smaller, faster and less accurate than its teacher a model is; without real images, how often they
-    agree.
+    """How much smaller, faster and less accurate than its teacher a model is, as text. Without accuracies on real
+    images, the text states the agreement of both instead.
     """
     found = _of_model(run)
     share, ms, ms_fp32, agreement = (found[name] for name in ("of fp32", "ms", "ms in fp32", "agreement"))
@@ -145,8 +147,8 @@ def _verdict(run: ReportedRun) -> str:
 
 
 def _may_be_noise(lost: int, student: Mapping[str, Any]) -> bool:
-    """Whether McNemar's test at 5 % could call a loss of so many right answers noise: both are right on different
-    images at most where their answers differ.
+    """Whether McNemar's test at 5 % may call a loss of `lost` correct images noise. The number of images that only one
+    model has right is not known; it is at most the number on which the models disagree.
     """
     if student["agreement"] is None:
         return True
@@ -155,8 +157,8 @@ def _may_be_noise(lost: int, student: Mapping[str, Any]) -> bool:
 
 
 def _teachers_top1(run: ReportedRun) -> float | None:
-    """That of the one teacher on the images that its student is measured on; several have images of their own each, and
-    an extended model may be measured on new classes alone.
+    """The top-1 accuracy of the teacher on the images on which its student is evaluated. None where there is no such
+    number: several teachers each have their own images, and an extended model also has classes that its teacher lacks.
     """
     scores = run.scores
     if len(scores) < 2 or scores[0]["total"] != scores[-1]["total"] or scores[0].get("images") in ("new", "all"):
@@ -204,7 +206,7 @@ def _numbers(
 
 
 def _cell(name: str, values: Sequence[float | None]) -> Cell:
-    """A value, or mean and standard deviation of several."""
+    """A cell with a single value, or with the mean and standard deviation of several values; None is left out."""
     known = [value for value in values if value is not None]
     if not known:
         return Cell("")
@@ -218,7 +220,7 @@ def _cell(name: str, values: Sequence[float | None]) -> Cell:
 
 
 def _short(run: ReportedRun) -> str:
-    """What a run did, in a few words."""
+    """A few words that describe what a run did."""
     options, verb = run.file.options, run.file.verb
     architecture = run.card.architecture if run.card else ""
     match verb:
@@ -241,7 +243,7 @@ def _short(run: ReportedRun) -> str:
 
 
 def _bits(options: Mapping[str, Any]) -> str:
-    """The bits that most layers were asked to have; `auto` where the run chose them."""
+    """The bits that were requested for most layers, or `bits chosen for each layer` where the run chose them."""
     asked = Counter((each.get("weights"), each.get("activations")) for each in options["bits"].values())
     (weights, activations), _ = asked.most_common(1)[0] if asked else ((None, None), 0)
     return f"{weights}w{activations}a" if weights and activations else "bits chosen for each layer"
@@ -291,7 +293,9 @@ def _warnings(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> list[P
 
 
 def _accuracy(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> list[Part]:
-    """One table of all scores, and for each extended model one of what it forgot."""
+    """One table of all scores, and for each extended model a table of the accuracies of its old classes before and
+    after.
+    """
     found = [(run, score) for run in runs for score in run.scores]
     which = any(score.get("images") for _, score in found)
     rows = [
@@ -323,12 +327,12 @@ def _forgetting(run: ReportedRun) -> Iterator[Block]:
 
 
 def _signed(number: str) -> str:
-    """With the minus that is as wide as a plus."""
+    """The number with the typographic minus sign, which is as wide as a plus sign."""
     return number.replace("-", "−")
 
 
 def _both_ends(rows: Sequence[Any], key: Callable[[Any], float]) -> list[Any]:
-    """All rows as they are, or of many those of the least and of the largest key."""
+    """All rows in their order; of more than `CLASSES` rows, the ten with the least key and the ten with the largest."""
     if len(rows) <= CLASSES:
         return list(rows)
     ordered = sorted(rows, key=key)
@@ -343,7 +347,7 @@ def _share(share: float | None, most: float = 1.0) -> Cell:
 
 
 def _agreement(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> Iterator[Block]:
-    """Every student beside every teacher that it learnt from."""
+    """A table of the agreement of every student with each of its teachers."""
     found = [(run, teacher) for run in runs for teacher in run.measured.get("teachers", ())]
     if not found:
         return
@@ -374,7 +378,9 @@ def _merged(found: Iterable[tuple[ReportedRun, Mapping[str, Any]]]) -> bool:
 
 
 def _class_bias(run: ReportedRun) -> Iterator[Block]:
-    """What shares of the images trained on the teachers and the student take for each class."""
+    """For each teacher a table of the classes, with the shares of the training images that the teacher and the student
+    assign to each class.
+    """
     names = run.class_names
     for teacher in run.measured.get("teachers", ()):
         by_teacher, by_student = teacher.get("teacher_answers"), teacher.get("student_answers")
@@ -438,7 +444,7 @@ def _class_name(names: Mapping[int, str], label: int) -> str:
 
 
 def _losses(runs: Sequence[ReportedRun], colours: Mapping[str, int]) -> Iterator[Part]:
-    """A figure for each loss of each part, with the curves of all runs that have it."""
+    """A part for each phase, with a figure for each of its losses, which has the curves of all runs with this loss."""
     phases: dict[str, dict[str, list[tuple[str, Curve]]]] = {}
     for run in runs:
         for losses in run.losses:
@@ -561,13 +567,13 @@ def _libraries(runs: Sequence[ReportedRun]) -> list[str]:
 
 
 def _parts(run: ReportedRun) -> Mapping[str, float]:
-    """Seconds by part, those of the result; of other runs, those of the record."""
+    """The seconds of a run by part: from its measurements if they hold seconds by part, else from its record."""
     seconds = run.measured.get("seconds")
     return seconds if isinstance(seconds, Mapping) else run.file.seconds
 
 
 def _execution(run: ReportedRun) -> Mapping[str, Any]:
-    """How the run was computed: its training, or its first set."""
+    """The stored execution of the run's training, else of its first set; empty if there is none."""
     trained = (run.measured.get("training") or {}).get("execution")
     first = next(iter(run.sets.values()), None)
     return trained or (first.manifest.get("execution") if first else None) or {}

@@ -1,4 +1,4 @@
-"""Which output of a merged student each class of each teacher becomes."""
+"""The class map: the output of a merged student that each class of each teacher becomes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FORM = "It must hold one list of names for each teacher, in the order of its cla
 
 @dataclass(frozen=True)
 class ClassMap:
-    """`of` has for each teacher the student's output of each of its classes, `(classes,)`, int64; `names` are those of
-    the outputs, where every class has one.
+    """The student's outputs. `of` holds for each teacher the index of the output of each of its classes, `(classes,)`,
+    int64. `count` is the number of outputs. `names` are their names, or None unless every class has a name.
     """
 
     of: tuple[Tensor, ...]
@@ -31,11 +31,13 @@ class ClassMap:
 
 
 def join_classes(teachers: Sequence[Classifier], class_map: str | Path | None = None) -> ClassMap:
-    """One output for each class name, in the order in which the teachers have them.
+    """Make one output for each distinct class name, in the order in which the names first occur in the teachers.
 
-    Names are those of `class_map` (a JSON file with a list of names for each teacher), else the cards'. Where a teacher
-    has none, all are taken for different classes: teacher i's class j becomes the output after all those before it.
-    Raises `BadInput` for a map that does not fit, and for names that differ in spelling alone.
+    The names come from `class_map` (a JSON file with a list of names for each teacher), or by default from the cards.
+    Where a teacher has no names, the classes of all teachers count as different, and the outputs are the classes of the
+    first teacher, then of the second, and so on.
+    Raises `BadInput` for a map that does not fit, for a teacher with two classes of one name, and for names on cards
+    that differ in spelling alone.
     """
     lists = _read(Path(class_map), teachers) if class_map is not None else [each.card.class_names for each in teachers]
     named = [names for names in lists if names]

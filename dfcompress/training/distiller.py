@@ -1,4 +1,4 @@
-"""`Distiller`: what a student is taught in a step. The targets come from teachers, the losses compare the student."""
+"""`Distiller`: the targets that teachers give for a batch, and the losses that compare the student with them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from dfcompress.training.objectives import Objective, Prediction
 class Distiller(Protocol):
     """One way to teach a student.
 
-    `names` are those of the values of `losses`. `module` holds the parameters that train beside the student's, and the
-    buffers that a resume needs. `repeatable`: the targets of an image may be kept for later steps.
+    `names` are the names of the values of `losses`. `module` holds the parameters that train beside the student's, and
+    the buffers that a resume needs. `repeatable` says that the targets of an image are the same in every step, so that
+    they may be kept for later steps.
     """
 
     teachers: Sequence[Classifier]
@@ -32,20 +33,22 @@ class Distiller(Protocol):
         """The weight of each value in the loss, `(values,)`."""
 
     def attached(self, student: Classifier) -> AbstractContextManager[None]:
-        """A context in which the hooks that this distiller needs are on the networks."""
+        """A context in which the hooks that this distiller needs are attached to the student and the teachers."""
 
     def targets(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What the student shall learn of the images, which have its form: tensors of N rows, without gradients."""
+        """The targets of a batch of N images, which have the student's input size: tensors of N rows, without
+        gradients.
+        """
 
     def losses(self, student: nn.Module, batch: Batch, targets: tuple[Tensor, ...]) -> Tensor:
-        """How far the student is from the targets: `(values,)`."""
+        """The student's losses against the targets, one for each of `names`: `(values,)`."""
 
     def update(self, values: Tensor) -> None:
-        """Take note of the values of a finished step, averaged over all processes."""
+        """Update the distiller's state by the `values` of a finished step, averaged over all processes."""
 
 
 class FixedWeights:
-    """What distillers have in common whose values keep their `weights`, and which watch no layer unless they say so."""
+    """Base class of distillers whose `weights` are constant; unless a subclass does so, it attaches no hooks."""
 
     def __init__(self, teachers: Sequence[Classifier], weights: Sequence[float], **buffers: Tensor) -> None:
         self.teachers, self.repeatable = teachers, True
@@ -55,7 +58,7 @@ class FixedWeights:
 
     @property
     def weights(self) -> Tensor:
-        """The same in every step."""
+        """The weights of the values, the same in every step."""
         return self.module.get_buffer("weights")
 
     def attached(self, student: Classifier) -> AbstractContextManager[None]:
@@ -67,7 +70,7 @@ class FixedWeights:
 
 
 def mean_where(values: Tensor, marked: Tensor) -> Tensor:
-    """The mean of the values `(N,)` that are marked, 0 where none is."""
+    """The mean of the `values` `(N,)` at which `marked` `(N,)` is true; 0 if it is true nowhere."""
     return torch.where(marked, values, 0.0).sum() / marked.sum().clamp_min(1)
 
 
@@ -85,7 +88,7 @@ class Distillation:
 
     @property
     def weights(self) -> Tensor:
-        """Those of the objectives."""
+        """The weights of the objectives."""
         return self.module.get_buffer("weights")
 
     @contextmanager
@@ -105,7 +108,7 @@ class Distillation:
                 self._features = None
 
     def targets(self, batch: Batch) -> tuple[Tensor, ...]:
-        """The teacher's logits, then its features where they are recorded."""
+        """The teacher's logits, then its features if they are recorded."""
         logits = self.teachers[0](batch.images).float()
         return logits, *(self._features[1].taken() if self._features else ())
 

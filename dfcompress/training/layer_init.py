@@ -1,4 +1,4 @@
-"""A student of a teacher's form, or of a shallower one, begins with the teacher's own layers."""
+"""Layer initialisation: a student with a teacher's architecture, or a shallower form of it, begins with its layers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ Tree = dict[str, "Tree"]
 
 
 def init_from_teacher(student: Classifier, teacher: Classifier, outputs: Tensor | None = None) -> bool:
-    """Copy the teacher's tensors into a student of the teacher's form or of a shallower one; whether it was one.
+    """Copy the teacher's tensors into a student of the teacher's form or of a shallower form; False, and no change, if
+    the forms do not fit.
 
-    The form fits where every tensor of the student has a counterpart of the same name and shape. `outputs` are the
-    student's outputs for the teacher's classes: rows of its last layer, whose other rows stay. Without them both know
-    the same classes, and a whole copy of the teacher would be no student. Of a longer row of blocks, which are
-    numbered, the first, the last and evenly spread ones between them are taken: residual networks lose little where
-    single blocks are left out (Veit et al. 2016).
+    The forms fit if every tensor of the student has a counterpart of the same name and shape. `outputs` `(classes,)`
+    are the student's outputs for the teacher's classes: they select the rows of its last layer that are copied, and its
+    other rows stay. Without `outputs` both networks have the same classes, and a student of the teacher's full depth is
+    refused, because it would be a copy of the teacher. Where the teacher has more numbered blocks in a row, its first
+    block, its last and evenly spaced blocks between them are copied: residual networks lose little accuracy without
+    single blocks (Veit et al. 2016).
     """
     student_tensors, teacher_tensors = student.network.state_dict(), teacher.network.state_dict()
     partners = dict(_partners(_tree(student_tensors), _tree(teacher_tensors)))
@@ -51,7 +53,7 @@ def _tree(names: Iterable[str]) -> Tree:
 
 
 def _partners(student: Tree, teacher: Tree) -> Iterable[tuple[str, str]]:
-    """The counterpart of every name, where there is one."""
+    """Pairs of a name in the student and its counterpart in the teacher, for every name that has one."""
     matched = {part: part for part in student if part in teacher}
     if student and all(part.isdecimal() for part in (*student, *teacher)):
         blocks, longer = sorted(student, key=int), sorted(teacher, key=int)

@@ -1,4 +1,4 @@
-"""The only student loop: a student, a distiller and a source of batches in, a trained student out."""
+"""The only training loop: it trains a student by a distiller, on the batches of a source."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ from dfcompress.training.steps import Steps, dropping, layout_of, training_mode
 PARTIAL = f"training{STATE}"
 METRICS_POINTS = 100
 UNTRAINED = "Use --finetune none and, where images are made, a --recipe that is not adaptive: they train nothing."
-# Work of a timed step, forward and backward: 2 s at the rate of `EAGER_WORK_PER_SECOND`, so that a dry run takes
-# seconds: all 256 images of ResNet-20 at 32 px, about 20 of ResNet-50 at 224 px.
+# Work of a timed step, forward and backward. It takes 2 s at `EAGER_WORK_PER_SECOND` of a CPU, so that a dry run takes
+# seconds. It covers a whole batch of 256 images for ResNet-20 at 32 px, and about 20 images for ResNet-50 at 224 px.
 TIMED = 300e9
 SMALLER = "Free memory, or use a smaller --train-batch-size."
-TRIED = 2  # Images of a trial: BatchNorm cannot normalise a single one whose features are 1x1.
+TRIED = 2  # Number of images in a trial pass: BatchNorm cannot normalise a single image whose features are 1x1.
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished loop tells: steps, seconds over all invocations, images a second, the last values of the
-    distiller's losses by name, and how it ran.
+    """The result of a finished training: its number of steps, its seconds over all invocations, images per second, the
+    distiller's losses in the last step by name, and how it was executed.
     """
 
     steps: int
@@ -64,15 +64,15 @@ class Trained:
 class Trainer:
     """Trains `student` by a `distiller`.
 
-    The student learns from scratch, with the dropout that its architecture has, or is a trained network under `repair`,
-    which learns without (see `training_mode`).
-    With `folder`, values and throughput go to `metrics.jsonl` there, and the state is kept in `training.partial` every
-    20 seconds and at the end: a Trainer on a folder with such a file goes on from it, to the same bits.
-    Whoever saves the result removes the file.
+    By default the student learns from scratch, with the dropout of its architecture. With `repair` it is a trained
+    network, which learns without dropout (see `training_mode`).
+    With `folder`, losses and throughput are written to `metrics.jsonl` there, and the state is saved to
+    `training.partial` every 20 seconds and at the end. A Trainer whose folder holds this file resumes from it, to the
+    same bits. The caller that saves the result removes the file.
 
-    Under `torchrun` every process takes its share of each batch, unless this one is `alone`; gradients and BatchNorm's
-    statistics are those of the whole batch, so the result is that of one process up to rounding (not with dropout,
-    which each process draws for its own share).
+    Under `torchrun` every process takes its share of each batch, unless this process is `alone`. Gradients and
+    BatchNorm statistics are computed over the whole batch, so the result equals the result of one process up to
+    rounding (not with dropout, which each process draws for its own share).
     """
 
     def __init__(
@@ -91,13 +91,14 @@ class Trainer:
         self.everyone = World() if alone else world()
 
     def fit(self, source: BatchSource | Tensor) -> Trained:
-        """Train on the batches of a source; stored images `(N, C, H, W)` alone are shown as `Training.pool` shows them.
+        """Train on the batches of `source`; a tensor of stored images `(N, C, H, W)` is batched by `Training.pool`.
 
-        Raises `DfcompressError` where a loss is not finite, `BadInput` where a batch cannot be shared out.
+        Raises `DfcompressError` where a loss or a trained weight is not finite, or where the memory does not suffice,
+        and `BadInput` where a batch cannot be divided among the processes.
         """
         fits = memory_for(f"{self.training.batch_size} images of a training step", SMALLER)
         with fits, self.ready(source) as steps:
-            self._save(steps)  # The automatic choices, which a resume must obey, before the first step.
+            self._save(steps)  # Before the first step, so that a resume obeys the automatic choices.
             with console.progress("training", self.training.steps) as progress:
                 while steps.done < self.training.steps:
                     steps.take()
@@ -116,13 +117,15 @@ class Trainer:
 
     @contextmanager
     def ready(self, source: BatchSource | Tensor) -> Iterator[Steps]:
-        """The steps of `fit`, from where a saved state left off; inside, the networks are set up for them."""
+        """A context with the steps of `fit`, resumed from a saved state if there is one. Inside, the networks are on
+        the device and in training mode.
+        """
         if isinstance(source, Tensor):
             source = self.training.pool(source, seed=self.compute.seed)
         state = self._saved_state()
         saved = self._mine(Execution(**state["execution"])) if state else None
         target = resolve_device(saved.device if saved else self.compute.device)
-        # Before it is asked what memory is free:
+        # Images and teachers are moved before the free memory is queried:
         source.to(target)
         for teacher in self.distiller.teachers:
             teacher.to(target)
@@ -154,7 +157,9 @@ class Trainer:
 
     @contextmanager
     def _placed(self, target: torch.device, execution: Execution) -> Iterator[None]:
-        """All networks on the device, and in the layout of the images; the teachers in the usual one afterwards."""
+        """Inside, all networks are on the device and in the memory layout of the images; afterwards the teachers are in
+        the contiguous layout again.
+        """
         layout = layout_of(execution)
         self.student.to(target).to(memory_format=layout)
         self.distiller.module.to(target)
@@ -167,7 +172,9 @@ class Trainer:
                 teacher.to(memory_format=torch.contiguous_format)
 
     def _resolve(self) -> Execution:
-        """Forward passes of all, and the student's backward pass, twice as long; the precision is tried."""
+        """Resolve the execution. The work is the forward passes of all networks and the student's backward pass, which
+        counts twice its forward pass. The precision is tried, and the main process decides it and the chunk.
+        """
         work = sum(map(work_of, self.distiller.teachers)) + 3 * work_of(self.student)
         steps = self.training.steps
         execution = resolve_execution(self.compute, float(work) * self.training.batch_size * steps, steps=steps)
@@ -176,15 +183,17 @@ class Trainer:
         return replace(execution, precision=precision, chunk=chunk)
 
     def _backend(self, target: torch.device) -> Literal["torch", "apex"]:
-        """Who computes the optimiser: apex only where every process has it, as all must take the same steps."""
+        """The library that computes the optimizer: apex only if every process can use it, because all must take the
+        same steps.
+        """
         backend = optimizers.choose_backend(self.training.optimizer, self.training.backend, target)
         return backend if set(self.everyone.all_gather(backend)) == {backend} else "torch"
 
     def _mine(self, execution: Execution) -> Execution:
-        """What was resolved, perhaps by another process, as this one has it."""
+        """The execution, which another process may have resolved, with this process's device and threads."""
         if self.everyone.world_size == 1:
             return execution
-        # Gradients and statistics are exchanged by hooks, which a compiled network would not run.
+        # Several processes exchange gradients and statistics by hooks, which a compiled network would not run.
         threads = min(execution.threads, threads_here())
         return replace(execution, device=as_mine(execution.device), compile=False, threads=threads)
 
@@ -209,7 +218,7 @@ class Trainer:
             )
 
     def _check_weights(self) -> None:
-        """A last gradient may overflow while every loss was finite."""
+        """Raise `DfcompressError` where a weight is not finite: the last gradient may overflow after finite losses."""
         if not all(tensor.isfinite().all() for tensor in self.student.state_dict().values()):
             raise DfcompressError("The trained weights are not finite.", "Lower the rate with --train-lr.")
 
@@ -239,8 +248,9 @@ def _tried(
     training: Training,
     repair: bool,
 ) -> Execution:
-    """`execution` in a precision that the networks compute in, as `tried` says: copies of all go forward, and
-    the student's goes back as it trains; and the images of a batch that fit into memory at once, as its `chunk`.
+    """`execution` in a precision in which the networks compute (see `tried`), and with the number of images of a batch
+    that fit into memory at once as its `chunk`. Copies are tried: forward for all networks, and backward for the
+    student, in the mode in which it will train.
     """
     counted: dict[str, Taken] = {}
 
@@ -259,7 +269,8 @@ def _tried(
         mode = training_mode(twin, repair=repair, freeze_batchnorm=training.freeze_batchnorm)
         with forked_randomness(target), mode:
             counted[execution.precision] = count_growth(train)
-        # Without counting: below it, torch's fused layer of transformers is not under autocast.
+        # The memory of teachers is not counted: while it is counted, autocast does not cover torch's fused layer of
+        # transformers.
         for teacher in teachers:
             images = torch.rand(1, *teacher.card.input_size, generator=generator("trial")).to(target)
             with torch.no_grad(), low:
@@ -268,7 +279,7 @@ def _tried(
     names = ", ".join(dict.fromkeys(each.card.architecture for each in (student, *teachers)))
     execution = tried(execution, compute, passes, what=names)
     batch = -(-training.batch_size // world().world_size)
-    # BatchNorms that train take the statistics of the images at hand, so no fewer than must be.
+    # BatchNorms that train use the statistics of the chunk, so a chunk has as many images as fit into memory.
     size = student.card.input_size if training.freeze_batchnorm else None
     target = resolve_device(execution.device)
     chunk = images_at_once(batch, counted.get(execution.precision, Taken(0.0)), target=target, input_size=size)
@@ -281,7 +292,9 @@ def _tried(
 def seconds_per_step(
     student: Classifier, distiller: Distiller, training: Training, compute: Compute, *, repair: bool = False
 ) -> float:
-    """Seconds of a step of training, from the best of a few eager ones with some images; copies are trained."""
+    """Seconds of a training step, scaled up from the fastest of three eager steps on part of a batch; copies of the
+    networks are trained.
+    """
     work = 3.0 * work_of(student) + sum(map(work_of, distiller.teachers))
     images = min(training.batch_size, max(TRIED, int(TIMED // work)))
     settings = replace(training, batch_size=images, steps=max(1, training.steps))
@@ -303,7 +316,7 @@ def seconds_per_step(
 def predicted_training(
     student: Classifier, distiller: Distiller, training: Training, compute: Compute, *, repair: bool = False
 ) -> float:
-    """An estimate of the seconds that a training takes, compiling included, from a few steps."""
+    """Estimate the seconds of a whole training, compilation included, from a few timed steps."""
     work = 3.0 * work_of(student) + sum(map(work_of, distiller.teachers))
     execution = resolve_execution(compute, work * training.batch_size * training.steps, steps=max(1, training.steps))
     seconds = seconds_per_step(student, distiller, training, compute, repair=repair)
@@ -313,9 +326,10 @@ def predicted_training(
 def require_trainable(
     student: Classifier, training: Training, compute: Compute, sets: Sequence[int], *, repair: bool = False
 ) -> None:
-    """Raise `BadInput` where this machine and these processes cannot train a student on sets of so many images.
+    """Raise `BadInput` where this machine and these processes cannot train the student; `sets` are the numbers of
+    images of the transfer sets.
 
-    Checked before images are made: the same holds for every Trainer of these settings.
+    The check runs before images are synthesized, and its outcome holds for every Trainer of these settings.
     """
     optimizers.choose_backend(training.optimizer, training.backend, resolve_device(compute.device))
     share = min(training.batch_size // len(sets), *sets)
@@ -332,8 +346,8 @@ def require_trainable(
 
 
 def require_passes(student: Classifier, training: Training, *, images: int = TRIED, repair: bool = False) -> None:
-    """Raise `BadInput` where a student cannot go forward and backward in the mode in which it will train; a copy is
-    tried.
+    """Raise `BadInput` where a student cannot run forward and backward in the mode in which it will train. A copy of it
+    is tried on `images` random images.
     """
     twin, size = copy.deepcopy(student), (images, *student.card.input_size)
     shown = torch.rand(size, generator=generator("noise", 0)).to(student.mean.device)
@@ -350,8 +364,8 @@ def require_passes(student: Classifier, training: Training, *, images: int = TRI
 def _why_not_learnt(student: Classifier, images: Tensor, mode: AbstractContextManager[None]) -> str | None:
     """Why a student in this mode cannot learn from images `(N, C, H, W)`, or None where it can.
 
-    The logits among all that it answers while it trains must depend on the parameters that its answer in evaluation
-    mode depends on: those of an auxiliary head do not, and would train what is never used.
+    The main logits in training mode must depend on the same parameters as the logits in evaluation mode. Logits of an
+    auxiliary head do not, and training them would change parameters that evaluation never uses.
     """
     expected = (len(images), student.card.classes)
     try:
@@ -364,12 +378,12 @@ def _why_not_learnt(student: Classifier, images: Tensor, mode: AbstractContextMa
             learnt = _reached(logits, student)
         if not isinstance(answer, Tensor) and learnt != _reached(student(images), student):
             return f"the first logits of the {type(answer).__name__} that it gives while it trains are not its answer"
-    except Exception as error:  # Whatever a stranger's network may raise.
+    except Exception as error:  # The user's network may raise anything.
         return first_line(error)
     return None
 
 
 def _reached(logits: Tensor, student: Classifier) -> list[bool]:
-    """Which parameters the logits depend on."""
+    """Whether the logits depend on each of the student's parameters."""
     gradients = torch.autograd.grad(logits.float().sum(), list(student.parameters()), allow_unused=True)
     return [gradient is not None for gradient in gradients]

@@ -1,6 +1,6 @@
-"""What the student is asked to minimise; `0.9 * kd(4.0) + ...` becomes a list of named, weighted terms.
+"""The objectives that a student minimises: a list of named, weighted terms, such as `0.9 * kd(4.0)`.
 
-Nothing here sees a label: the teacher's predictions are all there is.
+No objective uses labels; each compares the student's prediction with the teacher's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dfcompress.training import OBJECTIVES, OF_FEATURES
 
 
 class Prediction(NamedTuple):
-    """What a network gives for a batch: logits `(N, classes)`, and features `(N, C, H, W)` of the stages compared."""
+    """A network's outputs for a batch: logits `(N, classes)`, and features `(N, C, H, W)` of each compared stage."""
 
     logits: Tensor
     features: tuple[Tensor, ...] = ()
@@ -28,8 +28,10 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """A named, weighted scalar of (the student's prediction, the teacher's); `adapters` are parameters that it trains
-    beside the student's.
+    """A named and weighted loss term.
+
+    `value` maps the student's and the teacher's `Prediction`, in this order, to a scalar tensor. `adapters` holds the
+    parameters that the objective trains beside the student's.
     """
 
     name: str
@@ -42,14 +44,15 @@ class Objective:
 
     @property
     def needs_features(self) -> bool:
-        """Whether it looks at more than logits."""
+        """Whether the objective compares features besides logits."""
         return self.name in OF_FEATURES
 
 
 def kd(temperature: float) -> Objective:
-    """τ²·KL(p_T ‖ p_S) of the predictions softened by τ, mean over the batch (Hinton et al. 2015).
+    """τ²·KL(p_T ‖ p_S) of the softmax of logits divided by τ, the `temperature`; mean over the batch (Hinton et al.
+    2015).
 
-    τ² keeps the gradient's size the same at every temperature. Raises `BadInput` where τ is not positive.
+    τ² keeps the gradient's size the same at every temperature. Raises `BadInput` where τ is not positive and finite.
     """
 
     if not 0 < temperature < math.inf:
@@ -63,33 +66,34 @@ def kd(temperature: float) -> Objective:
 
 
 def ce() -> Objective:
-    """Cross-entropy with the teacher's best class, mean over the batch."""
+    """Cross-entropy of the student with the teacher's best class as the label, mean over the batch."""
     return Objective("ce", lambda student, teacher: F.cross_entropy(student.logits, teacher.logits.argmax(1)))
 
 
 def mse_logits() -> Objective:
-    """Mean squared difference of the logits (Ba and Caruana 2014)."""
+    """Mean squared difference between the student's and the teacher's logits (Ba and Caruana 2014)."""
     return Objective("mse-logits", lambda student, teacher: F.mse_loss(student.logits, teacher.logits))
 
 
 def feature(pairs: Sequence[tuple[Stage, Stage]]) -> Objective:
-    """Mean squared difference between the student's features, through 1×1 convolutions of their own, and the teacher's,
-    as a share of the variance of the teacher's, each image's own.
+    """Mean squared difference between the student's features, mapped by a trained 1×1 convolution, and the teacher's
+    features, divided for each image by the variance of the teacher's features.
 
-    Mean over the stages (student's, teacher's) in `pairs` (after Romero et al. 2015, who take one and pretrain on it).
-    Where both have equally many channels the convolutions begin as the identity.
+    The mean runs over images and over the stages (student's, teacher's) in `pairs` (after Romero et al. 2015, who take
+    one stage and pretrain on it). Where both stages have the same number of channels, the convolution begins as the
+    identity and has no bias.
     """
     distance = _FeatureDistance(_adapter(student.channels, teacher.channels) for student, teacher in pairs)
     return Objective("feature", distance, adapters=distance)
 
 
 class _FeatureDistance(nn.ModuleList):
-    """The adapters of the stages, called as the value of an objective: a module and no closure over one, so that a copy
-    of the objective computes with its own.
+    """The 1×1 convolutions of all stages, and the value of the objective `feature` that uses them. A closure over the
+    convolutions would share them with a deep copy of the objective; a module is copied with them.
     """
 
     def forward(self, student: Prediction, teacher: Prediction) -> Tensor:
-        """The mean over the stages."""
+        """The mean over the stages of the differences, each as a share of the teacher's variance."""
         adapted = [adapter(features) for adapter, features in zip(self, student.features, strict=True)]
         pairs = zip(adapted, teacher.features, strict=True)
         return torch.stack([_share_of_variance(ours.float(), theirs) for ours, theirs in pairs]).mean()
@@ -108,13 +112,13 @@ def _share_of_variance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def iq() -> Objective:
-    """Smooth-L1 distance of the features as they are, summed over the elements of an image, mean over images and
-    stages: the intermediate quantization loss of Haroush et al. 2020, section 4.2. Student and teacher must have
-    equally many channels.
+    """Smooth-L1 distance between the student's and the teacher's features, summed over the elements of an image, mean
+    over images and stages: the intermediate quantization loss of Haroush et al. 2020, section 4.2. Student and teacher
+    must have the same number of channels.
 
-    The paper weighs "the mean of the smoothed-l1 outputs" by 0.001 and does not say over what the mean runs. Over all
-    elements the term would have 1.3e-5 of kd's gradient (ResNet-20, 4w4a) and do nothing; summed over an image it is
-    0.34 beside kd's 0.99 there, so that is how we read it.
+    The paper weighs "the mean of the smoothed-l1 outputs" by 0.001 and does not say over what the mean runs. As a mean
+    over all elements, the term would have 1.3e-5 of kd's gradient (ResNet-20, 4w4a) and no effect. Summed over an
+    image, it is 0.34 beside kd's 0.99 on the same network, so we use the sum.
     """
 
     def value(student: Prediction, teacher: Prediction) -> Tensor:
@@ -145,9 +149,12 @@ def attention() -> Objective:
 def make_objectives(
     weights: Mapping[str, float], *, temperature: float, pairs: Sequence[tuple[Stage, Stage]], seed: int
 ) -> list[Objective]:
-    """The objectives of these names and weights; `pairs` are the stages that those of features compare.
+    """Make an objective for each name in `weights`, with its weight.
 
-    Raises `BadInput` for a name or a weight that is none.
+    `pairs` are the stages (student's, teacher's) whose features are compared; `seed` decides the first weights of the
+    adapters; `temperature` is for kd.
+    Raises `BadInput` for an unknown name, a weight that is not positive and finite, weights without an objective of
+    logits, and `iq` with stages of different numbers of channels.
     """
     if all(name in OF_FEATURES for name in weights):
         raise BadInput("No objective compares the student's logits.", "Add kd, ce or mse-logits.")

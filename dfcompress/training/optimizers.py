@@ -1,7 +1,7 @@
-"""The optimizers a student can be trained with, and who computes them: torch, or NVIDIA apex where it is proven here.
+"""The optimizers of students, computed by torch, or by NVIDIA apex where a test on this machine shows that it works.
 
-Every setting is passed, because defaults differ: apex's FusedAdam is AdamW without decay, its FusedLAMB cuts the
-gradient's norm at 1, its FusedSGD skips bf16 parameters silently (so it is never taken).
+Every setting is passed, because the defaults of apex differ: its FusedAdam is AdamW without decay, and its FusedLAMB
+clips the gradient's norm at 1. Its FusedSGD skips bf16 parameters silently, so it is never used.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from dfcompress.errors import BadInput, first_line
 from dfcompress.machine.device import has_cuda, is_cuda
 from dfcompress.training import OptimizerBackend, OptimizerName
 
-FUSED = get_args(OptimizerName)[1:]  # Those that apex computes.
+FUSED = get_args(OptimizerName)[1:]  # The optimizers that apex can compute: all but SGD.
 
 BETAS = (0.9, 0.999)
 EPS = {"adam": 1e-8, "adamw": 1e-8, "lamb": 1e-6}
 
-ROUNDING = 1e-5  # Up to here apex and torch agree after three steps.
-# The errors of a package that was built without extensions, or for another torch, CUDA or GPU.
+ROUNDING = 1e-5  # Largest relative difference after three steps at which apex and torch count as equal.
+# The errors that apex raises if it was built without extensions, or for another torch, CUDA or GPU.
 APEX_FAILURES = (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError)
 BUILD = (
     "Build it from NVIDIA's repository with its C++ and CUDA extensions, in this environment (--no-build-isolation) "
@@ -39,10 +39,11 @@ BUILD = (
 
 
 class Lamb(Optimizer):
-    """LAMB (You et al. 2020): Adam whose step for each tensor is scaled by φ = ‖w‖ / ‖update‖, all tensors at once.
+    """LAMB (You et al. 2020): Adam whose step for each tensor is scaled by φ = ‖w‖ / ‖u‖; computed for all tensors of a
+    group at once.
 
     m = β₁m + (1 − β₁)g, v = β₂v + (1 − β₂)g², u = m̂ / (√v̂ + ε) + λw, w ← w − lr·φ·u.
-    Tensors without weight decay λ are not scaled (φ = 1), as in the authors' code: those are biases and BatchNorms.
+    Tensors without weight decay λ (by default biases and BatchNorms) are not scaled (φ = 1), as in the authors' code.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Lamb(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step with the gradients that are there; `closure` is not used."""
+        """Take one step on all parameters that have a gradient; `closure` is not used."""
         for group in self.param_groups:
             if weights := [weight for weight in group["params"] if weight.grad is not None]:
                 group["step"] += 1
@@ -85,10 +86,11 @@ class Lamb(Optimizer):
 
 
 def choose_backend(name: OptimizerName, backend: OptimizerBackend, device: torch.device) -> Literal["torch", "apex"]:
-    """Who computes: `auto` takes apex only for what torch has not fused, LAMB, and where it is proven to work.
+    """The library that computes an optimizer. `auto` chooses apex only for LAMB, which torch has not fused, only on
+    CUDA, and only if `probe` finds that apex works.
 
-    Students are trained in fp32 with bf16 products, where torch's own fused kernels serve SGD and Adam.
-    Raises `BadInput` where `apex` is asked for and cannot be used, saying what to do in that very case.
+    Students are trained in fp32 with bf16 products, for which torch's own fused kernels compute SGD and Adam.
+    Raises `BadInput` where `apex` is requested and cannot be used; the message names the remedy.
     """
     if backend == "torch" or (backend == "auto" and (not is_cuda(device) or name != "lamb")):
         return "torch"
@@ -115,9 +117,10 @@ def make_optimizer(
     momentum: float,
     nesterov: bool = True,
 ) -> Optimizer:
-    """The optimizer over parameter groups, each with its own `weight_decay`; `momentum` is SGD's, `nesterov` its form.
+    """Make the optimizer over parameter groups, each with its own `weight_decay`; `momentum` and `nesterov` are for SGD
+    alone.
 
-    fp32 parameters on CUDA are updated by torch's fused kernels.
+    Where all parameters are on CUDA, torch's SGD, Adam and AdamW use its fused kernels.
     """
     groups = list(groups)
     fused = all(is_cuda(weight.device) for group in groups for weight in group["params"])
@@ -143,7 +146,9 @@ def _of_apex(name: OptimizerName, groups: list[dict[str, Any]], settings: dict[s
 
 
 def _match_layouts(optimizer: Optimizer, *_: Any) -> None:
-    """Apex walks through memory and does not look at strides: a gradient laid out otherwise would be a wrong one."""
+    """Give each gradient the strides of its weight: apex reads memory in order and ignores strides, so a gradient in
+    another layout would be applied to the wrong weights.
+    """
     for group in optimizer.param_groups:
         for weight in group["params"]:
             if weight.grad is not None and weight.grad.stride() != weight.stride():
@@ -151,7 +156,7 @@ def _match_layouts(optimizer: Optimizer, *_: Any) -> None:
 
 
 class State(Enum):
-    """The states of apex on a machine."""
+    """The states that apex can be in on a machine."""
 
     ABSENT = "absent"
     WRONG_PACKAGE = "wrong package"
@@ -162,7 +167,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Apex:
-    """The state of apex on this machine, a sentence of what was found, and one of what to do."""
+    """The state of apex on this machine, a half sentence that says what was `found`, and a sentence with the remedy."""
 
     state: State
     found: str
@@ -171,9 +176,10 @@ class Apex:
 
 @cache
 def probe(device: torch.device) -> Apex:
-    """Whether apex can be used on `device`, this process's: asked once, believed after it has computed the right thing.
+    """Find out whether apex can be used on `device` of this process. It counts as usable if its steps agree with
+    torch's; the result is cached.
 
-    The package of the same name in package indexes is an unrelated web toolkit; nothing of it is executed.
+    The package of the same name in package indexes is an unrelated web toolkit; none of its code is executed.
     """
     spec = importlib.util.find_spec("apex")
     if spec is None:
@@ -193,7 +199,7 @@ def probe(device: torch.device) -> Apex:
 
 
 def _difference(name: OptimizerName, device: torch.device) -> float:
-    """The largest difference, relative to the largest weight, between apex and torch after three steps."""
+    """The largest difference between apex's and torch's weights after three steps, relative to the largest weight."""
     shapes, random = ((8, 4, 3, 3), (16,)), torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=random) for shape in shapes]
     steps = [[torch.randn(shape, generator=random) for shape in shapes] for _ in range(3)]

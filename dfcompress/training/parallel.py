@@ -1,4 +1,6 @@
-"""One student on several processes: every batch is shared out, and what comes of it is that of the whole batch."""
+"""Training of one student by several processes: every batch is divided among them, and gradients and BatchNorm
+statistics are computed over the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from dfcompress.models.plain_layers import BATCHNORMS
 
 
 def require_shares(share: int, everyone: World) -> None:
-    """Raise `BadInput` where so many images of each set cannot be shared out equally."""
+    """Raise `BadInput` where `share`, the images of each set in a batch, cannot be divided equally among processes."""
     if share % everyone.world_size:
         raise BadInput(
             f"{share} images of each set in a batch do not divide among {everyone.world_size} processes.",
@@ -27,7 +29,9 @@ def require_shares(share: int, everyone: World) -> None:
 
 
 def require_plain(network: nn.Module, everyone: World) -> None:
-    """Raise `BadInput` for a BatchNorm of another class, which may do more than normalise, in several processes."""
+    """Raise `BadInput` where several processes would train a BatchNorm of a class that is not torch's own: such a layer
+    may do more than normalise.
+    """
     for module in network.modules():
         if everyone.world_size > 1 and isinstance(module, _BatchNorm) and type(module) not in BATCHNORMS:
             name = type(module).__name__
@@ -35,19 +39,20 @@ def require_plain(network: nn.Module, everyone: World) -> None:
 
 
 def replicated(module: nn.Module, everyone: World) -> nn.Module:
-    """The module, whose gradients are averaged over the processes where there are several."""
+    """The module itself for one process; for several, a replica whose gradients are averaged over the processes."""
     if everyone.world_size == 1:
         return module
     device = identity(next(module.parameters()).device)
     everyone.init_process_group(collective_backend(everyone.all_gather(device)))
-    # Every step uses the same parameters, and none waits for those that are in no step (an auxiliary head's).
+    # Every step uses the same parameters, so no step waits for unused ones (of an auxiliary head).
     replica = nn.parallel.DistributedDataParallel(module, static_graph=True)
-    replica.broadcast_buffers = False  # They are the same everywhere: statistics are those of the whole batch.
+    # Buffers are equal in all processes already: the statistics are computed over the whole batch.
+    replica.broadcast_buffers = False
     return replica
 
 
 def mean(values: Tensor, everyone: World) -> Tensor:
-    """The mean over the processes."""
+    """The mean of `values` over the processes; with several, `values` itself is overwritten by the sum."""
     if everyone.world_size == 1:
         return values
     distributed.all_reduce(values)
@@ -56,9 +61,9 @@ def mean(values: Tensor, everyone: World) -> Tensor:
 
 @contextmanager
 def synchronised(network: nn.Module, everyone: World) -> Iterator[None]:
-    """Let BatchNorms in training mode use the statistics of the whole batch inside, where it is shared out.
+    """Inside, BatchNorms in training mode use the statistics of the whole batch, also where several processes share it.
 
-    Raises `BadInput` for a BatchNorm of a class of its own, which may do more than normalise.
+    Raises `BadInput` where `require_plain` does.
     """
     require_plain(network, everyone)
     layers = (
@@ -75,13 +80,15 @@ def synchronised(network: nn.Module, everyone: World) -> Iterator[None]:
 
 
 class _SynchronisedBatchNorm(_BatchNorm):
-    """BatchNorm over the images of all processes, which have equally many (torch's own works on CUDA alone)."""
+    """BatchNorm over the images of all processes, each of which has the same number of images (torch's SyncBatchNorm
+    works on CUDA alone).
+    """
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Accept any: the layer's class has checked it."""
+        """Accept every shape: the layer's original class decides the shape."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Features `(N, C, ...)`."""
+        """Normalise features `(N, C, ...)`."""
         if not self.training:
             return super().forward(input)
         features, axes = input.float(), [0, *range(2, input.dim())]
@@ -107,7 +114,7 @@ class _SynchronisedBatchNorm(_BatchNorm):
 
 
 class _Mean(torch.autograd.Function):
-    """The mean over the processes, and of the gradients likewise."""
+    """The mean over the processes; the backward pass averages the gradients over the processes too."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, values: Tensor) -> Tensor:

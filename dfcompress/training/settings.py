@@ -18,14 +18,15 @@ from dfcompress.training import OptimizerBackend, OptimizerName
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Settings of the loop.
+    """Settings of the training loop: `steps` steps on batches of `batch_size` images, with peak learning rate `lr`.
 
-    `optimizer` is sgd (`momentum`, by default in the form of `nesterov`), adam, adamw or lamb, computed by `backend`;
-    `weight_decay` is for weights alone, with `decay_all` also for biases and BatchNorm. The rate is warmed up linearly
-    over `warmup` (a share of the steps), then falls along a cosine to 0, is multiplied by `gamma` at each of the
-    `milestones` (shares of the steps) of the `multistep` schedule, or stays `constant`. The gradient's norm is cut at
-    `clip`, 0 leaves it. With `freeze_batchnorm` running statistics stay. `dropout` is the share of the last layer's
-    input that is dropped while the student trains, beside what its architecture drops; the result has no such layer.
+    `optimizer` is sgd (with `momentum`, by default `nesterov`), adam, adamw or lamb, computed by `backend`.
+    `weight_decay` applies to weights alone; with `decay_all` it also applies to biases and BatchNorm. The learning rate
+    warms up linearly over `warmup` (a share of the steps). Then `schedule` lets it fall along a `cosine` to 0, multiply
+    by `gamma` at each of the `milestones` (shares of the steps; `multistep`), or stay `constant`. The gradient's norm
+    is clipped at `clip`; 0 disables clipping. With `freeze_batchnorm` BatchNorms keep their running statistics.
+    `dropout` is the share of the last layer's input that is dropped in training, in addition to the architecture's own
+    dropout; the trained student has no such layer. `augmentation` changes the images.
     """
 
     steps: int
@@ -52,7 +53,7 @@ class Training:
     }
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for settings that cannot be."""
+        """Raise `BadInput` for invalid settings."""
         if self.optimizer in self.REMOVED:
             raise BadInput(f"The optimizer {self.optimizer!r} was removed.", self.REMOVED[self.optimizer])
         require_fields(self)
@@ -69,18 +70,20 @@ class Training:
             raise BadInput("clip or weight_decay is negative.", "Use 0 to leave it out.")
 
     def pool(self, *sets: Tensor, labels: Sequence[Tensor] | None = None, seed: int) -> ImagePool:
-        """Stored images `(N, C, H, W)`, one set for each teacher, in the batches of this training."""
+        """Batch stored images `(N, C, H, W)`, one set for each teacher, with the batch size and augmentation of this
+        training; `labels` holds the labels of each set.
+        """
         return ImagePool(*sets, labels=labels, augmentation=self.augmentation, batch_size=self.batch_size, seed=seed)
 
     def suiting(self, input_size: tuple[int, int, int]) -> Training:
-        """The settings as they are usual for images of this size `(C, H, W)`: grey ones are not mirrored, because they
-        are mostly characters, which a flip turns into other ones.
+        """The settings adapted to images of this size `(C, H, W)`: images of one channel are not flipped, because most
+        of them show characters, and a flipped character is another one.
         """
         flip = self.augmentation.flip and input_size[0] > 1
         return replace(self, augmentation=replace(self.augmentation, flip=flip))
 
     def rate(self, step: int) -> float:
-        """Learning rate of `step`, counted from 0."""
+        """The learning rate of `step`, counted from 0."""
         return schedules.rate(
             step,
             peak=self.lr,

@@ -1,4 +1,4 @@
-"""`Steps`: a training step by step, as the `Trainer` takes them and `bench train` times them."""
+"""`Steps`: the steps of a training, one at a time. The `Trainer` takes them, and `bench train` times them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ from dfcompress.training.settings import Training
 
 Targets = Callable[[Batch], tuple[Tensor, ...]]
 Losses = Callable[[Batch, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
-REGISTER = 16  # Numbers in fp32 that a vector register holds at most, with AVX-512; of 8, with AVX2, it was seen.
+# The most fp32 numbers that a vector register holds (AVX-512). The fault that `_striding_before` avoids was observed
+# with AVX2, whose registers hold 8.
+REGISTER = 16
 
 
 class Steps:
     """An unfinished training and everything that its next step depends on.
 
-    `done` counts the steps taken. The networks and the source must be on the device and in the mode of the training;
-    `everyone` shares a batch out.
+    `done` counts the steps taken. The networks and the source must already be on the device and in the mode of the
+    training. `everyone` are the processes among which each batch is divided.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Steps:
         self.seconds: list[float] = []
         self._history: list[Tensor] = []
         self._parameters = [*student.parameters(), *distiller.module.parameters()]
-        # Weight decay belongs on weights: pulling BatchNorm's scale and the biases to 0 costs accuracy.
+        # By default weight decay is for weights alone: pulling BatchNorm's scale and the biases to 0 costs accuracy.
         weights = [each for each in self._parameters if each.dim() > 1]
         others = [each for each in self._parameters if each.dim() <= 1]
         groups: list[dict[str, Any]] = [
@@ -77,21 +79,21 @@ class Steps:
 
     @property
     def values(self) -> Tensor:
-        """What was measured in every step so far, `(steps, values)`."""
+        """The distiller's values of every step so far, `(steps, values)`."""
         return torch.stack(self._history) if self._history else torch.zeros(0, 1)
 
     @property
     def last(self) -> dict[str, float]:
-        """The values of the last step by name."""
+        """The values of the last step by name; empty before the first step."""
         return dict(zip(self.distiller.names, self._history[-1].tolist(), strict=True)) if self._history else {}
 
     def take(self) -> None:
-        """One step."""
+        """Take one training step."""
         with computing(self.execution):
             self._take()
 
     def _take(self) -> None:
-        # Dropout, too, depends on the step alone, and on the process where there are several.
+        # Dropout depends on the seed and the step alone, and on the process if there are several.
         process = [self.everyone.rank] * (self.everyone.world_size > 1)
         seed(torch.device(self.execution.device), seed_of("dropout", self.seed, self.done, *process))
         batch = self.source.batch(self.done).part(self._mine)
@@ -110,9 +112,10 @@ class Steps:
         self.done += 1
 
     def _backward(self, batch: Batch) -> Tensor:
-        """Add up the gradients of a batch, chunk by chunk where it does not fit into memory at once; its values.
+        """Accumulate the gradients of a batch, in chunks if it does not fit into memory at once, and return its values.
 
-        Every chunk takes images of all sets, because those of a set follow each other.
+        A chunk takes every n-th image, for n chunks: a batch holds its sets one after the other, so every chunk gets
+        images of all sets.
         """
         count = len(batch.images)
         chunks = -(-count // (self.execution.chunk or count))
@@ -128,7 +131,7 @@ class Steps:
         return torch.stack(values).sum(0)
 
     def save(self, path: Path) -> None:
-        """Write everything that the next step depends on."""
+        """Write everything that the next step depends on to the file `path`."""
         state = {
             "step": self.done,
             "clock": self.clock.seconds,
@@ -144,10 +147,10 @@ class Steps:
         save_state(path, state)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what was saved."""
+        """Resume from a saved state."""
         self.student.load_state_dict(state["student"])
-        # A state of version 0.1 calls the module `own`, and its source has none. Of `--method paper` it also holds two
-        # buffers and, before the other values, a column for each teacher that nothing reads any more.
+        # A state of version 0.1 names the module `own` and holds no state of the source. With `--method paper` it also
+        # holds two buffers and, before the other values, one column for each teacher; both are no longer used.
         old = state.get("own", {})
         self.distiller.module.load_state_dict(state.get("module", old), strict=not old)
         self.source.load_state_dict(state.get("source", {}))
@@ -159,7 +162,7 @@ class Steps:
 
     @property
     def _mine(self) -> slice:
-        """Which images of a batch are this process's."""
+        """The images of a batch that this process takes."""
         return slice(self.everyone.rank, None, self.everyone.world_size)
 
     def _kept_targets_of_step(self) -> tuple[Tensor, ...] | None:
@@ -170,7 +173,9 @@ class Steps:
         return tuple(targets[places] for targets in self._kept)
 
     def _kept_targets(self) -> tuple[Tensor, ...] | None:
-        """The targets of every image, where they are the same in every step and fewer than the training asks for."""
+        """The targets of every image of the source, computed once; None where they are not the same in every step or
+        where the training shows no image twice.
+        """
         if not self.distiller.repeatable or not isinstance(self.source, RepeatingSource):
             return None
         shown = self.training.steps * self.source.batch_size
@@ -184,7 +189,7 @@ class Steps:
         return tuple(torch.cat(targets) for targets in targets_of_parts)
 
     def _functions(self) -> tuple[Targets, Losses]:
-        """The teachers' side of a step and the student's."""
+        """The two functions of a step: the teachers' targets, and the student's losses."""
         precision = PRECISIONS[self.execution.precision]
         low = torch.autocast(torch.device(self.execution.device).type, precision, enabled=precision != torch.float32)
         distiller = self.distiller
@@ -200,27 +205,29 @@ class Steps:
 
 
 class _StudentSide(nn.Module):
-    """The student's side of a step as one module: all that trains is in it."""
+    """The student's half of a step as one module, which holds all parameters that train."""
 
     def __init__(self, student: Classifier, distiller: Distiller, low: torch.autocast) -> None:
         super().__init__()
         self.student, self.module, self._distiller, self._low = student, distiller.module, distiller, low
 
     def forward(self, batch: Batch, targets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """The loss `()`, and the values `(values,)` it is made of."""
+        """The loss `()`, and the values `(values,)` whose weighted sum it is."""
         with self._low:
             values = self._distiller.losses(self.student, batch, targets)
         return (self._distiller.weights * values).sum(), values.detach()
 
 
 def layout_of(execution: Execution) -> torch.memory_format:
-    """How weights and images lie in memory: bf16 convolutions are faster where the channels are next to each other."""
+    """The memory format of weights and images: channels-last below fp32, because bf16 convolutions are faster where
+    the channels of a pixel are adjacent.
+    """
     return torch.contiguous_format if execution.precision == "fp32" else torch.channels_last
 
 
 @contextmanager
 def dropping(student: Classifier, share: float) -> Iterator[None]:
-    """Drop that share of what the student's last layer takes, at random in every pass; 0 drops nothing."""
+    """Inside, apply dropout of this `share` to the input of the student's last layer; 0 drops nothing."""
     names = [last_weighted_layer(student)] if share else []
     with hooked_inputs(student.network, names, lambda name, features: F.dropout(features, share)):
         yield
@@ -228,13 +235,13 @@ def dropping(student: Classifier, share: float) -> Iterator[None]:
 
 @contextmanager
 def training_mode(student: nn.Module, *, repair: bool, freeze_batchnorm: bool) -> Iterator[None]:
-    """Gradients inside; evaluation mode and the usual layout afterwards.
+    """Inside, the student's parameters require gradients; afterwards it is in evaluation mode and contiguous layout.
 
-    A student that learns from scratch is in training mode. A trained network under `repair` stays in evaluation mode,
-    so that nothing random (dropout, stochastic depth) and nothing extra (auxiliary heads) takes part: it is to keep a
-    function that it has, and few weights have nothing to spare for noise. Only its BatchNorms (torch's and their
-    subclasses) take the batch's statistics.
-    Frozen BatchNorms keep their running statistics; their scale and shift train.
+    A student that learns from scratch is in training mode. With `repair` a trained network stays in evaluation mode,
+    so that nothing random (dropout, stochastic depth) and nothing extra (auxiliary heads) takes part: the network
+    shall keep its function, and a small network has no capacity to spare for noise. Only its BatchNorms (torch's and
+    subclasses of these) use the statistics of the batch.
+    With `freeze_batchnorm` BatchNorms keep their running statistics; their scale and shift still train.
     """
     student.train(not repair).requires_grad_(True)
     for module in student.modules():
@@ -250,12 +257,12 @@ def training_mode(student: nn.Module, *, repair: bool, freeze_batchnorm: bool) -
 
 @contextmanager
 def _striding_before(student: nn.Module) -> Iterator[None]:
-    """Let some 1 × 1 convolutions take every second pixel first, and then step by 1: the same result,
-    but that a learnt step of its input's grid (LSQ) has its pace from a quarter of the values.
+    """Inside, some strided 1 × 1 convolutions get subsampled features and have stride 1. The result is the same, except
+    that the gradient scale of a learned step size (LSQ) of the input counts only the subsampled values.
 
-    On a CPU and where features lie channels_last, as augmentation or the compiler makes them, the gradient of the
-    weights of such a layer writes past its memory, and the process ends (oneDNN of torch 2.15; layers of RepVGG and
-    MobileOne). Contiguous images would make steps of ResNet-20 15 % slower.
+    On a CPU and with channels-last features, which augmentation or the compiler produces, the weight gradient of such a
+    layer writes past its memory, and the process ends (oneDNN of torch 2.15; seen in layers of RepVGG and MobileOne).
+    The alternative, contiguous images, would make the steps of ResNet-20 15 % slower.
     """
     layers = {name: module for name, module in student.named_modules() if _writes_past_memory(module)}
     strides = {name: module.stride for name, module in layers.items()}

@@ -1,4 +1,4 @@
-"""The student: a network for the classes and images of a teacher's card, new or from a checkpoint."""
+"""The student: a new network, or one from a checkpoint, for the classes and the input size of a teacher's card."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from dfcompress.training.layer_init import init_from_teacher
 def make_student(
     name: str | None, card: ModelCard, *, init: str | Path | Classifier | None = None, seed: int
 ) -> tuple[Classifier, str]:
-    """A student for a teacher's card, and a sentence that describes it.
+    """Make a student for a teacher's card, and a sentence that describes it.
 
-    Classes, input and normalisation are the card's; `seed` decides the first weights.
-    `half` means the card's own architecture with half the channels. At inputs of up to 64 pixels `resnet18` means its
-    CIFAR form `cifar_resnet18`, and likewise for every name that has one. With `init` the weights are those of that
-    checkpoint, which keeps its own normalisation.
-    Raises `BadInput` for unknown names, inputs that the network cannot take, and a checkpoint that does not fit.
+    Its classes, input size and normalisation are the card's; `seed` decides the initial weights.
+    The `name` `half` means the card's own architecture with half the channels. At inputs of up to 64 pixels `resnet18`
+    means its CIFAR form `cifar_resnet18`, and likewise for every name that has one. With `init` the student has the
+    weights of that checkpoint and keeps the checkpoint's normalisation.
+    Raises `BadInput` for a missing or unknown name, inputs that the network cannot take, and a checkpoint that does not
+    fit.
     """
     if init is not None:
         return _from_checkpoint(name, card, as_classifier(init))
@@ -53,7 +54,7 @@ def make_student(
     student = Classifier(make_plain(network), student_card)
     take_logits(student)
     if unfit := why_not_run(student) or why_not_exclusive(student):
-        # The teacher's own architecture takes its images, so that the widths are what does not fit.
+        # The teacher's own architecture takes its images, so the halved widths are the cause.
         halved = f"the code of {card.architecture} needs the usual number of channels"
         why = halved if name == "half" else unfit.why
         raise BadInput(f"--student {taken} does not fit the teacher: {why}.", "Name another --student.")
@@ -63,8 +64,8 @@ def make_student(
 
 
 class Begun(NamedTuple):
-    """A student before its training, a sentence that describes it, and where its weights come from: the identity of a
-    checkpoint, the name of a teacher, or None for random ones.
+    """A student before its training, a sentence that describes it, and the origin of its weights: the identity of a
+    checkpoint, the name of a teacher, or None for random weights.
     """
 
     student: Classifier
@@ -80,10 +81,11 @@ def begin_student(
     teachers: Sequence[tuple[Classifier, Tensor | None]],
     seed: int,
 ) -> Begun:
-    """A student as `make_student` makes it, with the weights that `init` names.
+    """Make a student by `make_student`, with the weights that `init` names.
 
-    Those of a checkpoint, random ones for None, or for `auto` the layers of the first of the `teachers` whose form it
-    has (see `init_from_teacher`); beside each teacher stand the student's outputs for its classes, or None.
+    `init` is a checkpoint, None for random weights, or `auto` for the layers of the first of the `teachers` whose
+    tensors fit (see `init_from_teacher`), and random weights if no teacher's do. Each teacher comes with the indices of
+    the student's outputs for its classes, or None.
     """
     if init != AUTO:
         student, sentence = make_student(name, card, init=init, seed=seed)
@@ -91,7 +93,7 @@ def begin_student(
     student, sentence = make_student(name, card, seed=seed)
     for teacher, outputs in teachers:
         if init_from_teacher(student, teacher, outputs):
-            # Its first layer expects images normalised as the teacher's are.
+            # The copied first layer expects the teacher's normalisation.
             student_card = replace(student.card, mean=teacher.card.mean, std=teacher.card.std)
             student = Classifier(student.network, student_card)
             return Begun(student, f"{sentence} It begins with layers of {teacher.name}.", teacher.name)
@@ -99,7 +101,7 @@ def begin_student(
 
 
 def _architecture(name: str, card: ModelCard) -> Architecture:
-    """What a student's name means; half of a network of other widths is half of these."""
+    """The architecture that a student's name means; `half` of a card with widths of its own halves these widths."""
     if name == "half" and card.widths:
         whole = named(card.architecture, card.config, card.widths)
         widths = half_of(whole.make_empty(card.classes, card.input_size[0]))

@@ -1,13 +1,14 @@
-"""One file a rule for ranges of quantized layers; the folder is the registry of `--calibrate` and `--weight-ranges`.
+"""Rules for the ranges of quantized layers, one file each; the folder is the registry of `--calibrate` and
+`--weight-ranges`.
 
-A rule's file holds `Observer`, whose `observe(activations)` is shown the inputs of one layer batch by batch and whose
-`range(bits=, signed=)` then gives the ends of a grid for them, and `weight_shares`, the shares of each output channel's
-lowest and highest weight that a grid covers.
+A rule's file defines `Observer` and `weight_shares`. `Observer.observe(activations)` takes the inputs of one layer,
+batch by batch, and `Observer.range(bits=, signed=)` then returns the ends of a grid for them. `weight_shares` returns
+the shares of each output channel's lowest and highest weight that a grid covers.
 """
 
 import pkgutil
 
 
 def range_rules() -> list[str]:
-    """All rules, as the options take them; imports none of them."""
+    """The names of all rules, as the options take them; no rule is imported."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))

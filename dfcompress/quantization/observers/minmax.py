@@ -1,6 +1,7 @@
-"""`minmax`: the range is what was seen (Haroush et al. 2020, section 4.2).
+"""`minmax`: the range reaches from the lowest to the highest value (Haroush et al. 2020, section 4.2).
 
-The paper's running mean of the extremes of activations is taken as a plain average.
+For activations these are plain averages of the extremes of several chunks of images, in place of the paper's running
+mean.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ CHUNK = 16  # Images.
 
 
 class Observer:
-    """The mean over chunks of 16 images of the lowest and of the highest value."""
+    """The range of a layer's input: the mean over chunks of 16 images of the lowest value, and of the highest value."""
 
     def __init__(self) -> None:
         self._extremes: list[Tensor] = []
 
     def observe(self, activations: Tensor) -> None:
-        """Remember the extremes of each image's activations `(N, ...)`, in whatever batches the images come."""
+        """Store the extremes of each image's activations `(N, ...)`; the result does not depend on the batch size."""
         images = activations.flatten(1).float()
         self._extremes.append(torch.stack([images.amin(1), images.amax(1)]).cpu())
 
     def range(self, *, bits: int, signed: bool) -> tuple[float, float]:
-        """The mean extremes; the last chunk may have fewer images."""
+        """The mean of the lowest values and the mean of the highest; the last chunk may have fewer than 16 images."""
         chunks = torch.cat(self._extremes, 1).double().split(CHUNK, dim=1)
         lows, highs = [chunk[0].amin() for chunk in chunks], [chunk[1].amax() for chunk in chunks]
         return torch.stack(lows).mean().item(), torch.stack(highs).mean().item()
 
 
 def weight_shares(weight: Tensor, kind: WeightGrid) -> Tensor:
-    """All of both ends, `(2, out_channels)`."""
+    """The share 1 for both ends of each output channel, `(2, out_channels)`."""
     return torch.ones(2, len(weight), device=weight.device)

@@ -1,7 +1,7 @@
 """Methods by which a classifier learns new classes, one file each.
 
-A file holds a `Distiller`, and `METHOD`, what the method does where nothing else is asked for.
-This list imports no torch, because help must not.
+Each file defines a `Distiller`, and `METHOD`, which holds the defaults of the method.
+This module does not import torch, so that `--help` can list the methods without it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEFAULT: MethodName = "abd"
 
 
 def incremental_method(name: str) -> IncrementalMethod:
-    """The method of that name; raises `BadInput` where there is none."""
+    """The class-incremental method of this name; raises `BadInput` for an unknown name."""
     if name not in METHODS:
         raise unknown("method of extension", name, list(METHODS))
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")

@@ -1,8 +1,10 @@
-"""ABD, Always Be Dreaming (Smith et al. 2021): new classes are told apart among themselves, old features are kept.
+"""ABD, Always Be Dreaming (Smith et al. 2021): a loss among the new classes alone, and a loss that keeps old features.
 
-L = CE(p(x | new), y) + 0.1·‖W_old φ(x) − W_old φ_old(x)‖²/K on all images (φ are features, W_old the old model's last
-layer, K its outputs) + CE(W sg(φ(x)), y) over all outputs and images, which trains the last layer alone (sg stops
-gradients); both cross-entropies weigh classes equally.
+L = CE(p(x | new), y) on images of new classes
+    + 0.1·‖W_old φ(x) − W_old φ_old(x)‖²/K on all images (φ are features, W_old is the old model's last layer, K the
+    number of its outputs)
+    + CE(W sg(φ(x)), y) over all outputs and images, which trains the last layer alone (sg stops gradients).
+Both cross-entropies weigh classes equally.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ from dfcompress.training.class_incremental.method import (
 from dfcompress.training.distiller import FixedWeights, mean_where
 
 FEATURE_WEIGHT = 0.1  # As in the released code for CIFAR-100.
-# A LeNet-5 of the digits 0 to 4 that learns 5 to 9 has 2,922 of 3,000 old training images and 2,820 new ones right
-# after 1,000 steps, 2,968 and 2,856 after 4,000. One of ten digits that learns ten kinds of clothes from 54,000 images
-# has 5,943 of 6,000 and 5,092 of 6,000 after 4,000 steps (4.7 passes), 5,950 and 5,159 after 8 passes, 5,914 and 5,202
-# after 12.
+# Correct training images of old and of new classes, by the length of the training.
+# LeNet-5 of the digits 0 to 4 that learns 5 to 9: 2,922 of 3,000 old images and 2,820 new images after 1,000 steps,
+# 2,968 old and 2,856 new after 4,000 steps.
+# LeNet-5 of ten digits that learns ten kinds of clothes from 54,000 images: 5,943 of 6,000 old images and 5,092 of
+# 6,000 new images after 4,000 steps (4.7 passes), 5,950 old and 5,159 new after 8 passes, 5,914 old and 5,202 new
+# after 12 passes.
 STEPS = 4000
 PASSES = 8
 
@@ -38,7 +42,7 @@ class AlwaysBeDreaming(FixedWeights):
     """Values: `new`, the cross-entropy among new classes; `features`, the squared difference through the old last
     layer; `balance`, the cross-entropy over all classes.
 
-    The label of a made image is the old model's best class.
+    The label of a synthetic image is the old model's best class.
     """
 
     names: Sequence[str] = ("new", "features", "balance")
@@ -59,7 +63,7 @@ class AlwaysBeDreaming(FixedWeights):
         return (self.teachers[0](batch.images).float(),)
 
     def losses(self, student: nn.Module, batch: Batch, targets: tuple[Tensor, ...]) -> Tensor:
-        """The three terms."""
+        """The three values, in the order of `names`."""
         logits = student(batch.images).float()
         features, is_new, class_weights = (
             self._head.taken(),

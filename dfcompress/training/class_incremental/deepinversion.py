@@ -1,8 +1,9 @@
 """DeepInversion's class-incremental learning (Yin et al. 2020, section 4.4).
 
-L = KL(p_old(x̂) ‖ p(x̂)) + CE(p(x), y) + KL(p_new(x) ‖ p(x | new)) + KL(p_old(x) ‖ p(x | old)) on images x̂ that the old
-model made and labelled images x of new classes; p is the student's softmax, p(· | new) that over its new outputs alone,
-p_new a model of the new classes alone.
+L = KL(p_old(x̂) ‖ p(x̂)) + CE(p(x), y) + KL(p_new(x) ‖ p(x | new)) + KL(p_old(x) ‖ p(x | old)),
+where x̂ are images synthesized from the old model, and x are labelled images of new classes. p is the student's softmax
+over all outputs, p(· | new) its softmax over the new outputs alone, and p_new the softmax of a model of the new classes
+alone (the expert).
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from dfcompress.training.distiller import FixedWeights, mean_where
 
 
 class DeepInversion(FixedWeights):
-    """Values: `kd`, the divergence on made images, over all outputs, so that they are no new class either; `ce` on
-    labelled ones; `kd-new` and `kd-old`, the two divergences on those.
+    """Values: `kd`, the divergence on synthetic images over all outputs, so that the student assigns them to no new
+    class; `ce`, the cross-entropy on labelled images; `kd-new` and `kd-old`, the two divergences on labelled images.
 
-    The paper states no weights. Ours: `kd` counts as the old classes' share of all, the others as the new ones'. Either
-    kind of image goes through the student in a pass of its own, so that its BatchNorms cannot tell them apart: on
-    training images of MNIST, LeNet-5, 300 steps, 92.9 % are right then, 87.8 % with one pass, and 76.9 % with frozen
-    statistics.
+    The paper states no weights. We weigh `kd` by the share of the old classes among all classes, and the other values
+    by the share of the new classes. Synthetic and labelled images go through the student in separate passes, so that
+    its BatchNorms cannot tell them apart. Accuracy on training images of MNIST (LeNet-5, 300 steps): 92.9 % with
+    separate passes, 87.8 % with one common pass, 76.9 % with frozen BatchNorm statistics.
     """
 
     names: Sequence[str] = ("kd", "ce", "kd-new", "kd-old")
@@ -45,15 +46,15 @@ class DeepInversion(FixedWeights):
         self.known = task.known
 
     def targets(self, batch: Batch) -> tuple[Tensor, ...]:
-        """The logits of the old model and of the model of the new classes alone."""
+        """The logits of the old model, and of the model of the new classes alone."""
         return tuple(teacher(batch.images).float() for teacher in self.teachers)
 
     def losses(self, student: nn.Module, batch: Batch, targets: tuple[Tensor, ...]) -> Tensor:
-        """The four terms."""
+        """The four values, in the order of `names`."""
         logits, is_new = answer_by_source(student, batch), batch.sources == NEW
         of_old, of_expert = targets
         missing = logits.shape[1] - self.known
-        old_over_all = F.pad(of_old, (0, missing), value=-100.0)  # No probability for what it does not know.
+        old_over_all = F.pad(of_old, (0, missing), value=-100.0)  # The old model gives new classes no probability.
         labels = batch.labels.where(is_new, 0)
         ce = weighted_cross_entropy(logits, labels, self.module.get_buffer("class_weights"))
         return torch.stack(

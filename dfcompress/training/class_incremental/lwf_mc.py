@@ -1,7 +1,7 @@
 """LwF.MC (Rebuffi et al. 2017, section 4): learning without forgetting for several classes, on new images alone.
 
-The sum over all outputs of the binary cross-entropy of σ(logit): with the labels for new outputs, with what the old
-model answers for old ones.
+L is the sum over all outputs of the binary cross-entropy of σ(logit). Its target is the label at a new output, and the
+old model's σ(logit) at an old output.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from dfcompress.training.distiller import FixedWeights
 
 
 class LwfMc(FixedWeights):
-    """Values: `new` and `old`, the binary cross-entropies summed over the outputs of each, mean over images."""
+    """Values: `new` and `old`, the binary cross-entropies summed over the new and over the old outputs, each as the
+    mean over images.
+    """
 
     names: Sequence[str] = ("new", "old")
 
@@ -31,7 +33,7 @@ class LwfMc(FixedWeights):
         return (self.teachers[0](batch.images).float().sigmoid(),)
 
     def losses(self, student: nn.Module, batch: Batch, targets: tuple[Tensor, ...]) -> Tensor:
-        """The two sums."""
+        """The two values, in the order of `names`."""
         logits = student(batch.images).float()
         wanted = F.one_hot(batch.labels.clamp_min(0), logits.shape[1]).float()
         new, old = logits[:, self.known :], logits[:, : self.known]

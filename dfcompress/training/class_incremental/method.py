@@ -1,6 +1,4 @@
-"""`IncrementalMethod`: a distiller of an old model and labelled images, and what belongs to it where nothing else is
-asked for.
-"""
+"""`IncrementalMethod`: a distiller for an old model and labelled images of new classes, and its default settings."""
 
 from __future__ import annotations
 
@@ -22,16 +20,16 @@ from dfcompress.models.layers import last_weighted_layer
 from dfcompress.training.distiller import Distiller
 from dfcompress.training.settings import Training
 
-OLD, NEW = 0, 1  # The sources of a batch: images that stand for the old classes, and the labelled ones of the new.
+OLD, NEW = 0, 1  # `Batch.sources`: replayed images that stand for old classes, and labelled images of new classes.
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtensionTask:
-    """What a method is told: the `old` model, the `student`, which has its outputs first, and a model of the new
-    classes alone (`expert`), where the method asks for one.
+    """The input of a method: the `old` model, the `student`, whose first outputs are the old classes, and the `expert`,
+    a model of the new classes alone, if the method needs one.
 
-    `class_weights` `(classes,)` weigh the images of a class so that all classes count the same in a batch; `steps` is
-    the length of the training; `seed` is for what a method initialises itself.
+    `class_weights` `(classes,)` weigh the images of each class so that all classes count the same in a batch. `steps`
+    is the length of the training. `seed` initialises the method's own parameters.
     """
 
     old: Classifier
@@ -43,23 +41,23 @@ class ExtensionTask:
 
     @property
     def known(self) -> int:
-        """How many classes the old model has: the student's outputs below this number are its own."""
+        """The number of classes of the old model; the student's outputs below this number are the old classes."""
         return self.old.card.classes
 
     @property
     def shares(self) -> tuple[float, float]:
-        """The shares of the old and of the new classes among all."""
+        """The share of the old classes among all classes, and the share of the new classes."""
         old = self.known / self.student.card.classes
         return old, 1 - old
 
 
 @dataclass(frozen=True, kw_only=True)
 class IncrementalMethod:
-    """A way to extend.
+    """A method of extension: a function that makes its distiller, and its default `training`.
 
-    With `replays` a batch holds images that stand for the old classes beside the labelled ones of the new; they are
-    real ones where the method is `real`. With `expert` a model of the new classes alone is trained first. The usual
-    training lasts until every new image came so often as there are `passes`, if it is not longer by itself.
+    With `replays` a batch holds images that stand for the old classes beside the labelled images of new classes; these
+    replayed images are real if the method is `real`. With `expert` a model of the new classes alone is trained first.
+    The default training is lengthened, if necessary, until every new image has been shown `passes` times.
     """
 
     distiller: Callable[[ExtensionTask], Distiller]
@@ -71,36 +69,35 @@ class IncrementalMethod:
 
 
 def usual_training(steps: int = 1000) -> Training:
-    """A short training, in which the methods were compared.
+    """The default settings of the methods, in which they were compared: a short training.
 
-    Augmentation is as usual for labelled images (shifts and, in colour, flips); nothing is mixed, because labels would
-    not follow.
+    Images are shifted by up to 4 pixels and flipped. Mixup is off, because it would not mix the labels.
     """
     return Training(steps=steps, lr=0.05, batch_size=128, augmentation=Augmentation(shift=4, flip=True))
 
 
 def answer_by_source(student: nn.Module, batch: Batch) -> Tensor:
-    """The student's logits, `(N, classes)`; replayed images, which come first, and new ones go through it in passes of
-    their own, so that BatchNorm cannot tell them apart.
+    """The student's logits `(N, classes)`. Replayed images, which come first in a batch, and new images go through the
+    student in separate passes, so that BatchNorm cannot tell them apart.
     """
     kinds = (batch.sources != NEW, batch.sources == NEW)
     return torch.cat([student(batch.images[kind]) for kind in kinds if kind.any()]).float()
 
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
-    """Cross-entropy of each image `(N,)` times the weight of its class; 0 for an image without a label."""
+    """The cross-entropy of each image times the weight of its class, `(N,)`; 0 for an image without a label."""
     return F.cross_entropy(logits, labels, reduction="none", ignore_index=UNLABELLED) * class_weights[labels]
 
 
 def kl_divergence(target_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(softmax of the targets ‖ softmax of the logits) of each image, `(N,)`."""
+    """KL(softmax(target_logits) ‖ softmax(logits)) of each image, `(N,)`."""
     return F.kl_div(logits.log_softmax(1), target_logits.log_softmax(1), log_target=True, reduction="none").sum(1)
 
 
 class Head:
-    """The last layer of a classifier, whose output is its answer, and the features `(N, F)` that it takes.
+    """The last layer of a classifier, whose output are the logits, and its input, the features `(N, F)`.
 
-    Raises `BadInput` where the network does something between its last layer and its answer.
+    Raises `BadInput` where the last layer is not linear, or where the network changes its output before the logits.
     """
 
     REMEDY: ClassVar[str] = "Use --method deepinversion, which looks at answers alone."
@@ -118,13 +115,13 @@ class Head:
 
     @property
     def width(self) -> int:
-        """How many features the layer takes."""
+        """The number of features F that the layer takes."""
         assert isinstance(self.layer, nn.Linear)
         return self.layer.in_features
 
     @contextmanager
     def attached(self) -> Iterator[Head]:
-        """Inside, every forward pass of the classifier leaves its features for `taken`."""
+        """Inside, every forward pass of the classifier stores its features for `taken`."""
         with hooked_inputs(self.classifier.network, [self.name], self._note):
             try:
                 yield self
@@ -132,13 +129,13 @@ class Head:
                 self._seen.clear()
 
     def taken(self) -> Tensor:
-        """The features of all passes since they were taken last, in fp32."""
+        """The features `(N, F)` of all passes since the last call, in fp32."""
         features = torch.cat(self._seen).float()
         self._seen.clear()
         return features
 
     def answer(self, features: Tensor) -> Tensor:
-        """The logits of features, in fp32."""
+        """The logits of features `(N, F)`, in fp32."""
         layer = self.layer
         assert isinstance(layer, nn.Linear)
         return F.linear(features, layer.weight, layer.bias).float()

@@ -1,4 +1,4 @@
-"""The oracle: cross-entropy over all classes on real images of the old and of the new ones, for comparison."""
+"""The oracle, for comparison: cross-entropy over all classes on real images of old and of new classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from dfcompress.training.distiller import FixedWeights
 
 
 class Oracle(FixedWeights):
-    """Its value `ce` weighs classes equally. The old model is where the student begins, and tells nothing else."""
+    """Value: `ce`, the cross-entropy with classes weighed equally. The old model gives the student its first weights
+    and no targets.
+    """
 
     names: Sequence[str] = ("ce",)
 
@@ -25,11 +27,11 @@ class Oracle(FixedWeights):
         super().__init__([task.old], [1.0], class_weights=task.class_weights)
 
     def targets(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Nothing: the labels are the batch's."""
+        """No targets: the losses use the labels of the batch."""
         return ()
 
     def losses(self, student: nn.Module, batch: Batch, targets: tuple[Tensor, ...]) -> Tensor:
-        """The weighted cross-entropy."""
+        """The weighted cross-entropy, `(1,)`."""
         logits = student(batch.images).float()
         class_weights = self.module.get_buffer("class_weights")
         return weighted_cross_entropy(logits, batch.labels, class_weights).mean()[None]

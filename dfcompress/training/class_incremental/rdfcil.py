@@ -1,10 +1,12 @@
-"""R-DFCIL (Gao et al. 2022): hard distillation on made images, relations between new ones, then a refined last layer.
+"""R-DFCIL (Gao et al. 2022): hard distillation on synthetic images, relations between new images, and a refined last
+layer.
 
 With k_new new and k_old old classes, α = log2(k_new/2 + 1) and β = √(k_old/k_new):
 L = 0.5·(1 + 1/α)/β · CE(p(x | new), y) + 0.15·αβ · |z_old(x̂) − z(x̂)|₁/K + 0.5·αβ · RKD(x)
-for four fifths of the steps; RKD compares the angles between all triplets of new images' features, each model's through
-a linear layer of its own that learns too. Then the last layer alone learns 0.5·CE over all outputs and images, with
-classes weighed equally, and the second term.
+in the first four fifths of the steps, with synthetic images x̂ and new images x. RKD compares the angles in all triplets
+of new images' features between both models; each model's features pass a linear layer of its own, which is trained too.
+In the last fifth, the last layer alone learns from the second term and 0.5·CE over all outputs and images, with classes
+weighed equally.
 """
 
 from __future__ import annotations
@@ -30,18 +32,19 @@ from dfcompress.training.class_incremental.method import (
 )
 from dfcompress.training.distiller import mean_where
 
-# The factors and the share of the steps are those of the released code for CIFAR-100.
+# The factors and the share of the steps are from the released code for CIFAR-100.
 NEW_WEIGHT, HARD_WEIGHT, RELATION_WEIGHT, REFINED_WEIGHT = 0.5, 0.15, 0.5, 0.5
 REFINED_FROM = 0.8
 
 
 class Rdfcil:
-    """Values: `new`, `hard` and `relations`, then `hard-head` and `refine`, which train the last layer alone, in the
-    last fifth of the steps.
+    """Values: `new`, `hard` and `relations`, which count in the first four fifths of the steps; `hard-head` and
+    `refine`, which count in the last fifth, and whose gradients reach the last layer alone.
 
-    As in the released code either kind of image goes through the student in a pass of its own. One rate and one
-    momentum serve both parts; in the second the other layers get no gradient, and their BatchNorms
-    still take statistics. The label of a made image is the old model's best class.
+    As in the released code, synthetic and new images go through the student in separate passes. Both parts share one
+    learning-rate schedule and one optimizer: in the second part the gradients of the other layers are 0, but momentum
+    and weight decay still apply to them, and their BatchNorms still update their statistics. The label of a synthetic
+    image is the old model's best class.
     """
 
     names: Sequence[str] = ("new", "hard", "relations", "hard-head", "refine")
@@ -66,13 +69,13 @@ class Rdfcil:
 
     @property
     def weights(self) -> Tensor:
-        """Those of the part that the training is in."""
+        """The weights of the part of the training that the current step belongs to."""
         is_refining = self.module.get_buffer("step") >= self._refined_from
         return torch.where(is_refining, self.module.get_buffer("refining"), self.module.get_buffer("learning"))
 
     @contextmanager
     def attached(self, student: Classifier) -> Iterator[None]:
-        """Record the features of both models."""
+        """Record the features of the student and of the old model."""
         with Head(student).attached() as self._head, self._old_head.attached():
             yield
 
@@ -81,7 +84,7 @@ class Rdfcil:
         return self.teachers[0](batch.images).float(), self._old_head.taken()
 
     def losses(self, student: nn.Module, batch: Batch, targets: tuple[Tensor, ...]) -> Tensor:
-        """The terms of both parts."""
+        """The values of both parts, in the order of `names`."""
         logits = answer_by_source(student, batch)
         features, is_new, class_weights = (
             self._head.taken(),
@@ -104,7 +107,9 @@ class Rdfcil:
         )
 
     def _relations(self, features: Tensor, old_features: Tensor) -> Tensor:
-        """Smooth L1 of the cosines at every image between every two others (Park et al. 2019)."""
+        """Smooth-L1 distance of both models' `angles` between embedded features, mean over all triplets of images (Park
+        et al. 2019).
+        """
         assert isinstance(self.module, nn.ModuleList)
         student, old = (
             angles(embed(values)) for embed, values in zip(self.module, (features, old_features), strict=True)
@@ -117,7 +122,9 @@ class Rdfcil:
 
 
 def angles(points: Tensor) -> Tensor:
-    """Of points `(N, D)` the cosines `(N, N, N)` at the first between the second and the third; 0 at a point itself."""
+    """The cosines `(N, N, N)` of the angles in all triplets of points `(N, D)`: entry i, j, k is the angle at point i
+    between points j and k, and 0 where j or k is i.
+    """
     directions = F.normalize(points[None] - points[:, None], dim=2)
     return directions @ directions.transpose(1, 2)
 

@@ -1,4 +1,4 @@
-"""`Replay`: batches of images that stand for old classes, replayed, and of labelled images of new ones."""
+"""`Replay`: batches of replayed images, which stand for old classes, and labelled images of new classes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from dfcompress.randomness import seed_of
 from dfcompress.training.class_incremental.method import NEW, OLD
 from dfcompress.training.settings import Training
 
-LEAST_SHARE = 1 / 4
+LEAST_SHARE = 1 / 4  # Of a batch, for old and for new classes.
 
 
 class Replay:
-    """A `BatchSource`: the old images first, then the new ones, in the `shares` of the classes that they stand for, but
-    never less than a quarter of a batch of either.
+    """A `BatchSource` whose batches hold the old images first, then the new images. `old_share` is the share of old
+    images in a batch, limited so that old and new images each have at least a quarter.
 
-    Images are stored ones, `(N, C, H, W)`, with their labels; without `old` images all are new ones. A set that has
-    fewer images than its part of a batch shows them several times.
+    `old` and `new` are pairs of stored images `(N, C, H, W)` and labels `(N,)`; without `old` all images of a batch are
+    new. A set with fewer images than its part of a batch shows them several times in a batch.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Replay:
         self.batch_size = sum(parts)
 
     def batch(self, step: int) -> Batch:
-        """The images of `step`, changed as the training's augmentation says; `sources` is `OLD` or `NEW`."""
+        """The batch of `step`, changed by the training's augmentation; its `sources` are `OLD` or `NEW`."""
         batches = [
             batch._replace(sources=torch.full_like(batch.sources, source))
             for source, pool in self._pools.items()
@@ -55,30 +55,30 @@ class Replay:
         return Batch(*(torch.cat(values) for values in zip(*batches, strict=True)))
 
     def to(self, device: torch.device) -> None:
-        """Put the stored images, and so the batches, on `device`."""
+        """Move the stored images, and thereby the batches, to `device`."""
         for pool in self._pools.values():
             pool.to(device)
 
     def measured(self) -> dict[str, float]:
-        """Nothing: the images were there before."""
+        """Nothing: the source makes no images."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the step says all."""
+        """Nothing: a batch depends on its step alone."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to go on from."""
+        """Nothing to restore."""
 
 
 def parts_of(batch_size: int, old_share: float) -> tuple[int, int]:
-    """How many images of a batch stand for old classes, and how many for new ones."""
+    """The number of images in a batch that stand for old classes, and the number that stand for new classes."""
     old = round(batch_size * min(max(old_share, LEAST_SHARE), 1 - LEAST_SHARE))
     return old, batch_size - old
 
 
 def require_parts(batch_size: int, old_share: float) -> None:
-    """Raise `BadInput` where the processes of a job cannot have equally many images of either part of a batch."""
+    """Raise `BadInput` where the old or the new images of a batch cannot be divided equally among the processes."""
     count = world().world_size
 
     def divides(size: int) -> bool:
@@ -96,8 +96,8 @@ def require_parts(batch_size: int, old_share: float) -> None:
 
 
 def class_weights(new_labels: Tensor, classes: int, known: int, batch_size: int) -> Tensor:
-    """The weights `(classes,)` with which every class counts the same in a batch, if the images replayed are as many of
-    each of the `known` classes; 0 for a class without images.
+    """The weights `(classes,)` with which every class counts the same in a batch, provided that the replayed images are
+    divided equally among the `known` old classes; 0 for a class without images.
     """
     old, new = parts_of(batch_size, known / classes)
     counts = torch.zeros(classes)

@@ -1,4 +1,4 @@
-"""A classifier with more classes: the same network, its last layer with more outputs."""
+"""Widening: a copy of a classifier whose last layer has more outputs, for more classes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from dfcompress.models.layers import last_weighted_layer
 from dfcompress.models.resizing import resized, widths_of
 from dfcompress.randomness import generator
 
-SAME = 1e-4  # Of the largest logit: sums of a wider layer may run in another order.
+SAME = 1e-4  # As a share of the largest logit: a wider layer may sum in another order.
 
 
 def widen(old: Classifier, class_names: Sequence[str], *, seed: int) -> Classifier:
-    """A copy of the classifier with an output for each of `class_names`, of which the first are its own classes.
+    """Make a copy of the classifier `old` with an output for each of `class_names`, the first of which are its own
+    classes.
 
-    Its answers for those are what they were. The new rows of the last layer begin as a layer of that kind is
-    initialised, by `seed`. An architecture that cannot be built for another number of classes is rebuilt by the widths
-    on the card.
-    Raises `BadInput` where the outputs of the last layer are not the classes.
+    The logits of the old classes do not change. The new rows of the last layer get the initial values of such a layer,
+    by `seed`. If the architecture cannot be built for another number of classes, the card gets the widths by which it
+    can be rebuilt.
+    Raises `BadInput` for a quantized classifier, where the outputs of the last layer are not the classes or are
+    log-probabilities, and where the architecture cannot be built with the new outputs.
     """
     network, head, layer = _with_outputs(old, len(class_names), seed)
     with torch.no_grad():
         for name, values in old.network.get_submodule(head).named_parameters():
             layer.get_parameter(name)[: old.card.classes] = values
     card = replace(old.card, classes=len(class_names), class_names=tuple(class_names))
-    # The last: a factory that gives auxiliary heads the new number of classes, too.
+    # The last candidate serves a factory that gives its auxiliary heads the new number of classes, too.
     every = [_widths(old, head, layer), {**(card.widths or {}), **_width(head, layer)}, widths_of(network)]
     students = [Classifier(network, replace(card, widths=widths), name=old.name) for widths in every]
     student = next(filter(is_built_by_name, students), students[0])
@@ -48,14 +50,19 @@ def widen(old: Classifier, class_names: Sequence[str], *, seed: int) -> Classifi
 
 
 def make_expert(old: Classifier, class_names: Sequence[str], *, seed: int) -> Classifier:
-    """A copy of the classifier with a new last layer, for these classes alone."""
+    """Make a copy of the classifier `old` with a new last layer, for the classes of `class_names` alone.
+
+    Raises `BadInput` for a quantized classifier, and where the outputs of the last layer are not the classes.
+    """
     network, head, layer = _with_outputs(old, len(class_names), seed)
     card = replace(old.card, classes=len(class_names), class_names=tuple(class_names), widths=_widths(old, head, layer))
     return Classifier(network, card, name=old.name)
 
 
 def _with_outputs(old: Classifier, outputs: int, seed: int) -> tuple[nn.Module, str, nn.Module]:
-    """A copy of the network whose last layer has so many outputs and is as it was initialised, its name and itself."""
+    """A copy of the network with a newly initialised last layer of `outputs` outputs; the name of this layer; and the
+    layer.
+    """
     if is_quantized(old.network):
         raise BadInput(
             f"{old.name} is quantized, and few bits have no room for new classes.",
@@ -73,7 +80,7 @@ def _with_outputs(old: Classifier, outputs: int, seed: int) -> tuple[nn.Module, 
 
 
 def _gives(layer: nn.Module, classes: int) -> bool:
-    """Whether a layer is one whose weights are rows of so many outputs."""
+    """Whether a layer is linear or an ungrouped convolution, and has one weight row for each of `classes` outputs."""
     plain = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
     return plain and layer.get_parameter("weight").shape[0] == classes
 
@@ -83,14 +90,14 @@ def _width(head: str, layer: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _widths(old: Classifier, head: str, layer: nn.Module) -> dict[str, tuple[int, int]] | None:
-    """The widths on the old card, with those of the last layer as it is now where they are among them."""
+    """The widths on the old card, or None without any; if they name the last layer, its entry is updated to `layer`."""
     widths = dict(old.card.widths or {})
     return (widths | _width(head, layer) if head in widths else widths) or None
 
 
 @torch.no_grad()
 def _check_answers(student: Classifier, old: Classifier, head: str, layer: nn.Module) -> None:
-    """Raise `BadInput` where the first outputs are not those of the old classifier."""
+    """Raise `BadInput` where the student's first outputs differ from the old classifier's, or are log-probabilities."""
     images = torch.rand(2, *old.card.input_size, generator=generator("widened")).to(old.mean.device)
     with evaluating(student), evaluating(old):
         before = old(images)
@@ -101,7 +108,7 @@ def _check_answers(student: Classifier, old: Classifier, head: str, layer: nn.Mo
             )
         try:
             after = student(images)
-        except RuntimeError:  # Of a network that counts its classes itself.
+        except RuntimeError:  # Raised by a network whose own code depends on the number of classes.
             raise _unfit(old, head, layer) from None
     if after.shape[1:] != (student.card.classes,):
         raise _unfit(old, head, layer)

@@ -1,8 +1,9 @@
 """Logit matching (ours): the student imitates the logits of every teacher on the images of all teachers.
 
-What a teacher answers to images that it does not know is knowledge too: on real images it tells whose they are better
-than the images themselves, because synthetic images of two teachers differ in how they were made. Measured on MNIST and
-Fashion-MNIST beside Shapira and Sidi's method: docs/results/merge.md.
+A teacher's logits on images of other teachers are knowledge too. The student must decide to which teacher's classes a
+real image belongs. It learns this better from these logits than from the synthetic images, because synthetic images of
+two teachers also differ in how they were made. docs/results/merge.md has measurements on MNIST and Fashion-MNIST beside
+Shapira and Sidi's method.
 """
 
 from __future__ import annotations
@@ -25,25 +26,27 @@ from dfcompress.training.multi_teacher.method import MergingMethod
 from dfcompress.training.settings import Training
 
 PARTS = ("logits", "block", "agreement")
-# Chosen on the first 10,000 training images of MNIST and of Fashion-MNIST, before any test image was counted.
+# Chosen on the first 10,000 training images of MNIST and of Fashion-MNIST, before any evaluation on test images.
 BLOCK_WEIGHT = 0.1
 OOD_SCALE, LARGEST_SHIFT = 16.0, 4.0
 BALANCE = 4.0
-KEPT_AGREEMENT = 0.99  # A mean over the last hundred steps or so.
+KEPT_AGREEMENT = 0.99  # Decay of the moving average of the agreement, which covers about the last hundred steps.
 
 
 class LogitMatching:
-    """Every teacher sees every image, and the student imitates all logits in that teacher's block of its outputs.
+    """Every teacher sees every image, and the student imitates each teacher's logits in the outputs of its block.
 
     The targets of teacher t are its logits, centred, then shifted by clip(−16·(u_t − mean u), ±4), where u_t is the
-    image's `OodScore` under teacher t (no shift where a teacher's BatchNorms remember nothing): a mean over a
-    teacher's classes says nothing of them, and the shift tells how much more familiar the image is to it.
+    image's `OodScore` under teacher t. Centring removes the mean over a teacher's classes, which carries no information
+    about them; the shift encodes how much more familiar the image is to this teacher than to the others. Nothing is
+    shifted if the score is unknown for any teacher.
 
-    Values of each teacher: `logits`, the mean squared difference from its targets, on its own images and on the others'
-    half and half (where teachers share an output, the difference counts for each); `block`, −log of the probability
-    that the student gives to the teacher's classes on its own images, times 0.1 in the loss; `agreement`, how often the
-    student's best class in the block is the teacher's, which is only observed. A teacher with which the student agrees
-    less weighs more: w ∝ exp(−4·agreement).
+    Each teacher has three values. `logits` is the mean squared difference from its targets; its own images and the
+    other teachers' images count half each (where teachers share an output, the difference counts for each of them).
+    `block` is −log of the student's probability of the teacher's classes, on the teacher's own images; its factor in
+    the loss is 0.1. `agreement` is the share of the teacher's own images on which the student's best class in the block
+    is the teacher's; its factor is 0. A teacher with which the student agrees less has a larger weight:
+    w ∝ exp(−4·agreement).
     """
 
     def __init__(self, teachers: Sequence[Classifier], class_map: ClassMap) -> None:
@@ -60,31 +63,31 @@ class LogitMatching:
 
     @property
     def weights(self) -> Tensor:
-        """More for the values of teachers with which the student agrees less."""
+        """The weights of the values, larger for teachers with which the student agrees less."""
         fixed, agreement = self.module.get_buffer("fixed"), self.module.get_buffer("followed")
         return fixed * (len(agreement) * (-BALANCE * agreement).softmax(0)).repeat(len(PARTS))
 
     @contextmanager
     def attached(self, student: Classifier) -> Iterator[None]:
-        """Record the images' OOD score under every teacher."""
+        """Record the OOD scores of the images under every teacher."""
         with ExitStack() as stack:
             for score in self._scores:
                 stack.enter_context(score.attached())
             yield
 
     def targets(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Each teacher's shifted logits `(N, classes)` for all images, which it sees in the form that it knows."""
+        """Each teacher's shifted logits `(N, classes)` for all images, which are converted to its input size."""
         logits = [teacher(reshaped(batch.images, teacher.card.input_size)).float() for teacher in self.teachers]
         shifts = self._familiarity() if self._shifts else [0.0] * len(logits)
         return tuple(each - each.mean(1, keepdim=True) + shift for each, shift in zip(logits, shifts, strict=True))
 
     def _familiarity(self) -> Tensor:
-        """The shift of the images of the last pass under each teacher, `(teachers, N, 1)`."""
+        """The shifts of the logits for the images of the last pass under each teacher, `(teachers, N, 1)`."""
         scores = torch.stack([score.taken() for score in self._scores])
         return (OOD_SCALE * (scores.mean(0) - scores)).clamp(-LARGEST_SHIFT, LARGEST_SHIFT).unsqueeze(2)
 
     def losses(self, student: nn.Module, batch: Batch, targets: tuple[Tensor, ...]) -> Tensor:
-        """The values of every teacher, each part's teachers in order."""
+        """The values, in the order of `names`: for each of `PARTS` the values of all teachers."""
         logits = student(batch.images).float()
         values = [self._of_teacher(number, logits, target, batch.sources) for number, target in enumerate(targets)]
         return torch.stack(values).t().flatten()
@@ -99,7 +102,7 @@ class LogitMatching:
         return torch.stack([both, mean_where(missed, is_own), mean_where(agrees, is_own)])
 
     def update(self, values: Tensor) -> None:
-        """Take note of how often the student agrees with each teacher."""
+        """Update the moving averages of the student's agreement with each teacher."""
         agreement = self.module.get_buffer("followed")
         agreement.lerp_(values[-len(agreement) :], 1 - KEPT_AGREEMENT)
 

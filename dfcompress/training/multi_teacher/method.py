@@ -1,4 +1,4 @@
-"""`MergingMethod`: a distiller of several teachers, and what belongs to it where nothing else is asked for."""
+"""`MergingMethod`: a distiller for several teachers, and its default settings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from dfcompress.training.settings import Training
 
 @dataclass(frozen=True, kw_only=True)
 class MergingMethod:
-    """A way to merge.
+    """A method of merging.
 
-    `distiller` takes the teachers and the class map, `training` the number of images of each teacher and of teachers.
-    `images` are synthesized for each teacher, by `recipe` and `preset` (None: the usual ones), half of them by
-    `second_recipe`. With `layer_init` the student begins with layers of a teacher that has its form.
+    `distiller` is made from the teachers and the class map, and `training` from the number of images of each teacher
+    and the number of teachers. By default `images` images are synthesized for each teacher, by `recipe` and `preset`
+    (None: the defaults of synthesis), half of them by `second_recipe` (None: no second one). With `layer_init` the
+    student begins with the layers of a teacher whose form fits (see `init_from_teacher`).
     """
 
     distiller: Callable[[Sequence[Classifier], ClassMap], Distiller]

@@ -1,7 +1,7 @@
-"""Shapira and Sidi 2020: cross-entropy with the best class of the teacher whose image it is, over all outputs.
+"""Shapira and Sidi 2020: cross-entropy over all outputs, with the best class of the image's own teacher as the label.
 
-`METHOD` holds their second experiment; the first has `schedule="constant"` and `dropout=0.4` (where in the network,
-the paper does not say).
+`METHOD` holds their second experiment. The first has `schedule="constant"` and `dropout=0.4` (the paper does not state
+where in the network).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ EPOCHS, BATCH_OF_TEACHER = 125, 64
 
 
 class ShapiraSidi(FixedWeights):
-    """Each image is labelled with its own teacher's best class, as an output of the student.
+    """The label of an image is its own teacher's best class, as an output of the student.
 
-    Values of each teacher: `block`, the cross-entropy over all outputs, the mean of its own images, summed over the
-    teachers in the loss; `agreement`, how often the student's best class in the block is the teacher's, which is only
-    observed. As in the released code each teacher's images go through the student in a pass of their own, so its
-    BatchNorms see one teacher's images at a time.
+    Each teacher has two values. `block` is the cross-entropy over all outputs, mean over the teacher's own images; the
+    loss is its sum over the teachers. `agreement` is the share of the teacher's own images on which the student's best
+    class in the block is the teacher's; it does not count in the loss. As in the released code, each teacher's images
+    go through the student in a separate pass, so its BatchNorms see the images of one teacher at a time.
     """
 
     def __init__(self, teachers: Sequence[Classifier], class_map: ClassMap) -> None:
@@ -39,11 +39,13 @@ class ShapiraSidi(FixedWeights):
         self.names: Sequence[str] = [f"{part}/{number}" for part in PARTS for number in range(1, len(teachers) + 1)]
 
     def targets(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Each teacher's logits `(N, classes)` for all images, which it sees in the form that it knows."""
+        """Each teacher's logits `(N, classes)` for all images, which are converted to its input size."""
         return tuple(teacher(reshaped(batch.images, teacher.card.input_size)).float() for teacher in self.teachers)
 
     def losses(self, student: nn.Module, batch: Batch, targets: tuple[Tensor, ...]) -> Tensor:
-        """The values of every teacher, each part's teachers in order; the batch has equally many images of each."""
+        """The values, in the order of `names`: for each of `PARTS` the values of all teachers. The batch must hold the
+        same number of images of each teacher, teacher after teacher.
+        """
         logits = torch.cat([student(images).float() for images in batch.images.chunk(len(self.teachers))])
         values = [self._of_teacher(number, logits, target, batch.sources) for number, target in enumerate(targets)]
         return torch.stack(values).t().flatten()
@@ -57,11 +59,12 @@ class ShapiraSidi(FixedWeights):
 
 
 def paper_training(images: int, teachers: int) -> Training:
-    """Experiment II on so many `images` of each teacher: SGD 0.05 with plain momentum 0.9 and decay 2e-4, the rate
-    halved every 25 of 125 epochs, and a mini-batch of 64 of every teacher.
+    """Experiment II on `images` images of each of `teachers` teachers: SGD with learning rate 0.05, plain momentum 0.9
+    and weight decay 2e-4 for 125 epochs, with the learning rate halved every 25 epochs and batches of 64 images of
+    every teacher.
 
-    As in the released code all parameters decay and the gradient's norm is cut at 0.5. Images are not changed; the
-    released code crops and flips them once, before the training.
+    As in the released code, weight decay applies to all parameters, and the gradient's norm is clipped at 0.5. Images
+    are not augmented; the released code crops and flips them once, before the training.
     """
     return Training(
         steps=EPOCHS * max(1, images // BATCH_OF_TEACHER),
@@ -78,7 +81,7 @@ def paper_training(images: int, teachers: int) -> Training:
     )
 
 
-# The released code makes 4,096 images of each teacher, mixes nothing in, and begins with random weights.
+# The released code synthesizes 4,096 images for each teacher, uses one recipe, and begins with random weights.
 METHOD = MergingMethod(
     distiller=ShapiraSidi,
     training=paper_training,
