@@ -58,8 +58,8 @@ def _first_of(*programs: str) -> str | None:
 
 
 def compiled(function: Callable[..., Any], *, whole: bool = True) -> Callable[..., Any]:
-    """`function` compiled by `torch.compile` for fixed shapes; `whole`: as one graph. Where compiling fails, it prints a
-    notice and runs the function eagerly.
+    """`function` compiled by `torch.compile` for fixed shapes; `whole`: as one graph. Where compiling fails, a notice
+    is printed, and the function runs eagerly.
     """
     fast: Callable[..., Any] = torch.compile(function, backend=_inductor, fullgraph=whole, dynamic=False)
 
@@ -162,7 +162,7 @@ def _capture_stream(index: int) -> Any:
 
 
 def _leave_pool(index: int, pool: Any) -> None:
-    """Take the allocator out of the memory pool of a failed capture: inside, it returns no cached memory to the device."""
+    """Take the allocator out of a failed capture's memory pool: inside, it returns no cached memory to the device."""
     # An error here means: the allocator had left the pool, because only the graph's instantiation failed, or this
     # version of torch has other private names.
     with suppress(RuntimeError, AttributeError):
