@@ -24,7 +24,7 @@ def command_line() -> str | None:
 
 @contextmanager
 def started_by(line: str | None) -> Iterator[None]:
-    """Set the command line of the work inside the block; None: no command line started it."""
+    """Set `line` as the command line of the work inside the block; None: no command line started it."""
     before = _line.set(line)
     try:
         yield

@@ -219,7 +219,9 @@ class Calibrate:
 
 @dataclass(frozen=True)
 class Round:
-    """Learn the rounding of the calibrated student's weights, block by block."""
+    """Learn the rounding of the calibrated student's weights, block by block, so that each block's output matches that
+    block of the float network `teacher`.
+    """
 
     student: Classifier
     teacher: Classifier
