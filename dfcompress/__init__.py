@@ -10,9 +10,9 @@
     print(dfcompress.evaluate([model, small.checkpoint], data="test.npz").results[1].top1)
     network = small.load().network  # A torch.nn.Module.
 
-Every verb of the command line is a function of the same name and returns a result with typed fields; what goes wrong
-raises a `DfcompressError`. A type checker sees every name's true type.
-Nothing is imported before it is used: `import dfcompress` does not import torch.
+Every verb of the command line is a function of the same name, and returns a result with typed fields; errors are raised
+as `DfcompressError`. A type checker sees the type of every name.
+Modules are imported when a name is first used: `import dfcompress` does not import torch.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# The same imports, done at the first use of a name; tests/test_api.py compares. The verbs are in a folder of their own,
-# because an imported submodule `dfcompress.distill` would take the place of the function.
+# The same imports, made at the first use of a name; tests/test_api.py compares the two lists. The verbs are in a folder
+# of their own, because an imported submodule `dfcompress.distill` would replace the function of this name.
 _MODULES = {
     "data.pool": ["Augmentation"],
     "machine.execution": ["Compute"],
@@ -123,10 +123,10 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted([*_HOME, "__version__"])  # noqa: PLE0605
 
 
-if not TYPE_CHECKING:  # A type checker that saw it would accept every misspelt name.
+if not TYPE_CHECKING:  # If a type checker saw this function, it would accept every misspelt name.
 
     def __getattr__(name: str) -> object:
-        """Import a public name at its first use, and keep it."""
+        """Import a public name at its first use, and store it in this module."""
         if name == "__version__":
             from importlib.metadata import version
 

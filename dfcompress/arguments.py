@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dfcompress.errors import BadInput
 
-# What is taken where an annotation names the type: NumPy's numbers, other libraries' paths, and lists for tuples, too.
+# The types that are accepted for an annotated type: also NumPy's numbers, other libraries' paths, and lists for tuples.
 TAKEN: Mapping[Any, type] = {int: numbers.Integral, float: numbers.Real, Path: os.PathLike, tuple: Sequence}
 WORDS: Mapping[Any, str] = {
     str: "a string",
@@ -26,8 +26,9 @@ SHOWN = 60  # Characters of a value in a message: a network's `repr` has hundred
 
 
 def require_types(given: Mapping[str, Any], hints: Mapping[str, Any], owner: str) -> None:
-    """Raise `BadInput` for the first value, by name, that is not of the annotated type; a `Literal` stands for its
-    words.
+    """Raise `BadInput` for the first value in `given` whose type is not the annotated type in `hints`, both by name.
+
+    `owner`: name of the function or class, for the message. A `Literal` accepts its words alone.
     """
     for name, value in given.items():
         if name in hints and not _fits(value, hints[name]):
@@ -41,7 +42,7 @@ def require_fields(settings: Any) -> None:
 
 
 def refusal(name: str, value: Any, owner: str, needed: str) -> BadInput:
-    """The error for an argument of `owner`, a function or a class, that must be what `needed` says."""
+    """The error for the argument `name` of `owner`, a function or a class; `needed`: text for what must be given."""
     shown = " ".join(repr(value).split())
     shown = shown if len(shown) <= SHOWN else f"{shown[: SHOWN - 3]}..."
     return BadInput(f"{name}={shown} is no valid argument of {owner}.", f"Give {needed}.")
@@ -70,7 +71,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _described(hint: Any) -> str:
-    """What an annotation allows: `a string, a path or None`."""
+    """The values that an annotation allows, in words: `a string, a path or None`."""
     *others, last = _alternatives(hint)
     return f"{', '.join(others)} or {last}" if others else last
 
@@ -91,5 +92,5 @@ def _alternatives(hint: Any) -> list[str]:
 
 
 def _several(hint: Any) -> str:
-    """`strings or paths`."""
+    """The values that an annotation allows, in the plural: `strings or paths`."""
     return " or ".join(f"{word.partition(' ')[2]}s" for word in _alternatives(hint))

@@ -1,7 +1,7 @@
-"""The command line: finds the commands and turns errors into one line and an exit code.
+"""The command line: finds the commands, and turns errors into one line and an exit code.
 
-No command is imported before it is named, and none imports torch before it runs,
-so `--help`, completion and usage errors answer at once.
+A command is imported only when it is named, and imports torch only when it runs, so `--help`, completion and usage
+errors take no time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dfcompress.errors import DfcompressError, first_line
 
 INTERRUPTED = 130
 SMALLER = "Free memory, or use a smaller --batch-size or fewer images."
-# How `dfcompress --help` orders the commands; a command that is not here is under the last heading.
+# The order of the commands in `dfcompress --help`; a command that is not listed here stands under the last heading.
 ORDER = {
     "See and measure": ["inspect", "evaluate", "compare", "report"],
     "Make images": ["invert", "record"],
@@ -34,11 +34,11 @@ class Commands(click.Group):
     """The group whose commands are the files of `dfcompress/commands`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Every file that is a command."""
+        """The names of all commands."""
         return sorted(module.name for module in pkgutil.iter_modules(commands.__path__) if module.name[0] != "_")
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """Import the one file."""
+        """Import the command's file; None for an unknown name."""
         if name not in self.list_commands(ctx):
             return None
         command: click.Command = getattr(importlib.import_module(f"{commands.__name__}.{name}"), name)
@@ -57,7 +57,7 @@ class Commands(click.Group):
                 formatter.write_dl([(name, each.get_short_help_str(200)) for name, each in commands if each])
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Suggest the nearest command where the name is none."""
+        """Find the command; for an unknown name, raise a usage error that suggests the nearest command."""
         known = self.list_commands(ctx)
         if args[0] not in known and not args[0].startswith("-"):
             close = difflib.get_close_matches(args[0], known, 1)
@@ -67,7 +67,7 @@ class Commands(click.Group):
 
 
 def _take_environment(command: click.Command) -> None:
-    """Let every option be given by its variable of the environment."""
+    """Let the environment set every option, by the variable with the option's name."""
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             parameter.envvar = _config.variable(parameter)
@@ -78,8 +78,8 @@ def _take_environment(command: click.Command) -> None:
 def root() -> None:
     """Compress released image classifiers without the data they were trained on.
 
-    Every option can also stand in the environment (DFCOMPRESS_STEPS for --steps) or in the file dfcompress.toml. The
-    command line comes first, then the environment, then the file.
+    Every option can also be set by an environment variable (DFCOMPRESS_STEPS for --steps) or in the file
+    dfcompress.toml. The command line overrides the environment, and the environment overrides the file.
     """
 
 
@@ -89,7 +89,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def run(args: list[str] | None = None) -> int:
-    """Run the command line and return its exit code; the one place where an error becomes a line."""
+    """Run the command line and return its exit code; only this function turns errors into a line on stderr."""
     console.configure(console.NORMAL)
     try:
         root.main(args, prog_name="dfcompress", standalone_mode=False)

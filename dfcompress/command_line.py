@@ -1,4 +1,4 @@
-"""The line that started a command, with every option that the environment or the configuration file gave."""
+"""The command line that started a run, including options from the environment and the configuration file."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-# Options that say nothing of what is computed.
+# Options that do not change what is computed.
 LEFT_OUT = {"resume", "overwrite", "as_json", "dry_run"}
 
 _line: ContextVar[str | None] = ContextVar("line", default=None)
 
 
 def command_line() -> str | None:
-    """The line that started what is running; None where a verb was called from Python."""
+    """The command line that started the current work; None where a verb was called from Python."""
     return _line.get()
 
 
 @contextmanager
 def started_by(line: str | None) -> Iterator[None]:
-    """Say that `line` starts what runs inside; None: that no line does."""
+    """Set `line` as the command line of the work inside the block; None: no command line started it."""
     before = _line.set(line)
     try:
         yield
@@ -33,7 +33,7 @@ def started_by(line: str | None) -> Iterator[None]:
 
 
 def line_of(context: click.Context) -> str:
-    """A command, as it was called, as a line for a shell."""
+    """The command, with the arguments and options it was called with, as a line for a shell."""
     arguments: list[str] = []
     options: list[str] = []
     for parameter in context.command.params:

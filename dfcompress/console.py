@@ -26,13 +26,13 @@ LINE_EVERY_SECONDS = 5.0
 BAR = 12  # Characters.
 
 _verbosity = QUIET
-_bars: list[RichProgress] = []  # The one on the screen, which takes a bar for each loop.
+_bars: list[RichProgress] = []  # The display on the screen, which holds a bar for each loop.
 
 
 def configure(verbosity: int) -> None:
     """Set how much is printed on stderr: `QUIET`, `NORMAL` or `VERBOSE`.
 
-    What the encoding of stdout lacks, in names of classes, is written with backslashes.
+    Characters that the encoding of stdout lacks, for instance in class names, are printed as backslash escapes.
     """
     global _verbosity
     _verbosity = verbosity
@@ -42,7 +42,7 @@ def configure(verbosity: int) -> None:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """No notices inside."""
+    """Print no notices and no progress inside the block."""
     global _verbosity
     before, _verbosity = _verbosity, QUIET
     try:
@@ -52,50 +52,50 @@ def silent() -> Iterator[None]:
 
 
 def speaks() -> bool:
-    """Whether this process prints: the only one of its job, or the one of rank 0."""
+    """Whether this process prints: the only process of its job, or the process of rank 0."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def notice(text: str, *, level: int = NORMAL) -> None:
-    """One line about what was decided or should be known, on stderr."""
-    if speaks() and _verbosity >= level and sys.stderr:  # None where a daemon has closed it.
+    """Print one line on stderr, about a decision or a fact that the user should know, from verbosity `level` on."""
+    if speaks() and _verbosity >= level and sys.stderr:  # `sys.stderr` is None where a daemon has closed it.
         print(shown(text), file=sys.stderr, flush=True)
 
 
 def last_words(text: str) -> None:
-    """A line on stderr from a signal handler or a thread, of any rank, just before the process ends."""
+    """Write a line to stderr from a signal handler or a thread, in a process of any rank, just before it ends."""
     if sys.stderr:
         os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
 
 def result(text: str) -> None:
-    """A line of the result, on stdout; raises `DfcompressError` where that cannot be written."""
+    """Print a line of the result on stdout; raises `DfcompressError` where stdout cannot be written."""
     if speaks():
         try:
             print(shown(text), flush=True)
-        except BrokenPipeError:  # Nobody reads on, as behind `| head`.
+        except BrokenPipeError:  # The reader has closed the pipe, as `| head` does.
             raise
         except OSError as error:
             raise DfcompressError(f"stdout cannot be written: {error.strerror}.", "What was made is there.") from None
 
 
 def shown(text: str) -> str:
-    """Its lines without characters that could steer a terminal: names of classes and layers are from files."""
+    """The text without characters that could control a terminal; names of classes and layers come from files."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def amount(count: int, one: str, several: str = "") -> str:
-    """A count and its noun: `1 batch`, `2,048 batches`; the plural is `one` and an s where no other is given."""
+    """A count with its noun: `1 batch`, `2,048 batches`. The default of the plural `several` is `one` with an s."""
     return f"{count:,} {one if count == 1 else several or f'{one}s'}"
 
 
 def result_json(values: Mapping[str, Any]) -> None:
-    """The whole result as one JSON object on stdout."""
+    """Print the whole result as one JSON object on stdout."""
     result(json.dumps(values, indent=2))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A plain table on stdout, first column left-aligned, the others right-aligned; pipes well."""
+    """Print a plain-text table on stdout; the first column is left-aligned, the others are right-aligned."""
     lines = [list(map(printable, row)) for row in (columns, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     for line in lines:
@@ -104,15 +104,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 class Progress(Protocol):
-    """What a loop tells about itself."""
+    """The progress of a loop."""
 
     def update(self, done: int, /, **values: float) -> None:
-        """`done` units of the total are finished; `values` are the latest measurements."""
+        """Report that `done` units of the total are finished; `values`: the latest measurements by name."""
 
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Progress]:
-    """Show a loop's progress on stderr: a bar in a terminal, else a plain line every few seconds."""
+    """Show the progress of a loop of `total` units on stderr: a bar in a terminal, else a line every few seconds."""
     if not speaks() or _verbosity < NORMAL or not sys.stderr:
         yield _Silence()
     elif sys.stderr.isatty():
@@ -150,7 +150,7 @@ def _bar(what: str, total: int) -> Iterator[Progress]:
     from rich.progress import Progress as RichProgress
     from rich.table import Column
 
-    whole, rest = partial(Column, no_wrap=True), Column(ratio=1, no_wrap=True)  # What does not fit is cut from values.
+    whole, rest = partial(Column, no_wrap=True), Column(ratio=1, no_wrap=True)  # Only the values are cut.
     columns = (
         TextColumn("{task.description}", table_column=whole()),
         BarColumn(BAR, table_column=whole(min_width=BAR)),
@@ -160,7 +160,7 @@ def _bar(what: str, total: int) -> Iterator[Progress]:
     )
     inner = bool(_bars)
     with ExitStack() as stack:
-        if not inner:  # A loop inside of another one has its bar below the other's.
+        if not inner:  # The bar of a loop inside another loop stands below the other bar.
             bars = RichProgress(*columns, console=Console(stderr=True), expand=True)
             _bars.append(stack.enter_context(bars))
             stack.callback(_bars.clear)

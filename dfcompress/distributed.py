@@ -1,12 +1,12 @@
-"""Several processes, one job: started by `torchrun` or by SLURM, they share units of work through a key-value store.
+"""Several processes of one job, started by `torchrun` or SLURM, share units of work through a key-value store.
 
     with world().session():                      # join the others
         for shard in world().claim(missing):     # each shard is given to one process
             make(shard)
         world().barrier()
 
-Operations that `torch.distributed` has too have its names. It does not matter which process makes a unit: the bytes are
-the same. Where a process dies, the others end within seconds.
+Operations have the names of those in `torch.distributed`. The result has the same bytes whichever process makes a unit.
+Where a process dies, the others end within seconds.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ TERMINATED = 143
 
 
 class World:
-    """This process, of `rank` 0 to `world_size` − 1 in its job, and the others; a job of one process never waits.
+    """The processes of a job, seen from this process; a job of one process never waits.
 
-    Rank 0 is the main process: it alone prints, decides and measures. `local_rank` and `local_world_size` count the
-    processes on this machine.
+    `rank`: number of this process, from 0 to `world_size` − 1. `world_size`: number of processes. `local_rank`,
+    `local_world_size`: the same among the processes on this machine. Rank 0 is the main process: only this process
+    prints, decides and measures.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0, local_world_size: int = 1) -> None:
@@ -50,20 +51,20 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that decides and prints."""
+        """Whether this is the main process, which decides and prints."""
         return self.rank == 0 or self.world_size == 1
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Join the other processes; while inside, a process that fails or dies ends all of them.
+        """Join the other processes; inside the block, a process that fails or dies ends all processes.
 
-        Raises `DfcompressError` where the others do not come.
+        Raises `DfcompressError` where this process cannot join the others.
         """
         if self.world_size == 1:
             yield
             return
         self._join()
-        # torchrun terminates the rest where one process dies. Python lets only the main thread handle signals.
+        # torchrun terminates the other processes where one dies. Python handles signals only in the main thread.
         handles = threading.current_thread() is threading.main_thread()
         if handles:
             before = signal.signal(signal.SIGTERM, lambda *_: self._end("terminated", code=TERMINATED))
@@ -72,12 +73,12 @@ class World:
                 yield
                 self._destroy_process_group()
                 self._ask("set", f"done/{self.rank}", "")
-                if self.is_main:  # It may keep the store, so it leaves last.
+                if self.is_main:  # The main process may hold the store, so it leaves last.
                     self._wait_for([f"done/{rank}" for rank in range(self.world_size)])
         except BaseException as error:
             with suppress(RuntimeError):
                 self._store.set("failed", "" if self.is_main else f"process {self.rank}: {error}")
-                time.sleep(4 * BEAT_SECONDS if not self.is_main else 0)  # For the leading process to say it.
+                time.sleep(4 * BEAT_SECONDS if not self.is_main else 0)  # Gives the main process time to print it.
             raise
         finally:
             if handles:
@@ -85,13 +86,14 @@ class World:
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """Run a thread that watches the other processes; it has ended when the block is left.
+        """Run a thread that watches the other processes; the thread has ended when the block is left.
 
-        The interpreter kills threads that are left at its end; one that is inside the store then takes the process
-        along: "terminate called without an active exception".
+        At its exit, the interpreter kills running threads. A thread killed inside the store aborts the process:
+        "terminate called without an active exception".
         """
         self._over.clear()
-        # Before any work: a process that dies without a first heartbeat is waited for as one that has yet to join.
+        # Before any work: the others would wait for a process that died before its first heartbeat, as if it had not
+        # joined yet.
         self._ask("add", f"beat/{self.rank}", 1)
         watcher = threading.Thread(target=self._watch, daemon=True)
         watcher.start()
@@ -99,10 +101,10 @@ class World:
             yield
         finally:
             self._over.set()
-            watcher.join(LOST_AFTER_SECONDS)  # A store whose keeper is gone may not answer.
+            watcher.join(LOST_AFTER_SECONDS)  # A store may not respond after the process that holds it is gone.
 
     def broadcast(self, value: Any = None) -> Any:
-        """The value that the main process passes, a JSON value, in every process."""
+        """Return, in every process, the JSON value that the main process passes."""
         if self.world_size == 1:
             return value
         key = self._next("broadcast")
@@ -112,7 +114,7 @@ class World:
         return json.loads(self._ask("get", key))
 
     def all_gather(self, value: Any) -> list[Any]:
-        """The values that all processes pass, JSON values, in the order of their ranks."""
+        """Return, in every process, the JSON values that all processes pass, in the order of their ranks."""
         if self.world_size == 1:
             return [value]
         key = self._next("all_gather")
@@ -122,15 +124,15 @@ class World:
         return [json.loads(self._ask("get", each)) for each in keys]
 
     def barrier(self) -> None:
-        """Wait until every process has come to this call."""
+        """Wait until every process has reached this call."""
         if self.world_size > 1:
             key = self._next("barrier")
             self._ask("set", f"{key}/{self.rank}", "")
             self._wait_for([f"{key}/{rank}" for rank in range(self.world_size)])
 
     def init_process_group(self, backend: str) -> None:
-        """Start torch's process group over `nccl` or `gloo`, for collective operations on tensors, until the session
-        ends.
+        """Start torch's process group by the `backend` `nccl` or `gloo`, for collective operations on tensors. It ends
+        with the session.
         """
         from torch import distributed
 
@@ -147,9 +149,9 @@ class World:
             self._has_process_group = False
 
     def claim(self, units: Sequence[Any]) -> Iterator[Any]:
-        """Yield units to do in this process: each unit goes to the process that asks first.
+        """Yield the units that this process shall do; each unit goes to the first process that requests it.
 
-        Every process must pass the same units.
+        Every process must pass the same `units`.
         """
         if self.world_size == 1:
             yield from units
@@ -181,15 +183,15 @@ class World:
             time.sleep(0.05)
 
     def _ask(self, operation: str, *arguments: Any) -> Any:
-        """Do an operation of the store; end this process where the main process, which keeps the store, is gone."""
+        """Run an operation of the store; end this process if the main process, which holds the store, is gone."""
         try:
             return getattr(self._store, operation)(*arguments)
         except RuntimeError:
             self._end(f"process 0 of {self.world_size} is gone", lost=0)
 
     def _watch(self) -> None:
-        """Count heartbeats, and end this process where another one has failed or has no heartbeat any more: the main
-        process watches the others, and they watch the main process.
+        """Send heartbeats, and end this process where another process has failed or sends no heartbeats any more. The
+        main process watches the others, and the others watch the main process.
         """
         watched = range(1, self.world_size) if self.is_main else [0]
         heard = dict.fromkeys(watched, (0, time.monotonic()))
@@ -199,7 +201,7 @@ class World:
                 if self._store.check(["failed"]) and not self._over.is_set():
                     self._end(self._store.get("failed").decode())
                 lost = next((rank for rank in watched if self._is_lost(rank, heard)), None)
-                if lost:  # The others end without a word, and before the store does.
+                if lost:  # The others end without a message, and before the store ends.
                     self._store.set("failed", "")
                     time.sleep(4 * BEAT_SECONDS)
             except RuntimeError:
@@ -208,7 +210,7 @@ class World:
                 self._end(f"process {lost} of {self.world_size} is gone", lost=lost)
 
     def _is_lost(self, rank: int, heard: dict[int, tuple[int, float]]) -> bool:
-        """Whether a process had no new heartbeat for too long; `heard` holds its last one, and when it was read."""
+        """Whether a process sent no new heartbeat for too long; `heard`: last heartbeat and its time by rank."""
         beat, now = self._store.add(f"beat/{rank}", 0), time.monotonic()
         if beat != heard[rank][0] or self._store.check([f"done/{rank}"]):
             heard[rank] = (beat, now)
@@ -216,7 +218,9 @@ class World:
         return now - heard[rank][1] > patience
 
     def _end(self, why: str, *, lost: int | None = None, code: int = 1) -> None:
-        """End this process at once; one of the processes that are left prints why, where there is something to say."""
+        """End this process at once with exit code `code`. The process of rank 0, or of rank 1 where rank 0 is lost,
+        prints `why`, unless it is empty.
+        """
         if why and self.rank == (1 if lost == 0 else 0):
             console.last_words(f"dfcompress: {why}; the same line with --resume goes on.")
         os._exit(code)
@@ -224,9 +228,9 @@ class World:
 
 @cache
 def world() -> World:
-    """The processes of this job, from the variables that torchrun or SLURM set.
+    """The processes of this job, from the environment variables that torchrun or SLURM set.
 
-    Raises `BadInput` where those are no numbers.
+    Raises `BadInput` where a variable is not a number.
     """
     variables = dict(os.environ)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -241,7 +245,7 @@ def world() -> World:
 
 
 def _from_slurm(variables: Mapping[str, str]) -> dict[str, str]:
-    """The variables that torchrun sets, from those of a SLURM step; every step of a job has its own port."""
+    """Translate the variables of a SLURM step into those of torchrun; every step of a job has its own port."""
     step = 100 * int(variables.get("SLURM_JOB_ID", "0")) + int(variables.get("SLURM_STEP_ID", "0"))
     tasks = variables["SLURM_STEP_NUM_TASKS"]
     per_node = tasks_per_node(variables.get("SLURM_STEP_TASKS_PER_NODE", tasks))
@@ -256,7 +260,7 @@ def _from_slurm(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def tasks_per_node(counts: str) -> list[str]:
-    """The numbers of a SLURM list: `2(x3),1` → 2, 2, 2, 1."""
+    """Expand a SLURM list of task counts: `2(x3),1` → 2, 2, 2, 1."""
     return [count for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
 
 

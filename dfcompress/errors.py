@@ -1,12 +1,12 @@
-"""What can go wrong, and the exit code it ends with.
+"""The errors of dfcompress, and their exit codes.
 
 DfcompressError      the work failed                                     exit 1
 ├── BadInput         a file, an option or a model that cannot be used    exit 2
 └── GateNotMet       a gate such as ``--fail-under`` was not met         exit 3
 
-Every message is one sentence of what is wrong, with the value found and where,
-and one sentence of what to do about it.
-Memory that does not suffice ends with exit 1, too. Any other exception is a bug and keeps its traceback.
+Every message has one sentence on the problem, with the value found and its place,
+and one sentence on the remedy.
+Insufficient memory also ends with exit code 1. Any other exception is a bug and keeps its traceback.
 """
 
 import difflib
@@ -20,7 +20,7 @@ NOT_IN_PLACE = "Give layers that work in place inplace=False in the factory that
 class DfcompressError(Exception):
     """The work could not be finished.
 
-    `problem` says what is wrong, with the value found; `remedy` says what to do.
+    `problem`: what is wrong, with the value found. `remedy`: what to do; may be empty.
     """
 
     exit_code = 1
@@ -58,18 +58,18 @@ def listed(names: Iterable[str], shown: int, separator: str = ", ") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What a foreign error says, as the end of a sentence: its first line, without torch's hint to programmers and
-    without a full stop; its class where it says nothing.
+    """The message of another library's error as the end of a sentence: its first line, without torch's hint to
+    programmers and without a full stop; the name of its class where the message is empty.
     """
     said = str(error).strip().partition(" Hint: ")[0]
     return (said or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def printable(text: str) -> str:
-    """A text from a file, without characters that could steer a terminal."""
+    """A text from a file; each character that could control a terminal is replaced by a question mark."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def is_of_layers_in_place(reason: str) -> bool:
-    """Whether a network failed because a layer overwrote a tensor that its gradient needs; `NOT_IN_PLACE` helps."""
+    """Whether a network failed because a layer overwrote a tensor that its gradient needs; remedy: `NOT_IN_PLACE`."""
     return bool(IN_PLACE.search(reason))

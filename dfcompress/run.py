@@ -1,4 +1,4 @@
-"""One invocation: its folder, its clock, and the record of how its numbers came about (`run.json`)."""
+"""One invocation of a verb: its folder, its clock, and its run file `run.json` with options, result and versions."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ from dfcompress.errors import BadInput, DfcompressError
 
 RUN_FILE, METRICS = "run.json", "metrics.jsonl"
 SCHEMA = 1
-VERBS = ("invert", "distill", "merge", "quantize", "prune", "extend", "demo")  # Those that have a folder.
-STATE = ".partial"  # The suffix of files that unfinished work is resumed from.
+VERBS = ("invert", "distill", "merge", "quantize", "prune", "extend", "demo")  # The verbs whose result is a folder.
+STATE = ".partial"  # Suffix of the files with the state of unfinished work.
 SAVE_EVERY_SECONDS = 20.0
-# By verb and option: values that older versions wrote into the record, and their names now.
+# By verb and option: values that older versions wrote into the run file, and their current names.
 FORMER_VALUES = {("merge", "method"): {"all-logits": "logit-matching", "paper": "shapira-sidi"}}
 
 
 class Run:
-    """The folder of one invocation.
+    """One invocation of a verb and its folder; of several processes, only the main process writes to the folder.
 
-    Raises `BadInput` where the folder cannot be used: it holds something and neither `resume` nor `overwrite` was
-    asked for, it belongs to another job, or it cannot be written.
-    `options` are the resolved options that the result depends on: a resumed run must have the same.
-    `inputs` are paths the run reads, which overwriting must not delete; `plan` is what it will do, kept to be read.
-    `earlier` are the measurements of a resumed run that was already finished.
-    Of several processes the leading one alone touches the folder.
+    `verb`: name of the verb. `folder`: the run folder. `options`: the resolved options that the result depends on; a
+    resumed run must have the same. `inputs`: paths that the run reads; they are never deleted by overwriting. `plan`:
+    what the run will do, stored in the run file for readers. `resume`: continue the run in the folder. `overwrite`:
+    replace the contents of the folder.
+    The attribute `earlier` holds the measurements of a resumed run that was already finished, else None; `seconds`
+    holds the time of each part.
+    Raises `BadInput` where the folder is not empty and neither `resume` nor `overwrite` is set, where it belongs to
+    another run or has other options, and where it cannot be written.
     """
 
     def __init__(
@@ -85,8 +87,8 @@ class Run:
             raise BadInput(f"--output {self.folder} cannot be written: {reason}", "Name another folder.") from None
 
     def withdraw(self) -> None:
-        """Take the record back where nothing else was written, because the input was refused before any work, and the
-        folder with it where this run made it. What an earlier run left stays.
+        """Delete the run file, and the folder if this run made it, where nothing else was written because the input was
+        refused before any work. Files of an earlier run stay.
         """
         if self._begun and [path.name for path in self.folder.iterdir()] == [RUN_FILE]:
             (self.folder / RUN_FILE).unlink()
@@ -94,8 +96,8 @@ class Run:
                 self.folder.rmdir()
 
     def _empty(self) -> None:
-        """Delete what is there but a record that nothing can be resumed from: killed meanwhile, the folder is still
-        known as one of ours.
+        """Delete the contents of the folder, except for a run file without options. If the process is killed meanwhile,
+        this run file still marks the folder as a run folder, and nothing can be resumed from it.
         """
         left = list(self.folder.iterdir())
         if left:
@@ -137,7 +139,7 @@ class Run:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
     def finish(self, measurements: Mapping[str, Any]) -> None:
-        """Write the record: options, measurements, seconds, versions and machine; states to resume from go."""
+        """Write the finished run file (options, measurements, seconds, versions, machine), and delete saved states."""
         from dfcompress.machine.device import processor_name, resolve_device
         from dfcompress.machine.memory import peak_memory_bytes
 
@@ -159,7 +161,7 @@ class Run:
             state.unlink()
 
     def amend(self, measurements: Mapping[str, Any]) -> None:
-        """Write other measurements into the record of a run that an earlier invocation finished."""
+        """Replace the measurements in the run file of a run that an earlier invocation finished."""
         path = self.folder / RUN_FILE
         write_json(path, {**read_run_file(path), "measurements": dict(measurements)})
 
@@ -173,7 +175,7 @@ class Run:
 
 
 def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that a run could not begin in, or go on in; nothing is written."""
+    """Raise `BadInput` where a run could neither start nor continue in the folder; nothing is written."""
     if resume and overwrite:
         raise BadInput("--resume and --overwrite exclude each other.", "Give one of them.")
     if folder.exists() and not folder.is_dir():
@@ -186,7 +188,9 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def check_output_file(path: Path, *, example: str, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
-    """Refuse a file that cannot be written, or may not be replaced: never one of the `inputs`; nothing is written."""
+    """Raise `BadInput` where the file `path` cannot be written, exists without `overwrite`, or is one of the `inputs`;
+    nothing is written. `example`: file name for the message.
+    """
     if path.is_dir():
         raise BadInput(f"--output {path} is a folder.", f"Name a file, for instance {path / example}.")
     if path.resolve() in {each.resolve() for each in inputs}:
@@ -208,7 +212,10 @@ def running(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Iterator[Run]:
-    """A `Run` in all processes of a job: the leading one opens the folder, and where one fails the others end too."""
+    """A `Run` in all processes of a job: the main process opens the folder; if one process fails, the others end, too.
+
+    The arguments, and what is raised, are those of `Run`.
+    """
     with world().session():
         run = Run(verb, folder, options, inputs=inputs, plan=plan, resume=resume, overwrite=overwrite)
         try:
@@ -219,7 +226,7 @@ def running(
 
 
 class Clock:
-    """The time of work that may be interrupted: its seconds over all invocations, and when to save or tell."""
+    """The time of work that may be interrupted: its seconds over all invocations, and when to save or show progress."""
 
     def __init__(self) -> None:
         self._before = 0.0
@@ -227,22 +234,22 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Seconds of work, those of earlier invocations included."""
+        """Seconds of work, including those of earlier invocations."""
         return self._before + time.perf_counter() - self._started
 
     def go_on_from(self, seconds: float) -> None:
-        """Count the seconds of earlier invocations."""
+        """Include the seconds of earlier invocations."""
         self._before = seconds
 
     def is_time_to_save(self) -> bool:
-        """Whether a kill would now lose more than `SAVE_EVERY_SECONDS` of work; true once a period."""
+        """Whether `SAVE_EVERY_SECONDS` have passed since the start, or since the last call that returned true."""
         if time.perf_counter() - self._saved < SAVE_EVERY_SECONDS:
             return False
         self._saved = time.perf_counter()
         return True
 
     def is_time_to_tell(self) -> bool:
-        """Whether to show progress: once a second, because reading a loss waits for the device."""
+        """Whether to show progress: true once a second, because reading a loss waits for the device."""
         if time.perf_counter() - self._told < 1.0:
             return False
         self._told = time.perf_counter()
@@ -251,11 +258,14 @@ class Clock:
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """Give a path to write to; it takes the name `path` only once everything is on disk."""
+    """Yield a temporary path to write to; it is renamed to `path` only after its content is on disk.
+
+    Raises `DfcompressError` where the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
-        # safetensors writes files that only their owner may read; results are for sharing.
+        # safetensors writes files that only their owner may read; others must be able to read results, too.
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -270,7 +280,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
 
 def _first_difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
-    """The first of the values inside that differs, with its path."""
+    """The path, the old value and the new value of the first difference inside two option values."""
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = [(f"{name}.{key}", old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
@@ -282,25 +292,25 @@ def _first_difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
 
 
 def _without_removed(old: Any, new: Any) -> Any:
-    """An option of an earlier record without the settings that newer versions have not, where those were off."""
+    """An option of an earlier run file, without settings that this version no longer has and that were switched off."""
     if isinstance(old, dict) and isinstance(new, dict):
         return {name: value for name, value in old.items() if name in new or value}
     return old
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors and numbers for `torch.load(weights_only=True)`, atomically."""
+    """Write tensors and numbers atomically, for `torch.load(weights_only=True)`; raises as `write_atomically` does."""
     import torch
 
-    whole = io.BytesIO()  # `torch.save` to a file tells nothing of a full disk but an assertion of its own.
+    whole = io.BytesIO()  # On a full disk, `torch.save` to a file only raises an assertion of its own.
     torch.save(dict(state), whole)
     with write_atomically(path) as temporary:
         temporary.write_bytes(whole.getbuffer())
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file is the record of a run of dfcompress, of whatever version, finished or not: others name theirs
-    alike.
+    """Whether a file is the run file of a dfcompress run, of any version, finished or not; other programs also write
+    files called `run.json`.
     """
     try:
         return _parsed_run_file(path)["verb"] in VERBS
@@ -318,7 +328,7 @@ def _parsed_run_file(path: Path) -> dict[str, Any]:
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
-    """The record of an earlier run; raises `BadInput` where it is none, or of a later version's form."""
+    """Read the run file of an earlier run; raises `BadInput` where the file is no run file, or has another schema."""
     values = _parsed_run_file(path)
     if values.get("schema", SCHEMA) != SCHEMA:
         found = values["schema"]
@@ -328,11 +338,14 @@ def read_run_file(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFile:
-    """What `run.json` tells of a run: how its numbers came about.
+    """The content of a run's `run.json`.
 
-    `options` are what the result depends on; `plan` is what was to be done, None in records of version 0.1; `command`
-    is the line that started it, None where Python did; `measurements` are the verb's result as JSON, None where the run
-    is not finished. `seconds` are those of each part of the last invocation, and of all of it (`invocation`).
+    `folder`: the run folder. `verb`: name of the verb. `options`: the options that the result depends on. `versions`:
+    of dfcompress, PyTorch and Python. `finished`: whether the run is finished. `plan`: the plan, None in run files of
+    version 0.1. `command`: the command line that started the run, None where Python code did. `measurements`: the
+    verb's result as JSON, None where the run is not finished. `seconds`: time of each part of the last invocation, and
+    its total (`invocation`). `peak_memory_bytes`: peak memory of the process, on the GPU for CUDA. `processor`: name of
+    the processor. The last three are empty or None where the run is not finished.
     """
 
     folder: Path
@@ -349,7 +362,7 @@ class RunFile:
 
     @classmethod
     def read(cls, folder: str | Path) -> RunFile:
-        """The record of the run whose folder this is; raises `BadInput` where there is none."""
+        """Read the run file in a run folder; raises `BadInput` where there is none, or it cannot be read."""
         path = Path(folder) / RUN_FILE
         if not path.is_file():
             raise BadInput(f"{folder} holds no {RUN_FILE}.", "Name the folder of a run.")
@@ -364,6 +377,6 @@ def _umask() -> int:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write one JSON object, atomically."""
+    """Write one JSON object atomically; raises as `write_atomically` does."""
     with write_atomically(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2, default=str) + "\n")

@@ -19,10 +19,11 @@ def rate(
     milestones: Sequence[float] = (),
     gamma: float = 1.0,
 ) -> float:
-    """The rate of `step`, counted from 0, of `steps`.
+    """The learning rate at `step`, counted from 0, of `steps` in all.
 
-    It rises linearly to `peak` in the first `warmup` steps. Then it stays (`constant`), falls along a cosine to 0
-    (`cosine`), or is multiplied by `gamma` at each of the `milestones`, shares of `steps` (`multistep`).
+    It rises linearly to `peak` during the first `warmup` steps. Then it stays constant (`constant`), falls along a
+    cosine to 0 (`cosine`), or is multiplied by `gamma` at each of the `milestones`, which are shares of `steps`
+    (`multistep`).
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -34,5 +35,5 @@ def rate(
 
 
 def cosine(done: float, whole: float, *, first: float, last: float) -> float:
-    """last + (first − last) · (1 + cos(π · done / whole)) / 2: from `first` at 0 to `last` where all is done."""
+    """last + (first − last) · (1 + cos(π · done / whole)) / 2: falls from `first` at done = 0 to `last` at `whole`."""
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * done / whole))

@@ -1,4 +1,4 @@
-"""Settings by name, as the command line and the configuration file give them: text to values, and unknown names."""
+"""Settings by name, from the command line and the configuration file: conversion of text, and errors for names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ AUTO = "auto"
 
 
 def parse(name: str, value: Any, default: Any) -> Any:
-    """`value` in the type of the setting's default; raises `BadInput` where it is none, negative or not finite."""
+    """Convert `value` to the type of the setting's `default`.
+
+    Raises `BadInput` for a value of another type, and for a number that is negative or not finite.
+    """
     kind = type(default)
     try:
         if kind is bool and isinstance(value, str):
@@ -38,9 +41,10 @@ def parse(name: str, value: Any, default: Any) -> Any:
 
 
 def named_function(spec: str, *, option: str, returns: str) -> Callable[..., Any]:
-    """The function that `file.py:function` or `package.module:function` names; its module is run for that.
+    """The function that `file.py:function` or `package.module:function` names; its module is executed.
 
-    Raises `BadInput`, naming the option, where there is none; `returns` says what it must return.
+    `option`: the command-line option, for messages. `returns`: what the function must return, for messages. Raises
+    `BadInput` where the module cannot be run, or has no such function.
     """
     place, _, name = spec.rpartition(":")
     function = getattr(_module_at(place, option), name, None)
@@ -73,27 +77,28 @@ def _module_at(place: str, option: str) -> ModuleType:
 
 
 def one_or_more(given: Any) -> list[Any]:
-    """A list of what was given: one path, which is not taken for its letters, or several things."""
+    """A list of the given values: of one value, such as a path, or of the elements of a sequence (not of a string)."""
     return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
 
 
 def assignments(texts: Sequence[str], option: str) -> dict[str, str]:
-    """`NAME=VALUE` texts by name; raises `BadInput` naming the option for one without a '='."""
+    """Parse `NAME=VALUE` texts to values by name; raises `BadInput`, naming the option, for a text without '='."""
     values: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise BadInput(f"{option} {text!r} has no '='.", f"Write NAME=VALUE, for instance {option} lr=0.1.")
-        values.pop(name.strip(), None)  # A name that comes again comes last.
+        values.pop(name.strip(), None)  # A repeated name moves to the end.
         values[name.strip()] = value.strip()
     return values
 
 
 def replace_settings(settings: Settings, changes: Mapping[str, Any], what: str) -> Settings:
-    """A frozen dataclass with some fields changed, also those of the dataclasses in it; text is converted.
+    """A copy of the frozen dataclass `settings` with changed fields, including fields of dataclasses inside it. Text is
+    converted to the field's type. `what`: kind of setting, for messages.
 
-    Raises `BadInput` for names that are no fields, with a suggestion, for those that the class lists as `REMOVED`, with
-    what to do instead, and for values of the wrong type.
+    Raises `BadInput` for an unknown field (with a suggestion), for a field that the class lists as `REMOVED` (with the
+    remedy), and for a value of the wrong type.
     """
     places = _fields(settings)
     inner: dict[str, dict[str, Any]] = {}
@@ -110,9 +115,9 @@ def replace_settings(settings: Settings, changes: Mapping[str, Any], what: str) 
 
 
 def with_defaults(usual: Settings, given: Settings | Mapping[str, Any] | None) -> Settings:
-    """`given` where it is complete settings, else the `usual` ones with the changes that it names.
+    """`given` if it is a complete settings object, else the `usual` settings with the changes in `given`.
 
-    Raises as `replace_settings` does.
+    Raises `BadInput` as `replace_settings` does.
     """
     if given is None or isinstance(given, Mapping):
         return replace_settings(usual, given or {}, "setting of training called")
@@ -120,7 +125,7 @@ def with_defaults(usual: Settings, given: Settings | Mapping[str, Any] | None) -
 
 
 def _fields(settings: Any) -> dict[str, tuple[str, Any]]:
-    """Every field by name: the field it is inside of (or nothing), and its value."""
+    """Every field by name: the outer field whose dataclass holds it (or an empty text), and its value."""
     places: dict[str, tuple[str, Any]] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)

@@ -6,7 +6,7 @@
 
     DFCOMPRESS_IMAGES=512   # for every command that has it
 
-Click ignores keys and variables it does not know; here they are an error with a suggestion.
+Click ignores unknown keys and variables; here they are errors with a suggestion.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dfcompress.errors import BadInput
 DEFAULT_FILE = Path("dfcompress.toml")
 PREFIX = "DFCOMPRESS_"
 OF_THE_TESTS = "DFCOMPRESS_TEST_DATA"
-# What else of the environment is read, here and by the libraries that dfcompress calls.
+# Other environment variables that dfcompress, or a library that it calls, reads.
 OTHER_VARIABLES = {
     "OMP_NUM_THREADS": "Number of threads of a process on the CPU; without it, small steps take one thread.",
     "CUDA_VISIBLE_DEVICES": "The GPUs that a process sees, in CUDA's own form.",
@@ -38,12 +38,12 @@ OTHER_VARIABLES = {
 
 
 def variable(parameter: click.Parameter) -> str:
-    """The variable of the environment that gives an option or argument: DFCOMPRESS_BATCH_SIZE for `--batch-size`."""
+    """The environment variable that sets an option or argument: DFCOMPRESS_BATCH_SIZE for `--batch-size`."""
     return PREFIX + _spelling(parameter).upper()
 
 
 def check_environment(root: click.Context) -> None:
-    """Raise `BadInput` for a variable of our prefix that is no command's option; the command line is not touched."""
+    """Raise `BadInput` for a DFCOMPRESS_ variable that is not an option of any command."""
     given = sorted(name for name in os.environ if name.startswith(PREFIX) and name != OF_THE_TESTS)
     known = {p.envvar for several in parts(root).values() for part in several for p in part.params} if given else ()
     for name in given:
@@ -54,7 +54,10 @@ def check_environment(root: click.Context) -> None:
 
 
 def _use(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> None:
-    """Make the file's values this command's defaults."""
+    """Make the values of the configuration file the defaults of this command.
+
+    Raises `BadInput` for a file that cannot be read, an unknown key, and a value of the wrong type.
+    """
     if path is None and not DEFAULT_FILE.exists():
         return
     values = _read(path or DEFAULT_FILE)
@@ -96,7 +99,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def parts(root: click.Context) -> dict[str, list[click.Command]]:
-    """Every command by its name, as what takes options: `bench` is three, every other one itself."""
+    """The click commands behind each command name: three for `bench`, one for every other name."""
     assert isinstance(root.command, click.Group)
     commands = {name: root.command.get_command(root, name) for name in root.command.list_commands(root)}
     return {
@@ -107,13 +110,13 @@ def parts(root: click.Context) -> dict[str, list[click.Command]]:
 
 
 def _spelling(parameter: click.Parameter) -> str:
-    """How the command line spells a parameter, with underscores: `batch_size` for `--batch-size`."""
+    """The name of a parameter on the command line, with underscores: `batch_size` for `--batch-size`."""
     longest = max(parameter.opts, key=len)
     return longest.lstrip("-").replace("-", "_")
 
 
 def _as_typed(path: Path, parameter: click.Parameter, value: Any) -> Any:
-    """A value of a file as the command line would give it; raises `BadInput` for one that no line could."""
+    """A value from the file in the form that the command line would give; raises `BadInput` for the wrong type."""
     several = parameter.multiple or parameter.nargs != 1
     values = value if several and isinstance(value, list) else [value]
     flag = isinstance(parameter, click.Option) and parameter.is_flag

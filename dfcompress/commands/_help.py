@@ -1,7 +1,6 @@
-"""Help pages: `--help` shows the options that most people need, `--help-all` every option under its heading.
+"""Help pages: `--help` shows the main options, `--help-all` shows every option under its heading.
 
-A command says nothing about it but `cls=Command`; shared options say their heading with `under`, and an option without
-a heading is a main one.
+A command only sets `cls=Command`. Options get their heading by `under`; an option without a heading is a main option.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 MAIN = "Options"
 HEADINGS = (MAIN, "Model", "Images", "Recording", "Quantization", "Pruning", "Training", "Checks", "Output", "Machine")
 ALL = "--help-all"
-# A command of so few options has one page, which shows them all.
+# A command with at most this number of options has a single help page, which shows all of them.
 ONE_PAGE = 20
-# Choices of more characters than these are listed in the sentence and not in the column of names.
+# Choices with more characters than this are listed in the sentence, and not in the column of names.
 CHOICES_SHOWN = 40
 LONG = "NAME"
-# Options as other tools, or other commands of ours, call them.
+# Names of options in other tools, or in other commands, and our names.
 ELSEWHERE = {
     "--epochs": "--train-steps",
     "--iterations": "--steps",
@@ -36,13 +35,13 @@ ELSEWHERE = {
     "--output-dir": "--output",
     "--data": "--sets",
 }
-# Sentences begin in this column, on the next line where a name is longer.
+# Sentences start in this column; after a longer name, they start on the next line.
 COLUMN = 30
 SHOW_ALL = "dfcompress.show_all"
 
 
 def under(heading: str, *options: Decorator) -> Decorator:
-    """Options whose heading on the help page is one of `HEADINGS`, in the order given."""
+    """Add `options`, in the given order, under the `heading` of the help page, which is one of `HEADINGS`."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         before = len(getattr(command, "__click_params__", []))
@@ -56,7 +55,7 @@ def under(heading: str, *options: Decorator) -> Decorator:
 
 
 class Argument(click.Argument):
-    """An argument that the help page explains; click's own, before version 8.4, have no explanation."""
+    """An argument with an `explanation` on the help page; click's own arguments have none before version 8.4."""
 
     def __init__(self, *declarations: Any, explanation: str, **attributes: Any) -> None:
         super().__init__(*declarations, **attributes)
@@ -64,14 +63,14 @@ class Argument(click.Argument):
 
 
 class Command(click.Command):
-    """A command whose help page has headings, and that refuses unknown variables of the environment before it runs."""
+    """A command whose help page has headings, and that refuses unknown DFCOMPRESS_ variables before it runs."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The command's parameters, with `--help-all` where there is more than one page."""
+        """The command's parameters, with `--help-all` where the options do not fit on one help page."""
         return super().get_params(ctx) + ([] if self._fits() else [_HELP_ALL])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the command line; an unknown option that other tools have is answered with ours."""
+        """Parse the command line; for an option name of another tool, the error suggests our name."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -93,7 +92,7 @@ class Command(click.Command):
                     _write(formatter, [_row(describe(option)) for option in options])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; raises `BadInput` where the environment has a DFCOMPRESS_ variable of no option."""
+        """Run the command; raises `BadInput` for a DFCOMPRESS_ variable that is not an option of any command."""
         _config.check_environment(ctx.find_root())
         with started_by(line_of(ctx)):
             return super().invoke(ctx)
@@ -120,7 +119,7 @@ _HELP_ALL = click.Option(
 
 
 def by_heading(parameters: list[click.Parameter]) -> Iterator[tuple[str, list[click.Option]]]:
-    """The options that are shown, heading by heading."""
+    """The visible options of each heading, in the order of `HEADINGS`."""
     shown = [each for each in parameters if isinstance(each, click.Option) and not each.hidden]
     for heading in HEADINGS:
         if options := [option for option in shown if getattr(option, "heading", MAIN) == heading]:
@@ -128,7 +127,12 @@ def by_heading(parameters: list[click.Parameter]) -> Iterator[tuple[str, list[cl
 
 
 class Described(NamedTuple):
-    """What a page says of an option: how it is written, its sentences, and its default (empty where it has none)."""
+    """The description of an option on a page.
+
+    `names`: its names. `value`: placeholder of its value, empty for a flag. `help`: its sentences. `default`: its
+    default value, empty where it has none. `required`: whether it must be given. `repeatable`: whether it may be given
+    several times.
+    """
 
     names: str
     value: str
@@ -139,7 +143,7 @@ class Described(NamedTuple):
 
 
 def describe(option: click.Option) -> Described:
-    """An option, as help pages and the reference tell of it."""
+    """Describe an option for help pages and the reference."""
     value = "" if option.is_flag else _value(option)
     sentences = option.help or ""
     if isinstance(option.type, click.Choice) and value == LONG and not option.metavar:
@@ -175,8 +179,8 @@ def _default(option: click.Option) -> str:
 
 
 def _write(formatter: click.HelpFormatter, rows: Sequence[tuple[str, str]]) -> None:
-    """Names and sentences in two columns. Unlike `write_dl`, names of options are not broken at their hyphens, and all
-    lists of a page have the same columns.
+    """Write names and sentences in two columns. Unlike click's `write_dl`, this does not break names at hyphens, and
+    all lists of a page have the same columns.
     """
     for name, sentences in rows:
         start = " " * formatter.current_indent + name

@@ -1,7 +1,7 @@
-"""Options that several commands share: each is spelled and explained once.
+"""Options that several commands share; each is defined and explained once.
 
-A group of options reaches the command as the one value it stands for: `@synthesis` gives it a `Synthesis`.
-The value is built only when the command runs, so parsing imports no torch.
+A group of options reaches the command as a single value: `@synthesis` passes a `Synthesis`.
+The value is built only when the command runs, so parsing does not import torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PATH = click.Path(path_type=Path)
 
 
 def group(name: str, build: Callable[..., Any], *options: Decorator) -> Decorator:
-    """Options that reach the command as one argument `name`, made by `build` from their values."""
+    """Options that the command receives as one argument `name`, which `build` makes from their values."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
@@ -51,7 +51,7 @@ def group(name: str, build: Callable[..., Any], *options: Decorator) -> Decorato
     return decorate
 
 
-# Where a value may be from; the first place that has one decides.
+# The sources of an option's value in their order of priority.
 PLACES = (
     ParameterSource.COMMANDLINE,
     ParameterSource.ENVIRONMENT,
@@ -61,15 +61,15 @@ PLACES = (
 
 
 class _Renamed(click.Option):
-    """An option that is also taken by its former name, with a notice."""
+    """An option that is also accepted under its former name, with a notice."""
 
     def __init__(self, *arguments: Any, former: str, **attributes: Any) -> None:
         super().__init__(*arguments, **attributes)
         self.former = former
 
     def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, ParameterSource]:
-        """The value and where it is from. The command line comes before the environment, and both before the file,
-        whichever name is used there; raises `BadInput` where one place has both names with a value each.
+        """The value and its source. The command line overrides the environment, and both override the file, under
+        either name. Raises `BadInput` where one source sets both names.
         """
         former = next(parameter for parameter in ctx.command.params if self.former in parameter.opts)
         (new, source), (old, old_source) = super().consume_value(ctx, opts), former.consume_value(ctx, opts)
@@ -82,8 +82,8 @@ class _Renamed(click.Option):
 
 
 def renamed(former: str, *declarations: str, **attributes: Any) -> Decorator:
-    """An option that had another name in the version before, and has it for one more, hidden: on the command line, in
-    the environment and in the configuration file.
+    """An option whose name changed in this version. The `former` name still works for one version, hidden from help: on
+    the command line, in the environment and in the configuration file.
     """
     kind = {"is_flag": True} if attributes.get("is_flag") else {"type": str}
     return together(
@@ -93,7 +93,7 @@ def renamed(former: str, *declarations: str, **attributes: Any) -> Decorator:
 
 
 def together(*decorators: Decorator) -> Decorator:
-    """Several decorators as one, in the order of the help page."""
+    """Combine several decorators into one, in the order of the help page."""
     return lambda command: functools.reduce(lambda inner, decorator: decorator(inner), reversed(decorators), command)
 
 
@@ -103,12 +103,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def example(line: str) -> str:
-    """The line to paste at the end of a command's help."""
+    """The example line at the end of a command's help."""
     return f"Example:  {line}"
 
 
 def numbers(text: str, option: str, kind: type = float, separator: str = ",") -> tuple[Any, ...]:
-    """`0.49,0.48,0.45` → (0.49, 0.48, 0.45); raises `BadInput` naming the option."""
+    """Parse `0.49,0.48,0.45` to (0.49, 0.48, 0.45); raises `BadInput`, naming the option, where this fails."""
     try:
         return tuple(kind(part) for part in text.split(separator))
     except ValueError:
@@ -212,13 +212,13 @@ def _verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], N
 
 
 def _nothing(ctx: click.Context, parameter: click.Parameter, value: str) -> str | None:
-    """`none` on the command line is None in Python."""
+    """Convert `none` on the command line to None."""
     return None if value == "none" else value
 
 
 def _speaking(name: str, letter: str, level: int, explanation: str) -> Decorator:
     flags = (f"-{letter}", f"--{name}")
-    # Eager, so that notices about other options obey it.
+    # Evaluated first, so that it also applies to notices about other options.
     return click.option(
         *flags, is_flag=True, is_eager=True, expose_value=False, callback=_verbosity(level), help=explanation
     )
@@ -256,10 +256,10 @@ class_names = under(
 
 
 class _ModelPath(click.Path):
-    """A path that says where else it may be given."""
+    """A path whose error message names the other ways to set it."""
 
     def get_missing_message(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """What follows "Missing argument"."""
+        """The text after "Missing argument"."""
         return "Name a checkpoint, or set DFCOMPRESS_MODEL, or `model` in dfcompress.toml."
 
 
@@ -340,7 +340,7 @@ compute = group(
 
 
 def synthesis(*, images: int | str) -> Decorator:
-    """Options of synthesis; `images` is what a verb makes by default, as help tells it."""
+    """Options of synthesis; `images`: the verb's default number of images, as help shows it."""
     number = click.option(
         "--images", type=click.IntRange(1), show_default=str(images), help="Number of images to synthesize."
     )
@@ -351,7 +351,7 @@ class _RecipeName(click.Choice[str]):
     """A known recipe, or `file.py:function`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name, as it is where it names a function."""
+        """The recipe's name; the name of a function (with a colon) is not checked."""
         return value if isinstance(value, str) and ":" in value else super().convert(value, param, ctx)
 
 
@@ -468,7 +468,7 @@ reporting = under(
 
 
 def training(*, steps: int | str, lr: float | str, batch_size: int | str) -> Decorator:
-    """Options of the training loop, as changes of a verb's usual `Training`, whose numbers are told as defaults."""
+    """Options of the training loop, as changes of a verb's default `Training`; the arguments are the defaults shown."""
     return group(
         "training",
         _training,
@@ -530,14 +530,17 @@ def _training(
 
 
 def _once_each(by_option: dict[str, Any], assigned: dict[str, Any], option: str) -> dict[str, Any]:
-    """Settings that have an option of their own, and others; raises `BadInput` for one that is given both ways."""
+    """Settings from options of their own, and from `option`; raises `BadInput` for a setting given both ways."""
     for name in by_option.keys() & assigned.keys():
         raise BadInput(f"{option} {name}=... is given beside the option for {name}.", "Give one of them.")
     return by_option | assigned
 
 
 def _objectives(objective: tuple[str, ...]) -> dict[str, float] | None:
-    """`kd`, or `feature=0.1`: weights by name; None where none was named."""
+    """Parse texts such as `kd` (weight 1) and `feature=0.1` to weights by name; None without texts.
+
+    Raises `BadInput` for a weight that is not a number.
+    """
     weights = {}
     for text in objective:
         name, _, weight = text.partition("=")
@@ -582,7 +585,7 @@ objectives = group(
 
 
 def temperature(default: str, usual: float | None = None) -> Decorator:
-    """`--temperature`, whose default is described so; None leaves it to the verb."""
+    """The option `--temperature`; `default`: text for help. `usual`: default value, None where the verb decides."""
     return under(
         "Training",
         click.option(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dfcompress.verbs._plan import Plan, SynthesisEstimate
     from dfcompress.verbs.evaluate import Evaluation, Forgetting
 
-# More numbers or names than these do not fit into a line of 100 characters.
+# Maximum number of numbers or names that fit into a line of 100 characters.
 CLASSES_SHOWN = 20
 SLOW_INT8 = (
     "8 bits on all tensors save time in networks that are large enough and have channels in multiples of 8, other "
@@ -25,8 +25,9 @@ SLOW_PRUNED = "onnxruntime computes 8 or 16 channels at once, so --round-to 8 or
 
 
 def plan(planned: Plan[Any], *, as_json: bool) -> None:
-    """What a verb would do, with estimates; nothing was touched. Parts that do not take place are null in JSON. What
-    the verb would refuse is refused.
+    """Print a plan with estimates of time and memory; nothing is written. Steps that are left out are null in JSON.
+
+    Raises `BadInput` where the verb would raise it before its work.
     """
     planned.check_output()
     if as_json:
@@ -56,7 +57,7 @@ def plan(planned: Plan[Any], *, as_json: bool) -> None:
 
 
 def _bits(bits: Mapping[str, Mapping[str, int | None]], options: Mapping[str, Any]) -> None:
-    """How many layers get which bits, where grids stand, and the runtime of an ONNX file."""
+    """Print the number of layers with each bit width, the placement of grids, and the runtime of an ONNX file."""
     of_layers = Counter(f"{each['weights'] or 'auto'}w{each['activations']}a" for each in bits.values())
     told = ", ".join(f"{console.amount(count, 'layer')} {name}" for name, count in of_layers.items())
     runtime = f", exported for {options['export']}" if options["export"] else ""
@@ -77,7 +78,7 @@ def _synthesis(estimate: SynthesisEstimate) -> None:
 
 
 def evaluation(measured: Evaluation) -> None:
-    """Counts and shares of every checkpoint; which images, where they differ."""
+    """Print counts and shares of every checkpoint, and the kind of images where there are several kinds."""
     which = ["images"] if any(score.images for score in measured.results) else []
     rows = [
         [
@@ -96,7 +97,7 @@ def evaluation(measured: Evaluation) -> None:
 
 
 def forgotten(classes: Sequence[Forgetting]) -> None:
-    """What was right of each old class before and after; of many classes those that lost the most."""
+    """Print the accuracy on old classes before and after; with many classes, only those that lost the most."""
     worst = sorted(classes, key=lambda each: each.after - each.before)[:CLASSES_SHOWN]
     lost = sum(each.before - each.after for each in classes) / len(classes)
     console.result(f"forgotten of an old class: {100 * lost:.2f} points on average; the classes that lost the most:")
@@ -109,7 +110,7 @@ def _share(share: float | None) -> str:
 
 
 def classes(counts: Sequence[int]) -> None:
-    """How many images there are of each class; where classes are many, the least, the most and how many have none."""
+    """Print the number of images of each class; for many classes, the minimum, the maximum and how many are empty."""
     if len(counts) <= CLASSES_SHOWN:
         console.result(f"images of each class: {' '.join(map(str, counts))}")
         return
@@ -118,8 +119,10 @@ def classes(counts: Sequence[int]) -> None:
 
 
 def exported(result: Exported, *, fp32: float | None = None, slow: str = SLOW_INT8) -> None:
-    """What was written, and how it compares with the model; its size with `fp32` bytes where these are known, else with
-    the checkpoint that was exported. `slow` says why a file may not be faster.
+    """Print the ONNX file and its comparison with the model.
+
+    `fp32`: bytes of the model in fp32, to which the size is compared; default: the exported checkpoint. `slow`: text
+    that explains why a file may not be faster.
     """
     from dfcompress.evaluation.onnx_check import EXACT, UNSATURATED
 
@@ -145,7 +148,7 @@ def exported(result: Exported, *, fp32: float | None = None, slow: str = SLOW_IN
 
 
 def layers(report: dict[str, Any]) -> None:
-    """A line for each quantized layer."""
+    """Print a line for each quantized layer, and the layers that stay in float."""
     rows = [
         [
             row["layer"],
@@ -160,15 +163,15 @@ def layers(report: dict[str, Any]) -> None:
     console.table(["layer", "weights", "bits", "input", "sensitivity", "SNR dB"], rows)
     for name, kind in report["left_in_float"].items():
         console.result(f"{name} ({kind}) stays in float")
-    for name, count in report.get("unused_bytes", {}).items():  # Earlier runs did not name them.
+    for name, count in report.get("unused_bytes", {}).items():  # Missing in reports of earlier versions.
         console.result(f"{name} ({count:,} bytes) is not used by evaluation and stays in float")
 
 
 def widths(report: dict[str, Any]) -> None:
-    """What pruning kept of the budget, a line for each layer that lost channels, and why others did not."""
+    """Print the share of the budget that was kept, a line for each pruned layer, and why other layers keep theirs."""
     last = report["rounds"][-1]
     share = last["after"] / last["before"]
-    by = f", channels chosen by {last['importance']}" if "importance" in last else ""  # Earlier runs did not tell.
+    by = f", channels chosen by {last['importance']}" if "importance" in last else ""  # Missing in earlier reports.
     console.result(f"{last['after']:,.0f} of {last['before']:,.0f} {last['unit']} ({share:.1%}){by}")
     rows = [
         [
@@ -186,7 +189,7 @@ def widths(report: dict[str, Any]) -> None:
 
 
 def compressed(result: Compressed, *, as_json: bool, slow: str = SLOW_INT8) -> None:
-    """Where the result is, its size, its seconds, and its accuracy if it was asked for; `slow` as in `exported`."""
+    """Print the result's folder, size, seconds and agreement, and its accuracy if known; `slow`: as in `exported`."""
     if as_json:
         console.result_json(result.to_json())
         return

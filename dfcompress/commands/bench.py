@@ -35,7 +35,7 @@ def _batch_size(*, smallest: int, usual: int) -> _help.Decorator:
 
 @click.group()
 def bench() -> None:
-    """Measure this machine."""
+    """Time steps of synthesis and training on this machine."""
 
 
 @bench.command(cls=_help.Command, epilog=_options.example("dfcompress bench step resnet20.pt --batch-size 256"))
@@ -45,7 +45,7 @@ def bench() -> None:
 @_options.compute
 @_options.reporting
 def step(model: Classifier, batch_size: int, rounds: int, compute: Compute, as_json: bool) -> None:
-    """Time one synthesis step against the published loop and the floor."""
+    """Time one step of synthesis against the published loop and against the plain network's passes."""
     from dfcompress.verbs.bench_step import bench_step
 
     _tell(bench_step(model, batch_size=batch_size, rounds=rounds, compute=compute), to="ours", as_json=as_json)
@@ -76,7 +76,7 @@ def train(model: Classifier, student: str, batch_size: int, rounds: int, compute
 @_options.compute
 @_options.reporting
 def generator(model: Classifier, student: str, batch_size: int, rounds: int, compute: Compute, as_json: bool) -> None:
-    """Time one round of a generator and a student against the plain loop."""
+    """Time one round of training a generator and a student against the plain loop."""
     from dfcompress.verbs.bench_generator import bench_generator
 
     measured = bench_generator(model, student=student, batch_size=batch_size, rounds=rounds, compute=compute)

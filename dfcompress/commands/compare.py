@@ -22,10 +22,10 @@ TAIL = 0.1  # Of the classes, in the column of the tail degradation.
 
 
 class _TakesSeveral(_help.Command):
-    """A command whose options `SEVERAL` take all words up to the next option: `--sets a b` is `--sets a --sets b`."""
+    """A command whose options `SEVERAL` take all words to the next option: `--sets a b` means `--sets a --sets b`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """The words as click takes them."""
+        """Parse the words after repeating the options in the form that click needs."""
         return super().parse_args(ctx, list(_repeated(args)))
 
 
@@ -110,7 +110,7 @@ def compare(
     device: str,
     as_json: bool,
 ) -> None:
-    """Show sets of images to several models. All models are compared with the first."""
+    """Evaluate several models on sets of images. All models are compared with the first."""
     from dfcompress.verbs.compare import compare
 
     if csv and csv.exists() and (not csv.is_dir() or any(csv.iterdir())):
@@ -169,7 +169,7 @@ def _ratio(one: ModelOnSet) -> str:
 
 
 def _answers(found: Comparison, name: str, numbers: dict[str, str]) -> None:
-    """Right answers of each model on a set and how they differ from the first model's, then what changed."""
+    """Print each model's accuracy on a set and its difference from the first model, then the changed predictions."""
     against = {each.checkpoint: each for each in found.differences if each.set == name}
     console.result(f"on {name}, against model 1:" if against else f"on {name}:")
     rows = [
@@ -221,7 +221,7 @@ def _named(number: int, names: Sequence[str] | None) -> str:
 
 
 def _bias(one: ModelOnSet, names: Sequence[str] | None) -> str:
-    """The classes of the largest and of the least mean softmax."""
+    """The classes with the largest and with the smallest mean softmax."""
     order = sorted(range(len(one.soft)), key=lambda each: -one.soft[each])
     digits = _digits(one)
 
@@ -236,7 +236,7 @@ def _bias(one: ModelOnSet, names: Sequence[str] | None) -> str:
 
 
 def _digits(one: ModelOnSet) -> int:
-    """Of percentages that add up to 100 over all classes."""
+    """The number of decimals for percentages that add up to 100 over all classes."""
     return 1 if len(one.soft) <= _summary.CLASSES_SHOWN else 2
 
 
@@ -246,7 +246,7 @@ def _changes(one: Difference, names: Sequence[str] | None) -> str:
 
 
 def _lost(first: ModelOnSet, one: ModelOnSet, names: Sequence[str] | None) -> str:
-    """The classes whose accuracy fell most against the first model's, in points."""
+    """The classes that lost the most accuracy against the first model, in percentage points."""
     pairs = enumerate(zip(first.class_accuracy, one.class_accuracy, strict=True))
     falls = [(now - was, each) for each, (was, now) in pairs if was is not None and now is not None and now < was]
     worst = [f"{_named(each, names)} ({100 * fall:.1f} points)" for fall, each in sorted(falls)[:FEW]]
@@ -254,7 +254,9 @@ def _lost(first: ModelOnSet, one: ModelOnSet, names: Sequence[str] | None) -> st
 
 
 def _classes(results: Sequence[ModelOnSet], found: Comparison, numbers: Sequence[str]) -> None:
-    """Mean predictions of each class, the first model's largest first, and accuracies; of many classes the ends."""
+    """Print mean predictions and accuracy of each class, ordered by the first model's mean softmax, the largest first;
+    with many classes, only both ends of the order.
+    """
     first = results[0]
     alike = [number for number, model in enumerate(found.models) if model.compared]
     order = sorted(range(len(first.soft)), key=lambda each: -first.soft[each])

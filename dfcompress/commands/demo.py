@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @_options.compute
 @_options.reporting
 def demo(output: Path, resume: bool, overwrite: bool, compute: Compute, as_json: bool) -> None:
-    """Compress a small MNIST classifier that the package ships, in a minute or two."""
+    """Compress a small MNIST classifier that is part of the package, in one or two minutes."""
     from dfcompress.verbs.demo import demo
 
     shown = demo(output=output, compute=compute, resume=resume, overwrite=overwrite)

@@ -19,7 +19,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 def _seconds(budget: str | None) -> float | None:
-    """`90s`, `30m` or `2h` → seconds."""
+    """Convert `90s`, `30m` or `2h` to seconds; raises `BadInput` for other forms."""
     if budget is None:
         return None
     try:
@@ -75,7 +75,7 @@ def distill(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train a smaller student on images made from the model."""
+    """Train a smaller student on images synthesized from the model."""
     from dfcompress.verbs.distill import distill
 
     plan = distill.plan(

@@ -11,7 +11,7 @@ from dfcompress.commands import _help, _options
 @click.command(cls=_help.Command, epilog=_options.example("dfcompress doctor"))
 @_options.reporting
 def doctor(as_json: bool) -> None:
-    """Tell what this machine has: GPU, compilers, precision, apex, versions."""
+    """Show the properties of this machine: GPU, compilers, precision, apex, versions."""
     from dfcompress.verbs.doctor import doctor
 
     found = doctor()

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 def evaluate(
     models: list[Classifier], data: Path, fail_under: float | None, batch_size: int, device: str, as_json: bool
 ) -> None:
-    """Count right answers on real images, and agreement with the first checkpoint."""
+    """Measure accuracy on real images, and agreement with the first checkpoint."""
     from dfcompress.verbs.evaluate import evaluate
 
     measured = evaluate(models, data=data, device=device, batch_size=batch_size, fail_under=fail_under)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def export(
     model: Classifier, output: Path | None, overwrite: bool, target: Target, data: Path | None, as_json: bool
 ) -> None:
-    """Write a model as ONNX and check it in onnxruntime. Quantized weights are integers of their true width."""
+    """Write a model as ONNX and check it in onnxruntime. Quantized weights are stored as integers of their width."""
     from dfcompress.verbs.export import export
 
     result = export(model, output=output, target=target, data=data, overwrite=overwrite)

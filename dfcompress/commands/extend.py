@@ -84,7 +84,7 @@ def extend(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Teach the model new classes from labelled images. No image of the classes that it knows is needed."""
+    """Teach the model new classes from labelled images. Images of its old classes are not needed."""
     from dfcompress.verbs.extend import extend
 
     gates.require_images(eval_data[0] if eval_data else None)

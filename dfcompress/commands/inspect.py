@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 )
 @_options.reporting
 def inspect(model: Classifier, write_card: bool, as_json: bool) -> None:
-    """Say what a checkpoint is and what can be done with it."""
+    """Show the properties of a checkpoint and the commands that can use it."""
     from dfcompress.verbs.inspect import inspect
 
     found = inspect(model, write_card=write_card)

@@ -49,7 +49,7 @@ def invert(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Make images from a checkpoint and nothing else."""
+    """Synthesize images from a checkpoint alone."""
     from dfcompress.verbs.invert import invert
 
     plan = invert.plan(

@@ -72,7 +72,7 @@ def merge(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train one student that knows the classes of several models. It learns from images made from each of them."""
+    """Train one student for the classes of several models. It learns from images synthesized from each model."""
     from dfcompress.verbs.merge import merge
 
     plan = merge.plan(

@@ -108,7 +108,7 @@ def prune(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Make a dense network of fewer channels. It is repaired on images made from the model."""
+    """Remove channels from a model. The smaller network is repaired on images synthesized from the model."""
     import json
 
     from dfcompress.verbs._prune_step import REPORT

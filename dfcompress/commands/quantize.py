@@ -30,7 +30,7 @@ def _calibration(
     signed: bool | None,
     correction: bool | None,
 ) -> dict[str, Any]:
-    """The settings of calibration that were given, by the names of their fields."""
+    """The settings of calibration that were given, by the field names of `Calibration`."""
     named = {
         "inputs": calibrate,
         "weights": weight_ranges,
@@ -207,7 +207,7 @@ def quantize(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Make a model of few bits. It is calibrated and fine-tuned on images made from the model."""
+    """Quantize a model to few bits. It is calibrated and fine-tuned on images synthesized from the model."""
     import json
 
     from dfcompress.quantization.layer_report import REPORT

@@ -115,7 +115,7 @@ def record(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Record activations on the training images. The owner of a model releases them beside it."""
+    """Record statistics of activations on the training images, which a model's owner releases with the model."""
     from dfcompress.verbs.record import record
 
     made = record(

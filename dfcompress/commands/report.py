@@ -23,7 +23,7 @@ from dfcompress.commands import _help, _options
 )
 @_options.reporting
 def report(runs: tuple[Path, ...], output: Path, overwrite: bool, data: Path | None, as_json: bool) -> None:
-    """Write one HTML page about runs. It shows settings, numbers, images, losses and layers, and needs no network."""
+    """Write one HTML page about runs. It shows settings, results, images, losses and layers, and works offline."""
     from dfcompress.verbs.report import report
 
     written = report(runs, output=output, data=data, overwrite=overwrite)

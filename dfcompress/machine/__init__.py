@@ -1,1 +1,1 @@
-"""What the machine can do, and how a job uses it; the only room that names CUDA."""
+"""Capabilities of the machine, and their use by a job; the only package that names CUDA."""

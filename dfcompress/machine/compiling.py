@@ -1,4 +1,4 @@
-"""A function made faster: through `torch.compile`, or as one CUDA graph."""
+"""Faster functions: by `torch.compile`, or as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dfcompress import console
 from dfcompress.errors import first_line
 from dfcompress.machine.device import is_cuda
 
-COMPILED_AT_MOST = 256  # Times that one function is compiled in a process.
-# What `torch.compile` needs, and what to install where it is not there.
+COMPILED_AT_MOST = 256  # Maximum number of times that one function is compiled in a process.
+# The requirements of `torch.compile`, and the package that provides each.
 NEEDED_TO_COMPILE = {
     "Triton": "triton",
     "C compiler": "gcc",
@@ -29,9 +29,9 @@ NEEDED_TO_COMPILE = {
 
 
 def missing_to_compile(device: torch.device) -> str | None:
-    """Which of `NEEDED_TO_COMPILE` is not here, None where `torch.compile` can work.
+    """The first of `NEEDED_TO_COMPILE` that is missing on this machine, None where `torch.compile` can work.
 
-    For CUDA Triton builds its launcher with a C compiler; for a CPU kernels are C++. Both include Python.h.
+    On CUDA, Triton builds its launcher with a C compiler; on a CPU, kernels are C++. Both include Python.h.
     """
     if is_cuda(device):
         if importlib.util.find_spec("triton") is None:
@@ -44,12 +44,12 @@ def missing_to_compile(device: torch.device) -> str | None:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether `torch.compile` can work here."""
+    """Whether `torch.compile` can work on this machine, for `device`."""
     return missing_to_compile(device) is None
 
 
 def compiler() -> str | None:
-    """The C++ compiler that `torch.compile` would find."""
+    """The path of the C++ compiler that `torch.compile` would find, None without one."""
     return _first_of(os.environ.get("CXX", "g++"), "g++", "clang++")
 
 
@@ -58,15 +58,15 @@ def _first_of(*programs: str) -> str | None:
 
 
 def compiled(function: Callable[..., Any], *, whole: bool = True) -> Callable[..., Any]:
-    """`function` through `torch.compile`, for fixed shapes and as one graph where it must be `whole`; eagerly, with a
-    notice, where that fails.
+    """`function` compiled by `torch.compile` for fixed shapes; `whole`: as one graph. Where compiling fails, a notice
+    is printed, and the function runs eagerly.
     """
     fast: Callable[..., Any] = torch.compile(function, backend=_inductor, fullgraph=whole, dynamic=False)
 
     def call(*args: Any) -> Any:
         nonlocal fast
         try:
-            # torch counts what it compiles of one function in the whole process, and gives up after the eighth.
+            # torch counts the compilations of one function in the whole process, and by default gives up after eight.
             with torch._dynamo.config.patch(recompile_limit=COMPILED_AT_MOST):
                 return fast(*args)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
@@ -80,10 +80,10 @@ def compiled(function: Callable[..., Any], *, whole: bool = True) -> Callable[..
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """torch's own compiler, which by itself compiles the backward graph at the first backward pass: outside of any
-    `try` around the call. Here it does so together with the forward graph.
+    """torch's default compiler, set up to compile the backward graph together with the forward graph. By default it
+    compiles the backward graph in the first backward pass, outside of any `try` around the call.
 
-    On CUDA it picks no kernel by timing, because the order of sums, and so the bits, would depend on the moment.
+    On CUDA, no kernel is chosen by timing: the order of sums, and so the bits, would differ from run to run.
     """
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
@@ -108,11 +108,12 @@ def _convolution_backward(
     *more: Any,
     usual: Callable[..., Any] | None,
 ) -> Any:
-    """The gradients of a convolution as the compiler computes them by itself, except where a strided depthwise
-    convolution in bf16 on a CPU needs its input's: that one goes through fp32.
+    """The gradients of a convolution by the compiler's default rule `usual`; for strided depthwise convolutions in bf16
+    on a CPU, they are computed in fp32.
 
-    oneDNN has no fast kernel for it: with 144 channels, 5 × 5, stride 2 and 16 images of 59 × 59 it takes 82 ms in
-    bf16 and 4 in fp32, on a CPU with AVX512-BF16; four such layers were 60 % of a step of EfficientNet-Lite0.
+    oneDNN has no fast bf16 kernel for these. With 144 channels, 5 × 5, stride 2 and 16 images of 59 × 59 pixels, on a
+    CPU with AVX512-BF16, the gradients take 82 ms in bf16 and 4 ms in fp32. Four such layers took 60 % of the time of a
+    step of EfficientNet-Lite0.
     """
     depthwise = weight.shape[0] == features.shape[1] and weight.shape[1] == 1
     bf16_on_cpu = features.device.type == "cpu" and features.dtype == torch.bfloat16
@@ -125,8 +126,10 @@ def _convolution_backward(
 
 
 def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """`step` on the current device as one CUDA graph: replaying it costs one launch. It must have run before, and use
-    the same memory every time. Where capturing fails, `step` itself, with a notice.
+    """`step` on the current device, captured as one CUDA graph that is replayed with a single launch.
+
+    `step` must have run before, and use the same memory every time. Where capturing fails, a notice is printed, and
+    `step` itself is returned.
     """
     graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
     current = torch.cuda.current_device()
@@ -136,7 +139,7 @@ def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     except RuntimeError as error:
         torch.cuda.set_stream(stream)
         _leave_pool(current, pool)
-        # The end of a failed capture fails too; the reason is the error before.
+        # Ending a failed capture fails, too; the reason is the error before it.
         reason = first_line(error.__context__ or error)
         console.notice(f"No CUDA graph, so every kernel is launched on its own: {reason}.")
         return step
@@ -150,17 +153,18 @@ def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 @cache
 def _capture_stream(index: int) -> Any:
-    """The stream on which steps of a device are captured.
+    """The stream on which steps of the device `index` are captured.
 
-    torch keeps one for the whole process, on which kernels of another device are not captured; and a new one for every
-    capture would leave a workspace of cuBLAS each.
+    torch's default is one stream for the whole process, which cannot capture kernels of another device. A new stream
+    for every capture would leave a cuBLAS workspace behind each time.
     """
     return torch.cuda.Stream(index)
 
 
 def _leave_pool(index: int, pool: Any) -> None:
-    """Let the allocator out of the memory of a failed capture: inside, it gives no cached memory back to the device."""
-    # The allocator was out of it, as only the graph's instantiation failed; or another torch has other private names.
+    """Take the allocator out of a failed capture's memory pool: inside, it returns no cached memory to the device."""
+    # An error here means: the allocator had left the pool, because only the graph's instantiation failed, or this
+    # version of torch has other private names.
     with suppress(RuntimeError, AttributeError):
         torch._C._cuda_endAllocateToPool(index, pool)
         torch._C._cuda_releasePool(index, pool)

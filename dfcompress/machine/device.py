@@ -1,4 +1,4 @@
-"""Which processor to compute on, and in which precision."""
+"""The device to compute on, and the precision."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PRECISIONS: dict[Precision, torch.dtype] = {
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """The device that `auto`, `cpu`, `cuda` or `cuda:N` names.
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` names; `auto` is CUDA where it exists, else the CPU.
 
-    Raises `BadInput` where it does not exist on this machine.
+    Raises `BadInput` for other names, and where the device does not exist on this machine.
     """
     if name == "auto":
         if not has_cuda():
@@ -45,7 +45,10 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def _own_cuda() -> str:
-    """The GPU of this process among those it sees; several processes share one where they are more than the GPUs."""
+    """The name of this process's GPU; processes share GPUs where there are more processes than GPUs.
+
+    Raises `BadInput` where this process sees no GPU.
+    """
     seen = torch.cuda.device_count()
     if not seen:
         raise BadInput(
@@ -61,19 +64,21 @@ def has_cuda() -> bool:
 
 
 def is_cuda(device: torch.device) -> bool:
-    """Whether CUDA kernels run there, torch's fused ones among them."""
+    """Whether `device` is a CUDA device."""
     return device.type == "cuda"
 
 
 def identity(device: torch.device) -> str:
-    """Which processor it is, the same in all processes that compute on it: `cpu`, or machine and GPU."""
+    """A name of the processor that is equal in all processes that compute on it: `cpu`, or machine and GPU."""
     if device.type == "cpu":
         return "cpu"
     return f"{platform.node()}/{torch.cuda.get_device_properties(device).uuid}"
 
 
 def collective_backend(identities: Sequence[str]) -> str:
-    """Through what processes on these processors exchange tensors: NCCL refuses two on one GPU, gloo does not."""
+    """The backend by which processes on these processors exchange tensors: NCCL where each has its own GPU, else gloo,
+    because NCCL refuses two processes on one GPU.
+    """
     has_own = "cpu" not in identities and len(set(identities)) == len(identities)
     return "nccl" if has_own else "gloo"
 
@@ -87,10 +92,10 @@ def cuda_devices() -> list[dict[str, Any]]:
 
 
 def resolve_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> torch.dtype:
-    """The type the convolutions run in for `auto`, `fp32`, `bf16` or `fp16`.
+    """The data type of convolutions for `auto`, `fp32` or `bf16`.
 
-    `auto` is bf16 where the processor multiplies it natively (a CUDA device of compute capability 8 or newer,
-    a CPU with AMX or AVX512-BF16), else fp32.
+    `auto` is bf16 on processors with native bf16 products (a CUDA device of compute capability 8.0 or newer, a CPU with
+    AMX or AVX512-BF16), else fp32. Raises `BadInput` for `fp16`, which is not supported yet.
     """
     if name == "fp16":
         raise BadInput("--precision fp16 is not there yet: it needs loss scaling.", "Use bf16 or fp32.")
@@ -102,7 +107,7 @@ def resolve_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: tor
 
 
 def precision_name(dtype: torch.dtype) -> Precision:
-    """The name of a type as `--precision` takes it."""
+    """The name of a data type, as `--precision` accepts it."""
     return next(name for name, candidate in PRECISIONS.items() if candidate == dtype)
 
 
@@ -123,7 +128,7 @@ def as_mine(stored: str) -> str:
 
 
 def processor_name(device: torch.device) -> str:
-    """What the results were computed on, for `run.json`."""
+    """The name of the GPU or CPU, for `run.json`."""
     if is_cuda(device):
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -136,14 +141,14 @@ def processor_name(device: torch.device) -> str:
 
 @contextmanager
 def forked_randomness(device: torch.device) -> Iterator[None]:
-    """Give the generators of the CPU and of `device` back as they were; those of other devices are left alone."""
+    """Restore the random generators of the CPU and of `device` after the block; other devices are left alone."""
     devices = [_index(device)] if is_cuda(device) else []
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         yield
 
 
 def seed(device: torch.device, number: int) -> None:
-    """Seed the generators of the CPU and of `device`."""
+    """Seed the default random generators of the CPU and of `device` with `number`."""
     torch.default_generator.manual_seed(number)
     if is_cuda(device):
         with torch.cuda.device(device):
@@ -155,6 +160,6 @@ def _index(device: torch.device) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that a clock read afterwards counts its work."""
+    """Wait until the device has finished its work, so that a clock read afterwards includes this work."""
     if is_cuda(device):
         torch.cuda.synchronize(device)

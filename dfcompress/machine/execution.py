@@ -1,4 +1,4 @@
-"""How a job is computed: what the user asked for (`Compute`), and what is chosen once and stored (`Execution`)."""
+"""How a job is computed: the user's request (`Compute`), and the choices made once and stored (`Execution`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ from dfcompress.machine.process import deterministic, exact_fp32, threads, threa
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """Where and how to compute, as the user asked for it; each `auto` is resolved once a job."""
+    """Where and how to compute, as requested by the user; each `auto` is resolved once for a job.
+
+    `device`: `auto` (CUDA where it exists, else the CPU), `cpu`, `cuda` or `cuda:N`. `precision`: data type of
+    convolutions; `auto` is bf16 on processors with bf16 instructions, else fp32; `fp16` is not supported yet.
+    `compile`: whether to use `torch.compile`; `auto` compiles where this is predicted to save time. `seed`: seed of all
+    random numbers, from 0 up.
+    """
 
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -35,8 +41,8 @@ class Compute:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for values that are none, and for a device, a precision or a compiler that is not to be had
-        here.
+        """Raise `BadInput` for a value that is not valid, and for a device, a precision or a compiler that this machine
+        does not have.
         """
         require_fields(self)
         if self.seed < 0:
@@ -52,10 +58,12 @@ class Compute:
 
 @dataclass(frozen=True)
 class Execution:
-    """Everything about the machine that the bits of a result depend on; resolved once, stored, and obeyed on resume.
+    """All choices about the machine that the bits of a result depend on; made once, stored, and kept on resume.
 
-    `capture` says whether a step of synthesis is replayed as one CUDA graph. `chunk` is how many images of a batch are
-    computed at once, None all of them.
+    `device`, `precision`: where, and in which data type. `compile`: whether networks are compiled. `threads`: number of
+    CPU threads. `processor`: name of the processor. `groups`: number of batches that a step of synthesis computes side
+    by side. `capture`: whether a step of synthesis is replayed as one CUDA graph. `chunk`: number of images of a batch
+    that are computed at once, None for all of them.
     """
 
     device: str
@@ -68,22 +76,24 @@ class Execution:
     chunk: int | None = None
 
 
-# Measured on one and two cores: 150 G units of work a second eagerly; compiling takes 20 to 35 s and leaves 0.2 to 0.8
-# of the eager time. The rate of CUDA devices is not measured: by their kernels and bytes, captured eager steps of 256
-# images should take 2.5 ms for ResNet-20 and 15 ms for ResNet-34 on an H200, which are 31 and 51 T.
+# Measured on one and on two CPU cores: an eager network does 150 G units of work (see `work_of`) a second; compiling
+# takes 20 to 35 s, and a compiled network takes 0.2 to 0.8 of the eager time. The CUDA value is not measured but
+# estimated from kernels and bytes: on an H200, captured eager steps of 256 images should take 2.5 ms for ResNet-20
+# and 15 ms for ResNet-34, which are 31 and 51 T units a second.
 EAGER_WORK_PER_SECOND = {"cpu": 150e9, "cuda": 40e12}
 COMPILING_SECONDS = 30.0
 COMPILED_SHARE = 0.6
 
 
 def resolve_execution(compute: Compute, work: float, *, steps: int, sizes: int = 1) -> Execution:
-    """Make every automatic choice once, from the whole job.
+    """Make every automatic choice once, from the size of the whole job.
 
-    `work` is the job's, in the unit of `models.classifier.work_of`, which it does in so many `steps`, on images of so
-    many `sizes`, for each of which the network is compiled anew; `auto` compiles where it predicts a gain, and small
-    steps have one thread. Nothing is timed, so the same job is computed in the same
-    way, and to the same bits, however busy the machine is.
-    Raises `BadInput` where the device or the precision is not to be had, or `compile="on"` finds no compiler.
+    `work`: work of the job, in the unit of `models.classifier.work_of`. `steps`: number of steps that it is done in.
+    `sizes`: number of image sizes; the network is compiled anew for each. `compile="auto"` compiles where a gain is
+    predicted; small steps use one thread. Nothing is timed, so the same job makes the same choices, and gives the same
+    bits, on a busy machine, too.
+    Raises `BadInput` where the device or the precision is not available. Without a compiler, the job runs eagerly, with
+    a notice.
     """
     device = resolve_device(compute.device)
     precision = precision_name(resolve_precision(compute.precision, device))
@@ -107,8 +117,8 @@ def resolve_execution(compute: Compute, work: float, *, steps: int, sizes: int =
 
 @contextmanager
 def computing(execution: Execution) -> Iterator[None]:
-    """Compute as `execution` says inside: in its threads, on its device, on CUDA by kernels that give the same bits
-    every time, and fp32 as fp32. Afterwards everything is as before, but for the memory that the process keeps.
+    """Compute as `execution` says inside the block: with its threads, on its device, with deterministic CUDA kernels,
+    and in fp32 without TF32. Afterwards all settings are restored; only freed memory stays with the process.
     """
     device = torch.device(execution.device)
     with ExitStack() as stack:
@@ -120,10 +130,10 @@ def computing(execution: Execution) -> Iterator[None]:
 
 
 def tried(execution: Execution, compute: Compute, attempt: Callable[[Execution], object], *, what: str) -> Execution:
-    """`execution` where `attempt`, a short pass as it says, works; in fp32, with a notice, where that alone works and
-    the precision was chosen here. `what` names the networks.
+    """`execution` if `attempt`, a short pass with it, works. Otherwise, with `precision="auto"`, the same in fp32 if
+    that works, with a notice. `what`: the networks, for messages.
 
-    Raises `BadInput` where the user chose the precision, and where fp32 does not work either.
+    Raises `BadInput` where the pass fails in the precision that the user requested, and where it fails in fp32, too.
     """
     why = _why_not(attempt, execution)
     if why is None:
@@ -145,16 +155,16 @@ def tried(execution: Execution, compute: Compute, attempt: Callable[[Execution],
 
 
 def _why_not(attempt: Callable[[Execution], object], execution: Execution) -> str | None:
-    """Why an attempt fails, None where it does not."""
+    """The reason why an attempt fails, None where it works or only memory is missing."""
     try:
         attempt(execution)
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
-            return None  # The work itself looks for what fits.
+            return None  # The work itself finds a number of images that fits.
         return first_line(error)
     return None
 
 
 def predicted_seconds(execution: Execution, eager_seconds: float, *, sizes: int = 1) -> float:
-    """Estimate of a job's seconds, compiling for each size of images included, from those it would take eagerly."""
+    """Estimate a job's seconds, including compilation for each of `sizes` image sizes, from its eager seconds."""
     return COMPILING_SECONDS * sizes + COMPILED_SHARE * eager_seconds if execution.compile else eager_seconds

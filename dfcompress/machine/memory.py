@@ -1,5 +1,5 @@
-"""How many images fit into memory at once: what one takes is counted, and what is free is asked for. What is said where
-memory is not enough, and how freed memory is kept.
+"""The number of images that fit into memory at once, from the counted memory of one image and the free memory; errors
+for missing memory; and reuse of freed memory.
 
 taken = count_growth(lambda images: network(torch.zeros(images, 3, 224, 224)))
 images_at_once(256, taken, input_size=(3, 224, 224), target=torch.device("cpu"))     # 16
@@ -25,21 +25,22 @@ from dfcompress.distributed import world
 from dfcompress.errors import BadInput, DfcompressError
 from dfcompress.machine.device import is_cuda
 
-# Of the free memory. ResNet-44 with 256 images of 32 px in fp32 has 895 MB of tensors and grew by 1.2 GB: with 0.6 it
-# is computed whole where 2.6 GB are free, as on a machine with 4 GB. The rest is for what comes beside and after.
+# Share of the free memory that is used; the rest is for other and later needs. ResNet-44 with 256 images of 32 px in
+# fp32 has 895 MB of tensors, and its process grew by 1.2 GB: with a share of 0.6, the batch is computed whole where
+# 2.6 GB are free, as on a machine with 4 GB.
 SHARE = 0.6
-# Growth of the process against the tensors counted, eagerly on a CPU: 1.0 to 1.3 in fp32 (EfficientNet-Lite0 and
-# ResNet-50 at 224 px, ResNet-44), 1.4 to 1.6 in bf16 (these and ResNet-18), whose convolutions have memory of their
-# own. Compiled: 0.8 (EfficientNet-Lite0) and 1.8 (ResNet-44, 0.2 GB of which are the compiler's).
+# Growth of the process divided by the counted bytes of tensors, on a CPU. Eager: 1.0 to 1.3 in fp32 (EfficientNet-Lite0
+# and ResNet-50 at 224 px, ResNet-44), 1.4 to 1.6 in bf16 (the same and ResNet-18), whose convolutions need memory of
+# their own. Compiled: 0.8 (EfficientNet-Lite0) and 1.8 (ResNet-44, including 0.2 GB for the compiler).
 GROWTH = 1.7
-# On a CPU: 256 images of 64 px, 16 of 224 px. More at once are not faster there: ResNet-50 in bf16 took 0.33 s an image
-# by 8 and 0.43 s by 16 (on one busy core).
+# Maximum number of pixels at once on a CPU: 256 images of 64 px, or 16 of 224 px. More images at once are not faster:
+# ResNet-50 in bf16 took 0.33 s for an image with 8 images at once, and 0.43 s with 16 (on one busy core).
 PIXELS = 2**20
 
 
 class Taken(NamedTuple):
-    """What a computation takes of the memory, in bytes: `each` image, and `beside` them whatever does not grow with
-    their number (gradients of weights, say).
+    """Memory of a computation, in bytes: `each` for one image, `beside` for everything that does not grow with the
+    number of images (for instance gradients of weights).
     """
 
     each: float
@@ -54,11 +55,11 @@ def images_at_once(
     input_size: tuple[int, int, int] | None = None,
     beside: float = 0.0,
 ) -> int:
-    """How many images to compute at once: all that are `wanted`, or the power of two that fits into the free memory; of
-    an `input_size` on a CPU `PIXELS` at most.
+    """The number of images to compute at once: `wanted`, or else the largest power of two that fits into the free
+    memory of the device `target`. With an `input_size`, a CPU computes at most `PIXELS` pixels at once.
 
-    `taken` is as `count_growth` gives it, and `beside` the bytes that there are besides.
-    Raises `BadInput`, with the bytes, where not even one fits.
+    `taken`: result of `count_growth`. `beside`: further bytes that are needed.
+    Raises `BadInput`, naming the bytes, where not even one image fits.
     """
     free = free_bytes(target)
     beside += GROWTH * taken.beside
@@ -75,11 +76,11 @@ def images_at_once(
 
 
 def count_growth(function: Callable[[int], object]) -> Taken:
-    """What `function` takes at most when it is called with a number of images.
+    """The peak memory of `function`, which is called with a number of images.
 
-    It is called with 2 and with 4 (BatchNorm cannot normalise a single image whose features are 1 x 1). After every
-    operation the tensors that live take a + b · images; of a and of b the largest count, so that a peak that only many
-    images reach is not missed.
+    It is called with 2 and with 4 images (BatchNorm cannot normalise a single image whose features are 1 x 1). After
+    every operation the living tensors take a + b · images bytes. The largest a and the largest b are returned, so that
+    a peak that only many images reach is included.
     """
     two, four = _history(partial(function, 2)), _history(partial(function, 4))
     if len(two) != len(four):
@@ -90,12 +91,12 @@ def count_growth(function: Callable[[int], object]) -> Taken:
 
 
 def count_bytes(function: Callable[[], object]) -> int:
-    """The most bytes that tensors made by `function` take at one time; those that were there before do not count."""
+    """The peak bytes of the tensors that `function` makes; tensors that existed before do not count."""
     return max(_history(function), default=0)
 
 
 def _history(function: Callable[[], object]) -> list[int]:
-    """The bytes that tensors made by `function` take, after each of its operations."""
+    """The bytes of the living tensors that `function` made, after each of its operations."""
     living = _LivingTensors()
     with living:
         function()
@@ -103,7 +104,7 @@ def _history(function: Callable[[], object]) -> list[int]:
 
 
 class _LivingTensors(TorchDispatchMode):
-    """Adds up the memory behind tensors that operations make inside, until nothing holds it any more."""
+    """Counts the bytes of the storages that operations make inside the block; a freed storage no longer counts."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # of torch
@@ -113,7 +114,7 @@ class _LivingTensors(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # To keep the compiler away from here, torch would import it.
+        return False  # Otherwise torch would import its compiler, only to skip this class.
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -137,9 +138,10 @@ class _LivingTensors(TorchDispatchMode):
 
 
 def free_bytes(target: torch.device) -> int:
-    """The memory that this process can still take on a device: of a GPU that processes of the job share, its share; on
-    a CPU its share of what all processes of the job on this machine can, within the limits of its control groups and
-    its own.
+    """The bytes that this process can still allocate on a device.
+
+    On a GPU that several processes of the job share: its share of the free memory. On a CPU: its share of the memory
+    available to all processes of the job on this machine, within the limits of control groups and address space.
     """
     if is_cuda(target):
         return free_gpu_bytes(target) // -(-world().local_world_size // max(1, torch.cuda.device_count()))
@@ -147,7 +149,7 @@ def free_bytes(target: torch.device) -> int:
 
 
 def _limits(root: Path) -> Iterator[int]:
-    """What the machine, the control groups and the limit of addresses still allow, where they tell."""
+    """The bytes still allowed by the machine, by the control groups and by the limit of addresses, where known."""
     if available := _field(root / "proc/meminfo", "MemAvailable"):
         yield 1024 * available
     else:
@@ -163,7 +165,7 @@ def _limits(root: Path) -> Iterator[int]:
 
 
 def _of_control_groups(root: Path) -> Iterator[int]:
-    """What each group that this process is in, of either version, still allows. Its page cache can be taken back."""
+    """The bytes still allowed by each control group (version 1 or 2) of this process; page cache counts as free."""
     groups = root / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else []:
         _, controllers, name = line.split(":", 2)
@@ -177,13 +179,13 @@ def _of_control_groups(root: Path) -> Iterator[int]:
         inside = Path(name.lstrip("/"))
         for group in (inside, *inside.parents):
             folder = root / mount / group
-            with suppress(OSError, ValueError):  # There is none, or `max`.
+            with suppress(OSError, ValueError):  # The file does not exist, or holds `max`.
                 limit = int((folder / maximum).read_text())
                 yield limit - int((folder / used).read_text()) + (_field(folder / "memory.stat", cache) or 0)
 
 
 def _field(path: Path, name: str) -> int | None:
-    """The number behind a name in a file of lines such as `MemAvailable:  123 kB`, None where there is none."""
+    """The number after a name in a file of lines such as `MemAvailable:  123 kB`, None where the name is missing."""
     with suppress(OSError):
         for line in path.read_text().splitlines():
             first, *rest = line.split()
@@ -192,18 +194,18 @@ def _field(path: Path, name: str) -> int | None:
     return None
 
 
-# A CPU has no exception class of its own for that, nor have the driver, cuBLAS and cuDNN.
+# Out of memory on a CPU, in the CUDA driver, in cuBLAS and in cuDNN has no exception class of its own.
 OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC\w*_FAILED")
 
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether the memory of a device or of the machine did not suffice."""
+    """Whether an error means that the memory of a device or of the machine was not sufficient."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 @contextmanager
 def memory_for(what: str, remedy: str) -> Iterator[None]:
-    """Raise `DfcompressError` with the `remedy` where the memory is not enough for what is done inside."""
+    """Raise `DfcompressError` where memory is not sufficient inside the block; `what`, `remedy`: for the message."""
     try:
         yield
     except RuntimeError as error:
@@ -217,11 +219,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 @cache
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones instead of giving it back.
+    """Let glibc keep the memory of freed tensors for later tensors, instead of returning it to the system.
 
-    Getting it again costs a page fault for every 4 KiB, which a step that writes hundreds of MiB feels: 64 images
-    of 224 pixels cost EfficientNet-Lite0 14 ms each, and 47 where tensors of more than 32 MiB are given back.
-    The price is that the process stays as large as it once was. Does nothing on other C libraries.
+    Allocating it again costs a page fault for every 4 KiB, which is slow for steps that write hundreds of MiB:
+    EfficientNet-Lite0 with 64 images of 224 pixels takes 14 ms for each image with kept memory, and 47 ms where tensors
+    of more than 32 MiB are returned. The cost: the process keeps its peak size. Does nothing on other C libraries.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -230,20 +232,20 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Give back what `keep_freed_memory` kept so far."""
+    """Return to the system the memory that `keep_freed_memory` has kept so far."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def free_gpu_bytes(device: torch.device) -> int:
-    """The memory of a GPU that nobody has taken, and that this process holds and does not use."""
+    """The free bytes of a GPU, including memory that this process has reserved and does not use."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held so far: on the GPU for CUDA, resident for a CPU."""
+    """The peak bytes of this process so far: allocated on the GPU for CUDA, resident memory for a CPU."""
     if is_cuda(device):
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

@@ -1,4 +1,4 @@
-"""Settings of PyTorch that a whole process shares, borrowed and given back: its defaults, threads, fp32 as fp32."""
+"""Settings of PyTorch that a whole process shares, changed in a block and restored: defaults, threads, exact fp32."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from dfcompress.distributed import world
 from dfcompress.machine.memory import keep_freed_memory
 
-# The default type, the generators, cuDNN's switches and the number of threads are those of the whole process.
+# The default dtype, the random generators, cuDNN's switches and the number of threads belong to the whole process.
 _ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
 def usual_torch() -> Iterator[None]:
-    """PyTorch inside as it starts, whatever the caller has set: gradients are known, new tensors are fp32 on the CPU,
-    and no operation is cast. Afterwards everything is as before, the states of the default generators too.
+    """PyTorch's default settings inside the block, whatever the caller has set: gradients are recorded, new tensors are
+    fp32 on the CPU, and autocast is off. Afterwards all settings, and the states of the default generators, are
+    restored.
 
-    A notebook may call from `torch.no_grad()`, `inference_mode()` or `autocast`, or have set another default dtype or
-    device. A call waits for the calls of other threads, because all threads of a process share what is set here and
-    inside.
+    A notebook may call a verb inside `torch.no_grad()`, `inference_mode()` or `autocast`, or have set another default
+    dtype or device. The block waits for such blocks of other threads, because all threads share these settings.
     """
     with _ONE_AT_A_TIME, ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -54,7 +54,7 @@ def _usual_defaults() -> Iterator[None]:
 
 @contextmanager
 def _given_back_randomness() -> Iterator[None]:
-    """Give the default generators back as they were: the CPU's, and the GPUs' where CUDA has been used before."""
+    """Restore the default random generators after the block: the CPU's, and the GPUs' where CUDA was used before."""
     of_cpu = torch.get_rng_state()
     indices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     of_gpus = [torch.cuda.get_rng_state(index) for index in indices]
@@ -68,7 +68,7 @@ def _given_back_randomness() -> Iterator[None]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Compute in so many threads inside, and keep freed memory from now on."""
+    """Compute with `count` threads inside the block, and keep freed memory from now on."""
     keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -79,37 +79,42 @@ def threads(count: int) -> Iterator[None]:
 
 
 def threads_here() -> int:
-    """Threads for this process: what the user or the library set, or its share where several share the machine."""
+    """The number of threads for this process: PyTorch's current number, or its share of cores in a job of several."""
     everyone = world()
     if everyone.world_size == 1:
         return torch.get_num_threads()
-    # Launchers that bind processes to cores have shared them already.
+    # Launchers that bind processes to cores have divided the cores already.
     cores, bound = os.cpu_count() or 1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     return max(1, min(bound, cores // everyone.local_world_size))
 
 
-# Training steps in one thread and in two, in ms, best of three on two cores with a dozen other programs: LeNet-5 of 32
-# images (0.35 G units of work) 9.5 and 1,920, of 256 (2.8 G) 51 and 178; ResNet-20 of 32 (9.3 G) 145 and 946: every
-# operation waits for the thread that has lost its core. Alone, two threads take 0.6 of the time of one for synthesis
-# with ResNet-20 and 256 images (50 G a step).
+# Time of a training step with one and with two threads, best of three, on two cores that a dozen other programs use:
+# LeNet-5 with 32 images (0.35 G units of work) 9.5 and 1,920 ms; LeNet-5 with 256 images (2.8 G) 51 and 178 ms;
+# ResNet-20 with 32 images (9.3 G) 145 and 946 ms. Every operation waits for the thread that has lost its core.
+# Without other programs, synthesis with ResNet-20 and 256 images (50 G a step) takes with two threads 0.6 of the time
+# of one thread.
 SMALL_STEP = 20e9
 
 
 def threads_for(work: float) -> int:
-    """Threads for steps of that much work, in the unit of `models.classifier.work_of`: one for a small step, which
-    would lose more to waiting than it can gain, unless the user has set OMP_NUM_THREADS; else `threads_here`.
+    """The number of threads for steps of `work`, in the unit of `models.classifier.work_of`.
+
+    One for a small step, which can lose more by waiting than it can gain; `threads_here` for other steps, and where the
+    user has set OMP_NUM_THREADS.
     """
     return 1 if work < SMALL_STEP and "OMP_NUM_THREADS" not in os.environ else threads_here()
 
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Compute fp32 as fp32, and to the same bits every time: TF32, cuDNN's default and the caller's choice for matrix
-    products, keeps 10 of the 23 bits of the operands' mantissas.
+    """Compute in exact fp32 inside the block, with the same bits every time.
+
+    TF32, which is cuDNN's default and may be the caller's choice for matrix products, keeps only 10 of the 23 bits of
+    the operands' mantissas.
     """
     kinds = _kinds_of_fp32()
     precisions = [kind.fp32_precision for kind in kinds]
-    # torch lets nobody read a switch from which somebody has set one of its kinds apart.
+    # torch refuses to read a switch after one of its kinds was set separately.
     tf32, products = True, "highest"
     with suppress(RuntimeError):
         tf32 = torch.backends.cudnn.allow_tf32
@@ -124,16 +129,16 @@ def exact_fp32() -> Iterator[None]:
 
 
 def _kinds_of_fp32() -> list[Any]:
-    """What computes fp32 in a precision of its own: convolutions, recurrent layers and matrix products on CUDA, matrix
-    products on a CPU.
+    """The backends that have a precision setting of their own for fp32: convolutions, recurrent layers and matrix
+    products on CUDA, and matrix products on a CPU.
     """
     backends: Any = torch.backends
     return [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn.matmul]
 
 
 def _set_fp32(tf32: bool, products: str, precisions: Sequence[str]) -> None:
-    """Set the switches that several kinds share, cuDNN's and that of matrix products, and then the precision of each
-    kind.
+    """Set the two switches that several kinds share, cuDNN's TF32 and the precision of matrix products, and then the
+    precision of each kind.
     """
     cudnn: Any = torch.backends.cudnn
     cudnn.allow_tf32 = tf32
@@ -144,7 +149,7 @@ def _set_fp32(tf32: bool, products: str, precisions: Sequence[str]) -> None:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Let cuDNN take no kernel whose sums depend on the order in which threads arrive, nor any by timing several."""
+    """Let cuDNN use no kernel whose sums depend on the order of threads, and choose no kernel by timing."""
     cudnn: Any = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False

@@ -1,4 +1,4 @@
-"""The data of a run that a report shows, read from the run's files: its record, losses, images and layers."""
+"""The data of a run that a report shows, read from the run's files: its run file, losses, images and layers."""
 
 from __future__ import annotations
 

@@ -567,7 +567,7 @@ def _libraries(runs: Sequence[ReportedRun]) -> list[str]:
 
 
 def _parts(run: ReportedRun) -> Mapping[str, float]:
-    """The seconds of a run by part: from its measurements if they hold seconds by part, else from its record."""
+    """The seconds of a run by part: from its measurements if they hold seconds by part, else from its run file."""
     seconds = run.measured.get("seconds")
     return seconds if isinstance(seconds, Mapping) else run.file.seconds
 

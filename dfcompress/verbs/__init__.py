@@ -1,6 +1,6 @@
-"""The verbs of the command line, each a function of its file's name; files with an underscore are what verbs share.
+"""The verbs of the command line, each a function with the name of its file; files with an underscore hold shared parts.
 
-Names that their options take are here, so that `--help` shows them without importing torch.
+The values of some options are here, so that `--help` shows them without importing torch.
 """
 
 from typing import Literal

@@ -1,4 +1,4 @@
-"""So many images and training steps as fit into a time on this machine."""
+"""The number of images and of training steps that fit into a given time on this machine."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from dfcompress.errors import BadInput
 from dfcompress.run import RUN_FILE, RunFile
 from dfcompress.verbs._plan import Plan
 
-# Of the time, for synthesis where images are kept; the rest is training. Not measured.
+# Share of the time for synthesis, for recipes whose images are kept; the rest is for training. Not measured.
 SYNTHESIS = 0.5
-# Of the time, for saving, comparing, and for what an estimate from a few steps is wrong by.
+# Share of the time that is left for saving, for comparison, and for the error of estimates from a few steps.
 SPARE = 0.1
 FEWEST = 32
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds, and what fits into them: images, training steps, and rounds of a generator whose images are not kept."""
+    """A time in `seconds`, and what fits into it: `images` to synthesize, training `steps`, and `rounds` of a generator
+    (None for recipes whose images are kept).
+    """
 
     seconds: float
     images: int
@@ -31,15 +33,16 @@ class Budget:
     rounds: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As `run.json` keeps it."""
+        """The fields as `run.json` stores them."""
         return asdict(self)
 
 
 def fit_budget(seconds: float, usual: Plan[Any], *, resume: bool) -> Budget:
-    """What fits into so many seconds, by the estimates of the `usual` plan, whose one step is a training; a resumed run
-    has what it was begun with.
+    """The images and training steps that fit into `seconds`, from the estimates of the default plan `usual`, whose only
+    step is a training. With `resume`, a run that was started before keeps its stored budget.
 
-    Raises `BadInput` where the time is too short for anything.
+    Raises `BadInput` where `seconds` is not positive and finite, where the time is too short for `FEWEST` images and a
+    training step, where several processes run, and where a resumed run was started with another budget.
     """
     if not 0 < seconds < math.inf:
         raise BadInput(f"A budget of {seconds:g} s is none.", "Give for instance 30m.")
@@ -52,7 +55,7 @@ def fit_budget(seconds: float, usual: Plan[Any], *, resume: bool) -> Budget:
         )
     estimates, training = usual.estimates(), usual.predicted()["training"] or 0.0
     steps_usual: int = usual.settings_json()["training"]["steps"]
-    learnt = len(usual.options["synthesis"])  # The sets to learn from; the images to ask about come after them.
+    learnt = len(usual.options["synthesis"])  # Sets for training; the probe images come after them.
     specs = [each.spec for each in usual.synthesis[:learnt]]
     synthesis, asked = (sum(each.seconds for each in some) for some in (estimates[:learnt], estimates[learnt:]))
     time = (1 - SPARE) * seconds - asked
@@ -60,13 +63,13 @@ def fit_budget(seconds: float, usual: Plan[Any], *, resume: bool) -> Budget:
     images_usual, a_step = sum(spec.images for spec in specs), training / steps_usual
     updates = made.recipe.student_updates
     if updates and not updates.keep:
-        of_rounds = estimates[number].seconds  # Other sets are made as they are.
+        of_rounds = estimates[number].seconds  # The other sets keep their size.
         rounds = max(0, int((time - synthesis + of_rounds) / (of_rounds + training) * updates.rounds))
         budget = Budget(seconds, images_usual, rounds * updates.steps, rounds)
     else:
         an_image = synthesis / images_usual
         images = SYNTHESIS * time / an_image if an_image else images_usual
-        if updates:  # Every round has its steps.
+        if updates:  # Every round needs a fixed number of training steps.
             rounds_an_image = made.images / images_usual / (updates.every * made.batch_size)
             images = min(images, time / (an_image + a_step * updates.steps * rounds_an_image))
         size = made.batch_size * len(specs) if images > made.batch_size * len(specs) else 1

@@ -1,4 +1,4 @@
-"""The student that images compete with where it is not the verb's own: it learns beside the synthesis, and is left."""
+"""The student that images compete with where it is not the verb's own: it trains during synthesis, and is discarded."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from dfcompress.training.objectives import make_objectives
 from dfcompress.training.settings import Training
 from dfcompress.training.student import make_student
 
-# By the distillation loss on ResNet-20's training images at the end of one update of 60 steps of 64, at a rate of 0.05
-# and of 0.01: 20.6 and 14.1 at 2w4a, 1.64 and 0.87 at 4w4a.
+# Factor of the recipe's learning rate. Distillation loss on training images of ResNet-20, after one update of 60 steps
+# of 64 images, with learning rates 0.05 and 0.01: at 2w4a 20.6 and 14.1, at 4w4a 1.64 and 0.87.
 UNDER_REPAIR = 0.2
 STUDENT = "student"
 
 
 @dataclass(frozen=True)
 class CoTraining:
-    """A student and how it learns while images are made that compete with it.
+    """A student and its training during the synthesis of images that compete with it.
 
-    Under `repair` it is a quantized network: its ranges of inputs and its BatchNorms' statistics stay, as they do where
-    it is fine-tuned by `kd`.
+    `teacher`: network whose predictions the student learns. `updates`: the recipe's settings of this training.
+    `repair`: the student is a quantized network; its input ranges and its BatchNorm statistics are frozen, as in
+    fine-tuning by `kd`.
     """
 
     student: Classifier
@@ -44,7 +45,7 @@ class CoTraining:
     repair: bool = False
 
     def build(self, spec: SynthesisSpec, folder: Path, compute: Compute) -> SyntheticSet:
-        """Make the set in `folder`, or finish the one that is there, while the student learns between its rounds."""
+        """Make the set in `folder`, or complete it; the student trains between the rounds of images."""
         if (folder / MANIFEST).exists() and not SyntheticSet(folder).missing_shards():
             return build_set(spec, folder, compute)
         settings = self.settings(steps=1)
@@ -53,7 +54,7 @@ class CoTraining:
             return settings.pool(images, labels=[labels], seed=compute.seed)
 
         source = LiveSource(spec, folder, compute, self.student, batch_size=settings.batch_size, pool=pool)
-        # After the last round nobody is left to learn for, but for a generator, which goes on to the end.
+        # After the last round of kept images no training is needed. A generator needs the training of every round.
         steps = (source.rounds - self.updates.keep) * self.updates.steps
         of_student, seconds = folder / STUDENT, 0.0
         if steps:
@@ -73,7 +74,7 @@ class CoTraining:
         return synthetic
 
     def settings(self, *, steps: int) -> Training:
-        """Those of the recipe."""
+        """The training settings that the recipe states, for `steps` steps."""
         return Training(
             steps=steps,
             lr=self.updates.lr * (UNDER_REPAIR if self.repair else 1.0),
@@ -83,7 +84,7 @@ class CoTraining:
         ).suiting(self.student.card.input_size)
 
     def distillation(self, seed: int) -> Distillation:
-        """What the recipe says that the student is taught."""
+        """The distiller with the recipe's objectives and temperature; `seed`: of the objectives' initial weights."""
         objectives, temperature = self.updates.objectives or {"kd": 1.0}, self.updates.temperature
         of_features = any(name in OF_FEATURES for name in objectives)
         pairs = shared_stages(self.student, self.teacher) if of_features else []
@@ -98,11 +99,11 @@ def co_training(
     *,
     repair: bool = False,
 ) -> CoTraining | None:
-    """The student that a recipe's images compete with, None where the recipe has none that learns.
+    """The student that a recipe's images compete with, None for a recipe that trains no student.
 
-    `student` names its architecture, by default the teacher's own, or is the network that is trained: a quantized one
-    is under `repair`, at a fifth of the recipe's rate.
-    Raises `BadInput` where there is no such architecture, or it cannot learn.
+    `student`: name of its architecture (default: the teacher's), or the network to train. `compute`: its seed decides
+    the initial weights. `repair`: the network is quantized; it trains at a fifth of the recipe's learning rate.
+    Raises `BadInput` where the architecture is unknown, or cannot be trained.
     """
     if recipe.student_updates is None:
         return None

@@ -1,4 +1,4 @@
-"""What `compare` finds, and its tables as CSV files."""
+"""The result of `compare`, and its tables as CSV files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from dfcompress.run import write_atomically
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedModel:
-    """A model: its classes, their names where known, the set that is its `own` data where that was told, why it has no
-    J_KL where it has none, and whether it is `compared` with the first model, answer by answer.
+    """A model of the comparison.
+
+    `checkpoint`: path or name. `classes`: number of classes. `class_names`: None where they are unknown. `own`: the set
+    that represents its training distribution, None where none was given. `no_divergence`: the reason why J_KL is not
+    defined for it, None where J_KL is defined. `compared`: whether it is compared with the first model image by image.
     """
 
     checkpoint: str
@@ -28,7 +31,10 @@ class ComparedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Outlier:
-    """An image that lies far out: its file, or its number in the set from 0, and its spread `score`."""
+    """An image whose features are far from the training statistics.
+
+    `image`: its file, or its number in the set from 0. `score`: its spread score; larger is farther.
+    """
 
     image: str
     score: float
@@ -36,12 +42,15 @@ class Outlier:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOnSet:
-    """What a model shows of a set.
+    """The result of one model on one set; every share is in [0, 1].
 
-    `bn_divergence` is J_KL, None where the model knows no statistics; `divergence_ratio` is that divided by J_KL of the
-    model's own data. `soft` and `hard` are the mean softmax of each class and the share of images taken for it.
-    Where the labels count, `correct` images are right, a share `top1` with its `standard_error`; `calibration_error` is
-    the ECE; `class_images` and `class_correct` count by class. Else these are None. `outliers` lie furthest out.
+    `checkpoint`, `set`: names of model and set. `images`: number of images. `bn_divergence`: J_KL, None for a model
+    without BatchNorm statistics. `divergence_ratio`: J_KL divided by J_KL on the model's `own` set, None without such a
+    set. `soft`: mean softmax of each class. `hard`: share of images for which each class is predicted. `outliers`: the
+    images with the largest spread score.
+    The other fields need labels, and are None where labels are ignored. `correct`: number of correct images. `top1`:
+    their share. `standard_error`: of `top1`. `calibration_error`: expected calibration error (ECE). `class_images`:
+    number of images of each class. `class_correct`: number of them that are correct.
     """
 
     checkpoint: str
@@ -61,7 +70,7 @@ class ModelOnSet:
 
     @property
     def class_accuracy(self) -> list[float | None]:
-        """The share that is right of each class, None where it has no images or labels do not count."""
+        """The accuracy on each class, in [0, 1]; None for a class without images, and where labels are ignored."""
         if self.class_images is None or self.class_correct is None:
             return [None] * len(self.soft)
         counts = zip(self.class_correct, self.class_images, strict=True)
@@ -70,7 +79,11 @@ class ModelOnSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """An image that two models answer differently: its file or number, its label, and both answers."""
+    """An image for which the reference and another model predict different classes.
+
+    `image`: its file, or its number in the set from 0. `label`: its true class, None where labels are ignored.
+    `before`, `after`: class predicted by the reference, and by the other model.
+    """
 
     image: str
     label: int | None
@@ -80,13 +93,17 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A model against the first one, the `reference`, on a set.
+    """The difference between the model `checkpoint` and the first model, the `reference`, on one set.
 
-    `agreement` is the share of equal answers; `changed` images have others, and `moves` says from which class to which.
-    Where labels count, the model is right on `gained` images on which the reference is wrong, and wrong on `lost` ones
-    on which that is right; `difference` of their shares has the 95 % `interval`, and `p_value` is that of McNemar's
-    exact test: `within_noise` where it is 0.05 or more. `tail_degradation` is the mean relative loss of accuracy over
-    those that lost of the N classes that the reference predicts least, for N = 1, 2, ...
+    `images`: number of images. `agreement`: share of images, in [0, 1], with equal predictions. `changed`: number of
+    images with different predictions. `moves`: number of changed images for each pair of classes. `changes`: each
+    changed image.
+    The other fields need labels, and are None where labels are ignored. `gained`: number of images that the model has
+    right and the reference wrong. `lost`: number of images that the reference has right and the model wrong.
+    `difference`: accuracy of the model minus accuracy of the reference. `interval`: 95 % confidence interval of
+    `difference`. `p_value`: of McNemar's exact test. `within_noise`: whether `p_value` is 0.05 or more.
+    `tail_degradation`: for N = 1, 2, ..., take the N classes that the reference predicts least; the value is the mean
+    relative loss of accuracy over those of them that lost accuracy.
     """
 
     checkpoint: str
@@ -106,13 +123,17 @@ class Difference:
     tail_degradation: list[float] | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as `--json` prints them: all but the single images that changed."""
+        """The fields as `--json` prints them: all except `changes`."""
         return {**_without(vars(self), ("changes",)), "moves": [move._asdict() for move in self.moves]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Every model on every set, model by model, and every compared model against the first, set by set."""
+    """The result of `compare`.
+
+    `models`: the models, the reference first. `sets`: names of the sets. `results`: every model on every set, ordered
+    by model, then by set. `differences`: every compared model against the first, ordered by model, then by set.
+    """
 
     models: list[ComparedModel]
     sets: list[str]
@@ -133,8 +154,10 @@ class Comparison:
         }
 
     def write_csv(self, folder: str | Path) -> None:
-        """Write every table in full: `results`, `classes`, `differences`, `moves`, `tail`, `changes` and `outliers`,
-        each a `.csv` in `folder`, which is made; those without a row are left out.
+        """Write the complete tables `results`, `classes`, `differences`, `moves`, `tail`, `changes` and `outliers` as
+        `.csv` files in `folder`, which is created if needed. Tables without rows are not written.
+
+        Raises `DfcompressError` where a file cannot be written.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, rows in self._tables().items():

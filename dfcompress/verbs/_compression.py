@@ -1,4 +1,4 @@
-"""What verbs that compress do alike: images for a student, steps that change it, its file, its report."""
+"""The part that all compressing verbs share: gather images, take the steps that change the student, save it, report."""
 
 from __future__ import annotations
 
@@ -33,10 +33,14 @@ from dfcompress.verbs.export import FILE, sampled, write_compared
 
 @dataclass(frozen=True)
 class Train:
-    """Training of the student by the `distiller` that is made when the training begins, because steps before may change
-    the student; `prepare` is done to its network first. With `repair` it is a trained network that keeps what it knows
-    (see `Trainer`). A `live` source makes its images meanwhile. `batches` makes other batches of the sets than those
-    that hold equally many images of each. The state is kept in the folder `place` inside the run's.
+    """Training of `student` by a distiller, with `settings`, computed as `compute` says.
+
+    `distiller`: factory, called when training starts, because earlier steps may change the student.
+    `repair`: the student is already trained; train in evaluation mode (see `training_mode`).
+    `prepare`: called on the student's network before training.
+    `live`: source that synthesizes images during training.
+    `batches`: builds the batch source; default: equal numbers of images from each set.
+    `place`: subfolder of the run folder for the training state; default: the run folder itself.
     """
 
     student: Classifier
@@ -50,17 +54,17 @@ class Train:
     place: str = ""
 
     def require_possible(self, sets: Sequence[int]) -> None:
-        """Raise `BadInput` where the student cannot be trained on sets of so many images."""
+        """Raise `BadInput` where the student cannot be trained; `sets` are the numbers of images in each set."""
         require_trainable(self.student, self.settings, self.compute, sets, repair=self.repair)
         if self.live and self.live.live:
             _require_steps_for_all_rounds(self.live, self.live.live, self.settings.steps)
 
     def predicted(self) -> float:
-        """An estimate of its seconds, from a few steps of copies."""
+        """Estimate the seconds of training from a few steps on copies of the networks."""
         return predicted_training(self.student, self.distiller(), self.settings, self.compute, repair=self.repair)
 
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Trained:
-        """Train on all sets."""
+        """Train the student on all sets."""
         if self.prepare:
             self.prepare(self.student.network)
         folder = run.folder / self.place
@@ -76,7 +80,7 @@ class Train:
         return trainer.fit(self.settings.pool(*images, labels=labels, seed=self.compute.seed))
 
     def _take_live(self, trainer: Trainer, run: Run, others: TransferSet) -> Trained:
-        """Train while the images are made, and finish their set."""
+        """Train while the images are synthesized, then complete their set; `others` holds the images made before."""
         size, seed = self.student.card.input_size, self.compute.seed
         assert self.live, "no images are made meanwhile"
 
@@ -93,12 +97,15 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Compression:
-    """What distinguishes a verb that compresses, besides the steps that change its student.
+    """All that one compressing verb has of its own, except the steps that change its student.
 
-    `teachers` answer with the student's classes `outputs`, one tensor `(classes,)` for each. `sources` give the images
-    of each teacher, by the folder inside the run's in which they are made. `complete` does what is left to do between
-    the last step and saving, with what each step found. `export` is the runtime of an ONNX file that is written beside
-    the model, and timed against that of `beside`, by default of the same network in float.
+    `verb`: name of the verb. `student`: classifier that the steps change. `teachers`: classifiers that it learns from.
+    `outputs`: for each teacher, the student's output index of each of the teacher's classes, `(classes,)`.
+    `sources`: the image source of each teacher; the key is the subfolder of the run folder for its images.
+    `measure`: evaluates the saved student on real images. `compute`: device, precision, compilation and seed.
+    `complete`: called between the last step and saving, with the outcome of each step by name.
+    `export`: runtime of an ONNX file that is written beside the model. The file is timed against the ONNX file of
+    `beside`; default: the same network in float.
     """
 
     verb: str
@@ -122,9 +129,9 @@ class Compression:
         resume: bool,
         overwrite: bool,
     ) -> Plan[Compressed]:
-        """The plan; `options` and `inputs` are those of the verb alone.
+        """Make the plan; `options` and `inputs` hold only what the verb adds to the options and inputs of all verbs.
 
-        Raises `BadInput` where the student cannot be trained on so many images.
+        Raises `BadInput` where the student cannot be trained on the number of images in the sets.
         """
         sources = self.sources.values()
         for step in steps.values():
@@ -144,7 +151,7 @@ class Compression:
         )
 
     def work(self, plan: Plan[Compressed], run: Run) -> Compressed:
-        """Gather the images, take every step of the plan, save the student, and measure what was saved."""
+        """Gather the images, take every step of the plan, save the student, and measure the saved model."""
         if result := load_finished(run, self.student, self.measure):
             return result
         images = [source.gather(run.folder / folder) for folder, source in self.sources.items()]
@@ -154,9 +161,9 @@ class Compression:
         for name, step in plan.steps.items():
             if step:
                 found[name] = step.take(run, sets)
-                part = name.partition(" ")[0]  # Rounds are numbered.
+                part = name.partition(" ")[0]  # The names of earlier rounds end in a number.
                 run.seconds[part] = run.seconds.get(part, 0.0) + found[name].seconds
-        if any(source.live for source in self.sources.values()):  # Now its images are there, too.
+        if any(source.live for source in self.sources.values()):  # The images that were made during training exist now.
             images = [source.gather(run.folder / folder, learnt=True) for folder, source in self.sources.items()]
             sets = [replace(each, train=_in_form(each.train, size)) for each in images]
         trained = found.get("training")
@@ -185,7 +192,7 @@ class Compression:
 
 
 def _require_steps_for_all_rounds(source: TransferSetSource, live: str, steps: int) -> None:
-    """Raise `BadInput` where a training is over before the last round of the images that are made meanwhile."""
+    """Raise `BadInput` where training has too few `steps` to reach the last round of the set `live`."""
     spec = source.specs[live]
     updates = spec.recipe.student_updates
     assert updates, "nothing is made meanwhile"
@@ -205,7 +212,7 @@ def _require_steps_for_all_rounds(source: TransferSetSource, live: str, steps: i
 
 
 def _in_form(images: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """Stored images fitted to another size and number of channels."""
+    """Fit stored images to another `size`: channels, height, width."""
     if images.shape[1:] == torch.Size(size):
         return images
     parts = [reshaped(as_float(some), size) for some in images.split(256)]

@@ -1,4 +1,4 @@
-"""How a model does on real images before and after it was extended: on old classes, on new ones, and on all."""
+"""Evaluation of a model on real images before and after it was extended: on old, on new and on all classes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ def extended_evaluator(
     also_old: bool,
     device: str,
 ) -> Measure | None:
-    """Counts both models on real images, None without them: on one source whose labels are those of the extended
-    model, whose card is given, or on two, of the old classes and of new ones, labelled as the images that brought them.
+    """A function that evaluates the old model and a saved extended model on real images; None without `data`.
 
-    Raises `BadInput` for more, and for images that do not fit.
+    `data`: one source whose labels are the extended model's, or two sources: one of the old classes, and one of new
+    classes with the labels of the new images. `card`: card of the extended model. `names_file`, `also_old`: as for the
+    new images (see `open_new_images`).
+    Raises `BadInput` for more sources, and for images that do not fit or cannot be decoded.
     """
     if len(data) > 2:
         raise BadInput(
@@ -65,10 +67,10 @@ def extended_evaluator(
 
 
 def evaluate_extended(old: Classifier, extended: Classifier, before: Predictions, after: Predictions) -> Evaluation:
-    """The old model and the extended one on images of the old classes, and the extended one on those of the new classes
-    and on all; of every old class, the share that was right and is right.
+    """The scores of both models on images of old classes, and of the extended model on images of new classes and on all
+    images; for every old class, its accuracy `before` and `after`.
 
-    The old model chooses among its own classes, the extended one among all: its task is harder.
+    The old model chooses among its own classes, the extended model among all classes, which is harder.
     """
     known = old.card.classes
     of_old = after.labels < known

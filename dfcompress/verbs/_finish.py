@@ -1,5 +1,5 @@
-"""What verbs that compress hand back: a saved model, its size, its seconds, how far it follows its
-teachers, and its accuracy if asked.
+"""The result of compressing verbs: a saved model, its size, its seconds, its agreement with the teachers, and its
+accuracy where real images are given.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ Measure = Callable[[Classifier], Evaluation]
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherReport:
-    """How far the student follows one teacher: shares of images, in [0, 1], on which both give the same class.
+    """Agreement of the student with the teacher `checkpoint`.
 
-    `agreement` is of the images trained on, `held_out` of others of the same set, `probe` of probe images of another
-    seed and recipe; None where there are none. `blocks` are the shares of its held-out images that the student takes
-    for classes of each teacher; None where there is one teacher. `teacher_answers` and `student_answers` count the
-    images trained on that each of them takes for each of the student's classes, `held_out_images` the images held out;
-    None in records of version 0.1.
+    Agreement is the share of images, in [0, 1], for which both predict the same class: `agreement` on the training
+    images, `held_out` on held-out images of the same sets, `probe` on probe images (other seed and recipe). `held_out`
+    and `probe` are None without such images. `blocks`: for each teacher, the share of this teacher's held-out images
+    for which the student predicts a class of that teacher; None with a single teacher.
+    `teacher_answers`, `student_answers`: number of training images that the teacher, or the student, assigns to each
+    of the student's classes. `held_out_images`: number of held-out images. These three are None in run files of
+    version 0.1.
     """
 
     checkpoint: str
@@ -54,13 +56,15 @@ class TeacherReport:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A finished run.
+    """The result of a compressing verb.
 
-    `checkpoint` is the folder that every command reads, and `load` too; `bytes` the size of its `model.safetensors`;
-    `bytes_ratio` that size against the given models' tensors in fp32, all together; `seconds` those of each part,
-    evaluation and export included, and their `total`; `agreement` the mean of that with each of the `teachers`.
-    `warnings` say what looks wrong with the images that were made, or with the model.
-    `evaluation` is there where real images were given, `export` where an ONNX file was asked for.
+    `output`: the run folder. `checkpoint`: the folder of the model, which every command and `load` read; it is the run
+    folder. `bytes`: size of its `model.safetensors`. `bytes_ratio`: `bytes` divided by the bytes of all teachers'
+    tensors in fp32. `parameters`: number of the model's parameters. `seconds`: time of each part, evaluation and export
+    included, and their sum `total`. `agreement`: share of the training images, in [0, 1], on which student and teacher
+    predict the same class, averaged over the teachers. `teachers`: a report for each teacher. `warnings`: problems
+    found in the synthetic images or in the model. `evaluation`: accuracy on real images, None where none were given.
+    `export`: the comparison of the ONNX file with the model, None where no file was requested.
     """
 
     output: str
@@ -81,7 +85,7 @@ class Compressed:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Compressed:
-        """The result that `to_json` gave, or that the measurements of a run's record hold."""
+        """Read a result from the values of `to_json`, or from the measurements in a run's record."""
         evaluation, export = values["evaluation"], values.get("export")
         read = {
             **values,
@@ -92,13 +96,13 @@ class Compressed:
         return cls(**{field.name: read[field.name] for field in fields(cls)})
 
     def load(self, *, arch: str | None = None) -> Classifier:
-        """The model that was written; `arch` names its architecture where that is code of your own."""
+        """Load the saved model; `arch` names its architecture where your own code defines it (`file.py:function`)."""
         return load(self.checkpoint, arch=arch)
 
 
 @dataclass(frozen=True)
 class TeacherSet:
-    """A teacher, its transfer set, and the student's output of each of the teacher's classes, `(classes,)`."""
+    """A teacher, its transfer set, and the student's output index of each of the teacher's classes, `(classes,)`."""
 
     teacher: Classifier
     images: TransferSet
@@ -106,17 +110,18 @@ class TeacherSet:
 
 
 def evaluator(data: str | Path | None, teacher: Classifier, device: str) -> Measure | None:
-    """Counts teacher and student on real images, None without them; raises `BadInput` where they do not fit, or one
-    cannot be decoded.
+    """A function that evaluates the teacher and a saved student on the real images `data`; None without `data`.
+
+    Raises `BadInput` where the images do not fit the teacher, or an image cannot be decoded.
     """
     if data is None:
         return None
-    require_decodable(open_images(data, teacher.card))  # Neither that nor a wrong path should cost an hour of work.
+    require_decodable(open_images(data, teacher.card))  # Fail here, and not after an hour of work.
     return lambda saved: evaluate([teacher, saved], data=data, device=device)
 
 
 def load_finished(run: Run, student: Classifier, measure: Measure | None) -> Compressed | None:
-    """The result of a resumed run that was already finished, evaluated anew where real images are given."""
+    """The result of a resumed run that was already finished, None for other runs; `measure` evaluates it again."""
     if run.earlier is None:
         return None
     console.notice(f"{run.folder} is already finished.")
@@ -137,9 +142,10 @@ def save_and_measure(
     measure: Measure | None,
     export: Callable[[Classifier], Exported] | None = None,
 ) -> Compressed:
-    """Save `student` in the run's folder, measure what was saved beside the teachers, and close the run.
+    """Save `student` in the run folder, load it again, compare it with the teachers, and finish the run.
 
-    `trained` is what the training told, for `run.json`.
+    `trained`: result of training or rounding, stored in `run.json`. `device`: where the networks are compared.
+    `measure`: evaluates the saved model on real images. `export`: writes and checks the ONNX file of the saved model.
     """
     if not world().is_main:
         return Compressed.from_json(world().broadcast())
@@ -183,7 +189,7 @@ def save_and_measure(
 def _followed(
     student: Classifier, teacher_sets: Sequence[TeacherSet], target: torch.device
 ) -> tuple[list[TeacherReport], list[str]]:
-    """How far the student follows each teacher, and what looks wrong; computed on `target`."""
+    """The student's agreement with each teacher, and warnings; computed on `target`."""
     teachers, warnings = [], []
     for each in teacher_sets:
         name = each.teacher.name
@@ -217,7 +223,7 @@ def _followed(
 
 
 def _compared(student: Classifier, teacher_set: TeacherSet, images: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The student's classes and the teacher's, as the student counts them; None without images."""
+    """The classes that student and teacher predict, both as the student's outputs, each `(N,)`; None without images."""
     if not len(images):
         return None
     size = student.card.input_size
@@ -235,7 +241,10 @@ def _share_in(both: tuple[Tensor, Tensor] | None, outputs: Tensor) -> float | No
 
 
 def _collapse(by_student: Tensor, by_teacher: Tensor) -> str | None:
-    """A student that gives up half of the classes has collapsed, whatever share of images that is; few cannot tell."""
+    """A warning where the student never predicts half or more of the classes that the teacher predicts, else None.
+
+    With fewer than `FEW_IMAGES` images there is no warning.
+    """
     if len(by_teacher) < FEW_IMAGES:
         return None
     known, answered = by_teacher.unique(), by_student.unique()

@@ -1,4 +1,4 @@
-"""Thresholds that a compressed model must keep, for scripts: a miss ends with exit code 3."""
+"""Gates: limits that a compressed model must meet; a command whose result misses one ends with exit code 3."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from dfcompress.verbs.evaluate import Evaluation
 
 @dataclass(frozen=True, kw_only=True)
 class Gates:
-    """`max_drop` is how many points of top-1 the result may lose on the real images it is evaluated on, after extending
-    on those of the old classes; `min_agreement` the share in [0, 1] of held-out images on which it must answer as its
-    teacher (as each of them) does. None asks nothing.
+    """Limits for a result; None sets no limit.
+
+    `max_drop`: largest allowed loss of top-1 accuracy against the teacher on the real evaluation images, in percentage
+    points from 0 to 100; after extending, on images of the old classes. `min_agreement`: smallest allowed share, in
+    [0, 1], of held-out images on which the result and its teacher (each of several) predict the same class.
     """
 
     max_drop: float | None = None
     min_agreement: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise `BadInput` for thresholds that are none."""
+        """Raise `BadInput` for a limit that is not a number, or outside its range."""
         require_fields(self)
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise BadInput(f"--max-drop {self.max_drop:g} is no number of points.", "1.0 allows 92.0 % for 93.0 %.")
@@ -32,12 +34,15 @@ class Gates:
             raise BadInput(f"--min-agreement {self.min_agreement:g} is no share.", "Use for instance 0.95.")
 
     def require_images(self, eval_data: str | Path | None) -> None:
-        """Raise `BadInput` where accuracy is asked for and there is nothing to count it on."""
+        """Raise `BadInput` where `max_drop` is set and `eval_data` is None."""
         if self.max_drop is not None and eval_data is None:
             raise BadInput("--max-drop needs real images to count on.", "Add --eval-data, or use --min-agreement.")
 
     def check(self, result: Compressed) -> None:
-        """Raise `GateNotMet` for all that the result of a verb misses, and where no image was held out to tell."""
+        """Raise `GateNotMet`, naming every limit that the result misses; also where there are no held-out images.
+
+        Raises `BadInput` where `max_drop` is set and the result has no evaluation.
+        """
         missed: list[GateNotMet] = []
         if self.min_agreement is not None:
             missed += [each for teacher in result.teachers for each in _disagreement(teacher, self.min_agreement)]
@@ -55,7 +60,7 @@ def _disagreement(teacher: TeacherReport, min_agreement: float) -> Iterator[Gate
         yield GateNotMet("There are too few images to hold any out for --min-agreement.", "Use at least 16.")
         return
     count = teacher.held_out_images
-    of_all = f"{count} images" if count else "images"  # Earlier runs did not count them.
+    of_all = f"{count} images" if count else "images"  # Version 0.1 did not store the number.
     if teacher.held_out < min_agreement:
         yield GateNotMet(
             f"The result agrees with {teacher.checkpoint} on {teacher.held_out:.2%} of the {of_all} held out, below "
@@ -71,7 +76,7 @@ def _loss(evaluation: Evaluation, max_drop: float) -> Iterator[GateNotMet]:
         yield GateNotMet("--max-drop is of the old classes, and no image of --eval-data is of one.")
         return
     of_student = others[0]
-    # By counts: shares are not exact, and a loss of just so many points is allowed.
+    # From counts: shares are not exact, and a loss equal to the limit is allowed.
     drop = 100 * (of_teacher.correct - of_student.correct) / of_student.total
     if drop > max_drop:
         yield GateNotMet(f"{of_student.checkpoint} loses {drop:.2f} points, more than --max-drop {max_drop:g}.")

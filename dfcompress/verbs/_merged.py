@@ -1,4 +1,4 @@
-"""How a merged student and its teachers do on real images: each teacher's, and all together."""
+"""Evaluation of a merged student and its teachers on real images: on each teacher's images, and on all images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ LARGEST_LOGIT = "the teachers' largest logit"
 
 @dataclass(frozen=True)
 class _Predicted:
-    """What everybody answered to one source of images, as classes of the student."""
+    """Predictions for one source of images, as classes of the student, the best first, each `(N, up to 5)`.
+
+    `labels` `(N,)`: true classes. `student`, `teachers`: their predictions. `largest`: the classes of the largest
+    logits of all teachers together.
+    """
 
     labels: Tensor
     student: Tensor
@@ -39,10 +43,11 @@ def merged_evaluator(
     outputs: Sequence[Tensor],
     device: str,
 ) -> Measure | None:
-    """Counts teachers and student on real images, None without them: on one source whose labels are the student's
-    classes, or on one for each teacher with the labels it knows.
+    """A function that evaluates the teachers and a saved student on real images; None without `data`.
 
-    Raises `BadInput` for any other number, and for images that do not fit.
+    `data`: one source whose labels are the student's classes, or one source for each teacher with the teacher's labels.
+    `outputs`: for each teacher, the student's output index of each of its classes, `(classes,)`.
+    Raises `BadInput` for any other number of sources, and for images that do not fit or cannot be decoded.
     """
     if len(data) not in (0, 1, len(teachers)):
         raise BadInput(
@@ -66,11 +71,12 @@ def evaluate_merged(
     *,
     device: str = "auto",
 ) -> Evaluation:
-    """Count right answers: of each teacher and of the student on its images (`images` names the teacher), and of the
-    student and of the teachers' largest logit on `all`.
+    """Count correct predictions: of each teacher and of the student on the teacher's images (`Score.images` is then the
+    teacher's name), and of the student and of the teachers' largest logit on all images (`all`).
 
-    `outputs` are the student's classes of each teacher's. The student always answers with any of its classes, a teacher
-    with its own, so a teacher's top-5 is an easier question. `agreement` is with that teacher; on `all`, None.
+    `outputs`: for each teacher, the student's output index of each of its classes, `(classes,)`. The student always
+    chooses among all its classes, a teacher among its own, so top-5 is easier for a teacher. `Score.agreement` is the
+    agreement with that teacher, and None on `all`.
     """
     target = resolve_device(device)
     with ExitStack() as stack:
@@ -104,7 +110,9 @@ def _predict(
     source: ImageSource,
     number: int | None,
 ) -> _Predicted:
-    """Everybody's answers to a source of teacher `number`'s images, or of all teachers' where that is None."""
+    """The predictions of student and teachers for a source with the labels of teacher `number` (None: the student's
+    labels).
+    """
     every = torch.cat(list(outputs))
     labels, by_student, largest = [], [], []
     by_teachers: list[list[Tensor]] = [[] for _ in teachers]
@@ -124,7 +132,7 @@ def _predict(
 
 
 def _logits(classifier: Classifier, images: Tensor, fit: int) -> Tensor:
-    """Of images on the CPU, so many at once in the network as fit."""
+    """The logits of images on the CPU, `(N, classes)`; the network computes `fit` images at once."""
     with evaluating(classifier):
         parts = reshaped(images, classifier.card.input_size).split(fit)
         return finite_logits(torch.cat([classifier(some.to(classifier.mean.device)).float() for some in parts]))

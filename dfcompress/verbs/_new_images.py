@@ -1,4 +1,4 @@
-"""Labelled images that bring new classes to a model, and which output each of these becomes."""
+"""Labelled images of new classes for a model, and the output of the extended model for each class."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from dfcompress.errors import BadInput, listed
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import class_names_in
 
-ANY = 2**63  # So many classes: labels are looked at here, not by `open_images`.
-READ = 256  # Images that are in memory as floats while a set is read: 154 MB at 224².
+ANY = 2**63  # A number of classes above every label: labels are checked here, not by `open_images`.
+READ = 256  # Number of images held in memory as floats while a set is read: 154 MB at 224 x 224 pixels.
 
 
 @dataclass(frozen=True)
 class NewImages:
-    """Labelled images: `labels` `(N,)` are the outputs of a model whose classes are `class_names`, the known ones
-    first.
+    """Labelled images of new classes.
+
+    `source`: the images. `labels`: outputs of the extended model, int64 `(N,)`. `class_names`: classes of the extended
+    model, those of the old model first.
     """
 
     source: ImageSource
@@ -46,12 +48,14 @@ def open_new_images(
     also_old: bool = False,
     part: Part = "train",
 ) -> NewImages:
-    """The labelled images at `path`, fitted to the model's input.
+    """The labelled images at `path`, fitted to the input of the model with this `card`.
 
-    The name of a label is the line of `names_file` with its number, from 0; else its folder's, its synthetic set's, or
-    the label itself. The classes of a model without names are called 0, 1, 2 and so on. A name that the model knows is
-    its class, where `also_old` allows that.
-    Raises `BadInput` for such a name without it, for images without any new class, and for labels without a name.
+    The class name of label i is line i (from 0) of `names_file`; without a file it is the name of the folder or of the
+    synthetic set's class, or the label itself. Classes of a model without names are called 0, 1, 2 and so on. With
+    `also_old`, images whose class name the model knows count for that class. `part`: part of IDX or CIFAR files to
+    read.
+    Raises `BadInput` for a known class name without `also_old`, for images without a new class, for a name that occurs
+    twice, and for labels without a name.
     """
     folders = folder_names(path)
     given = class_names_in(Path(names_file)) if names_file else None

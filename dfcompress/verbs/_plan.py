@@ -1,4 +1,4 @@
-"""A verb's plan: everything resolved and checked before anything is done.
+"""A verb's plan: all options are resolved and checked before any work.
 
 plan = dfcompress.distill.plan("resnet44.pt", student="half")
 plan.settings["training"].steps, [each.seconds for each in plan.estimates()]     # what `--dry-run` prints
@@ -38,8 +38,11 @@ Outcome = Calibrated | Reconstructed | Trained | Pruned
 
 @dataclass(frozen=True)
 class SynthesisEstimate:
-    """One set that a plan makes, how it would be computed (`chunk` images of a batch at once), and an estimate of its
-    seconds and of this process's memory in bytes.
+    """Estimate of one synthetic set of a plan.
+
+    `recipe`: recipe and settings. `images`, `batches`: size of the set. `steps`: optimisation steps of each batch.
+    `execution`: how the set would be computed; its `chunk` is the number of images of a batch computed at once.
+    `seconds`: estimated time of synthesis. `memory_bytes`: estimated peak memory of this process.
     """
 
     recipe: RecipeChoice
@@ -57,14 +60,16 @@ class SynthesisEstimate:
 
 @dataclass(frozen=True)
 class Synthesize:
-    """One synthetic set to make; `student` is the network that its images compete with, None where there is none."""
+    """One synthetic set to make, by `spec` and `compute`; `student` is the network that its images compete with, None
+    where the recipe has no student.
+    """
 
     spec: SynthesisSpec
     compute: Compute
     student: Classifier | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """What is made, as `run.json` keeps it."""
+        """The recipe and the size of the set, as `run.json` stores them."""
         return {
             "recipe": asdict(self.spec.choice),
             "images": self.spec.images,
@@ -73,9 +78,9 @@ class Synthesize:
         }
 
     def estimate(self) -> SynthesisEstimate:
-        """Time a few eager steps of some images, and scale; nothing is written.
+        """Time a few eager steps on some of the images, and scale the time to the whole set; nothing is written.
 
-        Raises `BadInput` where a network fails in the precision that was asked for, or in any.
+        Raises `BadInput` where a network fails in the requested precision, or in every precision.
         """
         recipe, batches, batch_size = self.spec.recipe, self.spec.batches, self.spec.batch_size
         before = peak_memory_bytes(resolve_device(self.compute.device))
@@ -99,28 +104,30 @@ class Synthesize:
 
 
 class Step(Protocol):
-    """A part of a verb's work that changes its student, once there are images."""
+    """A part of a verb's work that changes its student; it starts after the images were gathered."""
 
     @property
     def settings(self) -> Settings:
-        """Everything that can be set of it."""
+        """The settings of this step."""
 
     def predicted(self) -> float | None:
-        """An estimate of its seconds, None where there is none."""
+        """The estimated seconds of this step, None where no estimate is possible."""
 
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Outcome:
-        """Do it with images in the student's form, one set for each teacher."""
+        """Take the step with images of the student's input size, one set for each teacher."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Plan(Generic[Result]):
-    """What a verb will do: make the sets of `synthesis`, then take the `steps`, in this order; None stands for a part
-    that is left out.
+    """The work that a verb will do: make the sets of `synthesis`, then take the `steps` in their order.
 
-    `--dry-run` prints it, `execute` does it, and `run.json` keeps it. `options`, and the steps' settings, are what the
-    result depends on: a resumed run must have the same. `inputs` are the paths that are read, `folder` is where the
-    result goes. `work` does in an open run what the plan says. A plan is executed once, because its steps hold the
-    student that they change.
+    `--dry-run` prints the plan, `execute` carries it out, and `run.json` stores it. A plan is executed once, because
+    its steps hold the student that they change.
+    `verb`: name of the verb. `folder`: folder of the result. `inputs`: paths that are read.
+    `options`: the options that the result depends on, beside the settings of the steps; a resumed run must have the
+    same options and settings. `synthesis`: synthetic sets to make. `steps`: steps by name; None marks a step that is
+    left out. `work`: carries the plan out in an open run. `resume`: continue the interrupted run in `folder`.
+    `overwrite`: replace the contents of `folder`.
     """
 
     verb: str
@@ -134,32 +141,35 @@ class Plan(Generic[Result]):
     overwrite: bool = False
 
     def __repr__(self) -> str:
-        """The verb, the folder, and what `to_json` tells; not the networks that the steps hold."""
+        """The verb, the folder and the values of `to_json`, without the networks that the steps hold."""
         return f"Plan(verb={self.verb!r}, folder={str(self.folder)!r}, {self.to_json()})"
 
     @property
     def settings(self) -> dict[str, Settings | None]:
-        """The settings of each step by the name of its part."""
+        """The settings of each step by its name, None for a step that is left out."""
         return {part: step.settings if step else None for part, step in self.steps.items()}
 
     def check_output(self) -> None:
-        """Raise `BadInput` where the run could not begin, or go on, in its folder."""
+        """Raise `BadInput` where the run could neither start nor continue in its folder."""
         check_output(self.folder, resume=self.resume, overwrite=self.overwrite)
 
     @usual_torch()
     def estimates(self) -> list[SynthesisEstimate]:
-        """What each set will take; raises `BadInput` as making it would."""
+        """Estimate each synthetic set; raises `BadInput` where making the set would raise it."""
         return [each.estimate() for each in self.synthesis]
 
     @usual_torch()
     def predicted(self) -> dict[str, float | None]:
-        """Estimates of the seconds of the steps, by the name of their part; None where there is no estimate."""
+        """Estimated seconds of each step by its name; None for a step that has no estimate."""
         found = {part: step.predicted() for part, step in self.steps.items() if step}
         return {part: seconds if seconds is None else float(f"{seconds:.3g}") for part, seconds in found.items()}
 
     @usual_torch()
     def execute(self) -> Result:
-        """Do it, from wherever an earlier run of the same plan was left; raises as the verb does."""
+        """Carry the plan out and return the verb's result; with `resume`, continue where the earlier run stopped.
+
+        Raises what the verb raises.
+        """
         with running(
             self.verb,
             self.folder,
@@ -172,16 +182,16 @@ class Plan(Generic[Result]):
             return self.work(self, run)
 
     def to_json(self) -> dict[str, Any]:
-        """The sets and the settings of every part, as `run.json` keeps them."""
+        """The synthetic sets and the settings of every step, as `run.json` stores them."""
         return {"synthesis": [each.to_json() for each in self.synthesis], **self.settings_json()}
 
     def settings_json(self) -> dict[str, Any]:
-        """The settings of every part as JSON, None for one that is left out."""
+        """The settings of every step as JSON, None for a step that is left out."""
         return {part: asdict(settings) if settings else None for part, settings in self.settings.items()}
 
 
 class Verb(Protocol[Options, Result]):
-    """A verb: called, it does what its plan says; `plan`, called the same way, only says what would be done."""
+    """A verb: calling it makes a plan and executes it; `plan`, with the same arguments, only makes the plan."""
 
     plan: Callable[Options, Plan[Result]]
 
@@ -190,7 +200,7 @@ class Verb(Protocol[Options, Result]):
 
 
 def planned(plan: Callable[Options, Plan[Result]]) -> Verb[Options, Result]:
-    """Make the verb of a function that plans it: one signature, and one resolution of its options, serves both."""
+    """Turn a function that returns a plan into a verb; the verb has the function's signature and executes its plan."""
 
     plan = verb(plan)
 
@@ -198,7 +208,7 @@ def planned(plan: Callable[Options, Plan[Result]]) -> Verb[Options, Result]:
     def execute(*args: Options.args, **options: Options.kwargs) -> Result:
         return plan(*args, **options).execute()
 
-    # A reader of the signature sees what the verb gives: `Compressed` of `Plan[Compressed]`.
+    # The signature shows what the verb returns: `Compressed` in place of `Plan[Compressed]`.
     result = str(plan.__annotations__["return"]).removeprefix("Plan[").removesuffix("]")
     execute.__annotations__ = {**plan.__annotations__, "return": result}
     described = cast(Any, execute)

@@ -1,4 +1,4 @@
-"""What `prune` does to a student: take channels away, refit the rest, and tell what was done to every layer."""
+"""The pruning step of `prune`: remove channels of the student, refit the remaining layers, report every layer."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ from dfcompress.verbs._plan import Outcome
 from dfcompress.verbs.evaluate import placed
 
 REPORT, PICTURE = "prune.json", "widths.png"
-RANKED_BY = 512  # Images that importance is taken from, at most: 16 gradients of 32.
-# What `auto` tries: magnitude is kept where none of the others changes the answers clearly less once it is refitted, as
-# fold does with VGG-11-BN, and taylor with EfficientNet-Lite0 at 0.8 of its operations (docs/results/prune.md).
-# ResNet-20 at 0.4 of its operations, by 512 made images, answers 500 training images as before by magnitude 38 %,
-# bn-scale 35, taylor 32, random 31, fold 17; after 200 steps of 64 images 1,000 of them by magnitude 77.7, taylor 70.1
-# (one seed). After 500 steps of 128 images 1,000 training images are right, at 0.63 by magnitude 950 and taylor 924, at
-# 0.29 by magnitude 710, taylor 725 and fold 630, although there, before the training, they had changed the answers
-# alike (3.2, 2.8 and 3.2 nats).
+RANKED_BY = 512  # Maximum number of images that rank the channels: 16 gradients of 32 images.
+# The importances that `auto` tries. It takes magnitude, unless another one changes the predictions clearly less after
+# refitting: fold does on VGG-11-BN, taylor on EfficientNet-Lite0 at 80 % of its MACs (docs/results/prune.md).
+# Agreement with the unpruned ResNet-20 at 40 % of its MACs, ranked on 512 synthetic images. Before training, on 500
+# training images: magnitude 38 %, bn-scale 35 %, taylor 32 %, random 31 %, fold 17 %. After 200 steps of 64 images, on
+# 1,000 training images, one seed: magnitude 77.7 %, taylor 70.1 %.
+# Correct of 1,000 training images, after 500 steps of 128 images. At 63 % of the MACs: magnitude 950, taylor 924. At
+# 29 %: magnitude 710, taylor 725, fold 630; before training, these three changed the predictions by about the same KL
+# divergence (3.2, 2.8 and 3.2 nats).
 AUTO: tuple[ImportanceName, ...] = ("magnitude", "taylor", "fold")
 CLEARLY = 0.75
 
 
 class _Attempt(NamedTuple):
-    """A student that was pruned, and what was taken away."""
+    """A pruned student, and the report of what was removed."""
 
     student: Classifier
     pruned: Pruned
@@ -53,8 +54,10 @@ class _Attempt(NamedTuple):
 
 @dataclass(frozen=True)
 class Prune:
-    """Take channels of the student away, and refit what is left unless `repair` is none. `groups` and `costs` are the
-    teacher's.
+    """Remove channels of `student`, and refit the remaining layers unless `repair` is `none`.
+
+    `groups`, `costs`: channel groups and costs of the unpruned `teacher`. `settings`: budget and importance of this
+    round. `number`: the round, counted from 1. `compute`: device and seed.
     """
 
     student: Classifier
@@ -67,10 +70,10 @@ class Prune:
     compute: Compute
 
     def predicted(self) -> None:
-        """Nothing is known of it before."""
+        """None: there is no estimate for this step."""
 
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Pruned:
-        """Do it by the one set, or take what an interrupted run had left."""
+        """Prune with the images of the one set, or restore the pruned student that an interrupted run saved."""
         path = run.folder / f"pruned-{self.number}{STATE}"
         if world().is_main and not path.exists():
             started = time.perf_counter()
@@ -83,7 +86,7 @@ class Prune:
             save_state(path, state)
             world().barrier()
             return pruned
-        world().barrier()  # One process prunes for all: with --latency each would measure times of its own.
+        world().barrier()  # One process prunes for all: with --latency each process would measure different times.
         return self._restored(torch.load(path, weights_only=True))
 
     def _pruned(self, images: Tensor) -> Pruned:
@@ -146,7 +149,9 @@ class Prune:
 
 
 def _best(before: Classifier, tried: Sequence[_Attempt], images: Tensor) -> _Attempt:
-    """The one that keeps the answers to stored images best, the first unless another is clearly better."""
+    """The attempt with the smallest KL divergence on stored images if it is clearly smaller than that of the first
+    attempt (below `CLEARLY` times it), else the first.
+    """
     divergences = [_divergence(before, each.student, images) for each in tried]
     least = min(divergences)
     best = tried[divergences.index(least) if least < CLEARLY * divergences[0] else 0]
@@ -158,7 +163,7 @@ def _best(before: Classifier, tried: Sequence[_Attempt], images: Tensor) -> _Att
 @torch.no_grad()
 @exact_fp32()
 def _divergence(before: Classifier, student: Classifier, images: Tensor) -> float:
-    """Mean KL divergence of the student's answers to stored images from those before."""
+    """Mean KL divergence, in nats, KL(before ‖ student) of the predictions for stored images."""
     total = 0.0
     with evaluating(before), evaluating(student):
         for some, _ in in_batches(images.to(before.mean.device), BATCH):
@@ -170,7 +175,7 @@ def _divergence(before: Classifier, student: Classifier, images: Tensor) -> floa
 def write_report(
     teacher: Classifier, student: Classifier, found: Found, run: Run, outcomes: Mapping[str, Outcome]
 ) -> None:
-    """Write what was done to every layer, as JSON and as a picture."""
+    """Write the channels of every layer before and after pruning, as JSON and as a picture."""
     if not world().is_main:
         return
     before, after = widths_of(teacher.network), widths_of(student.network)

@@ -1,4 +1,4 @@
-"""What `quantize` does unless it is told otherwise: images, calibration, rounding, training and objectives."""
+"""The defaults of `quantize`: images, calibration, rounding, training and objectives."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from dfcompress.verbs import Finetuning, QuantizationMethod, Target
 
 AS_THE_PAPER = Augmentation(shift=4, flip=True, mixup=1.0)
 KD = Training(steps=400, lr=0.01, batch_size=256, weight_decay=1e-4, freeze_batchnorm=True, augmentation=AS_THE_PAPER)
-LSQ = replace(KD, lr=0.003)  # Steps are small numbers: a clipped gradient at 0.01 moves some too far.
-# `lsq` is of Esser et al. 2020, `kd` of Haroush et al. 2020, section 4.2; BatchNorm's statistics stay as corrected.
+LSQ = replace(KD, lr=0.003)  # Grid steps are small: at a learning rate of 0.01 a clipped gradient moves some too far.
+# Sources: `lsq` Esser et al. 2020; `kd` Haroush et al. 2020, section 4.2. Training keeps the corrected BatchNorm
+# statistics.
 FINETUNING: Mapping[Finetuning, Training | Reconstruction | None] = {
     "blocks+lsq": LSQ,
     "lsq": LSQ,
@@ -34,23 +35,24 @@ FINETUNING: Mapping[Finetuning, Training | Reconstruction | None] = {
     "none": None,
 }
 BEFORE_LSQ = Reconstruction(steps=300, lr=0.03)
-# Above 64 pixels, where an image costs a hundred times as much: 3,200 of them in each half, at a lower rate for batches
-# an eighth as large.
+# For images of more than 64 pixels a side, which cost a hundred times as much: 3,200 images in each half of
+# `blocks+lsq`; batches an eighth as large, and a lower learning rate for them.
 LARGE_LSQ, LARGE_BEFORE_LSQ = replace(LSQ, steps=100, batch_size=32, lr=0.001), replace(BEFORE_LSQ, steps=100)
 OBJECTIVES: Mapping[Finetuning, Mapping[str, float]] = {
     "blocks+lsq": {"kd": 1.0, "feature": 10.0},
     "lsq": {"kd": 1.0, "feature": 10.0},
     "kd": {"kd": 1.0, "iq": 0.001},
 }
-# Haroush et al. 2020, section 4: weights are asymmetric and their ranges each channel's ends; ranges of inputs are the
-# mean ends of chunks of 16 images, on 200 batches of 256 drawn with replacement; nothing is corrected; `kd` with the
-# `iq` loss for 16,000 steps of 512 images (as ResNet-44 on CIFAR-10), or 44,000 of 256 where images have more than 64
-# pixels a side (as ResNet-18 on ImageNet); images by `bns-inception` alone, preset `paper-cifar10`.
-# Ours, where the paper says nothing: layers quantize their inputs and not their outputs; zero is on the grid of
-# weights; ranges are seen through the float network and averaged plainly; temperature 4, SGD's rate 0.01, Nesterov
-# momentum 0.9, decay 1e-4, warm-up for 5 % of the steps, the gradient's norm cut at 5, mixup from Beta(1, 1); crops are
-# shifts by up to 4 pixels that repeat the edge. A batch has no more images than there are, and one image in sixteen is
-# held out.
+# From Haroush et al. 2020, section 4: grids of weights are asymmetric, and their ranges are the minimum and maximum of
+# each channel; ranges of inputs are the mean minimum and maximum of chunks of 16 images, on 200 batches of 256 images
+# drawn with replacement; there is no bias correction; `kd` with the `iq` loss for 16,000 steps of 512 images (as for
+# ResNet-44 on CIFAR-10), or 44,000 steps of 256 images of more than 64 pixels a side (as for ResNet-18 on ImageNet);
+# images by `bns-inception` alone, preset `paper-cifar10`.
+# Our choices, where the paper states nothing: layers quantize their inputs and not their outputs; zero is on the grid
+# of weights; ranges are measured in the float network, and their average has equal weights; temperature 4, SGD with
+# learning rate 0.01, Nesterov momentum 0.9, weight decay 1e-4, warm-up for 5 % of the steps, gradient norm clipped at
+# 5, mixup from Beta(1, 1); crops are shifts by up to 4 pixels that repeat the edge. A batch has at most as many images
+# as the set, and one image in sixteen is held out.
 CALIBRATIONS: Mapping[QuantizationMethod, Calibration] = {
     "default": Calibration(),
     "paper": Calibration(
@@ -58,9 +60,9 @@ CALIBRATIONS: Mapping[QuantizationMethod, Calibration] = {
     ),
 }
 FINETUNED_BY: Mapping[QuantizationMethod, Finetuning] = {"default": "blocks+lsq", "paper": "kd"}
-# ResNet-20, calibrated on 128 made images: 999 of 1,000 training images right, as many as in float.
+# ResNet-20, calibrated on 128 synthetic images: 999 of 1,000 training images are correct, the same number as in float.
 FINETUNED_ON: Mapping[Placement, Finetuning] = {"all-tensors": "none"}
-# Haroush et al. 2020, section 4.2: CIFAR's ResNet-44, and ImageNet's ResNet-18.
+# Haroush et al. 2020, section 4.2: ResNet-44 on CIFAR-10, and ResNet-18 on ImageNet.
 PAPER_KD, PAPER_KD_LARGE = replace(KD, steps=16_000, batch_size=512), replace(KD, steps=44_000)
 RECIPE, PAPER_PRESET = "bns-inception", "paper-cifar10"
 IMAGES, CALIBRATION_IMAGES, LARGE_IMAGES = 2048, 512, 128
@@ -70,9 +72,11 @@ ROUNDING_SETTING = "setting of rounding called"
 def usual_images(
     method: QuantizationMethod, teacher: Classifier, synthesis: Synthesis, second_recipe: str | None, *, trains: bool
 ) -> tuple[Synthesis, str | None]:
-    """What is made unless a recipe is named: images whose statistics are those of the training data, as far as the
-    teacher knows them, and fewer where nothing `trains` on them; the paper's for its method, and no second recipe,
-    unless one was asked for.
+    """The synthesis with the defaults of `quantize`, and the second recipe.
+
+    Without a named recipe, images are made to match the BatchNorm statistics of the training data, where the teacher
+    has such statistics. By default there are fewer images where nothing `trains` on them. The method `paper` has the
+    paper's preset, and no second recipe unless one was requested.
     """
     if method == "paper":
         usual = IMAGES
@@ -95,8 +99,10 @@ def usual_calibration(
     input_size: tuple[int, int, int],
     target: Target | None = None,
 ) -> Calibration:
-    """The settings of calibration, a method's own or with changes; by default fewer batches of images that have more
-    than 64 x 64 pixels, and the grids that the target takes. Raises `BadInput` for a method or a setting that is none.
+    """The settings of calibration: the defaults of `method`, with the changes in `settings`, or complete `settings`.
+
+    By default there are fewer batches for images of more than 64 x 64 pixels, and the grids suit the `target`. Raises
+    `BadInput` for an unknown method, and for a setting that is unknown or not valid.
     """
     if isinstance(settings, Calibration):
         return settings
@@ -113,8 +119,10 @@ def usual_tuning(
     method: QuantizationMethod,
     card: ModelCard,
 ) -> Training | Reconstruction | None:
-    """The settings of fine-tuning, a method's usual ones for images of the model's size, or with changes; raises
-    `BadInput` where those given are of another kind.
+    """The settings of fine-tuning: the defaults of `method` for images of the model's size, with the changes in
+    `settings`, or complete `settings`; None where nothing is trained.
+
+    Raises `BadInput` for an unknown `finetune`, and for settings that do not belong to it.
     """
     usual = FINETUNING[finetune]
     if method == "paper" and finetune == "kd":
@@ -142,10 +150,10 @@ def usual_rounding(
     *,
     small: bool,
 ) -> Reconstruction | None:
-    """The settings of the rounding that `blocks+lsq` learns before the training `tuning`, as usual or with changes;
-    without training there is none unless it was asked for.
+    """The settings of the rounding that `blocks+lsq` learns before the training `tuning`: the defaults with the changes
+    in `settings`, or complete `settings`. None where there is no such rounding; without `tuning` it must be requested.
 
-    Raises `BadInput` where the fine-tuning has no such half.
+    Raises `BadInput` for settings of rounding where `finetune` is not `blocks+lsq`.
     """
     if finetune != "blocks+lsq":
         if settings:
@@ -166,9 +174,10 @@ def usual_rounding(
 def usual_objectives(
     teacher: Classifier, finetune: Finetuning, objectives: Mapping[str, float] | None, *, temperature: float, seed: int
 ) -> list[Objective]:
-    """What is followed: as asked, or as usual; features usually only where the network has some.
+    """The distillation losses: the requested `objectives`, or the defaults of `finetune`. Losses of features are a
+    default only where the network has stages.
 
-    Raises `BadInput` for objectives that this way of fine-tuning, or this network, has not.
+    Raises `BadInput` for objectives that `finetune` or the network does not support.
     """
     if finetune not in OBJECTIVES:
         if objectives is not None:

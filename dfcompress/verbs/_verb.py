@@ -1,4 +1,4 @@
-"""What every verb is: its arguments are checked before any work, and PyTorch is as it starts meanwhile."""
+"""Common behaviour of verbs: arguments are checked before any work, and PyTorch's settings are its defaults inside."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from dfcompress.machine.process import usual_torch
 
 Options = ParamSpec("Options")
 Result = TypeVar("Result")
-# Whole numbers that cannot be 0; no other may be negative.
+# Integer arguments that must be at least 1; all others must be at least 0.
 FROM_ONE = ("batch_size", "rounds", "round_to")
 
 
 def verb(function: Callable[Options, Result]) -> Callable[Options, Result]:
-    """Make a verb of a function: it refuses arguments of other types than annotated, and runs in `usual_torch`.
+    """Turn a function into a verb, which checks its arguments by their annotations, and runs in `usual_torch`.
 
-    Checkpoints are left to `as_classifier`, which says how a network becomes one.
+    The verb raises `BadInput` for an argument of another type, an integer below its minimum, and a `temperature` that
+    is not positive and finite. Checkpoints are left to `as_classifier`, whose message says how to wrap a network.
     """
     positional = list(function.__annotations__)
     hints = {
@@ -42,7 +43,7 @@ def verb(function: Callable[Options, Result]) -> Callable[Options, Result]:
 
 
 def _require_counts(given: dict[str, Any], owner: str) -> None:
-    """Raise `BadInput` for a whole number that is below the smallest that makes sense."""
+    """Raise `BadInput` for an integer below its minimum, and for a temperature that is not positive and finite."""
     for name, value in given.items():
         smallest = int(name in FROM_ONE)
         if isinstance(value, numbers.Integral) and value < smallest:

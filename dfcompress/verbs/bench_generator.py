@@ -1,6 +1,4 @@
-"""`bench generator`: what one round of a generator and a student that learn against each other costs, against the plain
-loop.
-"""
+"""`bench generator`: time one round of a generator and a student that train against each other, and the plain loop."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ from dfcompress.training.student import make_student
 from dfcompress.verbs._verb import verb
 
 RECIPE, PRESET = "dfq", "paper-cifar10"
-# Of that preset.
+# Values of that preset.
 STUDENT_STEPS, TEMPERATURE, LATENT = 10, 20.0, 256
 
 
@@ -50,14 +48,21 @@ def bench_generator(
     rounds: int = 3,
     compute: Compute = Compute(),
 ) -> Bench:
-    """Time one round of DFQ on `checkpoint`, `rounds` times each row, interleaved: one step of the generator and ten of
-    the `student`, each on new images.
+    """Time one round of DFQ in several implementations, the rows of the result; their rounds are interleaved.
 
-    `published` is the loop of the published code, written from the formulas: forward hooks in every pass of the
-    teacher, gradients of all weights, and the generator's doubled maps convolved as they are; `published-bf16` the same
-    under bf16 autocast. `+live` is the round as `distill --recipe dfq` runs it, in fp32 and eager, and `ours` in the
-    precision asked for, compiled where that is possible.
-    Raises `BadInput` where the student does not fit, and where two doublings do not make images of the model's size.
+    A round is one step of the generator and ten steps of the student, each on new images. `checkpoint`: the teacher,
+    with BatchNorm statistics. `student`: architecture of the student (`half`: the teacher's with half the channels).
+    `batch_size`: number of images in a step, at least 2. `rounds`: number of timed rounds of each row. `compute`:
+    device, precision, compilation and seed.
+
+    - `published`: the loop of the published code, written from the formulas: forward hooks in every pass of the
+      teacher, gradients of all weights, and convolutions of the generator's feature maps after upsampling.
+    - `published-bf16`: the same under bf16 autocast.
+    - `+live`: the round as `distill --recipe dfq` runs it, in fp32 and eager.
+    - `ours`: the same in the requested precision, compiled where possible.
+
+    Raises `BadInput` where the model has no BatchNorm statistics, the student does not fit, images have more than 64
+    pixels a side or sides that are not multiples of 4, or the batch has one image.
     """
     teacher = as_classifier(checkpoint)
     require_statistics(teacher)
@@ -83,7 +88,7 @@ def bench_generator(
             ("ours", replace(compute, precision=precision, compile="off" if eager else "on")),
         ):
             steps[name] = _ours(stack, teacher, student_model, batch_size, way)
-        # Compiled networks are there after the first round, a captured step of the generator after some more.
+        # Networks are compiled in the first round; the step of the generator is captured some rounds later.
         warm_up = STEPS_BEFORE_CAPTURE + 1 if is_cuda(target) else 1
         times = interleaved(steps, rounds=rounds, warm_up=warm_up, target=target)
     shown = batch_size * (1 + STUDENT_STEPS)
@@ -117,7 +122,7 @@ def _ours(stack: ExitStack, teacher: Classifier, student: Classifier, batch_size
 def _published(
     teacher: Classifier, student: Classifier, batch_size: int, target: torch.device, precision: torch.dtype
 ) -> Step:
-    """The published procedure in our own words; bf16 by autocast, as its users run it."""
+    """The published procedure, written anew; bf16 by autocast, as its users run it."""
     channels, height, width = teacher.card.input_size
     teacher, student = copy.deepcopy(teacher).to(target).eval(), copy.deepcopy(student).to(target).train()
     network = nn.Sequential(

@@ -1,4 +1,4 @@
-"""`bench step`: what one step of synthesis costs, against the published loop and against the floor."""
+"""`bench step`: time one step of synthesis against the published loop and against a lower bound, the floor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dfcompress.synthesis.synthesizer import STEPS_BEFORE_CAPTURE, Synthesizer
 from dfcompress.verbs._verb import verb
 
 WARM_UP = STEPS_BEFORE_CAPTURE + 2
-# Matrices of 128 MiB: more than a GPU's cache holds.
+# Side of square bf16 matrices of 128 MiB, which do not fit into a GPU's cache.
 CEILING_SIDE = 8192
 
 
@@ -36,16 +36,24 @@ def bench_step(
     rounds: int = 7,
     compute: Compute = Compute(),
 ) -> Bench:
-    """Time one step of DeepInversion on `checkpoint`, `rounds` times each, interleaved.
+    """Time one step of DeepInversion in several implementations, the rows of the result; their rounds are interleaved.
 
-    `published`: forward hooks, gradients of the weights too, every loss read back each step, as the released code does.
-    `floor`: forward and gradient to the input of the plain teacher, eager, no statistics, no optimiser.
-    Both again under bf16. `convolutions-bf16`: both passes of every convolution and linear layer, each on its own, and
-    nothing between them: the limit that the processor sets. Then what makes the Synthesizer fast, one after the other:
-    `+frozen` (published, for the images alone, nothing read back), `+fused` (statistics with an analytic backward,
-    eager), `+compiled`, and `ours`, as `invert` runs it, in the precision asked for. On a CPU all rows profit from
-    freed memory being kept; on CUDA the rows without `+fused` convolve fp32 as PyTorch does by default, in TF32, the
-    others in fp32.
+    `checkpoint`: the model, with BatchNorm statistics. `batch_size`: number of images. `rounds`: number of timed steps
+    of each row. `compute`: device, precision and compilation of `ours`.
+
+    - `published`: as the released code: forward hooks, gradients of the weights as well, each loss read back each step.
+    - `floor`: forward pass and gradient to the input of the plain teacher; eager, no statistics, no optimiser.
+    - `published-bf16`, `floor-bf16`: the same in bf16.
+    - `convolutions-bf16`: both passes of each convolution and linear layer alone, with nothing between them: the limit
+      of the processor.
+    - `+frozen`: `published` with gradients of the images alone, and no loss read back.
+    - `+fused`: statistics with an analytic backward pass, eager.
+    - `+compiled`: `+fused` compiled, where compiling is possible and the precision is not fp32.
+    - `ours`: as `invert` runs it, in the requested precision.
+
+    On a CPU all rows profit from freed memory that is kept. On CUDA the rows before `+fused` compute fp32
+    convolutions in TF32, PyTorch's default; the rows from `+fused` on compute them in fp32.
+    Raises `BadInput` where the model has no BatchNorm statistics.
     """
     teacher = as_classifier(checkpoint)
     require_statistics(teacher)
@@ -74,15 +82,15 @@ def bench_step(
 
 
 def _flops(teacher: Classifier, batch_size: int) -> int:
-    """Floating-point operations of the floor's step, what a device is compared with its ceiling by.
+    """Floating-point operations of the floor's step, for the comparison with the device's ceiling.
 
-    The gradient to the input takes as many as the forward pass, and a multiply-accumulate is two.
+    The gradient to the input takes the same number as the forward pass; one multiply-accumulate is two operations.
     """
     return 2 * 2 * multiply_accumulates(teacher) * batch_size
 
 
 def _ceilings(target: torch.device) -> dict[str, float] | None:
-    """What the device reaches in a large bf16 product and in a large copy; None on a CPU."""
+    """The measured rates of a large bf16 product (TFLOP/s) and of a large copy (GB/s); None on a CPU."""
     if not is_cuda(target):
         return None
     matrix = torch.randn(CEILING_SIDE, CEILING_SIDE, device=target, dtype=torch.bfloat16)
@@ -121,12 +129,12 @@ def _floor(teacher: Classifier, batch_size: int, target: torch.device, precision
 
 
 def _convolutions(teacher: Classifier, batch_size: int, target: torch.device, precision: torch.dtype) -> Step:
-    """Forward and gradient to the input of every convolution and linear layer, with the shapes they have in a pass."""
+    """Forward pass and gradient to the input of each convolution and linear layer, with the shapes of a pass."""
     network = _plain_network(teacher, target, precision).to(precision).requires_grad_(False)
     layers, runs = weighted_layers(network), list[tuple[nn.Module, Tensor, Tensor]]()
 
     def note(name: str, features: Tensor) -> None:
-        seen = torch.randn_like(features).requires_grad_(True)  # In the memory layout that it has there.
+        seen = torch.randn_like(features).requires_grad_(True)  # In the memory layout of the pass.
         with torch.enable_grad():
             runs.append((layers[name], seen, torch.randn_like(layers[name].forward(seen))))
 
@@ -143,9 +151,9 @@ def _convolutions(teacher: Classifier, batch_size: int, target: torch.device, pr
 def _published(
     teacher: Classifier, batch_size: int, target: torch.device, precision: torch.dtype, *, frozen: bool = False
 ) -> Step:
-    """The published procedure in our own words; bf16 by autocast, as its users run it.
+    """The published procedure, written anew; bf16 by autocast, as its users run it.
 
-    With `frozen` only the images get gradients and no loss is read back.
+    With `frozen`, only the images get gradients, and no loss is read back.
     """
     network = _plain_network(teacher, target, precision).requires_grad_(not frozen)
     images = torch.randn(batch_size, *teacher.card.input_size, device=target, requires_grad=True)

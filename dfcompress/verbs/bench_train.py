@@ -1,4 +1,4 @@
-"""`bench train`: what one step of distillation costs, against a plain PyTorch loop, lever by lever."""
+"""`bench train`: time one step of distillation against a plain PyTorch loop, optimisation by optimisation."""
 
 from __future__ import annotations
 
@@ -49,13 +49,20 @@ def bench_train(
     rounds: int = 7,
     compute: Compute = Compute(),
 ) -> Bench:
-    """Time one step of training `student` to answer as the teacher does, `rounds` times each row, interleaved.
+    """Time one step of distillation in several implementations, the rows of the result; their rounds are interleaved.
 
-    `plain` is what one writes by hand: PNG files read, shifted and mirrored by a DataLoader with two workers, fp32, the
-    teacher asked in every step, the loss read back. Then what makes the `Trainer` fast, one after the other: `+pool`
-    (images on the device, changed there), `+compiled`, `+bf16` where the precision asked for is that; and `+cached`,
-    where nothing changes the images and the teacher was asked once about each. The images are noise.
-    Raises `BadInput` where the student does not fit.
+    `checkpoint`: the teacher. `student`: architecture of the student (`half`: the teacher's with half the channels).
+    `batch_size`: number of images, at least 2. `rounds`: number of timed steps of each row. `compute`: device,
+    precision, compilation and seed. The images are noise.
+
+    - `plain`: a loop written by hand: a DataLoader with two workers reads, shifts and mirrors PNG files; fp32; the
+      teacher runs in every step, and the loss is read back.
+    - `+pool`: the `Trainer` in fp32, eager, with images stored and augmented on the device.
+    - `+compiled`: the same compiled. `+bf16`: the same in bf16, where this is the precision.
+    - `+cached`: the last row without augmentation; the teacher's outputs are computed once for each image.
+
+    Raises `BadInput` where the student does not fit the teacher, images have neither 1 nor 3 channels, or the batch has
+    one image.
     """
     teacher = as_classifier(checkpoint)
     if teacher.card.input_size[0] not in (1, 3):
@@ -75,7 +82,7 @@ def bench_train(
         rows["+compiled"] = fastest = replace(fastest, compile="on")
     if precision != "fp32":
         rows["+" + precision] = fastest = replace(fastest, precision=precision)
-    # Steps enough that asking once about each image pays.
+    # Enough steps that caching the teacher's outputs pays.
     changing = Training(
         steps=10**6, lr=0.1, batch_size=batch_size, augmentation=Augmentation(shift=SHIFT, flip=True)
     ).suiting(teacher.card.input_size)
@@ -104,7 +111,7 @@ def _ours(
 def _plain(
     teacher: Classifier, student: Classifier, batches: Iterator[Tensor], training: Training, target: torch.device
 ) -> Step:
-    """A training loop as one writes it by hand, on files."""
+    """A training loop on image files, as one writes it by hand."""
     student, teacher = copy.deepcopy(student).to(target).train(), copy.deepcopy(teacher).to(target).eval()
     optimizer = torch.optim.SGD(
         student.parameters(),
@@ -129,7 +136,7 @@ def _plain(
 
 
 def _files(images: Tensor, folder: Path, batch_size: int) -> Generator[Tensor]:
-    """Endless batches of PNG files, as torchvision's own parts read and change them."""
+    """Endless batches of PNG files, read and augmented by torchvision."""
     (folder / "images").mkdir()
     channels, *size = images.shape[1:]
     for number, image in enumerate(images):

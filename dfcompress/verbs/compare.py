@@ -1,4 +1,4 @@
-"""`compare`: several models beside each other on several sets of images, and whether they differ by more than chance.
+"""`compare`: evaluate several models on several sets of images, and test whether they differ by more than chance.
 
 dfcompress.compare(["resnet20.pt", "resnet20-quantize"], sets=["cifar10-test.npz"]).differences
 dfcompress.compare(["resnet44.pt"], sets=["test.npz", "images", "random", "fgsm:test.npz"], own="test.npz").results
@@ -51,17 +51,22 @@ def compare(
     device: str = "auto",
     batch_size: int = 256,
 ) -> Comparison:
-    """Show every set to every model, in fp32 and in batches, and compare all models with the first.
+    """Evaluate every model on every set in fp32, and compare all models with the first.
 
-    A set is what `evaluate` takes, the folder of a run (its synthetic sets together), `random` (N(0, 1) in the
-    normalised space of each model) or `fgsm:SET` (each model attacked by its own gradient, `epsilon` in its normalised
-    space). `images:SET` are images whose labels do not count. Labels that do not fit a model do not count either.
-    `own` names the set, one of `sets`, that is the models' own data, or one for each model: J_KL is also given divided
-    by J_KL of it, models of other own data are not compared with the first, and a set that is another model's own has
-    no labels that count.
-    So many `outliers` of a set are named: images of the largest spread score. `tail_by` is the set over which the first
-    model's mean predictions order the classes for the tail degradation; by default each set itself.
-    Raises `BadInput` for a checkpoint, a set or a number that cannot be used, before anything runs.
+    - `checkpoints`: one model or several; the first is the reference.
+    - `sets`: one set or several: images as `evaluate` takes them; a run folder (all its synthetic sets together);
+      `random` (N(0, 1) noise in each model's normalised space); `fgsm:SET` (the set attacked by each model's own
+      gradient); or `images:SET` (the set without its labels). Labels that do not fit a model are ignored.
+    - `own`: the set that represents the training distribution, one for all models or one per model; each must be in
+      `sets`. The result then also has J_KL divided by J_KL on that set. A model whose `own` set differs from the first
+      model's is not compared with the first model. Labels of a set that is another model's `own` set are ignored.
+    - `epsilon`: step of the FGSM attack in each model's normalised space, above 0.
+    - `outliers`: number of images with the largest spread score that are listed for each set.
+    - `tail_by`: one of `sets`; the first model's mean predictions on it order the classes for the tail degradation.
+      Default: for each set the set itself.
+    - `device`: `auto`, `cpu`, `cuda` or `cuda:N`. `batch_size`: number of images read at once.
+
+    Raises `BadInput`, before any model runs, for a checkpoint, a set or a number that cannot be used.
     """
     if not checkpoints:
         raise BadInput("No checkpoint was given.", "Name at least one.")
@@ -115,7 +120,7 @@ def _listed(name: str | Path, option: str, names: Sequence[str]) -> str:
 
 
 def _owned(own: str | Path | Sequence[str | Path] | None, names: Sequence[str], models: int) -> list[str | None]:
-    """The own data of each model."""
+    """The `own` set of each model, None for all where none was given."""
     found = [_listed(each, "--own", names) for each in one_or_more(own or ())]
     if len(found) not in (0, 1, models):
         raise BadInput(f"--own names {len(found)} sets for {models} models.", "Name one for all, or one for each.")
@@ -126,8 +131,8 @@ def _owned(own: str | Path | Sequence[str | Path] | None, names: Sequence[str], 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A set as it was asked for: its `name`, where it lies (None: random), whether its labels count, and whether it is
-    attacked.
+    """A requested set: its `name`, its `place` on disk (None for `random`), whether its labels are used (`labelled`),
+    and whether the models are attacked (`attack`).
     """
 
     name: str
@@ -148,7 +153,7 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Shown:
-    """A set as one model sees it, with `labels` `(N,)` where they count."""
+    """A set as one model receives it; `labels` `(N,)` are None where they are ignored."""
 
     asked: _Asked
     sources: list[ImageSource]
@@ -158,7 +163,7 @@ class _Shown:
         return sum(map(len, self.sources)) if self.asked.place is not None else RANDOM_IMAGES
 
     def batches(self, classifier: Classifier, batch_size: int, epsilon: float) -> Iterator[tuple[Tensor, Tensor]]:
-        """Float images in [0, 1] and the labels that count, others as `UNLABELLED`."""
+        """Batches of float images in [0, 1] with their labels; ignored labels are `UNLABELLED`."""
         if self.asked.place is None:
             return noise(classifier, len(self), batch_size)
         stored = itertools.chain.from_iterable(source.batches(batch_size) for source in self.sources)
@@ -167,7 +172,7 @@ class _Shown:
         return attacked(classifier, plain, epsilon) if self.asked.attack else plain
 
     def image(self, number: int) -> str:
-        """The file of an image, or its number in the set, or in the part of it that has a name."""
+        """The file of an image; without files its number in the set, or `part/number` in a set of several parts."""
         for source in self.sources:
             if number < len(source):
                 stored = source.source if isinstance(source, Fitted) else source
@@ -181,7 +186,7 @@ class _Shown:
 
 
 class _Opener:
-    """Opens each set once for all models that want it alike, so that its notices come once."""
+    """Opens each set once for all models that need it in the same form, so that each notice is printed once."""
 
     def __init__(self, classifiers: Sequence[Classifier], models: Sequence[ComparedModel]) -> None:
         self._cards, self._models = [classifier.card for classifier in classifiers], models
@@ -189,7 +194,10 @@ class _Opener:
         self._opened: dict[Any, tuple[list[ImageSource], Tensor | None]] = {}
 
     def open(self, asked: _Asked) -> list[_Shown]:
-        """The set for each model. All models that are compared see the same images, with the same labels or without."""
+        """The set for each model. All compared models get the same images, either with the same labels or with none.
+
+        Raises `BadInput` where the labels differ between compared models.
+        """
         shown = [self._open_for(asked, *each) for each in zip(self._cards, self._models, strict=True)]
         compared = [number for number, model in enumerate(self._models) if model.compared]
         known = {number: labels for number in compared if (labels := shown[number].labels) is not None}
@@ -220,7 +228,7 @@ class _Opener:
 
 
 def _opened(place: str, labelled: bool, card: ModelCard) -> tuple[list[ImageSource], Tensor | None]:
-    """The sources at a place, and their labels where these count and fit the model."""
+    """The image sources at `place`, and their labels, None where `labelled` is false or they do not fit the model."""
     parts = parts_of(place)
     for part in parts:
         if (part / MANIFEST).exists():
@@ -238,7 +246,7 @@ def _opened(place: str, labelled: bool, card: ModelCard) -> tuple[list[ImageSour
 
 
 def _different(names: Sequence[str]) -> list[str]:
-    """The names, those that came before with a number behind."""
+    """The names; a repeated name gets a number, as in `model (2)`."""
     before = [names[:number].count(name) for number, name in enumerate(names)]
     return [f"{name} ({count + 1})" if count else name for name, count in zip(names, before, strict=True)]
 
@@ -293,7 +301,7 @@ def _result(
 
 
 def _counts(classes: int, labels: Tensor, seen: Observation) -> dict[str, Any]:
-    """What labels that count add to a result."""
+    """The fields of a result that need labels."""
     right = seen.classes == labels
     correct, total = int(right.sum()), len(labels)
     return {
@@ -308,7 +316,7 @@ def _counts(classes: int, labels: Tensor, seen: Observation) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Answers:
-    """A model's result on a set and what it is made of."""
+    """A model's result on a set, with the set and the observation that it was computed from."""
 
     result: ModelOnSet
     shown: _Shown
@@ -316,7 +324,7 @@ class _Answers:
 
 
 def _difference(now: _Answers, before: _Answers, order: Sequence[int]) -> Difference:
-    """A model against the reference; `order` are the classes, the least predicted first."""
+    """The difference of a model (`now`) from the reference (`before`); `order`: classes, the least predicted first."""
     old, new = before.seen.classes, now.seen.classes
     labels = before.shown.labels if now.shown.labels is not None else None
     changed = (old != new).nonzero()[:, 0].tolist()
@@ -345,7 +353,7 @@ def _difference(now: _Answers, before: _Answers, order: Sequence[int]) -> Differ
 
 
 def _judged(before: Tensor, now: Tensor) -> dict[str, Any]:
-    """What labels that count add to a difference, of which images are right, each `(N,)`."""
+    """The fields of a difference that need labels; `before`, `now`: whether each image is correct, bool `(N,)`."""
     gained, lost, total = int((now & ~before).sum()), int((before & ~now).sum()), len(now)
     p_value = mcnemar(gained, lost)
     return {

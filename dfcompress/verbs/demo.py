@@ -1,4 +1,4 @@
-"""`demo`: the main job end to end on what the package ships, a LeNet-5 for MNIST and 10,000 real test images.
+"""`demo`: the main workflow on files that the package ships, a LeNet-5 for MNIST and 10,000 real test images.
 
 inspect → invert → distill to half the width → quantize → report. No training image is in the package.
 """
@@ -36,7 +36,9 @@ BITS = "4w4a"
 
 @dataclass(frozen=True)
 class DemoRow:
-    """A model of the demo, its score on the real test images, the bytes of its file, and the seconds to make it."""
+    """One model of the demo: its name, its `score` on the real test images, the `bytes` of its file, and the `seconds`
+    that it took to make.
+    """
 
     model: str
     score: Score
@@ -44,14 +46,17 @@ class DemoRow:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """The score's fields and the others side by side."""
+        """The fields as `--json` prints them; those of `score` stand beside the others."""
         return {**self.score.to_json(), "model": self.model, "bytes": self.bytes, "seconds": self.seconds}
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo showed: its teacher, the images, a row for each model, the seconds of everything, and the page
-    about it, None where the packages for that are missing.
+    """The result of the demo.
+
+    `output`: folder of all results. `picture`: file that shows some synthetic images. `teacher`: inspection of the
+    shipped model. `images`: result of `invert`. `rows`: the teacher and each compressed model. `seconds`: total time.
+    `report`: HTML page about the runs, None where the packages for it are not installed.
     """
 
     output: str
@@ -75,15 +80,18 @@ def demo(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Demo:
-    """Run the main job on the shipped teacher; everything it makes is kept in the folder `output`.
+    """Invert, distill and quantize the shipped teacher, and evaluate the results on real test images.
 
-    Raises `BadInput` where the folder cannot be used.
+    `output`: folder of all results. `compute`: device, precision, compilation and seed. `resume`: continue an
+    interrupted run in `output`. `overwrite`: replace the contents of `output`.
+    Raises `BadInput` where the folder cannot be used, or several processes run, and `DfcompressError` where the work
+    fails.
     """
     if world().world_size > 1:
         raise BadInput("demo runs in one process.", "Start it without torchrun.")
     run = Run("demo", Path(output), asdict(compute), resume=resume, overwrite=overwrite)
     teacher = load(FILES)
-    with run.timed("total"), started_by(None):  # No line makes a part of the demo alone.
+    with run.timed("total"), started_by(None):  # No command line makes one part of the demo alone.
         console.notice("Making images from the teacher.")
         images = _step(run, "images", resume)
         made = invert(teacher, synthesis=SHOWN, compute=compute, **images)

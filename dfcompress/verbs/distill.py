@@ -45,12 +45,13 @@ DISTILLATION = Training(
     augmentation=Augmentation(shift=4, flip=True, mixup=1.0),
 )
 TEMPERATURE = 4.0
-# Of students that start from nothing. ResNet-20 → ResNet-20, kd and ten times feature, 3,000 steps, 1,000 training
-# images as judge: 1,024 images of pixels in 1,144 s of one core 831, 7,680 of a generator in 972 s 861.
+# For students that start from random weights. ResNet-20 → ResNet-20, kd and ten times feature, 3,000 steps, correct of
+# 1,000 training images: 831 with 1,024 images optimised as pixels (1,144 s of one core), 861 with 7,680 images of a
+# generator (972 s).
 GENERATOR, GENERATED = "fast-generator", 12_800
 KD: Mapping[str, float] = {"kd": 1.0}
 KD_AND_FEATURES: Mapping[str, float] = {"kd": 1.0, "feature": 10.0}
-# Of large images one of each of ImageNet's classes: not measured; an image takes seconds there.
+# 1,000 large images: one of each class of ImageNet; not measured. Such an image takes seconds.
 IMAGES, LARGE_IMAGES, PROBE_IMAGES = 2048, 1000, 128
 
 
@@ -74,26 +75,37 @@ def distill(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Plan[Compressed]:
-    """Train a student to answer as the teacher does, on images made from the teacher alone.
+    """Train a student to match the teacher's predictions, on images synthesized from the teacher.
 
-    `student` names an architecture, whose stem and classes are fitted to the teacher's card, or is `half`: the
-    teacher's own with half the channels. `student_init` is a checkpoint that it starts from (its own architecture,
-    where no `student` is named), or None; `auto` takes the teacher's own layers where the student is a shallower form
-    of it (see `init_from_teacher`). `objectives` are weights of kd (Hinton 2015), ce, mse-logits, feature and
-    attention; by default kd, and ten times feature where the features of both networks have equally many channels.
-    `training` changes single settings of the usual ones (`DISTILLATION`), or replaces them.
-    `data` is a synthetic set, or real images; without it images are made first, half of them by `second_recipe`
-    (None: all by one, see `TransferSetSource`), but for a student that starts from random weights, unless anything was
-    asked for, by `fast-generator` alone. `probe_images` more, of another seed and recipe, tell how often student
-    and teacher agree on what neither was trained on.
-    Images of a recipe whose student learns in between (`adaptive-deepinversion`, and those with generators) are made
-    while this student is trained, and compete with it; where they are such, what the recipe states of the student's
-    training is the default in place of `DISTILLATION`, kd and the temperature 4.
-    A `budget` of seconds decides how many images and training steps there are, by estimates on this machine; a resumed
-    run keeps what it was begun with.
-    The folder `output` (default: `<checkpoint>-distill`) holds the student (`model.safetensors`, `config.json`), the
-    images that were made, `metrics.jsonl` and `run.json`. `eval_data` are real images that only report.
-    Raises `BadInput` where the model, the student or the data cannot be used.
+    - `checkpoint`: the teacher.
+    - `student`: architecture of the student; its stem and classes are fitted to the teacher's card. `half`: the
+      teacher's architecture with half the channels.
+    - `student_init`: checkpoint with the initial weights (and the architecture, where no `student` is named), or None
+      for random weights. `auto`: the teacher's layers where the student is a shallower form of the teacher (see
+      `init_from_teacher`), else random weights.
+    - `data`: a synthetic set, the folder of a run with synthetic sets, or real images. Without it, images are
+      synthesized as `synthesis` says, half of them by `second_recipe` (None: all by one recipe; see
+      `TransferSetSource`). For a student with random weights and small images, the default is images of
+      `fast-generator` alone, where no option of synthesis but the number of images is given.
+    - `probe_images`: number of images (other seed and recipe, never trained on) for a report of the agreement.
+    - `training`: changes of single default settings (`DISTILLATION`), or complete settings.
+    - `objectives`: weights of the losses kd (Hinton 2015), ce, mse-logits, feature and attention. Default: kd, and ten
+      times feature where the features of both networks have the same number of channels.
+    - `temperature`: number above 0 that divides the logits in the losses. Default: 4.
+    - `budget`: seconds for the whole run; estimates on this machine then decide the number of images and of training
+      steps. A resumed run keeps the numbers that it was started with.
+    - `eval_data`: real images on which accuracy is reported; they influence nothing else.
+    - `output`: folder (default: `<checkpoint>-distill`) of the student (`model.safetensors`, `config.json`), the
+      synthesized images, `metrics.jsonl` and `run.json`. `resume`: continue an interrupted run there. `overwrite`:
+      replace the contents of the folder.
+    - `compute`: device, precision, compilation and seed.
+
+    Some recipes update a student between rounds of images (`adaptive-deepinversion`, recipes with generators). Their
+    images are made while this student trains, and compete with it. The recipe's learning rate, batch size, objectives
+    and temperature are then the defaults.
+
+    Raises `BadInput` where the model, the student, the data or an option cannot be used, and `DfcompressError` where
+    the work fails.
     """
     if budget is not None:
         asked = {name: value for name, value in locals().items() if name != "budget"}
@@ -149,8 +161,8 @@ def distill(
 
 
 def _for_nothing(teacher: Classifier, synthesis: Synthesis, second_recipe: str | None) -> tuple[Synthesis, str | None]:
-    """What is made for a student that starts from nothing, unless something was asked for: images of a generator, and
-    no others, where small ones have known statistics.
+    """The synthesis and the second recipe for a student with random weights. Where no option of synthesis was given,
+    and the teacher has small images and BatchNorm statistics, all images are made by a generator.
     """
     asked = replace(synthesis, images=None, preview_every=0, records="beside") != Synthesis()
     record = find_record(teacher) if synthesis.records == "beside" else synthesis.records
@@ -162,7 +174,10 @@ def _for_nothing(teacher: Classifier, synthesis: Synthesis, second_recipe: str |
 
 
 def _within(seconds: float, asked: dict[str, Any]) -> Plan[Compressed]:
-    """The plan with so many images and steps as fit into a time."""
+    """The plan with the number of images and of training steps that fit into `seconds`; `asked`: all other arguments.
+
+    Raises `BadInput` where the images, the training steps or `data` are given, too.
+    """
     asked["checkpoint"] = as_classifier(asked["checkpoint"])
     synthesis, training = asked["synthesis"], asked["training"]
     if synthesis.images is not None or isinstance(training, Training) or "steps" in (training or {}) or asked["data"]:
@@ -181,14 +196,14 @@ def _within(seconds: float, asked: dict[str, Any]) -> Plan[Compressed]:
 
 
 def _usual_training(live: SynthesisSpec | None) -> Training:
-    """What is usual, or with images that are made meanwhile what their recipe states, for as many steps at least as all
-    rounds take.
+    """The default training. With images that are made during training, the learning rate and the batch size are the
+    recipe's, and the steps last for all its rounds.
     """
     if live is None or live.recipe.student_updates is None:
         return DISTILLATION
     updates = live.recipe.student_updates
     steps = -(-live.batches // updates.every) * updates.steps
-    # Kept images can be learnt from after the last round.
+    # The student can train on kept images after the last round.
     steps = max(steps, DISTILLATION.steps) if updates.keep else steps
     return replace(DISTILLATION, lr=updates.lr, batch_size=updates.batch_size, steps=steps)
 
@@ -196,8 +211,10 @@ def _usual_training(live: SynthesisSpec | None) -> Training:
 def objectives_of(
     student: Classifier, teacher: Classifier, weights: Mapping[str, float] | None, *, temperature: float, seed: int
 ) -> list[Objective]:
-    """What the student minimises: as given, or `kd`, and `feature` where the stages of both networks have equally many
-    channels.
+    """The losses that the student minimises, by their `weights`. Default: `kd`, and `feature` where the stages of both
+    networks have the same numbers of channels.
+
+    `seed`: of the losses' own initial weights. Raises `BadInput` for weights or losses that cannot be used.
     """
     if weights is None:
         pairs = stages_in_common(student, teacher)

@@ -1,4 +1,4 @@
-"""`doctor`: what this machine is, and what of dfcompress works on it.
+"""`doctor`: properties of this machine, and the features of dfcompress that work on it.
 
 dfcompress.doctor().to_json()
 """
@@ -35,9 +35,13 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """This machine: `versions` (None where a package is not installed), processor and its cores, CUDA devices, the
-    device and precision that `auto` means, the C++ compiler and whether `torch.compile` can work, the state of NVIDIA
-    apex, and `advice`, a line for everything that would be faster otherwise.
+    """Properties of this machine.
+
+    `versions`: of Python and packages, None for a package that is not installed. `processor`: name of the CPU. `cores`:
+    its logical cores. `gpus`: name, compute capability and bytes of memory of each CUDA device. `device`, `precision`:
+    the meaning of `auto`. `compiler`: the C++ compiler, None where there is none. `compiles`: whether `torch.compile`
+    can work. `apex`: state of NVIDIA apex, with what was found and a remedy. `advice`: one sentence for each missing
+    part that makes the work slower.
     """
 
     versions: dict[str, str | None]
@@ -58,7 +62,7 @@ class Diagnosis:
 
 @verb
 def doctor() -> Diagnosis:
-    """Look at this machine; nothing is changed, and only apex's probe computes anything."""
+    """Examine this machine. Nothing is changed, and only the test of NVIDIA apex computes anything."""
     target = resolve_device("auto")
     apex = probe(target)
     precision, missing, gpus = (

@@ -1,4 +1,4 @@
-"""`evaluate`: how often checkpoints are right on real images, and how often they agree.
+"""`evaluate`: accuracy of checkpoints on real images, and their agreement.
 
 dfcompress.evaluate(["resnet20.pt"], data="cifar10-test.npz").results
 dfcompress.evaluate(["resnet20.pt", "resnet20-quantize"], data="images", fail_under=0.9).check_gate()
@@ -30,12 +30,13 @@ from dfcompress.verbs._verb import verb
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How often a checkpoint is right: on `correct` of `total` images; every share is in [0, 1].
+    """The accuracy of one checkpoint; every share is in [0, 1].
 
-    `top1` has its `standard_error`; `top5` is None for fewer than five classes. `agreement` is the share of images on
-    which it answers as the first checkpoint does, None where there is nobody to agree with. After merging, `images`
-    names the teacher whose images they are, or `all`; after extending, whether they are of `old` or `new` classes, or
-    of `all`; else it is None.
+    `checkpoint`: path or name. `correct`: number of correct images of `total`. `top1`: their share.
+    `standard_error`: of `top1`. `top5`: top-5 accuracy, None for fewer than five classes. `agreement`: share of images
+    for which it predicts the same class as the first checkpoint, None where there is no such comparison or the class
+    names differ. `images`: after merging, the teacher whose images these are, or `all`; after extending, `old`, `new`
+    or `all` classes; else None.
     """
 
     checkpoint: str
@@ -48,15 +49,17 @@ class Score:
     images: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as `--json` prints them; `images` only where it is known."""
+        """The fields as `--json` prints them, without `images` where it is None."""
         values = asdict(self)
         return values if self.images is not None else {name: values[name] for name in values if name != "images"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forgetting:
-    """The shares, in [0, 1], of the `total` images of an old class that were right `before` a model was extended, among
-    its own classes, and are right `after`, among all.
+    """The accuracy on one old class before and after a model was extended.
+
+    `name`: the class. `total`: number of its images. `before`: accuracy, in [0, 1], of the old model among the old
+    classes. `after`: accuracy of the extended model among all classes.
     """
 
     name: str
@@ -67,14 +70,19 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One `Score` a checkpoint, in the order given; after extending, `forgetting` has every old class of the images."""
+    """The result of `evaluate`.
+
+    `results`: scores, for `evaluate` one for each checkpoint in the order given. `fail_under`: the smallest top-1
+    accuracy, in [0, 1], that `check_gate` accepts, None for no limit. `forgetting`: after extending, the accuracy on
+    every old class of the images; else None.
+    """
 
     results: list[Score]
     fail_under: float | None = None
     forgetting: list[Forgetting] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as `--json` prints them; `forgetting` only where it is known."""
+        """The fields as `--json` prints them, without `fail_under`, and without `forgetting` where it is None."""
         values: dict[str, Any] = {"results": [score.to_json() for score in self.results]}
         if self.forgetting is not None:
             values["forgetting"] = [asdict(each) for each in self.forgetting]
@@ -82,12 +90,12 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
-        """The evaluation that `to_json` gave."""
+        """Read an evaluation from the values of `to_json`."""
         forgetting = [Forgetting(**each) for each in values["forgetting"]] if "forgetting" in values else None
         return cls([Score(**score) for score in values["results"]], forgetting=forgetting)
 
     def check_gate(self) -> None:
-        """Raise `GateNotMet` where the top-1 of any checkpoint is below `fail_under`."""
+        """Raise `GateNotMet` where the top-1 accuracy of any checkpoint is below `fail_under`."""
         for score in self.results:
             if self.fail_under is not None and score.top1 < self.fail_under:
                 raise GateNotMet(
@@ -105,12 +113,16 @@ def evaluate(
     batch_size: int = 256,
     fail_under: float | None = None,
 ) -> Evaluation:
-    """Count the right answers of a checkpoint, or of each of several, on the images at `data`, in fp32.
+    """Count the correct predictions of one checkpoint, or of several, on labelled images, in fp32.
 
-    `data` is an ImageFolder, an `.npz`, IDX files, the batches of CIFAR or a synthetic set. Everything is loaded and
-    checked before anything runs. `fail_under` is a share in [0, 1]; a number above 1 is read as percent. The result
-    carries it, and `Evaluation.check_gate` raises, so that the counts are there either way.
-    Raises `BadInput` for a checkpoint, data or number that cannot be used, and for unequal numbers of classes.
+    - `checkpoints`: one model or several; agreement is counted with the first.
+    - `data`: an ImageFolder, an `.npz`, IDX files, the batches of CIFAR or a synthetic set.
+    - `device`: `auto`, `cpu`, `cuda` or `cuda:N`. `batch_size`: number of images that a network computes at once.
+    - `fail_under`: smallest accepted top-1 accuracy, a share in [0, 1]; a number above 1 is read as percent. It is only
+      stored in the result; `Evaluation.check_gate` raises.
+
+    All models and images are loaded and checked before any model runs. Raises `BadInput` for a checkpoint, data or a
+    number that cannot be used, and for checkpoints with different numbers of classes.
     """
     gate = None if fail_under is None else as_share(fail_under)
     classifiers = [as_classifier(checkpoint) for checkpoint in one_or_more(checkpoints)]
@@ -129,12 +141,15 @@ def evaluate(
 
 
 def as_share(fail_under: float) -> float:
-    """An accuracy in [0, 1] from a share, or from percent where it is above 1; raises `BadInput` for others."""
+    """An accuracy in [0, 1] from a share, or from percent where `fail_under` is above 1.
+
+    Raises `BadInput` for a number below 0 or above 100.
+    """
     if not 0 <= fail_under <= 100:
         raise BadInput(
             f"--fail-under {fail_under:g} is no accuracy.", "Give a share such as 0.9, or percent such as 90."
         )
-    # Decimal: 99.9 percent is to be the same number as 999 of 1,000.
+    # Decimal, so that 99.9 percent is the same number as 999 of 1,000.
     return fail_under if fail_under <= 1 else float(Decimal(str(fail_under)) / 100)
 
 
@@ -148,15 +163,15 @@ def _check_same_classes(names: Sequence[str], classifiers: Sequence[Classifier])
 
 
 def _open_for_each(data: str | Path, classifiers: Sequence[Classifier]) -> list[ImageSource]:
-    """The images as each model wants them; models that want the same share one source, and its notices."""
+    """The images in the form that each model needs; models that need the same form share one source."""
     wanted = [(classifier.card.input_size, classifier.card.class_names) for classifier in classifiers]
     sources = {want: open_images(data, classifiers[wanted.index(want)].card) for want in dict.fromkeys(wanted)}
     return [sources[want] for want in wanted]
 
 
 def _with_classes_of(card: ModelCard, predictions: Predictions, own: ModelCard) -> Predictions | None:
-    """The predictions of a model whose card is `own` as numbers of another's classes, by name where the names differ;
-    None where the classes do.
+    """The predictions of the model with the card `own`, as class indices of the model with `card`; classes are matched
+    by name. None where the two models have different class names.
     """
     names, own_names = card.class_names, own.class_names
     if not names or not own_names or names == own_names:
@@ -175,7 +190,7 @@ def _predict(
 
 
 def counted(batches: Iterator[tuple[Tensor, Tensor]], progress: console.Progress) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches themselves, told to `progress` when they are done with."""
+    """The same batches; `progress` is updated after each batch was used."""
     done = 0
     for images, labels in batches:
         yield images, labels
@@ -185,7 +200,9 @@ def counted(batches: Iterator[tuple[Tensor, Tensor]], progress: console.Progress
 
 @contextmanager
 def placed(classifier: Classifier, target: torch.device) -> Iterator[None]:
-    """Lend the classifier to a device and bring it home, so that only one model is on it at a time."""
+    """Move the classifier to the device `target` inside the block, and back afterwards, so that only one model occupies
+    the device at a time.
+    """
     home = classifier.mean.device
     classifier.to(target)
     try:
@@ -195,7 +212,7 @@ def placed(classifier: Classifier, target: torch.device) -> Iterator[None]:
 
 
 def score(name: str, predictions: Predictions, first: Predictions | None, *, images: str | None = None) -> Score:
-    """The score of a checkpoint's answers; without `first` there is nobody to agree with."""
+    """The score of a checkpoint's predictions; `agreement` is with the predictions `first`, and None without them."""
     correct, total = predictions.correct(), len(predictions)
     return Score(
         checkpoint=name,

@@ -1,4 +1,4 @@
-"""`export`: a checkpoint in, an ONNX file out that was run and compared.
+"""`export`: a checkpoint in, an ONNX file out that was run in onnxruntime and compared with the checkpoint.
 
 dfcompress.export("resnet20-4w4a")                      # resnet20-4w4a/model.onnx
 dfcompress.export("resnet20-8w8a", target="tensorrt", output="resnet20.onnx")
@@ -37,7 +37,7 @@ FILE = "model.onnx"
 INT8, INT8_WEIGHTS = 8, (7, 8)
 NAMES: Mapping[Target, str] = {"tensorrt": "TensorRT", "openvino": "OpenVINO"}
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-CHECKED = 1024  # Images that both are asked about.
+CHECKED = 1024  # Maximum number of images on which the file and the model are compared.
 
 
 @verb
@@ -49,14 +49,20 @@ def export(
     data: str | Path | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Write a quantized or float model as ONNX: images `(N, C, H, W)` in [0, 1] → logits, any N; and check it.
+    """Write a quantized or float model as ONNX, and compare the file with the model in onnxruntime.
 
-    `output` is a file, by default `model.onnx` in the checkpoint's folder, NAME.onnx beside the file NAME.pt.
-    Both models are asked about up to 1,024 images: those at `data`, or of the synthetic set that `quantize` left in the
-    checkpoint's folder, or noise of the mean and standard deviation on the card.
-    `tensorrt` takes 8-bit weights and signed 8-bit activations (`quantize --bits 8w8a --signed`) and float layers,
-    `openvino` 8-bit weights and activations and float layers.
-    Raises `BadInput` where a package is missing, the target cannot run the model, or `output` is there already.
+    The ONNX model maps images `(N, C, H, W)` in [0, 1], for any N, to logits `(N, classes)`.
+
+    - `checkpoint`: the model.
+    - `output`: file to write. Default: `model.onnx` in the checkpoint's folder, or NAME.onnx beside the file NAME.pt.
+      `overwrite`: replace an existing file.
+    - `target`: runtime of the file. `openvino` requires weights of 7 or 8 bits, and activations of 8 bits or in float;
+      `tensorrt` requires the same with no zero points (`quantize --bits 8w8a --signed`). Both run float layers, too.
+    - `data`: images for the comparison, of which at most 1,024 are used. Default: the synthetic set that `quantize`
+      left in the checkpoint's folder, else 256 images of noise with the mean and standard deviation of the card.
+
+    Raises `BadInput` where a package is missing, the target cannot run the model, or `output` exists and `overwrite` is
+    false, and `DfcompressError` where the model cannot be exported, or onnxruntime cannot load the file.
     """
     classifier = opened(checkpoint)
     require_packages(target)
@@ -67,15 +73,17 @@ def export(
 
 
 def require_packages(target: Target) -> None:
-    """Raise `BadInput` where there is no such target, or a package is missing."""
+    """Raise `BadInput` where a package for the export is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise BadInput(f"Export needs {', '.join(missing)}.", "Install them with: pip install 'dfcompress[onnx]'.")
 
 
 def require_kernels(target: Target, bits: Mapping[str, tuple[int | None, int]], scheme: Scheme) -> None:
-    """Raise `BadInput` where the target cannot run layers of such (weight, input) bits on grids of this `scheme`;
-    activations in float are signed.
+    """Raise `BadInput` where the target cannot run the layers.
+
+    `bits`: bits of weights (None: not chosen yet) and of inputs of each layer. `scheme`: kinds of the grids;
+    activations in float count as signed.
     """
     if target == "onnxruntime":
         return
@@ -102,7 +110,10 @@ def require_kernels(target: Target, bits: Mapping[str, tuple[int | None, int]], 
 
 
 def rehearse(teacher: Classifier, bits: Mapping[str, Bits], scheme: Scheme) -> None:
-    """Raise `DfcompressError` where the network cannot be exported at these bits, or onnxruntime does not load it."""
+    """Export a copy at these bits without calibration, to a temporary file.
+
+    Raises `DfcompressError` where the network cannot be exported, or onnxruntime cannot load the file.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILE
         write_onnx(uncalibrated(teacher, bits, scheme), path)
@@ -112,10 +123,11 @@ def rehearse(teacher: Classifier, bits: Mapping[str, Bits], scheme: Scheme) -> N
 def write_compared(
     classifier: Classifier, path: Path, images: Tensor, *, target: Target, beside: Classifier | None = None
 ) -> Exported:
-    """Write `path`, once it has been compared on `images` `(N, C, H, W)` in [0, 1], and timed: a quantized one
-    against the network in float, and any against one that stands `beside` it.
+    """Write the ONNX file `path` after comparing it with the classifier on `images` `(N, C, H, W)` in [0, 1].
 
-    Raises `BadInput` as `require_kernels` does, and `DfcompressError` where onnxruntime does not load it.
+    The file is timed against the float network of `beside`; without `beside`, a quantized classifier is timed against
+    its own float network.
+    Raises `BadInput` as `require_kernels` does, and `DfcompressError` where onnxruntime cannot load the file.
     """
     layers = quantized_layers(classifier.network)
     signed = all(layer.input_grid is None or layer.input_grid.signed for layer in layers.values())
@@ -138,7 +150,7 @@ def _beside(classifier: Classifier) -> Path:
 
 
 def _images(classifier: Classifier, data: str | Path | None) -> Tensor:
-    """Images `(N, C, H, W)` in [0, 1] to compare on, `CHECKED` at most."""
+    """Images `(N, C, H, W)` in [0, 1] for the comparison, at most `CHECKED`."""
     made = classifier.path / SYNTHETIC if classifier.path else None
     if data is None and made is not None and (made / MANIFEST).exists():
         data = made
@@ -152,5 +164,5 @@ def _images(classifier: Classifier, data: str | Path | None) -> Tensor:
 
 
 def sampled(images: Tensor) -> Tensor:
-    """Some stored images `(N, C, H, W)`, evenly spread, in [0, 1]."""
+    """At most `CHECKED` of the stored images, evenly spaced, as floats `(N, C, H, W)` in [0, 1]."""
     return as_float(images[:: -(-len(images) // CHECKED)])

@@ -40,9 +40,9 @@ from dfcompress.verbs._plan import Plan, Step, planned
 from dfcompress.verbs.distill import IMAGES, LARGE_IMAGES, PROBE_IMAGES
 
 EXPERT = "new-classes"  # The step, and the folder, of the model of the new classes alone.
-# Of the side: 4 pixels at 32, as is usual for CIFAR, and 28 at 224.
+# Share of the image's side by which augmentation shifts: 4 pixels of 32, as is common for CIFAR, and 28 of 224.
 SHIFTED = 1 / 8
-SMALLEST_BATCH = 8  # A quarter of it is two images, and BatchNorm cannot normalise one.
+SMALLEST_BATCH = 8  # A quarter of it is two images; BatchNorm cannot normalise one image.
 
 
 @planned
@@ -65,26 +65,38 @@ def extend(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Plan[Compressed]:
-    """Let a classifier learn the classes of `new_data`, while images that it made itself replay its own classes.
+    """Teach a classifier the classes of `new_data`; images synthesized from the classifier replay its old classes.
 
-    The result is the same network with a wider last layer; outputs of old classes keep their numbers. `new_data` are
-    labelled images: an ImageFolder, an `.npz`, IDX files or the batches of CIFAR; their classes are called as the
-    folders are, as the lines of the text file `class_names` by label, or by the labels. Names that the model knows are
-    refused, or with `also_old` taken as more images of those classes.
-    `method` is one of the files in `training/class_incremental/`, and `training` changes single settings of its usual
-    ones. `old_images` are a synthetic set of the model (or real images) to replay; without them
-    `synthesis.images` are made first, half of them by `second_recipe`. `lwf-mc` replays nothing, and makes images only
-    to compare on; `oracle` replays real ones, `old_data`, and is there for comparison.
-    `probe_images` more, of another seed and recipe, tell how often both models agree on what was never trained on.
-    The folder `output` (default: `<checkpoint>-extend`) holds the model (`model.safetensors`, `config.json`), the
-    images that were made, `metrics.jsonl` and `run.json`. `eval_data` are real images that only report: one source with
-    the labels of the result, or two, of the old classes with their labels and of new ones, labelled as `new_data` are.
-    Raises `BadInput` where the model or the images cannot be used.
+    The result is the same network with a wider last layer. Outputs of old classes keep their numbers.
+
+    - `checkpoint`: the old model.
+    - `new_data`: labelled images: an ImageFolder, an `.npz`, IDX files or the batches of CIFAR.
+    - `class_names`: text file whose line number i, from 0, is the name of label i of `new_data`. Default: the names of
+      the folders, else the labels.
+    - `also_old`: use images of a class that the old model knows as more images of that class; otherwise such names are
+      refused.
+    - `old_images`: a synthetic set of the old model, a run folder, or real images to replay. Without it, images are
+      synthesized as `synthesis` says, half of them by `second_recipe` (None: all by one recipe).
+    - `method`: one of the files in `training/class_incremental/`. `lwf-mc` replays nothing, and needs images only for a
+      comparison; `oracle` replays the real images `old_data`, and serves as a reference.
+    - `old_data`: real images of the old classes, required by `oracle` and refused by other methods.
+    - `training`: changes of single settings of the method's training, or complete settings.
+    - `probe_images`: number of images (other seed and recipe, never trained on) for a report of the agreement.
+    - `eval_data`: real images on which accuracy is reported: one source with the labels of the result, or two sources,
+      one of the old classes with their labels and one of new classes labelled as `new_data`. They influence nothing
+      else.
+    - `output`: folder (default: `<checkpoint>-extend`) of the model (`model.safetensors`, `config.json`), the
+      synthesized images, `metrics.jsonl` and `run.json`. `resume`: continue an interrupted run there. `overwrite`:
+      replace the contents of the folder.
+    - `compute`: device, precision, compilation and seed.
+
+    Raises `BadInput` where the model, the images or an option cannot be used, and `DfcompressError` where the work
+    fails.
     """
     how = incremental_method(method)
     old = as_classifier(checkpoint)
     new = open_new_images(new_data, old.card, names_file=class_names, also_old=also_old)
-    images = new.stored  # Before anything is made, so that one that cannot be decoded is refused at once.
+    images = new.stored  # Before any synthesis, so that an image that cannot be decoded is refused at once.
     student = widen(old, new.class_names, seed=compute.seed)
     console.notice(_sentence(old, new))
     if (old_data is not None) != how.real:
@@ -155,14 +167,16 @@ def extend(
 
 
 def _images(old: Classifier, how: IncrementalMethod) -> int:
-    """How many images are made by default: a method that replays none needs some to compare on."""
+    """The default number of synthetic images; a method without replay needs a few for the comparison."""
     if not how.replays:
         return PROBE_IMAGES
     return IMAGES if old.card.small else LARGE_IMAGES
 
 
 def training_for(how: IncrementalMethod, old: ModelCard, extended: ModelCard, new_images: int) -> Training:
-    """A method's usual training for images of the model's size, and for so many of new classes."""
+    """The default training of a method: for the input size of the card `old`, and for `new_images` labelled images;
+    `extended` is the card of the result.
+    """
     usual = how.training.suiting(old.input_size)
     _, new_a_step = parts_of(usual.batch_size, old.classes / extended.classes)
     return replace(
@@ -173,7 +187,9 @@ def training_for(how: IncrementalMethod, old: ModelCard, extended: ModelCard, ne
 
 
 def _train_expert(expert: Classifier, new: NewImages, labels: Tensor, training: Training, compute: Compute) -> Train:
-    """The training of a model of the new classes alone, by their `labels`; below 0 they are old ones."""
+    """The training of `expert`, a model of the new classes alone; images with `labels` below 0 are of old classes, and
+    left out.
+    """
     is_new, classes = labels >= 0, expert.card.classes
     counts = labels[is_new].bincount(minlength=classes)
     weights = is_new.sum() / (classes * counts)

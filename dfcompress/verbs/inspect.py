@@ -1,4 +1,4 @@
-"""`inspect`: what a checkpoint is, and what can be done with it.
+"""`inspect`: properties of a checkpoint, and the verbs that can use it.
 
 dfcompress.inspect("resnet20.th")
 dfcompress.inspect(dfcompress.load("net.pt", arch="net.py:make"), write_card=True)
@@ -27,7 +27,10 @@ from dfcompress.verbs._verb import verb
 
 @dataclass(frozen=True)
 class Ability:
-    """Whether a verb can serve a model, and why it cannot or what it needs."""
+    """Whether a verb can use a model.
+
+    `verb`: its name. `possible`: whether it can. `why`: the reason why it cannot, or a condition; may be empty.
+    """
 
     verb: str
     possible: bool
@@ -36,15 +39,17 @@ class Ability:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint is.
+    """Properties of a checkpoint.
 
-    `macs` are multiply-accumulates of one image, `image_bytes` what an image takes of the memory on its way through the
-    network in fp32, without gradients; `bytes` and `sha256` are those of the weights' file (the tensors where
-    there is none); `batchnorm_layers` counts those that keep running statistics, `dead_channels` their channels whose
-    variance is lost in eps. `answers` says what is used of the network's answer: its logits, or those before its
-    softmax. `normalisation` compares the card's mean and std with what the first BatchNorm expects, None where that
-    cannot be told. `record` is the kind of the activation record beside the checkpoint, or why it cannot be used; None
-    where there is none. `card_file` is the sidecar that was written.
+    `checkpoint`: path or name. `architecture`: its name. `classes`: number of classes. `input_size`: channels, height
+    and width in pixels. `parameters`: number of parameters. `macs`: multiply-accumulates for one image. `image_bytes`:
+    memory for one image in a forward pass in fp32 without gradients. `batchnorm_layers`: number of BatchNorm layers
+    with running statistics. `dead_channels`: number of their channels whose variance is negligible beside eps. `bytes`:
+    size of the file of weights, or of the tensors without a file. `sha256`: hash of the weights. `card`: the model
+    card. `answers`: which output of the network is used, for instance its logits, or the values before its softmax.
+    `normalisation`: check of the card's mean and std against the first BatchNorm, None where no check is possible.
+    `record`: kind of the activation record beside the checkpoint, or the reason why it cannot be used; None without a
+    record. `can`: for each verb, whether it can use the model. `card_file`: the card file that was written, if any.
     """
 
     checkpoint: str
@@ -72,11 +77,12 @@ class Inspection:
 
 @verb
 def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) -> Inspection:
-    """Say what a checkpoint is and what can be done with it.
+    """Report the properties of `checkpoint`, and which verbs can use it.
 
-    With `write_card` its card is written beside it as `<name>.card.json`: there it can be corrected, and from there it
-    is read from then on.
-    Raises `BadInput` where the checkpoint cannot be read, its architecture is not known or it does not take its input.
+    `write_card`: write the model card beside the checkpoint as `<name>.card.json`. Later commands read this file, with
+    your corrections.
+    Raises `BadInput` where the checkpoint cannot be read, its architecture is unknown, or the network cannot process
+    images of its input size.
     """
     classifier = opened(checkpoint)
     card, file = classifier.card, classifier.path
@@ -108,9 +114,12 @@ def inspect(checkpoint: str | Path | Classifier, *, write_card: bool = False) ->
 
 @dataclass(frozen=True)
 class _Facts:
-    """What decides which verbs can serve a model: why its classes are not exclusive, why no images can be made from its
-    own statistics (None where nothing stands in the way), whether they can be made from its patches, whether a record
-    is beside it, whether it is quantized, and the channels of its images.
+    """Facts that decide which verbs can use a model.
+
+    `not_exclusive`: the reason why its classes are not mutually exclusive, None where they are. `no_statistics`: the
+    reason why no images can be synthesized from its BatchNorm statistics, None where they can. `patches`: whether
+    images can be synthesized from its patches. `with_record`: whether an activation record is beside it. `quantized`:
+    whether it is quantized. `channels`: channels of its images.
     """
 
     not_exclusive: str | None
@@ -121,7 +130,7 @@ class _Facts:
     channels: int
 
 
-# A need answers with whether the verb can serve the model, and with what is missing.
+# A need returns whether the verb can use the model, and a text of what is missing.
 _Need = Callable[[_Facts], tuple[bool, str]]
 
 
@@ -143,9 +152,10 @@ def _pictures(facts: _Facts) -> tuple[bool, str]:
 
 
 def _images(instead: str, *, optional: bool, by_patches: bool = True) -> _Need:
-    """Images that can be made from the model and its record, or else what comes by the options `instead`; where these
-    are `optional`, the verb has others to do without images of its own. With `by_patches` the verb falls back on what
-    patches tell.
+    """The need for images: synthesized from the model or its record, else given by the options `instead`.
+
+    `optional`: the verb can use the model with these options. `by_patches`: the verb can also synthesize images from
+    the similarity of patches.
     """
 
     def need(facts: _Facts) -> tuple[bool, str]:
@@ -158,7 +168,7 @@ def _images(instead: str, *, optional: bool, by_patches: bool = True) -> _Need:
     return need
 
 
-# Every verb that takes a model, but `inspect` itself; tests/verbs/test_inspect.py compares with their signatures.
+# Every verb that takes a model, except `inspect`; tests/verbs/test_inspect.py compares the table with the signatures.
 NEEDS: Mapping[str, Sequence[_Need]] = {
     "invert": [_classes, _images("--records", optional=False)],
     "distill": [_classes, _images("--data or --records", optional=True)],
@@ -177,7 +187,7 @@ NEEDS: Mapping[str, Sequence[_Need]] = {
 
 
 def abilities(classifier: Classifier, *, with_record: bool = False) -> list[Ability]:
-    """What each verb can do with a model, and with the record beside it if there is one."""
+    """For each verb, whether it can use a model; `with_record`: a usable activation record is beside the model."""
     unfit = why_not_exclusive(classifier)
     facts = _Facts(
         not_exclusive=unfit.why if unfit else None,
@@ -191,6 +201,6 @@ def abilities(classifier: Classifier, *, with_record: bool = False) -> list[Abil
 
 
 def _ability(verb: str, judged: Sequence[tuple[bool, str]]) -> Ability:
-    """The first need with something to say decides."""
+    """The ability by the first need that has a text."""
     possible, why = next((each for each in judged if each[1]), (True, ""))
     return Ability(verb, possible, why)

@@ -39,8 +39,10 @@ IMAGES, LARGE_IMAGES = 1024, 128
 
 @dataclass(frozen=True)
 class Verification:
-    """How another network takes the images: the share that it classifies as intended, and its J_KL, None where it
-    remembers no statistics.
+    """Check of the images by another network.
+
+    `checkpoint`: its name. `top1`: share of images, in [0, 1], that it classifies as intended. `bn_divergence`: its
+    J_KL, None where it has no BatchNorm statistics.
     """
 
     checkpoint: str
@@ -50,12 +52,12 @@ class Verification:
 
 @dataclass(frozen=True)
 class Inversion:
-    """What `invert` made.
+    """The result of `invert`.
 
-    `teacher_top1` is the share of images the teacher classifies as intended, None for recipes without labels;
-    `bn_divergence` is J_KL over the whole set, None where no statistics are known;
-    `verify` says how other networks classify the images;
-    `classes` counts the images of each class, `warnings` say what the examination of the batches found.
+    `output`: folder of the set. `images`: number of images. `seconds`: time of synthesis. `teacher_top1`: share of
+    images, in [0, 1], that the teacher classifies as intended, None for recipes without labels. `bn_divergence`: J_KL
+    of the whole set, None where no statistics are known. `verify`: checks by other networks. `classes`:
+    number of images of each class. `warnings`: problems found in the batches of images.
     """
 
     output: str
@@ -73,7 +75,7 @@ class Inversion:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Inversion:
-        """The result that `to_json` gave."""
+        """Read a result from the values of `to_json`."""
         return cls(**{**values, "verify": [Verification(**each) for each in values["verify"]]})
 
 
@@ -89,14 +91,21 @@ def invert(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Plan[Inversion]:
-    """Make a synthetic set from a checkpoint and nothing else.
+    """Synthesize a set of images from a checkpoint alone.
 
-    The folder `output` (default: `<checkpoint>-invert`) holds the shards, `dataset.json`, `preview.png`,
-    `metrics.jsonl` and `run.json`. Killed at any time, the same call with `resume` ends in the same bytes; so does the
-    same call from any number of processes, which share the work.
-    `student` names the architecture that adaptive recipes let the images compete with, by default the teacher's own.
-    Raises `BadInput` where the recipe needs statistics or activations that neither the model nor a record knows, and
-    where the options do not fit.
+    - `checkpoint`: the model.
+    - `output`: folder (default: `<checkpoint>-invert`) of the shards of images, `dataset.json`, `preview.png`,
+      `metrics.jsonl` and `run.json`. `resume`: continue an interrupted run there. `overwrite`: replace the contents of
+      the folder.
+    - `synthesis`: recipe, settings and number of images.
+    - `compute`: device, precision, compilation and seed.
+    - `student`: architecture of the student that images of adaptive recipes compete with. Default: the model's own.
+    - `verify`: one other checkpoint or several, which classify the finished images as a check.
+
+    A run that was killed and resumed gives the same bytes as an uninterrupted run, and so do several processes, which
+    share the work.
+    Raises `BadInput` where the recipe needs statistics or activations that neither the model nor a record contains, or
+    an option cannot be used, and `DfcompressError` where the work fails.
     """
     teacher = as_classifier(checkpoint)
     others = [as_classifier(other) for other in one_or_more(verify)]

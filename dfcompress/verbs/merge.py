@@ -41,7 +41,7 @@ GREY, COLOUR = 1, 3
 def usual_images(
     method: MergingMethod, synthesis: Synthesis, second_recipe: str | None
 ) -> tuple[Synthesis, str | None]:
-    """What is synthesized for each teacher, and the second recipe: the method's, where nothing else is asked for."""
+    """The synthesis for each teacher, and the second recipe; the method's defaults where no option says otherwise."""
     synthesis = synthesis.counted(method.images)
     if synthesis.recipe is None and synthesis.preset is None:
         synthesis = replace(synthesis, recipe=method.recipe, preset=method.preset)
@@ -67,23 +67,35 @@ def merge(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Plan[Compressed]:
-    """Train one student to answer for several teachers, on images made from each of them alone.
+    """Train one student for the classes of several teachers, on images synthesized from each teacher.
 
-    Classes of one name become one output of the student, taught by every teacher that knows it; `class_map` is a JSON
-    file with a list of names for each teacher, where the cards have none or others. Without names all classes are taken
-    for different ones. The student takes images of the largest size and the most colours among the teachers'. It begins
-    with the layers of the first teacher that has its form, or a deeper one (see `init_from_teacher`), but in
-    `shapira-sidi`; `student_init` is a checkpoint to begin with instead, or None.
-    `method` is `logit-matching` (ours) or `shapira-sidi` (Shapira and Sidi 2020), a file each in
-    `training/multi_teacher/`; `all-logits` and `paper` are their older names. Where no recipe or `second_recipe` is
-    given, they are the method's own, and so is the training, of which `training` may change single settings.
-    `data` are synthetic sets or real images, one for each teacher; without them `synthesis.images` each are made first,
-    half of them by `second_recipe`, and kept in `<output>/teacher-1/synthetic` and so on.
-    The folder `output` (default: `<checkpoint>-merge`) holds the student (`model.safetensors`, `config.json`),
-    `metrics.jsonl` and `run.json`. `eval_data` are real images that only report: one source with the student's classes,
-    or one for each teacher.
-    Raises `BadInput` where the teachers cannot be merged: one checkpoint twice, class names that differ in spelling
-    alone, images that have no common form.
+    Classes with the same name become one output of the student, which every teacher with this class teaches. Without
+    class names, all classes count as different. The student's input has the largest size, and the most colour channels,
+    of the teachers' inputs.
+
+    - `checkpoints`: the teachers, two or more.
+    - `student`: architecture of the student; `half`: the first teacher's architecture with half the channels.
+    - `student_init`: checkpoint with the initial weights (and the architecture, where no `student` is named), or None
+      for random weights. `auto`: the layers of the first teacher that has the student's form or a deeper one (see
+      `init_from_teacher`), else random weights; always random weights for `shapira-sidi`.
+    - `data`: synthetic sets, run folders or real images, one for each teacher. Without them, images of each teacher are
+      synthesized as `synthesis` says, half of them by `second_recipe` (None: all by one recipe), in
+      `<output>/teacher-1/synthetic` and so on. The default recipes are the method's.
+    - `probe_images`: number of images for each teacher (other seed and recipe, never trained on) for a report of the
+      agreement.
+    - `method`: `logit-matching` (ours) or `shapira-sidi` (Shapira and Sidi 2020), a file each in
+      `training/multi_teacher/`; `all-logits` and `paper` are their older names.
+    - `training`: changes of single settings of the method's training, or complete settings.
+    - `class_map`: JSON file with a list of class names for each teacher, in place of the names on the cards.
+    - `eval_data`: real images on which accuracy is reported: one source with the student's classes, or one for each
+      teacher. They influence nothing else.
+    - `output`: folder (default: `<checkpoint>-merge`, by the first teacher) of the student (`model.safetensors`,
+      `config.json`), the synthesized images, `metrics.jsonl` and `run.json`. `resume`: continue an interrupted run
+      there. `overwrite`: replace the contents of the folder.
+    - `compute`: device, precision, compilation and seed.
+
+    Raises `BadInput` where the teachers cannot be merged (the same checkpoint twice, class names that differ only in
+    spelling, inputs of incompatible channels) or an option cannot be used, and `DfcompressError` where the work fails.
     """
     merging = merging_method(method)
     if synthesis.records not in (None, "beside"):
@@ -139,10 +151,10 @@ def _sources(
     *,
     student: str,
 ) -> list[TransferSetSource]:
-    """Where the images of each teacher come from; those that are made have seeds of their own.
+    """The image source of each teacher; the seed of teacher number i, from 0, is the run's seed plus i.
 
-    `student` is the architecture that adaptive recipes let images compete with. Raises `BadInput` where `data` are
-    neither none nor one for each teacher.
+    `student`: architecture of the student that images of adaptive recipes compete with. Raises `BadInput` where `data`
+    is not empty and does not have one entry for each teacher.
     """
     if len(data) not in (0, len(teachers)):
         raise BadInput(f"--data was given {len(data)} times for {len(teachers)} teachers.", "Give one for each.")
@@ -172,7 +184,9 @@ def _check_different(teachers: Sequence[Classifier]) -> None:
 
 
 def _common_card(teachers: Sequence[Classifier], outputs: ClassMap) -> ModelCard:
-    """The student's: all classes, the largest size, colour where a teacher has it, the mean of the normalisations."""
+    """The student's card: all classes, the largest input size, colour where a teacher has colour, and the mean of the
+    teachers' normalisations. Raises `BadInput` where the teachers' channels have no common form.
+    """
     sizes = [teacher.card.input_size for teacher in teachers]
     channels = {size[0] for size in sizes}
     if len(channels) > 1 and channels != {GREY, COLOUR}:

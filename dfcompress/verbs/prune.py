@@ -42,13 +42,14 @@ from dfcompress.verbs.export import require_packages
 
 RECIPE = "adaptive-deepinversion"
 IMPORTANCE: ImportanceName = "auto"
-# Channels that onnxruntime computes at once, at the least: ResNet-44 at --latency 0.7 is 1.38 times faster in multiples
-# of 8, 1.08 times in any numbers (AVX-512). EfficientNet-Lite0 at 0.8 of its operations, by taylor, is 1.4 times faster
-# in multiples of 8 and takes twice the time in any numbers, so above 64 pixels multiples are usual.
+# The smallest number of channels that onnxruntime computes at once. Speed-up over the unpruned network (AVX-512):
+# ResNet-44 at --latency 0.7 is 1.38 times faster with multiples of 8 channels, 1.08 times with any numbers of channels.
+# EfficientNet-Lite0 at 80 % of its MACs, by taylor, is 1.4 times faster with multiples of 8, and takes twice the time
+# with any numbers; so multiples are the default for images of more than 64 pixels a side.
 BLOCK = 8
-# A fifth of the rate and half of the steps of `distill`, whose student begins from nothing: not measured otherwise.
-# BatchNorms take the batches' statistics: with frozen ones ResNet-20 at 0.4 of its operations answers 71.8 % of 1,000
-# training images as before after 200 steps of 64 images, in place of 77.7 %.
+# A fifth of the learning rate and half of the steps of `distill`, whose student starts from random weights; no other
+# values were measured. BatchNorms use the statistics of the batch. ResNet-20 at 40 % of its MACs, after 200 steps of 64
+# images: agreement with the unpruned network on 1,000 training images 77.7 %, with frozen BatchNorms 71.8 %.
 DISTILLATION = Training(
     steps=3000,
     lr=0.02,
@@ -56,7 +57,7 @@ DISTILLATION = Training(
     weight_decay=5e-4,
     augmentation=Augmentation(shift=4, flip=True, mixup=1.0),
 )
-# Above 64 pixels, where an image costs a hundred times as much; not measured.
+# For images of more than 64 pixels a side, which cost a hundred times as much; not measured.
 LARGE_DISTILLATION = replace(DISTILLATION, steps=1000, lr=0.01, batch_size=32)
 
 
@@ -87,23 +88,37 @@ def prune(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Plan[Compressed]:
-    """Take channels away and repair the rest on images made from the model alone.
+    """Remove channels of a model, and repair the remaining network on images synthesized from the model.
 
-    One of `flops`, `parameters`, `filters` and `latency` (in onnxruntime, by a table of layers that is measured in
-    this run) is the share of it that stays, in (0, 1). `importance` says which channels go first (see
-    `pruning.importance.rank`), `auto` takes one of three by the answers after refitting; with `uniform` every layer
-    loses the same share, and with `round_to` keeps a multiple of that many channels (`BLOCK` for `latency`, and for
-    images of more than 64 pixels a side). In several `rounds` the share falls in equal ratios, each with its part of
-    the training.
-    `repair`: `none`; `refit` lets the layers that follow, and BatchNorms, make up for what is gone, in seconds;
-    `distill` then trains the network to answer as the unpruned one does, on half of the images that were there before,
-    and half that compete with it meanwhile (`adaptive-deepinversion`). `training` changes or replaces its settings
-    (`DISTILLATION`); `objectives` are those of `distill`.
-    `export` also writes `model.onnx` for that runtime and times it beside the unpruned network. The folder `output`
-    (default: `<checkpoint>-prune`) holds the model (`model.safetensors`, `config.json` with the widths), `prune.json`
-    (channels of every layer), `widths.png`, `metrics.jsonl`, `run.json` and the images that were made. `eval_data` are
-    real images that only report.
-    Raises `BadInput` where the network cannot be traced, or the share not be reached.
+    - `checkpoint`: the model in float.
+    - `flops`, `parameters`, `filters`, `latency`: share of this resource to keep, in (0, 1); give exactly one.
+      `latency` is the time in onnxruntime, by the times of the layers, which this run measures.
+    - `importance`: measure by which the least important channels are removed first (see `pruning.importance.rank`).
+      `auto` tries magnitude, taylor and fold, and compares the predictions after refitting.
+    - `uniform`: remove the same share of channels from every layer.
+    - `round_to`: keep a multiple of this number of channels in each pruned layer. Default: 1; `BLOCK` for `latency` and
+      for images of more than 64 pixels a side.
+    - `rounds`: number of rounds of pruning and repair. Each round multiplies the share by the same factor, and has an
+      equal part of the training steps.
+    - `repair`: `refit` adapts the following layers (least squares) and the BatchNorm statistics, in seconds; `distill`
+      refits, and then trains the network to match the unpruned network; `none` does neither.
+    - `data`: a synthetic set, the folder of a run with synthetic sets, or real images. Without it, images are
+      synthesized as `synthesis` says. Default with `distill`: half by `second_recipe` before pruning, half by
+      `adaptive-deepinversion` during training; these compete with the pruned network.
+    - `probe_images`: number of images (other seed and recipe, never trained on) for a report of the agreement.
+    - `training`: changes of the settings of `distill` (`DISTILLATION`), or complete settings.
+    - `objectives`: weights of the distillation losses by name, as in the verb `distill`. `temperature`: number above 0
+      that divides the logits in these losses.
+    - `export`: runtime for which `model.onnx` is written, checked, and timed against the unpruned network; None for no
+      file.
+    - `eval_data`: real images on which accuracy is reported; they influence nothing else.
+    - `output`: folder (default: `<checkpoint>-prune`) of the model (`model.safetensors`, `config.json` with widths),
+      `prune.json` (channels of every layer), `widths.png`, `metrics.jsonl`, `run.json` and the synthesized images.
+      `resume`: continue an interrupted run there. `overwrite`: replace the contents of the folder.
+    - `compute`: device, precision, compilation and seed.
+
+    Raises `BadInput` where the network cannot be traced, the share cannot be reached, or the data or an option cannot
+    be used, and `DfcompressError` where the work fails.
     """
     _check(repair, training, objectives)
     teacher = as_classifier(checkpoint)
@@ -147,12 +162,12 @@ def prune(
         )
 
     def taught() -> Distillation:
-        """By objectives for the channels that the student has by now."""
+        """The distiller, with objectives for the channels that the student has at this point."""
         terms = objectives_of(student, teacher, objectives, temperature=temperature, seed=compute.seed)
         return Distillation(teacher, terms)
 
     if tuning:
-        taught()  # So that objectives that cannot be are refused before any work.
+        taught()  # Objectives that are not valid are refused before any work.
     steps: dict[str, Step | None] = {}
     for number in range(1, rounds + 1):
         last = number == rounds
@@ -231,13 +246,13 @@ def _check(repair: Repair, training: object, objectives: object) -> None:
 
 
 def _named(part: str, number: int, last: bool) -> str:
-    """The name of a part of a round in the plan; the last round's have no number."""
+    """The name of a round's step in the plan; steps of the last round have no number."""
     return part if last else f"{part} {number}"
 
 
 def _usual_images(synthesis: Synthesis, teacher: Classifier, second_recipe: str | None, *, training: bool) -> Synthesis:
-    """Images that compete with the pruned network, unless a recipe is named, where others can stand beside them to
-    prune by.
+    """The synthesis with the defaults of `prune`: images that compete with the pruned network, where no recipe is named
+    and the images of a second recipe serve to rank the channels.
     """
     synthesis = synthesis.counted(IMAGES if teacher.card.small else LARGE_IMAGES)
     chosen = synthesis.recipe or synthesis.preset or synthesis.classes or synthesis.labels != BALANCED

@@ -88,23 +88,37 @@ def quantize(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Plan[Compressed]:
-    """Quantize, calibrate and fine-tune a model on images made from itself; raises `BadInput` where it cannot.
+    """Quantize, calibrate and fine-tune a model on images synthesized from the model.
 
-    `bits` are those of weights and activations, `first_last_bits` those of the first and the last layer (8, or those of
-    all others with `same` and at 7w8a), `layer_bits` those of layers by name pattern, or `float`. With `bits="auto"`
-    weights get 2 to 8 bits each, by what they cost on the images, so that the file is at most `size_ratio` of the model
-    in fp32.
-    `finetune`: `blocks` learns the rounding block by block, `lsq` trains weights and steps to follow the float model,
-    `blocks+lsq` does the one after the other, `kd` trains the weights with ranges frozen, `none` only calibrates.
-    `training` changes or replaces its settings (`FINETUNING`); of `blocks+lsq` these are the second half's, and
-    `rounding` the first's (`BEFORE_LSQ`); `objectives` are followed. `method` sets all defaults: ours or the `paper`'s.
-    `placement` says which tensors get grids: with `all-tensors` every one that kernels for integers read or write, so
-    that int8 files are faster (BatchNorms folded, calibrated only; usual for 8w8a and 7w8a), else `layer-inputs`.
-    `data` is a synthetic set, the folder of a run that made some, or real images; without it images are made first,
-    usually by `bns-inception`, and half of them by `second_recipe` (see `TransferSetSource`).
-    `export` also writes `model.onnx` for that runtime and checks it. The folder `output` (default:
-    `<checkpoint>-quantize`) holds the packed model (`model.safetensors`, `config.json`), `quantization.json` (every
-    layer), `metrics.jsonl` (but of `blocks`), `run.json` and the images made; on real `eval_data` it is only reported.
+    - `checkpoint`: the model in float.
+    - `bits`: bits of weights and activations, such as `4w4a`. With `auto` as the bits of weights, each layer gets 2 to
+      8 bits by its sensitivity on the images, so that the file is at most `size_ratio` times the model's size in fp32.
+    - `first_last_bits`: bits of the first and the last layer, or `same` as all others. Default: 8, or `same` at 7w8a.
+    - `layer_bits`: bits by pattern of layer names, or `float` to leave layers unquantized.
+    - `data`: a synthetic set, the folder of a run with synthetic sets, or real images. Without it, images are
+      synthesized as `synthesis` says (default recipe: `bns-inception`), half of them by `second_recipe` (None: all by
+      one recipe; see `TransferSetSource`).
+    - `method`: `default`, or `paper` for the default settings of Haroush et al. 2020.
+    - `placement`: tensors that get grids. `all-tensors`: every tensor that int8 kernels read or write, which makes int8
+      files faster; BatchNorms are folded and the model is only calibrated; default for 8w8a and 7w8a where no option
+      requests fine-tuning. `layer-inputs`: the inputs of layers; default otherwise.
+    - `calibration`: changes of single default settings, or a complete `Calibration`.
+    - `finetune`: `blocks` learns the rounding block by block; `lsq` trains weights and steps to match the float model;
+      `blocks+lsq` does both in this order; `kd` trains weights with frozen ranges; `none` only calibrates. Default:
+      `blocks+lsq`, `none` for `all-tensors`, `kd` for the method `paper`.
+    - `training`: changes of the settings of fine-tuning (`FINETUNING`), or complete settings; for `blocks+lsq`, of its
+      second half. `rounding`: the same for the first half of `blocks+lsq` (`BEFORE_LSQ`).
+    - `objectives`: weights of the distillation losses by name, for `lsq` and `kd`. `temperature`: number above 0 that
+      divides the logits in these losses.
+    - `export`: runtime for which `model.onnx` is written and checked, None for no file.
+    - `eval_data`: real images on which accuracy is reported; they influence nothing else.
+    - `output`: folder (default: `<checkpoint>-quantize`) of the packed model (`model.safetensors`, `config.json`),
+      `quantization.json` (every layer), `metrics.jsonl` (not with `blocks` and `none`), `run.json` and the synthesized
+      images. `resume`: continue an interrupted run there. `overwrite`: replace the contents of the folder.
+    - `compute`: device, precision, compilation and seed.
+
+    Raises `BadInput` where the model, the data or an option cannot be used, or the model cannot be exported as
+    requested, and `DfcompressError` where the work fails.
     """
     teacher = _in_float(as_classifier(checkpoint))
     calibration = usual_calibration(method, calibration, input_size=teacher.card.input_size, target=export)
@@ -116,7 +130,7 @@ def quantize(
         size_ratio=size_ratio,
         scheme=calibration.scheme,
     )
-    # Settings of a training ask for one, and so does the paper's method.
+    # Settings of training request fine-tuning, and so does the paper's method.
     asked = training or rounding or objectives or method == "paper"
     trains = finetune or (FINETUNED_BY[method] if asked else None)
     why_not = partial(_why_not_all_tensors, trains, calibration.scheme)
@@ -172,7 +186,11 @@ def _in_float(teacher: Classifier) -> Classifier:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Give every layer of the student that is `wanted` its bits, its ranges and its correction."""
+    """Calibrate the student: set bits, ranges and bias correction of every layer in `wanted`.
+
+    `teacher`: the float network. `wanted`: requested bits by layer. `size_ratio`: largest size of the file as a share
+    of the fp32 size, where bits are chosen automatically.
+    """
 
     student: Classifier
     teacher: Classifier
@@ -182,10 +200,10 @@ class Calibrate:
     compute: Compute
 
     def predicted(self) -> None:
-        """Nothing is known of it before."""
+        """None: there is no estimate for this step."""
 
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Calibrated:
-        """Calibrate on the one set."""
+        """Calibrate on the images of the one set."""
         with threads(threads_for(BATCH * work_of(self.teacher))):
             return calibrated(
                 self.student,
@@ -201,7 +219,9 @@ class Calibrate:
 
 @dataclass(frozen=True)
 class Round:
-    """Learn the rounding of the calibrated student's weights, block by block."""
+    """Learn the rounding of the calibrated student's weights, block by block, so that each block's output matches that
+    block of the float network `teacher`.
+    """
 
     student: Classifier
     teacher: Classifier
@@ -209,10 +229,10 @@ class Round:
     seed: int
 
     def predicted(self) -> None:
-        """Nothing is known of it before."""
+        """None: there is no estimate for this step."""
 
     def take(self, run: Run, sets: Sequence[TransferSet]) -> Reconstructed:
-        """Learn it on the one set."""
+        """Learn the rounding on the images of the one set."""
         state = run.folder / BLOCKS
         images, step = sets[0].train, 3.0 * self.settings.batch_size * work_of(self.teacher)
         with threads(threads_for(step / max(1, len(units_of(self.student))))):
@@ -227,7 +247,7 @@ def _step(
     terms: Sequence[Objective],
     compute: Compute,
 ) -> Round | Train | None:
-    """The part of fine-tuning that has these settings."""
+    """The step of fine-tuning with these settings, None where `settings` is None."""
     if settings is None:
         return None
     if isinstance(settings, Reconstruction):
@@ -245,7 +265,7 @@ def _freeze(
     run: Run,
     found: Mapping[str, Outcome],
 ) -> None:
-    """Turn weights into integers, and write what was done to each layer."""
+    """Turn the weights into integers, and write the report of every layer."""
     freeze(student.network)
     measured = found["calibration"]
     assert isinstance(measured, Calibrated)
@@ -261,7 +281,9 @@ def _freeze(
 def _why_not_all_tensors(
     finetune: Finetuning | None, scheme: Scheme, wanted: Mapping[str, RequestedBits]
 ) -> str | None:
-    """What kernels for integers, or a network that is its graph, do not take."""
+    """The option that excludes grids on all tensors, because int8 kernels or a traced graph do not support it; None
+    where there is none.
+    """
     if other := next((name for name, each in wanted.items() if each not in KERNELS_TAKE), None):
         return f"other bits than 8w8a and 7w8a, as layer {other} has"
     if {each.weights for each in wanted.values()} & set(scheme.asymmetric):
@@ -274,8 +296,9 @@ def _why_not_all_tensors(
 def competitor(
     teacher: Classifier, wanted: Mapping[str, RequestedBits], calibration: Calibration, compute: Compute, recipe: Recipe
 ) -> CoTraining | None:
-    """The student that a recipe's images compete with: what quantization leaves of the teacher, repaired in its updates
-    as by `kd` (Yin et al. 2020 let images compete with the student of the application).
+    """The student that a recipe's images compete with: the teacher quantized to the `wanted` bits, trained between the
+    rounds of images as with `kd`. In Yin et al. 2020, too, images compete with the student of the application. None for
+    recipes without a student.
     """
     if recipe.student_updates is None:
         return None
@@ -292,7 +315,9 @@ def wanted_bits(
     size_ratio: float | None,
     scheme: Scheme,
 ) -> dict[str, RequestedBits]:
-    """What the options ask of each of the `layers`; raises `BadInput` where that cannot be."""
+    """The requested bits of each of the `layers`; raises `BadInput` where the options contradict each other, or the
+    size cannot be reached.
+    """
     requested = parse_bits(bits)
     wanted = assign(layers, requested, ends=parse_ends(first_last_bits, requested), layer_bits=layer_bits or {})
     if requested.weights is None and all(each.weights for each in wanted.values()):
@@ -304,9 +329,7 @@ def wanted_bits(
 def _require_exportable(
     target: Target | None, teacher: Classifier, wanted: Mapping[str, RequestedBits], scheme: Scheme
 ) -> None:
-    """Raise `BadInput` or `DfcompressError` where the model could not be exported at the bits wanted, which should not
-    cost an hour of work.
-    """
+    """Raise `BadInput` or `DfcompressError`, before any work, where the model cannot be exported at `wanted` bits."""
     if target is None:
         return
     require_packages(target)

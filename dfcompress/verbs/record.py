@@ -1,4 +1,4 @@
-"""`record`: what the owner of a model computes on the training data, to release beside the weights.
+"""`record`: compute statistics of a model's activations on its training data; the owner releases them with the weights.
 
 dfcompress.record("hinton.pt", data="train", settings=RecordSettings(kind="all-layers"))
 dfcompress.record("vgg16.pt", data="train", settings=RecordSettings(kind="bn-equivalent"), output="vgg16.safetensors")
@@ -47,11 +47,12 @@ NUMBERS_A_BATCH = 2**26
 
 @dataclass(frozen=True)
 class Recorded:
-    """A record: its file, what it holds, and what it was made from.
+    """An activation record that was written, or would be written with `dry_run`.
 
-    `units` counts the outputs of each layer, `classes` the images behind each class; `bytes` is what the file takes
-    and `data_bytes` what the images do at 8 bits; `memory_bytes` is what summing up takes; `details` are the kind's own
-    (temperature and form of the covariance, or the share of coefficients and how many activations of a class).
+    `output`: its file. `kind`: kind of record. `units`: number of outputs of each recorded layer. `images`: number of
+    images. `classes`: number of images of each class. `bytes`: size of the file. `data_bytes`: size of the images at 8
+    bits. `memory_bytes`: memory of the sums. `details`: values of the kind (temperature and form of the covariance, or
+    share of coefficients and number of activations of each class). `seconds`: time of recording, 0 with `dry_run`.
     """
 
     output: str
@@ -84,11 +85,20 @@ def record(
 ) -> Recorded:
     """Record a model's activations on real images, in one pass (Lopes et al. 2017).
 
-    The file `output` (default: `<checkpoint>.records.safetensors` beside it) is found there by `invert`, `distill` and
-    `quantize`. Sums run in float64, and memory does not grow with the number of images. Several processes share the
-    images; their record is that of one up to rounding. `seed` decides whose activations a spectral record keeps.
-    With `dry_run` nothing is computed or written, and `bytes` is what the tensors will take.
-    Raises `BadInput` where a class has too few images, the kind does not fit the network, or it fits into no memory.
+    Sums run in float64, and memory does not grow with the number of images. Several processes share the images; their
+    record equals that of one process up to rounding.
+
+    - `checkpoint`: the model. `data`: the labelled images that it was trained on.
+    - `settings`: a `RecordSettings`, or changes of its default values by name.
+    - `output`: file to write. Default: `<checkpoint>.records.safetensors` beside the checkpoint, where commands that
+      synthesize images find it. `overwrite`: replace an existing file.
+    - `device`: `auto`, `cpu`, `cuda` or `cuda:N`.
+    - `seed`: chooses the images whose activations a spectral record stores.
+    - `dry_run`: compute and write nothing; `bytes` of the result is then the size of the tensors.
+
+    Raises `BadInput` where a class has too few images, the kind of record does not fit the network or the memory, or an
+    argument cannot be used, and `DfcompressError` where the network's outputs are not finite or the file cannot be
+    written.
     """
     started = time.perf_counter()
     if isinstance(settings, Mapping):
@@ -138,7 +148,7 @@ def record(
 
 
 def _path(teacher: Classifier, output: str | Path | None, *, overwrite: bool) -> Path:
-    """Where the record goes; refused before any work."""
+    """The file of the record; raises `BadInput`, before any work, where it cannot be written."""
     if output is None and teacher.path is None:
         raise BadInput("A model that came from no file has no place for its record.", "Name one with --output.")
     path = Path(output) if output else beside(teacher.path or Path())
@@ -160,7 +170,10 @@ def _require_enough_images(counts: Sequence[int], settings: RecordSettings) -> N
 
 
 def _layers(teacher: Classifier, settings: RecordSettings) -> dict[str, Tensor]:
-    """The layers a kind of record knows, in the order of the forward pass, with their outputs for one image."""
+    """The layers to record, in the order of the forward pass, with their outputs for one image, `(1, ...)`.
+
+    Raises `BadInput` for a pattern that matches no layer.
+    """
     outputs = outputs_of_one_image(teacher)
     if settings.kind == "top-layer":
         return {LOGITS: outputs[LOGITS]}
@@ -187,7 +200,7 @@ def _accumulator(
         random = generator("record", seed)
         return SpectralAccumulator(teacher, list(outputs), settings, labels, data_bytes=data_bytes, random=random)
     if settings.kind == FIXED_DROPOUT:
-        dropouts(teacher)  # Refuses a network without.
+        dropouts(teacher)  # Refuses a network without dropout.
     return GaussianAccumulator(outputs, settings, teacher.card.classes)
 
 
@@ -203,10 +216,14 @@ def _notices(recorded: Recorded, settings: RecordSettings) -> list[str]:
 def _see(
     teacher: Classifier, source: ImageSource, layers: dict[str, Tensor], accumulator: RecordAccumulator, path: Path
 ) -> StreamingMoments:
-    """Show every image to the main process's accumulator, together with the other processes; the moments of pixels."""
+    """Pass this process's share of the images to its accumulator, and merge the shares of all processes in the main
+    process; return the moments of the pixels.
+
+    Raises `DfcompressError` where the network's outputs are not finite.
+    """
     everyone = world()
     pixels = StreamingMoments(1, teacher.card.input_size[0], 1)
-    # Large outputs of many images at once would fill the memory; the same for every process.
+    # Large outputs of many images at once would fill the memory. All processes use the same size.
     size = max(1, min(BATCH_SIZE, NUMBERS_A_BATCH // sum(output[0].numel() for output in layers.values())))
     batches = source.batches(size, first=everyone.rank, every=everyone.world_size)
     total = -(-len(source) // size)
@@ -226,7 +243,7 @@ def _see(
 
 
 def _gather(accumulator: RecordAccumulator, pixels: StreamingMoments, path: Path) -> None:
-    """Bring what all processes saw to the leading one, through files beside the record."""
+    """Merge the sums of all processes in the main process, through temporary files beside the record."""
     everyone = world()
     parts = [path.with_name(f".{path.name}.{rank}") for rank in range(everyone.world_size)]
     if not everyone.is_main:

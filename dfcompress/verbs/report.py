@@ -1,4 +1,4 @@
-"""`report`: runs as one page that needs no network.
+"""`report`: one HTML page about runs that needs no internet connection.
 
 dfcompress.report(["resnet20-quantize"])
 dfcompress.report(["seed-0", "seed-1", "seed-2"], output="seeds.html", data="cifar10-test.npz")
@@ -34,13 +34,13 @@ from dfcompress.verbs.extend import EXPERT
 
 FILE = "report.html"
 PACKAGES = ("jinja2", "matplotlib")
-# What reading values raises that are not as this version writes them.
+# Exceptions of reading values that have another form than this version writes.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Report:
-    """The page that was written, its size in bytes, the runs that it shows, and its sections by name."""
+    """The page that was written: its file `output`, its size in `bytes`, the names of its `runs` and its `sections`."""
 
     output: str
     bytes: int
@@ -60,12 +60,16 @@ def report(
     data: str | Path | None = None,
     overwrite: bool = False,
 ) -> Report:
-    """Write one HTML page about the run folders `runs`: what was done, what came of it, images, losses and layers.
+    """Write one HTML page about run folders: settings, results, images, losses and layers.
 
-    The page holds what the runs stored, and asks the network for nothing. A run of `demo` brings the runs inside of it.
-    `data` are real images, as `evaluate` takes them, that are shown beside those that were made.
-    Raises `BadInput`, with nothing written, where a folder is no run's, jinja2 or matplotlib is missing, `data` fits
-    no model, or `output` is there already and `overwrite` is not asked for.
+    The page contains all its data, and loads nothing from the internet.
+
+    - `runs`: one run folder or several; a run of `demo` includes the runs inside its folder.
+    - `output`: HTML file to write. `overwrite`: replace an existing file.
+    - `data`: real images, as `evaluate` takes them, to show beside the synthetic images.
+
+    Raises `BadInput`, with nothing written, where a folder is not a run folder, jinja2 or matplotlib is missing, `data`
+    fits no model, or `output` exists and `overwrite` is false.
     """
     require_packages()
     found = _all(one_or_more(runs))
@@ -83,7 +87,7 @@ def report(
         if key not in opened:
             try:
                 opened[key] = open_images(data, ModelCard.from_json(card))
-            except BadInput as error:  # A run of several may be of a model of other classes.
+            except BadInput as error:  # One run of several may have a model with other classes.
                 opened[key] = None
                 refused[synthetic.folder] = error
         return opened[key]
@@ -102,7 +106,7 @@ def report(
 
 
 def missing_packages() -> list[str]:
-    """The packages that a report needs and this machine has not."""
+    """The packages that a report needs and that are not installed."""
     return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
@@ -113,7 +117,7 @@ def require_packages() -> None:
 
 
 def _all(folders: Sequence[str | Path]) -> list[ReportedRun]:
-    """The runs of the folders in their order, each once."""
+    """The runs of the folders in their order, each run once; raises `BadInput` where no folder is given."""
     if not folders:
         raise BadInput("No run was named.", "Name the folder of at least one run.")
     found: dict[Path, ReportedRun] = {}
@@ -124,7 +128,7 @@ def _all(folders: Sequence[str | Path]) -> list[ReportedRun]:
 
 
 def _read(folder: Path, *, inside: bool = False) -> Iterator[ReportedRun]:
-    """The run whose folder this is, and those that a demo made inside of it."""
+    """The run in `folder`, and the runs of a demo inside it; raises `BadInput` where there is no readable run."""
     file = RunFile.read(folder)
     if not file.options:
         raise BadInput(f"{folder} was being overwritten and holds no run.", "Make the run again, or leave it out.")
@@ -133,7 +137,7 @@ def _read(folder: Path, *, inside: bool = False) -> Iterator[ReportedRun]:
     try:
         warnings = list((file.measurements or {}).get("warnings", ()))
         for synthetic in sets.values():
-            # The record has those of a finished run, each behind the name of its teacher.
+            # The run file of a finished run has these warnings, each after the name of its teacher.
             warnings += [each for each in warnings_of(synthetic) if not any(known.endswith(each) for known in warnings)]
         yield ReportedRun(
             name=str(folder),
@@ -152,7 +156,7 @@ def _read(folder: Path, *, inside: bool = False) -> Iterator[ReportedRun]:
 
 
 def _sets(folder: Path) -> Iterator[tuple[str, SyntheticSet]]:
-    """The sets of images in a run's folder by where they are in it, without probe images."""
+    """The synthetic sets in a run folder by their relative path, without probe images."""
     for path in sorted(folder.rglob(MANIFEST)):
         place = path.parent.relative_to(folder)
         if PROBE not in place.parts:
@@ -179,7 +183,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _sections(runs: Sequence[ReportedRun], real: RealImages) -> list[Section]:
-    """The sections of the page; raises `BadInput` for the first run that has none because its files are malformed."""
+    """The sections of the page; raises `BadInput` for the first run whose files are malformed."""
     try:
         return sections_of(runs, real)
     except MALFORMED as error:
@@ -198,7 +202,7 @@ def _unreadable(folder: Path, error: Exception) -> BadInput:
 
 
 def _named(run: ReportedRun, all_runs: Sequence[ReportedRun]) -> ReportedRun:
-    """The run by the end of its folder's name, as long as is needed to tell it from the others."""
+    """The run, named by the shortest end of its path that differs from the other runs' paths."""
     own = Path(run.name).resolve().parts
     others = [Path(other.name).resolve().parts for other in all_runs if other is not run]
     length = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own))
