@@ -42,8 +42,6 @@ READING = {aten._local_scalar_dense.default, aten.nonzero.default, aten._unique2
 COPYING = {aten.copy_.default, aten._to_copy.default}
 # Operations that `torch.autocast` runs in its type on a GPU (some of them; docs of `torch.amp`).
 LOWERED = ("conv1d", "conv2d", "conv3d", "linear", "matmul", "mm", "bmm", "addmm", "prelu")
-# Copies of this size from pageable memory do not wait for the device (CUDA's guide, "API synchronization behavior").
-STAGED_BYTES = 64 << 10
 
 
 def tensors_in(tree):
@@ -137,7 +135,7 @@ class Devices(TorchDispatchMode):
         home = self.indexed(ours[0].device if asked is None else asked)
         if function is aten.copy_.default:
             home = args[0].device
-        self._check(function, args, home, tensors)
+        self._check(function, args, kwargs, home, tensors)
         if asked is not None:
             kwargs["device"] = torch.device("cpu")
         if home.type == NAME and any(argument.name == "generator" for argument in function._schema.arguments):
@@ -164,11 +162,12 @@ class Devices(TorchDispatchMode):
             raise RuntimeError(f"Expected a {NAME!r} device type for generator but found 'cpu'")
         return given
 
-    def _check(self, function, args, home, tensors):
+    def _check(self, function, args, kwargs, home, tensors):
         if function in READING:
             self.wait(str(function))
         if function in COPYING:
-            self._check_copy(args[function is aten.copy_.default], home)
+            asynchronous = kwargs.get("non_blocking", False) or (function is aten.copy_.default and args[2:] == (True,))
+            self._check_copy(args[function is aten.copy_.default], home, asynchronous)
             return
         strangers = [tensor for tensor in tensors if not isinstance(tensor, OnDevice)]
         places = {tensor.device for tensor in tensors if isinstance(tensor, OnDevice)}
@@ -177,16 +176,19 @@ class Devices(TorchDispatchMode):
         if function in INDEXING and isinstance(args[0], OnDevice):
             if any(index is not None and index.dtype == torch.bool for index in args[1]):
                 self.wait("a mask as index")
-            strangers = [index for index in strangers if index.nbytes > STAGED_BYTES]
+            if strangers:
+                self.wait("an index from the CPU")
+            strangers = []
         # Numbers from the CPU travel with the kernel.
         numbers = torch.Tag.pointwise in function.tags and all(tensor.dim() == 0 for tensor in strangers)
         if strangers and places and not numbers:
             raise RuntimeError(f"{function}: expected all tensors to be on the same device, found {NAME} and cpu")
 
-    def _check_copy(self, source, home):
+    def _check_copy(self, source, home, asynchronous):
+        """After a copy from or to the host torch waits for the device, unless the copy is asynchronous."""
         if source.device == home:
             return
-        if home.type == "cpu" or self.tape is not None or source.nbytes > STAGED_BYTES:
+        if home.type == "cpu" or self.tape is not None or not asynchronous:
             self.wait(f"copy of {source.nbytes} bytes from {source.device.type} to {home.type}")
 
 

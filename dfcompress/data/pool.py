@@ -94,13 +94,13 @@ class ImagePool:
         """The indices `(batch_size,)` of a batch's images among the images of all sets, set after set."""
         starts = accumulate(map(len, self.sets[:-1]), initial=0)
         drawn = zip(starts, self.drawn(step), strict=True)
-        return torch.cat([start + chosen for start, chosen in drawn]).to(self.sets[0].device)
+        return torch.cat([start + chosen for start, chosen in drawn]).to(self.sets[0].device, non_blocking=True)
 
     def batch(self, step: int) -> Batch:
         """The augmented batch of `step`; an image that is mixed with another keeps its own label."""
         parts = []
         for number, (images, labels, drawn) in enumerate(zip(self.sets, self.labels, self.drawn(step), strict=True)):
-            rows = drawn.to(images.device)
+            rows = drawn.to(images.device, non_blocking=True)
             shown = self._augmented(as_float(images[rows]), number, step)
             parts.append(_of_set(number, shown, labels[rows]))
         return parts[0] if len(parts) == 1 else Batch(*(torch.cat(values) for values in zip(*parts, strict=True)))
@@ -159,7 +159,7 @@ def random_offsets(count: int, shift: int, random: torch.Generator) -> Tensor:
 def shifted(images: Tensor, offsets: Tensor) -> Tensor:
     """Each image `(N, C, H, W)` moved by its own `offsets` `(N, 2)`, down and right; edges are repeated; one gather."""
     count, _, height, width = images.shape
-    offsets = offsets.to(images.device)
+    offsets = offsets.to(images.device, non_blocking=True)
     rows = (torch.arange(height, device=images.device) - offsets[:, :1]).clamp(0, height - 1)
     columns = (torch.arange(width, device=images.device) - offsets[:, 1:]).clamp(0, width - 1)
     image = torch.arange(count, device=images.device)
@@ -168,17 +168,17 @@ def shifted(images: Tensor, offsets: Tensor) -> Tensor:
 
 def flipped(images: Tensor, which: Tensor) -> Tensor:
     """The images `(N, C, H, W)` that `which` `(N,)` marks, mirrored left-right."""
-    return torch.where(which.to(images.device)[:, None, None, None], images.flip(3), images)
+    return torch.where(which.to(images.device, non_blocking=True)[:, None, None, None], images.flip(3), images)
 
 
 def mixed(images: Tensor, share: float, partners: Tensor) -> Tensor:
     """`share` · image + (1 − `share`) · partner (Zhang et al. 2018, inputs only); `partners` are indices `(N,)`."""
-    return share * images + (1 - share) * images[partners.to(images.device)]
+    return share * images + (1 - share) * images[partners.to(images.device, non_blocking=True)]
 
 
 def jittered(images: Tensor, changes: Tensor) -> Tensor:
     """Images `(N, C, H, W)` with brightness and contrast changed by `changes` `(N, 2)`, clipped to [0, 1]."""
-    brightness, contrast = changes.to(images.device)[:, :, None, None, None].unbind(1)
+    brightness, contrast = changes.to(images.device, non_blocking=True)[:, :, None, None, None].unbind(1)
     mean = images.mean((1, 2, 3), keepdim=True)
     return ((images - mean) * (1 + contrast) + mean + brightness).clamp(0, 1)
 
@@ -189,7 +189,7 @@ def cut_out(images: Tensor, share: float, centres: Tensor) -> Tensor:
     `centres` `(N, 2)` are the squares' centres in [0, 1], down and right; a square may extend beyond the edge.
     """
     height, width = images.shape[2:]
-    centres = centres.to(images.device)
+    centres = centres.to(images.device, non_blocking=True)
     rows = near(height, centres[:, 0], share)[:, None, :, None]
     columns = near(width, centres[:, 1], share)[:, None, None, :]
     return torch.where(rows & columns, images.mean((1, 2, 3), keepdim=True), images)

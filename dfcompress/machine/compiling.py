@@ -125,11 +125,11 @@ def _convolution_backward(
     return usual(gradient, features, weight, bias_sizes, stride, *more) if usual else NotImplemented
 
 
-def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor] | None:
     """`step` on the current device, captured as one CUDA graph that is replayed with a single launch.
 
     `step` must have run before, and use the same memory every time. Where capturing fails, a notice is printed, and
-    `step` itself is returned.
+    None is returned.
     """
     graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
     current = torch.cuda.current_device()
@@ -139,10 +139,11 @@ def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     except RuntimeError as error:
         torch.cuda.set_stream(stream)
         _leave_pool(current, pool)
+        _leave_capture(torch.cuda.default_generators[current])
         # Ending a failed capture fails, too; the reason is the error before it.
         reason = first_line(error.__context__ or error)
         console.notice(f"No CUDA graph, so every kernel is launched on its own: {reason}.")
-        return step
+        return None
 
     def replay() -> torch.Tensor:
         graph.replay()
@@ -168,3 +169,11 @@ def _leave_pool(index: int, pool: Any) -> None:
     with suppress(RuntimeError, AttributeError):
         torch._C._cuda_endAllocateToPool(index, pool)
         torch._C._cuda_releasePool(index, pool)
+
+
+def _leave_capture(random: torch.Generator) -> None:
+    """Let a device's generator draw numbers after a failed capture: torch 2.11 would refuse, because it marks the
+    generator's state as capturing until a capture has ended well. A copy of the state has no such mark.
+    """
+    with suppress(RuntimeError, AttributeError):  # Other versions of torch keep a mark for each capture.
+        random.graphsafe_set_state(random.clone_state())

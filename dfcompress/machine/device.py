@@ -22,7 +22,8 @@ PRECISIONS: dict[Precision, torch.dtype] = {
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """The device that `auto`, `cpu`, `cuda` or `cuda:N` names; `auto` is CUDA where it exists, else the CPU.
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` names; `auto` is CUDA where it exists, else the CPU. In a job
+    of several processes, every name of a CUDA device means this process's own GPU.
 
     Raises `BadInput` for other names, and where the device does not exist on this machine.
     """
@@ -41,7 +42,7 @@ def resolve_device(name: str = "auto") -> torch.device:
             f"--device {name!r}: this process sees {torch.cuda.device_count()} CUDA devices.",
             "Use --device auto, or the number of one of them." if has_cuda() else "Use --device cpu.",
         )
-    return device
+    return torch.device(as_mine(str(device)))
 
 
 def _own_cuda() -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dfcompress.distributed import world
+from dfcompress.machine.device import has_cuda
 from dfcompress.machine.memory import keep_freed_memory
 
 # The default dtype, the random generators, cuDNN's switches and the number of threads belong to the whole process.
@@ -149,11 +151,14 @@ def _set_fp32(tf32: bool, products: str, precisions: Sequence[str]) -> None:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Let cuDNN use no kernel whose sums depend on the order of threads, and choose no kernel by timing."""
+    """Use no kernel on CUDA whose sums depend on the order of threads, and choose no kernel by timing: neither of cuDNN
+    nor of attention, whose fused backward passes add up in any order.
+    """
     cudnn: Any = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH) if has_cuda() else nullcontext():
+            yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before

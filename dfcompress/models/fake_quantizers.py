@@ -158,7 +158,9 @@ class WeightGrid:
         `step` `(out_channels,)`, a parameter, replaces the scale and gets a gradient too.
         """
         if step is None:
-            return torch.fake_quantize_per_channel_affine(weight, self.scale, self.zero_point, 0, *self.integers())
+            # Of integer zero points torch reads the range back from the device; those of symmetric grids are all 0.
+            zero_point = self.zero_point.float() if self.symmetric else self.zero_point
+            return torch.fake_quantize_per_channel_affine(weight, self.scale, zero_point, 0, *self.integers())
         return on_learnt_grid(weight, per_channel(step, weight), *self.multiples(weight))
 
     def nearest(self, multiples: Tensor) -> Tensor:

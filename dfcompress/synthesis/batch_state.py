@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfcompress.machine.device import is_cuda
+from dfcompress.machine.compiling import captured
 from dfcompress.run import Clock, save_state
 from dfcompress.synthesis.images import Images
 from dfcompress.synthesis.losses import Loss, ModuleState
@@ -85,14 +85,20 @@ class BatchState:
 
     def start_phase(self, *, betas: tuple[float, float]) -> None:
         """Reset the optimiser, the captured step and the chunks' means, because another phase has other transforms."""
-        capturable = is_cuda(self.labels.device)
         groups = [{"params": parameters} for parameters in self._groups.values()]
-        self.optimizer = torch.optim.Adam(groups, betas=betas, fused=True, capturable=capturable)
+        self.optimizer = torch.optim.Adam(groups, betas=betas, fused=True)
         self.follow_rates()
         self.drawn: list[list[Drawn]] = []
         self.captured: Callable[[], Tensor] | None = None
         self.uncaptured = 0
         self.means: dict[str, Tensor] = {}
+
+    def capture(self, step: Callable[[], Tensor]) -> bool:
+        """Capture `step`, which takes an optimiser step, as a CUDA graph in `captured`; whether this is possible."""
+        for group in self.optimizer.param_groups:
+            group["capturable"] = True  # Not before: torch warns of such an optimiser outside of a capture.
+        self.captured = captured(step)
+        return self.captured is not None
 
     def of_others(self, number: int) -> dict[str, Tensor]:
         """The contributions of all chunks but `number` to the means over the batch, by name."""
@@ -114,7 +120,10 @@ class BatchState:
         """Store the random numbers of the next step's transforms for each batch, always in the same memory."""
         if not self.drawn:
             self.drawn = [
-                [tuple(tensor.to(self.labels.device, copy=True) for tensor in numbers) for numbers in of_batch]
+                [
+                    tuple(tensor.to(self.labels.device, copy=True, non_blocking=True) for tensor in numbers)
+                    for numbers in of_batch
+                ]
                 for of_batch in drawn
             ]
             return

@@ -82,7 +82,7 @@ class Generator:
             vectors = torch.empty_like(latents, device=labels.device).requires_grad_(self._learn_latents)
             self._batches[len(labels)] = vectors, torch.empty_like(labels)
         self._latents, self._labels = self._batches[len(labels)]
-        self._latents.detach().copy_(latents)
+        self._latents.detach().copy_(latents, non_blocking=True)
         self._labels.copy_(labels)
         self._mean, self._std = teacher.mean, teacher.std
 
@@ -162,7 +162,7 @@ def generated(
     _, height, width = size
     doublings = _doublings(height, width)
     rows, columns = (-(-side // 2**doublings) for side in (height, width))
-    vectors = latents if labels is None else torch.cat([latents, weights["classes.embedding"][labels]], 1)
+    vectors = latents if labels is None else torch.cat([latents, _embedded(labels, weights["classes.embedding"])], 1)
     with torch.autocast(latents.device.type, precision, enabled=precision != torch.float32):
         maps = F.linear(vectors, weights["first.weight"], weights["first.bias"]).view(len(latents), -1, rows, columns)
         maps = maps.contiguous(memory_format=torch.channels_last)
@@ -173,6 +173,14 @@ def generated(
         colours = F.conv2d(maps, weights["colours.weight"], weights["colours.bias"], padding=1)
     top, left = (rows * 2**doublings - height) // 2, (columns * 2**doublings - width) // 2
     return colours.float()[:, :, top : top + height, left : left + width].contiguous().sigmoid()
+
+
+def _embedded(labels: Tensor, embedding: Tensor) -> Tensor:
+    """The rows of `embedding` `(classes, width)` for labels `(N,)`, as a product: the gradient of an index adds up rows
+    by atomic operations on CUDA if compiled, so its bits would depend on the order of threads.
+    """
+    classes = torch.arange(len(embedding), device=labels.device)
+    return (labels[:, None] == classes).to(embedding.dtype) @ embedding
 
 
 def convolved_doubled(maps: Tensor, weight: Tensor) -> Tensor:

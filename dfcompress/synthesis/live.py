@@ -186,7 +186,8 @@ class LiveSource:
         self.seconds += time.perf_counter() - started
         if self.spec.recipe.label_free:
             labels = torch.full_like(labels, UNLABELLED)
-        new = Batch(images.to(self._device), labels.to(self._device), torch.zeros_like(labels).to(self._device))
+        labels = labels.to(self._device, non_blocking=True)
+        new = Batch(images.to(self._device), labels, torch.zeros_like(labels))
         if self._pool is None:
             return new
         half = slice(0, -(-len(labels) // 2))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dfcompress import console
 from dfcompress.errors import DfcompressError
-from dfcompress.machine.compiling import captured, compiled
+from dfcompress.machine.compiling import compiled
 from dfcompress.machine.device import PRECISIONS, resolve_device, synchronize
 from dfcompress.machine.execution import Execution, computing
 from dfcompress.machine.memory import Taken, count_growth, is_out_of_memory, memory_for, release_freed_memory
@@ -140,7 +140,7 @@ class Synthesizer:
         """Render new images `(N, C, H, W)` in [0, 1] for labels `(N,)` with a persistent generator; it is not
         trained.
         """
-        self._images.start(labels.to(self.device), self.teacher, random, self.pixels)
+        self._images.start(labels.to(self.device, non_blocking=True), self.teacher, random, self.pixels)
         return self.teacher.denormalise(self._images.render()).clamp(0, 1)
 
     def update_modules(self, images: Tensor, labels: Tensor) -> None:
@@ -323,12 +323,11 @@ class Synthesizer:
         with computing(self.execution):
             if len(state.chunks) > 1 and not state.means:
                 self._visit(state, phase)
-            if self.execution.capture and state.uncaptured >= STEPS_BEFORE_CAPTURE:
-                state.captured = state.captured or captured(lambda: self._update(state, phase))
-                values = state.captured()
-            else:
-                values = self._update(state, phase)
-                state.uncaptured += 1
+            due = self.execution.capture and state.captured is None and state.uncaptured >= STEPS_BEFORE_CAPTURE
+            if due and not state.capture(lambda: self._update(state, phase)):
+                self.execution = replace(self.execution, capture=False)
+            values = state.captured() if state.captured else self._update(state, phase)
+            state.uncaptured += 1
         state.history.append(values)
         state.step += 1
         if state.step % STEPS_BEFORE_RELEASE == 0 and not self.execution.capture:

@@ -87,7 +87,7 @@ class Prune:
             world().barrier()
             return pruned
         world().barrier()  # One process prunes for all: with --latency each process would measure different times.
-        return self._restored(torch.load(path, weights_only=True))
+        return self._restored(torch.load(path, weights_only=True, map_location="cpu"))
 
     def _pruned(self, images: Tensor) -> Pruned:
         groups, costs = self.groups, self.costs

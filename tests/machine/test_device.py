@@ -26,7 +26,7 @@ def test_auto_precision_is_bf16_only_where_the_processor_has_it(monkeypatch):
 def test_processes_take_the_gpus_they_see_in_turn(gpus, seen, expected):
     """Under `srun --gpus-per-task=1` every process sees one; a machine may have fewer than processes."""
     gpus(seen, rank=3, processes=4)
-    assert str(resolve_device("auto")) == expected
+    assert [str(resolve_device(name)) for name in ("auto", "cuda", "cuda:0")] == [expected] * 3
     assert as_mine("cuda:0") == expected
     assert as_mine("cpu") == "cpu"
 

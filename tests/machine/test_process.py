@@ -85,7 +85,9 @@ def test_computing_gives_back_what_it_borrows(gpus, users_settings, precision):
     threads = torch.get_num_threads()
     with computing(Execution("cuda", precision, False, threads + 1, "")):
         assert torch.get_num_threads() == threads + 1
+        assert not torch.backends.cuda.flash_sdp_enabled()  # Its backward pass adds up in any order.
         steady = {"deterministic": True, "benchmark": False}
         assert arithmetic_settings() == (EXACT if precision == "fp32" else users_settings | steady)
     assert arithmetic_settings() == users_settings
+    assert torch.backends.cuda.flash_sdp_enabled()
     assert torch.get_num_threads() == threads

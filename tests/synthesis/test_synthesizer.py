@@ -27,7 +27,7 @@ from dfcompress.models.statistics import statistics_layers
 from dfcompress.models.trace import Target
 from dfcompress.randomness import generator
 from dfcompress.run import Clock
-from dfcompress.synthesis import losses
+from dfcompress.synthesis import batch_state, losses
 from dfcompress.synthesis import synthesizer as synthesizer_module
 from dfcompress.synthesis.batch_state import SMALLER, BatchState
 from dfcompress.synthesis.images import Pixels
@@ -223,6 +223,19 @@ def test_images_compete_with_a_quantized_student_as_it_will_answer(teacher, prec
     assert change.isfinite().all()
     assert is_quantized(student.network)
     assert (student.network.conv1.weight_step is not None) == steps
+
+
+def test_a_step_that_cannot_be_captured_is_tried_once(teacher, monkeypatch):
+    """Not in every batch anew, with a notice each."""
+    tried = []
+    monkeypatch.setattr(batch_state, "captured", tried.append)  # It returns None, as where capturing fails.
+    made = synthesizer(teacher, 8, execution=replace(EAGER, capture=True), batch_size=2)
+    for shard in range(2):
+        state = made.begin({shard: torch.tensor([1, 2])})
+        for _ in range(8):
+            made.step(state)
+    assert len(tried) == 1
+    assert len(state.history) == 8
 
 
 def test_a_student_that_learns_is_updated_in_place(monkeypatch):
