@@ -45,7 +45,7 @@ def refusal(name: str, value: Any, owner: str, needed: str) -> BadInput:
     """The error for the argument `name` of `owner`, a function or a class; `needed`: text for what must be given."""
     shown = " ".join(repr(value).split())
     shown = shown if len(shown) <= SHOWN else f"{shown[: SHOWN - 3]}..."
-    return BadInput(f"{name}={shown} is no valid argument of {owner}.", f"Give {needed}.")
+    return BadInput(f"{name}={shown} is not a valid argument of {owner}.", f"Give {needed}.")
 
 
 @cache

@@ -25,52 +25,52 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize(("verb", "argument"), ARGUMENTS)
 def test_every_verb_refuses_every_argument_of_another_type(verb, argument):
-    with pytest.raises(BadInput, match=rf"^{argument}=\{{1, 2\}} is no valid argument of {verb}\. Give .+\.$"):
+    with pytest.raises(BadInput, match=rf"^{argument}=\{{1, 2\}} is not a valid argument of {verb}\. Give .+\.$"):
         getattr(dfcompress, verb)(**{argument: {1, 2}})
 
 
 @pytest.mark.parametrize(
     ("verb", "arguments", "said"),
     [
-        ("evaluate", {"data": None}, "data=None is no valid argument of evaluate. Give a string or a path."),
+        ("evaluate", {"data": None}, "data=None is not a valid argument of evaluate. Give a string or a path."),
         (
             "evaluate",
             {"data": "test.npz", "batch_size": 0},
-            "batch_size=0 is no valid argument of evaluate. Give a whole number from 1 up.",
+            "batch_size=0 is not a valid argument of evaluate. Give a whole number from 1 up.",
         ),
-        ("distill", {"student": 5}, "student=5 is no valid argument of distill. Give a string or None."),
+        ("distill", {"student": 5}, "student=5 is not a valid argument of distill. Give a string or None."),
         (
             "distill",
             {"synthesis": {"images": 8}},
-            "synthesis={'images': 8} is no valid argument of distill. Give a Synthesis.",
+            "synthesis={'images': 8} is not a valid argument of distill. Give a Synthesis.",
         ),
         (
             "distill",
             {"probe_images": -3},
-            "probe_images=-3 is no valid argument of distill. Give a whole number from 0 up.",
+            "probe_images=-3 is not a valid argument of distill. Give a whole number from 0 up.",
         ),
         (
             "distill",
             {"objectives": {"kd": "much"}},
-            "objectives={'kd': 'much'} is no valid argument of distill. Give a dict of numbers or None.",
+            "objectives={'kd': 'much'} is not a valid argument of distill. Give a dict of numbers or None.",
         ),
         (
             "extend",
             {"new_data": "birds", "class_names": ["owl", "crow"]},
-            "class_names=['owl', 'crow'] is no valid argument of extend. Give a string, a path or None.",
+            "class_names=['owl', 'crow'] is not a valid argument of extend. Give a string, a path or None.",
         ),
         (
             "extend",
             {"new_data": "birds", "eval_data": 5},
-            "eval_data=5 is no valid argument of extend. Give a string, a path or a list of strings or paths.",
+            "eval_data=5 is not a valid argument of extend. Give a string, a path or a list of strings or paths.",
         ),
         ("record", {"data": "x", "settings": 5}, "record. Give a RecordSettings or a dict."),
-        ("record", {"data": "x", "seed": "a"}, "seed='a' is no valid argument of record. Give a whole number."),
+        ("record", {"data": "x", "seed": "a"}, "seed='a' is not a valid argument of record. Give a whole number."),
         ("record", {"data": "x", "seed": -1}, "record. Give a whole number from 0 up."),
-        ("invert", {"output": 5}, "output=5 is no valid argument of invert. Give a string, a path or None."),
-        ("quantize", {"bits": 8}, "bits=8 is no valid argument of quantize. Give a string."),
+        ("invert", {"output": 5}, "output=5 is not a valid argument of invert. Give a string, a path or None."),
+        ("quantize", {"bits": 8}, "bits=8 is not a valid argument of quantize. Give a string."),
         ("quantize", {"export": 5}, "Give 'onnxruntime', 'tensorrt', 'openvino' or None."),
-        ("quantize", {"resume": "no"}, "resume='no' is no valid argument of quantize. Give True or False."),
+        ("quantize", {"resume": "no"}, "resume='no' is not a valid argument of quantize. Give True or False."),
     ],
 )
 def test_what_is_said_of_a_wrong_argument(verb, arguments, said):
@@ -80,23 +80,23 @@ def test_what_is_said_of_a_wrong_argument(verb, arguments, said):
 
 
 def test_a_plan_refuses_what_its_verb_does():
-    with pytest.raises(BadInput, match="student=5 is no valid argument of distill"):
+    with pytest.raises(BadInput, match="student=5 is not a valid argument of distill"):
         dfcompress.distill.plan("model.pt", student=5)
 
 
 @pytest.mark.parametrize(
     ("kind", "values", "said"),
     [
-        ("Compute", {"seed": "a"}, "seed='a' is no valid argument of Compute. Give a whole number."),
-        ("Compute", {"device": 0}, "device=0 is no valid argument of Compute. Give a string."),
-        ("Synthesis", {"images": "8"}, "images='8' is no valid argument of Synthesis. Give a whole number or None."),
-        ("Synthesis", {"groups": 1.5}, "groups=1.5 is no valid argument of Synthesis. Give a whole number or 'auto'."),
-        ("Training", {"steps": "many", "lr": 0.1, "batch_size": 8}, "steps='many' is no valid argument of Training."),
-        ("Augmentation", {"shift": 0.5}, "shift=0.5 is no valid argument of Augmentation. Give a whole number."),
-        ("Calibration", {"signed": 1}, "signed=1 is no valid argument of Calibration. Give True or False."),
-        ("Reconstruction", {"steps": "9"}, "steps='9' is no valid argument of Reconstruction. Give a whole number."),
-        ("Gates", {"max_drop": "1"}, "max_drop='1' is no valid argument of Gates. Give a number or None."),
-        ("RecordSettings", {"layers": "conv1"}, "layers='conv1' is no valid argument of RecordSettings."),
+        ("Compute", {"seed": "a"}, "seed='a' is not a valid argument of Compute. Give a whole number."),
+        ("Compute", {"device": 0}, "device=0 is not a valid argument of Compute. Give a string."),
+        ("Synthesis", {"images": "8"}, "images='8' is not a valid argument of Synthesis. Give a whole number or None."),
+        ("Synthesis", {"groups": 1.5}, "groups=1.5 is not a valid argument of Synthesis. Give a whole number or"),
+        ("Training", {"steps": "many", "lr": 0.1, "batch_size": 8}, "steps='many' is not a valid argument of"),
+        ("Augmentation", {"shift": 0.5}, "shift=0.5 is not a valid argument of Augmentation. Give a whole number."),
+        ("Calibration", {"signed": 1}, "signed=1 is not a valid argument of Calibration. Give True or False."),
+        ("Reconstruction", {"steps": "9"}, "steps='9' is not a valid argument of Reconstruction. Give a whole number."),
+        ("Gates", {"max_drop": "1"}, "max_drop='1' is not a valid argument of Gates. Give a number or None."),
+        ("RecordSettings", {"layers": "conv1"}, "layers='conv1' is not a valid argument of RecordSettings."),
     ],
 )
 def test_settings_refuse_a_value_of_another_type(kind, values, said):
@@ -136,7 +136,7 @@ def test_a_value_of_the_annotated_type_is_taken(value, hint):
     ],
 )
 def test_a_value_that_only_resembles_the_type_is_refused(value, hint):
-    with pytest.raises(BadInput, match="is no valid argument of verb"):
+    with pytest.raises(BadInput, match="is not a valid argument of verb"):
         require_types({"value": value}, {"value": hint}, "verb")
 
 

@@ -50,7 +50,7 @@ def check_environment(root: click.Context) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, [each for each in known if isinstance(each, str)], 1)
             remedy = f"Did you mean {close[0]}?" if close else "Unset it."
-            raise BadInput(f"The environment has {name}, which is no option of any command.", remedy)
+            raise BadInput(f"The environment has {name}, which is not an option of any command.", remedy)
 
 
 def _use(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> None:
@@ -122,7 +122,7 @@ def _as_typed(path: Path, parameter: click.Parameter, value: Any) -> Any:
     flag = isinstance(parameter, click.Option) and parameter.is_flag
     if any(isinstance(each, dict | list) or isinstance(each, bool) != flag for each in values):
         wanted = "true or false" if flag else "numbers or texts" if several else "one number or text"
-        raise BadInput(f"{path}: {value!r} is no value of {_spelling(parameter)}.", f"Write {wanted}.")
+        raise BadInput(f"{path}: {value!r} is not a value of {_spelling(parameter)}.", f"Write {wanted}.")
     typed = values if flag else [str(each) for each in values]
     return typed if several else typed[0]
 

@@ -199,7 +199,7 @@ def _groups(text: str) -> int | Literal["auto"]:
     if text == "auto":
         return "auto"
     if not text.isdecimal() or int(text) < 1:
-        raise BadInput(f"--groups {text!r} is no number of batches.", "Use auto, or 1 or more.")
+        raise BadInput(f"--groups {text!r} is not a number of batches.", "Use auto, or 1 or more.")
     return int(text)
 
 

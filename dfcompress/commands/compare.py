@@ -114,7 +114,7 @@ def compare(
     from dfcompress.verbs.compare import compare
 
     if csv and csv.exists() and (not csv.is_dir() or any(csv.iterdir())):
-        raise BadInput(f"--csv {csv} is no new or empty folder.", "Name another one.")
+        raise BadInput(f"--csv {csv} is not a new or empty folder.", "Name another one.")
     if csv and not csv.parent.is_dir():
         raise BadInput(f"--csv {csv}: there is no folder {csv.parent}.", "Make it, or name another one.")
     found = compare(

@@ -215,7 +215,7 @@ def quantize(
 
     gates.require_images(eval_data)
     if target != "onnxruntime" and not export:
-        raise BadInput(f"--target {target} is of the file that --export writes.", "Add --export onnx.")
+        raise BadInput("--target applies to the file that --export writes.", "Add --export onnx.")
     plan = quantize.plan(
         model,
         bits=bits,

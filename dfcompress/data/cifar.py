@@ -57,7 +57,7 @@ def _read(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     except Exception as error:
         # Any error of a parser on foreign bytes means that the file is damaged.
         problem = f"{type(error).__name__}: {printable(first_line(error))}"
-        raise BadInput(f"{file} is no batch of CIFAR ({problem}).", "Download it again.") from None
+        raise BadInput(f"{file} is not a batch of CIFAR ({problem}).", "Download it again.") from None
     return images, labels
 
 

@@ -40,7 +40,8 @@ class Augmentation:
         require_fields(self)
         if not 0 <= self.jitter < 1 or not 0 <= self.cutout < 1:
             raise BadInput(
-                f"jitter {self.jitter} or cutout {self.cutout} is no share below 1.", "Use for instance 0.3."
+                f"jitter and cutout must be shares below 1; they are {self.jitter} and {self.cutout}.",
+                "Use for instance 0.3.",
             )
         if self.shift < 0 or self.mixup < 0:
             raise BadInput(f"shift {self.shift} or mixup {self.mixup} is negative.", "Use 0 to leave it out.")

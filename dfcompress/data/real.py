@@ -137,7 +137,7 @@ def _open_whole(path: Path, card: ModelCard, part: Part, labelled: bool) -> tupl
     elif path.suffix == ".npz":
         arrays = read_npz(path, labelled=labelled)
     else:
-        raise BadInput(f"{path} is no image data.", KINDS)
+        raise BadInput(f"{path} is not image data.", KINDS)
     if (highest := int(arrays.labels.max())) >= card.classes:
         raise BadInput(f"{path} has the label {highest}, the model has {card.classes} classes.", "Give other images.")
     return arrays, arrays.size
@@ -336,7 +336,7 @@ def _sorted_names(folder: Path, folders: list[Path], classes: int) -> tuple[str,
 def _label(class_folder: Path, class_names: tuple[str, ...]) -> int:
     if class_folder.name not in class_names:
         raise BadInput(
-            f"{class_folder} is none of the model's classes ({listed(class_names, SHOWN)}).",
+            f"{class_folder} is not one of the model's classes ({listed(class_names, SHOWN)}).",
             "Leave the folder out, rename it, or give the class names in the model's order with --class-names FILE.",
         )
     return class_names.index(class_folder.name)
@@ -375,7 +375,7 @@ def read_npz(path: Path, *, labelled: bool = True) -> Arrays:
             images = arrays["images"]
             labels = arrays["labels"] if labelled else None
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} is no readable .npz: {error}.", form) from None
+        raise BadInput(f"{path} is not a readable .npz: {error}.", form) from None
     if images.dtype != np.uint8 or images.ndim != 4 or not {images.shape[1], images.shape[3]} & {1, 3}:
         raise BadInput(f"{path}: `images` is {images.dtype} {images.shape}.", form)
     if images.shape[1] not in (1, 3):

@@ -35,7 +35,9 @@ class SyntheticSet:
         self.folder = Path(folder)
         path = self.folder / MANIFEST
         if not path.exists():
-            raise BadInput(f"{folder} is no synthetic set: it has no {MANIFEST}.", "Make one with `dfcompress invert`.")
+            raise BadInput(
+                f"{folder} is not a synthetic set: it has no {MANIFEST}.", "Make one with `dfcompress invert`."
+            )
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text())
             schema, self._shard_sizes = self.manifest["schema"], [int(size) for size in self.manifest["shards"]]

@@ -34,7 +34,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise BadInput(f"--device {name!r} is no device.", "Use auto, cpu, cuda or cuda:N.") from None
+        raise BadInput(f"--device {name!r} is not a device.", "Use auto, cpu, cuda or cuda:N.") from None
     if device.type not in ("cpu", "cuda"):
         raise BadInput(f"--device {name!r} is not supported.", "Use auto, cpu, cuda or cuda:N.")
     if is_cuda(device) and (device.index or 0) >= torch.cuda.device_count():

@@ -238,10 +238,10 @@ def _as_path(checkpoint: object) -> Path:
         )
     if isinstance(checkpoint, Mapping):
         raise BadInput(
-            f"A {type(checkpoint).__name__} is no checkpoint.",
+            f"A {type(checkpoint).__name__} is not a checkpoint.",
             "Write it with torch.save(state_dict, 'net.pt') and give that path.",
         )
-    raise BadInput(f"A {type(checkpoint).__name__} is no checkpoint.", "Give a path or a dfcompress.Classifier.")
+    raise BadInput(f"A {type(checkpoint).__name__} is not a checkpoint.", "Give a path or a dfcompress.Classifier.")
 
 
 def save(classifier: Classifier, folder: Path) -> None:
@@ -294,7 +294,9 @@ def write_sidecar(classifier: Classifier) -> Path:
     Raises `BadInput` if the classifier was not loaded from a file of the user's.
     """
     if classifier.path is None:
-        raise BadInput(f"{classifier.name} is no file that a card could stand beside.", "Save it first.")
+        raise BadInput(
+            f"{classifier.name} was not read from a file, so there is no place for its card.", "Save it first."
+        )
     path = _sidecar_path(classifier.path)
     write_json(path, classifier.card.to_json())
     return path

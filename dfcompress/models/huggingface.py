@@ -55,7 +55,9 @@ def card_of(path: Path) -> dict[str, Any]:
     config = read_json(path / CONFIG)
     kinds = config.get("architectures") or []
     if kinds and not any(str(kind).endswith("ForImageClassification") for kind in kinds):
-        raise BadInput(f"{path} holds {', '.join(map(str, kinds))}, which is no image classifier.", "Name one that is.")
+        raise BadInput(
+            f"{path} holds {', '.join(map(str, kinds))}, which is not an image classifier.", "Name one that is."
+        )
     built = _config(config, str(path))
     names = [str(name) for _, name in sorted(built.id2label.items())]
     size = getattr(built, "image_size", None)
@@ -189,7 +191,7 @@ def _processor_class(values: Mapping[str, Any], kind: str) -> Any:
     for each in (name, name.removesuffix("Fast")):
         if any(each in names for names in usual.values()):
             return auto.get_image_processor_class_from_name(each)
-    raise ValueError(f"{stated!r} is no image processor of a classifier")
+    raise ValueError(f"{stated!r} is not an image processor of a classifier")
 
 
 def _are_turned(black: Tensor, white: Tensor, red: Tensor) -> bool:

@@ -273,7 +273,7 @@ def _unpacked_integers(network: nn.Module, name: str, tensors: Mapping[str, Tens
     packed = tensors[f"{name}.weight_packed"]
     integers = unpack_integers(packed, layer.weight_bits, shape, signed=layer.symmetric)
     if layer.symmetric and integers.numel() and integers.min() < -largest_integer(layer.weight_bits):
-        raise _damaged(f"tensor '{name}.weight_packed' holds {integers.min()}, which is no weight")
+        raise _damaged(f"tensor '{name}.weight_packed' holds {integers.min()}, which is not a weight")
     return integers
 
 
@@ -282,7 +282,7 @@ def _unpacked_grids(
 ) -> dict[str, WeightGrid]:
     """The weight grids of the layers; `channels` has their numbers of output channels."""
     if not ((tensors[SCALES] >= _FP32.tiny) & tensors[SCALES].isfinite()).all():
-        raise _damaged(f"tensor {SCALES!r} holds values that are no scale")
+        raise _damaged(f"tensor {SCALES!r} holds values that are not scales")
     scales = iter(tensors[SCALES].split(list(channels.values())))
     asymmetric = [count for name, count in channels.items() if not layers[name].symmetric]
     zero_points = iter(tensors[ZERO_POINTS].int().split(asymmetric) if asymmetric else [])

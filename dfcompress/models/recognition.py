@@ -341,7 +341,7 @@ def _why_in_part(match: _Match, where: str, count: int) -> BadInput | None:
     name = match.found.architecture.name
     if match.only_head_missing and not match.surplus:
         return BadInput(
-            f"{where} holds the body of {name} without its last layer, so it is no classifier: "
+            f"{where} holds the body of {name} without its last layer, so it is not a classifier: "
             f"{listed(match.missing, SHOWN, '; ')}.",
             "Use a file that has the last layer, too.",
         )

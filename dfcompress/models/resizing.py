@@ -97,7 +97,7 @@ def _widths(layer: nn.Module) -> tuple[int, int]:
 def _groups(name: str, layer: nn.Module | None, c_in: int, c_out: int) -> int:
     """The number of groups of a layer with these widths; raises `BadInput` if it cannot have these widths."""
     if layer is None or not _places(layer):
-        raise BadInput(f"The widths name {name!r}, which is no layer that has widths.", REMEDY)
+        raise BadInput(f"The widths name {name!r}, which is not a layer with widths.", REMEDY)
     if isinstance(layer, tuple(_NORMALISING)) and c_in != c_out:
         raise BadInput(f"The widths of {name} are {c_in} and {c_out}, and a normalising layer has one.", REMEDY)
     groups = getattr(layer, "groups", 1)

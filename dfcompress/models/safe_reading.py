@@ -84,7 +84,7 @@ def weights_files(path: Path) -> list[Path]:
     if not path.exists():
         raise BadInput(f"{path} does not exist.", "Name a checkpoint file.")
     if not path.is_file():
-        raise BadInput(f"{path} is no file.", "Name a checkpoint file.")
+        raise BadInput(f"{path} is not a file.", "Name a checkpoint file.")
     return [path]
 
 
@@ -162,7 +162,7 @@ def _shards(index: Path) -> list[Path]:
     for name in names:
         # Names are checked, not link targets: Hugging Face's cache has links that lead out of the folder.
         if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
-            raise BadInput(f"{index} names the shard {name!r}, which is no file beside it.", AGAIN)
+            raise BadInput(f"{index} names the shard {name!r}, but there is no such file beside it.", AGAIN)
         if not (index.parent / name).is_file():
             raise BadInput(f"{index} names the shard {name}, which is missing.", "Download it into the same folder.")
     return [index.parent / name for name in sorted(set(names))]
@@ -208,7 +208,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     if not head.startswith((b"PK", b"\x80")):
         readable = head.isascii() and head.decode()[0].isprintable()
         begins = repr(head.decode()) if readable else f"the bytes {head[:4].hex(' ')}"
-        raise BadInput(f"{path} is no checkpoint: it begins with {begins}.", "Name a PyTorch or safetensors file.")
+        raise BadInput(f"{path} is not a checkpoint: it begins with {begins}.", "Name a PyTorch or safetensors file.")
     return read_pickled(path)
 
 

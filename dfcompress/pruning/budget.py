@@ -63,9 +63,11 @@ class Pruning:
         """Raise `BadInput` for invalid settings."""
         require_fields(self)
         if not 0 < self.share < 1:
-            raise BadInput(f"--{self.resource} {self.share:g} is no share between 0 and 1.", "0.5 keeps half of it.")
+            raise BadInput(
+                f"--{self.resource} must be a share between 0 and 1; it is {self.share:g}.", "0.5 keeps half of it."
+            )
         if self.round_to < 1:
-            raise BadInput(f"--round-to {self.round_to} is no number of channels.", "Use for instance 8.")
+            raise BadInput(f"--round-to must be 1 or more channels; it is {self.round_to}.", "Use for instance 8.")
 
 
 @dataclass(frozen=True, kw_only=True)

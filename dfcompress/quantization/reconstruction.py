@@ -75,9 +75,7 @@ class Reconstruction:
         """Raise `BadInput` for invalid settings."""
         require_fields(self)
         if self.batch_size < 1 or not 0 < self.lr < math.inf or not 0 <= self.warmup < 1 or not 0 <= self.drop < 1:
-            raise BadInput(
-                f"{self} is no reconstruction.", "Use at least one image, a rate above 0 and shares below 1."
-            )
+            raise BadInput(f"{self} is not possible.", "Use at least one image, a rate above 0 and shares below 1.")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def choose_labels(how: str, classes: Sequence[str], card: ModelCard) -> Labels:
     try:
         text = Path(how).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError):
-        raise BadInput(f"--labels {how!r} is no file that can be read.", "Use balanced, random or a file.") from None
+        raise BadInput(f"--labels {how!r} is not a file that can be read.", "Use balanced, random or a file.") from None
     lines = [line.strip() for line in text.splitlines()]
     known = card.class_names or ()  # Names may have spaces.
     listed = [_class(name, card) for line in lines for name in ([line] if line in known else line.split())]

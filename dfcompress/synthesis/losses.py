@@ -267,7 +267,7 @@ def patch_similarity(points: int = 10, bandwidth: float = 0.01) -> Loss:
     """
     require_positive("bandwidth", bandwidth)
     if points < 2:
-        raise BadInput(f"There is no integral over {points} points.", "Use 2 or more.")
+        raise BadInput(f"The integral needs 2 points or more; there are {points}.", "Use 2 or more.")
 
     def entropy(features: Tensor) -> Tensor:
         directions = F.normalize(features, dim=2)
@@ -401,7 +401,7 @@ def image_norm(*, each: bool = False) -> Loss:
 def require_positive(name: str, value: float) -> None:
     """Raise `BadInput` if a setting that is used as a divisor is not above 0."""
     if value <= 0:
-        raise BadInput(f"{name} = {value} divides by nothing.", "Use a number above 0.")
+        raise BadInput(f"{name} must be above 0; it is {value}.", "Use a number above 0.")
 
 
 def _norms(images: Tensor) -> Tensor:

@@ -148,7 +148,9 @@ class StudentUpdates:
     def __post_init__(self) -> None:
         """Raise `BadInput` for rounds without a batch or a step, and for a missing number of rounds without `keep`."""
         if self.every < 1 or self.steps < 1:
-            raise BadInput(f"A round of {self.every} batches and {self.steps} steps is none.", "Use 1 or more.")
+            raise BadInput(
+                f"A round must have 1 batch and 1 step or more; it has {self.every} and {self.steps}.", "Use 1 or more."
+            )
         if not self.keep and self.rounds < 1:
             raise BadInput("Images that are not kept are made in rounds.", "State how many.")
 
@@ -176,7 +178,9 @@ class Recipe:
         and for a reserved name; lists become tuples.
         """
         if self.batch_size < 1:
-            raise BadInput(f"A batch of {self.batch_size} images is none.", "Use --batch-size 1 or more.")
+            raise BadInput(
+                f"A batch must have 1 image or more; it has {self.batch_size}.", "Use --batch-size 1 or more."
+            )
         names = [loss.name for loss in self.losses]
         if twice := [name for name in names if names.count(name) > 1]:
             raise BadInput(f"Two losses of a recipe have the name {twice[0]!r}.", "Give one of them another name.")
@@ -386,7 +390,7 @@ class Synthesis:
         """Raise `BadInput` for a value of the wrong type, and for less than one batch side by side."""
         require_fields(self)
         if self.groups != "auto" and self.groups < 1:
-            raise BadInput(f"groups = {self.groups} is no number of batches.", "Use 1 or more, or auto.")
+            raise BadInput(f"groups must be 1 batch or more; it is {self.groups}.", "Use 1 or more, or auto.")
 
     def counted(self, usual: int) -> Synthesis:
         """This synthesis with a number of images: the requested number, else `usual`."""

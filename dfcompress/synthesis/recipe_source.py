@@ -99,5 +99,5 @@ def _path(function: Callable[..., Any]) -> Path:
     """The file of a function; raises `BadInput` if it has no file that could be compared when a run resumes."""
     plain = inspect.unwrap(function)
     if not inspect.isfunction(plain) or not (path := Path(plain.__code__.co_filename)).is_file():
-        raise BadInput(f"Recipe {function!r} is no function of a file.", "Write a function into a Python file.")
+        raise BadInput(f"Recipe {function!r} is not a function of a file.", "Write a function into a Python file.")
     return path

@@ -87,10 +87,10 @@ def _read(path: Path, teachers: Sequence[Classifier]) -> list[tuple[str, ...]]:
     except (OSError, ValueError) as error:
         raise BadInput(f"--class-map {path} cannot be read: {getattr(error, 'strerror', error)}.", FORM) from None
     if not isinstance(lists, list) or len(lists) != len(teachers):
-        raise BadInput(f"--class-map {path} is no list for {len(teachers)} teachers.", FORM)
+        raise BadInput(f"--class-map {path} must hold a list with {len(teachers)} entries, one for each teacher.", FORM)
     for teacher, names in zip(teachers, lists, strict=True):
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-            raise BadInput(f"--class-map {path}: the entry of {teacher.name} is no list of names.", FORM)
+            raise BadInput(f"--class-map {path}: the entry of {teacher.name} is not a list of names.", FORM)
         if len(names) != teacher.card.classes:
             raise BadInput(
                 f"--class-map {path} names {len(names)} classes of {teacher.name}, which has {teacher.card.classes}.",

@@ -59,13 +59,14 @@ class Training:
         require_fields(self)
         if self.steps < 0 or self.batch_size < 1:
             raise BadInput(
-                f"{self.steps} steps of {self.batch_size} images are no training.", "Use at least one image."
+                f"A training of {self.steps} steps with {self.batch_size} images each is not possible.",
+                "Use 0 steps or more, and at least one image.",
             )
         if not 0 < self.lr < math.inf:
             raise BadInput(f"--train-lr {self.lr} is not a rate.", "Use a number above 0.")
         for what in ("momentum", "warmup", "dropout"):
             if not 0 <= (share := getattr(self, what)) < 1:
-                raise BadInput(f"{what} {share} is no share below 1.", "Use 0 to leave it out.")
+                raise BadInput(f"{what} must be a share from 0 to below 1; it is {share}.", "Use 0 to leave it out.")
         if self.clip < 0 or self.weight_decay < 0:
             raise BadInput("clip or weight_decay is negative.", "Use 0 to leave it out.")
 

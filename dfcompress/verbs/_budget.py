@@ -45,7 +45,7 @@ def fit_budget(seconds: float, usual: Plan[Any], *, resume: bool) -> Budget:
     training step, where several processes run, and where a resumed run was started with another budget.
     """
     if not 0 < seconds < math.inf:
-        raise BadInput(f"A budget of {seconds:g} s is none.", "Give for instance 30m.")
+        raise BadInput(f"--budget must be a time above 0 s; it is {seconds:g} s.", "Give for instance 30m.")
     if resume and (usual.folder / RUN_FILE).is_file():
         return _stored(RunFile.read(usual.folder).options, seconds, usual.folder)
     if world().world_size > 1:

@@ -29,9 +29,14 @@ class Gates:
         """Raise `BadInput` for a limit that is not a number, or outside its range."""
         require_fields(self)
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
-            raise BadInput(f"--max-drop {self.max_drop:g} is no number of points.", "1.0 allows 92.0 % for 93.0 %.")
+            raise BadInput(
+                f"--max-drop must be 0 or more percentage points; it is {self.max_drop:g}.",
+                "1.0 allows 92.0 % for 93.0 %.",
+            )
         if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
-            raise BadInput(f"--min-agreement {self.min_agreement:g} is no share.", "Use for instance 0.95.")
+            raise BadInput(
+                f"--min-agreement must be a share from 0 to 1; it is {self.min_agreement:g}.", "Use for instance 0.95."
+            )
 
     def require_images(self, eval_data: str | Path | None) -> None:
         """Raise `BadInput` where `max_drop` is set and `eval_data` is None."""
@@ -73,7 +78,7 @@ def _disagreement(teacher: TeacherReport, min_agreement: float) -> Iterator[Gate
 def _loss(evaluation: Evaluation, max_drop: float) -> Iterator[GateNotMet]:
     of_teacher, *others = evaluation.results
     if of_teacher.images in ("new", "all"):
-        yield GateNotMet("--max-drop is of the old classes, and no image of --eval-data is of one.")
+        yield GateNotMet("--max-drop counts old classes, and --eval-data has no image of an old class.")
         return
     of_student = others[0]
     # From counts: shares are not exact, and a loss equal to the limit is allowed.

@@ -73,7 +73,7 @@ def compare(
     if not sets:
         raise BadInput("No set of images was given.", f"{SETS} The models stand before --sets.")
     if not 0 < epsilon < float("inf"):
-        raise BadInput(f"--epsilon {epsilon:g} is no step.", "Give a number above 0, such as 0.1.")
+        raise BadInput(f"--epsilon must be above 0; it is {epsilon:g}.", "Give a number above 0, such as 0.1.")
     target = resolve_device(device)
     names = list(dict.fromkeys(map(str, one_or_more(sets))))
     classifiers = [as_classifier(checkpoint) for checkpoint in one_or_more(checkpoints)]
@@ -115,7 +115,7 @@ def compare(
 
 def _listed(name: str | Path, option: str, names: Sequence[str]) -> str:
     if str(name) not in names:
-        raise BadInput(f"{option} {name} is none of the sets: {', '.join(names)}.", "Name it among --sets, too.")
+        raise BadInput(f"{option} {name} is not one of the sets: {', '.join(names)}.", "Name it among --sets, too.")
     return str(name)
 
 

@@ -147,7 +147,8 @@ def as_share(fail_under: float) -> float:
     """
     if not 0 <= fail_under <= 100:
         raise BadInput(
-            f"--fail-under {fail_under:g} is no accuracy.", "Give a share such as 0.9, or percent such as 90."
+            f"--fail-under must be an accuracy; it is {fail_under:g}.",
+            "Give a share such as 0.9, or percent such as 90.",
         )
     # Decimal, so that 99.9 percent is the same number as 999 of 1,000.
     return fail_under if fail_under <= 1 else float(Decimal(str(fail_under)) / 100)

@@ -145,7 +145,10 @@ def write_compared(
 
 def _beside(classifier: Classifier) -> Path:
     if classifier.path is None:
-        raise BadInput(f"{classifier.name} is no file that an export could stand beside.", "Name an output.")
+        raise BadInput(
+            f"{classifier.name} was not read from a file, so there is no default place for the export.",
+            "Name an output.",
+        )
     return classifier.path / FILE if classifier.path.is_dir() else classifier.path.with_suffix(".onnx")
 
 

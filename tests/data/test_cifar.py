@@ -98,7 +98,7 @@ def test_nothing_in_a_file_is_called(folders, tmp_path):
 
     folder = folders["cifar-10-batches-py"]
     (folder / "test_batch").write_bytes(pickle.dumps({"data": Program(), "labels": [1]}))
-    with pytest.raises(BadInput, match="test_batch is no batch of CIFAR"):
+    with pytest.raises(BadInput, match="test_batch is not a batch of CIFAR"):
         open_images(folder, CARD)
     assert not (tmp_path / "made").exists()
 
@@ -117,8 +117,8 @@ def test_nothing_in_a_file_is_called(folders, tmp_path):
 def test_files_that_are_something_else_are_named(folders, file):
     folder = folders["cifar-100-python"]
     (folder / "test").write_bytes(file)
-    with pytest.raises(BadInput, match=r"cifar-100-python/test is no batch of CIFAR \(.+\)\. Download it again"):
+    with pytest.raises(BadInput, match=r"cifar-100-python/test is not a batch of CIFAR \(.+\)\. Download it again"):
         open_images(folder, CARD)
     (folder / "test").unlink()  # The training images are still there.
-    with pytest.raises(BadInput, match="cifar-100-python/test is no batch of CIFAR"):
+    with pytest.raises(BadInput, match="cifar-100-python/test is not a batch of CIFAR"):
         open_images(folder, CARD)

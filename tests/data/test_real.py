@@ -232,12 +232,12 @@ def test_an_npz_that_cannot_be_used_says_what_was_found(tmp_path, images, labels
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut short"])
 def test_a_broken_npz_is_refused(tmp_path, content):
     (tmp_path / "broken.npz").write_bytes(content)
-    with pytest.raises(BadInput, match=r"broken\.npz is no readable \.npz"):
+    with pytest.raises(BadInput, match=r"broken\.npz is not a readable \.npz"):
         open_images(tmp_path / "broken.npz", GREY)
 
 
 def test_an_npz_of_pickled_objects_is_refused_unopened(tmp_path):
-    with pytest.raises(BadInput, match=r"objects\.npz is no readable \.npz: Object arrays cannot be loaded"):
+    with pytest.raises(BadInput, match=r"objects\.npz is not a readable \.npz: Object arrays cannot be loaded"):
         open_images(bad(tmp_path, "objects.npz", np.array([print], dtype=object), LABELS), GREY)
 
 
@@ -246,7 +246,7 @@ def test_what_is_missing_or_no_image_data_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, found in (
         ("nowhere", "nowhere does not exist"),
-        ("table.csv", "table.csv is no image data"),
+        ("table.csv", "table.csv is not image data"),
         ("empty", "empty holds no class folders"),
     ):
         with pytest.raises(BadInput, match=f"{found}.*Give an ImageFolder, an .npz"):
@@ -262,7 +262,7 @@ def test_class_folders_without_pictures_are_refused(tmp_path):
 
 def test_a_folder_that_is_no_class_of_the_model_is_named(tmp_path, grey_images):
     card = ModelCard("any", 10, (1, 8, 8), MNIST_MEAN, MNIST_STD, class_names=tuple("abcdefghij"))
-    with pytest.raises(BadInput, match=r"folder/0 is none of the model's classes \(a, b, c, d, e, f, g, h, i, j\)"):
+    with pytest.raises(BadInput, match=r"folder/0 is not one of the model's classes \(a, b, c, d, e, f, g, h, i, j\)"):
         open_images(write_folder(tmp_path / "folder", *grey_images), card)
 
 

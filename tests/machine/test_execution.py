@@ -142,8 +142,8 @@ def test_small_steps_have_one_thread_and_large_ones_all(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"precision": "fp64"}, "precision='fp64' is no valid argument of Compute. Give 'auto', 'fp32'"),
-        ({"compile": "maybe"}, "compile='maybe' is no valid argument of Compute. Give 'auto', 'on' or 'off'"),
+        ({"precision": "fp64"}, "precision='fp64' is not a valid argument of Compute. Give 'auto', 'fp32'"),
+        ({"compile": "maybe"}, "compile='maybe' is not a valid argument of Compute. Give 'auto', 'on' or 'off'"),
         ({"seed": -1}, "--seed -1 is negative"),
     ],
 )

@@ -480,8 +480,8 @@ def test_a_name_that_leads_to_another_network_is_not_believed(tmp_path):
     ("value", "what", "remedy"),
     [
         (factories.plain(), "A Net does not say what images it takes", "dfcompress.Classifier(module, dfcompress.Mod"),
-        (factories.plain().state_dict(), "A OrderedDict is no checkpoint", "torch.save(state_dict, 'net.pt')"),
-        (7, "A int is no checkpoint", "a path or a dfcompress.Classifier"),
+        (factories.plain().state_dict(), "A OrderedDict is not a checkpoint", "torch.save(state_dict, 'net.pt')"),
+        (7, "A int is not a checkpoint", "a path or a dfcompress.Classifier"),
     ],
 )
 def test_what_else_a_program_holds_is_answered_with_what_to_do(value, what, remedy):

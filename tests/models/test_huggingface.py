@@ -104,7 +104,7 @@ def test_students_are_built_from_a_folders_config_and_others_from_their_own_name
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["ResNetModel"]}, "holds ResNetModel, which is no image classifier"),
+        ({"architectures": ["ResNetModel"]}, "holds ResNetModel, which is not an image classifier"),
         ({"model_type": "no_such_type"}, "transformers has no image classifier of type 'no_such_type'"),
         ({"model_type": "detr"}, "transformers has no image classifier of type 'detr'"),
         ({"model_type": ["resnet"]}, "transformers does not take its config"),
@@ -200,7 +200,7 @@ def test_a_processor_is_one_of_image_classifiers(place, tmp_path):
         if place == "config.json":
             assert load(tmp_path).card.architecture == "transformers:resnet"
         else:
-            with pytest.raises(BadInput, match=f"'{name}' is no image processor of a classifier"):
+            with pytest.raises(BadInput, match=f"'{name}' is not an image processor of a classifier"):
                 load(tmp_path)
 
 

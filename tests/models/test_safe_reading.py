@@ -207,9 +207,9 @@ def _with_value(value: float) -> Callable[[Path, nn.Module], None]:
     ("write", "message"),
     [
         (_bytes(b""), "is empty"),
-        (_bytes(b"<html>404 Not Found</html>"), "is no checkpoint: it begins with '<html>404 Not Found"),
-        (_bytes(b"\xaeQ\xb7\x05\xd0;v\xd8"), "is no checkpoint: it begins with the bytes ae 51 b7 05."),
-        (_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "is no checkpoint: it begins with 'version https"),
+        (_bytes(b"<html>404 Not Found</html>"), "is not a checkpoint: it begins with '<html>404 Not Found"),
+        (_bytes(b"\xaeQ\xb7\x05\xd0;v\xd8"), "is not a checkpoint: it begins with the bytes ae 51 b7 05."),
+        (_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "is not a checkpoint: it begins with 'version https"),
         (lambda path, network: _truncated(path, network, zipped=True), "is cut short or damaged"),
         (lambda path, network: _truncated(path, network, zipped=False), "is cut short or damaged"),
         (_truncated_safetensors, "is cut short or damaged"),
@@ -290,11 +290,11 @@ def test_a_folder_of_shards_is_read_as_one_model(pickled, network, tmp_path):
     ("shard", "message"),
     [
         ("model-00003-of-00002.safetensors", r"the shard model-00003-of-00002\.safetensors, which is missing"),
-        ("../outside.safetensors", "no file beside it"),
-        ("/etc/passwd", "no file beside it"),
-        ("..", "no file beside it"),
-        ("a\\b", "no file beside it"),
-        (3, "no file beside it"),
+        ("../outside.safetensors", "no such file beside it"),
+        ("/etc/passwd", "no such file beside it"),
+        ("..", "no such file beside it"),
+        ("a\\b", "no such file beside it"),
+        (3, "no such file beside it"),
     ],
 )
 def test_shards_elsewhere_and_missing_ones_are_refused(shard, message, network, tmp_path):

@@ -92,7 +92,7 @@ def test_a_share_out_of_reach_names_the_least_there_is(networks):
     with pytest.raises(BadInput, match=r"--flops 0.0001 is out of reach: the least possible is 0.0\d\d"):
         require_reachable(costs, groups, Pruning(resource="flops", share=0.0001))
     for share in (0.0, 1.0, -1.0, float("nan")):
-        with pytest.raises(BadInput, match="is no share between 0 and 1"):
+        with pytest.raises(BadInput, match="must be a share between 0 and 1"):
             Pruning(resource="flops", share=share)
 
 

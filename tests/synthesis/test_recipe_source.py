@@ -121,7 +121,7 @@ def test_an_installed_package_adds_recipes(file, monkeypatch):
         ("mine.py:wrong", "mine.py:wrong gave a int. Let the function return a Recipe"),
         ("mine.py:strict", "'steps' of recipe mine.py:strict has no default. Give every setting one"),
         ("depdream", "no recipe 'depdream'. Did you mean 'deepdream'"),
-        (len, "is no function of a file"),
+        (len, "is not a function of a file"),
     ],
 )
 def test_what_is_no_recipe_is_refused(recipe, message):

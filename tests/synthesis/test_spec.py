@@ -67,7 +67,7 @@ def test_first_steps_that_were_asked_for_stay(coarse):
 
 
 def test_no_batches_side_by_side_are_refused():
-    with pytest.raises(BadInput, match="groups = 0 is no number"):
+    with pytest.raises(BadInput, match="groups must be 1 batch or more; it is 0"):
         Synthesis(groups=0)
 
 

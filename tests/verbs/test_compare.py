@@ -149,7 +149,7 @@ def test_tables_and_files_hold_what_was_found(folder, tmp_path, capsys):
     assert len(files["changes"]) == sum(int(row["changed"]) for row in files["differences"])
     again = run(list(map(str, line)))
     assert again == 2
-    assert "is no new or empty folder" in capsys.readouterr().err
+    assert "is not a new or empty folder" in capsys.readouterr().err
     assert run(["compare", str(DEMO), "--sets", "random", "--csv", str(tmp_path / "nowhere" / "tables")]) == 2
     assert "there is no folder" in capsys.readouterr().err
 
@@ -217,10 +217,10 @@ def test_a_model_that_cannot_be_attacked_is_refused_before_anything_runs(folder,
         ({"sets": []}, "No set of images"),
         ({"sets": ["absent.npz"]}, "absent.npz does not exist"),
         ({"sets": ["fgsm:random"]}, "attacks noise"),
-        ({"sets": ["random"], "own": "digits"}, "--own digits is none of the sets: random"),
+        ({"sets": ["random"], "own": "digits"}, "--own digits is not one of the sets: random"),
         ({"sets": ["random"], "own": ["random"] * 3}, "--own names 3 sets for 1 models"),
-        ({"sets": ["random"], "tail_by": "digits"}, "--tail-by digits is none"),
-        ({"sets": ["random"], "epsilon": 0.0}, "--epsilon 0 is no step"),
+        ({"sets": ["random"], "tail_by": "digits"}, "--tail-by digits is not one"),
+        ({"sets": ["random"], "epsilon": 0.0}, "--epsilon must be above 0; it is 0"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(options, message):

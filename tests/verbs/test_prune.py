@@ -160,7 +160,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     [
         ("", "that says how much stays, not none"),
         ("--flops 0.5 --filters 0.5", "not --flops and --filters"),
-        ("--flops 2", "--flops 2 is no share"),
+        ("--flops 2", "--flops must be a share between 0 and 1; it is 2"),
         ("--flops 0.001", "the least possible is 0.0"),
         ("--filters 0.5 --repair refit --train-steps 5", "--repair refit trains nothing"),
         ("--filters 0.5 --repair none --objective kd=1", "--repair none trains nothing"),

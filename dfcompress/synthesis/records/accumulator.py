@@ -41,7 +41,10 @@ class RecordSettings:
         if self.kind not in KINDS:
             raise BadInput(f"There is no kind of record {self.kind!r}.", f"Known: {', '.join(KINDS)}.")
         if not 0 < self.coefficients <= 1:
-            raise BadInput(f"--coefficients {self.coefficients} is no share.", "Use a number above 0, up to 1.")
+            raise BadInput(
+                f"--coefficients must be a share above 0, up to 1; it is {self.coefficients}.",
+                "Use a number above 0, up to 1.",
+            )
         if not 0 < self.temperature < math.inf:
             raise BadInput(f"--temperature {self.temperature} is not positive.", "8 is the paper's.")
         if self.min_images < 2:

@@ -90,7 +90,7 @@ class Record:
         other weights.
         """
         if not Path(path).is_file():
-            raise BadInput(f"{path} is no file.", "Make one with `dfcompress record`.")
+            raise BadInput(f"{path} is not a file.", "Make one with `dfcompress record`.")
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["dfcompress"])
@@ -102,7 +102,7 @@ class Record:
             record._check(teacher)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             remedy = "Make one with `dfcompress record`."
-            raise BadInput(f"{path} is no record of activations: {error!r}.", remedy) from None
+            raise BadInput(f"{path} is not an activation record: {error!r}.", remedy) from None
         return record
 
     def _check(self, teacher: Classifier) -> None:

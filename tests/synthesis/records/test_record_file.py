@@ -53,10 +53,10 @@ def altered(file, change_about=None, change_tensors=None):
     ("about", "tensors", "message"),
     [
         (lambda a: a.update(schema=2), None, "schema 2"),
-        (lambda a: a.update(kind="none"), None, "no record of activations"),
-        (lambda a: a.pop("layers"), None, "no record of activations"),
+        (lambda a: a.update(kind="none"), None, "not an activation record"),
+        (lambda a: a.pop("layers"), None, "not an activation record"),
         (lambda a: a.update(class_counts=[1, 2]), None, "cannot be"),
-        (lambda a: a.update(surprise=1), None, "no record of activations"),
+        (lambda a: a.update(surprise=1), None, "not an activation record"),
         (lambda a: a.update(temperature=0.0), None, "cannot be"),
         (None, lambda t: t.pop("pixels.mean"), "has nothing as pixels.mean"),
         (None, lambda t: t["mean.conv1"].fill_(torch.nan), "NaN"),
@@ -72,11 +72,11 @@ def test_a_damaged_description_is_refused(about, tensors, message, file, lenet):
 def test_what_is_no_record_is_refused(content, file, lenet, tmp_path):
     path = tmp_path / "other.safetensors"
     path.write_bytes(file.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(BadInput, match="no record of activations"):
+    with pytest.raises(BadInput, match="not an activation record"):
         Record.load(path, lenet)
-    with pytest.raises(BadInput, match="is no file"):
+    with pytest.raises(BadInput, match="is not a file"):
         Record.load(tmp_path / "nowhere", lenet)
-    with pytest.raises(BadInput, match="is no file"):
+    with pytest.raises(BadInput, match="is not a file"):
         Record.load(tmp_path, lenet)
 
 
