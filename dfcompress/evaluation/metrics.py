@@ -57,7 +57,7 @@ def predict(classifier: Classifier, batches: Batches) -> Predictions:
     classes, labels = [], []
 
     def ask(images: Tensor, truth: Tensor) -> None:
-        classes.append(finite_logits(classifier(images)).topk(k).indices.cpu())
+        classes.append(finite_outputs(classifier(images)).topk(k).indices.cpu())
         labels.append(truth)
 
     _pass_through(classifier, batches, ask)
@@ -120,7 +120,7 @@ def observe(classifier: Classifier, batches: Batches, *, scores: bool = False) -
 
     def ask(images: Tensor, _: Tensor) -> None:
         recording = recorder(classifier.normalise(images))
-        shares = finite_logits(recording.logits).double().softmax(1).cpu()
+        shares = finite_outputs(recording.logits).double().softmax(1).cpu()
         soft.add_(shares.sum(0))
         best = shares.max(1)
         confidences.append(best.values)
@@ -153,11 +153,11 @@ def _pass_through(classifier: Classifier, batches: Batches, ask: Callable[[Tenso
                 ask(some.to(classifier.mean.device), labels.cpu())
 
 
-def finite_logits(logits: Tensor) -> Tensor:
-    """The logits unchanged; raises `DfcompressError` where a logit is NaN or infinite."""
-    if not logits.isfinite().all():
-        raise DfcompressError("The network answers with NaN or infinity.", "Its weights or its card are wrong.")
-    return logits
+def finite_outputs(outputs: Tensor) -> Tensor:
+    """The outputs unchanged; raises `DfcompressError` where an output is NaN or infinite."""
+    if not outputs.isfinite().all():
+        raise DfcompressError("The network outputs NaN or infinity.", "Its weights or its card are wrong.")
+    return outputs
 
 
 class _PooledMoments:

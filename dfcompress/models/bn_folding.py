@@ -36,8 +36,7 @@ def fold_batchnorms(classifier: Classifier) -> list[str]:
         assert after is not None
         _fold(classifier.network.get_submodule(layer_name), norm)
         for name in [name for name, each in names if each is norm]:
-            parent, _, child = name.rpartition(".")
-            setattr(classifier.network.get_submodule(parent), child, after)
+            classifier.network.set_submodule(name, after)
     return list(pairs)
 
 

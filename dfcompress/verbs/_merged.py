@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfcompress.data.real import ImageSource, open_images, require_decodable, reshaped
 from dfcompress.errors import BadInput
-from dfcompress.evaluation.metrics import TOP, Predictions, finite_logits
+from dfcompress.evaluation.metrics import TOP, Predictions, finite_outputs
 from dfcompress.machine.device import resolve_device
 from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier, evaluating, images_a_pass
@@ -135,7 +135,7 @@ def _logits(classifier: Classifier, images: Tensor, fit: int) -> Tensor:
     """The logits of images on the CPU, `(N, classes)`; the network computes `fit` images at once."""
     with evaluating(classifier):
         parts = reshaped(images, classifier.card.input_size).split(fit)
-        return finite_logits(torch.cat([classifier(some.to(classifier.mean.device)).float() for some in parts]))
+        return finite_outputs(torch.cat([classifier(some.to(classifier.mean.device)).float() for some in parts]))
 
 
 def _best(logits: Tensor) -> Tensor:

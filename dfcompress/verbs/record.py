@@ -22,7 +22,8 @@ from dfcompress import console
 from dfcompress.data.real import ImageSource, open_images
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.distributed import world
-from dfcompress.errors import BadInput, DfcompressError
+from dfcompress.errors import BadInput
+from dfcompress.evaluation.metrics import finite_outputs
 from dfcompress.machine.device import resolve_device
 from dfcompress.machine.process import exact_fp32
 from dfcompress.models.checkpoint import as_classifier
@@ -231,9 +232,7 @@ def _see(
     with evaluating(teacher), exact_fp32(), console.progress("batch", total) as progress:
         for number, (images, labels) in enumerate(batches):
             recorded = recorder(teacher.normalise(images.to(teacher.mean.device))).outputs.values()
-            outputs = [output.flatten(1) if accumulator.flat else output for output in recorded]
-            if not all(output.isfinite().all() for output in outputs):
-                raise DfcompressError("The network answers with NaN or infinity.", "Its weights or its card are wrong.")
+            outputs = [finite_outputs(output.flatten(1) if accumulator.flat else output) for output in recorded]
             first = (everyone.rank + number * everyone.world_size) * size
             accumulator.update([output.cpu() for output in outputs], labels, torch.arange(first, first + len(images)))
             pixels.update(images.movedim(1, -1).flatten(0, -2))

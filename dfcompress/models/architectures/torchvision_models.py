@@ -137,8 +137,7 @@ def _replace_stem(network: nn.Module, channels: int) -> None:
         stem.padding,  # type: ignore[arg-type]
         bias=stem.bias is not None,
     )
-    parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, new)
+    network.set_submodule(name, new)
 
 
 def _is_resnet(name: str) -> bool:

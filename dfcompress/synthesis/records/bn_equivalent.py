@@ -74,17 +74,16 @@ def with_statistics(teacher: Classifier, record: Record) -> Classifier:
         channels = (channels_of(module),)
         record.require({f"{moment}.{layer}": (torch.float32, channels) for moment in ("mean", "var")})
         mean, var = (record.tensors[f"{moment}.{layer}"] for moment in ("mean", "var"))
-        knowing = _Knowing(module, KnownStatistics(mean, var, axis=channel_axis(module)))
+        with_statistics = _WithStatistics(module, KnownStatistics(mean, var, axis=channel_axis(module)))
         for place in [place for place, each in names if each is module]:
-            parent, _, name = place.rpartition(".")
-            setattr(network.get_submodule(parent), name, knowing)
+            network.set_submodule(place, with_statistics)
     require_variances(network, f"{record.path}")
     sha256 = teacher.identity()["sha256"]
     informed = Classifier(network, teacher.card, name=teacher.name, sha256=sha256, path=teacher.path)
     return informed.to(teacher.mean.device).frozen()
 
 
-class _Knowing(nn.Sequential):
+class _WithStatistics(nn.Sequential):
     """A layer and the statistics of its output; it has the layer's attributes, too: networks read `layer.weight`."""
 
     def __getattr__(self, name: str) -> Any:
