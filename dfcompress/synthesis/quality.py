@@ -18,7 +18,7 @@ from dfcompress.randomness import generator
 from dfcompress.synthesis.generators import Generator
 from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.recipe import Recipe
-from dfcompress.synthesis.synthesizer import Batch
+from dfcompress.synthesis.synthesizer import SynthesizedBatch
 
 CONFIDENT = 0.8
 VARIED = 0.25
@@ -81,7 +81,7 @@ class QualityCheck:
         self._of_noise: dict[int, float] = {}
 
     @torch.no_grad()
-    def examine(self, batch: Batch) -> BatchQuality:
+    def examine(self, batch: SynthesizedBatch) -> BatchQuality:
         """Measure a finished batch with one more forward pass, in fp32."""
         device = self.teacher.mean.device
         images = self.teacher.normalise(batch.images.to(device))

@@ -31,7 +31,7 @@ from dfcompress.synthesis.preview import PREVIEW_IMAGES, first_images, write_pre
 from dfcompress.synthesis.quality import BatchQuality, QualityCheck
 from dfcompress.synthesis.set_execution import execution_of
 from dfcompress.synthesis.spec import SynthesisSpec
-from dfcompress.synthesis.synthesizer import Batch, Synthesizer, Watch
+from dfcompress.synthesis.synthesizer import SynthesizedBatch, Synthesizer, Watch
 
 STUDENT_UPDATES = "student.json"
 
@@ -191,13 +191,13 @@ class SetBuilder:
         self._warn([self._check.examine(batch)])
         write_preview(self.synthetic.folder, batch.images[:PREVIEW_IMAGES])
 
-    def _sampled(self, number: int, purpose: str) -> Batch:
+    def _sampled(self, number: int, purpose: str) -> SynthesizedBatch:
         started, labels = time.perf_counter(), self.labels_of(number)
         with torch.no_grad(), computing(self.execution), exact_fp32():
             images = self.synthesizer.sample(labels, generator(purpose, self.seed, number))
             if self.recipe.label_free:
                 labels = self.teacher(images).argmax(1)
-        return Batch(images.cpu(), labels.cpu(), {}, [], time.perf_counter() - started)
+        return SynthesizedBatch(images.cpu(), labels.cpu(), {}, [], time.perf_counter() - started)
 
     @cached_property
     def _check(self) -> QualityCheck:
@@ -235,7 +235,9 @@ class SetBuilder:
             )
         return synthesizer
 
-    def _write(self, unit: list[int], batches: list[Batch], qualities: list[dict[str, Any]], partial: Path) -> None:
+    def _write(
+        self, unit: list[int], batches: list[SynthesizedBatch], qualities: list[dict[str, Any]], partial: Path
+    ) -> None:
         sizes = self.synthetic.manifest["shards"]
         for shard, batch, quality in zip(unit, batches, qualities, strict=True):
             # A last, smaller shard is cut from a full batch: a smaller batch would have other BatchNorm statistics.
@@ -264,7 +266,7 @@ class SetBuilder:
         return watch
 
 
-def _write_metrics(path: Path, shard: int, batch: Batch, quality: Mapping[str, Any]) -> None:
+def _write_metrics(path: Path, shard: int, batch: SynthesizedBatch, quality: Mapping[str, Any]) -> None:
     points = [{"shard": shard, **point} for point in batch.history]
     end = {
         "shard": shard,

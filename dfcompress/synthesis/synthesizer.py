@@ -53,7 +53,7 @@ Watch = Callable[[int, Callable[[], Tensor]], None]
 
 
 @dataclass(frozen=True)
-class Batch:
+class SynthesizedBatch:
     """Finished images `(N, C, H, W)` in units of [0, 1] and their labels `(N,)`, on the CPU.
 
     `losses` are the unweighted values at the last step, `history` the values at about 50 steps, `seconds` the time the
@@ -204,13 +204,15 @@ class Synthesizer:
             living.follow_rates()
             self._images.load_state_dict(state["images"])
 
-    def batch(self, shard: int, labels: Tensor, *, partial: Path | None = None, watch: Watch | None = None) -> Batch:
+    def batch(
+        self, shard: int, labels: Tensor, *, partial: Path | None = None, watch: Watch | None = None
+    ) -> SynthesizedBatch:
         """Synthesize the images of one shard, as `batches` does."""
         return self.batches({shard: labels}, partial=partial, watch=watch)[0]
 
     def batches(
         self, labels: Mapping[int, Tensor], *, partial: Path | None = None, watch: Watch | None = None
-    ) -> list[Batch]:
+    ) -> list[SynthesizedBatch]:
         """Synthesize the images of some shards side by side; each batch has its own statistics.
 
         Images are a pure function of recipe, teacher, student, record, execution, seed and `labels` `(N,)` by shard;
@@ -240,7 +242,7 @@ class Synthesizer:
         size = len(labels[shards[0]])
         raise DfcompressError(f"{size} images a step do not fit into memory.", self._what_fits(labels))
 
-    def _make(self, labels: Mapping[int, Tensor], partial: Path | None, watch: Watch | None) -> list[Batch]:
+    def _make(self, labels: Mapping[int, Tensor], partial: Path | None, watch: Watch | None) -> list[SynthesizedBatch]:
         state = self.begin(labels)
         if partial is not None and partial.exists():
             state.load(partial)
@@ -424,7 +426,7 @@ class Synthesizer:
             return self.teacher.denormalise(copy.deepcopy(images).render())
 
     @exact_fp32()
-    def _finished(self, state: BatchState) -> list[Batch]:
+    def _finished(self, state: BatchState) -> list[SynthesizedBatch]:
         history = state.losses.cpu()
         self._check_finite(history)
         batches = []
@@ -443,7 +445,7 @@ class Synthesizer:
             points = [{"step": step, **self._named(values[step])} for step in range(0, len(values), stride)]
             last = self._named(values[-1]) if len(values) else {}
             seconds = state.clock.seconds / len(state.shards)
-            batches.append(Batch(images.cpu(), labels.cpu(), last, points, seconds, state.attempt + 1))
+            batches.append(SynthesizedBatch(images.cpu(), labels.cpu(), last, points, seconds, state.attempt + 1))
         return batches
 
     def _check_finite(self, history: Tensor) -> None:

@@ -33,7 +33,7 @@ PROBE = "probe"  # The folder of the probe images, which nothing is trained on.
 OTHER_RECIPES = ("bns", "deepinversion", "bns-inception")
 
 
-class CoTraining(Protocol):
+class Competitor(Protocol):
     """A temporary student that is trained during synthesis and discarded afterwards."""
 
     @property
@@ -71,7 +71,7 @@ class TransferSetSource:
         *,
         second_recipe: str | None = None,
         probe_images: int = 0,
-        competitor: Callable[[Recipe], CoTraining | None] = lambda recipe: None,
+        competitor: Callable[[Recipe], Competitor | None] = lambda recipe: None,
         student: Classifier | None = None,
     ) -> None:
         self.compute = compute

@@ -33,7 +33,7 @@ from dfcompress.training.class_incremental.widening import make_expert, widen
 from dfcompress.training.settings import Training
 from dfcompress.verbs._co_training import co_training
 from dfcompress.verbs._compression import Compression, Train
-from dfcompress.verbs._extended import extended_evaluator
+from dfcompress.verbs._extend_evaluation import extended_evaluator
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._new_images import NewImages, open_new_images
 from dfcompress.verbs._plan import Plan, Step, planned

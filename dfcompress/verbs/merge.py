@@ -31,7 +31,7 @@ from dfcompress.training.student import begin_student
 from dfcompress.verbs._co_training import co_training
 from dfcompress.verbs._compression import Compression, Train
 from dfcompress.verbs._finish import Compressed
-from dfcompress.verbs._merged import merged_evaluator
+from dfcompress.verbs._merge_evaluation import merged_evaluator
 from dfcompress.verbs._plan import Plan, planned
 from dfcompress.verbs.distill import PROBE_IMAGES
 

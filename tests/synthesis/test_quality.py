@@ -9,7 +9,7 @@ from dfcompress.data.real import open_images
 from dfcompress.models.checkpoint import load
 from dfcompress.synthesis.quality import QualityCheck
 from dfcompress.synthesis.recipe import choose
-from dfcompress.synthesis.synthesizer import Batch
+from dfcompress.synthesis.synthesizer import SynthesizedBatch
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def teacher(resnet20_file):
 
 
 def batch(images, labels):
-    return Batch(images, labels, {}, [], 0.0)
+    return SynthesizedBatch(images, labels, {}, [], 0.0)
 
 
 SETTINGS = choose("deepinversion").settings

@@ -8,7 +8,7 @@ from linear_teachers import teacher
 
 from dfcompress.errors import GateNotMet
 from dfcompress.evaluation.metrics import Predictions
-from dfcompress.verbs._extended import evaluate_extended
+from dfcompress.verbs._extend_evaluation import evaluate_extended
 from dfcompress.verbs._finish import Compressed
 from dfcompress.verbs._gates import Gates
 from dfcompress.verbs.evaluate import Evaluation
