@@ -24,7 +24,7 @@ RUN_FILE, METRICS = "run.json", "metrics.jsonl"
 SCHEMA = 1
 VERBS = ("invert", "distill", "merge", "quantize", "prune", "extend", "demo")  # The verbs whose result is a folder.
 STATE = ".partial"  # Suffix of the files with the state of unfinished work.
-SAVE_EVERY_SECONDS = 20.0
+SAVE_EVERY_SECONDS, QUICK_SAVE_SECONDS = 20.0, 2.0
 # By verb and option: values that older versions wrote into the run file, and their current names.
 FORMER_VALUES = {("merge", "method"): {"all-logits": "logit-matching", "paper": "shapira-sidi"}}
 
@@ -231,6 +231,7 @@ class Clock:
     def __init__(self) -> None:
         self._before = 0.0
         self._started = self._saved = self._told = time.perf_counter()
+        self._took = 0.0
 
     @property
     def seconds(self) -> float:
@@ -242,11 +243,18 @@ class Clock:
         self._before = seconds
 
     def is_time_to_save(self) -> bool:
-        """Whether `SAVE_EVERY_SECONDS` have passed since the start, or since the last call that returned true."""
-        if time.perf_counter() - self._saved < SAVE_EVERY_SECONDS:
-            return False
+        """Whether `SAVE_EVERY_SECONDS` have passed since the start, or since the end of the last `saving`; more after a
+        slow one, so that saving takes a tenth of the time at most.
+        """
+        return time.perf_counter() - self._saved >= SAVE_EVERY_SECONDS * max(1.0, self._took / QUICK_SAVE_SECONDS)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Save the state inside the block."""
+        started = time.perf_counter()
+        yield
         self._saved = time.perf_counter()
-        return True
+        self._took = self._saved - started
 
     def is_time_to_tell(self) -> bool:
         """Whether to show progress: true once a second, because reading a loss waits for the device."""

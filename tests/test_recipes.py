@@ -150,3 +150,18 @@ def test_the_papers_weight_of_statistics_brings_them_near_in_a_few_steps(resnet2
     recipe = choose("bns-inception", "paper-cifar10", {"steps": 20, "batch_size": 10}).recipe
     made = Synthesizer(recipe, teacher, Execution("cpu", "fp32", False, 1, "")).batch(0, torch.arange(10))
     assert bn_divergence(teacher, [(made.images, made.labels)]) < 0.12
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        ({}, [60, 60, 40]),
+        ({"steps": "2"}, [3, 3, 2]),
+        ({"steps": 400}, [600, 600, 400]),
+        ({"steps": 2, "half_steps": 5}, [60, 5, 2]),
+        ({"steps": 0}, []),
+    ],
+)
+def test_steps_on_smaller_images_keep_their_proportion_to_steps(overrides, steps):
+    choice = choose("bns-inception", "fast-imagenet", overrides)
+    assert [phase.steps for phase in choice.recipe.phases if phase.steps] == steps

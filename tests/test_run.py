@@ -215,3 +215,21 @@ def test_other_options_are_answered_with_the_line_that_began_the_run(tmp_path):
     with pytest.raises(BadInput) as refused:
         Run("distill", tmp_path, {"synthesis": [{"steps": 4}]}, resume=True)
     assert refused.value.remedy.endswith("It was started by: dfcompress distill net.pth --steps 8")
+
+
+def test_a_save_that_takes_long_is_followed_by_a_longer_pause(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+    clock = run.Clock()
+
+    def due_after() -> float:
+        started = now[0]
+        while not clock.is_time_to_save():
+            now[0] += 1.0
+        return now[0] - started
+
+    for took, pause in ((0.5, 20), (6.0, 60), (0.5, 20)):
+        due_after()
+        with clock.saving():
+            now[0] += took
+        assert due_after() == pause

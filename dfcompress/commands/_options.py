@@ -373,7 +373,11 @@ _SYNTHESIS = (
         click.option(
             "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override one setting of the recipe."
         ),
-        click.option("--steps", type=click.IntRange(1), help="Number of optimisation steps for each batch of images."),
+        click.option(
+            "--steps",
+            type=click.IntRange(1),
+            help="Number of optimisation steps for each batch of images; steps on smaller images change in proportion.",
+        ),
         click.option("--lr", type=float, help="Learning rate of synthesis."),
         click.option(
             "--batch-size",

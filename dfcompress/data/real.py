@@ -336,7 +336,7 @@ def _sorted_names(folder: Path, folders: list[Path], classes: int) -> tuple[str,
 def _label(class_folder: Path, class_names: tuple[str, ...]) -> int:
     if class_folder.name not in class_names:
         raise BadInput(
-            f"{class_folder} is not one of the model's classes ({listed(class_names, SHOWN)}).",
+            f"{class_folder} is none of the model's classes ({listed(class_names, SHOWN)}).",
             "Leave the folder out, rename it, or give the class names in the model's order with --class-names FILE.",
         )
     return class_names.index(class_folder.name)

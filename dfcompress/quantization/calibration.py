@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dfcompress import console
 from dfcompress.arguments import require_fields
 from dfcompress.data.pool import Augmentation, ImagePool
 from dfcompress.data.synthetic_set import as_float
@@ -122,8 +123,9 @@ def calibrated(
     fit_weights(student, rule=calibration.weights)
     batches = calibration_batches(images.to(target), calibration, seed=compute.seed)
     fit = images_a_pass(student)
-    parts = (some for batch in batches for some in batch.split(fit))
-    calibrate(student, parts, rule=calibration.inputs, signed=calibration.signed)
+    with console.progress("calibration", calibration.steps) as progress:
+        parts = (some for batch in _counted(batches, progress) for some in batch.split(fit))
+        calibrate(student, parts, rule=calibration.inputs, signed=calibration.signed)
     sensitivity = sensitivities(student, few, list(chosen))
     if calibration.correction:
         shown = _once(bits.with_name(CORRECTED_ON), lambda: {"images": _images_to_correct_on(student, len(images))})
@@ -143,6 +145,13 @@ def calibration_batches(images: Tensor, calibration: Calibration, *, seed: int) 
         batch_seed = seed_of("calibration batch", seed, step)
         drawn_images = images[drawn.to(images.device)]
         yield ImagePool(drawn_images, augmentation=augmentation, batch_size=BATCH, seed=batch_seed).batch(0).images
+
+
+def _counted(batches: Iterator[Tensor], progress: console.Progress) -> Iterator[Tensor]:
+    """The batches; each counts as done when the next one is taken."""
+    for number, batch in enumerate(batches, 1):
+        yield batch
+        progress.update(number)
 
 
 def calibrated_on_noise(

@@ -59,10 +59,12 @@ def sensitivities(quantized: Classifier, images: Tensor, layers: Sequence[str]) 
         parts = images.split(images_a_pass(quantized))
         with in_float(quantized.network):
             float_answers = torch.cat([quantized(some) for some in parts]).double().log_softmax(1)
-        for layer in layers:
-            with in_float(quantized.network, but=layer):
-                answers = torch.cat([quantized(some) for some in parts]).double().log_softmax(1)
-            found[layer] = F.kl_div(answers, float_answers, log_target=True, reduction="batchmean").item()
+        with console.progress("layers' sensitivities", len(layers)) as progress:
+            for number, layer in enumerate(layers, 1):
+                with in_float(quantized.network, but=layer):
+                    answers = torch.cat([quantized(some) for some in parts]).double().log_softmax(1)
+                found[layer] = F.kl_div(answers, float_answers, log_target=True, reduction="batchmean").item()
+                progress.update(number)
     return found
 
 

@@ -298,7 +298,8 @@ def choose(
 
     Text in `overrides` (from the command line) is converted to the type of the setting's default. Without `preset`, the
     recipe's own `default_preset(card, record)` selects one, or else `usual_preset`. A notice reports a preset that is
-    meant for images of another size. The setting `pooled`, if the recipe has it, is taken from the record.
+    meant for images of another size. If `steps` is overridden alone, the steps on smaller images change in proportion.
+    The setting `pooled`, if the recipe has it, is taken from the record.
     Raises `BadInput` for unknown names (with a suggestion), for values of the wrong type, for a preset that is not
     meant for the record, and for a function that fails or returns no `Recipe`.
     """
@@ -318,6 +319,9 @@ def choose(
         if key not in defaults:
             raise unknown(f"recipe setting of {source.name} called", key, list(defaults))
         settings[key] = parse(key, value, defaults[key])
+    if "steps" in (overrides or {}) and not COARSE.keys() & (overrides or {}).keys():
+        share = settings["steps"] / max(1, {**defaults, **source.presets[preset]}["steps"])
+        settings |= {name: round(share * settings[name]) for name in COARSE if name in settings}
     if record and "pooled" in settings:
         settings["pooled"] = record.pooled
     console.notice(f"Recipe {source.name}, preset {preset}.", level=console.VERBOSE)

@@ -268,7 +268,8 @@ class Synthesizer:
                     watch(state.step, lambda: self._rendered(state.images[0]))
                 if partial is not None and state.clock.is_time_to_save():
                     self._check_finite(state.losses)
-                    state.save(partial)
+                    with state.clock.saving():
+                        state.save(partial)
                 if state.clock.is_time_to_tell() or state.step == self.recipe.steps:
                     progress.update(state.step, **self._named(state.history[-1][0]))
                     self._check_finite(state.losses)

@@ -103,7 +103,8 @@ class Trainer:
                 while steps.done < self.training.steps:
                     steps.take()
                     if steps.clock.is_time_to_save():
-                        self._save(steps)
+                        with steps.clock.saving():
+                            self._save(steps)
                     if steps.clock.is_time_to_tell() or steps.done == self.training.steps:
                         self._check_finite(steps)
                         progress.update(steps.done, **{**steps.last, **steps.source.measured()})

@@ -50,4 +50,4 @@ def test_an_unknown_variable_of_the_environment_is_refused_with_the_nearest(caps
     assert run(["doctor", "--help"]) == 0
     monkeypatch.setenv("DFCOMPRESS_BTIS", "4w4a")
     assert run(["doctor"]) == 2
-    assert "no option of any command. Did you mean DFCOMPRESS_BITS?" in capsys.readouterr().err
+    assert "not an option of any command. Did you mean DFCOMPRESS_BITS?" in capsys.readouterr().err

@@ -262,7 +262,7 @@ def test_class_folders_without_pictures_are_refused(tmp_path):
 
 def test_a_folder_that_is_no_class_of_the_model_is_named(tmp_path, grey_images):
     card = ModelCard("any", 10, (1, 8, 8), MNIST_MEAN, MNIST_STD, class_names=tuple("abcdefghij"))
-    with pytest.raises(BadInput, match=r"folder/0 is not one of the model's classes \(a, b, c, d, e, f, g, h, i, j\)"):
+    with pytest.raises(BadInput, match=r"folder/0 is none of the model's classes \(a, b, c, d, e, f, g, h, i, j\)"):
         open_images(write_folder(tmp_path / "folder", *grey_images), card)
 
 

@@ -43,6 +43,6 @@ def test_old_new_and_all_classes_are_counted_apart():
 
 def test_a_gate_on_old_classes_needs_images_of_them():
     result = Compressed("", "", 1, 1.0, 1, {}, 1.0, [], [], evaluation(slice(4, None)))
-    with pytest.raises(GateNotMet, match="no image of --eval-data is of one"):
+    with pytest.raises(GateNotMet, match="--eval-data has no image of an old class"):
         Gates(max_drop=50).check(result)
     Gates(max_drop=0).check(Compressed("", "", 1, 1.0, 1, {}, 1.0, [], [], evaluation()))
