@@ -376,7 +376,7 @@ _SYNTHESIS = (
         click.option(
             "--steps",
             type=click.IntRange(1),
-            help="Number of optimisation steps for each batch of images; steps on smaller images change in proportion.",
+            help="Number of optimisation steps for each batch. The steps on smaller images change in proportion.",
         ),
         click.option("--lr", type=float, help="Learning rate of synthesis."),
         click.option(
