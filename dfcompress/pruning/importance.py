@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.data.synthetic_set import as_float
+from dfcompress.machine.memory import count_growth, images_at_once
 from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier
 from dfcompress.pruning import ImportanceName
@@ -112,10 +113,19 @@ def _worth(classifier: Classifier, images: Tensor) -> dict[str, Tensor]:
     twin = copy.deepcopy(classifier).eval().requires_grad_(True)
     parameters = dict(twin.network.named_parameters())
     worth = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+
+    def add_gradients(shown: Tensor, share: float) -> None:
+        logits = twin(shown)
+        (share * F.cross_entropy(logits, logits.argmax(1))).backward()
+
+    few = torch.zeros(4, *twin.card.input_size, device=twin.mean.device)
+    taken = count_growth(lambda count: add_gradients(few[:count], 0.0))
+    twin.network.zero_grad()
+    fit = images_at_once(BATCH, taken, target=twin.mean.device)
     batches = images.split(BATCH)
     for stored in batches:
-        logits = twin(as_float(stored).to(twin.mean.device))
-        F.cross_entropy(logits, logits.argmax(1)).backward()
+        for some in stored.split(fit):
+            add_gradients(as_float(some).to(twin.mean.device), len(some) / len(stored))
         with torch.no_grad():
             for name, parameter in parameters.items():
                 if parameter.grad is not None:

@@ -41,6 +41,7 @@ TAKES = "images (N, C, H, W) in [0, 1]; the mean and the deviation of the card a
 INTEGERS, ZERO_POINT = "integers", "zero_point"
 # The widths of integers in ONNX; integers of other bits are stored in the next larger width.
 CONTAINERS = (2, 4, 8)
+LARGEST, NO_ONNX = 2**31, "Use the model without ONNX."  # Bytes of a protobuf message.
 OPSETS = {2: 25, 4: 21, 8: 21}  # By width; opset 21 is the first with integers of 4 bits, opset 25 with 2 bits.
 
 
@@ -49,7 +50,8 @@ def write_onnx(classifier: Classifier, path: Path) -> None:
 
     `classifier` is in float, or quantized and frozen; BatchNorms are folded. The file's metadata holds the classes and
     their names, the input size, and the mean and standard deviation of the card. The opset is 21, or 25 if weights or
-    inputs have 2 bits. Raises `DfcompressError` where the network cannot be exported.
+    inputs have 2 bits. Raises `DfcompressError` where the network cannot be exported, and where its tensors take more
+    than `LARGEST` bytes.
     """
     import onnx_ir
 
@@ -74,9 +76,7 @@ def write_onnx(classifier: Classifier, path: Path) -> None:
             verbose=False,
         )
     except Exception as error:  # The exporter wraps whatever the network's code raises.
-        raise DfcompressError(
-            f"{classifier.name} cannot be exported: {first_line(error)}.", "Use it without ONNX."
-        ) from error
+        raise DfcompressError(f"{classifier.name} cannot be exported: {first_line(error)}.", NO_ONNX) from error
     assert program is not None
     _separate_zero_points(program.model)
     _narrow(program.model, widths)
@@ -85,6 +85,9 @@ def write_onnx(classifier: Classifier, path: Path) -> None:
     if tensor_grids(twin.network):
         _replace_means(program.model)
     _strip(program.model)
+    tensors = [value.const_value for value in program.model.graph.initializers.values()]
+    if (size := sum(tensor.nbytes for tensor in tensors if tensor is not None)) >= LARGEST:
+        raise DfcompressError(f"{classifier.name} takes {size:,} bytes, and an ONNX file can hold 2 GiB.", NO_ONNX)
     card = classifier.card.to_json()
     program.model.metadata_props.update({name: json.dumps(card[name]) for name in TOLD} | {"input": TAKES})
     with write_atomically(path) as temporary:

@@ -20,13 +20,13 @@ from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import MANIFEST, as_float
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.onnx_check import BATCH, EXACT, Exported, Session, compare
-from dfcompress.models.checkpoint import opened
+from dfcompress.models.checkpoint import opened, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import FLOAT_BITS, Scheme, in_float, quantized_layers
 from dfcompress.models.safe_reading import weights_files
 from dfcompress.quantization.bits import Bits
 from dfcompress.quantization.mixed_precision import uncalibrated
-from dfcompress.quantization.onnx import write_onnx
+from dfcompress.quantization.onnx import LARGEST, write_onnx
 from dfcompress.randomness import generator
 from dfcompress.run import check_output_file, write_atomically
 from dfcompress.synthesis.transfer_set import SYNTHETIC
@@ -126,7 +126,7 @@ def write_compared(
     """Write the ONNX file `path` after comparing it with the classifier on `images` `(N, C, H, W)` in [0, 1].
 
     The file is timed against the float network of `beside`; without `beside`, a quantized classifier is timed against
-    its own float network.
+    its own float network. A float network that is too large for ONNX is not timed.
     Raises `BadInput` as `require_kernels` does, and `DfcompressError` where onnxruntime cannot load the file.
     """
     layers = quantized_layers(classifier.network)
@@ -135,10 +135,11 @@ def write_compared(
     bits = {name: (layer.weight_bits, layer.input_bits) for name, layer in layers.items()}
     require_kernels(target, bits, Scheme(signed, asymmetric))
     with tempfile.TemporaryDirectory() as folder, write_atomically(path) as written:
-        fp32 = Path(folder) / FILE if layers or beside else None
-        if fp32:
-            with in_float((beside or classifier).network):
-                write_onnx(beside or classifier, fp32)
+        reference = beside or (classifier if layers else None)
+        fp32 = Path(folder) / FILE if reference and state_bytes(reference.network) < LARGEST else None
+        if fp32 and reference:
+            with in_float(reference.network):
+                write_onnx(reference, fp32)
         write_onnx(classifier, written)
         return replace(compare(classifier, written, fp32, images, target=target), path=str(path))
 

@@ -11,6 +11,7 @@ from test_groups import NETWORKS, classifier
 from torch import nn
 from torch.nn import functional as F
 
+from dfcompress.pruning import importance
 from dfcompress.pruning.groups import cut, find_groups
 from dfcompress.pruning.importance import BATCH, rank
 
@@ -44,6 +45,17 @@ def test_taylor_is_the_squared_weight_times_gradient_summed_over_a_channel(small
                 values[place] = value
                 expected += (value * (losses[0] - losses[1]) / 2e-5) ** 2 / 2
     assert scores[channel].item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_taylor_of_images_that_do_not_fit_at_once_is_the_same(small, monkeypatch):
+    made, groups = small
+    images = torch.randint(0, 256, (BATCH + 8, 3, 32, 32), dtype=torch.uint8)
+    whole = rank("taylor", made, groups, images)["stem.0"].scores
+    asked = []
+    monkeypatch.setattr(importance, "images_at_once", lambda wanted, taken, **_: asked.append(taken) or 5)
+    torch.testing.assert_close(rank("taylor", made, groups, images)["stem.0"].scores, whole)
+    assert asked[0].each > 3 * 32 * 32 * 4
+    assert asked[0].beside > 0  # The gradients of the weights.
 
 
 def test_scales_and_weights_are_squared_and_shares_of_their_mean(small):

@@ -26,6 +26,7 @@ from dfcompress.models.checkpoint import load, save
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import WIDTHS, Scheme, freeze, quantize_layers
 from dfcompress.models.tensor_grids import as_kernels_compute, quantize_tensors
+from dfcompress.quantization import onnx as onnx_writer
 from dfcompress.quantization.bits import Bits, assign, layers_of, parse_bits
 from dfcompress.quantization.ranges import calibrate, fit_weights
 from dfcompress.verbs import export as export_module
@@ -233,6 +234,20 @@ def test_a_float_model_is_exported_too(tmp_path):
     assert exported.milliseconds > 0
     assert exported.milliseconds_fp32 is None, "it would be timed against itself"
     assert exported.largest_difference < 1e-3
+
+
+def test_a_float_network_too_large_for_onnx_is_no_reference_and_is_refused(tmp_path, monkeypatch):
+    """As RegNetY-128GF: 2.6 GB in fp32, and 0.65 GB with weights of 8 bits."""
+    teacher = classifier_of("lenet5_bn", 32, channels=1)
+    save(quantized(teacher, "8w8a"), tmp_path / "packed")
+    monkeypatch.setattr(export_module, "LARGEST", 100_000)
+    monkeypatch.setattr(onnx_writer, "LARGEST", 100_000)
+    exported = export(tmp_path / "packed", output=tmp_path / "packed.onnx")
+    assert exported.equal == exported.images
+    assert exported.milliseconds_fp32 is None
+    with pytest.raises(DfcompressError, match=r"takes 24.,... bytes, and an ONNX file can hold 2 GiB"):
+        export(teacher, output=tmp_path / "float.onnx")
+    assert not (tmp_path / "float.onnx").exists()
 
 
 @pytest.mark.parametrize("placed", [False, True], ids=["layer inputs", "all tensors"])
