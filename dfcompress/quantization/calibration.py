@@ -114,7 +114,7 @@ def calibrated(
     teacher.to(target)
     # Synthetic images are sorted by recipe, and real images by class.
     mixed = images[torch.randperm(len(images), generator=generator("calibration", compute.seed))]
-    few = as_float(mixed[: images_to_measure_on(teacher.card.input_size, len(mixed))].to(target))
+    few = as_float(mixed[: images_to_measure_on(teacher, requested, len(mixed))].to(target))
     bits_of_layers = _once(
         bits, lambda: choose_bits(teacher, requested, few, size_ratio=size_ratio, scheme=calibration.scheme)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import save, saved_bytes, state_bytes
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import WIDTHS, Scheme, freeze, quantize_layers
+from dfcompress.quantization import mixed_precision
 from dfcompress.quantization.bits import RequestedBits
 from dfcompress.quantization.mixed_precision import (
+    WORK,
     _cheapest,
     choose_bits,
     images_to_measure_on,
@@ -124,9 +127,25 @@ def test_a_size_without_anything_to_choose_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("side", "available", "count"),
-    [(32, 960, 128), (64, 960, 128), (64, 50, 50), (128, 960, 32), (224, 960, 16), (224, 9, 9)],
+    ("side", "available", "work", "bits", "count"),
+    [
+        (32, 960, 1, 4, 128),
+        (64, 960, 1, 4, 128),
+        (64, 50, 1, 4, 50),
+        (128, 960, 1, 4, 32),
+        (224, 960, 1, 4, 16),
+        (224, 9, 1, 4, 9),
+        (224, 960, WORK / 20, 4, 5),  # In each of 4 layers.
+        (224, 960, WORK, 4, 2),
+        (224, 960, WORK, None, 16),  # Bits depend on the images.
+    ],
 )
-def test_images_of_many_pixels_are_measured_on_fewer(side, available, count):
+def test_images_of_many_pixels_and_of_large_networks_are_measured_on_fewer(
+    side, available, work, bits, count, monkeypatch
+):
     """Every layer costs a pass of them."""
-    assert images_to_measure_on((3, side, side), available) == count
+    monkeypatch.setattr(mixed_precision, "multiply_accumulates", lambda teacher: work)
+    made = teacher()
+    made.card = replace(made.card, input_size=(3, side, side))
+    assert len(wanted(bits)) == 4
+    assert images_to_measure_on(made, wanted(bits), available) == count
