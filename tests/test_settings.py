@@ -26,8 +26,8 @@ def test_text_is_converted_and_inner_fields_are_found():
         ({"milestones": "a,b"}, "milestones"),
         ({"schedule": "linear"}, "schedule='linear' is not a valid argument of Training"),
         ({"optimizer": "sdg"}, "optimizer='sdg' is not a valid argument of Training. Give 'sgd'"),
-        ({"momentum": "1"}, "momentum 1.0"),
-        ({"cutout": "2"}, "cutout 2.0"),
+        ({"momentum": "1"}, "momentum must be a share from 0 to below 1; it is 1.0"),
+        ({"cutout": "2"}, "shares below 1; they are 0.0 and 2.0"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):

@@ -65,14 +65,14 @@ def export(
     false, and `DfcompressError` where the model cannot be exported, or onnxruntime cannot load the file.
     """
     classifier = opened(checkpoint)
-    require_packages(target)
+    require_packages()
     path = Path(output) if output else _beside(classifier)
     inputs = weights_files(classifier.path) if classifier.path else []
     check_output_file(path, example=FILE, overwrite=overwrite, inputs=inputs)
     return write_compared(classifier, path, _images(classifier, data), target=target)
 
 
-def require_packages(target: Target) -> None:
+def require_packages() -> None:
     """Raise `BadInput` where a package for the export is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:

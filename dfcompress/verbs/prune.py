@@ -135,7 +135,7 @@ def prune(
     if is_quantized(teacher.network):
         raise BadInput(f"{teacher.name} is quantized.", "Prune the model that it was made from, then quantize.")
     if export or latency:
-        require_packages(export or "onnxruntime")
+        require_packages()
     found = find_groups(teacher)
     costs = Costs.of(teacher, found.groups, asked.resource)
     require_reachable(costs, found.groups, asked)

@@ -332,7 +332,7 @@ def _require_exportable(
     """Raise `BadInput` or `DfcompressError`, before any work, where the model cannot be exported at `wanted` bits."""
     if target is None:
         return
-    require_packages(target)
+    require_packages()
     bits = {name: (each.weights, each.activations) for name, each in wanted.items()}
     require_kernels(target, bits, scheme)
     rehearse(teacher, with_widths(wanted, {}), scheme)

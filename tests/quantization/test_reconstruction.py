@@ -295,5 +295,5 @@ def test_seeds_differ():
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"lr": 0.0}, {"warmup": 1.0}, {"drop": -0.5}])
 def test_settings_that_cannot_be_are_refused(wrong):
-    with pytest.raises(BadInput, match="no reconstruction"):
+    with pytest.raises(BadInput, match="is not possible"):
         Reconstruction(**wrong)

@@ -64,7 +64,7 @@ def test_listed_names_may_have_spaces(tmp_path):
     [
         ("balanced", ("4",), "no class '4'"),
         ("balanced", ("cow",), "no class 'cow'"),
-        ("nowhere.txt", (), "no file that can be read"),
+        ("nowhere.txt", (), "not a file that can be read"),
     ],
 )
 def test_what_is_no_class_is_refused(how, classes, message):

@@ -37,9 +37,9 @@ def test_a_map_names_the_classes(tmp_path):
     ("text", "message"),
     [
         ("{", "cannot be read"),
-        ("{}", "no list for 2 teachers"),
-        ('[["a", "b"]]', "no list for 2 teachers"),
-        ('[["a", "b"], "cd"]', "no list of names"),
+        ("{}", "must hold a list with 2 entries"),
+        ('[["a", "b"]]', "must hold a list with 2 entries"),
+        ('[["a", "b"], "cd"]', "not a list of names"),
         ('[["a", "b"], ["c"]]', "names 1 classes"),
         ('[["a", "a"], ["c", "d"]]', "two classes of the name 'a'"),
     ],

@@ -258,7 +258,7 @@ def test_a_recipe_is_not_mixed_with_itself_and_not_with_chosen_classes(tmp_path)
 
 
 def test_what_cannot_be_trained_is_refused_before_an_image_is_made(two, tmp_path):
-    with pytest.raises(BadInput, match="no merging method 'papr'"):
+    with pytest.raises(BadInput, match="method='papr' is not a valid argument of merge"):
         merged(two, tmp_path / "out", method="papr")
     wrong = replace(SHORT, optimizer="lamb", backend="apex")
     with pytest.raises(BadInput, match="CUDA alone"):

@@ -384,10 +384,10 @@ def test_calibration_with_replacement_fills_a_batch_from_fewer_images_and_depend
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"finetune": "qat"}, "no --finetune 'qat'"),
-        ({"method": "papers"}, "no --method 'papers'"),
+        ({"finetune": "qat"}, "finetune='qat' is not a valid argument"),
+        ({"method": "papers"}, "method='papers' is not a valid argument"),
         ({"calibration": {"step": 3}}, "no setting of calibration called 'step'. Did you mean 'steps'"),
-        ({"calibration": {"weight_grid": "skewed"}}, "no --weight-grid 'skewed'"),
+        ({"calibration": {"weight_grid": "skewed"}}, "weight_grid='skewed' is not a valid argument"),
         ({"finetune": "blocks", "training": Training(steps=3, lr=0.1, batch_size=8)}, "not set by a Training"),
         ({"finetune": "lsq", "training": Reconstruction()}, "not set by a Reconstruction"),
         ({"finetune": "lsq", "rounding": {"steps": 3}}, "has no rounding before its training"),
