@@ -70,8 +70,9 @@ def pack_integers(values: Tensor, bits: int) -> Tensor:
         raise ValueError(f"values of {values.min()} to {values.max()} do not fit {bits} bits")
     integers = values.flatten().cpu().numpy().astype(np.uint8)
     if 8 % bits == 0:
-        padded = np.pad(integers & (2**bits - 1), (0, -len(integers) % (8 // bits))).reshape(-1, 8 // bits)
-        return torch.from_numpy(np.bitwise_or.reduce(padded << np.arange(0, 8, bits, dtype=np.uint8), axis=1))
+        count = 8 // bits  # Values in a byte.
+        padded = np.pad(integers & (2**bits - 1), (0, -len(integers) % count))
+        return torch.from_numpy(np.bitwise_or.reduce([padded[i::count] << (bits * i) for i in range(count)]))
     stream = np.unpackbits(integers[:, None], axis=1, count=bits, bitorder="little")
     return torch.from_numpy(np.packbits(stream, bitorder="little"))
 
@@ -85,7 +86,7 @@ def unpack_integers(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed
     if packed.numel() != packed_bytes(count, bits):
         raise ValueError(f"{count} values of {bits} bits take {packed_bytes(count, bits)} bytes, not {packed.numel()}")
     # The value's bits go to the top of a byte; the shift down then extends the sign of an int8.
-    if 8 % bits == 0:  # As below, 40 times as fast at 8 bits, and without a byte for every bit.
+    if 8 % bits == 0:  # The same as below, 3 (4 bits) to 36 times (8 bits) as fast, and without a byte for every bit.
         at_top = (packed.cpu().numpy()[:, None] << np.arange(8 - bits, -1, -bits, dtype=np.uint8)).reshape(-1)[:count]
     else:
         stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)

@@ -101,7 +101,8 @@ def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> by
     header["__metadata__"] = dict(sorted(metadata.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)  # Tensors begin at a multiple of 8 bytes.
-    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(content)[8 + size :]])  # One copy, not three.
+    # A view: a slice would copy all tensors.
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(content)[8 + size :]])
 
 
 def sha256(path: Path) -> str:
