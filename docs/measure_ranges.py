@@ -21,6 +21,12 @@ LAYERS = {"linear, 1,024 × 4,096": (1024, 4096), "convolution, 512 × 512 × 3 
 KINDS = {"8 bits, symmetric": (8, True), "4 bits, symmetric": (4, True), "3 bits, asymmetric": (3, False)}
 
 
+def by_torch(grid: WeightGrid, rows: Tensor) -> Tensor:
+    """The nearest grid value of each weight."""
+    zero_point = grid.zero_point.float() if grid.symmetric else grid.zero_point
+    return torch.fake_quantize_per_channel_affine(rows, grid.scale, zero_point, 0, *grid.integers())
+
+
 def whole(weight: Tensor, kind: WeightGrid) -> Tensor:
     """The shares `(2, out_channels)`, all rows compared at once."""
     rows = weight.flatten(1)
@@ -29,7 +35,7 @@ def whole(weight: Tensor, kind: WeightGrid) -> Tensor:
 
     def best(shares: Tensor) -> Tensor:
         grids = (WeightGrid.covering(*pair, bits=kind.bits, symmetric=kind.symmetric) for pair in shares * ends)
-        errors = torch.stack([(grid.quantized(rows) - rows).square().sum(1) for grid in grids])
+        errors = torch.stack([(by_torch(grid, rows) - rows).square().sum(1) for grid in grids])
         return shares.gather(0, errors.argmin(0).expand(1, 2, -1))[0]
 
     found = best(torch.stack([each, each], 1))

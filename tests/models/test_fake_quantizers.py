@@ -16,6 +16,7 @@ from dfcompress.models.fake_quantizers import (
     InputGrid,
     QuantizedConv2d,
     QuantizedLayer,
+    WeightGrid,
     freeze,
     in_float,
     is_quantized,
@@ -207,6 +208,43 @@ def test_the_grid_of_a_signed_range_spans_it():
     grid = InputGrid.covering(-1.0, 2.0, bits=2)
     assert grid == InputGrid(bits=2, scale=1.0, zero_point=1)
     assert grid.quantized(torch.tensor([-9.0, -0.6, 0.4, 1.6, 9.0])).tolist() == [-1.0, -1.0, 0.0, 2.0, 2.0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(WIDTHS, st.booleans(), REALS, REALS, st.lists(REALS, min_size=1, max_size=20))
+def test_values_and_gradients_are_those_of_torch(bits, signed, one_end, other_end, activations):
+    grid = InputGrid.covering(min(one_end, other_end), max(one_end, other_end), bits=bits, signed=signed)
+    ties = (torch.arange(-300, 300) + 0.5) * grid.scale
+    values = torch.cat([torch.tensor(activations), ties]).requires_grad_()
+    expected = torch.fake_quantize_per_tensor_affine(values, grid.scale, grid.zero_point, *grid.integers())
+    (gradient,) = torch.autograd.grad(expected.sum(), values)
+    found = grid.quantized(values)
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.autograd.grad(found.sum(), values)[0], gradient)
+    with torch.no_grad():
+        assert torch.equal(grid.quantized(values), expected)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_and_their_gradients_are_those_of_torch(symmetric):
+    weight = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    rows = 0.5 * weight.detach().flatten(1)
+    grid = WeightGrid.covering(rows.amin(1), rows.amax(1), bits=3, symmetric=symmetric)
+    expected = torch.fake_quantize_per_channel_affine(weight, grid.scale, grid.zero_point, 0, *grid.integers())
+    found = grid.quantized(weight)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, weight)
+    gradients = [torch.autograd.grad(each.square().sum(), weight)[0] for each in (found, expected)]
+    assert torch.equal(*gradients)
+    assert (gradients[0] == 0).any()
+
+
+def test_a_frozen_network_is_traced_by_fx():
+    network, images = quantized_network().eval(), torch.randn(2, 3, 8, 8)
+    for layer in quantized_layers(network).values():
+        layer.input_grid = InputGrid.covering(-2.0, 2.0, bits=4)
+    freeze(network)
+    assert torch.equal(torch.fx.symbolic_trace(network)(images), network(images))
 
 
 def test_the_gradient_of_activations_passes_straight_through_except_where_clipped():
