@@ -268,10 +268,10 @@ BREAKS = [
     ),
     Break(
         "a pickle may ask for eval",
-        "models/pickled.py",
+        "models/pickle_machine.py",
         '"builtins": "bool bytearray',
         '"builtins": "eval exec bool bytearray',
-        "tests/models/test_pickled.py -k a_program_is_refused",
+        "tests/models/test_pickle_machine.py -k a_program_is_refused",
     ),
     Break(
         "a file has its name before it is whole",

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfcompress.errors import BadInput, first_line, printable
-from dfcompress.models.pickled import Instance, Machine
+from dfcompress.models.pickle_machine import Instance, Machine
 
 SHAPE = (3, 32, 32)
 # The files of CIFAR-10 and of CIFAR-100 by part, keyed by the file with the class names.
