@@ -531,22 +531,6 @@ def on_grid(values: Tensor, scale: Any, lowest: Any, highest: Any) -> Tensor:
     return nearest
 
 
-class _StraightThrough(torch.autograd.Function):
-    """`on_grid` with its gradient, which is 1 where rounding did not clip, else 0."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, reciprocal: Any, scale: Any, lowest: Any, highest: Any) -> Tensor:
-        rounded: Tensor = (values * reciprocal).round_()
-        clipped = rounded.clamp(lowest, highest)
-        ctx.save_for_backward(rounded == clipped)
-        return clipped.mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (inside,) = ctx.saved_tensors
-        return torch.where(inside, gradient, 0), None, None, None, None
-
-
 def on_learnt_grid(values: Tensor, step: Tensor, lowest: Any, highest: Any) -> Tensor:
     """The nearest grid value among lowest·step .. highest·step, differentiable in `values` and in `step`.
 
@@ -559,8 +543,50 @@ def on_learnt_grid(values: Tensor, step: Tensor, lowest: Any, highest: Any) -> T
     shared = values[0].numel() if step.dim() == 0 else values.numel() / step.numel()
     larger_end = torch.maximum(-lowest, highest) if isinstance(highest, Tensor) else max(-lowest, highest)
     step = _with_gradient(step, step * (shared * larger_end) ** -0.5).clamp_min(_SMALLEST_SCALE)
-    scaled = (values / step).clamp(lowest, highest)
-    return _with_gradient(scaled.round(), scaled) * step
+    nearest: Tensor = _LearntStep.apply(values, step, lowest, highest)
+    return nearest
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`on_grid` with its gradient: 1 where rounding did not clip, else 0.
+
+    Only the values are saved, which the operation before usually keeps anyway. The mask is computed in fp32, because
+    on a CPU an operation with a boolean tensor takes ten times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, reciprocal: Any, scale: Any, lowest: Any, highest: Any) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.grid = reciprocal, lowest, highest
+        nearest: Tensor = (values * reciprocal).round_().clamp_(lowest, highest).mul_(scale)
+        return nearest
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (values,), (reciprocal, lowest, highest) = ctx.saved_tensors, ctx.grid
+        rounded = (values * reciprocal).round_()
+        return rounded.eq_(rounded.clamp(lowest, highest)).mul_(gradient), None, None, None, None
+
+
+class _LearntStep(torch.autograd.Function):
+    """clip(values / step) rounded, times step, and the gradients of both: with v = values / step, that of the values is
+    1 where v was not clipped, else 0; that of the step is ⌊v⌉ − v, or the end at which v was clipped (LSQ, eq. 3).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, step: Tensor, lowest: Any, highest: Any) -> Tensor:
+        ctx.save_for_backward(values, step)
+        ctx.ends = lowest, highest
+        return (values / step).clamp_(lowest, highest).round_().mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        values, step = ctx.saved_tensors
+        scaled = values / step
+        clipped = scaled.clamp(*ctx.ends)
+        inside = torch.eq(scaled, clipped, out=torch.empty_like(scaled))
+        of_step = clipped.round_().sub_(scaled.mul_(inside)).mul_(gradient)
+        return inside.mul_(gradient), of_step.sum_to_size(step.shape), None, None
 
 
 def _with_gradient(value: Tensor, gradient: Tensor) -> Tensor:
