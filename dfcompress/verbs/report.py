@@ -21,9 +21,10 @@ from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.quantization.layer_report import REPORT as LAYERS
+from dfcompress.reporting.contents import sections_of
 from dfcompress.reporting.page import Section, render
 from dfcompress.reporting.runs import Losses, ReportedRun, read_losses
-from dfcompress.reporting.sections import RealImages, sections_of
+from dfcompress.reporting.sections.class_images import RealImages
 from dfcompress.run import RUN_FILE, RunFile, check_output_file, write_atomically
 from dfcompress.settings import one_or_more
 from dfcompress.synthesis.set_builder import warnings_of
