@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dfcompress.console import amount
-from dfcompress.data.real import ImageSource
+from dfcompress.data.image_source import ImageSource
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.reporting.figures import loss_figure
 from dfcompress.reporting.page import (
