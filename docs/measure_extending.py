@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 from measuring import Rows, run
 
-from dfcompress.data.real import Part, read_idx
+from dfcompress.data.arrays import read_idx
+from dfcompress.data.image_source import Part
 
 # As a user's first command does it, and every method in as many steps.
 METHODS = {"default": ""} | {

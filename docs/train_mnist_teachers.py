@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfcompress import console
-from dfcompress.data.real import Part, open_images
+from dfcompress.data.image_source import Part
+from dfcompress.data.real import open_images
 from dfcompress.models.architectures import find
 from dfcompress.models.card import MNIST_MEAN, MNIST_STD, ModelCard
 from dfcompress.models.checkpoint import save

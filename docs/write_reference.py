@@ -490,6 +490,15 @@ class _Texts:
                     found += self.of(node.value, node, depth)
             if found:
                 return found
+        return self._imported(name)
+
+    def _imported(self, name: str) -> list[str]:
+        """The text of a constant that the module imports from another file of the package."""
+        for node in self.module.body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            if name.isupper() and name in names and (node.module or "").startswith("dfcompress."):
+                value = getattr(importlib.import_module(node.module), name)
+                return [value] if isinstance(value, str) else []
         return []
 
 

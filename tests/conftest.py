@@ -75,6 +75,13 @@ def mnist_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def grey_images() -> tuple[np.ndarray, np.ndarray]:
+    """20 grey images of 8x8, two a class, in order of the classes."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    return images, np.repeat(np.arange(10, dtype=np.uint8), 2)
+
+
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Two processes of one job, for all tests that need such."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfcompress.data.real import ImageSource
+from dfcompress.data.image_source import ImageSource
 from dfcompress.errors import DfcompressError
 from dfcompress.machine.process import exact_fp32, threads, threads_for
 from dfcompress.models.classifier import Classifier, evaluating, images_a_pass, work_of

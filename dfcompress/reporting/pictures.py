@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfcompress.data.real import ImageSource
+from dfcompress.data.image_source import ImageSource
 from dfcompress.data.synthetic_set import SyntheticSet, as_float
 
 CLASSES = 10  # The most classes that are shown; of more classes, evenly spaced ones are taken.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dfcompress.data.batches import BatchSource
+from dfcompress.data.fitting import reshaped
 from dfcompress.data.pool import ImagePool
-from dfcompress.data.real import reshaped
 from dfcompress.data.synthetic_set import as_float, as_stored
 from dfcompress.errors import BadInput
 from dfcompress.machine.execution import Compute

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dfcompress import console
-from dfcompress.data.real import open_images, require_decodable, reshaped
+from dfcompress.data.fitting import reshaped
+from dfcompress.data.real import open_images, require_decodable
 from dfcompress.distributed import world
 from dfcompress.evaluation.metrics import predict
 from dfcompress.evaluation.onnx_check import Exported

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dfcompress.data.real import ImageSource, open_images, require_decodable, reshaped
+from dfcompress.data.fitting import reshaped
+from dfcompress.data.image_source import ImageSource
+from dfcompress.data.real import open_images, require_decodable
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import TOP, Predictions, finite_outputs
 from dfcompress.machine.device import resolve_device

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dfcompress.data.real import ImageSource, Part, folder_names, open_images
+from dfcompress.data.image_source import ImageSource, Part
+from dfcompress.data.real import folder_names, open_images
 from dfcompress.data.synthetic_set import as_stored
 from dfcompress.errors import BadInput, listed
 from dfcompress.models.card import ModelCard

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from dfcompress import console
 from dfcompress.data.batches import UNLABELLED
-from dfcompress.data.real import Fitted, ImageFolder, ImageSource, open_images
+from dfcompress.data.fitting import Fitted
+from dfcompress.data.image_folder import ImageFolder
+from dfcompress.data.image_source import ImageSource
+from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import Observation, calibration_error, observe, standard_error

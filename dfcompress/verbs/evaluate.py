@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dfcompress import console
-from dfcompress.data.real import ImageSource, open_images
+from dfcompress.data.image_source import ImageSource
+from dfcompress.data.real import open_images
 from dfcompress.errors import BadInput, GateNotMet
 from dfcompress.evaluation.metrics import TOP, Predictions, predict, standard_error
 from dfcompress.machine.device import resolve_device

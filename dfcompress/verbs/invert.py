@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from dfcompress.data.real import Fitted, ImageSource
+from dfcompress.data.fitting import Fitted
+from dfcompress.data.image_source import ImageSource
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dfcompress import console
-from dfcompress.data.real import ImageSource, open_images
+from dfcompress.data.image_source import ImageSource
+from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput

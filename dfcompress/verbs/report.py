@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dfcompress import console
-from dfcompress.data.real import ImageSource, open_images
+from dfcompress.data.image_source import ImageSource
+from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard

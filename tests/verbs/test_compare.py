@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dfcompress.cli import run
-from dfcompress.data.real import read_idx
+from dfcompress.data.arrays import read_idx
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import bn_divergence

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from dfcompress.data.real import ImageSource
+from dfcompress.data.image_source import ImageSource
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.reporting.page import Block, ClassPicture, Pictures, Text
 from dfcompress.reporting.pictures import made_of, real_of, shown_classes, written

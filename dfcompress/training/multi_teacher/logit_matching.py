@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dfcompress.data.batches import Batch
+from dfcompress.data.fitting import reshaped
 from dfcompress.data.pool import Augmentation
-from dfcompress.data.real import reshaped
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.ood_score import OodScore
 from dfcompress.settings import AUTO
