@@ -22,8 +22,8 @@ from dfcompress.data.synthetic_set import as_float, as_stored
 from dfcompress.machine.device import has_cuda
 from dfcompress.models.architectures import find
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import save
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.saving import save
 
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 128, 0.1, 5e-4
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)

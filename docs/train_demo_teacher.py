@@ -19,8 +19,8 @@ from dfcompress import console
 from dfcompress.data.real import open_images
 from dfcompress.models.architectures import find
 from dfcompress.models.card import MNIST_MEAN, MNIST_STD, ModelCard
-from dfcompress.models.checkpoint import save
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.saving import save
 from dfcompress.verbs.evaluate import evaluate
 
 EPOCHS = 15

@@ -21,8 +21,8 @@ from dfcompress.data.image_source import Part
 from dfcompress.data.real import open_images
 from dfcompress.models.architectures import find
 from dfcompress.models.card import MNIST_MEAN, MNIST_STD, ModelCard
-from dfcompress.models.checkpoint import save
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.saving import save
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 10, 64, 1e-3
 TEACHERS = ("hinton_mlp", "lenet5", "lenet5_bn")

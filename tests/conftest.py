@@ -18,8 +18,9 @@ from pair import Pair
 from dfcompress.distributed import World
 from dfcompress.models.architectures import find
 from dfcompress.models.card import MNIST_MEAN, MNIST_STD, ModelCard
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.saving import save
 from dfcompress.run import write_atomically
 
 # Small tensors on two threads wait for each other: with the second core busy, the suite takes several times as long.
@@ -154,6 +155,9 @@ def precisions() -> Callable[[torch.nn.Module], list[str]]:
 
 
 IMAGES = 300
+# Mean and std.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
 def untrained(architecture, size, seed=0):
@@ -179,6 +183,23 @@ def lenet(lenet_folder):
 def hinton():
     """The MLP with dropout, 784-1200-1200-10."""
     return untrained("hinton_mlp", 28)
+
+
+def seen_classifier(name: str = "lenet5_bn", input_size: tuple[int, int, int] = (1, 32, 32)) -> Classifier:
+    """A network with random weights whose BatchNorms have seen something."""
+    channels = input_size[0]
+    torch.manual_seed(0)
+    network = find(name).make(10, channels)
+    with torch.no_grad():
+        network.train()(torch.rand(8, *input_size))
+    card = ModelCard(name, 10, input_size, (0.5,) * channels, (0.25,) * channels, tuple("abcdefghij"))
+    return Classifier(network, card).eval()
+
+
+@pytest.fixture
+def lenet_file(tmp_path) -> Path:
+    torch.save(seen_classifier().network.state_dict(), tmp_path / "lenet.pt")
+    return tmp_path / "lenet.pt"
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,9 @@ from dfcompress.cli import root, run
 from dfcompress.commands import _summary
 from dfcompress.evaluation.onnx_check import Exported
 from dfcompress.machine.execution import Compute
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.saving import save
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.training.multi_teacher import NAMES as METHODS
 from dfcompress.training.multi_teacher import merging_method

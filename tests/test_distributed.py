@@ -25,8 +25,9 @@ from dfcompress.distributed import World, first_host, tasks_per_node, world
 from dfcompress.errors import BadInput
 from dfcompress.machine.execution import Execution
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.saving import save
 from dfcompress.synthesis import set_execution
 from dfcompress.synthesis.labels import Labels
 from dfcompress.synthesis.recipe import Synthesis, choose

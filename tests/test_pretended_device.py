@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from dfcompress.models.architectures import find
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.saving import save
 from dfcompress.synthesis.recipe import settings_of
 from dfcompress.synthesis.recipes import recipe_names
 

@@ -18,7 +18,6 @@ from dfcompress import console
 from dfcompress.errors import BadInput
 from dfcompress.machine.process import exact_fp32
 from dfcompress.models import packing
-from dfcompress.models.checkpoint import saved_bytes, state_bytes
 from dfcompress.models.classifier import Classifier, evaluating, images_a_pass, multiply_accumulates
 from dfcompress.models.fake_quantizers import (
     FLOAT_BITS,
@@ -30,6 +29,7 @@ from dfcompress.models.fake_quantizers import (
     input_grids,
     quantize_layers,
 )
+from dfcompress.models.saving import saved_bytes, state_bytes
 from dfcompress.quantization.bits import Bits, RequestedBits
 from dfcompress.quantization.ranges import fit_weights
 

@@ -19,9 +19,10 @@ from dfcompress.distributed import world
 from dfcompress.evaluation.metrics import predict
 from dfcompress.evaluation.onnx_check import Exported
 from dfcompress.machine.device import resolve_device
-from dfcompress.models.checkpoint import load, load_saved, save, state_bytes
+from dfcompress.models.checkpoint import load, load_saved
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.safe_reading import file_bytes
+from dfcompress.models.saving import save, state_bytes
 from dfcompress.quantization.reconstruction import Reconstructed
 from dfcompress.run import Run
 from dfcompress.synthesis.transfer_set import TransferSet, in_batches

@@ -14,7 +14,7 @@ from dfcompress.data.real import folder_names, open_images
 from dfcompress.data.synthetic_set import as_stored
 from dfcompress.errors import BadInput, listed
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import class_names_in
+from dfcompress.models.card_values import class_names_in
 
 ANY = 2**63  # A number of classes above every label: labels are checked here, not by `open_images`.
 READ = 256  # Number of images held in memory as floats while a set is read: 154 MB at 224 x 224 pixels.

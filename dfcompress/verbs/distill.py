@@ -19,8 +19,9 @@ from dfcompress import console
 from dfcompress.data.pool import Augmentation
 from dfcompress.errors import BadInput
 from dfcompress.machine.execution import Compute
-from dfcompress.models.checkpoint import as_classifier, state_bytes
+from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.saving import state_bytes
 from dfcompress.models.stages import shared_stages, stages_in_common
 from dfcompress.models.statistics import why_no_statistics
 from dfcompress.settings import AUTO, with_defaults

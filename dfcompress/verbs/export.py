@@ -20,10 +20,11 @@ from dfcompress.data.real import open_images
 from dfcompress.data.synthetic_set import MANIFEST, as_float
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.onnx_check import BATCH, EXACT, Exported, Session, compare
-from dfcompress.models.checkpoint import opened, state_bytes
+from dfcompress.models.checkpoint import opened
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import FLOAT_BITS, Scheme, in_float, quantized_layers
 from dfcompress.models.safe_reading import weights_files
+from dfcompress.models.saving import state_bytes
 from dfcompress.quantization.bits import Bits
 from dfcompress.quantization.mixed_precision import uncalibrated
 from dfcompress.quantization.onnx import LARGEST, write_onnx

@@ -15,11 +15,12 @@ from dfcompress.errors import BadInput
 from dfcompress.evaluation.normalisation import NormalisationCheck, check_normalisation
 from dfcompress.models.answers import answers_with, why_not_exclusive
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import opened, state_bytes, write_sidecar
+from dfcompress.models.checkpoint import opened
 from dfcompress.models.classifier import Classifier, bytes_a_pass, multiply_accumulates
 from dfcompress.models.fake_quantizers import is_quantized
 from dfcompress.models.patches import knows_patches_alone
 from dfcompress.models.safe_reading import file_bytes
+from dfcompress.models.saving import state_bytes, write_sidecar
 from dfcompress.models.statistics import dead_channels, statistics_layers, why_no_statistics
 from dfcompress.synthesis.spec import find_record
 from dfcompress.verbs._verb import verb

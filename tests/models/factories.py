@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from dfcompress.models.architectures.lenet import WIDTHS, LeNet5
+
+SPEC = f"{__file__}:"
 
 
 class Net(nn.Module):
@@ -102,6 +106,11 @@ def seen(network: nn.Module) -> nn.Module:
         for _ in range(10):
             network.train()(torch.rand(8, 3, 16, 16))
     return network.eval()
+
+
+def written(network: nn.Module, folder: Path) -> Path:
+    torch.save(network.state_dict(), folder / "net.pt")
+    return folder / "net.pt"
 
 
 def _with(change, network: Net | None = None) -> Net:

@@ -14,8 +14,9 @@ from dfcompress.data.real import open_images
 from dfcompress.errors import BadInput
 from dfcompress.models.answers import FIELD, LOGARITHMS, LOGITS, SOFTMAX, answers_with
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import as_classifier, load, save
+from dfcompress.models.checkpoint import as_classifier, load
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.saving import save
 from dfcompress.training.objectives import Prediction, kd
 from dfcompress.training.student import make_student
 

@@ -15,9 +15,10 @@ from dfcompress import console
 from dfcompress.models.batchnorms import plain_batchnorms
 from dfcompress.models.bn_folding import fold_batchnorms
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import load, opened, save
+from dfcompress.models.checkpoint import load, opened
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.recorder import FusedRecorder, HookRecorder
+from dfcompress.models.saving import save
 from dfcompress.models.statistics import (
     require_statistics,
     statistics_layers,

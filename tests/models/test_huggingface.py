@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from dfcompress.errors import BadInput
 from dfcompress.models.architectures import find
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load
+from dfcompress.models.saving import save
 from dfcompress.training.student import make_student
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None

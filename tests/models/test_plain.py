@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import as_classifier, load, save
+from dfcompress.models.checkpoint import as_classifier, load
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.plain import make_plain
+from dfcompress.models.saving import save
 from dfcompress.training.student import make_student
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from dfcompress.errors import BadInput
 from dfcompress.models.architectures import find
-from dfcompress.models.checkpoint import load, write_sidecar
+from dfcompress.models.checkpoint import load
 from dfcompress.models.released import is_released
+from dfcompress.models.saving import write_sidecar
 
 HUB_FILE = "squeezenet1_1-b8a52dc0.pth"
 TINY = "test_efficientnet"

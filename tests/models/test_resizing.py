@@ -15,10 +15,11 @@ from uneven_networks import UNEVEN, images, uneven
 from dfcompress.cli import run
 from dfcompress.errors import BadInput
 from dfcompress.models.architectures import named
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import InputGrid, freeze, is_quantized, quantize_layers, quantized_layers
 from dfcompress.models.resizing import half_of, resized, widths_of
+from dfcompress.models.saving import save
 
 
 def quantized(classifier: Classifier) -> Classifier:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import load_saved, save
+from dfcompress.models.checkpoint import load_saved
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import (
     InputGrid,
@@ -21,6 +21,7 @@ from dfcompress.models.fake_quantizers import (
     quantized_layers,
     tensor_grids,
 )
+from dfcompress.models.saving import save
 from dfcompress.models.tensor_grids import as_kernels_compute, quantize_tensors
 from dfcompress.quantization.bits import layers_of
 from dfcompress.quantization.ranges import calibrate, fit_weights

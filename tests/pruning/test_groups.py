@@ -22,9 +22,10 @@ from torchvision.models.squeezenet import Fire
 from dfcompress.errors import BadInput
 from dfcompress.models.architectures import named
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier, multiply_accumulates
 from dfcompress.models.resizing import widths_of
+from dfcompress.models.saving import save
 from dfcompress.pruning.budget import Costs
 from dfcompress.pruning.groups import clusters_of, cut, find_groups
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import CIFAR
 from torch import nn
 from uneven_networks import uneven
 
 from dfcompress.errors import BadInput
 from dfcompress.models.architectures import find, named, runs_code
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.resizing import half_of, widths_of
+from dfcompress.models.saving import save
 from dfcompress.models.stages import shared_stages, stage_outputs, stages_of
 from dfcompress.training.student import make_student
 
 HALVED = ["cifar_resnet20", "cifar_resnet18", "wrn16_2", "cifar_vgg11_bn", "mobilenet_v2", "lenet5", "hinton_mlp"]
+CARD = ModelCard("cifar_resnet44", 7, (3, 32, 32), *CIFAR)
 
 
 def card(name, classes=10):
@@ -27,6 +30,44 @@ def card(name, classes=10):
 
 def widths(network):
     return [module.weight.shape[0] for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("resnet18", "cifar_resnet18"),
+        ("vgg11_bn", "cifar_vgg11_bn"),
+        ("cifar_resnet20", "cifar_resnet20"),
+        ("wrn16_1", "wrn16_1"),
+        ("mobilenet_v2", "mobilenet_v2"),
+    ],
+)
+def test_a_student_fits_the_teachers_card(name, taken):
+    student, what = make_student(name, CARD, seed=0)
+    assert student(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    assert (student.card.architecture, student.card.classes, student.card.mean) == (taken, 7, CIFAR[0])
+    assert taken in what
+    assert ("3x3 stem" in what) == (taken != name)
+
+
+def test_a_students_first_weights_depend_on_the_seed_alone():
+    weights = [make_student("cifar_resnet20", CARD, seed=seed)[0].network.conv1.weight for seed in (1, 1, 2)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_making_a_student_leaves_the_callers_randomness_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    make_student("cifar_resnet20", CARD, seed=1)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(("name", "message"), [("alexnet", "cannot take images of 3x32x32"), ("resnet19", "resnet18")])
+def test_a_student_that_does_not_fit_is_refused(name, message):
+    with pytest.raises(BadInput, match=message):
+        make_student(name, CARD, seed=0)
 
 
 @pytest.mark.parametrize("name", HALVED)

@@ -20,8 +20,9 @@ from dfcompress.data.arrays import read_idx
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.metrics import bn_divergence
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.saving import save
 from dfcompress.verbs._comparison import Comparison
 from dfcompress.verbs.compare import compare
 from dfcompress.verbs.evaluate import evaluate

@@ -22,9 +22,10 @@ from dfcompress.evaluation import onnx_check
 from dfcompress.evaluation.onnx_check import Exported, Session
 from dfcompress.models.architectures import named
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import WIDTHS, Scheme, freeze, quantize_layers
+from dfcompress.models.saving import save
 from dfcompress.models.tensor_grids import as_kernels_compute, quantize_tensors
 from dfcompress.quantization import onnx as onnx_writer
 from dfcompress.quantization.bits import Bits, assign, layers_of, parse_bits

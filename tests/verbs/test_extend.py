@@ -15,7 +15,8 @@ from dfcompress.distributed import World
 from dfcompress.errors import BadInput
 from dfcompress.machine.execution import Compute
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load
+from dfcompress.models.saving import save
 from dfcompress.reporting.sections.summary_table import _teachers_top1
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.training.class_incremental import DEFAULT, METHODS, incremental_method

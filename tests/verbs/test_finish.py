@@ -9,7 +9,7 @@ from PIL import Image
 
 from dfcompress.cli import run
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import save
+from dfcompress.models.saving import save
 from dfcompress.training.student import make_student
 
 

@@ -28,8 +28,9 @@ from dfcompress.machine.execution import Compute, Execution
 from dfcompress.machine.memory import GROWTH, SHARE
 from dfcompress.models.architectures import named
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.saving import save
 from dfcompress.run import Clock
 from dfcompress.synthesis import set_execution
 from dfcompress.synthesis.batch_state import BatchState

@@ -17,8 +17,9 @@ from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.errors import BadInput
 from dfcompress.machine.execution import Compute
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.saving import save
 from dfcompress.run import Clock
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.transfer_set import TransferSetSource

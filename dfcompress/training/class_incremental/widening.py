@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from dfcompress.errors import BadInput
-from dfcompress.models.checkpoint import is_built_by_name
 from dfcompress.models.classifier import Classifier, evaluating
 from dfcompress.models.fake_quantizers import is_quantized
+from dfcompress.models.fitting import is_built_by_name
 from dfcompress.models.layers import last_weighted_layer
 from dfcompress.models.resizing import resized, widths_of
 from dfcompress.randomness import generator

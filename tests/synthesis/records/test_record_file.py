@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dfcompress.errors import BadInput
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load
+from dfcompress.models.saving import save
 from dfcompress.synthesis.records.record_file import Description, Record, beside
 
 

@@ -13,8 +13,9 @@ from torch import nn
 from dfcompress.errors import BadInput
 from dfcompress.models.architectures import named
 from dfcompress.models.card import ModelCard
-from dfcompress.models.checkpoint import load, save
+from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
+from dfcompress.models.saving import save
 from dfcompress.training.class_incremental.widening import make_expert, widen
 from dfcompress.training.student import make_student
 
