@@ -170,7 +170,7 @@ BREAKS = [
         "models/trace.py",
         "return self.share * own + self.means[name] if name in self.means else own",
         "return own",
-        "tests/synthesis/test_synthesizer.py -k chunks_have_the_loss",
+        "tests/synthesis/test_objective.py -k chunks_have_the_loss",
     ),
     Break(
         "random labels are those of the first batch",

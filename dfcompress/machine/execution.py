@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from dfcompress import console
 from dfcompress.arguments import require_fields
 from dfcompress.errors import NOT_IN_PLACE, BadInput, first_line, is_of_layers_in_place
-from dfcompress.machine.compiling import NEEDED_TO_COMPILE, missing_to_compile
+from dfcompress.machine.compiling import NEEDED_TO_COMPILE, compiled, missing_to_compile
 from dfcompress.machine.device import (
     Precision,
     is_cuda,
@@ -127,6 +127,11 @@ def computing(execution: Execution) -> Iterator[None]:
         if device.type != "cpu":
             stack.enter_context(torch.cuda.device(device))
         yield
+
+
+def maybe_compiled(function: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
+    """`function`, compiled if the execution says so."""
+    return compiled(function) if execution.compile else function
 
 
 def tried(execution: Execution, compute: Compute, attempt: Callable[[Execution], object], *, what: str) -> Execution:

@@ -17,7 +17,7 @@ from dfcompress.models.classifier import Classifier, work_of
 from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.recipe import Recipe
 from dfcompress.synthesis.spec import SynthesisSpec
-from dfcompress.synthesis.synthesizer import try_step
+from dfcompress.synthesis.trial_steps import try_step
 
 # Number of fp32 copies of a batch's images: noise, images, gradient, Adam's two moments, the finished images, and those
 # of the batch before that are being written.

@@ -1,18 +1,16 @@
-"""The only synthesis loop: it turns a recipe and a teacher into batches of images.
+"""`Synthesizer`: the only synthesis loop. It turns a recipe and a teacher into batches of images.
 
-All that makes the loop fast is in this file: gradients with respect to the images alone; the fused recorder; bf16
-convolutions; the network pass and the losses compiled as two functions, so that the losses' small gradients reach the
-network's backward as finished tensors; the step replayed as one CUDA graph; several batches in a step where one does
-not fill the device; values read back from the device only for progress (once a second) and for saving.
+What makes the loop fast: gradients with respect to the images alone, the fused recorder, bf16 convolutions, the network
+pass and the losses compiled as two functions, so that the losses' small gradients reach the network's backward as
+finished tensors, the step replayed as one CUDA graph, several batches in a step where one does not fill the device, and
+values read back from the device only for progress (once a second) and for saving.
 """
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +19,18 @@ from torch import Tensor
 
 from dfcompress import console
 from dfcompress.errors import DfcompressError
-from dfcompress.machine.compiling import compiled
-from dfcompress.machine.device import PRECISIONS, resolve_device, synchronize
-from dfcompress.machine.execution import Execution, computing
-from dfcompress.machine.memory import Taken, count_growth, is_out_of_memory, memory_for, release_freed_memory
+from dfcompress.machine.device import resolve_device
+from dfcompress.machine.execution import Execution, computing, maybe_compiled
+from dfcompress.machine.memory import is_out_of_memory, memory_for, release_freed_memory
 from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import freeze, is_quantized
-from dfcompress.models.layers import last_weighted_layer
-from dfcompress.models.patches import patch_blocks
-from dfcompress.models.recorder import FusedRecorder
-from dfcompress.models.trace import Recording, Rest, Target, traces
+from dfcompress.models.trace import Recording, Target, traces
 from dfcompress.randomness import generator
 from dfcompress.synthesis.batch_state import SMALLER, BatchState, detached, put_modules
 from dfcompress.synthesis.images import ComputedAs, Images, PixelStatistics
-from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, Loss, ModuleState, Want
+from dfcompress.synthesis.live_student import LiveStudent
+from dfcompress.synthesis.losses import Loss, ModuleState, Want
+from dfcompress.synthesis.objective import losses_of, recorder_of
 from dfcompress.synthesis.recipe import Phase, Recipe
 from dfcompress.synthesis.records.targets import BatchTargets, TargetSampler
 from dfcompress.synthesis.transforms import Drawn
@@ -514,144 +509,3 @@ def _shown(images: Tensor, drawn: Sequence[Drawn], phase: Phase) -> Tensor:
     for transform, numbers in zip(phase.transforms, drawn, strict=True):
         images = transform.apply(images, *numbers)
     return images
-
-
-class LiveStudent:
-    """The student that images compete with: a copy that is compiled once. `update` replaces its weights in place, where
-    compiled code and captured steps read them.
-
-    The student gets the images with its own normalisation.
-    """
-
-    def __init__(self, student: Classifier, teacher: Classifier, execution: Execution) -> None:
-        self._teacher, self._student = teacher, frozen_copy(student, teacher.mean.device)
-        # The grids of a quantized student are in fp32, and so are all tensors between them.
-        quantized = is_quantized(student.network)
-        precision = torch.float32 if quantized else PRECISIONS[execution.precision]
-        self._recorder = FusedRecorder(self._student.network, precision=precision)
-        self._network = maybe_compiled(self._recorder, execution)
-        same_mean, same_std = torch.equal(self._student.mean, teacher.mean), torch.equal(self._student.std, teacher.std)
-        self._normalised_alike = same_mean and same_std
-
-    def update(self, student: Classifier) -> None:
-        """Take over the present weights of `student`. The activation ranges of a quantized student must not have
-        changed, because a captured step keeps the old ones.
-        """
-        quantized = is_quantized(student.network)
-        frozen = frozen_copy(student, self._teacher.mean.device) if quantized else student
-        self._recorder.take_weights(frozen.network)
-
-    def logits(self, seen: Tensor) -> Tensor:
-        """The student's logits `(N, classes)` for images in the teacher's normalisation."""
-        if not self._normalised_alike:
-            seen = self._student.normalise(self._teacher.denormalise(seen))
-        recording: Recording = self._network(seen)
-        return recording.logits
-
-
-def frozen_copy(student: Classifier, target: torch.device) -> Classifier:
-    """A copy on the device `target`, with the weights of quantized layers rounded to their grids."""
-    frozen = copy.deepcopy(student).to(target)
-    freeze(frozen.network)
-    return frozen
-
-
-def maybe_compiled(function: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
-    """`function`, compiled if the execution says so."""
-    return compiled(function) if execution.compile else function
-
-
-def recorder_of(
-    recipe: Recipe, teacher: Classifier, sampler: TargetSampler | None, execution: Execution
-) -> FusedRecorder:
-    """The recorder of everything that the recipe's losses want, and of the layers for which the record sets targets."""
-    outputs = list(sampler.layers) if sampler else []
-    wanted = {want.layer for want in recipe.wants if isinstance(want, LayerOutput)}
-    return FusedRecorder(
-        teacher.network,
-        moments=Want.MOMENTS in recipe.wants,
-        outputs=outputs + sorted(wanted.difference(outputs)),
-        channel_means=sorted(want.layer for want in recipe.wants if isinstance(want, ChannelMeans)),
-        patches=patch_blocks(teacher) if Want.PATCHES in recipe.wants else (),
-        last=last_weighted_layer(teacher) if Want.PENULTIMATE in recipe.wants else None,
-        dropout=sampler is not None and sampler.fixes_dropout,
-        precision=PRECISIONS[execution.precision],
-    )
-
-
-def losses_of(recipe: Recipe) -> Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]:
-    """Return a function `(seen, labels, recording, …) → (loss, values, means)`.
-
-    `loss` `()` is the weighted sum, `values` `(batches, losses)` are unweighted. Each batch has its own statistics and,
-    in `modules`, its own tensors of the losses' modules. In chunked mode, `others` are the other chunks' contributions
-    to the batch means and `images` is the batch size; in `loss`, a mean over images then counts by the chunk's share
-    and a loss of the whole batch in full, and `means` are this chunk's own means. Otherwise `means` is empty.
-    """
-    losses = list(recipe.losses)
-
-    def values_and_sum(
-        seen: Tensor,
-        labels: Tensor,
-        recording: Recording,
-        targets: Mapping[str, Target] | None = None,
-        student_logits: Tensor | None = None,
-        modules: Sequence[Mapping[str, ModuleState]] | None = None,
-        others: Mapping[str, Tensor] | None = None,
-        images: int = 0,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        modules = modules or [{loss.name: loss.module_state(seen.device) for loss in losses}]
-        copies = len(seen) // len(labels)
-        rest = None if others is None else Rest(images * copies, len(labels) / images, others)
-        batches = traces(
-            seen, labels, recording, targets=targets, student_logits=student_logits, groups=len(modules), rest=rest
-        )
-        values = [
-            [loss.value_with(states[loss.name], trace) for loss in losses]
-            for trace, states in zip(batches, modules, strict=True)
-        ]
-        # A mean over a chunk's images counts by the chunk's share; a loss of the whole batch counts in full.
-        weights = [loss.weight * (rest.share if rest and not loss.of_batch else 1.0) for loss in losses]
-        weighted = [weight * value for row in values for weight, value in zip(weights, row, strict=True)]
-        detached = torch.stack([torch.stack(row) for row in values]).detach()
-        return torch.stack(weighted).sum(), detached, rest.own if rest else {}
-
-    return values_and_sum
-
-
-def try_step(
-    recipe: Recipe,
-    teacher: Classifier,
-    execution: Execution,
-    *,
-    student: Classifier | None,
-    sampler: TargetSampler | None,
-) -> Taken:
-    """Run eager steps of the recipe's last phase with two and with four images, and return the memory they take. An
-    exception of a network that cannot run the step is passed on.
-    """
-    if not recipe.steps:
-        return Taken(0.0)
-    steps = {}
-    for images in (2, 4):
-        synthesizer = Synthesizer(recipe, teacher, replace(execution, compile=False), student=student, sampler=sampler)
-        state = synthesizer.begin_last_phase({0: torch.arange(images) % teacher.card.classes})
-        steps[images] = partial(synthesizer.step, state)
-    return count_growth(lambda images: steps[images]())
-
-
-def seconds_per_step(
-    recipe: Recipe, teacher: Classifier, execution: Execution, batch_size: int, sampler: TargetSampler | None = None
-) -> float:
-    """Seconds of one step in the recipe's last phase: the least of a few steps without the first, captured ones
-    included.
-    """
-    student = copy.deepcopy(teacher) if Want.STUDENT in recipe.wants else None
-    synthesizer = Synthesizer(recipe, teacher, execution, student=student, sampler=sampler)
-    state = synthesizer.begin_last_phase({0: torch.arange(batch_size) % teacher.card.classes})
-    times = []
-    for _ in range(min(recipe.phases[-1].steps, 3 + STEPS_BEFORE_CAPTURE * execution.capture)):
-        started = time.perf_counter()
-        synthesizer.step(state)
-        synchronize(synthesizer.device)
-        times.append(time.perf_counter() - started)
-    return min(times[1:] or times)

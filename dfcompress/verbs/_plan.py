@@ -26,8 +26,8 @@ from dfcompress.run import Run, check_output, running
 from dfcompress.synthesis.recipe import RecipeChoice
 from dfcompress.synthesis.set_execution import execution_of
 from dfcompress.synthesis.spec import SynthesisSpec
-from dfcompress.synthesis.synthesizer import seconds_per_step
 from dfcompress.synthesis.transfer_set import TransferSet
+from dfcompress.synthesis.trial_steps import seconds_per_step
 from dfcompress.training.loop import TIMED, Trained
 from dfcompress.training.settings import Training
 from dfcompress.verbs._verb import Options, Result, verb

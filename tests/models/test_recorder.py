@@ -15,8 +15,8 @@ from dfcompress.models.recorder import FusedRecorder, HookRecorder, require_outp
 from dfcompress.models.statistics import named_statistics_layers, statistics_layers
 from dfcompress.synthesis.images import Pixels
 from dfcompress.synthesis.losses import ChannelMeans, LayerOutput, Loss
+from dfcompress.synthesis.objective import losses_of
 from dfcompress.synthesis.recipe import Recipe, choose
-from dfcompress.synthesis.synthesizer import losses_of
 
 
 @pytest.fixture(scope="module")

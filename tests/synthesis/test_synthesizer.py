@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,25 +14,18 @@ from torch.nn import functional as F
 
 from dfcompress import console
 from dfcompress.errors import DfcompressError
-from dfcompress.machine import compiling
-from dfcompress.machine.compiling import compiled
 from dfcompress.machine.execution import Execution
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import InputGrid, is_quantized, learn_steps, quantize_layers
-from dfcompress.models.recorder import HookRecorder, _tensors
 from dfcompress.models.statistics import statistics_layers
-from dfcompress.models.trace import Target
 from dfcompress.randomness import generator
 from dfcompress.run import Clock
-from dfcompress.synthesis import batch_state, losses
+from dfcompress.synthesis import batch_state
 from dfcompress.synthesis import synthesizer as synthesizer_module
 from dfcompress.synthesis.batch_state import SMALLER, BatchState
-from dfcompress.synthesis.images import Pixels
-from dfcompress.synthesis.recipe import Phase, Recipe, choose
-from dfcompress.synthesis.records.targets import BatchTargets
-from dfcompress.synthesis.synthesizer import STEPS_BEFORE_RELEASE, Synthesizer, losses_of
+from dfcompress.synthesis.recipe import choose
+from dfcompress.synthesis.synthesizer import STEPS_BEFORE_RELEASE, Synthesizer
 
 EAGER = Execution("cpu", "fp32", False, 1, "")
 LABELS = torch.arange(16) % 10
@@ -140,91 +132,6 @@ def test_a_rate_that_overflows_is_reported(teacher):
         synthesizer(teacher, 4, lr=1e30).batch(0, LABELS)
 
 
-def gradient(made, images, labels=LABELS, groups=1):
-    """Gradient and unweighted losses of normalised images, through the synthesizer's own objective, without views."""
-    seen = images.clone().requires_grad_(True)
-    phase = made.recipe.phases[0]
-    state = made.begin(dict(enumerate(labels.chunk(groups))))
-    state.put_drawn(
-        [[tuple(map(torch.zeros_like, numbers)) for numbers in drawn] for drawn in made._drawn(state, phase)]
-    )
-    total, values = made.objective(state, phase, list(seen.chunk(groups)))
-    return torch.autograd.grad(total, seen)[0], values
-
-
-def noise(count=16):
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("file", "blocks"),
-    [
-        ("resnet20_file", 1),  # Of three in each stage: compiling all takes half a minute.
-        pytest.param("resnet20_file", 3, marks=pytest.mark.release),
-        pytest.param("resnet44_file", 7, marks=pytest.mark.release),
-    ],
-)
-def test_every_trick_gives_the_gradients_of_plain_autograd(file, blocks, request):
-    """Hooks and plain autograd on the untouched network, against the fused recorder, and that compiled."""
-    teacher = load(request.getfixturevalue(file)).frozen()
-    for stage in ("layer1", "layer2", "layer3"):
-        setattr(teacher.network, stage, getattr(teacher.network, stage)[:blocks])
-    recipe = choose("deepinversion", "paper-cifar10", {"batch_size": 16}).recipe
-    images = noise().requires_grad_(True)
-    recorder = HookRecorder(teacher.network, moments=True)
-    total, expected_values, _ = losses_of(recipe)(images, LABELS, recorder(images))
-    expected = torch.autograd.grad(total, images)[0]
-    for execution in (EAGER, replace(EAGER, compile=True)):
-        ours, values = gradient(Synthesizer(recipe, teacher, execution), images.detach())
-        torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-5)
-        # Rounding moves single activations across ReLU's kink: a few pixels differ, the gradient as a whole does not.
-        assert (ours - expected).abs().median() < 1e-5 * expected.abs().max()
-        assert (ours - expected).norm() < 2e-3 * expected.norm()
-
-
-@pytest.mark.parametrize("normalisation", ["teacher's", "none", "halves"])
-def test_images_compete_with_the_students_own_answer(teacher, normalisation):
-    """1 − JS of both models' answers to the same images in [0, 1], each normalised by the model's own card."""
-    known = {
-        "teacher's": (teacher.card.mean, teacher.card.std),
-        "none": ((0.0,) * 3, (1.0,) * 3),
-        "halves": ((0.5,) * 3, (0.25,) * 3),
-    }
-    mean, std = known[normalisation]
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 8, 5, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(392, 10))
-    student = Classifier(network, replace(teacher.card, mean=mean, std=std)).frozen()
-    recipe = choose("adaptive-deepinversion", "paper-cifar10", {"batch_size": 16}).recipe
-    _, values = gradient(Synthesizer(recipe, teacher, EAGER, student=student), noise())
-    images = teacher.denormalise(noise())
-    given, own = ((model(images) / 3).softmax(1) for model in (teacher, student))
-    middle = (given + own) / 2
-    divergence = sum((p * (p / middle).log()).sum(1).mean() for p in (given, own)) / 2
-    named = dict(zip((loss.name for loss in recipe.losses), values[0].tolist(), strict=True))
-    assert named["competition"] == pytest.approx(1 - divergence.item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("steps", [False, True])
-def test_images_compete_with_a_quantized_student_as_it_will_answer(teacher, precision, steps):
-    """To rounding, in which bf16 would move activations from one level to the next."""
-    student = Classifier(copy.deepcopy(teacher.network), teacher.card)
-    quantize_layers(student.network, {"conv1": (8, 8), "layer2.0.conv1": (2, 4), "fc": (4, 32)})
-    for layer in ("conv1", "layer2.0.conv1"):
-        student.network.get_submodule(layer).input_grid = InputGrid.covering(-2.0, 2.0, bits=4)
-    if steps:
-        learn_steps(student.network)
-    recipe = choose("adaptive-deepinversion", "paper-cifar10", {"batch_size": 16}).recipe
-    made = Synthesizer(recipe, teacher, replace(EAGER, precision=precision), student=student)
-    with torch.no_grad():
-        torch.testing.assert_close(made._live_student.logits(noise()), student.network(noise()), rtol=1e-3, atol=1e-3)
-    change, _ = gradient(made, noise())
-    assert change.isfinite().all()
-    assert is_quantized(student.network)
-    assert (student.network.conv1.weight_step is not None) == steps
-
-
 def test_a_step_that_cannot_be_captured_is_tried_once(teacher, monkeypatch):
     """Not in every batch anew, with a notice each."""
     tried = []
@@ -236,78 +143,6 @@ def test_a_step_that_cannot_be_captured_is_tried_once(teacher, monkeypatch):
             made.step(state)
     assert len(tried) == 1
     assert len(state.history) == 8
-
-
-def test_a_student_that_learns_is_updated_in_place(monkeypatch):
-    """Three rounds: two recorders and three compiled functions in all, and the bits of a synthesizer made anew."""
-    recorders, graphs, functions = [], [], []
-    record = synthesizer_module.FusedRecorder
-
-    def counted_graph(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(
-        synthesizer_module, "FusedRecorder", lambda *of, **how: recorders.append(of) or record(*of, **how)
-    )
-    monkeypatch.setattr(
-        synthesizer_module, "compiled", lambda function: functions.append(function) or compiled(function)
-    )
-    monkeypatch.setattr(compiling, "_inductor", counted_graph)
-    torch._dynamo.reset()
-    settings = {"steps": 2, "batch_size": 8}
-    recipe = choose("adaptive-deepinversion", "paper-cifar10", settings).recipe
-    execution = replace(EAGER, compile=True, precision="bf16")
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval()
-    teacher = Classifier(network, ModelCard("small", 10, (3, 8, 8), (0.5,) * 3, (0.25,) * 3)).frozen()
-    student = Classifier(copy.deepcopy(network), teacher.card)
-    live = Synthesizer(recipe, teacher, execution, student=student)
-    tensors = [tensor.data_ptr() for _, tensor in _tensors(live._live_student._recorder.network)]
-    labels, images = torch.arange(8), []
-    for shard in range(3):
-        images.append(live.batch(shard, labels).images)
-        torch.manual_seed(shard)
-        with torch.no_grad():
-            for tensor in student.network.state_dict().values():
-                if tensor.is_floating_point():
-                    tensor.add_(0.3 * torch.rand(tensor.shape))
-        live.update_student(student)
-    images.append(live.batch(3, labels).images)
-    assert (len(recorders), len(functions), len(graphs)) == (2, 3, 3)
-    assert [tensor.data_ptr() for _, tensor in _tensors(live._live_student._recorder.network)] == tensors
-    anew, fresh = (Synthesizer(recipe, teacher, execution, student=each) for each in (student, teacher))
-    assert torch.equal(images[3], anew.batch(3, labels).images)
-    assert not torch.equal(images[3], fresh.batch(3, labels).images)
-
-
-def test_a_quantized_student_that_learns_is_updated_in_place(teacher):
-    """To the bit: its weights on their grids anew, and its input grids."""
-    student = Classifier(copy.deepcopy(teacher.network), teacher.card)
-    quantize_layers(student.network, {"layer2.0.conv1": (2, 4), "fc": (4, 32)})
-    student.network.layer2[0].conv1.input_grid = InputGrid.covering(-2.0, 2.0, bits=4)
-    recipe = choose("adaptive-deepinversion", "paper-cifar10", {"batch_size": 16}).recipe
-    live = Synthesizer(recipe, teacher, EAGER, student=student)
-    with torch.no_grad():
-        student.network.fc.weight.mul_(1.5)
-        student.network.layer2[0].conv1.weight.add_(0.01)
-    student.network.layer2[0].conv1.input_grid = InputGrid.covering(-1.0, 2.5, bits=4)
-    before = live._live_student.logits(noise())
-    live.update_student(student)
-    after = live._live_student.logits(noise())
-    assert not torch.equal(after, before)
-    assert torch.equal(after, Synthesizer(recipe, teacher, EAGER, student=student)._live_student.logits(noise()))
-    assert not student.network.fc.is_frozen
-
-
-def test_groups_have_the_gradients_of_single_batches(teacher):
-    images, labels = noise(32), torch.cat([LABELS, LABELS.flip(0)])
-    together, values = gradient(synthesizer(teacher, 1), images, labels, groups=2)
-    one = synthesizer(teacher, 1)
-    alone = [gradient(one, own, own_labels) for own, own_labels in zip(images.chunk(2), labels.chunk(2), strict=True)]
-    torch.testing.assert_close(values, torch.cat([values for _, values in alone]), rtol=1e-5, atol=1e-5)
-    expected = torch.cat([own for own, _ in alone])
-    assert (together - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_shards_made_side_by_side_are_those_made_alone(teacher):
@@ -323,87 +158,6 @@ def test_shards_made_side_by_side_are_those_made_alone(teacher):
 def test_the_number_of_threads_changes_no_bit(teacher):
     images = [synthesizer(teacher, 4, execution=replace(EAGER, threads=n)).batch(0, LABELS).images for n in (1, 2)]
     assert torch.equal(*images)
-
-
-class Sampled:
-    """A record that wants the same of every image's logits and of a layer, and multiplies no dropout."""
-
-    layers, fixes_dropout = ("logits", "layer1.0.conv1"), False
-
-    def sample(self, labels, random):
-        sizes = {"logits": 10, "layer1.0.conv1": 16 * 32 * 32}
-        values = {layer: torch.randn(len(labels), size, generator=random) for layer, size in sizes.items()}
-        return BatchTargets({layer: Target(each, torch.tensor(0.5)) for layer, each in values.items()})
-
-
-# All losses but those that own a module; weighted so that none is lost beside the others.
-LOSSES = [
-    losses.class_cross_entropy(),
-    losses.inception(1.0),
-    losses.competition(),
-    losses.bn_distance(first=10.0),
-    0.1 * losses.bn_distance(),
-    losses.bn_divergence(),
-    losses.pixel_divergence(),
-    0.1 * losses.activation_distance(0.1, later=2.0),
-    1e-2 * losses.total_variation(),
-    1e-2 * losses.usual_variation(),
-    losses.smoothness(),
-    1e-2 * losses.image_norm(),
-    losses.image_norm(each=True),
-]
-
-
-def in_chunks(teacher, recipe, chunk, *, compiled=False):
-    """With a student that answers otherwise than its teacher."""
-    student = Classifier(copy.deepcopy(teacher.network), teacher.card).frozen()
-    student.network.fc.weight.mul_(-0.5)
-    execution = replace(EAGER, chunk=chunk, compile=compiled)
-    return Synthesizer(recipe, teacher, execution, student=student, sampler=Sampled())
-
-
-def first_step(made):
-    """The values and the gradient of the first step, at the images that it begins with."""
-    state = made.begin({0: LABELS})
-    made.step(state)
-    return state.history[0], state.parameters[0].grad
-
-
-def test_every_loss_is_tried_in_chunks():
-    makers = [each for each in vars(losses).values() if inspect.isfunction(each) and each.__module__ == losses.__name__]
-    makers = [each for each in makers if inspect.signature(each).return_annotation == "Loss"]
-    names = {each.__name__.removeprefix("class_") for each in makers}
-    # ResNet-20 has no patches.
-    assert {loss.name for loss in LOSSES} == names - {"patch_similarity"}
-
-
-@pytest.mark.parametrize("number", range(len(LOSSES)))
-def test_chunks_have_the_loss_and_the_gradient_of_their_batch(teacher, number):
-    """16 images in chunks of 4, and of 6, of which the last has 4."""
-    recipe = Recipe(images=Pixels(), losses=[LOSSES[number]], phases=[Phase(1, 0.1)], batch_size=16)
-    expected_values, expected = first_step(in_chunks(teacher, recipe, None))
-    for chunk in (4, 6):
-        values, gradient = first_step(in_chunks(teacher, recipe, chunk))
-        torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-6)
-        assert (gradient - expected).norm() < 1e-4 * expected.norm()
-
-
-def test_chunks_of_compiled_losses_have_the_loss_of_their_batch(teacher, monkeypatch):
-    """All of them together; the network and the losses are compiled once each for chunks of one size."""
-    graphs = []
-    monkeypatch.setattr(compiling, "_inductor", lambda graph, inputs: graphs.append(graph) or graph.forward)
-    torch._dynamo.reset()
-    different = {loss.name: loss for loss in LOSSES}.values()
-    recipe = Recipe(images=Pixels(), losses=[*different], phases=[Phase(2, 0.1)], batch_size=16)
-    expected_values, expected = first_step(in_chunks(teacher, recipe, None))
-    made = in_chunks(teacher, recipe, 4, compiled=True)
-    state = made.begin({0: LABELS})
-    made.step(state)
-    assert len(graphs) == 3  # Of the teacher, the student and the losses.
-    torch.testing.assert_close(state.history[0], expected_values, rtol=1e-5, atol=1e-6)
-    assert (state.parameters[0].grad - expected).norm() < 1e-4 * expected.norm()
-    made.step(state)
-    assert len(graphs) == 3
 
 
 def test_freed_memory_is_given_back_every_few_steps(teacher, monkeypatch):

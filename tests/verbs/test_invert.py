@@ -36,7 +36,7 @@ from dfcompress.synthesis import set_execution
 from dfcompress.synthesis.batch_state import BatchState
 from dfcompress.synthesis.recipe import Recipe, Synthesis
 from dfcompress.synthesis.spec import resolve
-from dfcompress.synthesis.synthesizer import try_step
+from dfcompress.synthesis.trial_steps import try_step
 from dfcompress.verbs import _plan
 from dfcompress.verbs.distill import distill
 from dfcompress.verbs.invert import invert
