@@ -17,7 +17,7 @@ from dfcompress.models.stages import shared_stages
 from dfcompress.quantization.calibration import Calibration
 from dfcompress.quantization.observers import range_rules
 from dfcompress.quantization.reconstruction import Reconstruction
-from dfcompress.synthesis import synthesizer as synthesizer_module
+from dfcompress.synthesis import batch_state
 from dfcompress.synthesis.recipe import choose
 from dfcompress.synthesis.synthesizer import Synthesizer
 from dfcompress.training.class_map import ClassMap
@@ -77,7 +77,7 @@ def test_a_captured_step_does_what_a_launched_one_does(resnet20_file, compiled):
 def test_the_step_is_really_captured_and_still_moves_the_images(name, index, resnet20_file, monkeypatch):
     captures = []
     honest = captured
-    monkeypatch.setattr(synthesizer_module, "captured", lambda step: captures.append(honest(step)) or captures[-1])
+    monkeypatch.setattr(batch_state, "captured", lambda step: captures.append(honest(step)) or captures[-1])
     recipe = choose(name, None, {"steps": 10, "batch_size": 16}).recipe
     synthesizer = Synthesizer(recipe, load(resnet20_file), replace(FAST, device=f"cuda:{index}"))
     work = synthesizer.begin({0: LABELS[:16]})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dfcompress import console
 from dfcompress.data.batches import UNLABELLED
-from dfcompress.data.fitting import fit, tell_fitting
+from dfcompress.data.fitted import fit, tell_fitting
 from dfcompress.data.image_source import KINDS, Size, is_hidden
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.errors import BadInput, listed

@@ -15,7 +15,7 @@ from pathlib import Path
 from dfcompress import console
 from dfcompress.data.arrays import IDX_IMAGES, checked, idx_files, read_idx, read_npz
 from dfcompress.data.cifar import is_cifar, read_cifar
-from dfcompress.data.fitting import Fitted, tell_fitting
+from dfcompress.data.fitted import Fitted, tell_fitting
 from dfcompress.data.image_folder import ImageFolder, class_folders
 from dfcompress.data.image_source import KINDS, ImageSource, Part, Size
 from dfcompress.data.synthetic_set import MANIFEST, SyntheticSet

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfcompress import console
-from dfcompress.data.fitting import Fitted
+from dfcompress.data.fitted import Fitted
 from dfcompress.data.image_source import ImageSource
 from dfcompress.data.real import open_images, require_decodable
 from dfcompress.data.synthetic_set import FILLED, MANIFEST, SyntheticSet, as_float, as_stored, joined

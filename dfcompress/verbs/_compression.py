@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dfcompress.data.batches import BatchSource
-from dfcompress.data.fitting import reshaped
+from dfcompress.data.fitted import reshaped
 from dfcompress.data.pool import ImagePool
 from dfcompress.data.synthetic_set import as_float, as_stored
 from dfcompress.errors import BadInput

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dfcompress import console
-from dfcompress.data.fitting import reshaped
+from dfcompress.data.fitted import reshaped
 from dfcompress.data.real import open_images, require_decodable
 from dfcompress.distributed import world
 from dfcompress.evaluation.metrics import predict

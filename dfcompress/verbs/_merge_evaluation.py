@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dfcompress.data.fitting import reshaped
+from dfcompress.data.fitted import reshaped
 from dfcompress.data.image_source import ImageSource
 from dfcompress.data.real import open_images, require_decodable
 from dfcompress.errors import BadInput

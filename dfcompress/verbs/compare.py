@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dfcompress import console
 from dfcompress.data.batches import UNLABELLED
-from dfcompress.data.fitting import Fitted
+from dfcompress.data.fitted import Fitted
 from dfcompress.data.image_folder import ImageFolder
 from dfcompress.data.image_source import ImageSource
 from dfcompress.data.real import open_images

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dfcompress.data.fitting import Fitted
+from dfcompress.data.fitted import Fitted
 from dfcompress.data.image_source import ImageSource
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.distributed import world

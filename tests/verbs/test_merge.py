@@ -12,7 +12,7 @@ from torch import nn
 
 from dfcompress import console
 from dfcompress.cli import run
-from dfcompress.data.fitting import reshaped
+from dfcompress.data.fitted import reshaped
 from dfcompress.data.synthetic_set import SyntheticSet
 from dfcompress.errors import BadInput
 from dfcompress.machine.execution import Compute

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dfcompress.data.batches import Batch
-from dfcompress.data.fitting import reshaped
+from dfcompress.data.fitted import reshaped
 from dfcompress.data.pool import Augmentation
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.ood_score import OodScore

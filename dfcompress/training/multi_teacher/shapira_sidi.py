@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfcompress.data.batches import Batch
-from dfcompress.data.fitting import reshaped
+from dfcompress.data.fitted import reshaped
 from dfcompress.models.classifier import Classifier
 from dfcompress.training.class_map import ClassMap
 from dfcompress.training.distiller import FixedWeights, mean_where

@@ -11,7 +11,7 @@ from image_files import CIFAR, read
 from PIL import Image
 from torchvision import transforms
 
-from dfcompress.data.fitting import fit
+from dfcompress.data.fitted import fit
 from dfcompress.data.real import open_images
 from dfcompress.errors import BadInput
 from dfcompress.models.card import CIFAR_MEAN, CIFAR_STD, ModelCard
