@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from measuring import Rows
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -50,9 +50,11 @@ BITS, PRUNED = ("8w8a", "4w4a"), "half pruned"
 SIDE = 96
 OWN_SIDES = {"inception_v3": 299}
 IMAGES, STEPS = 8, 2
-SECONDS, GIGABYTES = 900, 8
+SECONDS, GIGABYTES = 3600, 8
 CLOSE = 0.05  # Of the logits' deviation over classes, in the median: a grid's step that rounds the other way.
-NOISE = 1e-5  # Of an image, where 1 is white: a 400th of a grey level.
+# White is 1: a 400th of a grey level everywhere, and at one pixel value in 10,000 a whole grey level, which an input of
+# 8 bits does not round away.
+NOISE, SPECKS, GREY_LEVEL, DRAWS = 1e-5, 1e-4, 1 / 255, 4
 LARGEST = 250_000_000  # Parameters: 1 GB in fp32, of which the path holds up to four.
 PACKAGES = ("dfcompress", "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime")
 
@@ -219,22 +221,30 @@ def _walk(name: str, folder: Path, found: dict[str, Any]) -> None:
 def answers(packed: Classifier, images: SyntheticSet, file: Path) -> str:
     """Whether onnxruntime answers as the packed model does, or by how much it does not.
 
-    Random weights leave ties between classes: where answers differ, the logits decide. Deep random networks of four
-    bits change their logits by a third of the deviation for noise in the input that nobody sees, so onnxruntime may
-    differ by as much as the packed model from itself.
+    Random weights leave ties between classes: where answers differ, the logits decide. In a deep random network a sum
+    that onnxruntime adds up in another order rounds to the next value of a grid here and there, and layer by layer more
+    values differ: noise that nobody sees changes the logits by up to a third of their deviation. So onnxruntime may
+    differ by as much as the packed model from itself under such noise.
     """
     ((shown, _),) = images.batches(IMAGES)
     write_onnx(packed, file)
     given = Session(file, EXACT)(shown)
     logits = packed(shown)
-    noise = NOISE * torch.randn(shown.shape, generator=torch.Generator().manual_seed(0))
-    own = (packed(shown + noise) - logits).abs().median().item()
+    own = max(
+        (packed(shown + _unseen_noise(shown.shape, seed)) - logits).abs().median().item() for seed in range(DRAWS)
+    )
     deviation = logits.std(1).mean().item()
     difference = (given - logits).abs().median().item() / deviation
     equal = int((given.argmax(1) == logits.argmax(1)).sum())
     if equal == IMAGES or difference < max(CLOSE, own / deviation):
         return "works"
     return f"onnxruntime: {equal} of {IMAGES} answers equal, logits differ by {difference:.2g} of their deviation"
+
+
+def _unseen_noise(shape: torch.Size, seed: int) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    noise = NOISE * torch.randn(shape, generator=random)
+    return noise + GREY_LEVEL * (torch.rand(shape, generator=random) < SPECKS)
 
 
 def _smallest(name: str, network: nn.Module) -> int:
@@ -274,7 +284,8 @@ Random weights, with the BatchNorm statistics of smooth random images, go throug
 (calibration only), the packed file, loading it, ONNX and onnxruntime.
 *works* means that all of it ran, and that onnxruntime answers all {IMAGES} images as the packed model does (or, where
 random weights leave ties, with logits that differ by less than {CLOSE:.0%} of their deviation in the median, or by less
-than those of the packed model itself when noise of {NOISE:g}, a 400th of a grey level, is added to the images).
+than those of the packed model itself when noise of a 400th of a grey level is added to the images, and to one pixel
+value in 10,000 a whole grey level, in the largest of {DRAWS} draws).
 It says nothing of accuracy.
 *half pruned*, by docs/measure_prune_support.py, says whether half of the multiply-accumulates can go (by magnitude,
 without repair), whether the file loads, and whether onnxruntime answers as the pruned network does.
