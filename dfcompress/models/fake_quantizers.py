@@ -570,7 +570,7 @@ class _StraightThrough(torch.autograd.Function):
 
 class _LearntStep(torch.autograd.Function):
     """clip(values / step) rounded, times step, and the gradients of both: with v = values / step, that of the values is
-    1 where v was not clipped, else 0; that of the step is ⌊v⌉ − v, or the end at which v was clipped (LSQ, eq. 3).
+    1 where v lies between the ends, else 0; that of the step is ⌊v⌉ − v there, else the nearer end (LSQ, eq. 3 and 5).
     """
 
     @staticmethod
@@ -582,10 +582,10 @@ class _LearntStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         values, step = ctx.saved_tensors
+        lowest, highest = ctx.ends
         scaled = values / step
-        clipped = scaled.clamp(*ctx.ends)
-        inside = torch.eq(scaled, clipped, out=torch.empty_like(scaled))
-        of_step = clipped.round_().sub_(scaled.mul_(inside)).mul_(gradient)
+        inside = scaled.clone().gt_(lowest).mul_(scaled.clone().lt_(highest))
+        of_step = scaled.clamp(lowest, highest).round_().sub_(scaled.mul_(inside)).mul_(gradient)
         return inside.mul_(gradient), of_step.sum_to_size(step.shape), None, None
 
 
