@@ -90,7 +90,7 @@ class BatchState:
         self.follow_rates()
         self.drawn: list[list[Drawn]] = []
         self.captured: Callable[[], Tensor] | None = None
-        self.uncaptured = 0
+        self.steps_since_start = 0
         self.means: dict[str, Tensor] = {}
 
     def capture(self, step: Callable[[], Tensor]) -> bool:

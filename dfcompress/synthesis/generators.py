@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfcompress.machine.compiling import compiled
 from dfcompress.machine.device import PRECISIONS
-from dfcompress.machine.execution import Execution
+from dfcompress.machine.execution import Execution, maybe_compiled
 from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis.images import ParameterGroup, PixelStatistics
 
@@ -64,7 +63,7 @@ class Generator:
     def compute_as(self, execution: Execution) -> None:
         """Render in the precision of `execution`, and compiled if it compiles."""
         self._precision = PRECISIONS[execution.precision]
-        self._generated = compiled(generated) if execution.compile else generated
+        self._generated = maybe_compiled(generated, execution)
 
     def start(
         self, labels: Tensor, teacher: Classifier, generator: torch.Generator, pixels: PixelStatistics | None = None

@@ -321,11 +321,11 @@ class Synthesizer:
         with computing(self.execution):
             if len(state.chunks) > 1 and not state.means:
                 self._visit(state, phase)
-            due = self.execution.capture and state.captured is None and state.uncaptured >= STEPS_BEFORE_CAPTURE
+            due = self.execution.capture and state.captured is None and state.steps_since_start >= STEPS_BEFORE_CAPTURE
             if due and not state.capture(lambda: self._update(state, phase)):
                 self.execution = replace(self.execution, capture=False)
             values = state.captured() if state.captured else self._update(state, phase)
-            state.uncaptured += 1
+            state.steps_since_start += 1
         state.history.append(values)
         state.step += 1
         if state.step % STEPS_BEFORE_RELEASE == 0 and not self.execution.capture:
