@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import init
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from dfcompress.models.plain import make_plain
 from dfcompress.models.resizing import resized
@@ -47,6 +50,7 @@ class Architecture:
     architectures are ruled out by it without being built. `ignored` is a regular expression for the names of tensors
     that only training needs. `namings` are the known names of its tensors in files.
     `mean` and `std` are the values that its released weights expect, if they differ from the default for the size.
+    `library` names the library that builds the network and is imported for it, which takes seconds.
     `foreign` networks come from a user's factory, which decides the channels, and also the number of classes if 0
     classes are requested or if it takes no `num_classes`.
     """
@@ -60,6 +64,7 @@ class Architecture:
     namings: tuple[Naming, ...] = (Naming(),)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    library: str | None = None
     foreign: bool = False
     widths: tuple[tuple[str, tuple[int, int]], ...] = ()
 
@@ -97,9 +102,26 @@ class Architecture:
         """
         for place in (_parameters_on_meta(), torch.device("meta")):
             with suppress(RuntimeError):  # NotImplementedError, which meta tensors raise, is a RuntimeError.
-                with place:
+                with place, _WithoutInitialValues():
                     network = self.build(classes, channels)
                 yield network
+
+
+class _WithoutInitialValues(TorchFunctionMode):
+    """Inside, tensors on the meta device get no initial values: torch imports its compiler to draw them, for 2 s."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = options or {}
+        if function in _DRAWING or getattr(function, "__module__", "") == init.__name__:
+            tensor: Tensor = arguments[0] if arguments else options["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return function(*arguments, **options)
+
+
+_DRAWING = {Tensor.normal_, Tensor.uniform_}
 
 
 @contextmanager

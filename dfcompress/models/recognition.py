@@ -140,7 +140,11 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> Recognised:
     file, count = _File(tensors), len(tensors)
     known = architectures().values()
     likely = [each for each in known if each.tensors in (None, count) or each.ignored]
-    matches = _complete(likely, file)
+    # A library is imported last: of its architectures, the index finds those whose names are in the file as they are.
+    listed_names = {name for twins in file.fitting() for name in twins}
+    matches = _complete([each for each in likely if not each.library or each.name in listed_names], file)
+    if not any(_is_clear(match) for match in matches):
+        matches = _complete(likely, file)
     if not any(_is_clear(match) for match in matches) and (match := _listed(file, where)):
         if _is_clear(match):
             return _taken(match, where)

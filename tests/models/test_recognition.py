@@ -92,6 +92,18 @@ def test_the_shared_checkpoints_are_recognised_in_their_own_naming(resnet20_file
         assert found.naming.mean == (0.485, 0.456, 0.406)
 
 
+LIBRARIES_IMPORTED = """
+import sys, dfcompress
+assert dfcompress.load(sys.argv[1]).card.architecture == "cifar_resnet20"
+print(sorted({"torchvision", "timm", "torch._dynamo"} & sys.modules.keys()))
+"""
+
+
+def test_a_network_of_ours_is_recognised_without_importing_others_and_a_compiler(resnet20_file):
+    line = [sys.executable, "-c", LIBRARIES_IMPORTED, str(resnet20_file)]
+    assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def test_values_and_types_play_no_part(resnet20_file):
     tensors = {name: torch.zeros_like(tensor, dtype=torch.int8) for name, tensor in read(resnet20_file).tensors.items()}
     assert recognise(tensors, "file").architecture.name == "cifar_resnet20"

@@ -159,12 +159,14 @@ def _architecture(name: str) -> Architecture:
         namings=(Naming(), EARLY_DENSENET) if name.startswith("densenet") else (Naming(),),
         mean=_HALF if auxiliary else None,
         std=_HALF if auxiliary else None,
+        library="torchvision",
     )
 
 
 def _small_architecture(name: str) -> Architecture:
     make = partial(_make_small, name)
-    return Architecture(f"cifar_{name}", make, 32, tensors=TENSORS[name], namings=(Naming(), KUANGLIU))
+    namings = (Naming(), KUANGLIU)
+    return Architecture(f"cifar_{name}", make, 32, tensors=TENSORS[name], namings=namings, library="torchvision")
 
 
 ARCHITECTURES = [
