@@ -451,11 +451,6 @@ def test_a_missing_or_older_timm_is_named_with_the_network(installed, told, monk
     assert refused.value.remedy.startswith("Install")
 
 
-def test_a_small_network_is_recognised_without_importing_timm(resnet20_file):
-    code = f"import sys, dfcompress; dfcompress.load({str(resnet20_file)!r}); assert 'timm' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(BadInput, match="cifar_resnet20"):
         find("cifar_resent20")
