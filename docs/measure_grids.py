@@ -17,9 +17,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dfcompress.models import fake_quantizers
+from dfcompress.models import grids
 from dfcompress.models.architectures import find
-from dfcompress.models.fake_quantizers import InputGrid, can_be_quantized, quantize_layers, quantized_layers
+from dfcompress.models.fake_quantizers import can_be_quantized, quantize_layers, quantized_layers
+from dfcompress.models.grids import InputGrid
 
 ROUNDS = 5
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
@@ -53,8 +54,8 @@ def seconds_of(work: Callable[[], Tensor]) -> tuple[float, float]:
     least = [float("inf")] * 2
     for _ in range(ROUNDS):
         results = []
-        for way, function in enumerate((by_torch, fake_quantizers.on_grid)):
-            with mock.patch.object(fake_quantizers, "on_grid", function):
+        for way, function in enumerate((by_torch, grids.on_grid)):
+            with mock.patch.object(grids, "on_grid", function):
                 started = time.process_time()
                 results.append(work())
                 least[way] = min(least[way], time.process_time() - started)

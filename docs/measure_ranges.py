@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dfcompress.models.fake_quantizers import WeightGrid
+from dfcompress.models.grids import WeightGrid
 from dfcompress.quantization.observers.mse import SHARES, weight_shares
 
 LAYERS = {"linear, 1,024 × 4,096": (1024, 4096), "convolution, 512 × 512 × 3 × 3": (512, 512, 3, 3)}

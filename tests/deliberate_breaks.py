@@ -110,10 +110,10 @@ BREAKS = [
     ),
     Break(
         "the gradient of LSQ's steps is not scaled",
-        "models/fake_quantizers.py",
+        "models/grids.py",
         "(shared * larger_end) ** -0.5",
         "(shared * larger_end) ** 0.0",
-        "tests/models/test_fake_quantizers.py -k gradient",
+        "tests/models/test_grids.py -k gradient",
     ),
     Break(
         "zero points of weights are ignored when unpacked",

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.models.classifier import Classifier, pass_once
-from dfcompress.models.fake_quantizers import (
-    QuantizedLayer,
-    per_channel,
-)
+from dfcompress.models.fake_quantizers import QuantizedLayer
+from dfcompress.models.grids import per_channel
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
 from dfcompress.models.layers import channel_axis
 from dfcompress.models.plain_layers import after_normalising, plain_kind

@@ -33,17 +33,13 @@ from dfcompress.errors import BadInput
 from dfcompress.models.classifier import load_tensors
 from dfcompress.models.fake_quantizers import (
     FLOAT_BITS,
-    LARGEST_BITS,
-    WIDTHS,
-    InputGrid,
     QuantizedLayer,
-    WeightGrid,
-    largest_integer,
     quantizable_layers,
     quantize_layers,
     quantized_layers,
     tensor_grids,
 )
+from dfcompress.models.grids import LARGEST_BITS, WIDTHS, InputGrid, WeightGrid, largest_integer
 from dfcompress.models.safe_reading import without_counters
 
 SYMMETRIC, ASYMMETRIC = 2, 3  # Versions of the file: without and with zero points of weights,

@@ -12,7 +12,8 @@ from torch import nn
 
 from dfcompress.errors import BadInput
 from dfcompress.models.classifier import Classifier, pass_once
-from dfcompress.models.fake_quantizers import FLOAT_BITS, WIDTHS, can_be_quantized
+from dfcompress.models.fake_quantizers import FLOAT_BITS, can_be_quantized
+from dfcompress.models.grids import WIDTHS
 from dfcompress.models.hooks import hooked_inputs
 from dfcompress.models.uses import unused_weights
 from dfcompress.settings import AUTO

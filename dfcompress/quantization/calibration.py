@@ -24,7 +24,8 @@ from dfcompress.machine.execution import Compute
 from dfcompress.machine.memory import images_at_once
 from dfcompress.models.channel_statistics import images_for_statistics
 from dfcompress.models.classifier import Classifier, bytes_a_pass, images_a_pass
-from dfcompress.models.fake_quantizers import WIDTHS, Scheme, quantize_layers
+from dfcompress.models.fake_quantizers import quantize_layers
+from dfcompress.models.grids import WIDTHS, Scheme
 from dfcompress.quantization import WeightGridKind
 from dfcompress.quantization.bias_correction import correct
 from dfcompress.quantization.bits import Bits, RequestedBits

@@ -19,16 +19,8 @@ from dfcompress.errors import BadInput
 from dfcompress.machine.process import exact_fp32
 from dfcompress.models import packing
 from dfcompress.models.classifier import Classifier, evaluating, images_a_pass, multiply_accumulates
-from dfcompress.models.fake_quantizers import (
-    FLOAT_BITS,
-    WIDTHS,
-    InputGrid,
-    Scheme,
-    freeze,
-    in_float,
-    input_grids,
-    quantize_layers,
-)
+from dfcompress.models.fake_quantizers import FLOAT_BITS, freeze, in_float, input_grids, quantize_layers
+from dfcompress.models.grids import WIDTHS, InputGrid, Scheme
 from dfcompress.models.saving import saved_bytes, state_bytes
 from dfcompress.quantization.bits import Bits, RequestedBits
 from dfcompress.quantization.ranges import fit_weights

@@ -23,15 +23,14 @@ from dfcompress.errors import DfcompressError, first_line
 from dfcompress.models.bn_folding import fold_batchnorms
 from dfcompress.models.classifier import Classifier
 from dfcompress.models.fake_quantizers import (
-    InputGrid,
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
     TensorGrid,
-    per_channel,
     quantized_layers,
     tensor_grids,
 )
+from dfcompress.models.grids import InputGrid, per_channel
 from dfcompress.run import write_atomically
 
 INPUT, OUTPUT = "images", "logits"

@@ -15,7 +15,8 @@ from torch import Tensor
 from dfcompress.errors import BadInput
 from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier, evaluating
-from dfcompress.models.fake_quantizers import TENSOR_GRIDS, InputGrid, in_float, input_grids, quantized_layers
+from dfcompress.models.fake_quantizers import TENSOR_GRIDS, in_float, input_grids, quantized_layers
+from dfcompress.models.grids import InputGrid
 from dfcompress.models.hooks import hooked_inputs
 from dfcompress.quantization.observers import range_rules
 

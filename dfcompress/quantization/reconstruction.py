@@ -29,14 +29,8 @@ from dfcompress.errors import BadInput
 from dfcompress.machine.memory import free_bytes
 from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier, count_runs, evaluating, images_a_pass
-from dfcompress.models.fake_quantizers import (
-    InputGrid,
-    QuantizedLayer,
-    WeightGrid,
-    in_float,
-    per_channel,
-    quantized_layers,
-)
+from dfcompress.models.fake_quantizers import QuantizedLayer, in_float, quantized_layers
+from dfcompress.models.grids import InputGrid, WeightGrid, per_channel
 from dfcompress.models.hooks import hooked_inputs, hooked_outputs
 from dfcompress.randomness import generator, seed_of
 from dfcompress.run import Clock, save_state

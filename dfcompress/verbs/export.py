@@ -22,7 +22,8 @@ from dfcompress.errors import BadInput
 from dfcompress.evaluation.onnx_check import BATCH, EXACT, Exported, Session, compare
 from dfcompress.models.checkpoint import opened
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import FLOAT_BITS, Scheme, in_float, quantized_layers
+from dfcompress.models.fake_quantizers import FLOAT_BITS, in_float, quantized_layers
+from dfcompress.models.grids import Scheme
 from dfcompress.models.safe_reading import weights_files
 from dfcompress.models.saving import state_bytes
 from dfcompress.quantization.bits import Bits

@@ -22,7 +22,8 @@ from dfcompress.machine.execution import Compute
 from dfcompress.machine.process import threads, threads_for
 from dfcompress.models.checkpoint import as_classifier
 from dfcompress.models.classifier import Classifier, work_of
-from dfcompress.models.fake_quantizers import Scheme, can_be_quantized, freeze, is_quantized, learn_steps
+from dfcompress.models.fake_quantizers import can_be_quantized, freeze, is_quantized, learn_steps
+from dfcompress.models.grids import Scheme
 from dfcompress.quantization import Placement
 from dfcompress.quantization.bits import Layers, RequestedBits, assign, parse_bits, parse_ends
 from dfcompress.quantization.calibration import (

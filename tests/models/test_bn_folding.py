@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dfcompress.models.bn_folding import fold_batchnorms
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import InputGrid, freeze, quantize_layers, quantized_layers
+from dfcompress.models.fake_quantizers import freeze, quantize_layers, quantized_layers
+from dfcompress.models.grids import InputGrid
 
 
 def lively(network: nn.Module) -> nn.Module:

@@ -16,14 +16,8 @@ from torch import nn
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import (
-    InputGrid,
-    freeze,
-    is_quantized,
-    quantize_layers,
-    quantized_layers,
-    tensor_grids,
-)
+from dfcompress.models.fake_quantizers import freeze, is_quantized, quantize_layers, quantized_layers, tensor_grids
+from dfcompress.models.grids import InputGrid
 from dfcompress.models.packing import pack_integers, pack_network, unpack_integers, unpack_network
 from dfcompress.models.tensor_grids import quantize_tensors
 from dfcompress.quantization.ranges import calibrate

@@ -17,7 +17,8 @@ from dfcompress.errors import BadInput
 from dfcompress.models.architectures import named
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import InputGrid, freeze, is_quantized, quantize_layers, quantized_layers
+from dfcompress.models.fake_quantizers import freeze, is_quantized, quantize_layers, quantized_layers
+from dfcompress.models.grids import InputGrid
 from dfcompress.models.resizing import half_of, resized, widths_of
 from dfcompress.models.saving import save
 

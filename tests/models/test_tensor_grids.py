@@ -13,14 +13,8 @@ from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load_saved
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import (
-    InputGrid,
-    freeze,
-    in_float,
-    quantize_layers,
-    quantized_layers,
-    tensor_grids,
-)
+from dfcompress.models.fake_quantizers import freeze, in_float, quantize_layers, quantized_layers, tensor_grids
+from dfcompress.models.grids import InputGrid
 from dfcompress.models.saving import save
 from dfcompress.models.tensor_grids import as_kernels_compute, quantize_tensors
 from dfcompress.quantization.bits import layers_of

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dfcompress.errors import BadInput
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import WIDTHS, Scheme, freeze, quantize_layers
+from dfcompress.models.fake_quantizers import freeze, quantize_layers
+from dfcompress.models.grids import WIDTHS, Scheme
 from dfcompress.models.saving import save, saved_bytes, state_bytes
 from dfcompress.quantization import mixed_precision
 from dfcompress.quantization.bits import RequestedBits

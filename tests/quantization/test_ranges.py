@@ -15,7 +15,8 @@ from dfcompress.errors import BadInput
 from dfcompress.machine.memory import count_bytes
 from dfcompress.models.card import ModelCard
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import InputGrid, WeightGrid, freeze, quantize_layers, quantized_layers
+from dfcompress.models.fake_quantizers import freeze, quantize_layers, quantized_layers
+from dfcompress.models.grids import InputGrid, WeightGrid
 from dfcompress.models.packing import pack_network, unpack_network
 from dfcompress.quantization import observers
 from dfcompress.quantization.bits import layers_of

@@ -17,7 +17,8 @@ from dfcompress.machine.compiling import compiled
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import InputGrid, is_quantized, learn_steps, quantize_layers
+from dfcompress.models.fake_quantizers import is_quantized, learn_steps, quantize_layers
+from dfcompress.models.grids import InputGrid
 from dfcompress.models.recorder import FusedRecorder, _tensors
 from dfcompress.synthesis import live_student, objective
 from dfcompress.synthesis.recipe import choose

@@ -24,7 +24,8 @@ from dfcompress.models.architectures import named
 from dfcompress.models.card import ModelCard
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
-from dfcompress.models.fake_quantizers import WIDTHS, Scheme, freeze, quantize_layers
+from dfcompress.models.fake_quantizers import freeze, quantize_layers
+from dfcompress.models.grids import WIDTHS, Scheme
 from dfcompress.models.saving import save
 from dfcompress.models.tensor_grids import as_kernels_compute, quantize_tensors
 from dfcompress.quantization import onnx as onnx_writer

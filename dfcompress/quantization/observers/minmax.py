@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfcompress.models.fake_quantizers import WeightGrid
+from dfcompress.models.grids import WeightGrid
 
 CHUNK = 16  # Images.
 

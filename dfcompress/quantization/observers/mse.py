@@ -12,7 +12,7 @@ from math import frexp
 import torch
 from torch import Tensor
 
-from dfcompress.models.fake_quantizers import InputGrid, WeightGrid
+from dfcompress.models.grids import InputGrid, WeightGrid
 
 SHARES = torch.linspace(0.02, 1.0, 99)
 FINER = torch.linspace(0.99, 1.01, 21)
