@@ -226,8 +226,12 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _LearntStep(torch.autograd.Function):
-    """clip(values / step) rounded, times step, and the gradients of both: with v = values / step, that of the values is
-    1 where v lies between the ends, else 0; that of the step is ⌊v⌉ − v there, else the nearer end (LSQ, eq. 3 and 5).
+    """clip(values / step) rounded, times step, and the gradients of both (LSQ, eq. 3 and 5).
+
+    With v = values / step, the gradient of the values is 1 where v was not clipped, else 0. That of the step is ⌊v⌉ − v
+    where v was not clipped, else the end.
+    The paper counts the ends as clipped. Here they are not: after `--finetune blocks` every weight is a value of its
+    grid, and at 2 bits a large share of them lies at an end, where weights without a gradient would stay for good.
     """
 
     @staticmethod
@@ -241,8 +245,9 @@ class _LearntStep(torch.autograd.Function):
         values, step = ctx.saved_tensors
         lowest, highest = ctx.ends
         scaled = values / step
-        inside = scaled.clone().gt_(lowest).mul_(scaled.clone().lt_(highest))
-        of_step = scaled.clamp(lowest, highest).round_().sub_(scaled.mul_(inside)).mul_(gradient)
+        clipped = scaled.clamp(lowest, highest)
+        inside = clipped.clone().eq_(scaled)
+        of_step = clipped.round_().sub_(scaled.mul_(inside)).mul_(gradient)
         return inside.mul_(gradient), of_step.sum_to_size(step.shape), None, None
 
 

@@ -109,3 +109,11 @@ def test_the_pace_of_a_step_does_not_depend_on_how_a_batch_is_shared_out():
             (on_learnt_grid(some, step, 0, 15).square().sum() / 8).backward()
         gradients.append(step.grad.item())
     assert gradients[0] == pytest.approx(gradients[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("ends", [(-1, 1), (torch.tensor([[-1]]), torch.tensor([[1]]))])
+def test_weights_at_the_ends_of_a_learnt_grid_can_still_leave_them(ends):
+    """After learnt rounding every weight is a value of its grid, and few bits leave many at an end."""
+    values = torch.tensor([[-0.5, 0.0, 0.5]], requires_grad=True)
+    on_learnt_grid(values, torch.tensor([[0.5]], requires_grad=True), *ends).sum().backward()
+    assert values.grad.tolist() == [[1.0, 1.0, 1.0]]
