@@ -176,8 +176,8 @@ def on_grid(values: Tensor, scale: Any, lowest: Any, highest: Any) -> Tensor:
     was not clipped.
 
     `scale` and the integers `lowest` ≤ 0 ≤ `highest` are numbers, or tensors that broadcast over the values.
-    The results are equal to those of torch's `fake_quantize`, which on a CPU takes several times as long, because it
-    converts every number to an integer of 64 bits (docs/measure_grids.py).
+    For finite values the results are equal to those of torch's `fake_quantize`, which on a CPU takes several times as
+    long, because it converts every number to an integer of 64 bits (docs/measure_grids.py). NaN stays NaN.
     """
     reciprocal = 1 / scale
     # While torch.fx traces, the values are a proxy, and so is this attribute.
@@ -207,8 +207,9 @@ def on_learnt_grid(values: Tensor, step: Tensor, lowest: Any, highest: Any) -> T
 class _StraightThrough(torch.autograd.Function):
     """`on_grid` with its gradient: 1 where rounding did not clip, else 0.
 
-    Only the values are saved, which the operation before usually keeps anyway. The mask is computed in fp32, because
-    on a CPU an operation with a boolean tensor takes ten times as long.
+    Only the values are saved, which an operation such as ReLU before it keeps anyway; so they must not be overwritten
+    afterwards. The mask is computed in fp32, because on a CPU an operation with a boolean tensor takes ten times as
+    long.
     """
 
     @staticmethod
