@@ -108,7 +108,7 @@ class Architecture:
 
 
 class _WithoutInitialValues(TorchFunctionMode):
-    """Inside, tensors on the meta device get no initial values: torch imports its compiler to draw them, for 2 s."""
+    """Inside, tensors on the meta device get no initial values: to draw them, torch imports its compiler."""
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: Mapping[str, Any] | None = None

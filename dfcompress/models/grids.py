@@ -184,7 +184,12 @@ def on_grid(values: Tensor, scale: Any, lowest: Any, highest: Any) -> Tensor:
     if torch.is_grad_enabled() and values.requires_grad is True:
         nearest: Tensor = _StraightThrough.apply(values, reciprocal, scale, lowest, highest)
     else:
-        nearest = (values * reciprocal).round_().clamp_(lowest, highest).mul_(scale)
+        nearest = _nearest(values, reciprocal, scale, lowest, highest)
+    return nearest
+
+
+def _nearest(values: Tensor, reciprocal: Any, scale: Any, lowest: Any, highest: Any) -> Tensor:
+    nearest: Tensor = (values * reciprocal).round_().clamp_(lowest, highest).mul_(scale)
     return nearest
 
 
@@ -208,16 +213,14 @@ class _StraightThrough(torch.autograd.Function):
     """`on_grid` with its gradient: 1 where rounding did not clip, else 0.
 
     Only the values are saved, which an operation such as ReLU before it keeps anyway; so they must not be overwritten
-    afterwards. The mask is computed in fp32, because on a CPU an operation with a boolean tensor takes ten times as
-    long.
+    afterwards. The mask is computed in fp32, because on a CPU operations with boolean tensors are slow.
     """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, reciprocal: Any, scale: Any, lowest: Any, highest: Any) -> Tensor:
         ctx.save_for_backward(values)
         ctx.grid = reciprocal, lowest, highest
-        nearest: Tensor = (values * reciprocal).round_().clamp_(lowest, highest).mul_(scale)
-        return nearest
+        return _nearest(values, reciprocal, scale, lowest, highest)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:

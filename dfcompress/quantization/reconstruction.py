@@ -190,7 +190,7 @@ def _reconstruct_unit(
     def partly(whole: Tensor, other: Tensor) -> Tensor:
         """Random elements of `whole`, a share of `drop`, and the other elements of `other`."""
         chosen = torch.rand(whole.shape, generator=random, device=random.device) < settings.drop
-        # On a CPU `where` by a random mask takes four times as long, and as long again for the gradient.
+        # The same numbers as by `where`, which is slow on a CPU if the mask is random, and so is its gradient.
         return torch.lerp(other, whole, chosen.float())
 
     def quantize_partly(path: str, activations: Tensor) -> Tensor:
