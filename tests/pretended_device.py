@@ -39,6 +39,8 @@ LOOKED_AT = 4  # Images that a network is asked about when it is loaded, on the 
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 # Operations whose outcome, or its size, the host must know.
 READING = {aten._local_scalar_dense.default, aten.nonzero.default, aten._unique2.default, aten.masked_select.default}
+# What operations write to though their schemas do not say so.
+WRITTEN_UNSAID = {(aten.native_batch_norm.default, name) for name in ("running_mean", "running_var")}
 COPYING = {aten.copy_.default, aten._to_copy.default}
 # Operations that `torch.autocast` runs in its type on a GPU (some of them; docs of `torch.amp`).
 LOWERED = ("conv1d", "conv2d", "conv3d", "linear", "matmul", "mm", "bmm", "addmm", "prelu")
@@ -223,7 +225,8 @@ class Tape:
 
     def computed(self, function, args, kwargs):
         for place, argument in enumerate(function._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            hidden = (function, argument.name) in WRITTEN_UNSAID
+            if hidden or (argument.alias_info is not None and argument.alias_info.is_write):
                 for tensor in tensors_in(args[place] if place < len(args) else kwargs.get(argument.name)):
                     self._remember(tensor.untyped_storage())
         result = function(*args, **kwargs)
@@ -275,10 +278,15 @@ def capture(graph, pool=None, stream=None):
     if stream is None:
         stream = Stream.capturing = Stream.capturing or Stream()
     GPU.tape = graph.tape = Tape(stream.device)
+    # Operations without a generator among their arguments draw from the CPU's.
+    generators = GPU.default, torch.default_generator
+    drawn = [generator.get_state() for generator in generators]
     try:
         yield
     finally:
         tape, GPU.tape = GPU.tape, None
+        for generator, state in zip(generators, drawn, strict=True):
+            generator.set_state(state)
         with torch.no_grad():
             tape.end()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dfcompress.data.pool import Augmentation
+from dfcompress.machine import compiling
 from dfcompress.machine.compiling import captured
 from dfcompress.machine.execution import Compute, Execution
 from dfcompress.models.checkpoint import load
@@ -146,6 +147,26 @@ def test_training_ends_near_the_losses_of_the_cpu(count, precision, compiled, re
     exact = trained(copy.deepcopy(teachers), Compute(device="cpu", precision="fp32", compile="off"))
     for name, loss in trained(teachers, Compute(device="cuda", precision=precision, compile=compiled)).items():
         assert loss == pytest.approx(exact[name], rel=0.2, abs=0.1), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_replayed_training_does_what_a_launched_one_does(precision, dropout, resnet20_file, monkeypatch):
+    replays, honest = [], captured
+    monkeypatch.setattr(compiling, "captured", lambda step: replays.append(honest(step)) or replays[-1])
+    teacher = load(resnet20_file)
+    shown = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for way in ("auto", "off"):
+        student, _ = make_student("cifar_resnet20", teacher.card, seed=0)
+        distiller = Distillation(teacher, [kd(4.0), 10.0 * feature(shared_stages(student, teacher))])
+        training = replace(TRAINING, dropout=dropout)
+        Trainer(student, distiller, training, compute=Compute(device="cuda", precision=precision, compile=way)).fit(
+            shown
+        )
+        ends.append(student.network.state_dict())
+    assert [replay.__name__ for replay in replays] == ["replay"]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
 def test_the_bench_of_training_runs(resnet20_file):

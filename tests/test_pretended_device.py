@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from dfcompress.machine.compiling import STEPS_BEFORE_CAPTURE
 from dfcompress.models.architectures import find
 from dfcompress.models.checkpoint import load
 from dfcompress.models.classifier import Classifier
@@ -126,6 +127,31 @@ def test_two_devices_of_one_process_each_capture_their_own_steps(tmp_path):
     ended = pretend(commands, devices=2)
     assert ended["gpu:0"]["replays"] == ended["gpu:1"]["replays"] > 0
     assert shards(tmp_path / "gpu:0") == shards(tmp_path / "gpu:1") != []
+
+
+def test_a_training_replays_its_graph_and_ends_in_the_bytes_of_launched_steps(digits, another, tmp_path):
+    """Where it has features, several teachers, dropout, learnt grids, and targets that are computed once."""
+    images = tmp_path / "images"
+    steps = ["--train-steps", STEPS, "--train-batch-size", 8, "--device", "gpu"]
+    distilled = ["distill", DEMO, "--student", "half", "--probe-images", 0, "--data", images, *steps]
+    unchanged = ["--train-set", "shift=0", "--train-set", "flip=false", "--train-set", "mixup=0"]
+    trained = {
+        "features": [*distilled, *OBJECTIVES, "--train-set", "dropout=0.3"],
+        "asked once": [*distilled, *unchanged],
+        "merge": ["merge", DEMO, another, "--student", "half", "--data", images, "--data", images, *steps],
+        "lsq": ["quantize", DEMO, "--data", images, "--finetune", "lsq", *steps],
+    }
+    trained["merge"] += ["--probe-images", 0]
+    commands = {"invert": ["invert", DEMO, *MADE, "--images", 16, "--steps", 1, "-o", images]}
+    for name, line in trained.items():
+        for way in ("auto", "off"):
+            commands[f"{name} {way}"] = [*line, "--compile", way, "-o", tmp_path / f"{name}-{way}"]
+    ended = pretend(commands)
+    for name in trained:
+        replays = {way: ended[f"{name} {way}"]["replays"] for way in ("auto", "off")}
+        assert replays == {"auto": STEPS - STEPS_BEFORE_CAPTURE, "off": 0}, name
+        auto, off = (tmp_path / f"{name}-{way}" / "model.safetensors" for way in ("auto", "off"))
+        assert auto.read_bytes() == off.read_bytes(), name
 
 
 def test_every_verb_runs(digits, another, tmp_path):

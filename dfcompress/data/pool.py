@@ -69,6 +69,7 @@ class ImagePool:
         self.labels = labels or [torch.full((len(images),), UNLABELLED) for images in sets]
         self.share = min(batch_size // len(sets), *map(len, sets))
         self.batch_size = self.share * len(sets)
+        self._orders: dict[int, tuple[int, Tensor]] = {}  # By set, an epoch and the order of its images.
         self.to(sets[0].device)
 
     def to(self, device: torch.device) -> None:
@@ -137,7 +138,10 @@ class ImagePool:
 
     def _drawn(self, number: int, images: int, step: int) -> Tensor:
         epoch, position = divmod(step, images // self.share)
-        order = torch.randperm(images, generator=generator("epoch", *self._key(number, epoch)))
+        known, order = self._orders.get(number, (-1, torch.empty(0)))
+        if known != epoch:
+            order = torch.randperm(images, generator=generator("epoch", *self._key(number, epoch)))
+            self._orders[number] = epoch, order
         return order[position * self.share : (position + 1) * self.share]
 
     def _blend(self, number: int, step: int) -> float:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -18,6 +19,7 @@ from dfcompress import console
 from dfcompress.errors import first_line
 from dfcompress.machine.device import is_cuda
 
+STEPS_BEFORE_CAPTURE = 3  # In launched steps libraries make what they keep, handles and workspaces.
 COMPILED_AT_MOST = 256  # Maximum number of times that one function is compiled in a process.
 # The requirements of `torch.compile`, and the package that provides each.
 NEEDED_TO_COMPILE = {
@@ -93,7 +95,8 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..
     gradient = torch.ops.aten.convolution_backward.default
     table = {**table, gradient: partial(_convolution_backward, usual=table.get(gradient))}
     on_cuda = any(isinstance(each, torch.Tensor) and is_cuda(each.device) for each in inputs)
-    with config.patch(force_non_lazy_backward_lowering=True):
+    with config.patch(force_non_lazy_backward_lowering=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # Where fp32 is asked for, TF32 is not.
         patches: Any = {"deterministic": True} if on_cuda else None
         made: Any = compile_fx(graph, inputs, config_patches=patches, decompositions=table)
     return made  # type: ignore[no-any-return]
@@ -150,6 +153,37 @@ def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor] | N
         return values.clone()
 
     return replay
+
+
+class Replayed:
+    """The calls of one function of tensors on the current device: launched at first, then replayed as one CUDA graph.
+
+    The function is captured after `STEPS_BEFORE_CAPTURE` calls with tensors of the same shapes, and anew where the
+    shapes change. A replay runs no Python, so the function may depend on its arguments and on tensors that stay in the
+    same memory, and on nothing else. Where capturing fails, a notice is printed, and calls with these shapes are
+    launched.
+    """
+
+    def __init__(self) -> None:
+        self._shapes: list[torch.Size] = []
+        self._calls = 0
+        self._arguments: list[torch.Tensor] = []
+        self._replay: Callable[[], torch.Tensor] | None = None
+
+    def __call__(self, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        """`function(*tensors)`, a tensor. The function is always the same one; it is not kept."""
+        shapes = [tensor.shape for tensor in tensors]
+        if shapes != self._shapes:
+            self._shapes, self._calls, self._replay = shapes, 0, None
+        if self._calls == STEPS_BEFORE_CAPTURE:
+            self._arguments = [tensor.clone() for tensor in tensors]
+            self._replay = captured(lambda: function(*self._arguments))
+        self._calls += 1
+        if self._replay is None:
+            return function(*tensors)
+        for argument, tensor in zip(self._arguments, tensors, strict=True):
+            argument.copy_(tensor)
+        return self._replay()
 
 
 @cache

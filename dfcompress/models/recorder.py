@@ -356,7 +356,8 @@ class _RecordingBatchNorm(_BatchNorm):
 
 def _normalised(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     scaled = features.float() * _per_channel(scale, features) + _per_channel(shift, features)
-    return scaled.to(features.dtype)
+    # Compiled by torch 2.11, an autograd function loses the gradient of an output that `to` returns unchanged.
+    return scaled if features.dtype == scaled.dtype else scaled.to(features.dtype)
 
 
 class _NormaliseAndRecord(torch.autograd.Function):

@@ -79,8 +79,8 @@ class StageOutputs:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def taken(self) -> tuple[Tensor, ...]:
-        """The outputs in the order of `modules`."""
-        return tuple(self.outputs[name] for name in self.modules)
+        """The outputs in the order of `modules`, which are not kept: they would keep the graph of the pass."""
+        return tuple(self.outputs.pop(name) for name in self.modules)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dfcompress import console
 from dfcompress.errors import DfcompressError
+from dfcompress.machine.compiling import STEPS_BEFORE_CAPTURE
 from dfcompress.machine.device import resolve_device
 from dfcompress.machine.execution import Execution, computing, maybe_compiled
 from dfcompress.machine.memory import is_out_of_memory, memory_for, release_freed_memory
@@ -37,7 +38,6 @@ from dfcompress.synthesis.transforms import Drawn
 
 HISTORY_POINTS = 50
 ATTEMPTS = 3
-STEPS_BEFORE_CAPTURE = 3
 SMALLER_BATCH = "Free memory, or use a smaller --batch-size."
 MODULE_RATE = 1e-3  # Learning rate of heads that learn with the student: Adam's default; the papers state none.
 # Freed memory is kept for the next step, but it fragments: with 64 images of EfficientNet-Lite0 at 56 pixels the

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from dfcompress.machine.compiling import STEPS_BEFORE_CAPTURE
 from dfcompress.machine.device import synchronize
 from dfcompress.machine.execution import Execution
 from dfcompress.machine.memory import Taken, count_growth
@@ -16,7 +17,7 @@ from dfcompress.models.classifier import Classifier
 from dfcompress.synthesis.losses import Want
 from dfcompress.synthesis.recipe import Recipe
 from dfcompress.synthesis.records.targets import TargetSampler
-from dfcompress.synthesis.synthesizer import STEPS_BEFORE_CAPTURE, Synthesizer
+from dfcompress.synthesis.synthesizer import Synthesizer
 
 
 def try_step(

@@ -19,7 +19,8 @@ from dfcompress.data.batches import BatchSource
 from dfcompress.data.synthetic_set import as_stored
 from dfcompress.distributed import World, world
 from dfcompress.errors import NOT_IN_PLACE, BadInput, DfcompressError, first_line, is_of_layers_in_place
-from dfcompress.machine.device import PRECISIONS, as_mine, forked_randomness, resolve_device, synchronize
+from dfcompress.machine.compiling import STEPS_BEFORE_CAPTURE
+from dfcompress.machine.device import PRECISIONS, as_mine, forked_randomness, is_cuda, resolve_device, synchronize
 from dfcompress.machine.execution import (
     Compute,
     Execution,
@@ -194,9 +195,10 @@ class Trainer:
         """The execution, which another process may have resolved, with this process's device and threads."""
         if self.everyone.world_size == 1:
             return execution
-        # Several processes exchange gradients and statistics by hooks, which a compiled network would not run.
+        # Several processes exchange gradients and statistics by hooks, which a compiled network would not run, and a
+        # replayed graph neither.
         threads = min(execution.threads, threads_here())
-        return replace(execution, device=as_mine(execution.device), compile=False, threads=threads)
+        return replace(execution, device=as_mine(execution.device), compile=False, capture=False, threads=threads)
 
     def _saved_state(self) -> dict[str, Any] | None:
         path = self.folder / PARTIAL if self.folder else None
@@ -293,23 +295,26 @@ def _tried(
 def seconds_per_step(
     student: Classifier, distiller: Distiller, training: Training, compute: Compute, *, repair: bool = False
 ) -> float:
-    """Seconds of a training step, scaled up from the fastest of three eager steps on part of a batch; copies of the
-    networks are trained.
+    """Seconds of a training step that is not compiled, scaled up from the fastest of a few steps on part of a batch,
+    captured ones included; copies of the networks are trained.
     """
     work = 3.0 * work_of(student) + sum(map(work_of, distiller.teachers))
     images = min(training.batch_size, max(TRIED, int(TIMED // work)))
-    settings = replace(training, batch_size=images, steps=max(1, training.steps))
+    target = resolve_device(compute.device)
+    # So few steps are captured on CUDA, but never compiled.
+    few = 4 + STEPS_BEFORE_CAPTURE * is_cuda(target)
+    settings = replace(training, batch_size=images, steps=few)
     noise = torch.rand(images, *student.card.input_size, generator=generator("trial"))
-    eager = replace(compute, compile="off")
+    way = replace(compute, compile="auto" if is_cuda(target) and compute.compile != "off" else "off")
     trainer = Trainer(
-        copy.deepcopy(student), copy.deepcopy(distiller), settings, compute=eager, alone=True, repair=repair
+        copy.deepcopy(student), copy.deepcopy(distiller), settings, compute=way, alone=True, repair=repair
     )
     times = []
     with trainer.ready(as_stored(noise, in_range=True)) as steps:
-        for _ in range(4):
+        for _ in range(few):
             started = time.perf_counter()
             steps.take()
-            synchronize(resolve_device(compute.device))
+            synchronize(target)
             times.append(time.perf_counter() - started)
     return min(times[1:]) * training.batch_size / images
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfcompress.data.batches import Batch, BatchSource, RepeatingSource
 from dfcompress.distributed import World
-from dfcompress.machine.compiling import compiled
+from dfcompress.machine.compiling import Replayed, compiled
 from dfcompress.machine.device import PRECISIONS, seed
 from dfcompress.machine.execution import Execution, computing
 from dfcompress.models.classifier import Classifier
@@ -76,6 +76,8 @@ class Steps:
         )
         self._targets, self._losses = self._functions()
         self._kept = self._kept_targets()
+        # The optimizer is not in the graph, because it reads its rate on the CPU; apex may replace gradients.
+        self._replayed = Replayed() if execution.capture and backend == "torch" else None
 
     @property
     def values(self) -> Tensor:
@@ -101,8 +103,8 @@ class Steps:
             batch = batch._replace(images=batch.images.contiguous(memory_format=layout_of(self.execution)))
         for group in self._optimizer.param_groups:
             group["lr"] = self.training.rate(self.done)
-        self._optimizer.zero_grad()
-        values = self._backward(batch)
+        tensors = (*batch, *self._kept_targets_of_step())
+        values = self._replayed(self._backward, *tensors) if self._replayed else self._backward(*tensors)
         if self.training.clip:
             nn.utils.clip_grad_norm_(self._parameters, self.training.clip)
         self._optimizer.step()
@@ -111,20 +113,21 @@ class Steps:
         self.seconds.append(self.clock.seconds)
         self.done += 1
 
-    def _backward(self, batch: Batch) -> Tensor:
-        """Accumulate the gradients of a batch, in chunks if it does not fit into memory at once, and return its values.
+    def _backward(self, images: Tensor, labels: Tensor, sources: Tensor, *kept: Tensor) -> Tensor:
+        """Compute the gradients of a batch, in chunks if it does not fit into memory at once, and return its values.
+        `kept`: its targets; by default the teachers compute these.
 
         A chunk takes every n-th image, for n chunks: a batch holds its sets one after the other, so every chunk gets
         images of all sets.
         """
-        count = len(batch.images)
+        self._optimizer.zero_grad()
+        batch, count = Batch(images, labels, sources), len(images)
         chunks = -(-count // (self.execution.chunk or count))
-        kept = self._kept_targets_of_step()
         values = []
         for rows in (slice(first, None, chunks) for first in range(chunks)):
             part = batch.part(rows)
             share = len(part.images) / count
-            targets = self._targets(part) if kept is None else tuple(each[rows] for each in kept)
+            targets = tuple(each[rows] for each in kept) if kept else self._targets(part)
             loss, values_of_part = self._losses(part, targets)
             (share * loss).backward()
             values.append(share * values_of_part)
@@ -165,9 +168,9 @@ class Steps:
         """The images of a batch that this process takes."""
         return slice(self.everyone.rank, None, self.everyone.world_size)
 
-    def _kept_targets_of_step(self) -> tuple[Tensor, ...] | None:
+    def _kept_targets_of_step(self) -> tuple[Tensor, ...]:
         if self._kept is None:
-            return None
+            return ()
         assert isinstance(self.source, RepeatingSource)
         places = self.source.places(self.done)[self._mine]
         return tuple(targets[places] for targets in self._kept)

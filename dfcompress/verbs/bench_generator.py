@@ -16,7 +16,7 @@ from dfcompress.data.batches import BatchSource
 from dfcompress.data.pool import Augmentation
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.timing import Bench, Step, interleaved, row
-from dfcompress.machine.compiling import can_compile
+from dfcompress.machine.compiling import STEPS_BEFORE_CAPTURE, can_compile
 from dfcompress.machine.device import is_cuda, precision_name, processor_name, resolve_device, resolve_precision
 from dfcompress.machine.execution import Compute
 from dfcompress.models.checkpoint import as_classifier
@@ -26,7 +26,6 @@ from dfcompress.models.statistics import named_statistics_layers, require_statis
 from dfcompress.synthesis.live import LiveSource
 from dfcompress.synthesis.recipe import Synthesis
 from dfcompress.synthesis.spec import resolve
-from dfcompress.synthesis.synthesizer import STEPS_BEFORE_CAPTURE
 from dfcompress.training.distiller import Distillation
 from dfcompress.training.loop import Trainer
 from dfcompress.training.objectives import kd

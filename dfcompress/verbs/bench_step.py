@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfcompress.evaluation.timing import Bench, Step, interleaved, row, seconds_of
-from dfcompress.machine.compiling import can_compile
+from dfcompress.machine.compiling import STEPS_BEFORE_CAPTURE, can_compile
 from dfcompress.machine.device import is_cuda, precision_name, processor_name, resolve_device, resolve_precision
 from dfcompress.machine.execution import Compute, Execution
 from dfcompress.models.checkpoint import as_classifier
@@ -20,7 +20,7 @@ from dfcompress.models.hooks import hook_inputs, hooked_inputs
 from dfcompress.models.layers import weighted_layers
 from dfcompress.models.statistics import named_statistics_layers, require_statistics
 from dfcompress.synthesis.recipe import choose
-from dfcompress.synthesis.synthesizer import STEPS_BEFORE_CAPTURE, Synthesizer
+from dfcompress.synthesis.synthesizer import Synthesizer
 from dfcompress.verbs._verb import verb
 
 WARM_UP = STEPS_BEFORE_CAPTURE + 2

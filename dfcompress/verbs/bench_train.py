@@ -20,7 +20,7 @@ from dfcompress.data.pool import Augmentation
 from dfcompress.data.synthetic_set import as_stored
 from dfcompress.errors import BadInput
 from dfcompress.evaluation.timing import Bench, Step, interleaved, row
-from dfcompress.machine.compiling import can_compile
+from dfcompress.machine.compiling import STEPS_BEFORE_CAPTURE, can_compile
 from dfcompress.machine.device import precision_name, processor_name, resolve_device, resolve_precision
 from dfcompress.machine.execution import Compute
 from dfcompress.models.checkpoint import as_classifier
@@ -37,7 +37,7 @@ WORKERS = 2
 BATCHES_IN_SET = 16
 SHIFT = 4
 TEMPERATURE = 4.0
-WARM_UP = 3
+WARM_UP = STEPS_BEFORE_CAPTURE + 2
 
 
 @verb
@@ -58,7 +58,8 @@ def bench_train(
     - `plain`: a loop written by hand: a DataLoader with two workers reads, shifts and mirrors PNG files; fp32; the
       teacher runs in every step, and the loss is read back.
     - `+pool`: the `Trainer` in fp32, eager, with images stored and augmented on the device.
-    - `+compiled`: the same compiled. `+bf16`: the same in bf16, where this is the precision.
+    - `+compiled`: the same compiled, and on CUDA replayed as one graph. `+bf16`: the same in bf16, where this is the
+      precision.
     - `+cached`: the last row without augmentation; the teacher's outputs are computed once for each image.
 
     Raises `BadInput` where the student does not fit the teacher, images have neither 1 nor 3 channels, or the batch has
