@@ -18,7 +18,7 @@ DEMO = Path(__file__).resolve().parents[1] / "dfcompress" / "demo_files"
 EAGER = dfcompress.Compute(compile="off")
 
 
-def small(output: Path, model: str | Path | dfcompress.Classifier = DEMO) -> Path:
+def small(output: Path, model: str | Path | dfcompress.Classifier = DEMO, compute: dfcompress.Compute = EAGER) -> Path:
     """Two images, two steps of training, and what every way of calling gives."""
     synthesis = dfcompress.Synthesis(images=2, settings={"steps": 1, "batch_size": 2})
     dfcompress.distill(
@@ -28,7 +28,7 @@ def small(output: Path, model: str | Path | dfcompress.Classifier = DEMO) -> Pat
         second_recipe=None,
         probe_images=0,
         training={"steps": 2},
-        compute=EAGER,
+        compute=compute,
         output=output,
     )
     return output / "model.safetensors"
@@ -63,11 +63,16 @@ def test_another_default_type_changes_nothing(tmp_path):
         torch.set_default_dtype(torch.float32)
 
 
-def test_autocast_of_the_caller_changes_nothing(tmp_path):
-    usual = small(tmp_path / "usual").read_bytes()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert small(tmp_path / "out").read_bytes() == usual
-        assert torch.is_autocast_enabled("cpu")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_of_the_caller_changes_nothing(precision, enabled, tmp_path):
+    """Inside another autocast, one of ours keeps its copies of the weights, which the next step has changed."""
+    compute = dfcompress.Compute(precision=precision, compile="off")
+    usual = small(tmp_path / "usual", compute=compute).read_bytes()
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        assert small(tmp_path / "out", compute=compute).read_bytes() == usual
+        assert torch.is_autocast_enabled("cpu") == enabled
+        assert torch.is_autocast_cache_enabled()
 
 
 def test_the_caller_s_model_stays_where_and_as_it_is(tmp_path):

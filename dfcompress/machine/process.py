@@ -35,6 +35,7 @@ def usual_torch() -> Iterator[None]:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_nothing_cached_by_autocast())
         stack.enter_context(_usual_defaults())
         stack.enter_context(_given_back_randomness())
         yield
@@ -52,6 +53,19 @@ def _usual_defaults() -> Iterator[None]:
         torch.set_default_dtype(dtype)
         if device.type != "cpu":
             torch.set_default_device(device)
+
+
+@contextmanager
+def _nothing_cached_by_autocast() -> Iterator[None]:
+    """Let autocast convert weights anew in every pass. Its copies are dropped at the end of the outermost autocast; the
+    caller's would keep them while the weights train.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 @contextmanager

@@ -445,15 +445,20 @@ def _first_units(clusters: Clusters) -> Tensor:
 
 def _summed(weight: Tensor, target: Tensor, new: int) -> Tensor:
     """A weight `(outputs, inputs, ...)` whose inputs of the same target are summed: `(outputs, new, ...)`."""
-    stays = target >= 0
-    sums = weight.new_zeros(weight.shape[0], new, *weight.shape[2:])
-    return sums.index_add(1, target[stays].to(weight.device), weight[:, stays.to(weight.device)])
+    return _sums(weight.movedim(1, 0), target, new).movedim(0, 1)
 
 
 def _averaged(values: Tensor, target: Tensor, new: int) -> Tensor:
     """`values` `(channels, ...)` averaged over the channels of the same target: `(new, ...)`."""
-    stays = target >= 0
-    sums = values.new_zeros(new, *values.shape[1:])
-    sums = sums.index_add(0, target[stays].to(values.device), values[stays.to(values.device)])
-    counts = target[stays].bincount(minlength=new).to(sums.device, sums.dtype)
+    sums = _sums(values, target, new)
+    counts = target[target >= 0].bincount(minlength=new).to(sums.device, sums.dtype)
     return sums / counts.reshape(-1, *[1] * (values.dim() - 1))
+
+
+def _sums(values: Tensor, target: Tensor, new: int) -> Tensor:
+    """The sums `(new, ...)` of the `values` `(channels, ...)` of the same target; -1 is left out. They are computed on
+    the CPU: a GPU would add up in any order.
+    """
+    (stays,) = (target >= 0).nonzero(as_tuple=True)
+    sums = torch.zeros(new, *values.shape[1:], dtype=values.dtype)
+    return sums.index_add_(0, target[stays], values.cpu()[stays]).to(values.device)

@@ -27,7 +27,7 @@ def test_weights_in_a_mapping_of_its_own_class_are_read(tmp_path):
 @pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.optim.swa_utils.AveragedModel, torch.compile])
 def test_a_pickled_wrapper_of_torch_is_read_as_data(wrapper, tmp_path):
     network = torchvision.models.resnet18(num_classes=7)
-    torch.save(wrapper(network), tmp_path / "net.pt")
+    torch.save(wrapper(network).cpu(), tmp_path / "net.pt")  # `DataParallel` moves it to a GPU if there is one.
     expected = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
     found = read(tmp_path / "net.pt").tensors
     assert same({name.removeprefix("module."): tensor for name, tensor in found.items()}, expected)
