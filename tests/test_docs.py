@@ -105,7 +105,8 @@ def test_every_option_that_is_mentioned_exists(page):
         "--ntasks",
         "--gpus-per-task",
     }
-    known |= {"--no-deps", "--no-build-isolation", "--no-index", "--durations", "--dist", "--ignore"}  # Of pip and pytest.
+    known |= {"--no-deps", "--no-build-isolation", "--no-index"}  # Of pip.
+    known |= {"--durations", "--dist", "--ignore"}  # Of pytest.
     known |= {"--only", "--seeds", "--sources", "--cifar10", "--epochs", "--write", "--batch"}  # Of docs' scripts.
     known |= {"--headless", "--hide-scrollbars", "--window-size", "--screenshot"}  # Of chromium.
     for name in COMMANDS:
