@@ -112,3 +112,21 @@ def test_a_function_is_compiled_more_often_than_torch_would_in_one_process(monke
     for length in range(2, 14):
         assert fast(torch.ones(length)).tolist() == [2.0] * length
     assert told == []
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_calls_are_replayed_after_a_few_with_the_same_shapes(works, monkeypatch):
+    captures = []
+    monkeypatch.setattr(compiling, "captured", lambda step: captures.append(step) or (step if works else None))
+    replayed, launched = compiling.Replayed(), []
+
+    def doubled(numbers):
+        launched.append(numbers)
+        return 2 * numbers
+
+    for length in (4, 4, 4, 4, 4, 2, 2, 2, 2, 2):
+        numbers = torch.rand(length)
+        assert torch.equal(replayed(doubled, numbers), 2 * numbers)
+    assert len(captures) == 2
+    # Replays read the same memory: the last two calls with each length.
+    assert [launched[i] is launched[i + 1] for i in (3, 8)] == [works] * 2
