@@ -268,6 +268,12 @@ class Stream:
 class Graph:
     """In place of `torch.cuda.CUDAGraph`."""
 
+    def __init__(self):
+        self.generators = []
+
+    def register_generator_state(self, generator):
+        self.generators.append(generator)
+
     def replay(self):
         self.tape.replay()
 
@@ -279,7 +285,7 @@ def capture(graph, pool=None, stream=None):
         stream = Stream.capturing = Stream.capturing or Stream()
     GPU.tape = graph.tape = Tape(stream.device)
     # Operations without a generator among their arguments draw from the CPU's.
-    generators = GPU.default, torch.default_generator
+    generators = GPU.default, torch.default_generator, *graph.generators
     drawn = [generator.get_state() for generator in generators]
     try:
         yield

@@ -128,14 +128,17 @@ def _convolution_backward(
     return usual(gradient, features, weight, bias_sizes, stride, *more) if usual else NotImplemented
 
 
-def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor] | None:
-    """`step` on the current device, captured as one CUDA graph that is replayed with a single launch.
+def captured(step: Callable[[], torch.Tensor], *generators: torch.Generator) -> Callable[[], torch.Tensor] | None:
+    """`step` on the current device, captured as one CUDA graph that is replayed with a single launch. `generators` are
+    those, besides the device's default one, that draw numbers in it.
 
     `step` must have run before, and use the same memory every time. Where capturing fails, a notice is printed, and
     None is returned.
     """
     graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
     current = torch.cuda.current_device()
+    for generator in generators:
+        graph.register_generator_state(generator)
     try:
         with torch.cuda.graph(graph, pool=pool, stream=_capture_stream(current)):
             values = step()
@@ -161,10 +164,11 @@ class Replayed:
     The function is captured after `STEPS_BEFORE_CAPTURE` calls with tensors of the same shapes, and anew where the
     shapes change. A replay runs no Python, so the function may depend on its arguments and on tensors that stay in the
     same memory, and on nothing else. Where capturing fails, a notice is printed, and calls with these shapes are
-    launched.
+    launched. `generators`: those that draw numbers in the function, besides the device's default one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *generators: torch.Generator) -> None:
+        self._generators = generators
         self._shapes: list[torch.Size] = []
         self._calls = 0
         self._arguments: list[torch.Tensor] = []
@@ -177,7 +181,7 @@ class Replayed:
             self._shapes, self._calls, self._replay = shapes, 0, None
         if self._calls == STEPS_BEFORE_CAPTURE:
             self._arguments = [tensor.clone() for tensor in tensors]
-            self._replay = captured(lambda: function(*self._arguments))
+            self._replay = captured(lambda: function(*self._arguments), *self._generators)
         self._calls += 1
         if self._replay is None:
             return function(*tensors)

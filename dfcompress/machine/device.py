@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,6 +154,11 @@ def seed(device: torch.device, number: int) -> None:
     if is_cuda(device):
         with torch.cuda.device(device):
             torch.cuda.manual_seed(number)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which `device` is the current one, if it is a GPU."""
+    return torch.cuda.device(device) if is_cuda(device) else nullcontext()
 
 
 def _index(device: torch.device) -> int:

@@ -15,6 +15,7 @@ from dfcompress.errors import NOT_IN_PLACE, BadInput, first_line, is_of_layers_i
 from dfcompress.machine.compiling import NEEDED_TO_COMPILE, compiled, missing_to_compile
 from dfcompress.machine.device import (
     Precision,
+    current,
     is_cuda,
     precision_name,
     processor_name,
@@ -124,8 +125,7 @@ def computing(execution: Execution) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(threads(execution.threads))
         stack.enter_context(exact_fp32() if execution.precision == "fp32" else deterministic())
-        if device.type != "cpu":
-            stack.enter_context(torch.cuda.device(device))
+        stack.enter_context(current(device))
         yield
 
 

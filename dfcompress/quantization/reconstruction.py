@@ -11,7 +11,7 @@ on features, so it has a loop of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from dfcompress.arguments import require_fields
 from dfcompress.data.synthetic_set import as_float
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
+from dfcompress.machine.compiling import Replayed
+from dfcompress.machine.device import current, is_cuda
 from dfcompress.machine.memory import free_bytes
 from dfcompress.machine.process import exact_fp32
 from dfcompress.models.classifier import Classifier, count_runs, evaluating, images_a_pass
@@ -85,13 +87,21 @@ class Reconstructed:
 
 
 def reconstruct(
-    student: Classifier, teacher: Classifier, images: Tensor, settings: Reconstruction, *, seed: int, state: Path | None
+    student: Classifier,
+    teacher: Classifier,
+    images: Tensor,
+    settings: Reconstruction,
+    *,
+    seed: int,
+    state: Path | None,
+    capture: bool = False,
 ) -> Reconstructed:
     """Learn the rounding of the calibrated `student`'s weights, unit by unit, and freeze it.
 
     `teacher` is the same network in float, on the same device; `images` are stored images `(N, C, H, W)`. Finished
     units are saved to the file `state`; if it exists, the reconstruction resumes from it, to the same bits. Every
-    process reconstructs all units. The number of images depends on the memory that is free at the beginning.
+    process reconstructs all units. The number of images depends on the memory that is free at the beginning. With
+    `capture`, on a GPU, each unit's steps are replayed as a CUDA graph.
     """
     images = images[torch.randperm(len(images), generator=generator("reconstruction", seed))[:IMAGES]]
     names = units_of(student)
@@ -103,12 +113,19 @@ def reconstruct(
         losses, room = saved["losses"], saved.get("room", FEATURES)
         for name, values in saved["layers"].items():
             _restore(quantized_layers(student.network)[name], values)
-    with console.progress("reconstruction", len(names)) as progress:
+    with console.progress("reconstruction", len(names)) as progress, current(teacher.mean.device):
         for number, name in enumerate(names):
             if name in losses:
                 continue
             losses[name] = _reconstruct_unit(
-                student, teacher, name, images, settings, seed=seed_of("reconstruction", seed, number), room=room
+                student,
+                teacher,
+                name,
+                images,
+                settings,
+                seed=seed_of("reconstruction", seed, number),
+                room=room,
+                capture=capture,
             )
             progress.update(number + 1, error=losses[name])
             if state and world().is_main:
@@ -171,6 +188,7 @@ def _reconstruct_unit(
     *,
     seed: int,
     room: int,
+    capture: bool,
 ) -> float:
     """Learn one unit's rounding and input steps, and freeze them. The result is the mean squared error of the unit's
     output as a share of the output's variance.
@@ -180,6 +198,31 @@ def _reconstruct_unit(
     (student_inputs,) = _features(student, name, images, "input")
     teacher_inputs, teacher_outputs = _features(teacher, name, images, "input", "output")
     roundings = {path: SoftRounding(layer) for path, layer in unit.named_modules() if isinstance(layer, QuantizedLayer)}
+    _learn(unit, roundings, student_inputs, teacher_inputs, teacher_outputs, settings, seed=seed, capture=capture)
+    for rounding in roundings.values():
+        rounding.harden()
+    del teacher_inputs
+    error = 0.0
+    with torch.no_grad(), exact_fp32(), evaluating(unit):
+        for inputs, outputs in zip(student_inputs.split(PASSED), teacher_outputs.split(PASSED), strict=True):
+            error += (unit(inputs) - outputs).square().sum().item()
+    return error / teacher_outputs.numel() / max(teacher_outputs.var().item(), 1e-12)
+
+
+def _learn(
+    unit: nn.Module,
+    roundings: Mapping[str, SoftRounding],
+    student_inputs: Tensor,
+    teacher_inputs: Tensor,
+    teacher_outputs: Tensor,
+    settings: Reconstruction,
+    *,
+    seed: int,
+    capture: bool,
+) -> None:
+    """Train the `roundings` of a unit's layers, by name, so that its output comes close to `teacher_outputs`. The
+    features `(N, ...)` are those of both networks for the same images.
+    """
     steps = [rounding.step for rounding in roundings.values() if rounding.step is not None]
     groups = [{"params": [each.V for each in roundings.values()], "lr": settings.lr}]
     groups += [{"params": steps, "lr": settings.input_lr}] if steps else []
@@ -196,28 +239,33 @@ def _reconstruct_unit(
     def quantize_partly(path: str, activations: Tensor) -> Tensor:
         return partly(activations, roundings[path].quantized_input(activations))
 
+    def find_gradients(some: Tensor, beta: float | Tensor | None = None) -> Tensor:
+        """Compute the gradients of the loss on the images `some`, with the rounding penalty if there is a β."""
+        optimizer.zero_grad()
+        upward = {path: rounding.h() for path, rounding in roundings.items()}
+        weights = {f"{path}.weight".lstrip("."): roundings[path].weight(h) for path, h in upward.items()}
+        output = functional_call(unit, weights, (partly(teacher_inputs[some], student_inputs[some]),))
+        # The sum over channels, and the mean over images and pixels, as in BRECQ.
+        loss: Tensor = (output - teacher_outputs[some]).square().mean() * channels
+        if beta is not None:
+            loss = loss + settings.rounding * sum(penalty(h, beta) for h in upward.values())
+        loss.backward()
+        return loss.detach()
+
+    replayed = Replayed(random) if capture else None
     with exact_fp32(), evaluating(unit), in_float(unit), hooked_inputs(unit, roundings, quantize_partly):
         for step in range(settings.steps):
             some = torch.randint(len(student_inputs), (settings.batch_size,), generator=random, device=random.device)
-            upward = {path: rounding.h() for path, rounding in roundings.items()}
-            weights = {f"{path}.weight".lstrip("."): roundings[path].weight(h) for path, h in upward.items()}
-            output = functional_call(unit, weights, (partly(teacher_inputs[some], student_inputs[some]),))
-            # The sum over channels, and the mean over images and pixels, as in BRECQ.
-            loss = (output - teacher_outputs[some]).square().mean() * channels
+            given: tuple[Any, ...] = (some,)
             if step >= settings.warmup * settings.steps:
                 beta = _beta(step, settings)
-                loss = loss + settings.rounding * sum(penalty(h, beta) for h in upward.values())
-            optimizer.zero_grad()
-            loss.backward()
+                # A replayed step reads β in the device's memory. A CPU is faster with a number.
+                given = some, torch.full((), beta, device=some.device) if is_cuda(some.device) else beta
+            if replayed:
+                replayed(find_gradients, *given)
+            else:
+                find_gradients(*given)
             optimizer.step()
-    for rounding in roundings.values():
-        rounding.harden()
-    del teacher_inputs
-    error = 0.0
-    with torch.no_grad(), exact_fp32(), evaluating(unit):
-        for inputs, outputs in zip(student_inputs.split(PASSED), teacher_outputs.split(PASSED), strict=True):
-            error += (unit(inputs) - outputs).square().sum().item()
-    return error / teacher_outputs.numel() / max(teacher_outputs.var().item(), 1e-12)
 
 
 def _beta(step: int, settings: Reconstruction) -> float:
@@ -263,7 +311,7 @@ class SoftRounding:
             self.layer.input_grid = self.layer.input_grid.with_step(self.step)
 
 
-def penalty(h: Tensor, beta: float) -> Tensor:
+def penalty(h: Tensor, beta: float | Tensor) -> Tensor:
     """The rounding penalty Σ (1 − |2·h(V) − 1|^β), 0 where every h(V) is 0 or 1 (AdaRound, eq. 24)."""
     return (1 - (2 * h - 1).abs() ** beta).sum()
 

@@ -18,6 +18,7 @@ import torch
 
 from dfcompress.distributed import world
 from dfcompress.errors import BadInput
+from dfcompress.machine.device import is_cuda
 from dfcompress.machine.execution import Compute
 from dfcompress.machine.process import threads, threads_for
 from dfcompress.models.checkpoint import as_classifier
@@ -227,7 +228,7 @@ class Round:
     student: Classifier
     teacher: Classifier
     settings: Reconstruction
-    seed: int
+    compute: Compute
 
     def predicted(self) -> None:
         """None: there is no estimate for this step."""
@@ -237,7 +238,15 @@ class Round:
         state = run.folder / BLOCKS
         images, step = sets[0].train, 3.0 * self.settings.batch_size * work_of(self.teacher)
         with threads(threads_for(step / max(1, len(units_of(self.student))))):
-            return reconstruct(self.student, self.teacher, images, self.settings, seed=self.seed, state=state)
+            return reconstruct(
+                self.student,
+                self.teacher,
+                images,
+                self.settings,
+                seed=self.compute.seed,
+                state=state,
+                capture=is_cuda(self.teacher.mean.device) and self.compute.compile != "off",
+            )
 
 
 def _step(
@@ -252,7 +261,7 @@ def _step(
     if settings is None:
         return None
     if isinstance(settings, Reconstruction):
-        return Round(student, teacher, settings, compute.seed)
+        return Round(student, teacher, settings, compute)
     prepare = learn_steps if finetune != "kd" else None
     taught = partial(Distillation, teacher, terms)
     return Train(student, taught, settings, compute, repair=True, prepare=prepare)
