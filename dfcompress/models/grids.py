@@ -189,8 +189,14 @@ def on_grid(values: Tensor, scale: Any, lowest: Any, highest: Any) -> Tensor:
 
 
 def _nearest(values: Tensor, reciprocal: Any, scale: Any, lowest: Any, highest: Any) -> Tensor:
-    nearest: Tensor = (values * reciprocal).round_().clamp_(lowest, highest).mul_(scale)
-    return nearest
+    return _times((values * reciprocal).round_().clamp_(lowest, highest), scale)
+
+
+def _times(multiples: Tensor, scale: Any) -> Tensor:
+    """The product; `multiples` may be overwritten."""
+    # Compiled by torch 2.11, an autograd function loses the gradient of an output that is computed in place.
+    product: Tensor = multiples * scale if torch.compiler.is_compiling() else multiples.mul_(scale)
+    return product
 
 
 def on_learnt_grid(values: Tensor, step: Tensor, lowest: Any, highest: Any) -> Tensor:
@@ -242,7 +248,7 @@ class _LearntStep(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, step: Tensor, lowest: Any, highest: Any) -> Tensor:
         ctx.save_for_backward(values, step)
         ctx.ends = lowest, highest
-        return (values / step).clamp_(lowest, highest).round_().mul_(step)
+        return _times((values / step).clamp_(lowest, highest).round_(), step)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:

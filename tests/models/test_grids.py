@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfcompress.models.grids import InputGrid, WeightGrid, on_learnt_grid
+from dfcompress.models.grids import InputGrid, WeightGrid, on_grid, on_learnt_grid
 
 WIDTHS = st.integers(2, 8)
 REALS = st.floats(-100, 100, width=32)
@@ -117,3 +117,11 @@ def test_weights_at_the_ends_of_a_learnt_grid_can_still_leave_them(ends):
     values = torch.tensor([[-0.5, 0.0, 0.5]], requires_grad=True)
     on_learnt_grid(values, torch.tensor([[0.5]], requires_grad=True), *ends).sum().backward()
     assert values.grad.tolist() == [[1.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("rounded", [on_grid, on_learnt_grid])
+def test_what_is_compiled_returns_a_tensor_that_nothing_wrote_to(rounded, monkeypatch):
+    """Otherwise torch 2.11 loses the gradient; the tests run with a later version, which does not."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    values = torch.randn(4, requires_grad=True)
+    assert rounded(values, torch.tensor(0.1), -7, 7)._version == 0
