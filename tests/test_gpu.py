@@ -149,11 +149,17 @@ def test_training_ends_near_the_losses_of_the_cpu(count, precision, compiled, re
         assert loss == pytest.approx(exact[name], rel=0.2, abs=0.1), name
 
 
+@pytest.fixture
+def replays(monkeypatch):
+    """A list of what every `Replayed` captures: functions that replay it, None where capturing failed."""
+    captures = []
+    monkeypatch.setattr(compiling, "captured", lambda *step: captures.append(captured(*step)) or captures[-1])
+    return captures
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_replayed_training_does_what_a_launched_one_does(precision, dropout, resnet20_file, monkeypatch):
-    replays, honest = [], captured
-    monkeypatch.setattr(compiling, "captured", lambda step: replays.append(honest(step)) or replays[-1])
+def test_a_replayed_training_does_what_a_launched_one_does(precision, dropout, resnet20_file, replays):
     teacher = load(resnet20_file)
     shown = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     ends = []
@@ -215,6 +221,22 @@ def test_fine_tuning_on_the_device_helps_as_on_the_cpu(finetune, resnet20_file, 
     ]
     assert agreements[1] > agreements[0]
     assert agreements[1] > 0.9
+
+
+def test_replayed_rounding_does_what_launched_rounding_does(resnet20_file, cifar10_train_file, tmp_path, replays):
+    for way in ("auto", "off"):
+        quantize(
+            resnet20_file,
+            data=cifar10_train_file,
+            output=tmp_path / way,
+            finetune="blocks",
+            training=Reconstruction(steps=30),
+            compute=Compute(device="cuda", compile=way),
+        )
+    assert len(replays) > 10
+    assert {replay.__name__ for replay in replays} == {"replay"}
+    auto, off = (tmp_path / way / "model.safetensors" for way in ("auto", "off"))
+    assert auto.read_bytes() == off.read_bytes()
 
 
 def test_the_caller_s_random_numbers_on_the_gpu_are_left_as_they_were(resnet20_file):
