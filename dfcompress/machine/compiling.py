@@ -96,7 +96,7 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..
     table = {**table, gradient: partial(_convolution_backward, usual=table.get(gradient))}
     on_cuda = any(isinstance(each, torch.Tensor) and is_cuda(each.device) for each in inputs)
     with config.patch(force_non_lazy_backward_lowering=True), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # Where fp32 is asked for, TF32 is not.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch advises TF32, which is off on purpose.
         patches: Any = {"deterministic": True} if on_cuda else None
         made: Any = compile_fx(graph, inputs, config_patches=patches, decompositions=table)
     return made  # type: ignore[no-any-return]
@@ -145,7 +145,8 @@ def captured(step: Callable[[], torch.Tensor], *generators: torch.Generator) -> 
     except RuntimeError as error:
         torch.cuda.set_stream(stream)
         _leave_pool(current, pool)
-        _leave_capture(torch.cuda.default_generators[current])
+        for generator in (torch.cuda.default_generators[current], *generators):
+            _leave_capture(generator)
         # Ending a failed capture fails, too; the reason is the error before it.
         reason = first_line(error.__context__ or error)
         console.notice(f"No CUDA graph, so every kernel is launched on its own: {reason}.")
@@ -169,16 +170,16 @@ class Replayed:
 
     def __init__(self, *generators: torch.Generator) -> None:
         self._generators = generators
-        self._shapes: list[torch.Size] = []
+        self._forms: list[tuple[torch.Size, torch.dtype]] = []
         self._calls = 0
         self._arguments: list[torch.Tensor] = []
         self._replay: Callable[[], torch.Tensor] | None = None
 
     def __call__(self, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
         """`function(*tensors)`, a tensor. The function is always the same one; it is not kept."""
-        shapes = [tensor.shape for tensor in tensors]
-        if shapes != self._shapes:
-            self._shapes, self._calls, self._replay = shapes, 0, None
+        forms = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        if forms != self._forms:
+            self._forms, self._calls, self._replay = forms, 0, None
         if self._calls == STEPS_BEFORE_CAPTURE:
             self._arguments = [tensor.clone() for tensor in tensors]
             self._replay = captured(lambda: function(*self._arguments), *self._generators)

@@ -142,6 +142,9 @@ class Trainer:
             stack.enter_context(dropping(self.student, self.training.dropout))
             stack.enter_context(parallel.synchronised(self.student, self.everyone))
             stack.enter_context(forked_randomness(target))
+            # Gradients would keep the memory of a captured step.
+            stack.callback(self.student.zero_grad)
+            stack.callback(self.distiller.module.zero_grad)
             with computing(execution):
                 steps = Steps(
                     self.student,
@@ -301,11 +304,12 @@ def seconds_per_step(
     work = 3.0 * work_of(student) + sum(map(work_of, distiller.teachers))
     images = min(training.batch_size, max(TRIED, int(TIMED // work)))
     target = resolve_device(compute.device)
-    # So few steps are captured on CUDA, but never compiled.
-    few = 4 + STEPS_BEFORE_CAPTURE * is_cuda(target)
+    # So few steps are captured on CUDA, but never compiled; several processes launch theirs.
+    captures = is_cuda(target) and compute.compile != "off" and world().world_size == 1
+    few = 4 + STEPS_BEFORE_CAPTURE * captures
     settings = replace(training, batch_size=images, steps=few)
     noise = torch.rand(images, *student.card.input_size, generator=generator("trial"))
-    way = replace(compute, compile="auto" if is_cuda(target) and compute.compile != "off" else "off")
+    way = replace(compute, compile="auto" if captures else "off")
     trainer = Trainer(
         copy.deepcopy(student), copy.deepcopy(distiller), settings, compute=way, alone=True, repair=repair
     )
