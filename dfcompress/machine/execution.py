@@ -63,8 +63,8 @@ class Execution:
 
     `device`, `precision`: where, and in which data type. `compile`: whether networks are compiled. `threads`: number of
     CPU threads. `processor`: name of the processor. `groups`: number of batches that a step of synthesis computes side
-    by side. `capture`: whether a step is replayed as one CUDA graph (of a training step all but the optimizer). `chunk`: number of images of a batch
-    that are computed at once, None for all of them.
+    by side. `capture`: whether a step is replayed as one CUDA graph (of a training step all but the optimizer).
+    `chunk`: number of images of a batch that are computed at once, None for all of them.
     """
 
     device: str

@@ -22,8 +22,8 @@ _ONE_AT_A_TIME = threading.RLock()
 @contextmanager
 def usual_torch() -> Iterator[None]:
     """PyTorch's default settings inside the block, whatever the caller has set: gradients are recorded, new tensors are
-    fp32 on the CPU, autocast is off, and its cache, too. Afterwards all settings, and the states of the default generators, are
-    restored.
+    fp32 on the CPU, autocast and its cache are off. Afterwards all settings, and the states of the default generators,
+    are restored.
 
     A notebook may call a verb inside `torch.no_grad()`, `inference_mode()` or `autocast`, or have set another default
     dtype or device. The block waits for such blocks of other threads, because all threads share these settings.
