@@ -154,8 +154,7 @@ def test_every_batchnorm_of_timms_families_is_fused_with_the_losses_and_gradient
     expected, expected_gradient = losses_and_gradient(HookRecorder(network, moments=True), batch)
     values, gradient = losses_and_gradient(fused, batch)
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
-    # With random weights a rounded activation may fall on the other side of a ReLU: 0.8 % on one processor.
-    assert (gradient - expected_gradient).norm() < 2e-2 * expected_gradient.norm()
+    assert (gradient - expected_gradient).norm() < 5e-3 * expected_gradient.norm()
 
 
 def test_group_norms_with_activations_stay_what_they_are():
